@@ -1,0 +1,331 @@
+"""Every knob of the chain as dataclasses, read from YAML and from `a.b=c` on the command line.
+
+One file configures the whole chain, so the autoencoder, the token cache, the prior, the samples and the report of one
+run cannot disagree. Names follow diffusers' training scripts where the thing is the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, List, Optional
+
+
+def knob(default: Any, help: str, choices: tuple = ()) -> Any:
+    """A dataclass field that carries its meaning (shown by `--help`) and its allowed values (checked on loading)."""
+    metadata = {"help": help, "choices": choices}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class DataConfig:
+    dataset_name: str = knob(
+        "digits",
+        "`digits`, `photos`, a Hugging Face id, a folder saved by `save_to_disk`, a folder of images, or a file, folder "
+        "or glob of .parquet or WebDataset .tar files",
+    )
+    dataset_config_name: Optional[str] = knob(None, "configuration of a Hugging Face data set")
+    train_split: str = knob("train", "split to train on")
+    validation_split: Optional[str] = knob(
+        None, "held-out split; null takes `validation`, `test` or `val` if there is one, else holds rows out of training"
+    )
+    validation_size: int = knob(1000, "rows to hold out where there is no held-out split (at most a tenth of the rows)")
+    streaming: bool = knob(False, "read as a stream, never the whole set: for sets larger than the disk")
+    shuffle_buffer_size: int = knob(10000, "rows in the shuffle buffer of a stream")
+    max_train_samples: Optional[int] = knob(None, "use only this many training rows")
+    image_column: str = knob("auto", "column with the images; `auto` takes the only image column")
+    label_column: str = knob("auto", "column with integer labels; `auto` looks for `label`, `labels`, `cls`; `none` ignores them")
+    num_classes: Optional[int] = knob(None, "number of classes; null takes it from the data set's features")
+    resolution: int = knob(8, "images are resized to resolution x resolution pixels")
+    channels: int = knob(1, "1 for grey, 3 for RGB", choices=(1, 3))
+    center_crop: bool = knob(True, "ADM centre crop (resize the short side, crop the middle); false squeezes to a square")
+    random_flip: bool = knob(False, "mirror half of the training images, chosen at random")
+    random_affine: float = knob(
+        0.0, "strength of random shift, rotation and scale of the training images: 1.0 is 12.5 % shift, 15 degrees, 15 % scale"
+    )
+    num_workers: int = knob(0, "processes that decode images, for each training process")
+    verify_rows: int = knob(10000, "rows whose image bytes and label are checked before training; -1 checks all, 0 none")
+
+
+@dataclass
+class DecoderConfig:
+    """A member of the decoder family: which generators the latent has to be simple for."""
+
+    family: str = knob(
+        "full",
+        "full; or weaker: linear (one linear map a latent position), narrow, shallow, dropout",
+        choices=("full", "linear", "narrow", "shallow", "dropout"),
+    )
+    width_factor: float = knob(0.25, "narrow: channels relative to the full decoder")
+    num_blocks: int = knob(0, "shallow: residual blocks a level, where the full decoder has num_blocks + 1")
+    dropout: float = knob(0.5, "dropout: probability that Dropout2d zeroes a channel after a residual block")
+
+
+@dataclass
+class VQConfig:
+    codebook_size: int = knob(64, "number of codes K")
+    ema_decay: float = knob(0.99, "decay of the moving average that carries the codebook")
+    commitment_weight: float = knob(0.25, "weight of |z - sg(code)|^2 that keeps the encoder near its codes")
+    kmeans_iterations: int = knob(10, "Lloyd iterations that place the codebook on the first batches; 0 starts at random")
+    revive_threshold: float = knob(0.1, "a code whose average use falls below this share of N / K is moved onto a latent; 0 never")
+
+
+@dataclass
+class KLConfig:
+    kl_weight: float = knob(1e-6, "weight of KL(q(z|x) || N(0, I)), summed over a latent, averaged over the batch")
+
+
+@dataclass
+class AutoencoderConfig:
+    base_channels: int = knob(64, "channels at full resolution")
+    channel_multipliers: List[int] = knob([1, 2], "channels of each level relative to base_channels; each level after the first halves the resolution")
+    num_blocks: int = knob(1, "residual blocks a level in the encoder; a full decoder has one more")
+    attention_resolutions: List[int] = knob([], "feature-map sizes at which self-attention is added")
+    latent_channels: int = knob(16, "channels of the latent")
+    bottleneck: str = knob("vq", "vq (tokens) or kl (continuous)", choices=("vq", "kl"))
+    vq: VQConfig = field(default_factory=VQConfig, metadata={"help": "vector quantization"})
+    kl: KLConfig = field(default_factory=KLConfig, metadata={"help": "Gaussian posterior"})
+    decoder: DecoderConfig = field(default_factory=DecoderConfig, metadata={"help": "the real decoder"})
+    auxiliary_decoder: DecoderConfig = field(
+        default_factory=lambda: DecoderConfig(family="narrow"), metadata={"help": "the weak decoder of stage 1"}
+    )
+
+
+@dataclass
+class LossConfig:
+    """Weights of the reconstruction losses; the bottleneck adds its own term (commitment or KL)."""
+
+    l1: float = knob(0.0, "weight of the mean absolute error")
+    l2: float = knob(1.0, "weight of the mean squared error")
+    adversarial: float = knob(0.0, "weight of the hinge loss of a patch discriminator; 0 trains none")
+    adversarial_start: int = knob(0, "step of the stage at which the adversarial loss is switched on")
+    discriminator_channels: int = knob(64, "channels of the discriminator's first layer")
+    discriminator_layers: int = knob(2, "strided layers of the discriminator")
+    discriminator_learning_rate: float = knob(1e-4, "learning rate of the discriminator")
+
+
+@dataclass
+class OptimizationConfig:
+    """One optimisation: of a stage of the autoencoder, or of the prior."""
+
+    max_train_steps: int = knob(1000, "optimiser steps")
+    train_batch_size: int = knob(64, "images a process and micro-batch; global batch = this x processes x gradient_accumulation_steps")
+    gradient_accumulation_steps: int = knob(1, "micro-batches an optimiser step")
+    learning_rate: float = knob(1e-3, "peak learning rate of AdamW")
+    lr_scheduler: str = knob("cosine", "shape after the warm-up", choices=("constant", "linear", "cosine"))
+    lr_warmup_steps: int = knob(50, "steps of linear warm-up")
+    adam_beta1: float = knob(0.9, "AdamW's beta_1")
+    adam_beta2: float = knob(0.99, "AdamW's beta_2")
+    adam_weight_decay: float = knob(0.0, "AdamW's decoupled weight decay of matrices and kernels")
+    max_grad_norm: float = knob(1.0, "gradients are clipped to this norm")
+    gradient_checkpointing: bool = knob(False, "recompute activations in the backward pass: less memory, more time")
+    use_ema: bool = knob(True, "keep an exponential moving average of the weights and deliver that")
+    ema_decay: float = knob(0.999, "its decay, after a warm-up")
+
+
+@dataclass
+class StageConfig(OptimizationConfig):
+    loss: LossConfig = field(default_factory=LossConfig, metadata={"help": "weights of the losses"})
+
+
+@dataclass
+class PriorConfig(OptimizationConfig):
+    width: int = knob(128, "channels of the residual stream")
+    depth: int = knob(4, "number of Transformer blocks")
+    num_heads: int = knob(4, "attention heads; width / num_heads is the head dimension")
+    dropout: float = knob(0.0, "dropout of embeddings and residual branches")
+    class_dropout: float = knob(0.1, "probability of hiding the class, which classifier-free guidance needs")
+    attention: str = knob(
+        "auto", "attention back-end of dae_kernels", choices=("auto", "sdpa", "flash_attn", "xformers", "reference")
+    )
+    augmented_copies: int = knob(0, "augmented encodings of each training image in the token cache, beside the plain one")
+    early_stopping: bool = knob(True, "deliver the weights of the validation with the fewest held-out bits, not the last ones")
+
+
+@dataclass
+class SamplingConfig:
+    num_samples: int = knob(2000, "images to sample, classes in equal parts")
+    batch_size: int = knob(500, "images sampled at once")
+    cfg_scale: float = knob(1.0, "classifier-free guidance: 1 samples the model, more trades variety for fidelity")
+    temperature: float = knob(1.0, "divides the logits; below 1 is safer, above 1 more varied")
+    top_k: Optional[int] = knob(None, "keep only the k likeliest tokens")
+    top_p: Optional[float] = knob(None, "keep only the likeliest tokens that together have this probability")
+
+
+@dataclass
+class EvaluationConfig:
+    classifier_steps: int = knob(800, "training steps of the small classifier whose features and verdicts the metrics use")
+    neighbours: int = knob(3, "k of precision and recall")
+    batch_size: int = knob(500, "images evaluated at once")
+
+
+@dataclass
+class Config:
+    method: str = knob(
+        "dae",
+        "dae: weak auxiliary decoder first, then the real decoder on the frozen latent; joint: one stage with the real decoder; "
+        "joint_dropout: the same with dropout in it",
+        choices=("dae", "joint", "joint_dropout"),
+    )
+    output_dir: str = knob("runs/digits", "folder of the run")
+    seed: int = knob(0, "seed of everything random; one seed, one result")
+    mixed_precision: Optional[str] = knob(
+        None, "no, fp16 or bf16; null leaves it to `accelerate launch --mixed_precision`", choices=(None, "no", "fp16", "bf16")
+    )
+    compile: bool = knob(False, "compile the models with torch.compile")
+    report_to: str = knob("tensorboard", "tracker of accelerate", choices=("none", "tensorboard", "wandb", "trackio"))
+    logging_steps: int = knob(10, "steps between two entries of the training log")
+    validation_steps: int = knob(200, "steps between two validations")
+    checkpointing_steps: int = knob(500, "steps between two checkpoints")
+    checkpoints_total_limit: int = knob(2, "checkpoints to keep")
+    resume_from_checkpoint: Optional[str] = knob(None, "`latest`, or the path of a checkpoint folder; null starts a new run")
+    push_to_hub: bool = knob(False, "upload the trained model")
+    hub_model_id: Optional[str] = knob(None, "repository to upload to")
+    data: DataConfig = field(default_factory=DataConfig, metadata={"help": "images"})
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig, metadata={"help": "architecture"})
+    stage1: StageConfig = field(default_factory=StageConfig, metadata={"help": "encoder, quantizer and auxiliary decoder"})
+    stage2: StageConfig = field(default_factory=StageConfig, metadata={"help": "the real decoder on the frozen latent"})
+    prior: PriorConfig = field(default_factory=PriorConfig, metadata={"help": "autoregressive Transformer over the tokens"})
+    sampling: SamplingConfig = field(default_factory=SamplingConfig, metadata={"help": "sampling"})
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig, metadata={"help": "metrics"})
+
+
+def load_config(path: str | Path | None = None, overrides: list[str] | tuple = ()) -> Config:
+    """Defaults, then the YAML file, then `a.b=c` overrides, checked for names, types and choices.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: an unknown key (the message names the nearest one), a wrong type, or a value that is not a choice.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    layers = []
+    if path is not None:
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no configuration file {str(path)!r}")
+        try:
+            layers.append((str(path), OmegaConf.load(path)))
+        except Exception as error:  # PyYAML's family of errors has no common public base with OmegaConf's
+            raise ValueError(f"{path} is not valid YAML: {error}") from error
+    for override in overrides:
+        if "=" not in override or override.startswith("-"):
+            raise ValueError(f"expected an override `key=value`, got {override!r}")
+        layers.append((f"override {override!r}", OmegaConf.from_dotlist([override])))
+
+    config = OmegaConf.structured(Config)
+    for source, layer in layers:
+        if not OmegaConf.is_dict(layer):
+            raise ValueError(f"{source}: expected `key: value` pairs at the top level")
+        _reject_unknown_keys(layer, Config, source)
+        try:
+            config = OmegaConf.merge(config, layer)
+        except OmegaConfBaseException as error:
+            key = getattr(error, "full_key", None) or "?"
+            raise ValueError(f"{source}: wrong type at {key}: {str(error).splitlines()[0]}") from error
+    try:
+        loaded = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{path}: {str(error).splitlines()[0]}") from error
+    _reject_wrong_choices(loaded)
+    return loaded
+
+
+def _reject_unknown_keys(layer: Any, schema: type, source: str, prefix: str = "") -> None:
+    sections = {f.name: f.default_factory for f in dataclasses.fields(schema)}
+    for key in layer:
+        name = f"{prefix}{key}"
+        if str(key) not in sections:
+            leaves = [row.key for row in describe(schema, prefix)] + [prefix + s for s in sections]
+            everywhere = [row.key for row in describe(Config)]
+            by_leaf = [k for k in everywhere if k.rsplit(".", 1)[-1] == str(key)]
+            near = by_leaf or difflib.get_close_matches(name, leaves, 1, 0.0) or difflib.get_close_matches(name, everywhere, 1, 0.0)
+            raise ValueError(f"{source}: unknown key {name!r}; the nearest one is {near[0]!r}")
+        value = layer._get_node(key)
+        factory = sections[str(key)]
+        if factory is not dataclasses.MISSING and dataclasses.is_dataclass(section := factory()):
+            if not hasattr(value, "keys"):
+                raise ValueError(f"{source}: {name} is a section, expected `{name}.<key>`")
+            _reject_unknown_keys(value, type(section), source, f"{name}.")
+
+
+def _reject_wrong_choices(section: Any, prefix: str = "") -> None:
+    for f in dataclasses.fields(section):
+        value = getattr(section, f.name)
+        if dataclasses.is_dataclass(value):
+            _reject_wrong_choices(value, f"{prefix}{f.name}.")
+        elif (choices := f.metadata.get("choices")) and value not in choices:
+            near = difflib.get_close_matches(str(value), map(str, choices), 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{prefix}{f.name}: expected one of {list(choices)}, got {value!r}{hint}")
+
+
+def save_config(config: Config, path: str | Path) -> None:
+    """Write the resolved configuration as YAML; `load_config` of the file gives the same configuration."""
+    from omegaconf import OmegaConf
+
+    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def differing_keys(a: Any, b: Any, prefix: str = "") -> list[str]:
+    """`key: value in a -> value in b` for each leaf in which two configurations of one class differ."""
+    rows = []
+    for f in dataclasses.fields(a):
+        x, y = getattr(a, f.name), getattr(b, f.name)
+        if dataclasses.is_dataclass(x):
+            rows += differing_keys(x, y, f"{prefix}{f.name}.")
+        elif x != y:
+            rows.append(f"{prefix}{f.name}: {x!r} -> {y!r}")
+    return rows
+
+
+@dataclass
+class Row:
+    key: str
+    type: str
+    default: Any
+    help: str
+
+
+def describe(schema: type = Config, prefix: str = "", defaults: Any = None) -> list[Row]:
+    """One row for each leaf key: dotted name, type, default and meaning."""
+    defaults = schema() if defaults is None else defaults
+    rows = []
+    for f in dataclasses.fields(schema):
+        value = getattr(defaults, f.name)
+        if dataclasses.is_dataclass(value):
+            rows += describe(type(value), f"{prefix}{f.name}.", value)
+            continue
+        choices = f.metadata.get("choices")
+        help_text = f.metadata["help"] + (f" [{' | '.join('null' if c is None else str(c) for c in choices)}]" if choices else "")
+        rows.append(Row(f"{prefix}{f.name}", str(f.type), value, help_text))
+    return rows
+
+
+def config_from_command_line(doc: str, argv: list[str] | None = None) -> Config:
+    """Parse `--config file.yaml key=value ...`; `--help` prints `doc` and every key with type, default and meaning.
+
+    Without `--config` the digits chain is configured, so that each recipe runs as it stands.
+    """
+    if argv is None:
+        argv = sys.argv[1:]
+    rows = describe()
+    width = max(len(r.key) for r in rows)
+    keys = "\n".join(f"  {r.key:<{width}}  {r.type} = {'null' if r.default is None else r.default}\n      {r.help}" for r in rows)
+    parser = argparse.ArgumentParser(
+        description=doc, epilog=f"keys (type = default):\n{keys}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    digits = Path(sys.argv[0]).resolve().parent / "configs" / "digits.yaml"
+    parser.add_argument("--config", default=digits if digits.is_file() else None, help="YAML file (default: %(default)s)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override of a key, for example stage1.learning_rate=3e-4")
+    arguments = parser.parse_args(argv)
+    try:
+        return load_config(arguments.config, arguments.overrides)
+    except (ValueError, FileNotFoundError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")

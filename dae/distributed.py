@@ -1,0 +1,52 @@
+"""What a process needs to know about the others.
+
+Every random draw for the rows of a batch goes through `draw_rows`: it draws for the *global* batch and keeps the rows of
+this process. So W processes with batch B/W see the same noise, dropout masks and hidden classes as one process with
+batch B, and a run can be moved from one GPU to several without changing its result. Row i of the global batch belongs
+to process i mod W, which is how `torch.utils.data.DistributedSampler` deals them out.
+"""
+
+from __future__ import annotations
+
+from typing import Callable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def draw_rows(draw: Callable[..., Tensor], shape: tuple[int, ...] | torch.Size, **options) -> Tensor:
+    """`draw(shape)` for the rows of this process, as one process would draw them for the whole batch.
+
+    Args:
+        draw: `torch.rand`, `torch.randn` or the like; called with the global shape and `options` (device, generator, ...).
+        shape: shape of the local batch, rows first. All processes must call with the same shape and the same seed.
+    """
+    world = world_size()
+    rows = draw((shape[0] * world, *shape[1:]), **options)
+    return rows if world == 1 else rows[rank() :: world]
+
+
+def sum_over_processes(x: Tensor) -> Tensor:
+    """The sum of `x` over all processes, in place; without process group `x` itself."""
+    if world_size() > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def in_global_order(x_B: Tensor) -> Tensor:
+    """All rows of the global batch, in the order one process would have them."""
+    world = world_size()
+    if world == 1:
+        return x_B
+    parts = [torch.empty_like(x_B) for _ in range(world)]
+    dist.all_gather(parts, x_B.contiguous())
+    return torch.stack(parts, dim=1).flatten(0, 1)
