@@ -1,0 +1,86 @@
+"""Which implementation runs: an explicit choice is obeyed or refused with the reason, `auto` is decided here.
+
+Also the one place that knows how a Triton launcher becomes a torch operator. Nothing here imports triton before it is used.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
+
+def check_choice(name: str, got: Any, choices: Sequence[str]) -> None:
+    """ValueError unless `got` is one of `choices`."""
+    if got not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {got!r}")
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in its CPU interpreter (TRITON_INTERPRET=1, read by triton at its first import)."""
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
+
+def triton_refusal(device: torch.device) -> str | None:
+    """Why no Triton kernel can run on `device`, or None if it can."""
+    if not TRITON_INSTALLED:
+        return "triton is not installed (pip install triton)"
+    if device.type == "cuda":
+        if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+            return f"the kernels need compute capability 8.0 or higher, {torch.cuda.get_device_name(device)} has less"
+        return None
+    if device.type == "cpu" and interpreting():
+        return None
+    return f"the tensors are on {device}, not on a CUDA device"
+
+
+def choose(impl: str, device: torch.device, refusal: str | None = None) -> str:
+    """'reference' or 'triton' for a request of 'auto', 'reference' or 'triton'.
+
+    `auto` takes Triton on CUDA devices where the kernel can run and the reference elsewhere (also under the interpreter,
+    which is there for tests).
+
+    Args:
+        impl: the caller's request.
+        device: where the operands are.
+        refusal: the operation's own reason why its kernel cannot take these operands (dtype, size), or None.
+
+    Raises:
+        ValueError: `impl` is unknown, or 'triton' was asked for and cannot run; the message says why.
+    """
+    check_choice("impl", impl, ("auto", "reference", "triton"))
+    if impl == "reference" or (impl == "auto" and device.type != "cuda"):
+        return "reference"
+    refusal = refusal or triton_refusal(device)
+    if refusal is None:
+        return "triton"
+    if impl == "auto":
+        return "reference"
+    raise ValueError(f"impl='triton' cannot run here: {refusal}. Use impl='auto' or impl='reference'")
+
+
+def register_triton_op(name: str, launcher: Callable, fake: Callable) -> Callable:
+    """Make `launcher` the torch operator `name` ("dae_kernels::..."), opaque enough for torch.compile.
+
+    A compiled kernel becomes a `triton_op`, whose body Inductor sees through. The interpreter cannot run on the fake
+    tensors this tracing needs, so under it the launcher is an opaque `custom_op` and `fake` gives the shapes.
+
+    Args:
+        launcher: annotated function of tensors and numbers that allocates its outputs and launches through `launchable`.
+        fake: the same signature; returns empty tensors of the right shapes, dtypes and devices.
+    """
+    if interpreting():
+        op = torch.library.custom_op(name, launcher, mutates_args=())
+        op.register_fake(fake)
+        return op
+    return torch.library.triton_op(name, launcher, mutates_args=())
+
+
+def launchable(kernel: Any) -> Any:
+    """`kernel` as a launcher registered above must call it: `launchable(kernel)[grid](...)`."""
+    return kernel if interpreting() else torch.library.wrap_triton(kernel)

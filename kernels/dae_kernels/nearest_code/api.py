@@ -1,0 +1,74 @@
+"""`nearest_code`: checks and dispatch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dae_kernels.dispatch import check_choice, choose
+from dae_kernels.nearest_code.reference import nearest_code_reference
+
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@torch.no_grad()
+def nearest_code(
+    x: Tensor, codebook: Tensor, *, metric: str = "l2", precision: str = "exact", impl: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Index of the nearest codebook entry of every vector, and the distance to it.
+
+        l2:      index = argmin_k |x - c_k|^2,            distance = |x - c_index|^2 (squared)
+        cosine:  index = argmax_k x . c_k / (|x| |c_k|),  distance = 1 - that cosine, in [0, 2]
+
+    Scores are |c_k|^2 - 2 x . c_k in float32. The lowest index wins a tie. A zero vector has cosine 0 with everything.
+    Memory is O(N + K) beside the operands: the [N, K] scores are never stored (the reference keeps 64 MiB of them). Not
+    finite operands give some index in [0, K). Autocast does not touch the operands.
+
+    Neither output is differentiable. The differentiable distance is `(x - codebook[index]).square().sum(-1)`.
+
+    Args:
+        x: [..., D], floating; any strides (a layout that does not flatten to rows is copied).
+        codebook: [K, D] with K, D >= 1, floating. Operands of two dtypes are compared in the wider one.
+        metric: "l2" or "cosine".
+        precision: "exact" keeps float32 accuracy in the products; "fast" lets the kernel use one tensor-core product of the
+            dtype of `x` (tf32 for float32), which can pick another code where two are nearly as near. 16-bit operands
+            lose nothing by "exact", and the reference is always exact.
+        impl: "auto" is "triton" for CUDA tensors of at most 32 bits where triton is installed, else "reference"; a named
+            choice is obeyed or refused.
+
+    Returns:
+        index: [...] int64.
+        distance: [...] float32 (float64 where an operand is float64, which only the reference takes).
+
+    Raises:
+        ValueError: shapes or devices disagree, K = 0 or D = 0, an unknown option, or `impl` cannot run here.
+        TypeError: an operand is not floating point.
+
+    Source: van den Oord et al. 2017, arXiv 1711.00937, equation 1; cosine: Yu et al. 2022, arXiv 2110.04627, section 3.2.
+    """
+    check_choice("metric", metric, ("l2", "cosine"))
+    check_choice("precision", precision, ("exact", "fast"))
+    check_tensors(x, codebook)
+    unsupported = [t.dtype for t in (x, codebook) if t.dtype not in KERNEL_DTYPES]
+    refusal = f"the kernel takes float16, bfloat16 and float32, got {unsupported[0]}" if unsupported else None
+    x_ND = x.detach().reshape(x.shape[:-1].numel(), x.shape[-1])
+    if choose(impl, x.device, refusal) == "triton":
+        from dae_kernels.nearest_code.fused import nearest_code_triton
+
+        index, distance = nearest_code_triton(x_ND, codebook.detach(), metric == "cosine", precision == "exact")
+    else:
+        index, distance = nearest_code_reference(x_ND, codebook.detach(), metric)
+    return index.view(x.shape[:-1]), distance.view(x.shape[:-1])
+
+
+def check_tensors(x: Tensor, codebook: Tensor) -> None:
+    shapes = f"got x {list(x.shape)}, codebook {list(codebook.shape)}"
+    if codebook.dim() != 2 or x.dim() == 0 or x.shape[-1] != codebook.shape[1]:
+        raise ValueError(f"nearest_code needs x [..., D] and codebook [K, D], {shapes}")
+    if codebook.numel() == 0:
+        raise ValueError(f"nearest_code needs at least one code and one dimension, {shapes}")
+    for name, tensor in (("x", x), ("codebook", codebook)):
+        if not tensor.is_floating_point():
+            raise TypeError(f"nearest_code needs floating point tensors, got {name} of {tensor.dtype}")
+    if x.device != codebook.device:
+        raise ValueError(f"x and codebook must be on one device, got {x.device} and {codebook.device}")
