@@ -1,0 +1,34 @@
+"""Metrics of reconstructions, codebooks and samples, each with its convention and source stated.
+
+Importing this package needs torch alone; torchmetrics and the data pipeline are imported by the functions that use them.
+"""
+
+from dae.metrics.classifier import Classifier, accuracy, extract_features, predict, rotation_task, train_classifier
+from dae.metrics.codebook import CodebookUsage
+from dae.metrics.frechet import EqualCountFrechet, FeatureStatistics, equal_count_frechet, frechet_distance
+from dae.metrics.manifolds import PrecisionRecall, precision_recall
+from dae.metrics.memory import Memorisation, memorisation
+from dae.metrics.provenance import versions
+from dae.metrics.signal_to_noise import psnr
+from dae.metrics.structural_similarity import ssim
+
+__all__ = [
+    "Classifier",
+    "CodebookUsage",
+    "EqualCountFrechet",
+    "FeatureStatistics",
+    "Memorisation",
+    "PrecisionRecall",
+    "accuracy",
+    "equal_count_frechet",
+    "extract_features",
+    "frechet_distance",
+    "memorisation",
+    "precision_recall",
+    "predict",
+    "psnr",
+    "rotation_task",
+    "ssim",
+    "train_classifier",
+    "versions",
+]

@@ -1,0 +1,63 @@
+"""How much of a codebook is used."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dae.metrics.reduction import summed
+
+
+class CodebookUsage:
+    """Counts of the codes of a stream of indices, and what they say about the codebook.
+
+        usage = #{k: n_k > 0} / K,    perplexity = exp(-sum_k p_k log p_k),  p_k = n_k / sum_j n_j
+
+    The entropy is that of the summed counts, not the mean over batches, which would be too low: a batch shows few codes.
+
+    Args:
+        codebook_size: number of codes K. ValueError below 1.
+
+    Source of the perplexity: van den Oord, Vinyals and Kavukcuoglu, "Neural Discrete Representation Learning", NeurIPS 2017
+    (arXiv 1711.00937).
+    """
+
+    def __init__(self, codebook_size: int) -> None:
+        if codebook_size < 1:
+            raise ValueError(f"codebook_size: expected at least 1 code, got {codebook_size}")
+        self.counts = torch.zeros(codebook_size, dtype=torch.int64)
+
+    def update(self, indices: Tensor) -> CodebookUsage:
+        """Add integer indices of any shape (also none); returns itself.
+
+        Raises:
+            TypeError: indices that are not integers.
+            ValueError: an index outside of 0..K-1; nothing is counted then.
+        """
+        if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
+            raise TypeError(f"indices: expected integers, got {indices.dtype}; pass the codes, not the latents")
+        size = len(self.counts)
+        if indices.numel():
+            low, high = (bound.item() for bound in indices.aminmax())
+            if low < 0 or high >= size:
+                raise ValueError(f"indices: expected 0 to {size - 1}, got {low} to {high}; was the codebook_size another one?")
+        self.counts = self.counts.to(indices.device) + torch.bincount(indices.flatten().long(), minlength=size)
+        return self
+
+    def all_reduce(self) -> CodebookUsage:
+        """Make these the counts of all processes; returns itself. Every process must call it, once."""
+        self.counts = summed(self.counts)
+        return self
+
+    @property
+    def usage(self) -> float:
+        """Share of the codes that occurred, in [0, 1]; 0 before any index."""
+        return (self.counts > 0).double().mean().item()
+
+    @property
+    def perplexity(self) -> float:
+        """Effective number of codes, in [1, K]: K if all are equally frequent. ValueError: no indices yet."""
+        total = self.counts.sum()
+        if total == 0:
+            raise ValueError("expected indices for a perplexity, got none; call update first")
+        return torch.special.entr(self.counts.double() / total).sum().exp().item()

@@ -1,0 +1,96 @@
+"""Whether samples are copies of training images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dae.metrics.validation import check_same_pixels
+
+
+@dataclass(frozen=True)
+class Memorisation:
+    """Result of `memorisation`; N samples, M held-out images.
+
+    Attributes:
+        share_samples: share of the samples closer than the threshold to a training image.
+        share_heldout: the same share of the held-out images: about 0.01, what a model without memory would show.
+        threshold: distance below which an image counts as a copy.
+        nearest_index: int64 [N], the training image nearest to each sample.
+        nearest_distance: float64 [N], its distance.
+        heldout_distance: float64 [M], distance of each held-out image to the nearest training image.
+    """
+
+    share_samples: float
+    share_heldout: float
+    threshold: float
+    nearest_index: Tensor
+    nearest_distance: Tensor
+    heldout_distance: Tensor
+
+
+def memorisation(samples: Tensor, train: Tensor, heldout: Tensor, *, block: int = 1024) -> Memorisation:
+    """Share of samples that are nearer to a training image than all but 1 % of the held-out images are.
+
+        distance(x) = min over training images t of sqrt(mean over pixels and channels of (x - t)^2)
+
+    that is the root mean square difference a pixel, in units of [-1, 1]: black and white images are 2 apart. The threshold is
+    the 1 % quantile of the held-out images' distances by nearest rank: the (r + 1)-th smallest, where r is 0.01 M rounded
+    (halves up), and an image counts if it is *strictly* below. So without ties r of the M held-out images count: 1 % as
+    nearly as whole images allow, none if M is below 50. If that many held-out images are exact copies of training
+    images, the threshold would be 0 and nothing could be below; it is then the smallest positive number: exact copies
+    count, and share_heldout says how many there were.
+
+    Args:
+        samples, train, heldout: images [N, C, H, W], [T, C, H, W], [M, C, H, W], float, in [-1, 1].
+        block: images compared at once: memory is O(block (block + C H W)).
+
+    Raises:
+        TypeError: images that are not floating point.
+        ValueError: an empty batch, images of different sizes, NaN, or block below 1.
+
+    Source: ours. Nearest neighbours in the training set are the usual evidence; the held-out set makes them a number.
+    """
+    check_same_pixels(train=train, samples=samples, heldout=heldout)
+    if block < 1:
+        raise ValueError(f"block: expected at least 1 image, got {block}")
+    for name, images in {"samples": samples, "train": train, "heldout": heldout}.items():
+        if len(images) == 0:
+            raise ValueError(f"{name}: expected images, got none")
+        if not torch.isfinite(images).all():
+            raise ValueError(f"{name}: expected finite pixels, got NaN or infinity; look for a diverged model")
+    nearest_index, nearest_distance = _nearest(samples, train, block)
+    _, heldout_distance = _nearest(heldout, train, block)
+    rank = (len(heldout) + 50) // 100
+    smallest_positive = torch.finfo(torch.float64).tiny
+    threshold = max(heldout_distance.sort().values[rank].item(), smallest_positive)
+    return Memorisation(
+        share_samples=(nearest_distance < threshold).double().mean().item(),
+        share_heldout=(heldout_distance < threshold).double().mean().item(),
+        threshold=threshold,
+        nearest_index=nearest_index,
+        nearest_distance=nearest_distance,
+        heldout_distance=heldout_distance,
+    )
+
+
+def _nearest(images: Tensor, train: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Index of the training image nearest to each image, and its root mean square distance a pixel."""
+    indices, distances = [], []
+    for rows in images.flatten(1).split(block):
+        x_BP = rows.double()
+        best_B = torch.full((len(rows),), torch.inf, dtype=torch.float64, device=rows.device)
+        index_B = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
+        for start, candidates in zip(range(0, len(train), block), train.flatten(1).split(block), strict=True):
+            t_KP = candidates.to(rows.device).double()
+            # |x - t|^2 less |x|^2, which does not change which t is nearest: one matrix product.
+            value_B, within_B = (t_KP.square().sum(1) - 2 * x_BP @ t_KP.T).min(1)
+            index_B = torch.where(value_B < best_B, start + within_B, index_B)
+            best_B = torch.minimum(best_B, value_B)
+        # The distance itself from the difference, so that a copy is at distance 0 exactly.
+        nearest_BP = train[index_B.to(train.device)].flatten(1).to(rows.device).double()
+        indices.append(index_B)
+        distances.append((x_BP - nearest_BP).square().mean(1).sqrt())
+    return torch.cat(indices), torch.cat(distances)

@@ -1,0 +1,52 @@
+"""Checks of arguments that several metrics share: what was got, what was expected, and the remedy."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def check_images(**images: Tensor) -> None:
+    """Each argument is a batch of floating point images [N, C, H, W]."""
+    for name, x in images.items():
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"{name}: expected floating point images in [-1, 1], got {got}; for uint8, x.float() / 127.5 - 1")
+        if x.ndim != 4:
+            raise ValueError(f"{name}: expected images [N, C, H, W], got shape {tuple(x.shape)}; add the missing axis")
+
+
+def check_image_pairs(a: Tensor, b: Tensor) -> None:
+    """Two batches of images, one of each a pair."""
+    check_images(a=a, b=b)
+    if a.shape != b.shape:
+        raise ValueError(f"expected two batches of one shape, got {tuple(a.shape)} and {tuple(b.shape)}; pair them")
+
+
+def check_same_pixels(**images: Tensor) -> None:
+    """Batches of any length whose images have one size, so that pixels can be compared."""
+    check_images(**images)
+    (first, reference), *others = images.items()
+    for name, x in others:
+        if x.shape[1:] != reference.shape[1:]:
+            raise ValueError(
+                f"expected images of one size, got {tuple(reference.shape[1:])} ({first}) and {tuple(x.shape[1:])} ({name}); resize"
+            )
+
+
+def check_features(rows: int = 0, **features: Tensor) -> None:
+    """Finite feature vectors [N, D], at least `rows` of them in each argument, all of one dimension D."""
+    dimension = None
+    for name, x in features.items():
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"{name}: expected floating point features [N, D], got {got}; convert them by x.float()")
+        if x.ndim != 2:
+            raise ValueError(f"{name}: expected features [N, D], got shape {tuple(x.shape)}; flatten all but the first axis")
+        if len(x) < rows:
+            raise ValueError(f"{name}: expected at least {rows} rows, got {len(x)}; add images")
+        if dimension is not None and x.shape[1] != dimension:
+            raise ValueError(f"{name}: expected {dimension} features a row, got {x.shape[1]}; use one feature extractor for both")
+        dimension = x.shape[1]
+        if not torch.isfinite(x).all():
+            raise ValueError(f"{name}: expected finite features, got NaN or infinity; look for diverged weights or broken images")
