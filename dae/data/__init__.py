@@ -1,0 +1,8 @@
+"""Images for training: Hugging Face data sets, decoding, exact resume of the order, augmentation on the batch."""
+
+from dae.data.augment import augment
+from dae.data.images import decode_image, to_square, to_tensor
+from dae.data.load import ImageData, load_data
+from dae.data.loader import TrainLoader, evaluation_batches
+
+__all__ = ["ImageData", "TrainLoader", "augment", "decode_image", "evaluation_batches", "load_data", "to_square", "to_tensor"]

@@ -1,0 +1,128 @@
+"""The two data sets that need no download: they lie inside packages."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from dae.data.images import decode_image
+from dae.data.splits import hold_out
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+NAMES = ("digits", "photos")
+
+# A photograph is wholly in one split. Of the stereo pair `motorcycle_*` only one picture is used.
+PHOTOS = {
+    "train": (
+        "sklearn/datasets/images/china.jpg",
+        "skimage/data/astronaut.png",
+        "skimage/data/brick.png",
+        "skimage/data/camera.png",
+        "skimage/data/coffee.png",
+        "skimage/data/coins.png",
+        "skimage/data/grass.png",
+        "skimage/data/hubble_deep_field.jpg",
+        "skimage/data/ihc.png",
+        "skimage/data/moon.png",
+        "skimage/data/motorcycle_left.png",
+        "skimage/data/retina.jpg",
+        "skimage/data/rocket.jpg",
+    ),
+    "test": (
+        "sklearn/datasets/images/flower.jpg",
+        "skimage/data/chelsea.png",
+        "skimage/data/clock_motion.png",
+        "skimage/data/gravel.png",
+    ),
+}
+MAX_CROPS = {"train": 4096, "test": 512}
+
+
+def load_digits() -> dict[str, Dataset]:
+    """scikit-learn's 1,797 handwritten digits, 8 x 8 grey, 10 classes: 1,437 to train on and 360 held out.
+
+    Grey levels 0..16 become 0..255. The split is stratified and always the same.
+    """
+    from datasets import ClassLabel
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    levels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
+    names = [str(i) for i in range(10)]
+    train, test = hold_out(len(levels), 360, digits.target)
+    return {
+        split: _dataset([_png(Image.fromarray(levels[i])) for i in rows], "label", digits.target[rows], ClassLabel(names=names))
+        for split, rows in (("train", train), ("test", test))
+    }
+
+
+def load_photos(resolution: int) -> dict[str, Dataset]:
+    """Crops of the photographs inside the scikit-learn and scikit-image wheels, split by photograph.
+
+    Crops have twice the side `resolution`, lie on a grid with steps of `resolution`, and are halved. Where there are more
+    than `MAX_CROPS`, every n-th is kept. The column `photograph` names the source; there is no label column.
+
+    Raises:
+        ImportError: a package is missing.
+    """
+    from datasets import ClassLabel
+
+    names = [Path(path).stem for paths in PHOTOS.values() for path in paths]
+    splits = {}
+    for split, paths in PHOTOS.items():
+        photos = [decode_image(_inside_package(path), 3) for path in paths]
+        places = [(i, corner) for i, photo in enumerate(photos) for corner in _corners(photo, resolution)]
+        kept = np.unique(np.linspace(0, len(places) - 1, min(len(places), MAX_CROPS[split])).round().astype(int))
+        images = [_png(_crop(photos[i], corner, resolution)) for i, corner in (places[k] for k in kept)]
+        labels = [names.index(Path(paths[places[k][0]]).stem) for k in kept]
+        splits[split] = _dataset(images, "photograph", labels, ClassLabel(names=names))
+    return splits
+
+
+def _side(photo: Image.Image, resolution: int) -> int:
+    return min(2 * resolution, *photo.size)
+
+
+def _corners(photo: Image.Image, resolution: int) -> list[tuple[int, int]]:
+    side = _side(photo, resolution)
+    step = max(side // 2, 1)
+    return [(x, y) for y in range(0, photo.height - side + 1, step) for x in range(0, photo.width - side + 1, step)]
+
+
+def _crop(photo: Image.Image, corner: tuple[int, int], resolution: int) -> Image.Image:
+    (x, y), side = corner, _side(photo, resolution)
+    shrunk = min(side, resolution)
+    return photo.crop((x, y, x + side, y + side)).resize((shrunk, shrunk), Image.Resampling.BOX)
+
+
+def _inside_package(path: str) -> dict:
+    package, _, inside = path.partition("/")
+    spec = importlib.util.find_spec(package)  # finds the folder without importing the package
+    file = Path(spec.submodule_search_locations[0]) / inside if spec and spec.submodule_search_locations else None
+    if file is None or not file.is_file():
+        raise ImportError(
+            f"the data set 'photos' needs {path!r} from the wheel of {package}, which is not there: "
+            'pip install "decoupled-autoencoder[photos]"'
+        )
+    return {"path": str(file), "bytes": None}
+
+
+def _png(image: Image.Image) -> dict:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def _dataset(images: list[dict], label_column: str, labels: list | np.ndarray, label: object) -> Dataset:
+    from datasets import Dataset, Features
+    from datasets import Image as ImageFeature
+
+    features = Features({"image": ImageFeature(decode=False), label_column: label})
+    return Dataset.from_dict({"image": images, label_column: [int(i) for i in labels]}, features=features)

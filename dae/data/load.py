@@ -1,0 +1,113 @@
+"""`load_data`: from the configuration to a training and a validation set, checked before anything is trained."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from dae.config import DataConfig
+from dae.data import columns
+from dae.data.partition import choose_validation, split_stream, split_table
+from dae.data.rows import ImageDataset, ImageStream, RowDecoder
+from dae.data.sources import read_splits
+
+
+@dataclass
+class ImageData:
+    """A training and a validation set of images; see `load_data`."""
+
+    train: ImageDataset | ImageStream
+    validation: ImageDataset | ImageStream
+    class_names: list[str]
+    labelled: bool
+    fingerprint: str
+    name: str
+    columns: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    def describe(self) -> dict:
+        """What a model card or a report says about the data; JSON-able. Sizes of streams are None."""
+        sizes = {name: None if isinstance(part, ImageStream) else len(part) for name, part in self._parts()}
+        return {
+            "name": self.name,
+            **sizes,
+            "labelled": self.labelled,
+            "num_classes": self.num_classes,
+            "class_names": self.class_names,
+            "columns": self.columns,
+            "fingerprint": self.fingerprint,
+        }
+
+    def _parts(self) -> list[tuple[str, ImageDataset | ImageStream]]:
+        return [("train", self.train), ("validation", self.validation)]
+
+
+def load_data(config: DataConfig, seed: int) -> ImageData:
+    """Find, check, split and wrap the data set that `config` names.
+
+    The held-out rows do not depend on `seed`, so that runs with different seeds are validated on the same rows; `seed` only
+    chooses which rows `max_train_samples` keeps (of a stream: the first).
+
+    Raises:
+        FileNotFoundError: the data set does not exist or cannot be reached.
+        ValueError: a split or column does not exist, a split is empty, a label is out of range, bytes are no image.
+        TypeError: a column has a type that cannot be used.
+        ImportError: `photos` without its packages.
+    """
+    for key, value in (("resolution", config.resolution), ("channels", config.channels)):
+        if value < 1 or (key == "channels" and value not in (1, 3)):
+            raise ValueError(f"data.{key}: expected {'1 or 3' if key == 'channels' else 'at least 1'}, got {value}")
+    if config.max_train_samples is not None and config.max_train_samples < 1:
+        raise ValueError(f"data.max_train_samples: expected at least 1 or null, got {config.max_train_samples}")
+    splits, folder = read_splits(config)
+    names = {"train": config.train_split, "validation": choose_validation(splits, config)}
+    wanted = {part: splits[name] for part, name in names.items() if name is not None}
+    features = wanted["train"].features
+    if features is None:
+        raise ValueError(f"{config.dataset_name}: the columns of this stream are not known; use streaming=false")
+    used = {
+        "image": columns.find_image_column(features, config.image_column),
+        "label": columns.find_label_column(features, config.label_column),
+    }
+    wanted = {part: _encoded(rows, used, f"{config.dataset_name}, split {names[part]!r}") for part, rows in wanted.items()}
+    labels = columns.resolve_labels(used["label"], features, config.num_classes, None if config.streaming else wanted.values())
+    decoders = {
+        part: RowDecoder(
+            origin=f"{config.dataset_name}, split {name or config.train_split!r}",
+            image_column=used["image"],
+            labels=labels,
+            resolution=config.resolution,
+            channels=config.channels,
+            center_crop=config.center_crop,
+            folder=folder,
+        )
+        for part, name in names.items()
+    }
+    split = split_stream if config.streaming else split_table
+    train, validation, contents = split(wanted, decoders, config, seed)
+    recipe = [contents, names, used, labels.class_names, config.resolution, config.channels, config.center_crop]
+    return ImageData(
+        train=train,
+        validation=validation,
+        class_names=labels.class_names,
+        labelled=labels.column is not None,
+        fingerprint=hashlib.blake2b(json.dumps(recipe).encode(), digest_size=16).hexdigest(),
+        name=config.dataset_name,
+        columns=used,
+    )
+
+
+def _encoded(rows: Any, used: dict[str, str | None], origin: str) -> Any:
+    """Only the columns in use, with the images left encoded: we decode them ourselves."""
+    from datasets import Image
+
+    for key, column in used.items():
+        if column is not None and column not in (rows.features or {}):
+            raise ValueError(f"{origin}: no {key} column {column!r}; the columns are {columns.describe_columns(rows.features or {})}")
+    rows = rows.select_columns(list(dict.fromkeys(column for column in used.values() if column is not None)))
+    return rows.cast_column(used["image"], Image(decode=False)) if isinstance(rows.features[used["image"]], Image) else rows

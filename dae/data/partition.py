@@ -1,0 +1,190 @@
+"""The training and the validation part of a data set, checked, and a digest of what is in them."""
+
+from __future__ import annotations
+
+import hashlib
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dae.config import DataConfig
+from dae.data.columns import label_values
+from dae.data.images import open_image, read_bytes
+from dae.data.rows import ImageDataset, ImageStream, RowDecoder
+from dae.data.splits import hold_out
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+HELD_OUT_NAMES = ("validation", "test", "val")
+STREAM_VERIFY_ROWS = 64  # rows of a stream that are checked: each is read twice
+WHOLE_DIGEST_BYTES = 1 << 28  # up to this size all bytes are digested, above it all sizes and DIGEST_ROWS rows
+DIGEST_ROWS = 2048
+
+
+def choose_validation(splits: dict[str, Any], config: DataConfig) -> str | None:
+    """Name of the held-out split; None where rows of the training split have to be held out.
+
+    Raises:
+        ValueError: the training or the validation split does not exist, or both are one.
+    """
+    for key in ("train_split", "validation_split"):
+        name = getattr(config, key)
+        if name is not None and name not in splits:
+            raise ValueError(f"{config.dataset_name}: no split {key}={name!r}; the splits are {sorted(splits)}")
+    if config.validation_split == config.train_split:
+        raise ValueError(f"train_split and validation_split are both {config.train_split!r}; null holds rows out of training")
+    others = [name for name in HELD_OUT_NAMES if name in splits and name != config.train_split]
+    return config.validation_split or next(iter(others), None)
+
+
+def split_table(
+    parts: dict[str, Dataset], decoders: dict[str, RowDecoder], config: DataConfig, seed: int
+) -> tuple[ImageDataset, ImageDataset, list]:
+    """Map-style training and validation set, and what identifies their contents.
+
+    Args:
+        parts: the encoded rows of `train` and, if the data set has a held-out split, `validation`.
+        decoders: how to read the rows of `train` and `validation`.
+        config: sizes and number of rows to verify.
+        seed: chooses the rows that `max_train_samples` keeps.
+
+    Raises:
+        ValueError: no rows, too few rows to hold some out, or a bad row, which is named.
+    """
+    contents = []
+    for part, rows in parts.items():
+        if len(rows) == 0:
+            raise ValueError(f"{decoders[part].origin} is empty")
+        _verify_labels(rows, decoders[part])
+        for i in range(min(len(rows), len(rows) if config.verify_rows < 0 else config.verify_rows)):
+            _verify_image(rows[i], decoders[part], f"row {i}")
+        contents.append(_table_digest(rows, decoders[part]))
+    indices = {part: np.arange(len(rows)) for part, rows in parts.items()}
+    if "validation" not in parts:
+        column = decoders["train"].labels.column
+        size = _held_out_size(config, len(parts["train"]), decoders["train"].origin)
+        values = None if column is None else np.unique(label_values(parts["train"], column), return_inverse=True)[1]
+        indices["train"], indices["validation"] = hold_out(len(parts["train"]), size, values)
+    if config.max_train_samples is not None:
+        order = np.random.default_rng(seed).permutation(indices["train"])
+        indices["train"] = np.sort(order[: config.max_train_samples])
+    made = {}
+    for part, kept in indices.items():
+        rows = parts.get(part, parts["train"])
+        made[part] = ImageDataset(rows if len(kept) == len(rows) else rows.select(kept), decoders[part], kept)
+        contents.append(hashlib.blake2b(kept.astype(np.int64).tobytes(), digest_size=16).hexdigest())
+    return made["train"], made["validation"], contents
+
+
+def _held_out_size(config: DataConfig, rows: int, origin: str) -> int:
+    if config.validation_size < 1:
+        raise ValueError(f"data.validation_size: expected at least 1, got {config.validation_size}")
+    if rows < 2:
+        raise ValueError(f"{origin} has {rows} rows, too few to hold some out; set validation_split")
+    return max(1, min(config.validation_size, rows // 10))
+
+
+def _verify_labels(rows: Dataset, decoder: RowDecoder) -> None:
+    labels = decoder.labels
+    if labels.column is None or labels.from_string:
+        return
+    values = label_values(rows, labels.column)
+    bad = np.flatnonzero((values < 0) | (values >= labels.num_classes))
+    if bad.size:
+        decoder.label({labels.column: values[bad[0]]}, f"row {bad[0]}")
+
+
+def _verify_image(row: dict, decoder: RowDecoder, where: str) -> None:
+    source = row[decoder.image_column]
+    if isinstance(source, list):
+        return
+    try:
+        open_image(source, decoder.folder)
+    except (ValueError, FileNotFoundError) as error:
+        raise type(error)(f"{decoder.origin}, {where}: {error}") from error
+
+
+def _table_digest(rows: Dataset, decoder: RowDecoder) -> str:
+    """Digest of the labels, of the size of each image, and of the bytes of all images or of evenly spaced ones."""
+    digest = hashlib.blake2b(digest_size=16)
+    if decoder.labels.column is not None:
+        digest.update(repr(label_values(rows, decoder.labels.column).tolist()).encode())
+    sizes = _encoded_sizes(rows, decoder.image_column, decoder.folder)
+    digest.update(sizes.tobytes())
+    chosen = np.arange(len(rows))
+    if sizes.sum() > WHOLE_DIGEST_BYTES:
+        chosen = np.unique(np.linspace(0, len(rows) - 1, DIGEST_ROWS).astype(np.int64))
+    for i in chosen:
+        source = rows[int(i)][decoder.image_column]
+        digest.update(repr(source).encode() if isinstance(source, list) else _bytes_or_nothing(source, decoder.folder))
+    return digest.hexdigest()
+
+
+def _bytes_or_nothing(source: Any, folder: Path | None) -> bytes:
+    """A row that cannot be read is no matter of the digest: verification or decoding names it."""
+    try:
+        return read_bytes(source, folder)
+    except (ValueError, OSError):
+        return b""
+
+
+def _encoded_sizes(rows: Dataset, column: str, folder: Path | None) -> np.ndarray:
+    """Bytes of each encoded image, without reading them: from the offsets of the table, or from the file system."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    sizes = []
+    for table in rows.select_columns([column]).with_format("arrow").iter(1000):
+        images = pa.chunked_array(table.column(column)).combine_chunks()
+        if not pa.types.is_struct(images.type):
+            sizes.append(np.full(len(images), images.nbytes // max(len(images), 1)))
+            continue
+        known = pc.fill_null(pc.binary_length(images.field("bytes")), -1).to_numpy(zero_copy_only=False).astype(np.int64)
+        for i in np.flatnonzero(known < 0):
+            path = images.field("path")[int(i)].as_py()
+            file = (folder or Path()) / path if path else None
+            known[i] = file.stat().st_size if file is not None and file.is_file() else -1
+        sizes.append(known)
+    return np.concatenate(sizes).astype(np.int64)
+
+
+def split_stream(
+    parts: dict[str, IterableDataset], decoders: dict[str, RowDecoder], config: DataConfig, seed: int
+) -> tuple[ImageStream, ImageStream, list]:
+    """Training and validation stream, and what identifies their contents as far as reading the head can tell.
+
+    Where rows must be held out, these are the first ones. Training leaves them out by the digest of their bytes and not by
+    `skip`, which skips other rows as soon as the stream is dealt out to several workers. `seed` is not used: of a stream
+    `max_train_samples` keeps the first rows.
+    """
+    train, digests = parts["train"], frozenset()
+    heads = {part: list(islice(rows, STREAM_VERIFY_ROWS)) for part, rows in parts.items()}
+    for part, head in heads.items():
+        if not head:
+            raise ValueError(f"{decoders[part].origin} is empty")
+        for i, row in enumerate(head if config.verify_rows < 0 else head[: config.verify_rows]):
+            decoders[part].label(row, f"row {i}")
+            _verify_image(row, decoders[part], f"row {i}")
+    contents = [[decoders[part].digest(row) for row in head] for part, head in heads.items()]
+    if "validation" in parts:
+        validation = parts["validation"]
+    else:
+        size = _held_out_size(config, _count_up_to(train, 10 * config.validation_size, config), decoders["train"].origin)
+        validation = train.take(size)
+        digests = frozenset(decoders["train"].digest(row) for row in validation)
+        contents.append(sorted(digests))
+    if config.max_train_samples is not None:
+        train = train.take(config.max_train_samples + len(digests))
+        contents.append(config.max_train_samples)
+    return ImageStream(train, decoders["train"], digests), ImageStream(validation, decoders["validation"]), contents
+
+
+def _count_up_to(rows: IterableDataset, limit: int, config: DataConfig) -> int:
+    """Number of rows, at most `limit`: from what the data set says about itself, else by reading."""
+    known = (rows.info.splits or {}).get(config.train_split)
+    if known is not None and known.num_examples:
+        return min(known.num_examples, limit)
+    return sum(1 for _ in islice(rows, limit))
