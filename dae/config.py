@@ -73,7 +73,7 @@ class VQConfig:
     ema_decay: float = knob(0.99, "decay of the moving average that carries the codebook")
     commitment_weight: float = knob(0.25, "weight of |z - sg(code)|^2 that keeps the encoder near its codes")
     kmeans_iterations: int = knob(10, "Lloyd iterations that place the codebook on the first batches; 0 starts at random")
-    revive_threshold: float = knob(0.1, "a code whose average use falls below this share of N / K is moved onto a latent; 0 never")
+    revive_threshold: float = knob(0.1, "a code used less than this share of the average is moved onto a latent; 0 never")
 
 
 @dataclass
@@ -84,7 +84,9 @@ class KLConfig:
 @dataclass
 class AutoencoderConfig:
     base_channels: int = knob(64, "channels at full resolution")
-    channel_multipliers: List[int] = knob([1, 2], "channels of each level relative to base_channels; each level after the first halves the resolution")
+    channel_multipliers: List[int] = knob(
+        [1, 2], "channels of each level relative to base_channels; each level after the first halves the resolution"
+    )
     num_blocks: int = knob(1, "residual blocks a level in the encoder; a full decoder has one more")
     attention_resolutions: List[int] = knob([], "feature-map sizes at which self-attention is added")
     latent_channels: int = knob(16, "channels of the latent")
@@ -92,9 +94,6 @@ class AutoencoderConfig:
     vq: VQConfig = field(default_factory=VQConfig, metadata={"help": "vector quantization"})
     kl: KLConfig = field(default_factory=KLConfig, metadata={"help": "Gaussian posterior"})
     decoder: DecoderConfig = field(default_factory=DecoderConfig, metadata={"help": "the real decoder"})
-    auxiliary_decoder: DecoderConfig = field(
-        default_factory=lambda: DecoderConfig(family="narrow"), metadata={"help": "the weak decoder of stage 1"}
-    )
 
 
 @dataclass
@@ -115,7 +114,9 @@ class OptimizationConfig:
     """One optimisation: of a stage of the autoencoder, or of the prior."""
 
     max_train_steps: int = knob(1000, "optimiser steps")
-    train_batch_size: int = knob(64, "images a process and micro-batch; global batch = this x processes x gradient_accumulation_steps")
+    train_batch_size: int = knob(
+        64, "images a process and micro-batch; global batch = this x processes x gradient_accumulation_steps"
+    )
     gradient_accumulation_steps: int = knob(1, "micro-batches an optimiser step")
     learning_rate: float = knob(1e-3, "peak learning rate of AdamW")
     lr_scheduler: str = knob("cosine", "shape after the warm-up", choices=("constant", "linear", "cosine"))
@@ -189,6 +190,9 @@ class Config:
     hub_model_id: Optional[str] = knob(None, "repository to upload to")
     data: DataConfig = field(default_factory=DataConfig, metadata={"help": "images"})
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig, metadata={"help": "architecture"})
+    auxiliary_decoder: DecoderConfig = field(
+        default_factory=lambda: DecoderConfig(family="narrow"), metadata={"help": "the weak decoder of stage 1"}
+    )
     stage1: StageConfig = field(default_factory=StageConfig, metadata={"help": "encoder, quantizer and auxiliary decoder"})
     stage2: StageConfig = field(default_factory=StageConfig, metadata={"help": "the real decoder on the frozen latent"})
     prior: PriorConfig = field(default_factory=PriorConfig, metadata={"help": "autoregressive Transformer over the tokens"})
@@ -245,7 +249,7 @@ def _reject_unknown_keys(layer: Any, schema: type, source: str, prefix: str = ""
             leaves = [row.key for row in describe(schema, prefix)] + [prefix + s for s in sections]
             everywhere = [row.key for row in describe(Config)]
             by_leaf = [k for k in everywhere if k.rsplit(".", 1)[-1] == str(key)]
-            near = by_leaf or difflib.get_close_matches(name, leaves, 1, 0.0) or difflib.get_close_matches(name, everywhere, 1, 0.0)
+            near = by_leaf or difflib.get_close_matches(name, leaves + everywhere, 1, 0.0)
             raise ValueError(f"{source}: unknown key {name!r}; the nearest one is {near[0]!r}")
         value = layer._get_node(key)
         factory = sections[str(key)]
@@ -271,6 +275,15 @@ def save_config(config: Config, path: str | Path) -> None:
     from omegaconf import OmegaConf
 
     Path(path).write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def from_dict(schema: type, values: dict) -> Any:
+    """The dataclass `schema` from plain nested dictionaries (`dataclasses.asdict` undone); unknown keys raise ValueError."""
+    fields = {f.name: f for f in dataclasses.fields(schema)}
+    if unknown := sorted(set(values) - set(fields)):
+        raise ValueError(f"{schema.__name__} has no field {unknown[0]!r}; it has {sorted(fields)}")
+    nested = {name: type(f.default_factory()) for name, f in fields.items() if f.default_factory is not dataclasses.MISSING}
+    return schema(**{k: from_dict(nested[k], v) if isinstance(v, dict) else v for k, v in values.items()})
 
 
 def differing_keys(a: Any, b: Any, prefix: str = "") -> list[str]:
@@ -323,7 +336,7 @@ def config_from_command_line(doc: str, argv: list[str] | None = None) -> Config:
     )
     digits = Path(sys.argv[0]).resolve().parent / "configs" / "digits.yaml"
     parser.add_argument("--config", default=digits if digits.is_file() else None, help="YAML file (default: %(default)s)")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override of a key, for example stage1.learning_rate=3e-4")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override, for example stage1.learning_rate=3e-4")
     arguments = parser.parse_args(argv)
     try:
         return load_config(arguments.config, arguments.overrides)

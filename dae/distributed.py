@@ -8,7 +8,7 @@ to process i mod W, which is how `torch.utils.data.DistributedSampler` deals the
 
 from __future__ import annotations
 
-from typing import Callable
+from typing import Any, Callable
 
 import torch
 import torch.distributed as dist
@@ -50,3 +50,27 @@ def in_global_order(x_B: Tensor) -> Tensor:
     parts = [torch.empty_like(x_B) for _ in range(world)]
     dist.all_gather(parts, x_B.contiguous())
     return torch.stack(parts, dim=1).flatten(0, 1)
+
+
+def gather_objects(value: Any) -> list:
+    """`value` (JSON-like) of every process, in order of rank."""
+    if world_size() == 1:
+        return [value]
+    values = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def run_on_first_process(action: Callable[[], None]) -> None:
+    """Run `action` on process 0 while the others wait; if it raises OSError there, every process raises it."""
+    failure = None
+    if rank() == 0:
+        try:
+            action()
+        except OSError as error:
+            failure = error
+    described = gather_objects(None if failure is None else (failure.errno, failure.strerror, failure.filename))[0]
+    if failure is not None:
+        raise failure
+    if described is not None:
+        raise OSError(*described)

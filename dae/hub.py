@@ -1,0 +1,121 @@
+"""Models on disk and on the Hugging Face Hub: `config.json` and `model.safetensors`, nothing pickled.
+
+The configuration also travels in the metadata of the safetensors file, so a weight file describes itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+import dae
+
+WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+
+
+class PretrainedModel(nn.Module):
+    """A module that saves and loads itself. Subclasses define `to_config()` (JSON-able) and `from_config(dict)`."""
+
+    def to_config(self) -> dict:
+        raise NotImplementedError
+
+    @classmethod
+    def from_config(cls, config: dict) -> Self:
+        raise NotImplementedError
+
+    def save_pretrained(self, folder: str | Path, *, state_dict: dict | None = None, card: str | None = None) -> None:
+        """Write `config.json`, `model.safetensors` and, if given, the model card `README.md` into `folder`.
+
+        Args:
+            folder: made if it does not exist. Each file appears whole or not at all.
+            state_dict: weights to write instead of the module's own (an EMA, say).
+            card: text of the model card.
+
+        Raises:
+            OSError: the disk is full or the folder cannot be written; earlier files are then untouched.
+        """
+        from safetensors.torch import save
+
+        from dae.files import write_file
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"_class_name": type(self).__name__, "_dae_version": dae.__version__} | self.to_config(), indent=2)
+        weights = self.state_dict() if state_dict is None else state_dict
+        weights = {k: v.detach().cpu().contiguous() for k, v in weights.items()}
+        write_file(folder / WEIGHTS, save(weights, metadata={"format": "pt", "config": text}))
+        write_file(folder / CONFIG, text.encode())
+        if card is not None:
+            write_file(folder / CARD, card.encode())
+
+    @classmethod
+    def from_pretrained(cls, name_or_path: str | Path, *, revision: str | None = None, device: Any = "cpu") -> Self:
+        """Load a folder written by `save_pretrained`, or a repository of the Hub, in evaluation mode.
+
+        Raises:
+            FileNotFoundError: no such folder, or it holds no model.
+            ValueError: it holds another class, or weights that do not fit the configuration.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        folder = Path(name_or_path)
+        if not folder.is_dir():
+            folder = _download(str(name_or_path), revision)
+        for name in (CONFIG, WEIGHTS):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder} holds no {name}: expected a folder written by {cls.__name__}.save_pretrained")
+        config = json.loads((folder / CONFIG).read_text())
+        if config.get("_class_name") != cls.__name__:
+            raise ValueError(f"{folder} holds a {config.get('_class_name')!r}, expected a {cls.__name__!r}")
+        model = cls.from_config({k: v for k, v in config.items() if not k.startswith("_")})
+        try:
+            weights = load_file(folder / WEIGHTS)
+        except SafetensorError as error:
+            raise ValueError(f"{folder / WEIGHTS} is damaged: {error}") from error
+        load_weights(model, weights, str(folder / WEIGHTS))
+        return model.to(device).eval()
+
+    def push_to_hub(self, repo_id: str, *, folder: str | Path, private: bool = False, token: str | None = None) -> str:
+        """Upload a folder that `save_pretrained` wrote to the Hub repository `repo_id`; returns the commit's URL."""
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token, library_name="decoupled-autoencoder", library_version=dae.__version__)
+        api.create_repo(repo_id, private=private, exist_ok=True)
+        commit = api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=[WEIGHTS, CONFIG, CARD])
+        return str(commit)
+
+
+def _download(repo_id: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=[WEIGHTS, CONFIG, CARD]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise FileNotFoundError(f"{repo_id!r} is neither a folder nor a repository of the Hub that can be reached: {error}") from error
+
+
+def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: str) -> None:
+    """Load a state dict, strictly; ValueError names the tensors that are missing, left over, or of another shape."""
+    own = model.state_dict()
+    missing, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    shapes = [f"{k} is {list(weights[k].shape)}, expected {list(own[k].shape)}" for k in own if k in weights and weights[k].shape != own[k].shape]
+    if missing or unknown or shapes:
+        parts = [("missing", missing), ("unknown", unknown), ("of another shape", shapes)]
+        text = "; ".join(f"{len(names)} {what}: {', '.join(names[:3])}" for what, names in parts if names)
+        raise ValueError(f"{source} is a checkpoint of another architecture ({text})")
+    model.load_state_dict(weights)
+
+
+def fingerprint(folder: str | Path) -> str:
+    """SHA-256 of a saved model's weights and configuration: changes when either does."""
+    digest = hashlib.sha256()
+    for name in (CONFIG, WEIGHTS):
+        digest.update((Path(folder) / name).read_bytes())
+    return digest.hexdigest()

@@ -1,0 +1,4 @@
+from dae.losses.adversarial import adaptive_weight, discriminator_loss, generator_loss
+from dae.losses.reconstruction import reconstruction_loss
+
+__all__ = ["adaptive_weight", "discriminator_loss", "generator_loss", "reconstruction_loss"]

@@ -1,0 +1,168 @@
+"""Autoregressive prior over the tokens of a VQ latent: a decoder-only, class-conditional Transformer.
+
+Rotary positions (Su et al. 2021), QK-norm (Henry et al. 2020), RMSNorm (Zhang & Sennrich 2019), SwiGLU (Shazeer 2020);
+the class is the first token, as in LlamaGen (Sun et al. 2024), and a null class serves classifier-free guidance.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dae.config import PriorConfig, from_dict
+from dae.distributed import draw_rows
+from dae.hub import PretrainedModel
+from dae.models.layers import Dropout
+from dae_kernels import attention
+
+
+class KVCache:
+    """Keys and values of all positions seen so far, in tensors of fixed size [depth, B, heads, length, head_dim]."""
+
+    def __init__(self, depth: int, batch: int, heads: int, length: int, head_dim: int, *, device, dtype):
+        self.keys = torch.zeros(depth, batch, heads, length, head_dim, device=device, dtype=dtype)
+        self.values = torch.zeros_like(self.keys)
+        self.position = 0  # number of positions that are filled
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store [B, heads, L, head_dim] of the next L positions; return all keys and values up to them."""
+        end = self.position + k.shape[2]
+        if end > self.keys.shape[3]:
+            raise ValueError(f"the KV cache holds {self.keys.shape[3]} positions, asked to hold {end}")
+        self.keys[layer, :, :, self.position : end] = k
+        self.values[layer, :, :, self.position : end] = v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+def rotary_table(length: int, head_dim: int, base: float = 10000.0) -> Tensor:
+    """Angles' cosine and sine, [2, length, head_dim / 2]: position p turns pair i by p * base^(-2i / head_dim)."""
+    frequencies = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    angles = torch.arange(length, dtype=torch.float64)[:, None] * frequencies
+    return torch.stack([angles.cos(), angles.sin()]).float()
+
+
+def rotate(x_BHLD: Tensor, table: Tensor) -> Tensor:
+    """Turn the pairs (x_i, x_{i + D/2}) by the angles of `rotary_table`."""
+    cos, sin = table.to(x_BHLD.dtype)
+    a, b = x_BHLD.chunk(2, dim=-1)
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + swiglu(norm(x))."""
+
+    def __init__(self, config: PriorConfig, layer: int):
+        super().__init__()
+        self.layer, self.heads, self.impl = layer, config.num_heads, config.attention
+        width, head_dim = config.width, config.width // config.num_heads
+        hidden = -(-width * 8 // 3 // 16) * 16  # the parameters of a 4 x MLP, in a multiple of 16
+        self.norm_attention = nn.RMSNorm(width, eps=1e-6)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.norm_q, self.norm_k = nn.RMSNorm(head_dim, eps=1e-6), nn.RMSNorm(head_dim, eps=1e-6)
+        self.proj = nn.Linear(width, width, bias=False)
+        self.norm_mlp = nn.RMSNorm(width, eps=1e-6)
+        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+        self.dropout = Dropout(config.dropout)
+
+    def forward(self, x: Tensor, table: Tensor, cache: KVCache | None) -> Tensor:
+        B, L, _ = x.shape
+        q, k, v = self.qkv(self.norm_attention(x)).view(B, L, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        q, k = rotate(self.norm_q(q), table), rotate(self.norm_k(k), table)
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)
+        h = attention(q, k, v, causal=True, impl=self.impl)
+        x = x + self.dropout(self.proj(h.transpose(1, 2).flatten(2)))
+        gate, up = self.gate_up(self.norm_mlp(x)).chunk(2, dim=-1)
+        return x + self.dropout(self.down(F.silu(gate) * up))
+
+
+class ARPrior(PretrainedModel):
+    """p(tokens | class) = prod_t p(token_t | class, token_<t).
+
+    Args:
+        config: width, depth, heads, dropout, attention back-end.
+        vocab_size: codebook size K of the tokenizer.
+        sequence_length: tokens an image, T.
+        num_classes: C; label C is the null class.
+        tokenizer: fingerprint of the tokenizer whose tokens these are.
+    """
+
+    def __init__(self, config: PriorConfig, *, vocab_size: int, sequence_length: int, num_classes: int, tokenizer: str = ""):
+        super().__init__()
+        if config.width % config.num_heads or (config.width // config.num_heads) % 2:
+            raise ValueError(
+                f"prior.width={config.width} over prior.num_heads={config.num_heads}: expected an even, whole head dimension"
+            )
+        self.config, self.vocab_size, self.sequence_length = config, vocab_size, sequence_length
+        self.num_classes, self.tokenizer = num_classes, tokenizer
+        self.gradient_checkpointing = False
+        self.class_embedding = nn.Embedding(num_classes + 1, config.width)
+        self.token_embedding = nn.Embedding(vocab_size, config.width)
+        self.dropout = Dropout(config.dropout)
+        self.blocks = nn.ModuleList([Block(config, layer) for layer in range(config.depth)])
+        self.norm = nn.RMSNorm(config.width, eps=1e-6)
+        self.head = nn.Linear(config.width, vocab_size, bias=False)
+        table = rotary_table(sequence_length, config.width // config.num_heads)
+        self.register_buffer("rotary", table, persistent=False)
+        for name, parameter in self.named_parameters():
+            if name.endswith(("proj.weight", "down.weight")):  # residual branches start small, as in GPT-2
+                nn.init.normal_(parameter, std=0.02 / (2 * config.depth) ** 0.5)
+            elif parameter.ndim == 2:
+                nn.init.normal_(parameter, std=0.02)
+
+    @property
+    def null_class(self) -> int:
+        return self.num_classes
+
+    def forward(self, labels_B: Tensor, tokens_BT: Tensor, cache: KVCache | None = None) -> Tensor:
+        """Logits [B, L, K] of the tokens that follow the class and each given token.
+
+        Without cache, the input is the class followed by `tokens_BT` [B, L - 1]; with L - 1 = T - 1 given tokens the
+        output holds the logits of all T. With a cache, the input is what follows the cached positions: the class (and
+        tokens) in the first call, then tokens only.
+        """
+        x = self.token_embedding(tokens_BT)
+        start = 0 if cache is None else cache.position
+        if start == 0:
+            x = torch.cat([self.class_embedding(labels_B)[:, None], x], dim=1)
+        if start + x.shape[1] > self.sequence_length:
+            raise ValueError(f"the prior models {self.sequence_length} tokens; class and {start + x.shape[1] - 1} tokens given is too many")
+        x = self.dropout(x)
+        table = self.rotary[:, start : start + x.shape[1]]
+        for block in self.blocks:
+            if self.gradient_checkpointing and self.training:
+                x = checkpoint(block, x, table, None, use_reentrant=False)
+            else:
+                x = block(x, table, cache)
+        if cache is not None:
+            cache.position += x.shape[1]
+        return self.head(self.norm(x))
+
+    def loss(self, labels_B: Tensor, tokens_BT: Tensor) -> Tensor:
+        """Mean cross-entropy in nats a token; in training the class is hidden with probability `class_dropout`."""
+        if self.training and self.config.class_dropout > 0:
+            hidden = draw_rows(torch.rand, labels_B.shape, device=labels_B.device) < self.config.class_dropout
+            labels_B = torch.where(hidden, self.null_class, labels_B)
+        logits = self(labels_B, tokens_BT[:, :-1])
+        return F.cross_entropy(logits.flatten(0, 1).float(), tokens_BT.flatten())
+
+    def make_cache(self, batch: int) -> KVCache:
+        """An empty cache for `batch` sequences, on the model's device and in its dtype."""
+        weight = self.head.weight
+        heads = self.config.num_heads
+        return KVCache(
+            self.config.depth, batch, heads, self.sequence_length, self.config.width // heads, device=weight.device, dtype=weight.dtype
+        )
+
+    def to_config(self) -> dict:
+        shape = {"vocab_size": self.vocab_size, "sequence_length": self.sequence_length, "num_classes": self.num_classes}
+        return {"prior": dataclasses.asdict(self.config), **shape, "tokenizer": self.tokenizer}
+
+    @classmethod
+    def from_config(cls, config: dict) -> ARPrior:
+        return cls(from_dict(PriorConfig, config["prior"]), **{k: v for k, v in config.items() if k != "prior"})

@@ -1,0 +1,165 @@
+"""The autoencoder: convolutional encoder, bottleneck (VQ or KL), and a decoder from the decoder family."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dae.config import AutoencoderConfig, DecoderConfig, from_dict
+from dae.hub import PretrainedModel
+from dae.models.decoders import build_decoder
+from dae.models.layers import Downsample, ResidualBlock, SelfAttention2d, group_norm
+from dae.quantizers import Encoding, GaussianBottleneck, VectorQuantizer
+
+
+@dataclass
+class Decoding:
+    sample: Tensor  # [B, C, H, W]
+
+
+@dataclass
+class Reconstruction:
+    sample: Tensor  # [B, C, H, W]
+    encoding: Encoding
+
+
+class Encoder(nn.Module):
+    """Images [B, C, H, W] to features [B, out_channels, H/f, W/f], f = 2^(levels - 1)."""
+
+    def __init__(self, config: AutoencoderConfig, image_channels: int, resolution: int, out_channels: int):
+        super().__init__()
+        self.gradient_checkpointing = False
+        widths = [config.base_channels * m for m in config.channel_multipliers]
+        channels = widths[0]
+        self.conv_in = nn.Conv2d(image_channels, channels, 3, padding=1)
+        self.levels = nn.ModuleList()
+        for level, width in enumerate(widths):
+            layers: list[nn.Module] = [Downsample(channels)] if level > 0 else []
+            for _ in range(config.num_blocks):
+                layers.append(ResidualBlock(channels, width))
+                channels = width
+                if resolution >> level in config.attention_resolutions:
+                    layers.append(SelfAttention2d(channels))
+            self.levels.append(nn.Sequential(*layers))
+        self.norm_out = group_norm(channels)
+        self.conv_out = nn.Conv2d(channels, out_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv_in(x)
+        for level in self.levels:
+            recompute = self.gradient_checkpointing and self.training
+            h = checkpoint(level, h, use_reentrant=False) if recompute else level(h)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+class Autoencoder(PretrainedModel):
+    """Encoder, bottleneck and decoder; the unit that is trained, saved and loaded.
+
+    Args:
+        config: architecture.
+        image_channels: channels of the images, which are in [-1, 1].
+        resolution: height and width of the images.
+
+    Raises:
+        ValueError: the resolution is not divisible by the encoder's factor, or a part of `config` is out of range.
+    """
+
+    def __init__(self, config: AutoencoderConfig, image_channels: int, resolution: int):
+        super().__init__()
+        self.config, self.image_channels, self.resolution = config, image_channels, resolution
+        self.factor = 1 << (len(config.channel_multipliers) - 1)
+        self.latent_frozen = False
+        if not config.channel_multipliers or resolution % self.factor:
+            raise ValueError(
+                f"autoencoder.channel_multipliers has {len(config.channel_multipliers)} levels, so the encoder divides the "
+                f"resolution by {self.factor}; data.resolution={resolution} is not divisible. "
+                f"The nearest that are: {resolution // self.factor * self.factor}, {(resolution // self.factor + 1) * self.factor}"
+            )
+        if config.bottleneck == "vq":
+            self.bottleneck = VectorQuantizer(config.vq, config.latent_channels)
+        else:
+            self.bottleneck = GaussianBottleneck(config.kl)
+        features = config.latent_channels * self.bottleneck.features_per_latent
+        self.encoder = Encoder(config, image_channels, resolution, features)
+        self.decoder = build_decoder(config, image_channels, resolution)
+
+    @property
+    def latent_size(self) -> int:
+        """Height and width of the latent."""
+        return self.resolution // self.factor
+
+    def encode(self, images: Tensor, *, sample_posterior: bool = False) -> Encoding:
+        """Images [B, C, H, W] in [-1, 1] to `.latents` [B, D, h, w], and for VQ `.indices` [B, h, w].
+
+        A KL bottleneck returns the posterior's mean, or a sample of it with `sample_posterior`.
+
+        Raises:
+            ValueError: another number of channels, or a size that the encoder's factor does not divide.
+        """
+        if images.ndim != 4 or images.shape[1] != self.image_channels:
+            raise ValueError(f"expected images [B, {self.image_channels}, H, W], got {list(images.shape)}")
+        if images.shape[2] % self.factor or images.shape[3] % self.factor:
+            raise ValueError(f"height and width must be divisible by {self.factor}, got {list(images.shape[2:])}")
+        return self.bottleneck(self.encoder(images), sample_posterior)
+
+    def decode(self, latents: Tensor) -> Decoding:
+        """Latents [B, D, h, w] to `.sample` [B, C, H, W], images in about [-1, 1] (not clipped)."""
+        return Decoding(self.decoder(latents))
+
+    def decode_indices(self, indices: Tensor) -> Decoding:
+        """Codebook indices [B, h, w], or [B, h * w] in raster order, to `.sample` [B, C, H, W].
+
+        Raises:
+            ValueError: the bottleneck has no codebook, or an index lies outside it.
+        """
+        if self.config.bottleneck != "vq":
+            raise ValueError("only a VQ bottleneck has indices; this autoencoder's is KL: use .decode(latents)")
+        codes = self.config.vq.codebook_size
+        if indices.numel() and not (indices.min() >= 0 and indices.max() < codes):
+            raise ValueError(f"indices must lie in 0..{codes - 1}, got {int(indices.min())}..{int(indices.max())}")
+        if indices.ndim == 2:
+            indices = indices.unflatten(1, (self.latent_size, -1))
+        return self.decode(self.bottleneck.lookup(indices))
+
+    def forward(self, images: Tensor) -> Reconstruction:
+        encoding = self.encode(images, sample_posterior=self.training)
+        return Reconstruction(self.decoder(encoding.latents), encoding)
+
+    def freeze_latent(self) -> None:
+        """Fix encoder and bottleneck for good: no gradient, no codebook update, evaluation mode also after `.train()`."""
+        self.latent_frozen = True
+        self.bottleneck.frozen = True
+        self.encoder.requires_grad_(False)
+        self.bottleneck.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Autoencoder:
+        super().train(mode)
+        if self.latent_frozen:
+            self.encoder.eval()
+            self.bottleneck.eval()
+        return self
+
+    def replace_decoder(self, decoder: DecoderConfig) -> None:
+        """Put a freshly initialised decoder in place of the present one (the switch from stage 1 to stage 2)."""
+        self.config = dataclasses.replace(self.config, decoder=decoder)
+        device = next(self.encoder.parameters()).device
+        self.decoder = build_decoder(self.config, self.image_channels, self.resolution).to(device)
+
+    def enable_gradient_checkpointing(self, enabled: bool = True) -> None:
+        self.encoder.gradient_checkpointing = self.decoder.gradient_checkpointing = enabled
+
+    def to_config(self) -> dict:
+        return {
+            "image_channels": self.image_channels,
+            "resolution": self.resolution,
+            "autoencoder": dataclasses.asdict(self.config),
+        }
+
+    @classmethod
+    def from_config(cls, config: dict) -> Autoencoder:
+        return cls(from_dict(AutoencoderConfig, config["autoencoder"]), config["image_channels"], config["resolution"])

@@ -1,0 +1,108 @@
+"""The decoder family: generators g: latent -> image, from one linear map to the full convolutional decoder.
+
+The weak members are the auxiliary decoders of stage 1: the encoder must put into the latent what such a decoder can read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from dae.config import AutoencoderConfig, DecoderConfig
+from dae.models.layers import ResidualBlock, SelfAttention2d, Upsample, group_norm
+
+
+class LinearDecoder(nn.ConvTranspose2d):
+    """One linear map from each latent vector to its f x f patch of pixels: the weakest generator that is local.
+
+    x[:, :, f*i:f*(i+1), f*j:f*(j+1)] = A z[:, :, i, j] + b, with one A for all positions and one b a channel.
+    """
+
+    gradient_checkpointing = False  # nothing in it is worth recomputing
+
+    def __init__(self, latent_channels: int, image_channels: int, factor: int):
+        super().__init__(latent_channels, image_channels, kernel_size=factor, stride=factor)
+
+
+class ConvDecoder(nn.Module):
+    """Residual blocks at each level from the coarsest to the finest, with upsampling between them.
+
+    Args:
+        config: widths, levels and attention of the autoencoder, mirrored from its encoder.
+        image_channels, resolution: of the images.
+        width_factor: scales the channels of every level (at least 4 channels are left).
+        num_blocks: residual blocks a level.
+        dropout: probability of channel dropout after each residual block.
+    """
+
+    def __init__(
+        self,
+        config: AutoencoderConfig,
+        image_channels: int,
+        resolution: int,
+        *,
+        width_factor: float,
+        num_blocks: int,
+        dropout: float,
+    ):
+        super().__init__()
+        self.gradient_checkpointing = False
+        widths = [max(4, round(config.base_channels * m * width_factor)) for m in config.channel_multipliers]
+        resolutions = [resolution >> level for level in range(len(widths))]
+        channels = widths[-1]
+        self.conv_in = nn.Conv2d(config.latent_channels, channels, 3, padding=1)
+        self.levels = nn.ModuleList()
+        for level in reversed(range(len(widths))):
+            layers: list[nn.Module] = []
+            if num_blocks == 0 and channels != widths[level]:
+                layers.append(nn.Conv2d(channels, widths[level], 1))
+                channels = widths[level]
+            for _ in range(num_blocks):
+                layers.append(ResidualBlock(channels, widths[level], dropout))
+                channels = widths[level]
+                if resolutions[level] in config.attention_resolutions:
+                    layers.append(SelfAttention2d(channels))
+            if level > 0:
+                layers.append(Upsample(channels))
+            self.levels.append(nn.Sequential(*layers))
+        self.norm_out = group_norm(channels)
+        self.conv_out = nn.Conv2d(channels, image_channels, 3, padding=1)
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = self.conv_in(z)
+        for level in self.levels:
+            recompute = self.gradient_checkpointing and self.training
+            h = checkpoint(level, h, use_reentrant=False) if recompute else level(h)
+        return self.conv_out(F.silu(self.norm_out(h)))
+
+
+def build_decoder(config: AutoencoderConfig, image_channels: int, resolution: int) -> nn.Module:
+    """The member of the family that `config.decoder` names; [B, latent_channels, h, w] -> [B, image_channels, H, W].
+
+    Raises:
+        ValueError: an unknown family, or a capacity outside its range.
+    """
+    decoder = config.decoder
+    full = {"width_factor": 1.0, "num_blocks": config.num_blocks + 1, "dropout": 0.0}
+    match decoder.family:
+        case "linear":
+            return LinearDecoder(config.latent_channels, image_channels, 1 << (len(config.channel_multipliers) - 1))
+        case "full":
+            capacity = full
+        case "narrow":
+            if not 0 < decoder.width_factor <= 1:
+                raise ValueError(f"width_factor of a narrow decoder lies in (0, 1], got {decoder.width_factor}")
+            capacity = full | {"width_factor": decoder.width_factor}
+        case "shallow":
+            if not 0 <= decoder.num_blocks <= config.num_blocks + 1:
+                raise ValueError(f"num_blocks of a shallow decoder lies in 0..{config.num_blocks + 1}, got {decoder.num_blocks}")
+            capacity = full | {"num_blocks": decoder.num_blocks}
+        case "dropout":
+            capacity = full | {"dropout": decoder.dropout}
+        case other:
+            families = next(f for f in dataclasses.fields(DecoderConfig) if f.name == "family").metadata["choices"]
+            raise ValueError(f"decoder family: expected one of {families}, got {other!r}")
+    return ConvDecoder(config, image_channels, resolution, **capacity)

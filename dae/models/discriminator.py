@@ -1,0 +1,34 @@
+"""Patch discriminator (Isola et al. 2017, "Image-to-Image Translation with Conditional Adversarial Networks", section 3.2.2)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dae.models.layers import group_norm
+
+
+class PatchDiscriminator(nn.Module):
+    """Images [B, C, H, W] to one real-or-fake logit for each overlapping patch, [B, 1, h, w].
+
+    GroupNorm instead of BatchNorm: a verdict then does not depend on the other images of the batch, nor on how many
+    processes share it.
+    """
+
+    def __init__(self, image_channels: int, channels: int = 64, num_layers: int = 2):
+        super().__init__()
+        self.conv_in = nn.Conv2d(image_channels, channels, 4, stride=2, padding=1)
+        self.convs, self.norms = nn.ModuleList(), nn.ModuleList()
+        for layer in range(1, num_layers + 1):
+            wider = min(channels * 2, 512)
+            stride = 2 if layer < num_layers else 1
+            self.convs.append(nn.Conv2d(channels, wider, 3, stride=stride, padding=1, bias=False))
+            self.norms.append(group_norm(wider))
+            channels = wider
+        self.conv_out = nn.Conv2d(channels, 1, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.leaky_relu(self.conv_in(x), 0.2)
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            h = F.leaky_relu(norm(conv(h)), 0.2)
+        return self.conv_out(h)

@@ -1,0 +1,91 @@
+"""Layers that encoder, decoders and discriminator share. Feature maps are [B, C, H, W]."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dae.distributed import draw_rows
+from dae_kernels import attention
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """GroupNorm with 32 groups, or with the largest number below that divides the channels."""
+    return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
+
+
+class Dropout(nn.Module):
+    """Zero entries with probability p in training and scale the rest by 1 / (1 - p).
+
+    The mask is drawn by `draw_rows`, so it does not depend on how many processes share the batch. `channelwise` drops
+    whole channels of a [B, C, H, W] map, as `nn.Dropout2d` does.
+    """
+
+    def __init__(self, p: float, channelwise: bool = False):
+        super().__init__()
+        if not 0 <= p < 1:
+            raise ValueError(f"a dropout probability lies in [0, 1), got {p}")
+        self.p, self.channelwise = p, channelwise
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return x
+        shape = (*x.shape[:2], 1, 1) if self.channelwise else x.shape
+        keep = draw_rows(torch.rand, shape, device=x.device) >= self.p
+        return x * keep / (1 - self.p)
+
+
+class ResidualBlock(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))), then channel dropout if asked for."""
+
+    def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0):
+        super().__init__()
+        self.norm1 = group_norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = group_norm(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
+        self.dropout = Dropout(dropout, channelwise=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return self.dropout(self.skip(x) + h)
+
+
+class SelfAttention2d(nn.Module):
+    """Residual single-head self-attention over the positions of a feature map."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, C, H, W = x.shape
+        qkv = self.qkv(self.norm(x)).reshape(B, 3, C, H * W).transpose(2, 3)
+        q, k, v = qkv.unsqueeze(2).unbind(1)  # [B, 1 head, HW, C]
+        h = attention(q, k, v).squeeze(1).transpose(1, 2).reshape(B, C, H, W)
+        return x + self.out(h)
+
+
+class Downsample(nn.Conv2d):
+    """Halve the resolution by a strided convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, channels, 3, stride=2, padding=1)
+
+
+class Upsample(nn.Module):
+    """Double the resolution: nearest neighbour, then a convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))

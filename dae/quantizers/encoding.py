@@ -1,0 +1,15 @@
+"""What every bottleneck returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass
+class Encoding:
+    latents: Tensor  # [B, D, h, w]: what the decoder reads
+    loss: Tensor  # scalar: the bottleneck's own term of the objective, weighted
+    features: Tensor  # [B, D, h, w]: the encoder's output before the bottleneck (KL: the posterior's mean)
+    indices: Tensor | None = None  # [B, h, w] int64, VQ only

@@ -1,0 +1,130 @@
+"""Vector quantization (van den Oord et al. 2017, "Neural Discrete Representation Learning", appendix A.1: EMA codebook)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dae.config import VQConfig
+from dae.distributed import rank, sum_over_processes, world_size
+from dae.quantizers.encoding import Encoding
+from dae_kernels import nearest_code
+
+
+def codebook_statistics(x_ND: Tensor, indices_N: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
+    """How many vectors each code has [K] and their sums [K, D], both fp64; sorted segments, so deterministic everywhere."""
+    order = torch.argsort(indices_N, stable=True)
+    counts_K = torch.bincount(indices_N, minlength=num_codes)
+    sums_KD = torch.segment_reduce(x_ND[order].double(), "sum", lengths=counts_K, initial=0.0)
+    return counts_K.double(), sums_KD
+
+
+class VectorQuantizer(nn.Module):
+    """Nearest code in l2, straight-through gradient, commitment loss, and a codebook that follows the latents.
+
+    latents = code[argmin_k |z - code_k|^2], loss = commitment_weight * mean |z - sg(latents)|^2.
+
+    The forward pass changes nothing. Training calls `observe` after each micro-batch and `update_codebook` after each
+    optimiser step: counts and sums of the *global* batch move averages with `ema_decay`, code_k = sums_k / counts_k, and
+    a code that is hardly used moves onto a random latent of the batch.
+    """
+
+    features_per_latent = 1
+
+    def __init__(self, config: VQConfig, channels: int):
+        super().__init__()
+        if config.codebook_size < 1:
+            raise ValueError(f"autoencoder.vq.codebook_size must be positive, got {config.codebook_size}")
+        self.config = config
+        self.frozen = False
+        K = config.codebook_size
+        self.register_buffer("codebook", torch.randn(K, channels))
+        self.register_buffer("average_counts", torch.ones(K))
+        self.register_buffer("average_sums", self.codebook.clone())
+        self._counts: Tensor | None = None  # of the micro-batches since the last update
+        self._sums: Tensor | None = None
+        self._latest: Tensor | None = None  # [B, T, D] latents of the last micro-batch: where dead codes go
+
+    def forward(self, features: Tensor, sample_posterior: bool = False) -> Encoding:
+        """Features [B, D, h, w] to latents of the same shape and indices [B, h, w]; a code is never sampled."""
+        z_BDhw = features.float()
+        indices, _ = nearest_code(z_BDhw.detach().movedim(1, -1), self.codebook)
+        quantized = self.lookup(indices)
+        loss = self.config.commitment_weight * F.mse_loss(z_BDhw, quantized)
+        latents = z_BDhw + (quantized - z_BDhw).detach() if z_BDhw.requires_grad else quantized
+        return Encoding(latents, loss, z_BDhw, indices)
+
+    def lookup(self, indices_Bhw: Tensor) -> Tensor:
+        """Codes [B, D, h, w] of indices [B, h, w]."""
+        return F.embedding(indices_Bhw, self.codebook).movedim(-1, 1)
+
+    @torch.no_grad()
+    def initialize_codebook(self, features_NDhw: Tensor, generator: torch.Generator) -> None:
+        """k-means on encoder outputs. Every process must pass the same features and an equally seeded CPU generator."""
+        self._refuse_if_frozen()
+        x_ND = features_NDhw.movedim(1, -1).flatten(0, -2).float()
+        K = len(self.codebook)
+
+        def random_latents(count: int) -> Tensor:
+            few = len(x_ND) < K  # then codes share latents, and noise tells them apart
+            rows = torch.randint(len(x_ND), (count,), generator=generator) if few else torch.randperm(len(x_ND), generator=generator)
+            chosen = x_ND[rows[:count].to(x_ND.device)]
+            noise = torch.randn(chosen.shape, generator=generator).to(chosen) * x_ND.std(0)
+            return chosen + 1e-2 * noise if few else chosen
+
+        codebook = random_latents(K)
+        counts = torch.ones(K, device=x_ND.device)
+        for _ in range(self.config.kmeans_iterations):
+            indices, _ = nearest_code(x_ND, codebook)
+            counts, sums = codebook_statistics(x_ND, indices, K)
+            empty = counts == 0
+            codebook = (sums / counts.clamp(min=1)[:, None]).float()
+            codebook[empty] = random_latents(int(empty.sum()))
+        self._set_codes(torch.ones(K, dtype=torch.bool, device=x_ND.device), codebook)
+
+    @torch.no_grad()
+    def observe(self, encoding: Encoding) -> None:
+        """Count what a micro-batch used."""
+        self._refuse_if_frozen()
+        x_BTD = encoding.features.detach().movedim(1, -1).flatten(1, 2)
+        counts, sums = codebook_statistics(x_BTD.flatten(0, 1), encoding.indices.flatten(), len(self.codebook))
+        self._counts = counts if self._counts is None else self._counts + counts
+        self._sums = sums if self._sums is None else self._sums + sums
+        self._latest = x_BTD
+
+    @torch.no_grad()
+    def update_codebook(self) -> None:
+        """Move the codebook by all that was observed since the last call, on all processes alike."""
+        self._refuse_if_frozen()
+        if self._counts is None:
+            raise RuntimeError("update_codebook without observe: there is nothing to update from")
+        counts, sums = sum_over_processes(self._counts), sum_over_processes(self._sums)
+        decay = self.config.ema_decay
+        self.average_counts.mul_(decay).add_(counts.float(), alpha=1 - decay)
+        self.average_sums.mul_(decay).add_(sums.float(), alpha=1 - decay)
+        self.codebook.copy_(self.average_sums / self.average_counts.clamp(min=1e-6)[:, None])
+        if self.config.revive_threshold > 0:
+            dead = self.average_counts < self.config.revive_threshold * self.average_counts.mean()
+            self._set_codes(dead, self._random_latents_of_the_global_batch())
+        self._counts = self._sums = self._latest = None
+
+    def _random_latents_of_the_global_batch(self) -> Tensor:
+        """[K, D]: equally seeded processes choose the same rows; each fills in those it holds, and a sum brings them together."""
+        B, T, _ = self._latest.shape
+        row, position = torch.rand(2, len(self.codebook), device=self.codebook.device)
+        row, position = (row * B * world_size()).long(), (position * T).long()
+        mine = row % world_size() == rank()
+        return sum_over_processes(torch.where(mine[:, None], self._latest[row // world_size(), position], 0.0))
+
+    def _set_codes(self, which_K: Tensor, codes_KD: Tensor) -> None:
+        """Place the chosen codes, each with an average count, so that it has time to find users."""
+        which = which_K[:, None]
+        mean_count = self.average_counts.mean()
+        self.average_counts.copy_(torch.where(which_K, mean_count, self.average_counts))
+        self.average_sums.copy_(torch.where(which, codes_KD * mean_count, self.average_sums))
+        self.codebook.copy_(torch.where(which, codes_KD, self.codebook))
+
+    def _refuse_if_frozen(self) -> None:
+        if self.frozen:
+            raise RuntimeError("the latent is frozen: its codebook takes no updates")

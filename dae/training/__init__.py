@@ -1,0 +1,19 @@
+from dae.training.checkpoint import Checkpoint, Checkpoints
+from dae.training.ema import EMA
+from dae.training.optimization import build_optimizer, build_scheduler
+from dae.training.run import Run, make_accelerator
+from dae.training.stages import Stage, plan_stages
+from dae.training.state import TrainingState
+
+__all__ = [
+    "EMA",
+    "Checkpoint",
+    "Checkpoints",
+    "Run",
+    "Stage",
+    "TrainingState",
+    "build_optimizer",
+    "build_scheduler",
+    "make_accelerator",
+    "plan_stages",
+]

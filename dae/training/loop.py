@@ -1,0 +1,53 @@
+"""Small pieces of a training loop."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from dae.distributed import rank, sum_over_processes, world_size
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from tqdm import tqdm
+
+
+def seed_for(*names: object) -> int:
+    """A 63-bit seed for whatever `names` identify, such as (seed, stage, step); unlike Python's `hash`, the same in every run."""
+    return int.from_bytes(hashlib.sha256("/".join(map(str, names)).encode()).digest()[:8], "little") >> 1
+
+
+def global_mean(values: list[torch.Tensor]) -> float:
+    """Mean over a list of scalars and over all processes: the value of the global batch."""
+    return (sum_over_processes(torch.stack(values).double().mean()) / world_size()).item()
+
+
+def refuse_non_finite(loss: float, name: str, step: int) -> None:
+    """Stop rather than train on: the loss is the same on all processes, so they stop together."""
+    if not math.isfinite(loss):
+        raise FloatingPointError(
+            f"{name}: the loss is {loss} at step {step}. The last checkpoint is from before; lower {name}.learning_rate, "
+            f"lengthen {name}.lr_warmup_steps, or use mixed_precision=bf16 or no"
+        )
+
+
+@contextlib.contextmanager
+def synchronize_gradients(accelerator: Accelerator, *modules: nn.Module | None, when: bool):
+    """Let data-parallel processes add up gradients inside the block, or (not `when`) only accumulate them."""
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            if module is not None and not when:
+                stack.enter_context(accelerator.no_sync(module))
+        yield
+
+
+def progress_bar(total: int, initial: int, description: str) -> tqdm:
+    """tqdm on the first process."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, initial=initial, desc=description, disable=rank() != 0, dynamic_ncols=True, mininterval=0.5)

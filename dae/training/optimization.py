@@ -1,0 +1,38 @@
+"""AdamW and the learning-rate schedule."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from dae.config import OptimizationConfig
+
+
+def build_optimizer(module: nn.Module, config: OptimizationConfig, learning_rate: float | None = None) -> torch.optim.AdamW:
+    """AdamW over the trainable parameters; weight decay on matrices and kernels, none on biases and norms."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.adam_weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        [g for g in groups if g["params"]],
+        lr=config.learning_rate if learning_rate is None else learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+    )
+
+
+def build_scheduler(optimizer: torch.optim.Optimizer, config: OptimizationConfig) -> LambdaLR:
+    """Linear warm-up over `lr_warmup_steps`, then constant, or linear or cosine decay to 0 at `max_train_steps`."""
+    warmup, total = config.lr_warmup_steps, config.max_train_steps
+
+    def factor(step: int) -> float:
+        if step < warmup:
+            return (step + 1) / warmup
+        progress = min(1.0, (step - warmup) / max(1, total - warmup))
+        return {"constant": 1.0, "linear": 1 - progress, "cosine": 0.5 * (1 + math.cos(math.pi * progress))}[config.lr_scheduler]
+
+    return LambdaLR(optimizer, factor)

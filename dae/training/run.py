@@ -1,0 +1,138 @@
+"""The run: its folder, its processes, its log, its progress bar, its randomness."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dae.config import Config, describe, differing_keys, from_dict, save_config
+from dae.distributed import rank, run_on_first_process, world_size
+from dae.training.checkpoint import Checkpoint, Checkpoints
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+log = logging.getLogger(__name__)
+
+# What may change between a checkpoint and its resumption without changing what is computed; batch sizes are compared globally.
+FREE_TO_CHANGE = (
+    "output_dir", "compile", "report_to", "logging_steps", "checkpointing_steps", "checkpoints_total_limit",
+    "resume_from_checkpoint", "push_to_hub", "hub_model_id", "data.num_workers", "data.verify_rows", "sampling.", "evaluation.",
+)  # fmt: skip
+
+
+def make_accelerator(config: Config, folder: Path) -> Accelerator:
+    """Hugging Face's Accelerator: devices, mixed precision, data parallelism, trackers.
+
+    Buffers are not broadcast by DDP: the only ones that change are a codebook's, and all processes update them alike.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    for noisy in ("httpx", "absl", "filelock", "fsspec"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    return Accelerator(
+        mixed_precision=config.mixed_precision,
+        log_with=None if config.report_to == "none" else config.report_to,
+        project_dir=str(folder / "logs"),
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+    )
+
+
+class Run:
+    """A training run in `<output_dir>/<name>`: config.yaml, checkpoint-<step>/, logs/, and the final model at the root.
+
+    Args:
+        config: of the whole chain.
+        name: subfolder, `autoencoder` or `prior`.
+        without_influence: parts of the configuration that this run does not use, so they may change on resuming.
+    """
+
+    def __init__(self, config: Config, name: str, *, without_influence: tuple[str, ...] = ()):
+        self.config, self.name = config, name
+        self.folder = Path(config.output_dir) / name
+        self.free = FREE_TO_CHANGE + without_influence
+        self.checkpoints = Checkpoints(self.folder, config.checkpoints_total_limit)
+        self.history_file = self.folder / "logs" / "history.jsonl"
+        self.started = time.monotonic()
+
+    def open(self, accelerator: Accelerator) -> Checkpoint | None:
+        """Claim the folder; return the checkpoint to resume from, if one was asked for and exists.
+
+        Raises:
+            FileExistsError: the folder holds a run, and resuming was not asked for.
+            ValueError: the checkpoint belongs to another configuration (all differences are listed), or is damaged.
+        """
+        wanted = self.config.resume_from_checkpoint
+        occupied = [p.name for p in (self.history_file, self.folder / "model.safetensors") if p.exists()]
+        occupied += [p.name for p in self.checkpoints.all()]
+        if occupied and wanted is None:
+            raise FileExistsError(
+                f"{self.folder} holds another run ({', '.join(occupied[:3])}): continue it with resume_from_checkpoint=latest, "
+                "or choose another output_dir"
+            )
+        checkpoint = self.checkpoints.load(wanted) if wanted else None
+        if checkpoint:
+            self._refuse_other_configuration(checkpoint)
+            log.info("resuming from %s", checkpoint.path)
+        run_on_first_process(lambda: self._prepare_folder(checkpoint))
+        if self.config.report_to != "none":
+            settings = {row.key: str(_look_up(self.config, row.key)) for row in describe()}
+            accelerator.init_trackers("decoupled-autoencoder", config=settings)
+        return checkpoint
+
+    def _prepare_folder(self, checkpoint: Checkpoint | None) -> None:
+        self.history_file.parent.mkdir(parents=True, exist_ok=True)
+        save_config(self.config, self.folder / "config.yaml")
+        save_config(self.config, self.folder.parent / "config.yaml")
+        kept = []
+        if checkpoint and self.history_file.exists():  # forget what was logged after the checkpoint
+            lines = self.history_file.read_text().splitlines()
+            kept = [line for line in lines if json.loads(line)["step"] <= checkpoint.state["step"]]
+        self.history_file.write_text("".join(line + "\n" for line in kept))
+
+    def _refuse_other_configuration(self, checkpoint: Checkpoint) -> None:
+        then = from_dict(Config, checkpoint.state["config"])
+        differences = [d for d in differing_keys(then, self.config) if not d.startswith(self.free)]
+        differences = [d for d in differences if not d.split(":")[0].endswith(".train_batch_size")]
+        processes = checkpoint.state["processes"]
+        for section in ("stage1", "stage2", "prior"):
+            if f"{section}." in self.free:
+                continue
+            before, now = (getattr(c, section).train_batch_size * w for c, w in ((then, processes), (self.config, world_size())))
+            if before != now:
+                differences.append(f"{section}: global batch {before} -> {now}")
+        if differences:
+            raise ValueError(f"{checkpoint.path} was trained with another configuration: " + "; ".join(differences))
+
+    def save(self, step: int, tensors: dict, state: dict, **where: Any) -> None:
+        """Write a checkpoint; configuration, number of processes and `where` the run stands are added to `state`."""
+        state = {"step": step, "processes": world_size(), "config": dataclasses.asdict(self.config)} | where | state
+        self.checkpoints.save(step, tensors, state)
+
+    def record(self, accelerator: Accelerator, step: int, values: dict[str, Any], **labels: Any) -> None:
+        """Append one line to `logs/history.jsonl` and send the numbers to the trackers (first process only)."""
+        if rank() != 0:
+            return
+        values = {k: float(v) for k, v in values.items()}
+        with open(self.history_file, "a") as file:
+            file.write(json.dumps({"step": step, "seconds": round(time.monotonic() - self.started, 2)} | labels | values) + "\n")
+        if self.config.report_to != "none":
+            prefix = "/".join(map(str, labels.values()))
+            accelerator.log({f"{prefix}/{k}": v for k, v in values.items()}, step=step)
+
+
+    def history(self) -> list[dict]:
+        """All that `record` wrote, oldest first."""
+        return [json.loads(line) for line in self.history_file.read_text().splitlines()]
+
+
+def _look_up(config: Any, key: str) -> Any:
+    for part in key.split("."):
+        config = getattr(config, part)
+    return config

@@ -1,0 +1,34 @@
+"""Which stages a method trains: the whole difference between the Decoupled Autoencoder and its baselines."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from dae.config import Config, DecoderConfig, StageConfig
+
+
+@dataclass
+class Stage:
+    name: str
+    decoder: DecoderConfig
+    latent_frozen: bool  # encoder and bottleneck stay as the stage before left them
+    config: StageConfig
+
+
+def plan_stages(config: Config) -> list[Stage]:
+    """The stages of `config.method`.
+
+    dae (Hu et al. 2023): encoder and bottleneck with the weak auxiliary decoder, then the real decoder on the frozen latent.
+    joint: one stage of as many steps in all, with the real decoder; optimised as stage 1 is, with the losses of stage 2
+    (an adversarial loss starts when it would start in stage 2). joint_dropout: the same with channel dropout in the decoder.
+    """
+    one, two = config.stage1, config.stage2
+    decoder = config.autoencoder.decoder
+    if config.method == "dae":
+        return [Stage("stage1", config.auxiliary_decoder, False, one), Stage("stage2", decoder, True, two)]
+    if config.method == "joint_dropout":
+        decoder = DecoderConfig(family="dropout", dropout=config.auxiliary_decoder.dropout)
+    loss = dataclasses.replace(two.loss, adversarial_start=one.max_train_steps + two.loss.adversarial_start)
+    steps = one.max_train_steps + two.max_train_steps
+    return [Stage("joint", decoder, False, dataclasses.replace(one, max_train_steps=steps, loss=loss))]

@@ -1,0 +1,72 @@
+"""All that changes while a run trains, packed into named tensors and JSON, and restored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from dae.distributed import gather_objects, rank, world_size
+from dae.hub import load_weights
+from dae.training.checkpoint import Checkpoint
+from dae.training.ema import EMA
+
+if TYPE_CHECKING:
+    from dae.data import TrainLoader
+
+
+@dataclass
+class TrainingState:
+    modules: dict[str, nn.Module]  # unwrapped, by the name of their file in a checkpoint
+    optimizers: dict[str, torch.optim.Optimizer]
+    scheduler: torch.optim.lr_scheduler.LambdaLR
+    loader: TrainLoader
+    ema: EMA | None = None
+    scaler: Any = None  # of fp16 training
+
+    def pack(self) -> tuple[dict[str, dict[str, Tensor]], dict]:
+        """Tensors by file, and the JSON-able rest; all processes must call it."""
+        tensors = {name: module.state_dict() for name, module in self.modules.items()}
+        state: dict[str, Any] = {"scheduler": self.scheduler.state_dict(), "loaders": gather_objects(self.loader.state_dict())}
+        for name, optimizer in self.optimizers.items():
+            whole = optimizer.state_dict()
+            tensors[name] = {f"{i}.{entry}": v for i, entries in whole["state"].items() for entry, v in entries.items()}
+            state[name] = whole["param_groups"]
+        if self.ema:
+            tensors["ema"], state["ema_updates"] = self.ema.state_dict(), self.ema.updates
+        if self.scaler:
+            state["scaler"] = self.scaler.state_dict()
+        return tensors, state
+
+    def restore(self, checkpoint: Checkpoint | None) -> int:
+        """Put everything back; returns the step of the stage at which to go on, 0 without checkpoint.
+
+        Raises:
+            ValueError: weights of another architecture, or a stream's position saved by another number of processes.
+        """
+        if checkpoint is None:
+            return 0
+        tensors, state = checkpoint.tensors, checkpoint.state
+        for name, module in self.modules.items():
+            load_weights(module, tensors[name], f"{checkpoint.path}/{name}")
+        for name, optimizer in self.optimizers.items():
+            entries: dict[int, dict[str, Tensor]] = {}
+            for key, value in tensors[name].items():
+                index, entry = key.split(".", 1)
+                entries.setdefault(int(index), {})[entry] = value
+            optimizer.load_state_dict({"state": entries, "param_groups": state[name]})
+        if self.ema:
+            self.ema.load_state_dict(tensors["ema"], state["ema_updates"])
+        if self.scaler:
+            self.scaler.load_state_dict(state["scaler"])
+        self.scheduler.load_state_dict(state["scheduler"])
+        positions = state["loaders"]
+        if len(positions) != world_size() and "micro_step" not in positions[0]:
+            raise ValueError(
+                f"{checkpoint.path} holds the stream positions of {len(positions)} processes, this run has {world_size()}; "
+                "resume a streaming run with as many processes, or use a map-style data set"
+            )
+        self.loader.load_state_dict(positions[rank() % len(positions)])
+        return state["stage_step"]

@@ -1,0 +1,214 @@
+"""Train an autoencoder: the Decoupled Autoencoder in two stages, or one of its one-stage baselines.
+
+    accelerate launch recipes/train_dae.py --config recipes/configs/digits.yaml
+    accelerate launch recipes/train_dae.py --config recipes/configs/digits.yaml method=joint output_dir=runs/joint
+    torchrun --standalone --nproc_per_node 2 recipes/train_dae.py --config ... stage1.train_batch_size=32 stage2.train_batch_size=32
+
+Stage 1 trains encoder, bottleneck and a weak auxiliary decoder; then encoder and bottleneck are frozen for good, and stage 2
+trains the real decoder. Runs on a CPU as it stands; on GPUs add `--mixed_precision bf16` to `accelerate launch`.
+Writes <output_dir>/autoencoder: model.safetensors and config.json, stage1/ (the model at the switch), checkpoint-*/, logs/.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from dae.cards import autoencoder_card
+from dae.config import Config, config_from_command_line
+from dae.data import ImageData, TrainLoader, augment, evaluation_batches, load_data
+from dae.distributed import in_global_order
+from dae.losses import adaptive_weight, discriminator_loss, generator_loss, reconstruction_loss
+from dae.metrics import CodebookUsage, psnr
+from dae.models import Autoencoder, PatchDiscriminator
+from dae.models.autoencoder import Reconstruction
+from dae.quantizers import VectorQuantizer
+from dae.training import EMA, Checkpoint, Run, Stage, TrainingState, build_optimizer, build_scheduler, make_accelerator, plan_stages
+from dae.training.loop import global_mean, progress_bar, refuse_non_finite, seed_for, synchronize_gradients
+
+
+def train(config: Config) -> Path:
+    """Train, save, and return the folder of the trained autoencoder."""
+    run = Run(config, "autoencoder", without_influence=("prior.",))
+    accelerator = make_accelerator(config, run.folder)
+    data = load_data(config.data, config.seed)
+    stages = plan_stages(config)
+    for stage in stages:  # a mistake in any stage shows before the first one is trained
+        make_loader(config, stage, data, "check")
+        build_autoencoder(config, stage)
+    resumed = run.open(accelerator)
+
+    autoencoder = build_autoencoder(config, stages[0]).to(accelerator.device)
+    steps_before = 0
+    for stage in stages:
+        if stage is not stages[0]:
+            torch.manual_seed(seed_for(config.seed, stage.name, "decoder"))
+            autoencoder.replace_decoder(stage.decoder)
+        if stage.latent_frozen:
+            autoencoder.freeze_latent()
+        if resumed is None or resumed.state["stage"] == stage.name:
+            train_stage(config, stage, autoencoder, data, accelerator, run, steps_before, resumed)
+            resumed = None
+            if accelerator.is_main_process and stage is not stages[-1]:
+                autoencoder.save_pretrained(run.folder / stage.name)
+        steps_before += stage.config.max_train_steps
+
+    if accelerator.is_main_process:
+        autoencoder.save_pretrained(run.folder, card=autoencoder_card(config, data.describe(), run.history()))
+        accelerator.print(f"saved {run.folder}")
+        if config.push_to_hub:
+            accelerator.print(autoencoder.push_to_hub(config.hub_model_id, folder=run.folder))
+    accelerator.end_training()
+    return run.folder
+
+
+def build_autoencoder(config: Config, stage: Stage) -> Autoencoder:
+    torch.manual_seed(seed_for(config.seed, "autoencoder"))
+    architecture = dataclasses.replace(config.autoencoder, decoder=stage.decoder)
+    return Autoencoder(architecture, config.data.channels, config.data.resolution)
+
+
+def train_stage(
+    config: Config,
+    stage: Stage,
+    autoencoder: Autoencoder,
+    data: ImageData,
+    accelerator: Accelerator,
+    run: Run,
+    steps_before: int,
+    resumed: Checkpoint | None,
+) -> None:
+    settings, loss_config, device = stage.config, stage.config.loss, accelerator.device
+    accumulation = settings.gradient_accumulation_steps
+    learns_codebook = isinstance(autoencoder.bottleneck, VectorQuantizer) and not stage.latent_frozen
+    loader = make_loader(config, stage, data, "order")
+    if learns_codebook and not resumed:
+        initialize_codebook(config, stage, autoencoder, data, device)
+
+    # What is trained: everything, or the decoder alone on latents that the frozen encoder computes without gradient.
+    trained = autoencoder.decoder if stage.latent_frozen else autoencoder
+    autoencoder.enable_gradient_checkpointing(settings.gradient_checkpointing)
+    ema = EMA(trained, settings.ema_decay) if settings.use_ema else None
+    optimizer = build_optimizer(trained, settings)
+    scheduler = build_scheduler(optimizer, settings)
+    model, optimizer = accelerator.prepare(torch.compile(trained) if config.compile else trained, optimizer)
+    parts = TrainingState({"model": autoencoder}, {"optimizer": optimizer}, scheduler, loader, ema, accelerator.scaler)
+
+    discriminator = None
+    if loss_config.adversarial > 0:
+        torch.manual_seed(seed_for(config.seed, stage.name, "discriminator"))
+        critic = PatchDiscriminator(config.data.channels, loss_config.discriminator_channels, loss_config.discriminator_layers)
+        critic_optimizer = build_optimizer(critic, settings, loss_config.discriminator_learning_rate)
+        discriminator, critic_optimizer = accelerator.prepare(critic, critic_optimizer)
+        parts.modules["discriminator"], parts.optimizers["discriminator_optimizer"] = critic, critic_optimizer
+
+    start = parts.restore(resumed)
+
+    def reconstruct(images: torch.Tensor) -> Reconstruction:
+        if not stage.latent_frozen:
+            return model(images)
+        with torch.no_grad(), accelerator.autocast():
+            encoding = autoencoder.encode(images, sample_posterior=True)
+        return Reconstruction(model(encoding.latents), encoding)
+
+    batches = iter(loader)
+    losses: list[torch.Tensor] = []
+    bar = progress_bar(settings.max_train_steps, start, f"{stage.name}, {stage.decoder.family} decoder")
+    for step in range(start, settings.max_train_steps):
+        autoencoder.train()
+        for micro in range(accumulation):
+            torch.manual_seed(seed_for(config.seed, stage.name, step, micro))  # the only source of this micro-step's randomness
+            images = next(batches)["image"].to(device, non_blocking=True)
+            images = augment(images, random_flip=config.data.random_flip, random_affine=config.data.random_affine)
+            with synchronize_gradients(accelerator, model, discriminator, when=micro == accumulation - 1):
+                output = reconstruct(images)
+                reconstruction = reconstruction_loss(output.sample, images, loss_config)
+                loss = reconstruction if stage.latent_frozen else reconstruction + output.encoding.loss
+                if discriminator is not None and step >= loss_config.adversarial_start:
+                    critic.requires_grad_(False)
+                    adversarial = generator_loss(critic(output.sample))
+                    weight = adaptive_weight(reconstruction, adversarial, output.sample)
+                    loss = loss + loss_config.adversarial * weight * adversarial
+                    critic.requires_grad_(True)
+                accelerator.backward(loss / accumulation)
+                if discriminator is not None:
+                    verdict = discriminator_loss(discriminator(images), discriminator(output.sample.detach()))
+                    accelerator.backward(verdict / accumulation)
+            if learns_codebook:
+                autoencoder.bottleneck.observe(output.encoding)
+            losses.append(reconstruction.detach())
+
+        accelerator.clip_grad_norm_(trained.parameters(), settings.max_grad_norm)
+        for each in parts.optimizers.values():
+            each.step()
+            each.zero_grad()
+        scheduler.step()
+        if learns_codebook:
+            autoencoder.bottleneck.update_codebook()
+        if ema:
+            ema.update(trained)
+
+        done, last, step_of_run = step + 1, step + 1 == settings.max_train_steps, steps_before + step + 1
+        bar.update()
+        if done % config.logging_steps == 0 or last:
+            values = {"loss": global_mean(losses), "lr": scheduler.get_last_lr()[0]}
+            losses.clear()
+            refuse_non_finite(values["loss"], stage.name, done)
+            bar.set_postfix(loss=f"{values['loss']:.4f}")
+            run.record(accelerator, step_of_run, values, stage=stage.name, split="train")
+        if done % config.validation_steps == 0 or last:
+            with ema.swapped_in(trained) if ema else contextlib.nullcontext():
+                values = validate(config, autoencoder, data, device)
+            run.record(accelerator, step_of_run, values, stage=stage.name, split="validation")
+        if step_of_run % config.checkpointing_steps == 0 or last:
+            run.save(step_of_run, *parts.pack(), stage=stage.name, stage_step=done)
+    bar.close()
+    if ema:
+        trained.load_state_dict(ema.state_dict())  # what is delivered, and what stage 2 freezes, is the average
+    accelerator.free_memory()
+
+
+def make_loader(config: Config, stage: Stage, data: ImageData, purpose: str) -> TrainLoader:
+    return TrainLoader(
+        data.train,
+        stage.config.train_batch_size,
+        seed=seed_for(config.seed, stage.name, purpose),
+        num_workers=config.data.num_workers,
+        shuffle_buffer_size=config.data.shuffle_buffer_size,
+    )
+
+
+@torch.no_grad()
+def initialize_codebook(config: Config, stage: Stage, autoencoder: Autoencoder, data: ImageData, device: torch.device) -> None:
+    """k-means on the untrained encoder's outputs for the first images: at least 16 vectors a code, at most 64 batches."""
+    wanted, features = 16 * config.autoencoder.vq.codebook_size, []
+    for batch, _ in zip(make_loader(config, stage, data, "codebook"), range(64), strict=False):
+        features.append(in_global_order(autoencoder.encode(batch["image"].to(device)).features))
+        if sum(len(f) for f in features) * autoencoder.latent_size**2 >= wanted:
+            break
+    generator = torch.Generator().manual_seed(seed_for(config.seed, "codebook"))
+    autoencoder.bottleneck.initialize_codebook(torch.cat(features), generator)
+
+
+@torch.no_grad()
+def validate(config: Config, autoencoder: Autoencoder, data: ImageData, device: torch.device) -> dict[str, float]:
+    """PSNR on held-out images (at most `data.validation_size`), and for VQ how much of the codebook they use."""
+    autoencoder.eval()
+    ratios = []
+    usage = CodebookUsage(config.autoencoder.vq.codebook_size) if config.autoencoder.bottleneck == "vq" else None
+    for batch in evaluation_batches(data.validation, config.evaluation.batch_size, limit=config.data.validation_size):
+        images = batch["image"].to(device)
+        output = autoencoder(images)
+        ratios.append(psnr(output.sample.clamp(-1, 1), images).cpu())
+        if usage:
+            usage.update(output.encoding.indices.cpu())
+    values = {"psnr": torch.cat(ratios).mean().item()}
+    return values | ({"codebook_usage": usage.usage, "codebook_perplexity": usage.perplexity} if usage else {})
+
+
+if __name__ == "__main__":
+    train(config_from_command_line(__doc__))
