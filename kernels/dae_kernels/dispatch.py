@@ -31,8 +31,9 @@ def triton_refusal(device: torch.device) -> str | None:
     if not TRITON_INSTALLED:
         return "triton is not installed (pip install triton)"
     if device.type == "cuda":
-        if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
-            return f"the kernels need compute capability 8.0 or higher, {torch.cuda.get_device_name(device)} has less"
+        properties = torch.cuda.get_device_properties(device)  # the one such query that Dynamo folds
+        if torch.version.hip is None and properties.major < 8:
+            return f"the kernels need compute capability 8.0 or higher, {properties.name} has {properties.major}.x"
         return None
     if device.type == "cpu" and interpreting():
         return None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from dae_kernels.attention.reference import causal_mask
 
@@ -23,8 +22,12 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
     mask = None
     square = causal and num_queries == num_keys
     if causal and not square and num_queries != 1:
-        compiling = torch.compiler.is_compiling()
-        mask = causal_mask(num_queries, num_keys, q.device) if compiling else causal_lower_right(num_queries, num_keys)
+        if torch.compiler.is_compiling():
+            mask = causal_mask(num_queries, num_keys, q.device)
+        else:
+            from torch.nn.attention.bias import causal_lower_right  # here, because this module of torch imports triton
+
+            mask = causal_lower_right(num_queries, num_keys)
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=square, scale=scale, enable_gqa=grouped)
 

@@ -20,7 +20,8 @@ def nearest_code(
         l2:      index = argmin_k |x - c_k|^2,            distance = |x - c_index|^2 (squared)
         cosine:  index = argmax_k x . c_k / (|x| |c_k|),  distance = 1 - that cosine, in [0, 2]
 
-    Scores are |c_k|^2 - 2 x . c_k in float32. The lowest index wins a tie. A zero vector has cosine 0 with everything.
+    Scores are |c_k|^2 - 2 x . c_k, in float32 in the kernel and in float64 in the reference. The lowest index wins a tie. A
+    zero vector has cosine 0 with everything.
     Memory is O(N + K) beside the operands: the [N, K] scores are never stored (the reference keeps 64 MiB of them). Not
     finite operands give some index in [0, K). Autocast does not touch the operands.
 
@@ -38,7 +39,7 @@ def nearest_code(
 
     Returns:
         index: [...] int64.
-        distance: [...] float32 (float64 where an operand is float64, which only the reference takes).
+        distance: [...] float32.
 
     Raises:
         ValueError: shapes or devices disagree, K = 0 or D = 0, an unknown option, or `impl` cannot run here.

@@ -5,38 +5,45 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-MAX_SCORES = 1 << 24  # scores alive at once: 64 MiB in float32
+MAX_SCORES = 1 << 23  # scores alive at once: 64 MiB in float64
 
 
 def nearest_code_reference(x_ND: Tensor, codebook_KD: Tensor, metric: str) -> tuple[Tensor, Tensor]:
-    """Indices [N] int64 and distances [N] in float32 (float64 for float64 operands).
+    """Indices [N] int64 and distances [N] float32 of the nearest rows of `codebook_KD`.
 
-    The score leaves |x|^2 out: it is the same for every code, and its size would hide the differences between them.
-    The distance is then taken from the winner itself, so it does not cancel and is never negative.
+    All arithmetic is float64: no setting of torch lowers the precision of its products, as "high" and "medium" do for
+    float32. The score leaves |x|^2 out, which is the same for every code; the distance is taken from the winner itself,
+    so it does not cancel and is never negative.
     """
-    wide = torch.promote_types(torch.promote_types(x_ND.dtype, codebook_KD.dtype), torch.float32)
-    codebook_KD = codebook_KD.to(wide)
+    codebook_KD = codebook_KD.double()
     if metric == "cosine":
         codebook_KD = codebook_KD * unit_scale(codebook_KD)
-        bias_K = codebook_KD.new_zeros(())
+        bias_K = codebook_KD.new_zeros(codebook_KD.shape[0])
     else:
         bias_K = codebook_KD.square().sum(dim=1)
     rows = max(1, MAX_SCORES // codebook_KD.shape[0])
     # The plain tuple, not a split into one: a graph compiled for one chunk then serves every N up to `rows`.
     chunks = (x_ND,) if x_ND.shape[0] <= rows else x_ND.split(rows)
     indices, distances = [], []
-    with torch.autocast(x_ND.device.type, enabled=False):
-        for x_nD in chunks:
-            x_nD = x_nD.to(wide)
-            index_n = torch.addmm(bias_K, x_nD, codebook_KD.T, alpha=-2.0).argmin(dim=1)
-            code_nD = codebook_KD[index_n]
-            if metric == "cosine":
-                distance_n = 1.0 - (x_nD * unit_scale(x_nD) * code_nD).sum(dim=1)
-            else:
-                distance_n = (x_nD - code_nD).square().sum(dim=1)
-            indices.append(index_n)
-            distances.append(distance_n)
+    for x_nD in chunks:
+        x_nD = x_nD.double()
+        index_n = scores(x_nD, codebook_KD, bias_K).argmin(dim=1)
+        code_nD = codebook_KD[index_n]
+        if metric == "cosine":
+            distance_n = 1.0 - (x_nD * unit_scale(x_nD) * code_nD).sum(dim=1)
+        else:
+            distance_n = (x_nD - code_nD).square().sum(dim=1)
+        indices.append(index_n)
+        distances.append(distance_n.float())
     return torch.cat(indices), torch.cat(distances)
+
+
+def scores(x_ND: Tensor, codebook_KD: Tensor, bias_K: Tensor) -> Tensor:
+    """[N, K]: bias - 2 x . c, with equal bits for equal codes, so that `argmin` finds the lowest index of a tie."""
+    if x_ND.shape[0] == 1:
+        # BLAS multiplies a single row by another routine, whose sums differ from column to column.
+        return scores(x_ND.expand(2, -1), codebook_KD, bias_K)[:1]
+    return torch.addmm(bias_K, x_ND, codebook_KD.T, alpha=-2.0)
 
 
 def unit_scale(x_ND: Tensor) -> Tensor:

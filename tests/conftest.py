@@ -1,0 +1,14 @@
+"""What must be set before the first import of numpy and triton.
+
+Without a CUDA device the Triton kernels run in Triton's CPU interpreter. It is wrong for bfloat16 (products of raw bits,
+sums of garbage, truncation), so bfloat16 kernels are compiled ahead of time and run on GPUs only, never here.
+"""
+
+import os
+
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the interpreter multiplies small blocks: threads only get in the way
+
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
