@@ -1,6 +1,6 @@
 """Images for training: Hugging Face data sets, decoding, exact resume of the order, augmentation on the batch."""
 
-from dae.data.augment import augment
+from dae.data.augmentation import augment
 from dae.data.images import decode_image, to_square, to_tensor
 from dae.data.load import ImageData, load_data
 from dae.data.loader import TrainLoader, evaluation_batches

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,19 +34,24 @@ class Labels:
                 raise ValueError(f"label {value!r} is none of the {self.num_classes} classes")
             return self._numbers[value]
         if not 0 <= int(value) < self.num_classes:
-            raise ValueError(f"label {int(value)} is out of range: expected 0 to {self.num_classes - 1} (num_classes={self.num_classes})")
+            raise ValueError(f"label {int(value)} is out of range: expected 0 to {self.num_classes - 1}")
         return int(value)
 
 
 def find_image_column(features: Any, wanted: str) -> str:
-    """The column with the images: `wanted`, or for `auto` the only one of type Image, else the only array column."""
+    """The column with the images: `wanted`, or for `auto` the only one of type Image, else of encoded bytes, else of arrays."""
     from datasets import Array2D, Array3D, Image
 
     if wanted != "auto":
         require_column(features, wanted, "image_column")
         return wanted
-    for kinds in ((Image,), (Array2D, Array3D)):
-        found = [name for name, feature in features.items() if isinstance(feature, kinds)]
+    kinds = (
+        lambda feature: isinstance(feature, Image),
+        lambda feature: "bytes" in feature if isinstance(feature, dict) else getattr(feature, "dtype", "").endswith("binary"),
+        lambda feature: isinstance(feature, (Array2D, Array3D)),
+    )
+    for is_kind in kinds:
+        found = [name for name, feature in features.items() if is_kind(feature)]
         if len(found) > 1:
             raise ValueError(f"several columns hold images: {found}; choose one with image_column")
         if found:
@@ -78,14 +82,14 @@ def _kind(feature: Any) -> str:
     return getattr(feature, "dtype", None) if type(feature).__name__ == "Value" else type(feature).__name__
 
 
-def resolve_labels(column: str | None, features: Any, num_classes: int | None, splits: Iterable[Any] | None) -> Labels:
+def resolve_labels(column: str | None, features: Any, num_classes: int | None, splits: dict[str, Any] | None) -> Labels:
     """Names and number of the classes, from the features or, for map-style data, from the rows.
 
     Args:
         column: the label column, or None.
         features: features of the data set.
         num_classes: what the configuration says, or None.
-        splits: the map-style splits whose labels count; None for a stream.
+        splits: the map-style splits whose labels count, by the name that messages give them; None for a stream.
 
     Raises:
         TypeError: the column holds neither classes, integers nor strings.
@@ -103,12 +107,12 @@ def resolve_labels(column: str | None, features: Any, num_classes: int | None, s
         if num_classes is None:
             if splits is None:
                 raise ValueError(f"the classes of the integer column {column!r} cannot be counted in a stream: set num_classes")
-            num_classes = 1 + max(int(values.max()) for values in (label_values(rows, column) for rows in splits))
+            num_classes = 1 + max(int(label_values(rows, column, origin).max(initial=0)) for origin, rows in splits.items())
         names = [str(i) for i in range(max(num_classes, 1))]
     elif type(feature).__name__ == "Value" and dtype in ("string", "large_string"):
         if splits is None:
             raise ValueError(f"the classes of the string column {column!r} cannot be collected from a stream: use integer labels")
-        names = sorted({str(value) for rows in splits for value in label_values(rows, column)})
+        names = sorted({str(value) for origin, rows in splits.items() for value in label_values(rows, column, origin)})
     else:
         raise TypeError(
             f"label_column {column!r} is of type {_kind(feature)}; expected ClassLabel, integers or strings, "
@@ -119,10 +123,10 @@ def resolve_labels(column: str | None, features: Any, num_classes: int | None, s
     return Labels(column, names, from_string=dtype in ("string", "large_string"))
 
 
-def label_values(rows: Any, column: str) -> np.ndarray:
-    """All labels of a map-style split. Raises ValueError naming the first row without one."""
+def label_values(rows: Any, column: str, origin: str) -> np.ndarray:
+    """All labels of a map-style split. Raises ValueError naming `origin` and the first row without one."""
     values = rows.select_columns([column]).with_format("arrow")[:].column(column)
     if values.null_count:
         missing = np.asarray(values.is_null())
-        raise ValueError(f"row {int(missing.argmax())}: the label in column {column!r} is missing")
+        raise ValueError(f"{origin}, row {int(missing.argmax())}: the label in column {column!r} is missing")
     return values.to_numpy()

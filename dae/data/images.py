@@ -16,7 +16,16 @@ from torch import Tensor
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
 MAX_PIXELS = 100_000_000
-_ORIENTATION = 0x0112
+_ORIENTATION_TAG = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 # What Pillow raises for broken files; its plugins do not agree on one class.
 _BROKEN = (OSError, EOFError, SyntaxError, ValueError, TypeError, IndexError, KeyError, OverflowError, struct.error, zlib.error)
 
@@ -54,13 +63,16 @@ def read_bytes(source: Any, folder: Path | None = None) -> bytes:
         return bytes(source["bytes"])
     path = source.get("path") if isinstance(source, dict) else source
     if not isinstance(path, str):
-        raise ValueError("no image: the row is empty" if source is None or path is None else f"no image: got {type(source).__name__}")
+        raise ValueError("the row holds no image" if path is None else f"no image: got {type(source).__name__}")
     if "://" in path or "::" in path:
         from datasets.utils.file_utils import xopen
 
         with xopen(path, "rb") as file:
             return file.read()
-    file = (folder or Path()) / path
+    folder = folder or Path()
+    file = folder / path
+    if not Path(path).is_absolute() and not file.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"the row names the image file {path!r}, which is outside of {str(folder)!r}")
     if not file.is_file():
         raise FileNotFoundError(f"the row names the image file {str(file)!r}, which does not exist")
     return file.read_bytes()
@@ -92,24 +104,26 @@ def decode_image(source: Any, channels: int, folder: Path | None = None) -> Imag
     image = open_image(source, folder)
     try:
         image.load()
+        image = _over_white(_eight_bit(_upright(image)))
+        return image.convert("L" if channels == 1 else "RGB")
     except _BROKEN as error:
-        raise ValueError(f"broken {image.format} image of {image.size[0]} x {image.size[1]} pixels: {error}") from error
-    image = _eight_bit(_upright(image))
+        kind = f"{image.format or 'Pillow'} image of {image.width} x {image.height} pixels, mode {image.mode}"
+        raise ValueError(f"cannot decode the {kind}: {error}") from error
+
+
+def _over_white(image: Image.Image) -> Image.Image:
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    elif image.mode not in ("1", "L", "RGB"):
-        image = image.convert("RGB")
-    return image.convert("L" if channels == 1 else "RGB")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode in ("1", "L", "RGB") else image.convert("RGB")
 
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
-        orientation = image.getexif().get(_ORIENTATION, 1)
+        turn = _TURNS.get(image.getexif().get(_ORIENTATION_TAG))
     except _BROKEN:
         return image
-    turned = {2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE", 8: "ROTATE_90"}
-    return image.transpose(Image.Transpose[turned[orientation]]) if orientation in turned else image
+    return image if turn is None else image.transpose(turn)
 
 
 def _eight_bit(image: Image.Image) -> Image.Image:
@@ -132,14 +146,14 @@ def _from_array(source: Any) -> Image.Image:
         values = values.transpose(1, 2, 0)
     if values.ndim == 3 and values.shape[2] == 1:
         values = values[:, :, 0]
-    if values.dtype.kind not in "uif" or values.size == 0 or values.ndim not in (2, 3) or (values.ndim == 3 and values.shape[2] not in (3, 4)):
+    shaped = values.ndim == 2 or (values.ndim == 3 and values.shape[2] in (3, 4))
+    if values.dtype.kind not in "uif" or values.size == 0 or not shaped:
         raise ValueError(f"no image: array of shape {values.shape} and type {values.dtype}")
     _check_pixels(values.shape[1], values.shape[0], "the array")
     if not np.isfinite(values).all() or values.min() < 0 or values.max() > (1 if values.dtype.kind == "f" else 255):
         raise ValueError(f"array with values {values.min()} to {values.max()}; expected integers 0 to 255 or floats 0 to 1")
     scaled = values * 255 if values.dtype.kind == "f" else values
-    image = Image.fromarray(np.rint(scaled).astype(np.uint8))
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image) if image.mode == "RGBA" else image
+    return _over_white(Image.fromarray(np.rint(scaled).astype(np.uint8)))
 
 
 def to_square(image: Image.Image, resolution: int, center_crop: bool = True) -> Image.Image:

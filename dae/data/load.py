@@ -74,11 +74,14 @@ def load_data(config: DataConfig, seed: int) -> ImageData:
         "image": columns.find_image_column(features, config.image_column),
         "label": columns.find_label_column(features, config.label_column),
     }
-    wanted = {part: _encoded(rows, used, f"{config.dataset_name}, split {names[part]!r}") for part, rows in wanted.items()}
-    labels = columns.resolve_labels(used["label"], features, config.num_classes, None if config.streaming else wanted.values())
+    _require_same_labels(wanted, used["label"], config.dataset_name)
+    origins = {part: f"{config.dataset_name}, split {name or config.train_split!r}" for part, name in names.items()}
+    wanted = {part: _encoded(rows, used, origins[part]) for part, rows in wanted.items()}
+    counted = None if config.streaming else {origins[part]: rows for part, rows in wanted.items()}
+    labels = columns.resolve_labels(used["label"], features, config.num_classes, counted)
     decoders = {
         part: RowDecoder(
-            origin=f"{config.dataset_name}, split {name or config.train_split!r}",
+            origin=origin,
             image_column=used["image"],
             labels=labels,
             resolution=config.resolution,
@@ -86,7 +89,7 @@ def load_data(config: DataConfig, seed: int) -> ImageData:
             center_crop=config.center_crop,
             folder=folder,
         )
-        for part, name in names.items()
+        for part, origin in origins.items()
     }
     split = split_stream if config.streaming else split_table
     train, validation, contents = split(wanted, decoders, config, seed)
@@ -102,12 +105,19 @@ def load_data(config: DataConfig, seed: int) -> ImageData:
     )
 
 
+def _require_same_labels(parts: dict[str, Any], column: str | None, name: str) -> None:
+    features = [(rows.features or {}).get(column) for rows in parts.values()]
+    if column is not None and None not in features and any(feature != features[0] for feature in features):
+        raise ValueError(f"{name}: the label column {column!r} differs between the splits: {' and '.join(map(str, features))}")
+
+
 def _encoded(rows: Any, used: dict[str, str | None], origin: str) -> Any:
     """Only the columns in use, with the images left encoded: we decode them ourselves."""
     from datasets import Image
 
+    features = rows.features or {}
     for key, column in used.items():
-        if column is not None and column not in (rows.features or {}):
-            raise ValueError(f"{origin}: no {key} column {column!r}; the columns are {columns.describe_columns(rows.features or {})}")
+        if column is not None and column not in features:
+            raise ValueError(f"{origin}: no {key} column {column!r}; the columns are {columns.describe_columns(features)}")
     rows = rows.select_columns(list(dict.fromkeys(column for column in used.values() if column is not None)))
     return rows.cast_column(used["image"], Image(decode=False)) if isinstance(rows.features[used["image"]], Image) else rows

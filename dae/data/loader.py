@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
@@ -38,16 +40,20 @@ class TrainLoader:
     """
 
     def __init__(self, dataset: Dataset, batch_size: int, *, seed: int, num_workers: int = 0, shuffle_buffer_size: int = 10000):
-        for name, value, least in (("batch_size", batch_size, 1), ("num_workers", num_workers, 0), ("shuffle_buffer_size", shuffle_buffer_size, 1)):
+        for name, value, least in (
+            ("batch_size", batch_size, 1),
+            ("num_workers", num_workers, 0),
+            ("shuffle_buffer_size", shuffle_buffer_size, 1),
+        ):
             if value < least:
                 raise ValueError(f"{name}: expected at least {least}, got {value}")
-        self.dataset, self.batch_size, self.seed, self.num_workers = dataset, batch_size, seed, num_workers
+        self._order: _MapOrder | _StreamOrder
         if isinstance(dataset, ImageStream):
-            self._order: _MapOrder | _StreamOrder = _StreamOrder(self, shuffle_buffer_size)
+            self._order = _StreamOrder(dataset, batch_size, seed, num_workers, shuffle_buffer_size)
         elif isinstance(dataset, IterableDataset):
             raise TypeError(f"TrainLoader: expected a map-style data set or an ImageStream, got {type(dataset).__name__}")
         else:
-            self._order = _MapOrder(self)
+            self._order = _MapOrder(dataset, batch_size, seed, num_workers)
 
     def __iter__(self) -> Iterator[Any]:
         return self._order.batches()
@@ -73,12 +79,15 @@ class TrainLoader:
         """
         self._order.load_state_dict(state)
 
-    def _loader(self, dataset: Dataset, num_workers: int, **options) -> Any:
-        from torchdata.stateful_dataloader import StatefulDataLoader
 
+def _stateful_loader(dataset: Dataset, batch_size: int, num_workers: int, **options) -> Any:
+    from torchdata.stateful_dataloader import StatefulDataLoader
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata 0.11 under torch 2.13
         return StatefulDataLoader(
             dataset,
-            self.batch_size,
+            batch_size,
             drop_last=True,
             num_workers=num_workers,
             pin_memory=torch.cuda.is_available(),
@@ -88,33 +97,35 @@ class TrainLoader:
 
 
 class _MapOrder:
-    def __init__(self, loader: TrainLoader):
+    """Position of map-style data: one number."""
+
+    def __init__(self, dataset: Dataset, batch_size: int, seed: int, num_workers: int):
         from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
-        self.loader, self.micro_step = loader, 0
-        rows, world = len(loader.dataset), world_size()
-        self.batches_per_epoch = rows // (loader.batch_size * world)
-        if self.batches_per_epoch == 0:
+        rows, world = len(dataset), world_size()
+        if rows < batch_size * world:
             raise ValueError(
-                f"the training set has {rows} rows, fewer than one global batch of {loader.batch_size * world} "
-                f"(batch_size {loader.batch_size} x {world} processes); make the batch smaller"
+                f"the training set has {rows} rows, fewer than one global batch of {batch_size * world} "
+                f"(batch size {batch_size} x {world} processes); make the batch smaller"
             )
-        self.sampler = StatefulDistributedSampler(loader.dataset, world, rank(), shuffle=True, seed=loader.seed, drop_last=True)
+        self.dataset, self.batch_size, self.num_workers = dataset, batch_size, num_workers
+        self.micro_step, self.batches_per_epoch = 0, rows // (batch_size * world)
+        self.sampler = StatefulDistributedSampler(dataset, world, rank(), shuffle=True, seed=seed, drop_last=True)
 
     def batches(self) -> Iterator[Any]:
-        loader = self.loader._loader(
-            self.loader.dataset,
-            self.loader.num_workers,
-            sampler=self.sampler,
-            persistent_workers=self.loader.num_workers > 0,
-        )
+        loader, expected = None, -1
         while True:
+            if self.micro_step != expected:  # at the start, or somebody called `seek`: let no prefetched batch through
+                options = {"sampler": self.sampler, "persistent_workers": self.num_workers > 0}
+                loader = _stateful_loader(self.dataset, self.batch_size, self.num_workers, **options)
             epoch, consumed = divmod(self.micro_step, self.batches_per_epoch)
             self.sampler.set_epoch(epoch)
-            self.sampler.load_state_dict({"yielded": consumed * self.loader.batch_size})
+            self.sampler.load_state_dict({"yielded": consumed * self.batch_size})
             for batch in loader:
-                self.micro_step += 1
+                self.micro_step = expected = self.micro_step + 1
                 yield batch
+                if self.micro_step != expected:
+                    break
 
     def seek(self, micro_step: int) -> None:
         if micro_step < 0:
@@ -131,54 +142,70 @@ class _MapOrder:
 
 
 class _StreamOrder:
-    def __init__(self, loader: TrainLoader, shuffle_buffer_size: int):
-        self.loader, self.epoch, self.micro_step = loader, 0, 0
-        self.stream = loader.dataset.shuffled(loader.seed, shuffle_buffer_size, rank(), world_size())
+    """Position of a stream: the epoch, and the number of rows that each worker has used of it."""
+
+    def __init__(self, stream: ImageStream, batch_size: int, seed: int, num_workers: int, shuffle_buffer_size: int):
+        self.stream = stream.shuffled(seed, shuffle_buffer_size, rank(), world_size())
         self.settings = {
-            "seed": loader.seed,
-            "batch_size": loader.batch_size,
-            "num_workers": min(loader.num_workers, self.stream.num_shards),
+            "seed": seed,
+            "batch_size": batch_size,
+            "num_workers": min(num_workers, self.stream.num_shards),
             "shuffle_buffer_size": shuffle_buffer_size,
             "rank": rank(),
             "world_size": world_size(),
         }
-        self._running: Any = None  # the loader of the current epoch, once it runs
-        self._position: dict | None = None  # the state to continue it from
+        self.epoch = self.micro_step = 0
+        self.position: dict | None = None  # where in the epoch the next loader starts
+        self.running: Any = None  # the loader of the current epoch, once it runs
 
     def batches(self) -> Iterator[Any]:
-        self.load_state_dict(self.state_dict())
+        self._stop()
         while True:
             self.stream.set_epoch(self.epoch)
-            started_afresh, count = self._position is None, 0
-            self._running = self.loader._loader(self.stream, self.settings["num_workers"])
-            if self._position is not None:
-                self._running.load_state_dict(self._position)
-            for batch in self._running:
-                self.micro_step += 1
-                count += 1
-                yield batch
-            if started_afresh and count == 0:
+            loader = _stateful_loader(self.stream, self.settings["batch_size"], self.settings["num_workers"])
+            if self.position is not None:
+                loader.load_state_dict(self.position)
+            self.running, before = loader, self.micro_step
+            try:
+                for batch in loader:
+                    self.micro_step += 1
+                    yield batch
+                    if self.running is not loader:  # somebody called `load_state_dict`
+                        break
+            except GeneratorExit:
+                if self.running is loader:
+                    self._stop()  # ends the workers now and not when the garbage collector comes by
+                raise
+            if self.running is not loader:
+                continue
+            if self.position is None and self.micro_step == before:
                 raise ValueError(
-                    f"an epoch of the stream gives process {self.settings['rank']} not one batch of {self.loader.batch_size} rows; "
-                    "make the batch smaller or use fewer workers"
+                    f"an epoch of the stream gives process {self.settings['rank']} not one batch of "
+                    f"{self.settings['batch_size']} rows; make the batch smaller or use fewer workers"
                 )
-            self.epoch, self._position, self._running = self.epoch + 1, None, None
+            self.epoch, self.position, self.running = self.epoch + 1, None, None
+
+    def _stop(self) -> None:
+        if self.running is not None:
+            self.position, self.running = self.running.state_dict(), None
 
     def seek(self, micro_step: int) -> None:
         raise TypeError("a stream cannot seek to a step: save state_dict() and give it to load_state_dict()")
 
     def state_dict(self) -> dict:
-        position = self._position if self._running is None else self._running.state_dict()
+        position = self.position if self.running is None else self.running.state_dict()
         return {"micro_step": self.micro_step, "epoch": self.epoch, "settings": dict(self.settings), "position": position}
 
     def load_state_dict(self, state: dict) -> None:
         missing = {"micro_step", "epoch", "settings", "position"} - set(state)
         if missing:
             raise ValueError(f"expected the state of a stream; it lacks {sorted(missing)}")
-        changed = [f"{k}: {state['settings'].get(k)!r} -> {v!r}" for k, v in self.settings.items() if state["settings"].get(k) != v]
+        saved = state["settings"]
+        changed = [f"{key}: {saved.get(key)!r} -> {value!r}" for key, value in self.settings.items() if saved.get(key) != value]
         if changed:
             raise ValueError(f"a stream can only be continued with the settings it was saved with; changed: {', '.join(changed)}")
-        self.micro_step, self.epoch, self._position, self._running = state["micro_step"], state["epoch"], state["position"], None
+        self.micro_step, self.epoch = state["micro_step"], state["epoch"]
+        self.position, self.running = copy.deepcopy(state["position"]), None
 
 
 def evaluation_batches(dataset: Dataset, batch_size: int, limit: int | None = None, num_workers: int = 0) -> Iterator[Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,8 +13,8 @@ import numpy as np
 
 from dae.config import DataConfig
 from dae.data.columns import label_values
-from dae.data.images import open_image, read_bytes
-from dae.data.rows import ImageDataset, ImageStream, RowDecoder
+from dae.data.images import decode_image, open_image
+from dae.data.rows import ImageDataset, ImageStream, RowDecoder, digest_bytes
 from dae.data.splits import hold_out
 
 if TYPE_CHECKING:
@@ -59,14 +61,14 @@ def split_table(
         if len(rows) == 0:
             raise ValueError(f"{decoders[part].origin} is empty")
         _verify_labels(rows, decoders[part])
-        for i in range(min(len(rows), len(rows) if config.verify_rows < 0 else config.verify_rows)):
-            _verify_image(rows[i], decoders[part], f"row {i}")
+        for i, row in _first_rows(rows, len(rows) if config.verify_rows < 0 else config.verify_rows):
+            _verify_image(row, decoders[part], f"row {i}")
         contents.append(_table_digest(rows, decoders[part]))
     indices = {part: np.arange(len(rows)) for part, rows in parts.items()}
     if "validation" not in parts:
         column = decoders["train"].labels.column
         size = _held_out_size(config, len(parts["train"]), decoders["train"].origin)
-        values = None if column is None else np.unique(label_values(parts["train"], column), return_inverse=True)[1]
+        values = None if column is None else label_values(parts["train"], column, decoders["train"].origin)
         indices["train"], indices["validation"] = hold_out(len(parts["train"]), size, values)
     if config.max_train_samples is not None:
         order = np.random.default_rng(seed).permutation(indices["train"])
@@ -91,44 +93,44 @@ def _verify_labels(rows: Dataset, decoder: RowDecoder) -> None:
     labels = decoder.labels
     if labels.column is None or labels.from_string:
         return
-    values = label_values(rows, labels.column)
+    values = label_values(rows, labels.column, decoder.origin)
     bad = np.flatnonzero((values < 0) | (values >= labels.num_classes))
     if bad.size:
         decoder.label({labels.column: values[bad[0]]}, f"row {bad[0]}")
 
 
+def _first_rows(rows: Dataset, limit: int) -> Iterator[tuple[int, dict]]:
+    """The first rows with their numbers, read in batches."""
+    for start in range(0, min(limit, len(rows)), 256):
+        batch = rows[start : min(start + 256, limit)]
+        for i, values in enumerate(zip(*batch.values(), strict=True), start):
+            yield i, dict(zip(batch, values, strict=True))
+
+
 def _verify_image(row: dict, decoder: RowDecoder, where: str) -> None:
-    source = row[decoder.image_column]
-    if isinstance(source, list):
-        return
-    try:
-        open_image(source, decoder.folder)
-    except (ValueError, FileNotFoundError) as error:
-        raise type(error)(f"{decoder.origin}, {where}: {error}") from error
+    with decoder.naming(row, where):
+        if isinstance(row[decoder.image_column], list):
+            decode_image(row[decoder.image_column], decoder.channels)
+        else:
+            open_image(row[decoder.image_column], decoder.folder)
 
 
 def _table_digest(rows: Dataset, decoder: RowDecoder) -> str:
     """Digest of the labels, of the size of each image, and of the bytes of all images or of evenly spaced ones."""
     digest = hashlib.blake2b(digest_size=16)
     if decoder.labels.column is not None:
-        digest.update(repr(label_values(rows, decoder.labels.column).tolist()).encode())
+        digest.update(repr(label_values(rows, decoder.labels.column, decoder.origin).tolist()).encode())
     sizes = _encoded_sizes(rows, decoder.image_column, decoder.folder)
     digest.update(sizes.tobytes())
     chosen = np.arange(len(rows))
     if sizes.sum() > WHOLE_DIGEST_BYTES:
         chosen = np.unique(np.linspace(0, len(rows) - 1, DIGEST_ROWS).astype(np.int64))
-    for i in chosen:
-        source = rows[int(i)][decoder.image_column]
-        digest.update(repr(source).encode() if isinstance(source, list) else _bytes_or_nothing(source, decoder.folder))
+    picked = rows if len(chosen) == len(rows) else rows.select(chosen)
+    for _, row in _first_rows(picked, len(picked)):
+        # A row that cannot be read is no matter of the digest: verification or decoding names it.
+        with contextlib.suppress(ValueError, OSError):
+            digest.update(decoder.encoded(row))
     return digest.hexdigest()
-
-
-def _bytes_or_nothing(source: Any, folder: Path | None) -> bytes:
-    """A row that cannot be read is no matter of the digest: verification or decoding names it."""
-    try:
-        return read_bytes(source, folder)
-    except (ValueError, OSError):
-        return b""
 
 
 def _encoded_sizes(rows: Dataset, column: str, folder: Path | None) -> np.ndarray:
@@ -139,6 +141,9 @@ def _encoded_sizes(rows: Dataset, column: str, folder: Path | None) -> np.ndarra
     sizes = []
     for table in rows.select_columns([column]).with_format("arrow").iter(1000):
         images = pa.chunked_array(table.column(column)).combine_chunks()
+        if pa.types.is_binary(images.type) or pa.types.is_large_binary(images.type):
+            sizes.append(pc.fill_null(pc.binary_length(images), -1).to_numpy(zero_copy_only=False))
+            continue
         if not pa.types.is_struct(images.type):
             sizes.append(np.full(len(images), images.nbytes // max(len(images), 1)))
             continue
@@ -168,18 +173,26 @@ def split_stream(
         for i, row in enumerate(head if config.verify_rows < 0 else head[: config.verify_rows]):
             decoders[part].label(row, f"row {i}")
             _verify_image(row, decoders[part], f"row {i}")
-    contents = [[decoders[part].digest(row) for row in head] for part, head in heads.items()]
+    contents = [_digests(head, decoders[part]) for part, head in heads.items()]
     if "validation" in parts:
         validation = parts["validation"]
     else:
         size = _held_out_size(config, _count_up_to(train, 10 * config.validation_size, config), decoders["train"].origin)
         validation = train.take(size)
-        digests = frozenset(decoders["train"].digest(row) for row in validation)
+        digests = frozenset(_digests(validation, decoders["train"]))
         contents.append(sorted(digests))
     if config.max_train_samples is not None:
         train = train.take(config.max_train_samples + len(digests))
         contents.append(config.max_train_samples)
     return ImageStream(train, decoders["train"], digests), ImageStream(validation, decoders["validation"]), contents
+
+
+def _digests(rows: Iterable[dict], decoder: RowDecoder) -> list[int]:
+    digests = []
+    for i, row in enumerate(rows):
+        with decoder.naming(row, f"row {i}"):
+            digests.append(digest_bytes(decoder.encoded(row)))
+    return digests
 
 
 def _count_up_to(rows: IterableDataset, limit: int, config: DataConfig) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -40,17 +41,30 @@ class RowDecoder:
 
     def decode(self, row: dict, number: int, where: str) -> dict:
         label = self.label(row, where)
-        try:
+        with self.naming(row, where):
             image = to_square(decode_image(row[self.image_column], self.channels, self.folder), self.resolution, self.center_crop)
-        except (ValueError, FileNotFoundError) as error:
-            raise type(error)(f"{self.origin}, {where}: {error}") from error
         return {"image": to_tensor(image), "label": label, "row": number}
 
-    def digest(self, row: dict) -> int:
-        """63 bits that identify the image of a row wherever it stands in a stream."""
+    @contextlib.contextmanager
+    def naming(self, row: dict, where: str) -> Iterator[None]:
+        """Errors about the image of a row name the data set, the split, the row and, if there is one, the file."""
+        try:
+            yield
+        except (ValueError, OSError) as error:
+            source = row[self.image_column]
+            path = source.get("path") if isinstance(source, dict) else None
+            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+            raise kind(f"{self.origin}, {where}{f' ({path})' if path else ''}: {error}") from error
+
+    def encoded(self, row: dict) -> bytes:
+        """The bytes of the image of a row; of an array something that identifies it."""
         source = row[self.image_column]
-        data = read_bytes(source, self.folder) if isinstance(source, (bytes, dict, str)) else repr(source).encode()
-        return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big") >> 1
+        return repr(source).encode() if isinstance(source, list) else read_bytes(source, self.folder)
+
+
+def digest_bytes(data: bytes) -> int:
+    """63 bits that identify the image of a row wherever it stands in a stream."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big") >> 1
 
 
 class ImageDataset(Dataset):
@@ -122,12 +136,14 @@ class ImageStream(IterableDataset):
 
     def set_epoch(self, epoch: int) -> None:
         self.rows.set_epoch(epoch)
+        self.load_state_dict({"used": 0})
 
     def state_dict(self) -> dict[str, int]:
         return {"used": self._used}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self._to_skip = state["used"]
+        # `_used` too: a worker reports its state once before its first row, and that state may be saved.
+        self._used = self._to_skip = state["used"]
 
     def __iter__(self) -> Iterator[dict]:
         to_skip, self._to_skip = self._to_skip, 0
@@ -136,6 +152,8 @@ class ImageStream(IterableDataset):
             self._used += 1
             if self._used <= to_skip:
                 continue
-            digest = self.decoder.digest(row)
+            where = f"row {self._used - 1} of the stream of this process and worker"
+            with self.decoder.naming(row, where):
+                digest = digest_bytes(self.decoder.encoded(row))
             if digest not in self.held_out:
-                yield self.decoder.decode(row, digest, f"row with digest {digest}")
+                yield self.decoder.decode(row, digest, where)

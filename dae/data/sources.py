@@ -64,7 +64,7 @@ def _read_folder(path: Path, config: DataConfig) -> dict[str, Rows]:
     suffixes = {file.suffix.lower() for file in path.rglob("*") if file.is_file()}
     builder = "parquet" if ".parquet" in suffixes else "webdataset" if ".tar" in suffixes else "imagefolder"
     if builder == "imagefolder" and not suffixes & IMAGE_SUFFIXES:
-        raise ValueError(f"the folder {str(path)!r} holds no images ({' '.join(sorted(IMAGE_SUFFIXES))}) and is not one of: {FORMS}")
+        raise ValueError(f"the folder {str(path)!r} holds no images ({' '.join(sorted(IMAGE_SUFFIXES))}); expected {FORMS}")
     with _quiet():
         return dict(load_dataset(builder, data_dir=str(path), streaming=config.streaming))
 
@@ -89,8 +89,11 @@ def _read_hub(config: DataConfig) -> dict[str, Rows]:
         with contextlib.nullcontext() if reachable else _offline():
             return dict(load_dataset(name, config.dataset_config_name, streaming=config.streaming))
     except (DatasetNotFoundError, FileNotFoundError, ConnectionError) as error:
-        reason = str(error) if reachable else "the Hugging Face hub cannot be reached from here and the data set is not in the local cache"
+        offline = "the Hugging Face hub cannot be reached from here, and the data set is not in the local cache"
+        reason = str(error) if reachable else offline
         raise FileNotFoundError(f"no data set dataset_name={name!r}: {reason}. Expected {FORMS}") from error
+    except RuntimeError as error:  # what `datasets` raises for a repository that wants to run its own code
+        raise ValueError(f"dataset_name={name!r} cannot be read: {error}") from error
 
 
 def _hub_is_reachable() -> bool:

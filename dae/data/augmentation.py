@@ -60,5 +60,6 @@ def _affine_maps(amount_B4: Tensor, images_BCHW: Tensor) -> Tensor:
     scale_B = 1 + MAX_SCALE * amount_B4[:, 3]
     H, W = images_BCHW.shape[2:]
     cos_B, sin_B = torch.cos(angle_B) * scale_B, torch.sin(angle_B) * scale_B
-    rows_B23 = [torch.stack([cos_B, -sin_B * (H / W), shift_B2[:, 0]], 1), torch.stack([sin_B * (W / H), cos_B, shift_B2[:, 1]], 1)]
-    return torch.stack(rows_B23, 1)
+    x_B3 = torch.stack([cos_B, -sin_B * (H / W), shift_B2[:, 0]], 1)
+    y_B3 = torch.stack([sin_B * (W / H), cos_B, shift_B2[:, 1]], 1)
+    return torch.stack([x_B3, y_B3], 1)
