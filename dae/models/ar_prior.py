@@ -38,6 +38,11 @@ class KVCache:
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
 
+def token_cross_entropy(logits_BTK: Tensor, tokens_BT: Tensor) -> Tensor:
+    """Mean of -log p(token), in nats a token (divide by log 2 for bits)."""
+    return F.cross_entropy(logits_BTK.flatten(0, 1).float(), tokens_BT.flatten())
+
+
 def rotary_table(length: int, head_dim: int, base: float = 10000.0) -> Tensor:
     """Angles' cosine and sine, [2, length, head_dim / 2]: position p turns pair i by p * base^(-2i / head_dim)."""
     frequencies = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
@@ -143,13 +148,10 @@ class ARPrior(PretrainedModel):
             cache.position += x.shape[1]
         return self.head(self.norm(x))
 
-    def loss(self, labels_B: Tensor, tokens_BT: Tensor) -> Tensor:
-        """Mean cross-entropy in nats a token; in training the class is hidden with probability `class_dropout`."""
-        if self.training and self.config.class_dropout > 0:
-            hidden = draw_rows(torch.rand, labels_B.shape, device=labels_B.device) < self.config.class_dropout
-            labels_B = torch.where(hidden, self.null_class, labels_B)
-        logits = self(labels_B, tokens_BT[:, :-1])
-        return F.cross_entropy(logits.flatten(0, 1).float(), tokens_BT.flatten())
+    def hide_classes(self, labels_B: Tensor) -> Tensor:
+        """Labels with each replaced by the null class with probability `class_dropout`, as guidance needs in training."""
+        hidden = draw_rows(torch.rand, labels_B.shape, device=labels_B.device) < self.config.class_dropout
+        return torch.where(hidden, self.null_class, labels_B)
 
     def make_cache(self, batch: int) -> KVCache:
         """An empty cache for `batch` sequences, on the model's device and in its dtype."""

@@ -153,6 +153,14 @@ class Autoencoder(PretrainedModel):
     def enable_gradient_checkpointing(self, enabled: bool = True) -> None:
         self.encoder.gradient_checkpointing = self.decoder.gradient_checkpointing = enabled
 
+    def refuse_other_data(self, image_channels: int, resolution: int) -> None:
+        """ValueError unless images of this kind are what the autoencoder was made for."""
+        if (self.image_channels, self.resolution) != (image_channels, resolution):
+            raise ValueError(
+                f"this autoencoder was trained on {self.image_channels}-channel images of {self.resolution} pixels, data.channels="
+                f"{image_channels} and data.resolution={resolution} are asked for"
+            )
+
     def to_config(self) -> dict:
         return {
             "image_channels": self.image_channels,

@@ -1,0 +1,73 @@
+"""Encode a data set with a trained VQ autoencoder: the token cache that the prior is trained on.
+
+    accelerate launch recipes/encode.py --config recipes/configs/digits.yaml
+
+Each image is encoded once as it is, and `prior.augmented_copies` times augmented (`data.random_flip`, `data.random_affine`).
+Several processes share the work. Writes <output_dir>/tokens with fingerprints of tokenizer, data set and augmentation.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from tqdm import tqdm
+
+from dae.config import Config, config_from_command_line
+from dae.data import augment, evaluation_batches, load_data
+from dae.data.tokens import Fingerprint, TokenCache, TokenDataset, transform_fingerprint
+from dae.hub import fingerprint
+from dae.models import Autoencoder
+from dae.training.loop import seed_for
+
+
+@torch.inference_mode()
+def encode(config: Config) -> Path:
+    """Make the token cache; returns its folder."""
+    accelerator = Accelerator()
+    output = Path(config.output_dir)
+    data = load_data(config.data, config.seed)
+    autoencoder = Autoencoder.from_pretrained(output / "autoencoder", device=accelerator.device)
+    autoencoder.refuse_other_data(config.data.channels, config.data.resolution)
+    if autoencoder.config.bottleneck != "vq":
+        raise ValueError("an autoregressive prior models tokens: train the autoencoder with autoencoder.bottleneck=vq")
+
+    copies = {"train": config.prior.augmented_copies, "validation": 0}
+    parts = {}
+    for name in copies:
+        rows: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+        batches = evaluation_batches(getattr(data, name), config.evaluation.batch_size, num_workers=config.data.num_workers)
+        for number, batch in enumerate(tqdm(batches, desc=f"encode {name}", disable=not accelerator.is_main_process, mininterval=1)):
+            if number % accelerator.num_processes != accelerator.process_index:
+                continue
+            torch.manual_seed(seed_for(config.seed, "encode", name, number))
+            images = batch["image"].to(accelerator.device)
+            views = [images] + [
+                augment(images, random_flip=config.data.random_flip, random_affine=config.data.random_affine) for _ in range(copies[name])
+            ]
+            tokens = torch.stack([autoencoder.encode(view).indices.flatten(1).int().cpu() for view in views], dim=1)
+            rows.append((number, tokens, batch["label"]))
+        rows = sorted(gather_object(rows), key=lambda row: row[0])
+        parts[name] = TokenDataset(torch.cat([row[1] for row in rows]), torch.cat([row[2] for row in rows]))
+
+    folder = output / "tokens"
+    if accelerator.is_main_process:
+        transform = transform_fingerprint(copies["train"], config.data.random_flip, config.data.random_affine, config.seed)
+        cache = TokenCache(
+            **parts,
+            vocab_size=autoencoder.config.vq.codebook_size,
+            num_classes=data.num_classes,
+            latent_size=autoencoder.latent_size,
+            fingerprint=Fingerprint(fingerprint(output / "autoencoder"), data.fingerprint, transform),
+        )
+        cache.save(folder)
+        print(f"saved {folder}: {len(cache.train)} training and {len(cache.validation)} held-out images")
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return folder
+
+
+if __name__ == "__main__":
+    encode(config_from_command_line(__doc__))
