@@ -57,15 +57,15 @@ def _as_streams(splits: dict[str, Dataset], config: DataConfig) -> dict[str, Row
 def _read_folder(path: Path, config: DataConfig) -> dict[str, Rows]:
     from datasets import load_dataset, load_from_disk
 
-    if (path / "dataset_dict.json").is_file():
-        return _as_streams(dict(load_from_disk(str(path))), config)
-    if (path / "state.json").is_file() and (path / "dataset_info.json").is_file():
-        return _as_streams({"train": load_from_disk(str(path))}, config)
+    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        with _local(config.dataset_name):
+            saved = load_from_disk(str(path))
+        return _as_streams(dict(saved) if isinstance(saved, dict) else {"train": saved}, config)
     suffixes = {file.suffix.lower() for file in path.rglob("*") if file.is_file()}
     builder = "parquet" if ".parquet" in suffixes else "webdataset" if ".tar" in suffixes else "imagefolder"
     if builder == "imagefolder" and not suffixes & IMAGE_SUFFIXES:
         raise ValueError(f"the folder {str(path)!r} holds no images ({' '.join(sorted(IMAGE_SUFFIXES))}); expected {FORMS}")
-    with _quiet():
+    with _local(config.dataset_name):
         return dict(load_dataset(builder, data_dir=str(path), streaming=config.streaming))
 
 
@@ -76,7 +76,7 @@ def _read_files(files: list[Path], config: DataConfig) -> dict[str, Rows]:
     builders = {".parquet": "parquet", ".tar": "webdataset"}
     if len(suffixes) != 1 or not suffixes <= set(builders):
         raise ValueError(f"dataset_name={config.dataset_name!r} matches files of type {sorted(suffixes)}; expected {FORMS}")
-    with _quiet():
+    with _local(config.dataset_name):
         return dict(load_dataset(builders[suffixes.pop()], data_files=[str(f) for f in files], streaming=config.streaming))
 
 
@@ -129,15 +129,21 @@ def _offline() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars for reading local files."""
-    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+def _local(name: str) -> Iterator[None]:
+    """Reading local files: no progress bars, and one kind of error for what cannot be read."""
+    import tarfile
 
-    if are_progress_bars_disabled():
-        yield
-        return
+    from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from datasets.exceptions import DatasetGenerationError
+
+    silent = are_progress_bars_disabled()
     disable_progress_bars()
     try:
         yield
+    except (DatasetGenerationError, IndexError, ValueError, tarfile.TarError) as error:  # IndexError: a saved split without rows
+        reason = error.__cause__ or error
+        kind = type(reason).__name__
+        raise ValueError(f"dataset_name={name!r} is broken, or a split of it is empty: {kind}: {reason}") from error
     finally:
-        enable_progress_bars()
+        if not silent:
+            enable_progress_bars()

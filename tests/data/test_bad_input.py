@@ -8,8 +8,7 @@ import pytest
 from dae.config import DataConfig
 from dae.data import TrainLoader, load_data
 
-
-NOT_THERE = ["nobody/has-such-a-set", "digitz", "/no/such/folder", "./nothing", "nowhere/*.parquet", "a.parquet", "b.tar", "what ?"]
+NOT_THERE = ["nobody/has-such-a-set", "digitz", "/no/such/folder", "./no", "no/*.parquet", "a.parquet", "b.tar", "what ?"]
 
 
 @pytest.mark.parametrize("name", NOT_THERE)
@@ -55,6 +54,13 @@ def test_a_folder_and_a_file_of_no_known_form(tmp_path, configure):
         load_data(configure(tmp_path), 0)
     with pytest.raises(ValueError, match=r"\.txt"):
         load_data(configure(tmp_path / "notes.txt"), 0)
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.tar"])
+def test_broken_files(tmp_path, configure, name):
+    (tmp_path / name).write_bytes(b"<html>404</html>")
+    with pytest.raises(ValueError, match=f"{name}' is broken"):
+        load_data(configure(tmp_path / name), 0)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -111,12 +117,22 @@ def test_several_image_columns(saved, table):
     assert len(load_data(saved(rows, image_column="second"), 0).train) == 8
 
 
+def as_stream(rows):
+    from datasets import IterableDataset
+
+    return IterableDataset.from_generator(lambda: iter(rows), features=rows.features)
+
+
 @pytest.mark.parametrize("streaming", [False, True])
-def test_empty_sets(saved, table, streaming):
-    with pytest.raises(ValueError, match="split 'train' is empty"):
-        load_data(saved({"train": table(0), "test": table(2)}, streaming=streaming), 0)
-    with pytest.raises(ValueError, match="split 'test' is empty"):
-        load_data(saved({"train": table(20), "test": table(0)}, streaming=streaming), 0)
+def test_empty_sets(saved, table, streaming, tmp_path, configure, monkeypatch):
+    for rows in ({"train": table(0), "test": table(2)}, {"train": table(20), "test": table(0)}):
+        with pytest.raises(ValueError, match="split of it is empty"):
+            load_data(saved(rows, streaming=streaming), 0)
+        streams = {name: as_stream(part) if streaming else part for name, part in rows.items()}
+        monkeypatch.setattr("dae.data.load.read_splits", lambda config, streams=streams: (streams, None))
+        with pytest.raises(ValueError, match=f"split '{'train' if not len(rows['train']) else 'test'}' is empty"):
+            load_data(configure("hub", streaming=streaming), 0)
+        monkeypatch.undo()
     with pytest.raises(ValueError, match="1 rows, too few"):
         load_data(saved(table(1), streaming=streaming), 0)
 
@@ -160,7 +176,7 @@ def test_bytes_that_are_no_image_are_found_at_load(saved, table, png, bad, strea
         load_data(config, 0)
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_truncated_image_names_its_row_when_it_is_decoded(saved, table, png, num_workers):
     data = load_data(saved(_spoiled(table, png, png(7)[:-60]), label_column="none"), 0)
     part = data.train if 7 in data.train.source_rows else data.validation
@@ -209,8 +225,15 @@ def test_label_columns_that_cannot_be_classes(saved, table):
 
 @pytest.mark.parametrize(
     "key, value",
-    [("resolution", 0), ("resolution", -3), ("channels", 0), ("channels", 2), ("max_train_samples", 0), ("validation_size", 0)]
-    + [("num_classes", 0)],
+    [
+        ("resolution", 0),
+        ("resolution", -3),
+        ("channels", 0),
+        ("channels", 2),
+        ("max_train_samples", 0),
+        ("validation_size", 0),
+        ("num_classes", 0),
+    ],
 )
 def test_numbers_out_of_range(saved, table, key, value):
     with pytest.raises(ValueError, match=f"{key}: expected"):

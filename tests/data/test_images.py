@@ -79,7 +79,16 @@ def test_first_frame_of_an_animation():
 
 @pytest.mark.parametrize(
     "orientation, upright",
-    [(1, [[1, 2]]), (2, [[2, 1]]), (3, [[2, 1]]), (5, [[1], [2]]), (6, [[1], [2]]), (7, [[2], [1]]), (8, [[2], [1]]), (99, [[1, 2]])],
+    [
+        (1, [[1, 2]]),
+        (2, [[2, 1]]),
+        (3, [[2, 1]]),
+        (5, [[1], [2]]),
+        (6, [[1], [2]]),
+        (7, [[2], [1]]),
+        (8, [[2], [1]]),
+        (99, [[1, 2]]),
+    ],
 )
 def test_exif_orientation(orientation, upright):
     image = Image.fromarray(np.array([[1, 2]], dtype=np.uint8))
@@ -96,8 +105,16 @@ def test_broken_exif_counts_as_upright():
 
 @pytest.mark.parametrize(
     "bad",
-    [b"", b"<html>no</html>", b"%!PS-Adobe-3.0 EPSF", png(picture(0, 30))[:200], b"\x89PNG\r\n\x1a\n"]
-    + [None, {"bytes": None, "path": None}, 3],
+    [
+        b"",
+        b"<html>no</html>",
+        b"%!PS-Adobe-3.0 EPSF",
+        png(picture(0, 30))[:200],
+        b"\x89PNG\r\n\x1a\n",
+        None,
+        {"bytes": None, "path": None},
+        3,
+    ],
 )
 def test_what_is_no_image_is_refused(bad):
     with pytest.raises(ValueError):
