@@ -63,7 +63,8 @@ def attention(
 def autocast(x: Tensor) -> Tensor:
     """`x` as autocast would hand it to an operation of its low-precision list."""
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
+    active = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if active and x.is_floating_point() and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(device))
     return x
 

@@ -19,17 +19,20 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
     build that class inside a graph, so under torch.compile the mask is a [Lq, Lk] bool tensor.
     """
     num_queries, num_keys = q.shape[2], k.shape[2]
-    mask = None
-    square = causal and num_queries == num_keys
-    if causal and not square and num_queries != 1:
+    mask, is_causal = None, False
+    if causal and num_queries == num_keys:
+        is_causal = True
+    elif causal and num_queries != 1:
         if torch.compiler.is_compiling():
             mask = causal_mask(num_queries, num_keys, q.device)
         else:
             from torch.nn.attention.bias import causal_lower_right  # here, because this module of torch imports triton
 
             mask = causal_lower_right(num_queries, num_keys)
-    grouped = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=square, scale=scale, enable_gqa=grouped)
+    grouped = False
+    if q.shape[1] != k.shape[1]:  # a branch, because a graph of dynamic shapes must settle it
+        grouped = True
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=grouped)
 
 
 def flash_attn(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
 
@@ -17,7 +19,8 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: fl
     """softmax(scale q k^T + mask) v, in float32 (float64 for float64 operands), returned in the dtype of `q`."""
     wide = torch.promote_types(q.dtype, torch.float32)
     groups = q.shape[1] // k.shape[1]
-    with torch.autocast(q.device.type, enabled=False):
+    known = torch.amp.is_autocast_available(q.device.type)  # not for meta tensors
+    with torch.autocast(q.device.type, enabled=False) if known else nullcontext():
         k = k.to(wide).repeat_interleave(groups, dim=1)
         v = v.to(wide).repeat_interleave(groups, dim=1)
         scores_BHQK = scale * (q.to(wide) @ k.transpose(-2, -1))

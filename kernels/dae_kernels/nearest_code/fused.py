@@ -144,7 +144,7 @@ def tile(D: int, dot_dtype: torch.dtype, exact: bool) -> dict[str, int]:
         return {"BLOCK_N": 64, "BLOCK_K": 64, "BLOCK_D": min(padded(D), 32), "BLOCK_E": 16, "num_warps": 4, "num_stages": 2}
     if dot_dtype == torch.float32:
         return {"BLOCK_N": 128, "BLOCK_K": 64, "BLOCK_D": min(padded(D), 64), "BLOCK_E": 16, "num_warps": 8, "num_stages": 2}
-    return {"BLOCK_N": 128, "BLOCK_K": 128, "BLOCK_D": min(padded(D), 128), "BLOCK_E": 16, "num_warps": 8, "num_stages": 2}
+    return {"BLOCK_N": 128, "BLOCK_K": 128, "BLOCK_D": min(padded(D), 64), "BLOCK_E": 16, "num_warps": 8, "num_stages": 2}
 
 
 def dot_dtype(x: torch.dtype, codebook: torch.dtype, exact: bool) -> torch.dtype:
