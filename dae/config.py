@@ -162,6 +162,8 @@ class SamplingConfig:
 @dataclass
 class EvaluationConfig:
     classifier_steps: int = knob(800, "training steps of the small classifier whose features and verdicts the metrics use")
+    max_images: int = knob(10000, "images of a split to measure on, chosen at random where there are more")
+    cfg_scales: List[float] = knob([1.0, 1.5, 2.0], "guidance scales of the table in the report")
     neighbours: int = knob(3, "k of precision and recall")
     batch_size: int = knob(500, "images evaluated at once")
 

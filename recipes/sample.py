@@ -15,49 +15,26 @@ import time
 from pathlib import Path
 
 import numpy as np
-import torch
 from accelerate import Accelerator
 from tqdm import tqdm
 
 from dae.config import Config, config_from_command_line
 from dae.data.pictures import grid, to_uint8, write_png
 from dae.hub import fingerprint
-from dae.models import ARPrior, Autoencoder
-from dae.sampling import sample_tokens
+from dae.sampling import balanced_labels, generate, load_chain
 from dae.training.loop import seed_for
 
 
-def load_chain(config: Config, device: torch.device) -> tuple[Autoencoder, ARPrior]:
-    """Both trained models; ValueError if the prior was trained on another tokenizer's tokens."""
-    output = Path(config.output_dir)
-    prior = ARPrior.from_pretrained(output / "prior", device=device)
-    if prior.tokenizer != fingerprint(output / "autoencoder"):
-        raise ValueError(
-            f"{output / 'prior'} was trained on the tokens of another autoencoder than {output / 'autoencoder'}: "
-            "encode the data again (recipes/encode.py) and train the prior again (recipes/train_prior.py)"
-        )
-    return Autoencoder.from_pretrained(output / "autoencoder", device=device), prior
-
-
-@torch.inference_mode()
 def sample(config: Config) -> Path:
     """Write samples; returns their folder."""
-    device, settings = Accelerator().device, config.sampling
-    autoencoder, prior = load_chain(config, device)
-    labels_N = torch.arange(settings.num_samples) % prior.num_classes
-    generator = torch.Generator(device).manual_seed(seed_for(config.seed, "sampling"))
+    settings = config.sampling
+    autoencoder, prior = load_chain(config.output_dir, Accelerator().device)
+    labels_N = balanced_labels(settings.num_samples, prior.num_classes)
     started, images = time.monotonic(), []
-    for labels in tqdm(labels_N.split(settings.batch_size), desc="sample", unit_scale=settings.batch_size, mininterval=0.5):
-        tokens = sample_tokens(
-            prior,
-            labels.to(device),
-            cfg_scale=settings.cfg_scale,
-            temperature=settings.temperature,
-            top_k=settings.top_k,
-            top_p=settings.top_p,
-            generator=generator,
-        )
-        images.append(to_uint8(autoencoder.decode_indices(tokens).sample))
+    with tqdm(total=len(labels_N), desc="sample", unit="image", mininterval=0.5) as bar:
+        for batch in generate(autoencoder, prior, labels_N, settings, seed_for(config.seed, "sampling")):
+            images.append(to_uint8(batch))
+            bar.update(len(batch))
     seconds = time.monotonic() - started
 
     folder = Path(config.output_dir) / "samples"

@@ -1,3 +1,4 @@
 from dae.sampling.ar import filter_logits, sample_tokens
+from dae.sampling.chain import balanced_labels, generate, load_chain
 
-__all__ = ["filter_logits", "sample_tokens"]
+__all__ = ["balanced_labels", "filter_logits", "generate", "load_chain", "sample_tokens"]

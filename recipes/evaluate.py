@@ -1,0 +1,200 @@
+"""Measure a run: reconstructions of both decoders, the codebook, the prior, the samples, and copies of training images.
+
+    python recipes/evaluate.py --config recipes/configs/digits.yaml
+
+Frechet distance and precision/recall are taken in features of a small classifier that is trained here on the training split
+(for unlabelled data: to tell by how many quarter turns an image was rotated). They compare runs on one data set with one
+another; they are not Inception numbers. Writes <output_dir>/metrics.json and <output_dir>/evaluation/.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.data import IterableDataset, Subset
+from tqdm import tqdm
+
+from dae.config import Config, config_from_command_line
+from dae.data import evaluation_batches, load_data
+from dae.data.pictures import from_uint8, to_uint8
+from dae.metrics import (
+    Classifier,
+    CodebookUsage,
+    accuracy,
+    equal_count_frechet,
+    extract_features,
+    memorisation,
+    precision_recall,
+    predict,
+    psnr,
+    rotation_task,
+    ssim,
+    train_classifier,
+    versions,
+)
+from dae.models import ARPrior, Autoencoder
+from dae.sampling import balanced_labels, generate, load_chain
+from dae.training import Run
+from dae.training.loop import seed_for
+
+
+def evaluate(config: Config) -> dict:
+    """Measure, write and return metrics.json."""
+    started, device, output, seed = time.monotonic(), Accelerator().device, Path(config.output_dir), config.seed
+    autoencoder, prior = load_chain(output, device)
+    samples = np.load(output / "samples" / "samples.npz")
+    data = load_data(config.data, seed)
+    train, train_labels = collect(data.train, config)
+    heldout, heldout_labels = collect(data.validation, config)
+
+    # The extractor of all feature metrics, and what two sets of real images are apart in its features.
+    classifier = train_extractor(train, train_labels, data, config, device)
+    features = {name: extract_features(classifier, x.to(device)).cpu() for name, x in (("train", train), ("heldout", heldout))}
+    count = min(len(train), len(heldout))
+    floor = equal_count_frechet(features["heldout"], features["train"], count=count, seed=seed)
+
+    def judge(images: Tensor, labels: Tensor) -> dict:
+        """A set of samples: distance to held-out images, recognition, copies of training images."""
+        found = extract_features(classifier, images.to(device)).cpu()
+        distance = equal_count_frechet(features["heldout"], found, count=min(count, len(found)), seed=seed)
+        manifold = precision_recall(features["heldout"], found[:count], config.evaluation.neighbours)
+        copies = memorisation(images, train, heldout)
+        recognised = (predict(classifier, images.to(device)).cpu() == labels).double().mean().item() if data.labelled else None
+        return {
+            "recognised": recognised,
+            "frechet": distance.mean,
+            "frechet_std": distance.std,
+            "frechet_ratio": distance.mean / floor.mean,
+            "precision": manifold.precision,
+            "recall": manifold.recall,
+            "memorised": copies.share_samples,
+            "memorised_heldout": copies.share_heldout,
+            "memorised_threshold": copies.threshold,
+        }
+
+    pictures = {"originals": to_uint8(heldout[:32])}
+    reconstructions = {}
+    for name, model in saved_stages(output / "autoencoder", autoencoder, device).items():
+        rebuilt, usage = reconstruct(model, heldout, config)
+        pictures[name] = to_uint8(rebuilt[:32])
+        distance = equal_count_frechet(features["heldout"], extract_features(classifier, rebuilt.to(device)).cpu(), seed=seed)
+        quality = {"psnr": psnr(rebuilt, heldout).mean().item(), "ssim": ssim(rebuilt, heldout).mean().item(), "frechet": distance.mean}
+        reconstructions[name] = {"decoder": model.config.decoder.family} | quality
+
+    generated = from_uint8(samples["arr_0"])
+    generation = judge(generated, torch.from_numpy(samples["arr_1"]))
+    nearest = memorisation(generated[:16], train, heldout).nearest_index
+    pictures |= {"samples": samples["arr_0"][:16], "nearest training images": to_uint8(train[nearest])}
+
+    # What guidance and early stopping trade: fidelity against variety and copies.
+    validations = [row for row in Run(config, "prior").history() if row["split"] == "validation"]
+    chosen = min(validations, key=lambda row: row["bits_per_token"]) if config.prior.early_stopping else validations[-1]
+    candidates = [(chosen, prior)] + ([(validations[-1], last_prior(config, prior))] if chosen is not validations[-1] else [])
+    trade, labels = [], balanced_labels(len(generated), prior.num_classes)
+    with tqdm(total=len(candidates) * len(config.evaluation.cfg_scales), desc="trade", mininterval=0.5) as bar:
+        for row, model in candidates:
+            for cfg_scale in config.evaluation.cfg_scales:
+                settings = dataclasses.replace(config.sampling, cfg_scale=cfg_scale)
+                images = torch.cat([b.cpu().clamp(-1, 1) for b in generate(autoencoder, model, labels, settings, seed_for(seed, "trade"))])
+                at = {"prior_step": row["step"], "heldout_bits_per_token": row["bits_per_token"], "cfg_scale": cfg_scale}
+                trade.append(at | judge(images, labels))
+                bar.update()
+
+    metrics = {
+        "reconstruction": reconstructions,
+        "codebook": None if usage is None else {"usage": usage.usage, "perplexity": usage.perplexity, "counts": usage.counts.tolist()},
+        "prior": {"heldout_bits_per_token": chosen["bits_per_token"], "step": chosen["step"], "tokens_an_image": prior.sequence_length},
+        "generation": generation,
+        "floor": {"frechet": floor.mean, "frechet_std": floor.std, "meaning": "training against held-out images at equal counts"},
+        "trade": trade,
+        "extractor": {
+            "id": classifier.identifier,
+            "note": f"{config.data.dataset_name} features, not Inception",
+            "heldout_accuracy": accuracy(classifier, *task(heldout, heldout_labels, data.labelled, device)),
+        },
+        "counts": {"train": len(train), "heldout": len(heldout), "samples": len(generated), "frechet": count},
+        "sampling": json.loads((output / "samples" / "sampling.json").read_text()),
+        "method": config.method,
+        "seed": seed,
+        "versions": versions(),
+        "seconds": time.monotonic() - started,
+    }
+    folder = output / "evaluation"
+    folder.mkdir(exist_ok=True)
+    classifier.save(folder / "classifier.safetensors")
+    np.savez(folder / "pictures.npz", **pictures)
+    (output / "metrics.json").write_text(json.dumps(metrics, indent=2))
+    show(metrics)
+    return metrics
+
+
+def collect(dataset, config: Config) -> tuple[Tensor, Tensor]:
+    """All images and labels of a split in memory, or `evaluation.max_images` of them."""
+    limit = config.evaluation.max_images
+    if not isinstance(dataset, IterableDataset) and len(dataset) > limit:
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.seed))
+        dataset = Subset(dataset, order[:limit].tolist())
+    batches = list(evaluation_batches(dataset, config.evaluation.batch_size, limit=limit, num_workers=config.data.num_workers))
+    return torch.cat([b["image"] for b in batches]), torch.cat([b["label"] for b in batches])
+
+
+def task(images: Tensor, labels: Tensor, labelled: bool, device: torch.device) -> tuple[Tensor, Tensor]:
+    images, labels = (images, labels) if labelled else rotation_task(images)
+    return images.to(device), labels.to(device)
+
+
+def train_extractor(images: Tensor, labels: Tensor, data, config: Config, device: torch.device) -> Classifier:
+    name = config.data.dataset_name if data.labelled else f"{config.data.dataset_name}-rotations"
+    images, labels = task(images, labels, data.labelled, device)
+    classes = data.num_classes if data.labelled else 4
+    steps, seed = config.evaluation.classifier_steps, seed_for(config.seed, "classifier")
+    return train_classifier(images, labels, classes, steps=steps, seed=seed, device=device, name=Path(name).name)
+
+
+def saved_stages(folder: Path, final: Autoencoder, device: torch.device) -> dict[str, Autoencoder]:
+    """The model at the switch, if there was one, and the final model."""
+    stage1 = {"stage 1": Autoencoder.from_pretrained(folder / "stage1", device=device)} if (folder / "stage1").is_dir() else {}
+    return stage1 | {"final": final}
+
+
+@torch.inference_mode()
+def reconstruct(model: Autoencoder, images: Tensor, config: Config) -> tuple[Tensor, CodebookUsage | None]:
+    usage = CodebookUsage(model.config.vq.codebook_size) if model.config.bottleneck == "vq" else None
+    rebuilt = []
+    for batch in images.split(config.evaluation.batch_size):
+        output = model(batch.to(next(model.parameters()).device))
+        rebuilt.append(output.sample.clamp(-1, 1).cpu())
+        if usage:
+            usage.update(output.encoding.indices.cpu())
+    return torch.cat(rebuilt), usage
+
+
+def last_prior(config: Config, prior: ARPrior) -> ARPrior:
+    """The prior as it was at the end of training, from the newest checkpoint."""
+    checkpoint = Run(config, "prior").checkpoints.load("latest")
+    last = ARPrior.from_config(prior.to_config()).to(prior.head.weight.device).eval()
+    last.load_state_dict(checkpoint.tensors["ema" if config.prior.use_ema else "model"])
+    return last
+
+
+def show(metrics: dict) -> None:
+    g, floor = metrics["generation"], metrics["floor"]
+    if g["recognised"] is not None:
+        accuracy = metrics["extractor"]["heldout_accuracy"]
+        print(f"samples recognised as their class  {g['recognised']:.1%}   (held-out images: {accuracy:.1%})")
+    print(f"Frechet distance to held-out       {g['frechet']:.2f}   (training images: {floor['frechet']:.2f}, ratio {g['frechet_ratio']:.2f})")
+    print(f"near-copies of training images     {g['memorised']:.1%}   (held-out images: {g['memorised_heldout']:.1%})")
+    print(f"held-out bits a token              {metrics['prior']['heldout_bits_per_token']:.3f}")
+    for name, values in metrics["reconstruction"].items():
+        print(f"reconstruction, {name:<8}           PSNR {values['psnr']:.2f} dB, SSIM {values['ssim']:.3f}   ({values['decoder']} decoder)")
+
+
+if __name__ == "__main__":
+    evaluate(config_from_command_line(__doc__))
