@@ -13,7 +13,9 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
         SSIM = mean over windows of (2 m_a m_b + c1)(2 s_ab + c2) / ((m_a^2 + m_b^2 + c1)(s_a^2 + s_b^2 + c2))
 
     with Gaussian-weighted means m and (co)variances s, c1 = (0.01 R)^2, c2 = (0.03 R)^2, R = 2, averaged over channels and
-    over every position, borders reflected (torchmetrics' convention; others average over whole windows only).
+    over every position, borders reflected (torchmetrics' convention; others average over whole windows only). The means must
+    not be negative (with both signs the two brackets flip together, and an image resembles its negative), so pixels are
+    moved to [0, 2] first: the values are those of the usual SSIM of images in [0, 1] with R = 1.
 
     The window is the paper's, 11 x 11 with sigma 1.5, where it fits. In images smaller than that it shrinks to the largest
     odd window that fits, with sigma 0.3 pixel for each pixel of its radius: 7 x 7 with sigma 0.9 for 8 x 8 images. Values
@@ -43,5 +45,5 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     radius = min(5, (side - 1) // 2)
     # torchmetrics derives the window from sigma: radius = int(3.5 sigma + 0.5), which 0.3 x radius inverts for 1..5.
     return structural_similarity_index_measure(
-        a.double(), b.double(), sigma=0.3 * radius, reduction="none", data_range=2.0
+        a.double() + 1, b.double() + 1, sigma=0.3 * radius, reduction="none", data_range=2.0
     ).reshape(len(a))

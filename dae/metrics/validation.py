@@ -30,7 +30,7 @@ def check_same_pixels(**images: Tensor) -> None:
     for name, x in others:
         if x.shape[1:] != reference.shape[1:]:
             raise ValueError(
-                f"expected images of one size, got {tuple(reference.shape[1:])} ({first}) and {tuple(x.shape[1:])} ({name}); resize"
+                f"expected images of one size, got {tuple(reference.shape[1:])} ({first}) and {tuple(x.shape[1:])} ({name})"
             )
 
 
