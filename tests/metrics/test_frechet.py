@@ -200,6 +200,12 @@ def test_equal_counts_use_each_row_at_most_once():
     assert std > 0
 
 
+def test_equal_counts_take_a_subset_of_the_reference_too():
+    # Orthonormal rows against zeros: tr S + |m|^2 = (n - 1) / n * n / (n - 1) + 1 / n = 1 + 1 / n of the subset's n rows.
+    distance = equal_count_frechet(torch.eye(8).double(), torch.zeros(4, 8).double(), seed=0).mean
+    assert distance == pytest.approx(1 + 1 / 4, rel=1e-12)
+
+
 def test_equal_counts_leave_the_global_random_state_alone():
     before = torch.random.get_rng_state()
     equal_count_frechet(normal(10, 2), normal(10, 2, seed=1), seed=0)
