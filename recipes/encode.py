@@ -11,7 +11,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
@@ -20,13 +19,14 @@ from dae.data import augment, evaluation_batches, load_data
 from dae.data.tokens import Fingerprint, TokenCache, TokenDataset, transform_fingerprint
 from dae.hub import fingerprint
 from dae.models import Autoencoder
+from dae.training import make_accelerator
 from dae.training.loop import seed_for
 
 
 @torch.inference_mode()
 def encode(config: Config) -> Path:
     """Make the token cache; returns its folder."""
-    accelerator = Accelerator()
+    accelerator = make_accelerator(config)
     output = Path(config.output_dir)
     data = load_data(config.data, config.seed)
     autoencoder = Autoencoder.from_pretrained(output / "autoencoder", device=accelerator.device)

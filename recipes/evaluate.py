@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from torch.utils.data import IterableDataset, Subset
 from tqdm import tqdm
@@ -41,13 +40,13 @@ from dae.metrics import (
 )
 from dae.models import ARPrior, Autoencoder
 from dae.sampling import balanced_labels, generate, load_chain
-from dae.training import Run
+from dae.training import Run, make_accelerator
 from dae.training.loop import seed_for
 
 
 def evaluate(config: Config) -> dict:
     """Measure, write and return metrics.json."""
-    started, device, output, seed = time.monotonic(), Accelerator().device, Path(config.output_dir), config.seed
+    started, device, output, seed = time.monotonic(), make_accelerator(config).device, Path(config.output_dir), config.seed
     autoencoder, prior = load_chain(output, device)
     samples = np.load(output / "samples" / "samples.npz")
     data = load_data(config.data, seed)

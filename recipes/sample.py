@@ -15,20 +15,20 @@ import time
 from pathlib import Path
 
 import numpy as np
-from accelerate import Accelerator
 from tqdm import tqdm
 
 from dae.config import Config, config_from_command_line
 from dae.data.pictures import grid, to_uint8, write_png
 from dae.hub import fingerprint
 from dae.sampling import balanced_labels, generate, load_chain
+from dae.training import make_accelerator
 from dae.training.loop import seed_for
 
 
 def sample(config: Config) -> Path:
     """Write samples; returns their folder."""
     settings = config.sampling
-    autoencoder, prior = load_chain(config.output_dir, Accelerator().device)
+    autoencoder, prior = load_chain(config.output_dir, make_accelerator(config).device)
     labels_N = balanced_labels(settings.num_samples, prior.num_classes)
     started, images = time.monotonic(), []
     with tqdm(total=len(labels_N), desc="sample", unit="image", mininterval=0.5) as bar:

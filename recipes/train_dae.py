@@ -2,7 +2,7 @@
 
     accelerate launch recipes/train_dae.py --config recipes/configs/digits.yaml
     accelerate launch recipes/train_dae.py --config recipes/configs/digits.yaml method=joint output_dir=runs/joint
-    torchrun --standalone --nproc_per_node 2 recipes/train_dae.py --config ... stage1.train_batch_size=32 stage2.train_batch_size=32
+    torchrun --standalone --nproc_per_node 2 recipes/train_dae.py stage1.train_batch_size=32 stage2.train_batch_size=32
 
 Stage 1 trains encoder, bottleneck and a weak auxiliary decoder; then encoder and bottleneck are frozen for good, and stage 2
 trains the real decoder. Runs on a CPU as it stands; on GPUs add `--mixed_precision bf16` to `accelerate launch`.
@@ -27,14 +27,24 @@ from dae.metrics import CodebookUsage, psnr
 from dae.models import Autoencoder, PatchDiscriminator
 from dae.models.autoencoder import Reconstruction
 from dae.quantizers import VectorQuantizer
-from dae.training import EMA, Checkpoint, Run, Stage, TrainingState, build_optimizer, build_scheduler, make_accelerator, plan_stages
+from dae.training import (
+    EMA,
+    Checkpoint,
+    Run,
+    Stage,
+    TrainingState,
+    build_optimizer,
+    build_scheduler,
+    make_accelerator,
+    plan_stages,
+)
 from dae.training.loop import global_mean, progress_bar, refuse_non_finite, seed_for, synchronize_gradients
 
 
 def train(config: Config) -> Path:
     """Train, save, and return the folder of the trained autoencoder."""
     run = Run(config, "autoencoder", without_influence=("prior.",))
-    accelerator = make_accelerator(config, run.folder)
+    accelerator = make_accelerator(config, run.folder / "logs")
     data = load_data(config.data, config.seed)
     stages = plan_stages(config)
     for stage in stages:  # a mistake in any stage shows before the first one is trained

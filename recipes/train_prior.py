@@ -1,7 +1,7 @@
 """Train the prior: an autoregressive Transformer over the tokens that recipes/encode.py cached.
 
     accelerate launch recipes/train_prior.py --config recipes/configs/digits.yaml
-    torchrun --standalone --nproc_per_node 2 recipes/train_prior.py --config ... prior.train_batch_size=32
+    torchrun --standalone --nproc_per_node 2 recipes/train_prior.py prior.train_batch_size=32
 
 Runs on a CPU as it stands; on GPUs add `--mixed_precision bf16` to `accelerate launch`. Held-out bits a token are measured
 every `validation_steps`; with `prior.early_stopping` the weights with the fewest are delivered.
@@ -31,7 +31,7 @@ from dae.training.loop import global_mean, progress_bar, refuse_non_finite, seed
 def train(config: Config) -> Path:
     """Train, save, and return the folder of the trained prior."""
     run = Run(config, "prior", without_influence=("method", "autoencoder.", "auxiliary_decoder.", "stage1.", "stage2."))
-    accelerator = make_accelerator(config, run.folder)
+    accelerator = make_accelerator(config, run.folder / "logs")
     device, settings, output = accelerator.device, config.prior, Path(config.output_dir)
     data = load_data(config.data, config.seed)
     transform = transform_fingerprint(settings.augmented_copies, config.data.random_flip, config.data.random_affine, config.seed)

@@ -10,6 +10,7 @@ import dataclasses
 
 import torch
 import torch.nn.functional as F
+from dae_kernels import attention
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -17,7 +18,6 @@ from dae.config import PriorConfig, from_dict
 from dae.distributed import draw_rows
 from dae.hub import PretrainedModel
 from dae.models.layers import Dropout
-from dae_kernels import attention
 
 
 class KVCache:

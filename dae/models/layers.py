@@ -6,10 +6,10 @@ import math
 
 import torch
 import torch.nn.functional as F
+from dae_kernels import attention
 from torch import Tensor, nn
 
 from dae.distributed import draw_rows
-from dae_kernels import attention
 
 
 def group_norm(channels: int) -> nn.GroupNorm:

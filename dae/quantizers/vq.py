@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from dae_kernels import nearest_code
 from torch import Tensor, nn
 
 from dae.config import VQConfig
 from dae.distributed import rank, sum_over_processes, world_size
 from dae.quantizers.encoding import Encoding
-from dae_kernels import nearest_code
 
 
 def codebook_statistics(x_ND: Tensor, indices_N: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:

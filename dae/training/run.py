@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from dae.config import Config, describe, differing_keys, from_dict, save_config
 from dae.distributed import rank, run_on_first_process, world_size
@@ -25,10 +28,13 @@ FREE_TO_CHANGE = (
 )  # fmt: skip
 
 
-def make_accelerator(config: Config, folder: Path) -> Accelerator:
-    """Hugging Face's Accelerator: devices, mixed precision, data parallelism, trackers.
+def make_accelerator(config: Config, logging_dir: Path | None = None) -> Accelerator:
+    """Hugging Face's Accelerator: devices, mixed precision, data parallelism, trackers (with a `logging_dir`).
 
     Buffers are not broadcast by DDP: the only ones that change are a codebook's, and all processes update them alike.
+
+    Raises:
+        RuntimeError: several processes were started, but accelerate would let each of them train for itself.
     """
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs
@@ -36,12 +42,17 @@ def make_accelerator(config: Config, folder: Path) -> Accelerator:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     for noisy in ("httpx", "absl", "filelock", "fsspec"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
-    return Accelerator(
+    accelerator = Accelerator(
+        # Under torchrun without a GPU, accelerate forms no process group unless it is told that the CPU is meant.
+        cpu=not torch.accelerator.is_available(),
         mixed_precision=config.mixed_precision,
-        log_with=None if config.report_to == "none" else config.report_to,
-        project_dir=str(folder / "logs"),
+        log_with=None if config.report_to == "none" or logging_dir is None else config.report_to,
+        project_dir=logging_dir,
         kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
     )
+    if (started := int(os.environ.get("WORLD_SIZE", 1))) != accelerator.num_processes:
+        raise RuntimeError(f"{started} processes were started, accelerate sees {accelerator.num_processes}: launch with torchrun")
+    return accelerator
 
 
 class Run:
