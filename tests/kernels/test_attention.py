@@ -58,8 +58,11 @@ def check(shape, causal, dtype, impl, scale=None) -> None:
     cotangent = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1)).to(DEVICE, dtype)
     got = with_gradients(attention(*inputs, causal=causal, scale=scale, impl=impl), inputs, cotangent)
     exact = with_gradients(attention(*exact_inputs, causal=causal, scale=scale, impl="reference"), exact_inputs, cotangent)
-    own = torch_own(*inputs, causal, scale if scale is not None else 1 / math.sqrt(shape[-1]))
-    formula, kernel = (with_gradients(out, inputs, cotangent) for out in own)
+    rule = (causal, scale if scale is not None else 1 / math.sqrt(shape[-1]))
+    for out in torch_own(*exact_inputs, *rule):  # or else a mistake in the definition would widen its own tolerance
+        for mine, truth in zip(with_gradients(out, exact_inputs, cotangent), exact, strict=True):
+            torch.testing.assert_close(mine, truth, rtol=1e-9, atol=1e-9)
+    formula, kernel = (with_gradients(out, inputs, cotangent) for out in torch_own(*inputs, *rule))
     for mine, truth, one, other in zip(got, exact, formula, kernel, strict=True):
         assert mine.dtype == dtype and mine.shape == truth.shape
         one_rounding = torch.finfo(dtype).eps * truth.abs().max()
@@ -75,6 +78,12 @@ def test_values_and_gradients(impl, dtype, causal):
         if not causal or shape[3] <= shape[4]:
             check(shape, causal, dtype, impl)
     check(SHAPES[1], causal, dtype, impl, scale=0.3)
+
+
+def test_the_reference_rounds_once():
+    q, k, v = (t.detach() for t in operands(SHAPES[1], torch.bfloat16))
+    in_float32 = attention(q.float(), k.float(), v.float(), causal=True, impl="reference")
+    assert torch.equal(attention(q, k, v, causal=True, impl="reference"), in_float32.bfloat16())
 
 
 @pytest.mark.parametrize("impl", ["reference", "sdpa"])

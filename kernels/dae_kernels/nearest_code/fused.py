@@ -9,10 +9,10 @@ Roofline (counts, with the measured floors of an H100: 3.0 TB/s, 798 TFLOP/s in 
   An SM does 128 of them a cycle, so 20 scores, while its tensor cores do 2048 bf16 multiply-adds: the comparison is the
   bound below D = 100 or so, the product above.
 - So the tile is chosen for registers: BLOCK_N x BLOCK_K sums over 32 * num_warps threads, 64 a thread for a 16-bit product,
-  32 for tf32 and tf32x3, whose operands take more (with 64, sm_80 spills; the AOT test holds all four targets to that).
+  32 for tf32 and tf32x3, whose operands take more; tf32x3 holds each twice, hence the steps of 32 and 16 in D (sm_80).
 - D is padded to a power of two of at least 16, the least a tensor core takes. Above BLOCK_D it is looped and both operands
   stream; up to BLOCK_D the rows of x stay on the chip and only codes stream.
-- N / BLOCK_N programs fill 132 SMs from N = 17000 (exact fp32: 8500); below that, a split over K is still to be written.
+- N / BLOCK_N programs fill 132 SMs from N = 17000 (float32: 8500); below that, a split over K is still to be written.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def code_norm_kernel(
     tl.store(norm_ptr + code, norm, mask=code < K)
 
 
-@triton.jit(do_not_specialize=["N", "K"])
+@triton.jit(do_not_specialize=["N", "K", "d_end"])
 def nearest_code_kernel(
     x_ptr,
     codebook_ptr,
@@ -58,6 +58,7 @@ def nearest_code_kernel(
     distance_ptr,
     N,
     K,
+    d_end,
     D: tl.constexpr,
     COSINE: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -67,7 +68,10 @@ def nearest_code_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """A program owns BLOCK_N rows of x, walks over all codes and keeps the best score and its index."""
+    """A program owns BLOCK_N rows of x, walks over all codes and keeps the best score and its index.
+
+    `d_end` is D once more, at run time: the compiler would unroll a loop over D of known length, and spill.
+    """
     DOT_DTYPE: tl.constexpr = tl.float32 if UPCAST else x_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
@@ -85,7 +89,7 @@ def nearest_code_kernel(
             c = tl.load(c_ptrs, mask=(code[:, None] < K) & (d[None, :] < D), other=0.0).to(DOT_DTYPE)
             dot = tl.dot(x, tl.trans(c), dot, input_precision=INPUT_PRECISION)
         else:
-            for d0 in range(0, D, BLOCK_D):
+            for d0 in range(0, d_end, BLOCK_D):
                 d_inside = d0 + d[None, :] < D
                 x = tl.load(x_ptrs + d0, mask=(row[:, None] < N) & d_inside, other=0.0).to(DOT_DTYPE)
                 c = tl.load(c_ptrs + d0, mask=(code[:, None] < K) & d_inside, other=0.0).to(DOT_DTYPE)
@@ -140,10 +144,9 @@ def norm_tile(D: int) -> dict[str, int]:
 
 def tile(D: int, dot_dtype: torch.dtype, exact: bool) -> dict[str, int]:
     """Tile sizes and launch options of the main kernel."""
-    if dot_dtype == torch.float32 and exact:
-        return {"BLOCK_N": 64, "BLOCK_K": 64, "BLOCK_D": min(padded(D), 32), "BLOCK_E": 16, "num_warps": 4, "num_stages": 2}
     if dot_dtype == torch.float32:
-        return {"BLOCK_N": 128, "BLOCK_K": 64, "BLOCK_D": min(padded(D), 64), "BLOCK_E": 16, "num_warps": 8, "num_stages": 2}
+        block_d = 16 if exact else min(padded(D), 32)
+        return {"BLOCK_N": 64, "BLOCK_K": 64, "BLOCK_D": block_d, "BLOCK_E": 32, "num_warps": 4, "num_stages": 2}
     return {"BLOCK_N": 128, "BLOCK_K": 128, "BLOCK_D": min(padded(D), 64), "BLOCK_E": 16, "num_warps": 8, "num_stages": 2}
 
 
@@ -173,6 +176,7 @@ def launch(
         distance_N,
         N,
         K,
+        D,
         D=D,
         COSINE=cosine,
         UPCAST=dtype != x_ND.dtype,

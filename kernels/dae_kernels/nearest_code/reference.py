@@ -27,7 +27,7 @@ def nearest_code_reference(x_ND: Tensor, codebook_KD: Tensor, metric: str) -> tu
     indices, distances = [], []
     for x_nD in chunks:
         x_nD = x_nD.double()
-        index_n = scores(x_nD, codebook_KD, bias_K).argmin(dim=1)
+        index_n = torch.addmm(bias_K, x_nD, codebook_KD.T, alpha=-2.0).argmin(dim=1)  # the first of equal ones
         code_nD = codebook_KD[index_n]
         if metric == "cosine":
             distance_n = 1.0 - (x_nD * unit_scale(x_nD) * code_nD).sum(dim=1)
@@ -36,14 +36,6 @@ def nearest_code_reference(x_ND: Tensor, codebook_KD: Tensor, metric: str) -> tu
         indices.append(index_n)
         distances.append(distance_n.float())
     return torch.cat(indices), torch.cat(distances)
-
-
-def scores(x_ND: Tensor, codebook_KD: Tensor, bias_K: Tensor) -> Tensor:
-    """[N, K]: bias - 2 x . c, with equal bits for equal codes, so that `argmin` finds the lowest index of a tie."""
-    if x_ND.shape[0] == 1:
-        # BLAS multiplies a single row by another routine, whose sums differ from column to column.
-        return scores(x_ND.expand(2, -1), codebook_KD, bias_K)[:1]
-    return torch.addmm(bias_K, x_ND, codebook_KD.T, alpha=-2.0)
 
 
 def unit_scale(x_ND: Tensor) -> Tensor:
