@@ -17,17 +17,10 @@ from typing import Any, Sequence
 
 import numpy as np
 
+from dae.charts import colour_rules
 from dae.files import write_file
 
-# Name: (stands for it while matplotlib draws, in the light, in the dark). One table colours the page and its charts.
-PALETTE = {
-    "ink": ("#010101", "#1c1e21", "#e7e9ec"),
-    "soft": ("#020202", "#5f656d", "#a3aab3"),
-    "line": ("#030303", "#dcdfe3", "#363b43"),
-    "first": ("#040404", "#2a62c9", "#86b1ff"),
-    "second": ("#050505", "#c2560c", "#f5a662"),
-}
-PICTURE_SIDE, LARGEST_SIDE, CHART_POINTS = 64, 96, 600  # CSS pixels, pixels kept, points kept of one line
+PICTURE_SIDE, LARGEST_SIDE = 64, 96  # CSS pixels of a small picture, pixels kept of a large one
 
 
 class Html(str):
@@ -44,7 +37,7 @@ def join(parts: Sequence[Any], separator: str = "") -> Html:
 
 
 def element(tag: str, *content: Any, **attributes: Any) -> Html:
-    """`<tag attributes>content</tag>`; `class_` is `class`, `aria_label` is `aria-label`, attributes that are None are left out."""
+    """`<tag attributes>content</tag>`; `class_` is `class`, `aria_label` is `aria-label`, what is None is left out."""
     names = {k: k.rstrip("_").replace("_", "-") for k in attributes}
     pairs = "".join(f' {names[k]}="{html.escape(str(v))}"' for k, v in attributes.items() if v is not None)
     return Html(f"<{tag}{pairs}>" + ("" if tag == "img" else f"{join(content)}</{tag}>"))
@@ -67,11 +60,15 @@ def tiles(entries: Sequence[tuple[Any, Any, Any]]) -> Html:
     return element("dl", *cells, class_="tiles")
 
 
-def table(header: Sequence[Any], rows: Sequence[Sequence[Any]], *, prose: Sequence[int] = (0,), marked: Sequence[int] = ()) -> Html:
+def table(
+    header: Sequence[Any], rows: Sequence[Sequence[Any]], *, prose: Sequence[int] = (0,), marked: Sequence[int] = ()
+) -> Html:
     """A table that scrolls in its own box; columns in `prose` are words, the others numbers; rows in `marked` stand out."""
 
     def row(cells: Sequence[Any], tag: str, class_: str | None = None) -> Html:
-        return element("tr", *(element(tag, c, class_="prose" if i in prose else None) for i, c in enumerate(cells)), class_=class_)
+        return element(
+            "tr", *(element(tag, c, class_="prose" if i in prose else None) for i, c in enumerate(cells)), class_=class_
+        )
 
     body = [row(cells, "td", "marked" if number in marked else None) for number, cells in enumerate(rows)]
     inner = element("table", element("thead", row(header, "th")), element("tbody", *body))
@@ -114,7 +111,9 @@ class Page:
 
     def render(self) -> str:
         names = [re.sub(r"\W+", "-", heading.lower()).strip("-") for heading, _ in self.sections]
-        contents = element("nav", *(link(h, f"#{n}") for n, (h, _) in zip(names, self.sections, strict=True)), aria_label="Sections")
+        contents = element(
+            "nav", *(link(h, f"#{n}") for n, (h, _) in zip(names, self.sections, strict=True)), aria_label="Sections"
+        )
         body = [element("section", element("h2", h), c, id=n) for n, (h, c) in zip(names, self.sections, strict=True)]
         head = element("header", element("h1", self.title), *self.lead)
         main = element("main", head, contents, *body, element("footer", *self.footer))
@@ -125,7 +124,8 @@ class Page:
             f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n'
             '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
             '<meta name="color-scheme" content="light dark">\n'
-            f"{element('title', self.title)}\n<style>\n{_colours()}{STYLE}</style>\n</head>\n<body>\n{main}\n</body>\n</html>\n"
+            f"{element('title', self.title)}\n<style>\n{colour_rules()}{STYLE}</style>\n</head>\n"
+            f"<body>\n{main}\n</body>\n</html>\n"
         )
 
     def write(self, path: str | Path) -> Path:
@@ -173,108 +173,45 @@ def strip(images_NHWC: np.ndarray, alt: str) -> Html:
 
 def strips(rows: Sequence[tuple[Any, Html]]) -> Html:
     """Labelled rows of pictures: (label, `strip`); where labels are long they stand above the pictures on a phone."""
-    long = any(len(str(label)) > 4 for label, _ in rows)
+    longest = max(len(str(label)) for label, _ in rows)
     cells = [element("div", label, class_="label") + element("div", picture) for label, picture in rows]
-    return element("div", *map(Html, cells), class_="strips long" if long else "strips")
+    return element("div", *map(Html, cells), class_="strips long" if longest > 4 else "strips" if longest else "strips bare")
 
 
 def _data_address(kind: str, data: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
-# ---- charts ----
-
-
-@dataclass
-class Line:
-    """A line of a chart. `colour` names an entry of `PALETTE`; a line with few points shows them."""
-
-    name: str
-    x: Sequence[float]
-    y: Sequence[float]
-    colour: str = "first"
-    dashed: bool = False
-
-
-def line_chart(
-    lines: Sequence[Line], *, x: str, y: str, alt: str, marks: Sequence[tuple[float, str]] = (), logarithmic: bool = False
-) -> Html:
-    """Lines over a common axis, with `marks` (where, words) as vertical rules. Long lines are averaged to `CHART_POINTS`."""
-    drawing, axes = _axes(x, y)
-    ends = [value for line in lines for value in line.x]
-    low, high = min(ends), max(ends)
-    for line in lines:
-        xs, ys = _thin(line.x, line.y)
-        style = {"linestyle": (0, (5, 2)) if line.dashed else "-", "marker": "o" if len(xs) <= 30 else None, "markersize": 3.5}
-        axes.plot(xs, ys, color=PALETTE[line.colour][0], linewidth=1.7, label=line.name, **style)
-    for where, words in marks:
-        left = where > (low + high) / 2
-        axes.axvline(where, color=PALETTE["soft"][0], linewidth=1, linestyle=(0, (2, 2)))
-        axes.annotate(
-            words, (where, 1), xycoords=("data", "axes fraction"), xytext=(-5 if left else 5, -4), textcoords="offset points",
-            ha="right" if left else "left", va="top", color=PALETTE["soft"][0],
-        )  # fmt: skip
-    if logarithmic:
-        axes.set_yscale("log")
-    if len(lines) > 1:
-        axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=3, frameon=False, labelcolor=PALETTE["ink"][0])
-    return _draw(drawing, alt)
-
-
-def bar_chart(heights: Sequence[float], *, x: str, y: str, alt: str, level: tuple[float, str] | None = None) -> Html:
-    """Bars side by side in the order given, at most `CHART_POINTS` (then each is a mean), and a `level` to compare them with."""
-    drawing, axes = _axes(x, y)
-    _, values = _thin(range(len(heights)), heights)
-    axes.stairs(values, np.linspace(0, len(heights), len(values) + 1), fill=True, color=PALETTE["first"][0])
-    axes.set_xlim(0, len(heights))
-    axes.set_ylim(bottom=0)
-    if level:
-        axes.axhline(level[0], color=PALETTE["second"][0], linewidth=1.4, linestyle=(0, (5, 2)))
-        axes.annotate(level[1], (1, level[0]), xycoords=("axes fraction", "data"), xytext=(-4, 4), textcoords="offset points",
-                      ha="right", color=PALETTE["second"][0])  # fmt: skip
-    return _draw(drawing, alt)
-
-
-def _thin(x: Sequence[float], y: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    block = math.ceil(len(x) / CHART_POINTS) or 1
-    return tuple(np.array([np.mean(v[i : i + block]) for i in range(0, len(v), block)]) for v in (np.asarray(x), np.asarray(y)))
-
-
-def _axes(x: str, y: str) -> tuple[Any, Any]:
-    from matplotlib.figure import Figure  # without pyplot: no global state, no window
-
-    drawing = Figure(figsize=(5.2, 3.0), layout="constrained")
-    axes = drawing.add_subplot()
-    axes.set_xlabel(x, color=PALETTE["soft"][0])
-    axes.set_ylabel(y, color=PALETTE["soft"][0])
-    axes.tick_params(which="both", color=PALETTE["line"][0], labelcolor=PALETTE["soft"][0])
-    axes.grid(axis="y", color=PALETTE["line"][0], linewidth=0.8)
-    axes.set_axisbelow(True)
-    for name, spine in axes.spines.items():
-        spine.set(visible=name == "bottom", color=PALETTE["line"][0])
-    return drawing, axes
-
-
-def _draw(drawing: Any, alt: str) -> Html:
-    import matplotlib
-
-    file = io.StringIO()
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # equal data give equal files
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "dae"}):
-        drawing.savefig(file, format="svg", transparent=True, metadata=nothing)
-    svg = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", file.getvalue())
-    for name, (stand_in, _, _) in PALETTE.items():
-        svg = svg.replace(stand_in, f"var(--{name})")
-    svg = svg.replace("<defs>", f"<defs><style>{_colours()}</style>", 1)
+def chart(svg: str, alt: str) -> Html:
+    """A chart of `dae.charts`, as wide as its place. It is an image, so its names cannot meet those of the page."""
     return element("img", src=_data_address("image/svg+xml", svg.encode()), alt=alt, class_="chart")
 
 
+# ---- numbers ----
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    """`1,234.50`; a dash for what is not known or not finite."""
+    return "–" if value is None or not math.isfinite(value) else f"{value:,.{digits}f}"
+
+
+def percent(share: float | None) -> str:
+    return "–" if share is None else f"{number(100 * share, 1)}\u00a0%"
+
+
+def spread(mean: float, deviation: float, digits: int = 2) -> str:
+    """`mean ± deviation`; the mean alone where the deviation is 0, which stands for not known."""
+    return number(mean, digits) + (f" ± {number(deviation, digits)}" if deviation else "")
+
+
+def duration(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
 # ---- style ----
-
-
-def _colours() -> str:
-    light, dark = ("".join(f"--{name}:{colours[i]};" for name, colours in PALETTE.items()) for i in (1, 2))
-    return f":root{{{light}}}@media (prefers-color-scheme:dark){{:root{{{dark}}}}}\n"
 
 
 STYLE = """
@@ -282,7 +219,8 @@ STYLE = """
 @media (prefers-color-scheme:dark){:root{--page:#131518;--card:#1b1e23}}
 *{box-sizing:border-box}
 html{-webkit-text-size-adjust:100%}
-body{margin:0;background:var(--page);color:var(--ink);font:1rem/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans",sans-serif}
+body{margin:0;background:var(--page);color:var(--ink);
+ font:1rem/1.55 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans",sans-serif}
 main{max-width:66rem;margin:0 auto;padding:clamp(1rem,4vw,3rem)}
 h1{font-size:clamp(1.6rem,4vw,2.4rem);line-height:1.15;letter-spacing:-.02em;margin:0 0 1rem}
 h2{font-size:1.35rem;letter-spacing:-.01em;margin:3.2rem 0 .6rem}
@@ -295,16 +233,19 @@ nav{display:flex;flex-wrap:wrap;gap:.2rem 1.1rem;margin-top:1.4rem;font-size:.92
 .tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(11.2rem,1fr));gap:.8rem;margin:1rem 0}
 .tile{display:flex;flex-direction:column;background:var(--card);border-radius:.6rem;padding:.9rem 1rem}
 .tile dt{font-weight:600;font-size:.9rem;line-height:1.3}
+.tile dt{margin-bottom:.25rem}
 .tile dd{margin:0;color:var(--soft);font-size:.85rem;line-height:1.4}
-.tile .number{color:var(--ink);font-size:1.9rem;font-weight:650;letter-spacing:-.02em;line-height:1.3;font-variant-numeric:tabular-nums}
+.tile .number{order:-1;color:var(--ink);
+ font-size:1.9rem;font-weight:650;letter-spacing:-.02em;line-height:1.3;font-variant-numeric:tabular-nums}
 figure{margin:1.2rem 0;min-width:0}
 figcaption{color:var(--soft);font-size:.88rem;line-height:1.45;max-width:75ch;margin-top:.5rem}
 img{display:block;max-width:100%;height:auto}
 .chart{width:100%}
-.pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,25rem),1fr));gap:0 2.5rem}
+.pair{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,25rem),1fr));gap:0 2.5rem}
 .strips{display:grid;grid-template-columns:minmax(1.5rem,max-content) minmax(0,1fr);gap:.3rem .8rem;align-items:center}
 .strips .label{color:var(--soft);font-size:.88rem;line-height:1.25;font-variant-numeric:tabular-nums;overflow-wrap:anywhere}
 .strips.long{grid-template-columns:7.5rem minmax(0,1fr)}
+.strips.bare{grid-template-columns:minmax(0,1fr)}.strips.bare .label{display:none}
 .scroll{overflow-x:auto;margin:.8rem 0}
 table{border-collapse:collapse;font-size:.9rem;font-variant-numeric:tabular-nums;min-width:min(100%,30rem)}
 th,td{text-align:right;padding:.4rem .8rem;border-bottom:1px solid var(--line);vertical-align:top;white-space:nowrap}
@@ -315,8 +256,10 @@ td.prose:last-child{min-width:16rem}
 .marked td{background:var(--card);font-weight:650}
 details{margin:1rem 0}
 summary{cursor:pointer;font-weight:600}
-pre{font:.82rem/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;background:var(--card);border-radius:.6rem;padding:1rem;margin:0;width:max-content;min-width:100%}
+pre{font:.82rem/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monospace;
+ background:var(--card);border-radius:.6rem;padding:1rem;margin:0;width:max-content;min-width:100%}
 footer{margin-top:4rem;padding-top:1rem;border-top:1px solid var(--line);color:var(--soft);font-size:.88rem}
 @media (max-width:40rem){.strips.long{grid-template-columns:minmax(0,1fr);gap:.2rem}.strips.long .label{margin-top:.5rem}
-.tiles{grid-template-columns:repeat(auto-fit,minmax(9rem,1fr))}}
+.tiles{grid-template-columns:repeat(auto-fit,minmax(9rem,1fr))}
+table{font-size:.84rem;min-width:0}th,td{padding:.35rem .5rem}td.prose:last-child{min-width:8.5rem}}
 """

@@ -1,0 +1,120 @@
+"""What a finished run left in its folder, read together: for pages that show it."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from dae.config import Config, load_config
+from dae.hub import fingerprint
+from dae.training.run import Run
+
+
+@dataclass
+class Record:
+    """A run that was trained, sampled and evaluated.
+
+    Attributes:
+        config: what was really trained, see `trained_configuration`.
+        metrics: metrics.json of recipes/evaluate.py.
+        images: uint8 [N, H, W, C], the samples; labels: int64 [N], their classes.
+        pictures: by name, the images that recipes/evaluate.py kept; empty if there are none.
+        autoencoder, prior: rows of the logs, oldest first; empty if there is no log.
+        measured_on: the day metrics.json was written.
+        contradictions: sentences on what in the folder is newer than the measurements.
+    """
+
+    config: Config
+    metrics: dict
+    images: np.ndarray
+    labels: np.ndarray
+    pictures: dict[str, np.ndarray]
+    autoencoder: list[dict]
+    prior: list[dict]
+    measured_on: datetime.date
+    contradictions: list[str]
+
+    @classmethod
+    def load(cls, config: Config) -> Record:
+        """Read the run in `config.output_dir`.
+
+        Raises:
+            FileNotFoundError: the run has no samples or no metrics.json yet; the message names the recipe to run.
+        """
+        output = Path(config.output_dir)
+        samples_file, metrics_file = output / "samples" / "samples.npz", output / "metrics.json"
+        for file, recipe in ((samples_file, "sample"), (metrics_file, "evaluate")):
+            if not file.is_file():
+                raise FileNotFoundError(f"no {file}: run `python recipes/{recipe}.py` with the same configuration first")
+        metrics, samples, pictures = (
+            json.loads(metrics_file.read_text()),
+            np.load(samples_file),
+            output / "evaluation" / "pictures.npz",
+        )
+        runs = {name: Run(config, name) for name in ("autoencoder", "prior")}
+        return cls(
+            config=trained_configuration(config),
+            metrics=metrics,
+            images=samples["arr_0"],
+            labels=samples["arr_1"],
+            pictures=dict(np.load(pictures)) if pictures.is_file() else {},
+            **{name: run.history() if run.history_file.is_file() else [] for name, run in runs.items()},
+            measured_on=datetime.date.fromtimestamp(metrics_file.stat().st_mtime),
+            contradictions=contradictions(output, metrics),
+        )
+
+    @property
+    def data(self) -> dict:
+        """What evaluate.py says about the data; nothing in runs of earlier versions."""
+        return self.metrics.get("data") or {}
+
+    @property
+    def data_name(self) -> str:
+        """Name of the data set, without the folders of a local one."""
+        name = str(self.data.get("name") or self.config.data.dataset_name)
+        return Path(name).name if name.startswith(("/", ".", "~")) else name
+
+    @property
+    def labelled(self) -> bool:
+        return self.metrics["generation"]["recognised"] is not None
+
+    @property
+    def bits_an_image(self) -> float:
+        return self.metrics["prior"]["heldout_bits_per_token"] * self.metrics["prior"]["tokens_an_image"]
+
+
+def trained_configuration(config: Config) -> Config:
+    """The configuration of what was trained: each training recipe saves the one it ran with, and these may differ."""
+    folder = Path(config.output_dir)
+    saved = {name: load_config(p) for name in ("", "autoencoder", "prior") if (p := folder / name / "config.yaml").is_file()}
+    trained = saved.get("", config)
+    if "autoencoder" in saved:
+        keys = ("method", "data", "autoencoder", "auxiliary_decoder", "stage1", "stage2")
+        trained = dataclasses.replace(trained, **{key: getattr(saved["autoencoder"], key) for key in keys})
+    return dataclasses.replace(trained, prior=saved["prior"].prior) if "prior" in saved else trained
+
+
+def contradictions(output: Path, metrics: dict) -> list[str]:
+    """What is newer than the measurements, so that a page would show one run and count another."""
+    found, sampling = [], output / "samples" / "sampling.json"
+    if sampling.is_file() and json.loads(sampling.read_text()) != metrics["sampling"]:
+        found.append("The samples shown were drawn after the measurements: run evaluate.py again, then report.py.")
+    model = output / "prior" / "model.safetensors"
+    if model.is_file() and fingerprint(model.parent) != metrics["sampling"]["prior"]:
+        found.append("The prior was trained anew after the measurements: run sample.py and evaluate.py again, then report.py.")
+    return found
+
+
+def seconds_by_stage(history: list[dict]) -> dict[str, float]:
+    """Seconds a stage; the clock of a resumed run starts at 0 again, which shows as a step back."""
+    seconds, before = {}, 0.0
+    for row in history:
+        passed = row["seconds"] - before if row["seconds"] >= before else row["seconds"]
+        seconds[row["stage"]] = seconds.get(row["stage"], 0.0) + passed
+        before = row["seconds"]
+    return seconds
