@@ -145,7 +145,12 @@ class PriorConfig(OptimizationConfig):
     attention: str = knob(
         "auto", "attention back-end of dae_kernels", choices=("auto", "sdpa", "flash_attn", "xformers", "reference")
     )
-    augmented_copies: int = knob(0, "augmented encodings of each training image in the token cache, beside the plain one")
+    token_noise: float = knob(0.0, "probability that a token the prior reads in training is replaced by a random one")
+    augmented_copies: int = knob(0, "further encodings of each training image in the token cache, made by the two knobs below")
+    code_temperature: float = knob(
+        0.0, "in the copies draw each code by exp(-distance / (this x mean distance to the nearest code)); 0 takes the nearest"
+    )
+    augment_images: bool = knob(True, "make the copies from augmented images (data.random_flip, data.random_affine)")
     early_stopping: bool = knob(True, "deliver the weights of the validation with the fewest held-out bits, not the last ones")
 
 

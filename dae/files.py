@@ -22,7 +22,9 @@ def write_file(path: Path, data: bytes) -> None:
     except OSError as error:
         temporary.unlink(missing_ok=True)
         raise OSError(
-            error.errno, f"could not save {len(data):,} bytes ({error.strerror}); free space or choose another output_dir", str(path)
+            error.errno,
+            f"could not save {len(data):,} bytes ({error.strerror}); free space or choose another output_dir",
+            str(path),
         ) from error
 
 

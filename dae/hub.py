@@ -98,14 +98,20 @@ def _download(repo_id: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=[WEIGHTS, CONFIG, CARD]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise FileNotFoundError(f"{repo_id!r} is neither a folder nor a repository of the Hub that can be reached: {error}") from error
+        raise FileNotFoundError(
+            f"{repo_id!r} is neither a folder nor a repository of the Hub that can be reached: {error}"
+        ) from error
 
 
 def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: str) -> None:
     """Load a state dict, strictly; ValueError names the tensors that are missing, left over, or of another shape."""
     own = model.state_dict()
     missing, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
-    shapes = [f"{k} is {list(weights[k].shape)}, expected {list(own[k].shape)}" for k in own if k in weights and weights[k].shape != own[k].shape]
+    shapes = [
+        f"{k} is {list(weights[k].shape)}, expected {list(own[k].shape)}"
+        for k in own
+        if k in weights and weights[k].shape != own[k].shape
+    ]
     if missing or unknown or shapes:
         parts = [("missing", missing), ("unknown", unknown), ("of another shape", shapes)]
         text = "; ".join(f"{len(names)} {what}: {', '.join(names[:3])}" for what, names in parts if names)

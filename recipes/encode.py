@@ -2,7 +2,8 @@
 
     accelerate launch recipes/encode.py --config recipes/configs/digits.yaml
 
-Each image is encoded once as it is, and `prior.augmented_copies` times augmented (`data.random_flip`, `data.random_affine`).
+Each image is encoded once as it is, and `prior.augmented_copies` times otherwise: augmented (`prior.augment_images`), with codes
+drawn near the encoder's output rather than the nearest ones (`prior.code_temperature`), or both.
 Several processes share the work. Writes <output_dir>/tokens with fingerprints of tokenizer, data set and augmentation.
 """
 
@@ -34,33 +35,40 @@ def encode(config: Config) -> Path:
     if autoencoder.config.bottleneck != "vq":
         raise ValueError("an autoregressive prior models tokens: train the autoencoder with autoencoder.bottleneck=vq")
 
-    copies = {"train": config.prior.augmented_copies, "validation": 0}
+    def further_tokens(images: torch.Tensor) -> torch.Tensor:
+        """Another encoding of the same images: augmented, with codes drawn rather than the nearest, or both."""
+        if config.prior.augment_images:
+            images = augment(images, random_flip=config.data.random_flip, random_affine=config.data.random_affine)
+        encoding = autoencoder.encode(images)
+        if config.prior.code_temperature == 0:
+            return encoding.indices
+        return autoencoder.bottleneck.sample_indices(encoding.features, config.prior.code_temperature)
+
     parts = {}
-    for name in copies:
-        rows: list[tuple[int, torch.Tensor, torch.Tensor]] = []
+    for name, copies in {"train": config.prior.augmented_copies, "validation": 0}.items():
+        mine: list[tuple[int, torch.Tensor, torch.Tensor]] = []
         batches = evaluation_batches(getattr(data, name), config.evaluation.batch_size, num_workers=config.data.num_workers)
-        for number, batch in enumerate(tqdm(batches, desc=f"encode {name}", disable=not accelerator.is_main_process, mininterval=1)):
+        bar = tqdm(desc=f"encode {name}", unit="image", disable=not accelerator.is_main_process, mininterval=1)
+        for number, batch in enumerate(batches):
+            bar.update(len(batch["label"]))
             if number % accelerator.num_processes != accelerator.process_index:
                 continue
             torch.manual_seed(seed_for(config.seed, "encode", name, number))
             images = batch["image"].to(accelerator.device)
-            views = [images] + [
-                augment(images, random_flip=config.data.random_flip, random_affine=config.data.random_affine) for _ in range(copies[name])
-            ]
-            tokens = torch.stack([autoencoder.encode(view).indices.flatten(1).int().cpu() for view in views], dim=1)
-            rows.append((number, tokens, batch["label"]))
-        rows = sorted(gather_object(rows), key=lambda row: row[0])
+            views = [autoencoder.encode(images).indices] + [further_tokens(images) for _ in range(copies)]
+            mine.append((number, torch.stack(views, dim=1).flatten(2).int().cpu(), batch["label"]))
+        bar.close()
+        rows = sorted(gather_object(mine), key=lambda row: row[0])
         parts[name] = TokenDataset(torch.cat([row[1] for row in rows]), torch.cat([row[2] for row in rows]))
 
     folder = output / "tokens"
     if accelerator.is_main_process:
-        transform = transform_fingerprint(copies["train"], config.data.random_flip, config.data.random_affine, config.seed)
         cache = TokenCache(
             **parts,
             vocab_size=autoencoder.config.vq.codebook_size,
             num_classes=data.num_classes,
             latent_size=autoencoder.latent_size,
-            fingerprint=Fingerprint(fingerprint(output / "autoencoder"), data.fingerprint, transform),
+            fingerprint=Fingerprint(fingerprint(output / "autoencoder"), data.fingerprint, transform_fingerprint(config)),
         )
         cache.save(folder)
         print(f"saved {folder}: {len(cache.train)} training and {len(cache.validation)} held-out images")

@@ -10,6 +10,7 @@ another; they are not Inception numbers. Writes <output_dir>/metrics.json and <o
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import json
 import time
 from pathlib import Path
@@ -84,13 +85,21 @@ def evaluate(config: Config) -> dict:
         rebuilt, usage = reconstruct(model, heldout, config)
         pictures[name] = to_uint8(rebuilt[:32])
         distance = equal_count_frechet(features["heldout"], extract_features(classifier, rebuilt.to(device)).cpu(), seed=seed)
-        quality = {"psnr": psnr(rebuilt, heldout).mean().item(), "ssim": ssim(rebuilt, heldout).mean().item(), "frechet": distance.mean}
+        quality = {
+            "psnr": psnr(rebuilt, heldout).mean().item(),
+            "ssim": ssim(rebuilt, heldout).mean().item(),
+            "frechet": distance.mean,
+        }
         reconstructions[name] = {"decoder": model.config.decoder.family} | quality
 
     generated = from_uint8(samples["arr_0"])
     generation = judge(generated, torch.from_numpy(samples["arr_1"]))
-    nearest = memorisation(generated[:16], train, heldout).nearest_index
-    pictures |= {"samples": samples["arr_0"][:16], "nearest training images": to_uint8(train[nearest])}
+    copies = memorisation(generated, train, heldout)
+    closest = copies.nearest_distance.argsort()[:16]  # the worst cases, not a selection that flatters
+    pictures |= {
+        "samples": samples["arr_0"][closest.numpy()],
+        "nearest training images": to_uint8(train[copies.nearest_index[closest]]),
+    }
 
     # What guidance and early stopping trade: fidelity against variety and copies.
     validations = [row for row in Run(config, "prior").history() if row["split"] == "validation"]
@@ -101,15 +110,23 @@ def evaluate(config: Config) -> dict:
         for row, model in candidates:
             for cfg_scale in config.evaluation.cfg_scales:
                 settings = dataclasses.replace(config.sampling, cfg_scale=cfg_scale)
-                images = torch.cat([b.cpu().clamp(-1, 1) for b in generate(autoencoder, model, labels, settings, seed_for(seed, "trade"))])
+                images = torch.cat(
+                    [b.cpu().clamp(-1, 1) for b in generate(autoencoder, model, labels, settings, seed_for(seed, "trade"))]
+                )
                 at = {"prior_step": row["step"], "heldout_bits_per_token": row["bits_per_token"], "cfg_scale": cfg_scale}
                 trade.append(at | judge(images, labels))
                 bar.update()
 
     metrics = {
         "reconstruction": reconstructions,
-        "codebook": None if usage is None else {"usage": usage.usage, "perplexity": usage.perplexity, "counts": usage.counts.tolist()},
-        "prior": {"heldout_bits_per_token": chosen["bits_per_token"], "step": chosen["step"], "tokens_an_image": prior.sequence_length},
+        "codebook": None
+        if usage is None
+        else {"usage": usage.usage, "perplexity": usage.perplexity, "counts": usage.counts.tolist()},
+        "prior": {
+            "heldout_bits_per_token": chosen["bits_per_token"],
+            "step": chosen["step"],
+            "tokens_an_image": prior.sequence_length,
+        },
         "generation": generation,
         "floor": {"frechet": floor.mean, "frechet_std": floor.std, "meaning": "training against held-out images at equal counts"},
         "trade": trade,
@@ -118,11 +135,16 @@ def evaluate(config: Config) -> dict:
             "note": f"{config.data.dataset_name} features, not Inception",
             "heldout_accuracy": accuracy(classifier, *task(heldout, heldout_labels, data.labelled, device)),
         },
+        "data": data.describe(),
         "counts": {"train": len(train), "heldout": len(heldout), "samples": len(generated), "frechet": count},
         "sampling": json.loads((output / "samples" / "sampling.json").read_text()),
         "method": config.method,
         "seed": seed,
         "versions": versions(),
+        "measured": {
+            "at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
+        },
         "seconds": time.monotonic() - started,
     }
     folder = output / "evaluation"
@@ -184,15 +206,20 @@ def last_prior(config: Config, prior: ARPrior) -> ARPrior:
 
 
 def show(metrics: dict) -> None:
-    g, floor = metrics["generation"], metrics["floor"]
-    if g["recognised"] is not None:
-        accuracy = metrics["extractor"]["heldout_accuracy"]
-        print(f"samples recognised as their class  {g['recognised']:.1%}   (held-out images: {accuracy:.1%})")
-    print(f"Frechet distance to held-out       {g['frechet']:.2f}   (training images: {floor['frechet']:.2f}, ratio {g['frechet_ratio']:.2f})")
-    print(f"near-copies of training images     {g['memorised']:.1%}   (held-out images: {g['memorised_heldout']:.1%})")
-    print(f"held-out bits a token              {metrics['prior']['heldout_bits_per_token']:.3f}")
+    generation, floor, extractor = metrics["generation"], metrics["floor"], metrics["extractor"]
+    rows = [
+        ("Frechet distance to held-out", f"{generation['frechet']:.2f}", f"training images: {floor['frechet']:.2f}"),
+        ("  as a ratio", f"{generation['frechet_ratio']:.2f}", "1 is as near as the training images"),
+        ("near-copies of training images", f"{generation['memorised']:.1%}", f"held-out: {generation['memorised_heldout']:.1%}"),
+        ("held-out bits a token", f"{metrics['prior']['heldout_bits_per_token']:.3f}", f"step {metrics['prior']['step']}"),
+    ]
+    if generation["recognised"] is not None:
+        yardstick = f"held-out images: {extractor['heldout_accuracy']:.1%}"
+        rows.insert(0, ("samples recognised as their class", f"{generation['recognised']:.1%}", yardstick))
     for name, values in metrics["reconstruction"].items():
-        print(f"reconstruction, {name:<8}           PSNR {values['psnr']:.2f} dB, SSIM {values['ssim']:.3f}   ({values['decoder']} decoder)")
+        rows.append((f"PSNR, {name} ({values['decoder']})", f"{values['psnr']:.2f} dB", f"SSIM {values['ssim']:.3f}"))
+    for what, value, yardstick in rows:
+        print(f"{what:<36}{value:>10}   ({yardstick})")
 
 
 if __name__ == "__main__":

@@ -34,8 +34,8 @@ def train(config: Config) -> Path:
     accelerator = make_accelerator(config, run.folder / "logs")
     device, settings, output = accelerator.device, config.prior, Path(config.output_dir)
     data = load_data(config.data, config.seed)
-    transform = transform_fingerprint(settings.augmented_copies, config.data.random_flip, config.data.random_affine, config.seed)
-    cache = TokenCache.load(output / "tokens", Fingerprint(fingerprint(output / "autoencoder"), data.fingerprint, transform))
+    expected = Fingerprint(fingerprint(output / "autoencoder"), data.fingerprint, transform_fingerprint(config))
+    cache = TokenCache.load(output / "tokens", expected)
 
     torch.manual_seed(seed_for(config.seed, "prior"))
     prior = ARPrior(
@@ -71,7 +71,7 @@ def train(config: Config) -> Path:
             batch = {k: v.to(device, non_blocking=True) for k, v in next(batches).items()}
             tokens = choose_copies(batch["tokens"], draw_rows(torch.rand, batch["label"].shape, device=device))
             with synchronize_gradients(accelerator, model, when=micro == accumulation - 1):
-                logits = model(prior.hide_classes(batch["label"]), tokens[:, :-1])
+                logits = model(prior.hide_classes(batch["label"]), prior.corrupt(tokens[:, :-1]))
                 loss = token_cross_entropy(logits, tokens)
                 accelerator.backward(loss / accumulation)
             losses.append(loss.detach())

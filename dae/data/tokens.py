@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from dae.config import Config
 from dae.files import write_file
 
 TOKENS, DESCRIPTION = "tokens.safetensors", "cache.json"
@@ -78,7 +79,8 @@ class TokenCache:
         found = Fingerprint(**description.pop("fingerprint"))
         stale = [f.name for f in dataclasses.fields(Fingerprint) if getattr(found, f.name) != getattr(expected, f.name)]
         if stale:
-            what = " and ".join({"tokenizer": "tokenizer", "data": "data set", "transform": "augmentation"}[name] for name in stale)
+            names = {"tokenizer": "tokenizer", "data": "data set", "transform": "augmentation"}
+            what = " and ".join(names[name] for name in stale)
             raise ValueError(
                 f"the token cache in {folder} is stale: it was made with another {what}. Remake it with recipes/encode.py and "
                 "the same configuration"
@@ -88,9 +90,15 @@ class TokenCache:
         return cls(**parts, **description, fingerprint=found)
 
 
-def transform_fingerprint(copies: int, random_flip: bool, random_affine: float, seed: int) -> str:
-    """Identifies the augmented copies; without copies neither strength nor seed matters."""
-    return f"copies={copies} flip={random_flip} affine={random_affine} seed={seed}" if copies else "plain"
+def transform_fingerprint(config: Config) -> str:
+    """Identifies how the further copies were made; without copies nothing matters."""
+    prior, data = config.prior, config.data
+    if prior.augmented_copies == 0:
+        return "plain"
+    how = {"copies": prior.augmented_copies, "code_temperature": prior.code_temperature, "seed": config.seed}
+    if prior.augment_images:
+        how |= {"flip": data.random_flip, "affine": data.random_affine}
+    return json.dumps(how)
 
 
 def choose_copies(tokens_BCT: Tensor, draw: Tensor) -> Tensor:

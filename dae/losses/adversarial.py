@@ -25,6 +25,8 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, sample: Tensor)
     VQGAN takes the gradients at the decoder's last layer; at the decoder's output they need no second pass through the
     decoder and work under `torch.compile`.
     """
-    squares = [torch.autograd.grad(loss, sample, retain_graph=True)[0].float().square().sum() for loss in (reconstruction, adversarial)]
+    squares = [
+        torch.autograd.grad(loss, sample, retain_graph=True)[0].float().square().sum() for loss in (reconstruction, adversarial)
+    ]
     squared = sum_over_processes(torch.stack(squares))
     return (squared[0] / squared[1].clamp(min=1e-16)).sqrt().clamp(max=1e4).detach()

@@ -136,7 +136,9 @@ class ARPrior(PretrainedModel):
         if start == 0:
             x = torch.cat([self.class_embedding(labels_B)[:, None], x], dim=1)
         if start + x.shape[1] > self.sequence_length:
-            raise ValueError(f"the prior models {self.sequence_length} tokens; class and {start + x.shape[1] - 1} tokens given is too many")
+            raise ValueError(
+                f"the prior models {self.sequence_length} tokens; class and {start + x.shape[1] - 1} tokens given is too many"
+            )
         x = self.dropout(x)
         table = self.rotary[:, start : start + x.shape[1]]
         for block in self.blocks:
@@ -153,12 +155,29 @@ class ARPrior(PretrainedModel):
         hidden = draw_rows(torch.rand, labels_B.shape, device=labels_B.device) < self.config.class_dropout
         return torch.where(hidden, self.null_class, labels_B)
 
+    def corrupt(self, tokens_BT: Tensor) -> Tensor:
+        """Input tokens with each replaced by a random one with probability `token_noise` (Esser et al. 2021 call 1 - p `pkeep`).
+
+        The targets stay clean: the prior learns to continue also what it would not have written itself.
+        """
+        if self.config.token_noise == 0:
+            return tokens_BT
+        noisy = draw_rows(torch.rand, tokens_BT.shape, device=tokens_BT.device) < self.config.token_noise
+        random = (draw_rows(torch.rand, tokens_BT.shape, device=tokens_BT.device) * self.vocab_size).long()
+        return torch.where(noisy, random, tokens_BT)
+
     def make_cache(self, batch: int) -> KVCache:
         """An empty cache for `batch` sequences, on the model's device and in its dtype."""
         weight = self.head.weight
         heads = self.config.num_heads
         return KVCache(
-            self.config.depth, batch, heads, self.sequence_length, self.config.width // heads, device=weight.device, dtype=weight.dtype
+            self.config.depth,
+            batch,
+            heads,
+            self.sequence_length,
+            self.config.width // heads,
+            device=weight.device,
+            dtype=weight.dtype,
         )
 
     def to_config(self) -> dict:

@@ -75,8 +75,8 @@ class Autoencoder(PretrainedModel):
         self.latent_frozen = False
         if not config.channel_multipliers or resolution % self.factor:
             raise ValueError(
-                f"autoencoder.channel_multipliers has {len(config.channel_multipliers)} levels, so the encoder divides the "
-                f"resolution by {self.factor}; data.resolution={resolution} is not divisible. "
+                f"autoencoder.channel_multipliers has {len(config.channel_multipliers)} levels, so the encoder divides "
+                f"the resolution by {self.factor}; data.resolution={resolution} is not divisible. "
                 f"The nearest that are: {resolution // self.factor * self.factor}, {(resolution // self.factor + 1) * self.factor}"
             )
         if config.bottleneck == "vq":
@@ -157,8 +157,8 @@ class Autoencoder(PretrainedModel):
         """ValueError unless images of this kind are what the autoencoder was made for."""
         if (self.image_channels, self.resolution) != (image_channels, resolution):
             raise ValueError(
-                f"this autoencoder was trained on {self.image_channels}-channel images of {self.resolution} pixels, data.channels="
-                f"{image_channels} and data.resolution={resolution} are asked for"
+                f"this autoencoder was trained on {self.image_channels}-channel images of {self.resolution} pixels, "
+                f"data.channels={image_channels} and data.resolution={resolution} are asked for"
             )
 
     def to_config(self) -> dict:

@@ -60,6 +60,30 @@ class VectorQuantizer(nn.Module):
         return F.embedding(indices_Bhw, self.codebook).movedim(-1, 1)
 
     @torch.no_grad()
+    def sample_indices(self, features: Tensor, temperature: float) -> Tensor:
+        """Draw a code for each feature instead of taking the nearest (Lee et al. 2022, "RQ-VAE Transformer", section 3.2.2).
+
+        p(k) = softmax_k(-|z - code_k|^2 / (temperature * m)), with m the mean over the batch of the squared distance to the
+        nearest code: at 0.5, a code that is as far again as the nearest is chosen e^2 times less often. Other encodings of
+        the same image: a prior trained on them learns which codes are alike and copies less.
+
+        Args:
+            features: [B, D, h, w], the encoder's output.
+            temperature: positive.
+
+        Returns:
+            Indices [B, h, w]; draws from the global generator.
+        """
+        z_ND = features.float().movedim(1, -1)
+        rows = []
+        _, nearest = nearest_code(z_ND, self.codebook)
+        scale = temperature * nearest.mean().clamp(min=1e-12)
+        for z_hwD in z_ND:  # image by image: the distances to all codes of a whole batch may not fit
+            distances = torch.cdist(z_hwD.flatten(0, 1), self.codebook).square()
+            rows.append(torch.multinomial((-distances / scale).softmax(-1), 1).view(z_hwD.shape[:2]))
+        return torch.stack(rows)
+
+    @torch.no_grad()
     def initialize_codebook(self, features_NDhw: Tensor, generator: torch.Generator) -> None:
         """k-means on encoder outputs. Every process must pass the same features and an equally seeded CPU generator."""
         self._refuse_if_frozen()
@@ -68,7 +92,9 @@ class VectorQuantizer(nn.Module):
 
         def random_latents(count: int) -> Tensor:
             few = len(x_ND) < K  # then codes share latents, and noise tells them apart
-            rows = torch.randint(len(x_ND), (count,), generator=generator) if few else torch.randperm(len(x_ND), generator=generator)
+            rows = (
+                torch.randint(len(x_ND), (count,), generator=generator) if few else torch.randperm(len(x_ND), generator=generator)
+            )
             chosen = x_ND[rows[:count].to(x_ND.device)]
             noise = torch.randn(chosen.shape, generator=generator).to(chosen) * x_ND.std(0)
             return chosen + 1e-2 * noise if few else chosen

@@ -38,9 +38,7 @@ def balanced_labels(count: int, num_classes: int) -> Tensor:
     return torch.arange(count) % num_classes
 
 
-def generate(
-    autoencoder: Autoencoder, prior: ARPrior, labels_N: Tensor, settings: SamplingConfig, seed: int
-) -> Iterator[Tensor]:
+def generate(autoencoder: Autoencoder, prior: ARPrior, labels_N: Tensor, settings: SamplingConfig, seed: int) -> Iterator[Tensor]:
     """Images [B, C, H, W] of the given classes, in batches of `settings.batch_size`, on the models' device, not clipped."""
     device = prior.head.weight.device
     generator = torch.Generator(device).manual_seed(seed)

@@ -92,7 +92,9 @@ class Checkpoints:
         """
         if which != "latest":
             if not (Path(which) / MANIFEST).is_file():
-                raise FileNotFoundError(f"{which} is no checkpoint: it holds no {MANIFEST}. Checkpoints here: {[p.name for p in self.all()]}")
+                raise FileNotFoundError(
+                    f"{which} is no checkpoint: it holds no {MANIFEST}. Checkpoints here: {[p.name for p in self.all()]}"
+                )
             return self._read(Path(which))
         problems = []
         for path in self.all():
@@ -122,5 +124,3 @@ class Checkpoints:
 
 def _portable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-
-

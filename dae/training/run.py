@@ -137,7 +137,6 @@ class Run:
             prefix = "/".join(map(str, labels.values()))
             accelerator.log({f"{prefix}/{k}": v for k, v in values.items()}, step=step)
 
-
     def history(self) -> list[dict]:
         """All that `record` wrote, oldest first."""
         return [json.loads(line) for line in self.history_file.read_text().splitlines()]
