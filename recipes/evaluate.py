@@ -142,7 +142,7 @@ def evaluate(config: Config) -> dict:
         "seed": seed,
         "versions": versions(),
         "measured": {
-            "at": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
         },
         "seconds": time.monotonic() - started,

@@ -209,7 +209,7 @@ def copies(run: Record) -> list[Html]:
     if "nearest training images" in run.pictures:
         columns = web.per_row(max(run.pictures["samples"].shape[1:3]))
         rows = [(name, strip(run.pictures[name][:columns], name)) for name in ("samples", "nearest training images")]
-        caption = "The first samples, not a selection; below each, the training image nearest to it in pixels."
+        caption = "The samples nearest to a training image, the worst cases of all; below each, that training image."
         parts.append(web.figure(web.strips(rows), caption))
     return parts
 

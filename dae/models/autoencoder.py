@@ -75,7 +75,7 @@ class Autoencoder(PretrainedModel):
         self.latent_frozen = False
         if not config.channel_multipliers or resolution % self.factor:
             raise ValueError(
-                f"autoencoder.channel_multipliers has {len(config.channel_multipliers)} levels, so the encoder divides "
+                f"autoencoder.channel_multipliers has {len(config.channel_multipliers)} levels: the encoder divides "
                 f"the resolution by {self.factor}; data.resolution={resolution} is not divisible. "
                 f"The nearest that are: {resolution // self.factor * self.factor}, {(resolution // self.factor + 1) * self.factor}"
             )
