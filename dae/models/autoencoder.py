@@ -77,7 +77,7 @@ class Autoencoder(PretrainedModel):
             raise ValueError(
                 f"autoencoder.channel_multipliers has {len(config.channel_multipliers)} levels: the encoder divides "
                 f"the resolution by {self.factor}; data.resolution={resolution} is not divisible. "
-                f"The nearest that are: {resolution // self.factor * self.factor} and {-(-resolution // self.factor) * self.factor}"
+                f"The nearest that are: {resolution // self.factor * self.factor}, {-(-resolution // self.factor) * self.factor}"
             )
         if config.bottleneck == "vq":
             self.bottleneck = VectorQuantizer(config.vq, config.latent_channels)

@@ -1,0 +1,42 @@
+# make demo        from nothing to a page of images made by a Decoupled Autoencoder and a Transformer prior
+# make demo-joint  the same with the one-stage baseline
+# make test        lint and tests
+# Each works alone on a fresh machine with Python >= 3.11: it creates .venv, installs, runs. A second run needs no network.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+LAUNCH := $(BIN)/accelerate launch --config_file recipes/accelerate/one_process.yaml
+DEMO := recipes/configs/digits.yaml
+
+.PHONY: demo demo-joint test lint clean
+
+demo: RUN := runs/demo
+demo: OVERRIDES := output_dir=runs/demo
+demo-joint: RUN := runs/demo-joint
+demo-joint: OVERRIDES := output_dir=runs/demo-joint method=joint
+
+demo demo-joint: $(INSTALLED)
+	rm -rf $(RUN)
+	$(LAUNCH) recipes/train_dae.py --config $(DEMO) $(OVERRIDES)
+	$(LAUNCH) recipes/encode.py --config $(DEMO) $(OVERRIDES)
+	$(LAUNCH) recipes/train_prior.py --config $(DEMO) $(OVERRIDES)
+	$(BIN)/python recipes/sample.py --config $(DEMO) $(OVERRIDES)
+	$(BIN)/python recipes/evaluate.py --config $(DEMO) $(OVERRIDES)
+	$(BIN)/python recipes/report.py --config $(DEMO) $(OVERRIDES)
+
+test: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadscope -q
+
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python >= 3.11 is needed: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --upgrade pip
+	$(BIN)/python -m pip install -c constraints.txt -e ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs
