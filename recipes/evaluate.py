@@ -30,6 +30,7 @@ from dae.metrics import (
     accuracy,
     equal_count_frechet,
     extract_features,
+    frechet_distance,
     memorisation,
     precision_recall,
     predict,
@@ -84,13 +85,16 @@ def evaluate(config: Config) -> dict:
     for name, model in saved_stages(output / "autoencoder", autoencoder, device).items():
         rebuilt, usage = reconstruct(model, heldout, config)
         pictures[name] = to_uint8(rebuilt[:32])
-        distance = equal_count_frechet(features["heldout"], extract_features(classifier, rebuilt.to(device)).cpu(), seed=seed)
-        quality = {
+        found = extract_features(classifier, rebuilt.to(device)).cpu()
+        manifold = precision_recall(features["heldout"], found, config.evaluation.neighbours)
+        reconstructions[name] = {
+            "decoder": model.config.decoder.family,
             "psnr": psnr(rebuilt, heldout).mean().item(),
             "ssim": ssim(rebuilt, heldout).mean().item(),
-            "frechet": distance.mean,
+            "frechet": frechet_distance(features["heldout"], found),
+            "precision": manifold.precision,
+            "recall": manifold.recall,
         }
-        reconstructions[name] = {"decoder": model.config.decoder.family} | quality
 
     generated = from_uint8(samples["arr_0"])
     generation = judge(generated, torch.from_numpy(samples["arr_1"]))

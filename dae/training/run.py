@@ -79,6 +79,8 @@ class Run:
             FileExistsError: the folder holds a run, and resuming was not asked for.
             ValueError: the checkpoint belongs to another configuration (all differences are listed), or is damaged.
         """
+        if self.config.push_to_hub and not self.config.hub_model_id:
+            raise ValueError("push_to_hub=true needs hub_model_id=<user>/<name>")
         wanted = self.config.resume_from_checkpoint
         occupied = [p.name for p in (self.history_file, self.folder / "model.safetensors") if p.exists()]
         occupied += [p.name for p in self.checkpoints.all()]
