@@ -13,6 +13,7 @@ import dataclasses
 import datetime
 import json
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -105,10 +106,10 @@ def evaluate(config: Config) -> dict:
         "nearest training images": to_uint8(train[copies.nearest_index[closest]]),
     }
 
-    # What guidance and early stopping trade: fidelity against variety and copies.
+    # What guidance and the length of training trade: fidelity against variety and copies.
     validations = [row for row in Run(config, "prior").history() if row["split"] == "validation"]
     chosen = min(validations, key=lambda row: row["bits_per_token"]) if config.prior.early_stopping else validations[-1]
-    candidates = [(chosen, prior)] + ([(validations[-1], last_prior(config, prior))] if chosen is not validations[-1] else [])
+    candidates = [(chosen, prior)] + [(row, other) for row, other in other_priors(config, prior, validations) if row != chosen]
     trade, labels = [], balanced_labels(len(generated), prior.num_classes)
     with tqdm(total=len(candidates) * len(config.evaluation.cfg_scales), desc="trade", mininterval=0.5) as bar:
         for row, model in candidates:
@@ -201,12 +202,16 @@ def reconstruct(model: Autoencoder, images: Tensor, config: Config) -> tuple[Ten
     return torch.cat(rebuilt), usage
 
 
-def last_prior(config: Config, prior: ARPrior) -> ARPrior:
-    """The prior as it was at the end of training, from the newest checkpoint."""
-    checkpoint = Run(config, "prior").checkpoints.load("latest")
-    last = ARPrior.from_config(prior.to_config()).to(prior.head.weight.device).eval()
-    last.load_state_dict(checkpoint.tensors["ema" if config.prior.use_ema else "model"])
-    return last
+def other_priors(config: Config, prior: ARPrior, validations: list[dict]) -> Iterator[tuple[dict, ARPrior]]:
+    """The prior as it was at each checkpoint that was kept, with the validation of that step."""
+    checkpoints = Run(config, "prior").checkpoints
+    for path in checkpoints.all():
+        checkpoint = checkpoints.load(str(path))
+        for row in validations:
+            if row["step"] == checkpoint.state["step"]:
+                other = ARPrior.from_config(prior.to_config()).to(prior.head.weight.device).eval()
+                other.load_state_dict(checkpoint.tensors["ema" if config.prior.use_ema else "model"])
+                yield row, other
 
 
 def show(metrics: dict) -> None:

@@ -232,8 +232,8 @@ def trade(run: Record) -> list[Html]:
     bold = "The row in bold has the settings of the samples above; it is another draw, so its numbers differ a little."
     words = (
         "Stronger guidance and longer training usually make samples easier to recognise, at the price of variety (recall) and, "
-        "past the step with the fewest held-out bits, of copies; augmenting the training images and stopping at that step work "
-        f"against copies, for some fidelity. This prior saw {copies_seen} augmented copies of each training image and was "
+        "past the step with the fewest held-out bits, of copies; augmenting the tokens and stopping at that step work "
+        f"against copies, for some fidelity. This prior saw {copies_seen} further encodings of each training image and was "
         f"trained {stopping} early stopping. {bold if marked else ''}"
     )
     rows = [[cell(row) for cell in columns.values()] for row in run.metrics["trade"]]
