@@ -15,7 +15,8 @@ import torch
 from accelerate.utils import gather_object
 from tqdm import tqdm
 
-from dae.config import Config, config_from_command_line
+from dae.cli import main
+from dae.config import Config
 from dae.data import augment, evaluation_batches, load_data
 from dae.data.tokens import Fingerprint, TokenCache, TokenDataset, transform_fingerprint
 from dae.hub import fingerprint
@@ -78,4 +79,4 @@ def encode(config: Config) -> Path:
 
 
 if __name__ == "__main__":
-    encode(config_from_command_line(__doc__))
+    main(encode, __doc__)

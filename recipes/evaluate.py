@@ -22,7 +22,8 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, Subset
 from tqdm import tqdm
 
-from dae.config import Config, config_from_command_line
+from dae.cli import main
+from dae.config import Config
 from dae.data import evaluation_batches, load_data
 from dae.data.pictures import from_uint8, to_uint8
 from dae.metrics import (
@@ -232,4 +233,4 @@ def show(metrics: dict) -> None:
 
 
 if __name__ == "__main__":
-    evaluate(config_from_command_line(__doc__))
+    main(evaluate, __doc__)

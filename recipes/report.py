@@ -16,7 +16,8 @@ from omegaconf import OmegaConf
 
 from dae import report as web
 from dae.charts import Line, bar_chart, in_words, line_chart
-from dae.config import Config, config_from_command_line, differing_keys
+from dae.cli import main
+from dae.config import Config, differing_keys
 from dae.record import Record, seconds_by_stage
 from dae.report import Html, number, paragraph, percent, strip
 
@@ -309,4 +310,4 @@ def configuration(run: Record) -> list[Html]:
 
 
 if __name__ == "__main__":
-    report(config_from_command_line(__doc__))
+    main(report, __doc__)

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from dae.config import Config, config_from_command_line
+from dae.cli import main
+from dae.config import Config
 from dae.data.pictures import grid, to_uint8, write_png
 from dae.hub import fingerprint
 from dae.sampling import balanced_labels, generate, load_chain
@@ -55,4 +56,4 @@ def sample(config: Config) -> Path:
 
 
 if __name__ == "__main__":
-    sample(config_from_command_line(__doc__))
+    main(sample, __doc__)

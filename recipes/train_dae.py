@@ -19,7 +19,8 @@ import torch
 from accelerate import Accelerator
 
 from dae.cards import autoencoder_card
-from dae.config import Config, config_from_command_line
+from dae.cli import main
+from dae.config import Config
 from dae.data import ImageData, TrainLoader, augment, evaluation_batches, load_data
 from dae.distributed import in_global_order
 from dae.losses import adaptive_weight, discriminator_loss, generator_loss, reconstruction_loss
@@ -221,4 +222,4 @@ def validate(config: Config, autoencoder: Autoencoder, data: ImageData, device: 
 
 
 if __name__ == "__main__":
-    train(config_from_command_line(__doc__))
+    main(train, __doc__)

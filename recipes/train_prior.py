@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 
 from dae.cards import prior_card
-from dae.config import Config, config_from_command_line
+from dae.cli import main
+from dae.config import Config
 from dae.data import TrainLoader, load_data
 from dae.data.tokens import Fingerprint, TokenCache, TokenDataset, choose_copies, transform_fingerprint
 from dae.distributed import draw_rows
@@ -56,10 +57,6 @@ def train(config: Config) -> Path:
     parts = TrainingState({"model": prior}, {"optimizer": optimizer}, scheduler, loader, ema, accelerator.scaler)
     start = parts.restore(resumed)
 
-    def save_model() -> None:
-        if accelerator.is_main_process:
-            prior.save_pretrained(run.folder, card=prior_card(config, data.describe(), run.history()))
-
     batches = iter(loader)
     losses: list[torch.Tensor] = []
     accumulation = settings.gradient_accumulation_steps
@@ -92,12 +89,11 @@ def train(config: Config) -> Path:
             bar.set_postfix(loss=f"{values['loss']:.4f}")
             run.record(accelerator, done, values, stage="prior", split="train")
         if done % config.validation_steps == 0 or last:
-            best_before = min((row["bits_per_token"] for row in run.history() if row["split"] == "validation"), default=math.inf)
             with ema.swapped_in(prior) if ema else contextlib.nullcontext():
                 bits = bits_per_token(prior, cache.validation, config.evaluation.batch_size)
                 run.record(accelerator, done, {"bits_per_token": bits}, stage="prior", split="validation")
-                if bits < best_before or (last and not settings.early_stopping):
-                    save_model()
+                if accelerator.is_main_process and (is_best(run) if settings.early_stopping else last):
+                    prior.save_pretrained(run.folder, card=prior_card(config, data.describe(), run.history()))
         if done % config.checkpointing_steps == 0 or last:
             run.save(done, *parts.pack(), stage="prior", stage_step=done)
     bar.close()
@@ -106,6 +102,12 @@ def train(config: Config) -> Path:
         accelerator.print(prior.push_to_hub(f"{config.hub_model_id}-prior", folder=run.folder))
     accelerator.end_training()
     return run.folder
+
+
+def is_best(run: Run) -> bool:
+    """Whether the latest validation has fewer bits than every one before it."""
+    *before, latest = [row["bits_per_token"] for row in run.history() if row["split"] == "validation"]
+    return latest < min(before, default=math.inf)
 
 
 @torch.inference_mode()
@@ -120,4 +122,4 @@ def bits_per_token(prior: ARPrior, tokens: TokenDataset, batch_size: int) -> flo
 
 
 if __name__ == "__main__":
-    train(config_from_command_line(__doc__))
+    main(train, __doc__)

@@ -1,0 +1,51 @@
+"""From the command line to a recipe: what this project says to its user is printed as one line, bugs keep their traceback."""
+
+from __future__ import annotations
+
+import dis
+import os
+import sys
+from pathlib import Path
+from typing import Any, Callable
+
+import dae_kernels
+
+import dae
+from dae.config import Config, config_from_command_line
+
+MESSAGES = (ValueError, TypeError, OSError, ImportError, RuntimeError, FloatingPointError)
+ENVIRONMENT = "\nOf an error that tells what to do, only the message is shown; DAE_TRACEBACK=1 shows where it arose.\n"
+
+
+def main(recipe: Callable[[Config], Any], doc: str) -> None:
+    """Call `recipe` with the configuration of the command line; exit with 2 and `<script>: error: <message>` if that fails.
+
+    An error is a message if a `raise` statement of this project made it, or if it is an OSError (a full disk, a missing
+    permission). Whatever else happens is a bug, ours or another library's, and keeps its traceback.
+    """
+    config = config_from_command_line(doc + ENVIRONMENT)
+    try:
+        recipe(config)
+    except MESSAGES as error:
+        script = Path(sys.argv[0])
+        if os.environ.get("DAE_TRACEBACK") or not is_message(error, script):
+            raise
+        processes = int(os.environ.get("WORLD_SIZE", 1))
+        where = f" in process {os.environ.get('RANK', '?')} of {processes}" if processes > 1 else ""
+        print(f"{script.name}: error{where}: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def is_message(error: BaseException, script: Path) -> bool:
+    """Whether an OSError, or raised on purpose by dae, dae_kernels or the recipe `script`."""
+    if isinstance(error, OSError):
+        return True
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    if last is None:
+        return False
+    code = last.tb_frame.f_code
+    ours = [Path(dae.__file__).parent, Path(dae_kernels.__file__).parent, script.resolve().parent]
+    on_purpose = code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]  # and not an operation that failed in our code
+    return on_purpose and any(folder in Path(code.co_filename).resolve().parents for folder in ours)
