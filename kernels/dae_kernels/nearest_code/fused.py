@@ -4,7 +4,8 @@ Roofline (counts, with the measured floors of an H100: 3.0 TB/s, 798 TFLOP/s in 
 - Flop: 2 N K D for the products. Bytes: (N + K) D b for operands of b bytes, and 12 N of results. With N >> K that is 2 K / b
   flop per byte from memory, more than the 266 of the chip for K > 270 in bf16: every real codebook is bound by arithmetic.
 - Every program reads the whole codebook, K D b bytes for its BLOCK_N rows, but a codebook (16384 x 256 in bf16: 8 MB) stays
-  in the L2 cache (50 MB). Out of L2 the intensity is 2 BLOCK_N / b flop per byte: 128 for bf16 and BLOCK_N = 128.
+  in the L2 cache (50 MB). Out of L2 the intensity is 2 BLOCK_N / b flop per byte while the rows of x stay on the chip (128 for
+  bf16 and BLOCK_N = 128), and 2 / b / (1 / BLOCK_N + 1 / BLOCK_K) where D is looped and they stream too (64; 16 in float32).
 - Comparing costs a score about six float32 or integer instructions (scale, minimum, equality, select, minimum of the index).
   An SM does 128 of them a cycle, so 20 scores, while its tensor cores do 2048 bf16 multiply-adds: the comparison is the
   bound below D = 100 or so, the product above.
