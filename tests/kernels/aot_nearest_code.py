@@ -26,7 +26,7 @@ POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf
 # (x dtype, codebook dtype, exact, D, metric). The kernel loops over D above 16 (exact float32), 32 (fast float32) or 64; D = 100
 # leaves a remainder. A wider sweep (D = 3 ... 256, both metrics, all pairs of dtypes) is clean on sm_90 and gfx942; ptxas spills
 # two or three registers of some float32 variants on sm_80 and sm_100, because it stops at 128 or 168 registers for the sake of
-# occupancy. The option maxnreg=168 left none in the 165 compilations tried, but torch's wrapper of Triton kernels does not know it.
+# occupancy. The option maxnreg=168 left none in 210 compilations, but torch's wrapper of Triton kernels does not know it.
 VARIANTS = {
     "fp32 fast D=128": (torch.float32, torch.float32, False, 128, "cosine"),
     "bf16 D=64": (torch.bfloat16, torch.bfloat16, False, 64, "l2"),
