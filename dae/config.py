@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, List, Optional
 
 
-def knob(default: Any, help: str, choices: tuple = ()) -> Any:
-    """A dataclass field that carries its meaning (shown by `--help`) and its allowed values (checked on loading)."""
-    metadata = {"help": help, "choices": choices}
+def knob(default: Any, help: str, choices: tuple = (), least: float | None = None) -> Any:
+    """A dataclass field that carries its meaning (shown by `--help`), and its choices or least value (checked on loading)."""
+    metadata = {"help": help, "choices": choices, "least": least}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -35,22 +35,26 @@ class DataConfig:
     validation_split: Optional[str] = knob(
         None, "held-out split; null takes `validation`, `test` or `val` if there is one, else holds rows out of training"
     )
-    validation_size: int = knob(1000, "rows to hold out where there is no held-out split (at most a tenth of the rows)")
+    validation_size: int = knob(1000, "rows to hold out where there is no held-out split (at most a tenth of the rows)", least=1)
     streaming: bool = knob(False, "read as a stream, never the whole set: for sets larger than the disk")
-    shuffle_buffer_size: int = knob(10000, "rows in the shuffle buffer of a stream")
-    max_train_samples: Optional[int] = knob(None, "use only this many training rows")
+    shuffle_buffer_size: int = knob(10000, "rows in the shuffle buffer of a stream", least=1)
+    max_train_samples: Optional[int] = knob(None, "use only this many training rows", least=1)
     image_column: str = knob("auto", "column with the images; `auto` takes the only image column")
     label_column: str = knob("auto", "column with integer labels; `auto` looks for `label`, `labels`, `cls`; `none` ignores them")
-    num_classes: Optional[int] = knob(None, "number of classes; null takes it from the data set's features")
-    resolution: int = knob(8, "images are resized to resolution x resolution pixels")
+    num_classes: Optional[int] = knob(None, "number of classes; null takes it from the data set's features", least=1)
+    resolution: int = knob(8, "images are resized to resolution x resolution pixels", least=1)
     channels: int = knob(1, "1 for grey, 3 for RGB", choices=(1, 3))
     center_crop: bool = knob(True, "ADM centre crop (resize the short side, crop the middle); false squeezes to a square")
     random_flip: bool = knob(False, "mirror half of the training images, chosen at random")
     random_affine: float = knob(
-        0.0, "strength of random shift, rotation and scale of the training images: 1.0 is 12.5 % shift, 15 degrees, 15 % scale"
+        0.0,
+        "strength of random shift, rotation and scale of the training images: 1.0 is 12.5 % shift, 15 degrees, 15 % scale",
+        least=0,
     )
-    num_workers: int = knob(0, "processes that decode images, for each training process")
-    verify_rows: int = knob(10000, "rows whose image bytes and label are checked before training; -1 checks all, 0 none")
+    num_workers: int = knob(0, "processes that decode images, for each training process", least=0)
+    verify_rows: int = knob(
+        10000, "rows whose image bytes and label are checked before training; -1 checks all, 0 none", least=-1
+    )
 
 
 @dataclass
@@ -63,33 +67,37 @@ class DecoderConfig:
         choices=("full", "linear", "narrow", "shallow", "dropout"),
     )
     width_factor: float = knob(0.25, "narrow: channels relative to the full decoder")
-    num_blocks: int = knob(0, "shallow: residual blocks a level, where the full decoder has num_blocks + 1")
+    num_blocks: int = knob(0, "shallow: residual blocks a level, where the full decoder has num_blocks + 1", least=0)
     dropout: float = knob(0.5, "dropout: probability that Dropout2d zeroes a channel after a residual block")
 
 
 @dataclass
 class VQConfig:
-    codebook_size: int = knob(64, "number of codes K")
+    codebook_size: int = knob(64, "number of codes K", least=1)
     ema_decay: float = knob(0.99, "decay of the moving average that carries the codebook")
-    commitment_weight: float = knob(0.25, "weight of |z - sg(code)|^2 that keeps the encoder near its codes")
-    kmeans_iterations: int = knob(10, "Lloyd iterations that place the codebook on the first batches; 0 starts at random")
-    revive_threshold: float = knob(0.1, "a code used less than this share of the average is moved onto a latent; 0 never")
+    commitment_weight: float = knob(0.25, "weight of |z - sg(code)|^2 that keeps the encoder near its codes", least=0)
+    kmeans_iterations: int = knob(
+        10, "Lloyd iterations that place the codebook on the first batches; 0 starts at random", least=0
+    )
+    revive_threshold: float = knob(
+        0.1, "a code used less than this share of the average is moved onto a latent; 0 never", least=0
+    )
 
 
 @dataclass
 class KLConfig:
-    kl_weight: float = knob(1e-6, "weight of KL(q(z|x) || N(0, I)), summed over a latent, averaged over the batch")
+    kl_weight: float = knob(1e-6, "weight of KL(q(z|x) || N(0, I)), summed over a latent, averaged over the batch", least=0)
 
 
 @dataclass
 class AutoencoderConfig:
-    base_channels: int = knob(64, "channels at full resolution")
+    base_channels: int = knob(64, "channels at full resolution", least=1)
     channel_multipliers: List[int] = knob(
-        [1, 2], "channels of each level relative to base_channels; each level after the first halves the resolution"
+        [1, 2], "channels of each level relative to base_channels; each level after the first halves the resolution", least=1
     )
-    num_blocks: int = knob(1, "residual blocks a level in the encoder; a full decoder has one more")
+    num_blocks: int = knob(1, "residual blocks a level in the encoder; a full decoder has one more", least=0)
     attention_resolutions: List[int] = knob([], "feature-map sizes at which self-attention is added")
-    latent_channels: int = knob(16, "channels of the latent")
+    latent_channels: int = knob(16, "channels of the latent", least=1)
     bottleneck: str = knob("vq", "vq (tokens) or kl (continuous)", choices=("vq", "kl"))
     vq: VQConfig = field(default_factory=VQConfig, metadata={"help": "vector quantization"})
     kl: KLConfig = field(default_factory=KLConfig, metadata={"help": "Gaussian posterior"})
@@ -100,31 +108,31 @@ class AutoencoderConfig:
 class LossConfig:
     """Weights of the reconstruction losses; the bottleneck adds its own term (commitment or KL)."""
 
-    l1: float = knob(0.0, "weight of the mean absolute error")
-    l2: float = knob(1.0, "weight of the mean squared error")
-    adversarial: float = knob(0.0, "weight of the hinge loss of a patch discriminator; 0 trains none")
-    adversarial_start: int = knob(0, "step of the stage at which the adversarial loss is switched on")
-    discriminator_channels: int = knob(64, "channels of the discriminator's first layer")
-    discriminator_layers: int = knob(2, "strided layers of the discriminator")
-    discriminator_learning_rate: float = knob(1e-4, "learning rate of the discriminator")
+    l1: float = knob(0.0, "weight of the mean absolute error", least=0)
+    l2: float = knob(1.0, "weight of the mean squared error", least=0)
+    adversarial: float = knob(0.0, "weight of the hinge loss of a patch discriminator; 0 trains none", least=0)
+    adversarial_start: int = knob(0, "step of the stage at which the adversarial loss is switched on", least=0)
+    discriminator_channels: int = knob(64, "channels of the discriminator's first layer", least=1)
+    discriminator_layers: int = knob(2, "strided layers of the discriminator", least=0)
+    discriminator_learning_rate: float = knob(1e-4, "learning rate of the discriminator", least=0)
 
 
 @dataclass
 class OptimizationConfig:
     """One optimisation: of a stage of the autoencoder, or of the prior."""
 
-    max_train_steps: int = knob(1000, "optimiser steps")
+    max_train_steps: int = knob(1000, "optimiser steps", least=1)
     train_batch_size: int = knob(
-        64, "images a process and micro-batch; global batch = this x processes x gradient_accumulation_steps"
+        64, "images a process and micro-batch; global batch = this x processes x gradient_accumulation_steps", least=1
     )
-    gradient_accumulation_steps: int = knob(1, "micro-batches an optimiser step")
-    learning_rate: float = knob(1e-3, "peak learning rate of AdamW")
+    gradient_accumulation_steps: int = knob(1, "micro-batches an optimiser step", least=1)
+    learning_rate: float = knob(1e-3, "peak learning rate of AdamW", least=0)
     lr_scheduler: str = knob("cosine", "shape after the warm-up", choices=("constant", "linear", "cosine"))
-    lr_warmup_steps: int = knob(50, "steps of linear warm-up")
+    lr_warmup_steps: int = knob(50, "steps of linear warm-up", least=0)
     adam_beta1: float = knob(0.9, "AdamW's beta_1")
     adam_beta2: float = knob(0.99, "AdamW's beta_2")
-    adam_weight_decay: float = knob(0.0, "AdamW's decoupled weight decay of matrices and kernels")
-    max_grad_norm: float = knob(1.0, "gradients are clipped to this norm")
+    adam_weight_decay: float = knob(0.0, "AdamW's decoupled weight decay of matrices and kernels", least=0)
+    max_grad_norm: float = knob(1.0, "gradients are clipped to this norm", least=0)
     gradient_checkpointing: bool = knob(False, "recompute activations in the backward pass: less memory, more time")
     use_ema: bool = knob(True, "keep an exponential moving average of the weights and deliver that")
     ema_decay: float = knob(0.999, "its decay, after a warm-up")
@@ -137,18 +145,22 @@ class StageConfig(OptimizationConfig):
 
 @dataclass
 class PriorConfig(OptimizationConfig):
-    width: int = knob(128, "channels of the residual stream")
-    depth: int = knob(4, "number of Transformer blocks")
-    num_heads: int = knob(4, "attention heads; width / num_heads is the head dimension")
+    width: int = knob(128, "channels of the residual stream", least=1)
+    depth: int = knob(4, "number of Transformer blocks", least=1)
+    num_heads: int = knob(4, "attention heads; width / num_heads is the head dimension", least=1)
     dropout: float = knob(0.0, "dropout of embeddings and residual branches")
-    class_dropout: float = knob(0.1, "probability of hiding the class, which classifier-free guidance needs")
+    class_dropout: float = knob(0.1, "probability of hiding the class, which classifier-free guidance needs", least=0)
     attention: str = knob(
         "auto", "attention back-end of dae_kernels", choices=("auto", "sdpa", "flash_attn", "xformers", "reference")
     )
-    token_noise: float = knob(0.0, "probability that a token the prior reads in training is replaced by a random one")
-    augmented_copies: int = knob(0, "further encodings of each training image in the token cache, made by the two knobs below")
+    token_noise: float = knob(0.0, "probability that a token the prior reads in training is replaced by a random one", least=0)
+    augmented_copies: int = knob(
+        0, "further encodings of each training image in the token cache, made by the two knobs below", least=0
+    )
     code_temperature: float = knob(
-        0.0, "in the copies draw each code by exp(-distance / (this x mean distance to the nearest code)); 0 takes the nearest"
+        0.0,
+        "in the copies draw each code by exp(-distance / (this x mean distance to the nearest code)); 0 takes the nearest",
+        least=0,
     )
     augment_images: bool = knob(True, "make the copies from augmented images (data.random_flip, data.random_affine)")
     early_stopping: bool = knob(True, "deliver the weights of the validation with the fewest held-out bits, not the last ones")
@@ -156,21 +168,23 @@ class PriorConfig(OptimizationConfig):
 
 @dataclass
 class SamplingConfig:
-    num_samples: int = knob(2000, "images to sample, classes in equal parts")
-    batch_size: int = knob(500, "images sampled at once")
-    cfg_scale: float = knob(1.0, "classifier-free guidance: 1 samples the model, more trades variety for fidelity")
-    temperature: float = knob(1.0, "divides the logits; below 1 is safer, above 1 more varied")
-    top_k: Optional[int] = knob(None, "keep only the k likeliest tokens")
+    num_samples: int = knob(2000, "images to sample, classes in equal parts", least=1)
+    batch_size: int = knob(500, "images sampled at once", least=1)
+    cfg_scale: float = knob(1.0, "classifier-free guidance: 1 samples the model, more trades variety for fidelity", least=0)
+    temperature: float = knob(1.0, "divides the logits; below 1 is safer, above 1 more varied", least=0)
+    top_k: Optional[int] = knob(None, "keep only the k likeliest tokens", least=1)
     top_p: Optional[float] = knob(None, "keep only the likeliest tokens that together have this probability")
 
 
 @dataclass
 class EvaluationConfig:
-    classifier_steps: int = knob(800, "training steps of the small classifier whose features and verdicts the metrics use")
-    max_images: int = knob(10000, "images of a split to measure on, chosen at random where there are more")
-    cfg_scales: List[float] = knob([1.0, 1.5, 2.0], "guidance scales of the table in the report")
-    neighbours: int = knob(3, "k of precision and recall")
-    batch_size: int = knob(500, "images evaluated at once")
+    classifier_steps: int = knob(
+        800, "training steps of the small classifier whose features and verdicts the metrics use", least=1
+    )
+    max_images: int = knob(10000, "images of a split to measure on, chosen at random where there are more", least=1)
+    cfg_scales: List[float] = knob([1.0, 1.5, 2.0], "guidance scales of the table in the report", least=0)
+    neighbours: int = knob(3, "k of precision and recall", least=1)
+    batch_size: int = knob(500, "images evaluated at once", least=1)
 
 
 @dataclass
@@ -188,10 +202,10 @@ class Config:
     )
     compile: bool = knob(False, "compile the models with torch.compile")
     report_to: str = knob("tensorboard", "tracker of accelerate", choices=("none", "tensorboard", "wandb", "trackio"))
-    logging_steps: int = knob(10, "steps between two entries of the training log")
-    validation_steps: int = knob(200, "steps between two validations")
-    checkpointing_steps: int = knob(500, "steps between two checkpoints")
-    checkpoints_total_limit: int = knob(2, "checkpoints to keep")
+    logging_steps: int = knob(10, "steps between two entries of the training log", least=1)
+    validation_steps: int = knob(200, "steps between two validations", least=1)
+    checkpointing_steps: int = knob(500, "steps between two checkpoints", least=1)
+    checkpoints_total_limit: int = knob(2, "checkpoints to keep", least=1)
     resume_from_checkpoint: Optional[str] = knob(None, "`latest`, or the path of a checkpoint folder; null starts a new run")
     push_to_hub: bool = knob(False, "upload the trained model")
     hub_model_id: Optional[str] = knob(None, "repository to upload to")
@@ -208,11 +222,11 @@ class Config:
 
 
 def load_config(path: str | Path | None = None, overrides: list[str] | tuple = ()) -> Config:
-    """Defaults, then the YAML file, then `a.b=c` overrides, checked for names, types and choices.
+    """Defaults, then the YAML file, then `a.b=c` overrides, checked for names, types, choices and least values.
 
     Raises:
         FileNotFoundError: the file does not exist.
-        ValueError: an unknown key (the message names the nearest one), a wrong type, or a value that is not a choice.
+        ValueError: an unknown key (the message names the nearest one), a wrong type, or a value that is not allowed.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -228,13 +242,18 @@ def load_config(path: str | Path | None = None, overrides: list[str] | tuple = (
     for override in overrides:
         if "=" not in override or override.startswith("-"):
             raise ValueError(f"expected an override `key=value`, got {override!r}")
-        layers.append((f"override {override!r}", OmegaConf.from_dotlist([override])))
+        try:
+            layers.append((f"override {override!r}", OmegaConf.from_dotlist([override])))
+        except Exception as error:  # as above
+            raise ValueError(f"override {override!r} cannot be parsed: {str(error).splitlines()[0]}") from error
 
     config = OmegaConf.structured(Config)
     for source, layer in layers:
         if not OmegaConf.is_dict(layer):
             raise ValueError(f"{source}: expected `key: value` pairs at the top level")
         _reject_unknown_keys(layer, Config, source)
+        if layer.get("mixed_precision") is False:  # YAML 1.1 reads a bare `no` as false
+            layer.mixed_precision = "no"
         try:
             config = OmegaConf.merge(config, layer)
         except OmegaConfBaseException as error:
@@ -244,7 +263,7 @@ def load_config(path: str | Path | None = None, overrides: list[str] | tuple = (
         loaded = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
         raise ValueError(f"{path}: {str(error).splitlines()[0]}") from error
-    _reject_wrong_choices(loaded)
+    _reject_wrong_values(loaded)
     return loaded
 
 
@@ -266,15 +285,19 @@ def _reject_unknown_keys(layer: Any, schema: type, source: str, prefix: str = ""
             _reject_unknown_keys(value, type(section), source, f"{name}.")
 
 
-def _reject_wrong_choices(section: Any, prefix: str = "") -> None:
+def _reject_wrong_values(section: Any, prefix: str = "") -> None:
     for f in dataclasses.fields(section):
         value = getattr(section, f.name)
         if dataclasses.is_dataclass(value):
-            _reject_wrong_choices(value, f"{prefix}{f.name}.")
+            _reject_wrong_values(value, f"{prefix}{f.name}.")
         elif (choices := f.metadata.get("choices")) and value not in choices:
             near = difflib.get_close_matches(str(value), map(str, choices), 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"{prefix}{f.name}: expected one of {list(choices)}, got {value!r}{hint}")
+        elif (least := f.metadata.get("least")) is not None and value is not None:
+            values = value if isinstance(value, list) else [value]
+            if any(not v >= least for v in values):  # so written, it refuses NaN
+                raise ValueError(f"{prefix}{f.name}: expected at least {least}, got {value!r}")
 
 
 def save_config(config: Config, path: str | Path) -> None:
@@ -289,8 +312,16 @@ def from_dict(schema: type, values: dict) -> Any:
     fields = {f.name: f for f in dataclasses.fields(schema)}
     if unknown := sorted(set(values) - set(fields)):
         raise ValueError(f"{schema.__name__} has no field {unknown[0]!r}; it has {sorted(fields)}")
-    nested = {name: type(f.default_factory()) for name, f in fields.items() if f.default_factory is not dataclasses.MISSING}
-    return schema(**{k: from_dict(nested[k], v) if isinstance(v, dict) else v for k, v in values.items()})
+    sections = {
+        name: type(section)
+        for name, f in fields.items()
+        if f.default_factory is not dataclasses.MISSING and dataclasses.is_dataclass(section := f.default_factory())
+    }
+    for name, value in values.items():
+        if (name in sections) != isinstance(value, dict):
+            expected = "a section" if name in sections else "a value"
+            raise ValueError(f"{schema.__name__}.{name}: expected {expected}, got {value!r}")
+    return schema(**{k: from_dict(sections[k], v) if k in sections else v for k, v in values.items()})
 
 
 def differing_keys(a: Any, b: Any, prefix: str = "") -> list[str]:

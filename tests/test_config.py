@@ -1,0 +1,289 @@
+"""The configuration: names, types and values are checked, files round trip, and every shipped file trains."""
+
+import dataclasses
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dae.config import (
+    Config,
+    PriorConfig,
+    config_from_command_line,
+    describe,
+    differing_keys,
+    from_dict,
+    load_config,
+    save_config,
+)
+from dae.losses import discriminator_loss, generator_loss, reconstruction_loss
+from dae.models import ARPrior, Autoencoder, PatchDiscriminator
+from dae.models.ar_prior import token_cross_entropy
+from dae.training import build_optimizer, plan_stages
+
+ROOT = Path(__file__).resolve().parents[1]
+SHIPPED = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
+RECIPES = sorted((ROOT / "recipes").glob("*.py"))
+METHODS = ("dae", "joint", "joint_dropout")
+
+
+@pytest.fixture
+def yaml(tmp_path):
+    def write(text: str) -> Path:
+        path = tmp_path / "config.yaml"
+        path.write_text(text)
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize(
+    "key, nearest",
+    [
+        ("mehtod", "method"),
+        ("resolution", "data.resolution"),  # a leaf's name without its section
+        ("data.resolutoin", "data.resolution"),
+        ("autoencoder.num_block", "autoencoder.num_blocks"),
+        ("autoencoder.vq.codebok_size", "autoencoder.vq.codebook_size"),
+        ("prior.max_train_step", "prior.max_train_steps"),
+        ("sampling.cfg_scal", "sampling.cfg_scale"),
+        ("stage3", "stage2"),
+    ],
+)
+def test_unknown_keys_name_the_nearest(yaml, key, nearest):
+    with pytest.raises(ValueError, match=rf"override '{key}=1': unknown key '{key}'; the nearest one is '{nearest}'"):
+        load_config(None, [f"{key}=1"])
+    *sections, leaf = key.split(".")
+    text = "".join(f"{'  ' * i}{s}:\n" for i, s in enumerate(sections)) + f"{'  ' * len(sections)}{leaf}: 1\n"
+    with pytest.raises(ValueError, match=rf"config.yaml: unknown key '{key}'; the nearest one is '{nearest}'"):
+        load_config(yaml(text))
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("data.resolution=abc", "wrong type at data.resolution"),
+        ("data.resolution=8.5", "wrong type at data.resolution"),  # not silently 8
+        ("autoencoder.channel_multipliers=[1,2.5]", r"wrong type at autoencoder.channel_multipliers\[1\]"),
+        ("autoencoder.channel_multipliers=3", "wrong type at autoencoder.channel_multipliers"),
+        ("stage1.use_ema=maybe", "wrong type at stage1.use_ema"),
+        ("seed=null", "wrong type at seed"),
+        ("seed=true", "wrong type at seed"),
+        ("seed={a: 1}", "wrong type at seed"),
+        ("output_dir=[1]", "wrong type at output_dir"),
+        ("output_dir=${nowhere", "cannot be parsed"),
+        ("output_dir=${nowhere}", "nowhere"),
+        ("data=5", "data is a section"),
+        ("data=null", "data is a section"),
+        ("autoencoder.vq=x", "autoencoder.vq is a section"),
+        ("data.channels=2", r"data.channels: expected one of \[1, 3\], got 2"),
+        ("report_to=tensorbord", "did you mean 'tensorboard'"),
+        ("autoencoder.decoder.family=narow", "autoencoder.decoder.family: expected one of .* did you mean 'narrow'"),
+        ("logging_steps=0", "logging_steps: expected at least 1, got 0"),
+        ("stage2.gradient_accumulation_steps=0", "stage2.gradient_accumulation_steps: expected at least 1"),
+        ("stage1.learning_rate=nan", "stage1.learning_rate: expected at least 0"),
+        ("evaluation.cfg_scales=[1,-1]", "evaluation.cfg_scales: expected at least 0"),
+        ("seed", "expected an override `key=value`"),
+        ("--seed=1", "expected an override `key=value`"),
+    ],
+)
+def test_wrong_values_are_refused(override, message):
+    with pytest.raises(ValueError, match=message):
+        load_config(None, [override])
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("data:\n", "data is a section"),
+        ("data: 5\n", "data is a section"),
+        ("- 1\n", "expected `key: value` pairs"),
+        ("a: [1", "is not valid YAML"),
+        ("seed: 1\nseed: 2\n", "duplicate key seed"),
+        ("seed: !!python/object/apply:os.getpid []\n", "is not valid YAML"),  # a tag never runs code
+        ("data: {resolution: abc}\n", "config.yaml: wrong type at data.resolution"),
+        ("method: jiont\n", "did you mean 'joint'"),
+    ],
+)
+def test_wrong_files_are_refused(yaml, text, message):
+    with pytest.raises(ValueError, match=message):
+        load_config(yaml(text))
+
+
+def test_missing_file():
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml"):
+        load_config("nowhere.yaml")
+
+
+def test_layers_in_order(yaml):
+    path = yaml("seed: 1\ndata: {resolution: 16}\n")
+    config = load_config(path, ["seed=2", "seed=3", "prior.width=64", "data.max_train_samples=null"])
+    assert (config.seed, config.data.resolution, config.prior.width) == (3, 16, 64)
+    assert differing_keys(Config(), load_config(yaml(""))) == []
+
+
+@pytest.mark.parametrize("bare", ["no", "'no'", "bf16", "null"])
+def test_mixed_precision_no_is_a_word(yaml, bare):
+    """YAML 1.1 reads a bare `no` as false."""
+    expected = None if bare == "null" else bare.strip("'")
+    assert load_config(None, [f"mixed_precision={bare}"]).mixed_precision == expected
+    assert load_config(yaml(f"mixed_precision: {bare}\n")).mixed_precision == expected
+
+
+def test_merge_keys(yaml):
+    config = load_config(yaml("stage1: &s\n  learning_rate: 0.5\n  loss: {l1: 2}\nstage2:\n  <<: *s\n  max_train_steps: 7\n"))
+    assert config.stage2.learning_rate == 0.5 and config.stage2.loss.l1 == 2 and config.stage2.max_train_steps == 7
+    assert config.stage1.max_train_steps == 1000
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_files_and_dictionaries_round_trip(path, tmp_path):
+    config = load_config(path, ["mixed_precision=no", "sampling.top_k=5", "evaluation.cfg_scales=[]", "output_dir=runs/ü x"])
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml") == config
+    assert from_dict(Config, dataclasses.asdict(config)) == config
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"widht": 1}, r"PriorConfig has no field 'widht'"),
+        ({"width": {"a": 1}}, "PriorConfig.width: expected a value"),
+    ],
+)
+def test_from_dict_refuses(values, message):
+    with pytest.raises(ValueError, match=message):
+        from_dict(PriorConfig, values)
+    with pytest.raises(ValueError, match=message):
+        from_dict(Config, {"prior": values})
+    with pytest.raises(ValueError, match=r"Config.data: expected a section"):
+        from_dict(Config, {"data": 5})
+
+
+def test_differing_keys():
+    changed = load_config(None, ["seed=4", "autoencoder.vq.ema_decay=0.5"])
+    assert differing_keys(Config(), changed) == ["seed: 0 -> 4", "autoencoder.vq.ema_decay: 0.99 -> 0.5"]
+
+
+def leaves(section, prefix=""):
+    for f in dataclasses.fields(section):
+        value = getattr(section, f.name)
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value, f"{prefix}{f.name}.")
+        else:
+            yield f"{prefix}{f.name}", value
+
+
+def test_describe_lists_every_leaf():
+    rows = describe()
+    assert [(row.key, row.default) for row in rows] == list(leaves(Config()))
+    assert all(row.type and row.help for row in rows)
+    assert next(r for r in rows if r.key == "auxiliary_decoder.family").default == "narrow"
+    assert next(r for r in rows if r.key == "data.channels").help.endswith("[1 | 3]")
+
+
+def test_defaults_pass_their_own_checks(tmp_path):
+    save_config(Config(), tmp_path / "c.yaml")
+    assert load_config(tmp_path / "c.yaml") == Config()
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda p: p.stem)
+def test_help_lists_every_key(recipe, monkeypatch, capsys):
+    spec = importlib.util.spec_from_file_location(f"recipe_{recipe.stem}", recipe)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(sys, "argv", [str(recipe), "--help"])
+    with pytest.raises(SystemExit) as stop:
+        config_from_command_line(module.__doc__)
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and module.__doc__.splitlines()[0] in text
+    missing = [row.key for row in describe() if f"  {row.key} " not in text or row.help not in text]
+    assert not missing
+    assert "digits.yaml" in text  # what runs without --config
+
+
+def test_help_as_a_user_calls_it():
+    done = subprocess.run([sys.executable, "recipes/sample.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "sampling.top_p" in done.stdout and "stage1.loss.adversarial_start" in done.stdout
+
+
+def test_mistakes_on_the_command_line_are_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(ROOT / "recipes" / "train_dae.py")])
+    with pytest.raises(SystemExit) as stop:
+        config_from_command_line("doc", ["data.resolutoin=3"])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "'data.resolution'" in error
+
+
+TINY = {
+    "imagenet256": ("data.resolution=32", "autoencoder.base_channels=4", "autoencoder.attention_resolutions=[2]"),
+    "photos": ("data.resolution=16", "autoencoder.base_channels=4"),
+    "digits": ("autoencoder.base_channels=8",),
+}
+
+
+def test_every_shipped_file_has_a_tiny_version():
+    assert {path.stem for path in SHIPPED} == set(TINY)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_shipped_files_build_at_full_size(path):
+    config = load_config(path)
+    with torch.device("meta"):
+        for method in METHODS:
+            for stage in plan_stages(dataclasses.replace(config, method=method)):
+                build(config, stage)
+        tokens = (config.data.resolution >> (len(config.autoencoder.channel_multipliers) - 1)) ** 2
+        ARPrior(config.prior, vocab_size=config.autoencoder.vq.codebook_size, sequence_length=tokens, num_classes=10)
+
+
+def build(config, stage):
+    architecture = dataclasses.replace(config.autoencoder, decoder=stage.decoder)
+    return Autoencoder(architecture, config.data.channels, config.data.resolution)
+
+
+def step(module, loss, settings):
+    """One optimiser step: finite, every parameter has a gradient, and nearly all move (some gradients are exactly 0)."""
+    optimizer = build_optimizer(module, settings)
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    before = [p.detach().clone() for p in parameters]
+    loss.backward()
+    optimizer.step()
+    assert torch.isfinite(loss)
+    assert all(p.grad is not None for p in parameters)
+    assert all(torch.isfinite(p).all() for p in parameters)
+    moved = [not torch.equal(a, b) for a, b in zip(before, parameters, strict=True)]
+    assert sum(moved) > 0.8 * len(moved)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.stem)
+def test_shipped_files_step(path, method):
+    tiny = [*TINY[path.stem], "autoencoder.latent_channels=4", "autoencoder.vq.codebook_size=16", f"method={method}"]
+    config = load_config(path, tiny)
+    torch.manual_seed(0)
+    images = torch.rand(2, config.data.channels, config.data.resolution, config.data.resolution) * 2 - 1
+    for stage in plan_stages(config):
+        autoencoder = build(config, stage).train()
+        if stage.latent_frozen:
+            autoencoder.freeze_latent()
+        output = autoencoder(images)
+        loss = reconstruction_loss(output.sample, images, stage.config.loss) + output.encoding.loss
+        if stage.config.loss.adversarial:
+            critic = PatchDiscriminator(config.data.channels, 8, stage.config.loss.discriminator_layers)
+            loss = loss + stage.config.loss.adversarial * generator_loss(critic(output.sample))
+        step(autoencoder, loss, stage.config)
+        if stage.config.loss.adversarial:
+            critic.zero_grad()
+            step(critic, discriminator_loss(critic(images), critic(output.sample.detach())), stage.config)
+    config.prior.width, config.prior.depth, config.prior.num_heads = 8, 2, 2
+    tokens = output.encoding.indices.flatten(1)
+    prior = ARPrior(config.prior, vocab_size=16, sequence_length=tokens.shape[1], num_classes=3).train()
+    logits = prior(prior.hide_classes(torch.tensor([0, 2])), prior.corrupt(tokens[:, :-1]))
+    step(prior, token_cross_entropy(logits, tokens), config.prior)
