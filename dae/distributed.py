@@ -8,6 +8,8 @@ to process i mod W, which is how `torch.utils.data.DistributedSampler` deals the
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Callable
 
 import torch
@@ -23,6 +25,20 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+_alone = False
+
+
+@contextmanager
+def each_for_itself() -> Iterator[None]:
+    """Inside the block the rows of `draw_rows` are a whole batch: for work that is dealt out batch by batch, not row by row."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
+
 def draw_rows(draw: Callable[..., Tensor], shape: tuple[int, ...] | torch.Size, **options) -> Tensor:
     """`draw(shape)` for the rows of this process, as one process would draw them for the whole batch.
 
@@ -30,7 +46,7 @@ def draw_rows(draw: Callable[..., Tensor], shape: tuple[int, ...] | torch.Size, 
         draw: `torch.rand`, `torch.randn` or the like; called with the global shape and `options` (device, generator, ...).
         shape: shape of the local batch, rows first. All processes must call with the same shape and the same seed.
     """
-    world = world_size()
+    world = 1 if _alone else world_size()
     rows = draw((shape[0] * world, *shape[1:]), **options)
     return rows if world == 1 else rows[rank() :: world]
 
@@ -69,7 +85,11 @@ def run_on_first_process(action: Callable[[], None]) -> None:
             action()
         except OSError as error:
             failure = error
-    described = gather_objects(None if failure is None else (failure.errno, failure.strerror, failure.filename))[0]
+    described = None
+    if failure is not None:
+        numbered = failure.errno is not None
+        described = (failure.errno, failure.strerror, failure.filename) if numbered else (str(failure),)
+    described = gather_objects(described)[0]
     if failure is not None:
         raise failure
     if described is not None:

@@ -57,23 +57,36 @@ class PretrainedModel(nn.Module):
     def from_pretrained(cls, name_or_path: str | Path, *, revision: str | None = None, device: Any = "cpu") -> Self:
         """Load a folder written by `save_pretrained`, or a repository of the Hub, in evaluation mode.
 
+        Args:
+            name_or_path: a `Path` is a folder and is never looked for on the Hub; a string that names no folder is a repository.
+            revision: of the repository: branch, tag or commit.
+            device: where to put the model.
+
         Raises:
-            FileNotFoundError: no such folder, or it holds no model.
-            ValueError: it holds another class, or weights that do not fit the configuration.
+            FileNotFoundError: no such folder or repository, or it holds no model.
+            ValueError: it holds another class, is damaged, or its weights do not fit the configuration.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         folder = Path(name_or_path)
         if not folder.is_dir():
-            folder = _download(str(name_or_path), revision)
+            if not isinstance(name_or_path, str):
+                raise FileNotFoundError(f"no folder {folder}: expected one written by {cls.__name__}.save_pretrained")
+            folder = _download(name_or_path, revision)
         for name in (CONFIG, WEIGHTS):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} holds no {name}: expected a folder written by {cls.__name__}.save_pretrained")
-        config = json.loads((folder / CONFIG).read_text())
+        try:
+            config = dict(json.loads((folder / CONFIG).read_text()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{folder / CONFIG} is damaged: {error}") from error
         if config.get("_class_name") != cls.__name__:
             raise ValueError(f"{folder} holds a {config.get('_class_name')!r}, expected a {cls.__name__!r}")
-        model = cls.from_config({k: v for k, v in config.items() if not k.startswith("_")})
+        try:
+            model = cls.from_config({k: v for k, v in config.items() if not k.startswith("_")})
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{folder / CONFIG} does not describe this version's {cls.__name__}: {error}") from error
         try:
             weights = load_file(folder / WEIGHTS)
         except SafetensorError as error:
@@ -117,6 +130,16 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: str
         text = "; ".join(f"{len(names)} {what}: {', '.join(names[:3])}" for what, names in parts if names)
         raise ValueError(f"{source} is a checkpoint of another architecture ({text})")
     model.load_state_dict(weights)
+
+
+def require_model(folder: Path, recipe: str) -> Path:
+    """`folder`, if it holds a saved model. FileNotFoundError names the recipe that makes one."""
+    if not all((folder / name).is_file() for name in (CONFIG, WEIGHTS)):
+        raise FileNotFoundError(
+            f"no trained model in {folder}: make it with recipes/{recipe}.py and the same configuration "
+            "(resume_from_checkpoint=latest finishes an interrupted run)"
+        )
+    return folder
 
 
 def fingerprint(folder: str | Path) -> str:

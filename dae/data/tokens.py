@@ -69,14 +69,19 @@ class TokenCache:
 
         Raises:
             FileNotFoundError: there is no cache in `folder`.
-            ValueError: it is stale: made with another tokenizer, from other data, or with another transform.
+            ValueError: it is stale: made with another tokenizer, from other data, or with another transform; or damaged.
         """
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         if not (folder / DESCRIPTION).is_file():
             raise FileNotFoundError(f"no token cache in {folder}: make it with recipes/encode.py and the same configuration")
-        description = json.loads((folder / DESCRIPTION).read_text())
-        found = Fingerprint(**description.pop("fingerprint"))
+        try:
+            description = json.loads((folder / DESCRIPTION).read_text())
+            found = Fingerprint(**description.pop("fingerprint"))
+            tensors = load_file(folder / TOKENS)
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise ValueError(f"the token cache in {folder} is damaged ({error}): remake it with recipes/encode.py") from error
         stale = [f.name for f in dataclasses.fields(Fingerprint) if getattr(found, f.name) != getattr(expected, f.name)]
         if stale:
             names = {"tokenizer": "tokenizer", "data": "data set", "transform": "augmentation"}
@@ -85,7 +90,6 @@ class TokenCache:
                 f"the token cache in {folder} is stale: it was made with another {what}. Remake it with recipes/encode.py and "
                 "the same configuration"
             )
-        tensors = load_file(folder / TOKENS)
         parts = {n: TokenDataset(tensors[f"{n}.tokens"], tensors[f"{n}.labels"].long()) for n in ("train", "validation")}
         return cls(**parts, **description, fingerprint=found)
 

@@ -71,9 +71,11 @@ class Autoencoder(PretrainedModel):
     def __init__(self, config: AutoencoderConfig, image_channels: int, resolution: int):
         super().__init__()
         self.config, self.image_channels, self.resolution = config, image_channels, resolution
-        self.factor = 1 << (len(config.channel_multipliers) - 1)
         self.latent_frozen = False
-        if not config.channel_multipliers or resolution % self.factor:
+        if not config.channel_multipliers:
+            raise ValueError("autoencoder.channel_multipliers is empty: expected at least one level")
+        self.factor = 1 << (len(config.channel_multipliers) - 1)
+        if resolution % self.factor:
             raise ValueError(
                 f"autoencoder.channel_multipliers has {len(config.channel_multipliers)} levels: the encoder divides "
                 f"the resolution by {self.factor}; data.resolution={resolution} is not divisible. "
@@ -81,8 +83,10 @@ class Autoencoder(PretrainedModel):
             )
         if config.bottleneck == "vq":
             self.bottleneck = VectorQuantizer(config.vq, config.latent_channels)
-        else:
+        elif config.bottleneck == "kl":
             self.bottleneck = GaussianBottleneck(config.kl)
+        else:
+            raise ValueError(f"autoencoder.bottleneck: expected 'vq' or 'kl', got {config.bottleneck!r}")
         features = config.latent_channels * self.bottleneck.features_per_latent
         self.encoder = Encoder(config, image_channels, resolution, features)
         self.decoder = build_decoder(config, image_channels, resolution)
@@ -114,7 +118,7 @@ class Autoencoder(PretrainedModel):
         """Codebook indices [B, h, w], or [B, h * w] in raster order, to `.sample` [B, C, H, W].
 
         Raises:
-            ValueError: the bottleneck has no codebook, or an index lies outside it.
+            ValueError: the bottleneck has no codebook, an index lies outside it, or a raster of another length.
         """
         if self.config.bottleneck != "vq":
             raise ValueError("only a VQ bottleneck has indices; this autoencoder's is KL: use .decode(latents)")
@@ -122,7 +126,9 @@ class Autoencoder(PretrainedModel):
         if indices.numel() and not (indices.min() >= 0 and indices.max() < codes):
             raise ValueError(f"indices must lie in 0..{codes - 1}, got {int(indices.min())}..{int(indices.max())}")
         if indices.ndim == 2:
-            indices = indices.unflatten(1, (self.latent_size, -1))
+            if indices.shape[1] != self.latent_size**2:
+                raise ValueError(f"expected {self.latent_size**2} indices an image in raster order, got {indices.shape[1]}")
+            indices = indices.unflatten(1, (self.latent_size, self.latent_size))
         return self.decode(self.bottleneck.lookup(indices))
 
     def forward(self, images: Tensor) -> Reconstruction:
@@ -148,7 +154,8 @@ class Autoencoder(PretrainedModel):
         """Put a freshly initialised decoder in place of the present one (the switch from stage 1 to stage 2)."""
         self.config = dataclasses.replace(self.config, decoder=decoder)
         device = next(self.encoder.parameters()).device
-        self.decoder = build_decoder(self.config, self.image_channels, self.resolution).to(device)
+        self.decoder = build_decoder(self.config, self.image_channels, self.resolution).to(device).train(self.training)
+        self.decoder.gradient_checkpointing = self.encoder.gradient_checkpointing
 
     def enable_gradient_checkpointing(self, enabled: bool = True) -> None:
         self.encoder.gradient_checkpointing = self.decoder.gradient_checkpointing = enabled

@@ -73,7 +73,12 @@ class VectorQuantizer(nn.Module):
 
         Returns:
             Indices [B, h, w]; draws from the global generator.
+
+        Raises:
+            ValueError: the temperature is not positive.
         """
+        if not temperature > 0:
+            raise ValueError(f"the temperature must be positive, got {temperature}; the nearest code is `forward`'s")
         z_ND = features.float().movedim(1, -1)
         rows = []
         _, nearest = nearest_code(z_ND, self.codebook)
@@ -96,7 +101,7 @@ class VectorQuantizer(nn.Module):
                 torch.randint(len(x_ND), (count,), generator=generator) if few else torch.randperm(len(x_ND), generator=generator)
             )
             chosen = x_ND[rows[:count].to(x_ND.device)]
-            noise = torch.randn(chosen.shape, generator=generator).to(chosen) * x_ND.std(0)
+            noise = torch.randn(chosen.shape, generator=generator).to(chosen) * x_ND.std(0, correction=0)
             return chosen + 1e-2 * noise if few else chosen
 
         codebook = random_latents(K)

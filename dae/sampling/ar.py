@@ -24,7 +24,9 @@ def filter_logits(logits_BK: Tensor, top_k: int | None = None, top_p: float | No
     if top_p is not None:
         if not 0 < top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
-        sorted_logits, order = logits_BK.sort(descending=True)
+        if top_p == 1:  # all are needed, whatever their rounded sum says
+            return logits_BK
+        sorted_logits, order = logits_BK.sort(descending=True, stable=True)
         probabilities = sorted_logits.softmax(-1)
         beyond = probabilities.cumsum(-1) - probabilities >= top_p  # the likelier ones alone reach top_p
         logits_BK = logits_BK.masked_fill(beyond.scatter(-1, order, beyond), -torch.inf)

@@ -44,11 +44,13 @@ class Checkpoints:
 
     def all(self) -> list[Path]:
         """Checkpoint folders, newest first; other files and folders are ignored."""
-        numbered = [(int(m[1]), p) for p in self.folder.glob("checkpoint-*") if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
-        return [path for _, path in sorted(numbered, reverse=True)]
+        paths = [p for p in self.folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", p.name) and p.is_dir()]
+        return sorted(paths, key=_step, reverse=True)
 
     def save(self, step: int, tensors: dict[str, dict[str, Tensor]], state: dict) -> None:
         """Write `checkpoint-<step>` on the first process, then delete the oldest beyond the limit.
+
+        Checkpoints of later steps are deleted too: this run went back before them, and `latest` must not return there.
 
         Raises:
             OSError: on every process, if the first one could not write; earlier checkpoints stay.
@@ -78,8 +80,10 @@ class Checkpoints:
         except OSError:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        for old in self.all()[self.total_limit :]:
-            shutil.rmtree(old)
+        kept = [path for path in self.all() if _step(path) <= step][: self.total_limit]
+        for path in self.all():
+            if path not in kept:
+                shutil.rmtree(path)
 
     def load(self, which: str) -> Checkpoint | None:
         """`latest` (None if there is none at all), or the checkpoint folder at a path.
@@ -112,14 +116,18 @@ class Checkpoints:
 
         try:
             manifest = json.loads((path / MANIFEST).read_text())
-            contents = {name: (path / name).read_bytes() for name in manifest}
-        except (OSError, ValueError) as error:
+            contents = {name: (path / name).read_bytes() for name in [STATE, *manifest]}
+        except (OSError, ValueError, TypeError) as error:
             raise ValueError(f"checkpoint {path} is incomplete: {error}") from error
         for name, data in contents.items():
-            if hashlib.sha256(data).hexdigest() != manifest[name]:
+            if hashlib.sha256(data).hexdigest() != manifest.get(name):
                 raise ValueError(f"checkpoint {path} is damaged: {name} does not have the SHA-256 of its manifest")
         state = json.loads(contents.pop(STATE))
         return Checkpoint(path, {name.removesuffix(".safetensors"): load(data) for name, data in contents.items()}, state)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("checkpoint-"))
 
 
 def _portable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
