@@ -21,11 +21,22 @@ def write_file(path: Path, data: bytes) -> None:
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise OSError(
-            error.errno,
-            f"could not save {len(data):,} bytes ({error.strerror}); free space or choose another output_dir",
-            str(path),
-        ) from error
+        raise _with_remedy(error, data, path) from error
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add `line` to a text file. OSError as in `write_file`; the file may then end in half a line."""
+    data = f"{line}\n".encode()
+    try:
+        with open(path, "ab") as file:
+            file.write(data)
+    except OSError as error:
+        raise _with_remedy(error, data, path) from error
+
+
+def _with_remedy(error: OSError, data: bytes, path: Path) -> OSError:
+    what = f"could not save {len(data):,} bytes ({error.strerror}); free space or choose another output_dir"
+    return OSError(error.errno, what, str(path))
 
 
 def sync_folder(folder: Path) -> None:

@@ -19,7 +19,8 @@ from dae.cli import main
 from dae.config import Config
 from dae.data import augment, evaluation_batches, load_data
 from dae.data.tokens import Fingerprint, TokenCache, TokenDataset, transform_fingerprint
-from dae.hub import fingerprint
+from dae.distributed import each_for_itself
+from dae.hub import fingerprint, require_model
 from dae.models import Autoencoder
 from dae.training import make_accelerator
 from dae.training.loop import seed_for
@@ -31,7 +32,8 @@ def encode(config: Config) -> Path:
     accelerator = make_accelerator(config)
     output = Path(config.output_dir)
     data = load_data(config.data, config.seed)
-    autoencoder = Autoencoder.from_pretrained(output / "autoencoder", device=accelerator.device)
+    trained = require_model(output / "autoencoder", "train_dae")
+    autoencoder = Autoencoder.from_pretrained(trained, device=accelerator.device)
     autoencoder.refuse_other_data(config.data.channels, config.data.resolution)
     if autoencoder.config.bottleneck != "vq":
         raise ValueError("an autoregressive prior models tokens: train the autoencoder with autoencoder.bottleneck=vq")
@@ -56,7 +58,8 @@ def encode(config: Config) -> Path:
                 continue
             torch.manual_seed(seed_for(config.seed, "encode", name, number))
             images = batch["image"].to(accelerator.device)
-            views = [autoencoder.encode(images).indices] + [further_tokens(images) for _ in range(copies)]
+            with each_for_itself():
+                views = [autoencoder.encode(images).indices] + [further_tokens(images) for _ in range(copies)]
             mine.append((number, torch.stack(views, dim=1).flatten(2).int().cpu(), batch["label"]))
         bar.close()
         rows = sorted(gather_object(mine), key=lambda row: row[0])
@@ -69,7 +72,7 @@ def encode(config: Config) -> Path:
             vocab_size=autoencoder.config.vq.codebook_size,
             num_classes=data.num_classes,
             latent_size=autoencoder.latent_size,
-            fingerprint=Fingerprint(fingerprint(output / "autoencoder"), data.fingerprint, transform_fingerprint(config)),
+            fingerprint=Fingerprint(fingerprint(trained), data.fingerprint, transform_fingerprint(config)),
         )
         cache.save(folder)
         print(f"saved {folder}: {len(cache.train)} training and {len(cache.validation)} held-out images")

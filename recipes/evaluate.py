@@ -26,6 +26,8 @@ from dae.cli import main
 from dae.config import Config
 from dae.data import evaluation_batches, load_data
 from dae.data.pictures import from_uint8, to_uint8
+from dae.files import write_file
+from dae.hub import fingerprint
 from dae.metrics import (
     Classifier,
     CodebookUsage,
@@ -52,8 +54,9 @@ def evaluate(config: Config) -> dict:
     """Measure, write and return metrics.json."""
     started, device, output, seed = time.monotonic(), make_accelerator(config).device, Path(config.output_dir), config.seed
     autoencoder, prior = load_chain(output, device)
-    samples = np.load(output / "samples" / "samples.npz")
+    samples, sampling = load_samples(output)
     data = load_data(config.data, seed)
+    autoencoder.refuse_other_data(config.data.channels, config.data.resolution)
     train, train_labels = collect(data.train, config)
     heldout, heldout_labels = collect(data.validation, config)
 
@@ -143,7 +146,7 @@ def evaluate(config: Config) -> dict:
         },
         "data": data.describe(),
         "counts": {"train": len(train), "heldout": len(heldout), "samples": len(generated), "frechet": count},
-        "sampling": json.loads((output / "samples" / "sampling.json").read_text()),
+        "sampling": sampling,
         "method": config.method,
         "seed": seed,
         "versions": versions(),
@@ -157,9 +160,20 @@ def evaluate(config: Config) -> dict:
     folder.mkdir(exist_ok=True)
     classifier.save(folder / "classifier.safetensors")
     np.savez(folder / "pictures.npz", **pictures)
-    (output / "metrics.json").write_text(json.dumps(metrics, indent=2))
+    write_file(output / "metrics.json", json.dumps(metrics, indent=2).encode())
     show(metrics)
     return metrics
+
+
+def load_samples(output: Path) -> tuple[dict[str, np.ndarray], dict]:
+    """The samples and how they were drawn. FileNotFoundError, ValueError: there are none, or they are another prior's."""
+    folder, remedy = output / "samples", "draw them with recipes/sample.py and the same configuration"
+    if not (folder / "samples.npz").is_file() or not (folder / "sampling.json").is_file():
+        raise FileNotFoundError(f"no samples in {folder}: {remedy}")
+    sampling = json.loads((folder / "sampling.json").read_text())
+    if sampling["prior"] != fingerprint(output / "prior"):
+        raise ValueError(f"the samples in {folder} are of another prior than {output / 'prior'}: {remedy}")
+    return dict(np.load(folder / "samples.npz")), sampling
 
 
 def collect(dataset, config: Config) -> tuple[Tensor, Tensor]:

@@ -41,9 +41,10 @@ def sample(config: Config) -> Path:
     folder = Path(config.output_dir) / "samples"
     (folder / "png").mkdir(parents=True, exist_ok=True)
     arrays = np.concatenate(images)
-    np.savez(folder / "samples.npz", arr_0=arrays, arr_1=labels_N.numpy())
+    (folder / "sampling.json").unlink(missing_ok=True)  # written last: without it there are no samples
     for old in (folder / "png").glob("*.png"):
         old.unlink()
+    np.savez(folder / "samples.npz", arr_0=arrays, arr_1=labels_N.numpy())
     for number, (array, label) in enumerate(zip(arrays, labels_N.tolist(), strict=True)):
         write_png(folder / "png" / f"{number:06d}_class{label}.png", array)
     rows = min(prior.num_classes, 20)

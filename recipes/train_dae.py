@@ -51,7 +51,7 @@ def train(config: Config) -> Path:
     for stage in stages:  # a mistake in any stage shows before the first one is trained
         make_loader(config, stage, data, "check")
         build_autoencoder(config, stage)
-    resumed = run.open(accelerator)
+    resumed = run.open(accelerator, {"data set": data.fingerprint})
 
     autoencoder = build_autoencoder(config, stages[0]).to(accelerator.device)
     steps_before = 0
@@ -127,7 +127,6 @@ def train_stage(
         return Reconstruction(model(encoding.latents), encoding)
 
     batches = iter(loader)
-    losses: list[torch.Tensor] = []
     bar = progress_bar(settings.max_train_steps, start, f"{stage.name}, {stage.decoder.family} decoder")
     for step in range(start, settings.max_train_steps):
         autoencoder.train()
@@ -151,7 +150,7 @@ def train_stage(
                     accelerator.backward(verdict / accumulation)
             if learns_codebook:
                 autoencoder.bottleneck.observe(output.encoding)
-            losses.append(reconstruction.detach())
+            parts.losses.append(reconstruction.detach())
 
         accelerator.clip_grad_norm_(trained.parameters(), settings.max_grad_norm)
         for each in parts.optimizers.values():
@@ -166,8 +165,8 @@ def train_stage(
         done, last, step_of_run = step + 1, step + 1 == settings.max_train_steps, steps_before + step + 1
         bar.update()
         if done % config.logging_steps == 0 or last:
-            values = {"loss": global_mean(losses), "lr": scheduler.get_last_lr()[0]}
-            losses.clear()
+            values = {"loss": global_mean(parts.losses), "lr": scheduler.get_last_lr()[0]}
+            parts.losses.clear()
             refuse_non_finite(values["loss"], stage.name, done)
             bar.set_postfix(loss=f"{values['loss']:.4f}")
             run.record(accelerator, step_of_run, values, stage=stage.name, split="train")

@@ -11,6 +11,7 @@ Writes <output_dir>/prior: model.safetensors and config.json, checkpoint-*/, log
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from dae.config import Config
 from dae.data import TrainLoader, load_data
 from dae.data.tokens import Fingerprint, TokenCache, TokenDataset, choose_copies, transform_fingerprint
 from dae.distributed import draw_rows
-from dae.hub import fingerprint
+from dae.hub import fingerprint, require_model
 from dae.models import ARPrior
 from dae.models.ar_prior import token_cross_entropy
 from dae.training import EMA, Run, TrainingState, build_optimizer, build_scheduler, make_accelerator
@@ -35,7 +36,8 @@ def train(config: Config) -> Path:
     accelerator = make_accelerator(config, run.folder / "logs")
     device, settings, output = accelerator.device, config.prior, Path(config.output_dir)
     data = load_data(config.data, config.seed)
-    expected = Fingerprint(fingerprint(output / "autoencoder"), data.fingerprint, transform_fingerprint(config))
+    tokenizer = fingerprint(require_model(output / "autoencoder", "train_dae"))
+    expected = Fingerprint(tokenizer, data.fingerprint, transform_fingerprint(config))
     cache = TokenCache.load(output / "tokens", expected)
 
     torch.manual_seed(seed_for(config.seed, "prior"))
@@ -48,7 +50,7 @@ def train(config: Config) -> Path:
     ).to(device)
     prior.gradient_checkpointing = settings.gradient_checkpointing
     loader = TrainLoader(cache.train, settings.train_batch_size, seed=seed_for(config.seed, "prior", "order"))
-    resumed = run.open(accelerator)
+    resumed = run.open(accelerator, dataclasses.asdict(expected))
 
     ema = EMA(prior, settings.ema_decay) if settings.use_ema else None
     optimizer = build_optimizer(prior, settings)
@@ -58,7 +60,6 @@ def train(config: Config) -> Path:
     start = parts.restore(resumed)
 
     batches = iter(loader)
-    losses: list[torch.Tensor] = []
     accumulation = settings.gradient_accumulation_steps
     bar = progress_bar(settings.max_train_steps, start, "prior")
     for step in range(start, settings.max_train_steps):
@@ -71,7 +72,7 @@ def train(config: Config) -> Path:
                 logits = model(prior.hide_classes(batch["label"]), prior.corrupt(tokens[:, :-1]))
                 loss = token_cross_entropy(logits, tokens)
                 accelerator.backward(loss / accumulation)
-            losses.append(loss.detach())
+            parts.losses.append(loss.detach())
 
         accelerator.clip_grad_norm_(prior.parameters(), settings.max_grad_norm)
         optimizer.step()
@@ -83,8 +84,8 @@ def train(config: Config) -> Path:
         done, last = step + 1, step + 1 == settings.max_train_steps
         bar.update()
         if done % config.logging_steps == 0 or last:
-            values = {"loss": global_mean(losses), "lr": scheduler.get_last_lr()[0]}
-            losses.clear()
+            values = {"loss": global_mean(parts.losses), "lr": scheduler.get_last_lr()[0]}
+            parts.losses.clear()
             refuse_non_finite(values["loss"], "prior", done)
             bar.set_postfix(loss=f"{values['loss']:.4f}")
             run.record(accelerator, done, values, stage="prior", split="train")

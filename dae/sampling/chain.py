@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dae.config import SamplingConfig
-from dae.hub import fingerprint
+from dae.hub import fingerprint, require_model
 from dae.models import ARPrior, Autoencoder
 from dae.sampling.ar import sample_tokens
 
@@ -23,8 +23,8 @@ def load_chain(output_dir: str | Path, device: Any = "cpu") -> tuple[Autoencoder
         ValueError: the prior was trained on another tokenizer's tokens.
     """
     output = Path(output_dir)
-    prior = ARPrior.from_pretrained(output / "prior", device=device)
-    autoencoder = Autoencoder.from_pretrained(output / "autoencoder", device=device)
+    autoencoder = Autoencoder.from_pretrained(require_model(output / "autoencoder", "train_dae"), device=device)
+    prior = ARPrior.from_pretrained(require_model(output / "prior", "train_prior"), device=device)
     if prior.tokenizer != fingerprint(output / "autoencoder"):
         raise ValueError(
             f"{output / 'prior'} was trained on the tokens of another autoencoder than {output / 'autoencoder'}: "

@@ -14,6 +14,7 @@ import torch
 
 from dae.config import Config, describe, differing_keys, from_dict, save_config
 from dae.distributed import rank, run_on_first_process, world_size
+from dae.files import append_line, write_file
 from dae.training.checkpoint import Checkpoint, Checkpoints
 
 if TYPE_CHECKING:
@@ -70,25 +71,23 @@ class Run:
         self.free = FREE_TO_CHANGE + without_influence
         self.checkpoints = Checkpoints(self.folder, config.checkpoints_total_limit)
         self.history_file = self.folder / "logs" / "history.jsonl"
+        self.inputs: dict[str, str] = {}
         self.started = time.monotonic()
 
-    def open(self, accelerator: Accelerator) -> Checkpoint | None:
+    def open(self, accelerator: Accelerator, inputs: dict[str, str] | None = None) -> Checkpoint | None:
         """Claim the folder; return the checkpoint to resume from, if one was asked for and exists.
+
+        Args:
+            inputs: fingerprints of what the run reads; a checkpoint that was trained on something else is refused.
 
         Raises:
             FileExistsError: the folder holds a run, and resuming was not asked for.
             ValueError: the checkpoint belongs to another configuration (all differences are listed), or is damaged.
         """
-        if self.config.push_to_hub and not self.config.hub_model_id:
-            raise ValueError("push_to_hub=true needs hub_model_id=<user>/<name>")
+        self.inputs = inputs or {}
         wanted = self.config.resume_from_checkpoint
-        occupied = [p.name for p in (self.history_file, self.folder / "model.safetensors") if p.exists()]
-        occupied += [p.name for p in self.checkpoints.all()]
-        if occupied and wanted is None:
-            raise FileExistsError(
-                f"{self.folder} holds another run ({', '.join(occupied[:3])}): continue it with resume_from_checkpoint=latest, "
-                "or choose another output_dir"
-            )
+        if wanted is None:  # the first process looks: the others might see what it has already written
+            run_on_first_process(self._refuse_occupied_folder)
         checkpoint = self.checkpoints.load(wanted) if wanted else None
         if checkpoint:
             self._refuse_other_configuration(checkpoint)
@@ -99,15 +98,23 @@ class Run:
             accelerator.init_trackers("decoupled-autoencoder", config=settings)
         return checkpoint
 
+    def _refuse_occupied_folder(self) -> None:
+        occupied = [p.name for p in (self.history_file, self.folder / "model.safetensors") if p.exists()]
+        occupied += [p.name for p in self.checkpoints.all()]
+        if occupied:
+            raise FileExistsError(
+                f"{self.folder} holds another run ({', '.join(occupied[:3])}): continue it with resume_from_checkpoint=latest, "
+                "or choose another output_dir"
+            )
+
     def _prepare_folder(self, checkpoint: Checkpoint | None) -> None:
         self.history_file.parent.mkdir(parents=True, exist_ok=True)
         save_config(self.config, self.folder / "config.yaml")
         save_config(self.config, self.folder.parent / "config.yaml")
         kept = []
         if checkpoint and self.history_file.exists():  # forget what was logged after the checkpoint
-            lines = self.history_file.read_text().splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] <= checkpoint.state["step"]]
-        self.history_file.write_text("".join(line + "\n" for line in kept))
+            kept = [row for row in self.history() if row["step"] <= checkpoint.state["step"]]
+        write_file(self.history_file, "".join(json.dumps(row) + "\n" for row in kept).encode())
 
     def _refuse_other_configuration(self, checkpoint: Checkpoint) -> None:
         then = from_dict(Config, checkpoint.state["config"])
@@ -120,28 +127,33 @@ class Run:
             before, now = (getattr(c, section).train_batch_size * w for c, w in ((then, processes), (self.config, world_size())))
             if before != now:
                 differences.append(f"{section}: global batch {before} -> {now}")
+        seen = checkpoint.state.get("inputs", {})
+        differences += [f"another {name} (fingerprint)" for name, now in self.inputs.items() if seen.get(name, now) != now]
         if differences:
-            raise ValueError(f"{checkpoint.path} was trained with another configuration: " + "; ".join(differences))
+            raise ValueError(
+                f"{checkpoint.path} was trained with another configuration: {'; '.join(differences)}. Restore these, or start "
+                "a new run in another output_dir"
+            )
 
     def save(self, step: int, tensors: dict, state: dict, **where: Any) -> None:
         """Write a checkpoint; configuration, number of processes and `where` the run stands are added to `state`."""
-        state = {"step": step, "processes": world_size(), "config": dataclasses.asdict(self.config)} | where | state
-        self.checkpoints.save(step, tensors, state)
+        own = {"step": step, "processes": world_size(), "inputs": self.inputs, "config": dataclasses.asdict(self.config)}
+        self.checkpoints.save(step, tensors, own | where | state)
 
     def record(self, accelerator: Accelerator, step: int, values: dict[str, Any], **labels: Any) -> None:
         """Append one line to `logs/history.jsonl` and send the numbers to the trackers (first process only)."""
         if rank() != 0:
             return
         values = {k: float(v) for k, v in values.items()}
-        with open(self.history_file, "a") as file:
-            file.write(json.dumps({"step": step, "seconds": round(time.monotonic() - self.started, 2)} | labels | values) + "\n")
+        row = {"step": step, "seconds": round(time.monotonic() - self.started, 2)} | labels | values
+        append_line(self.history_file, json.dumps(row))
         if self.config.report_to != "none":
             prefix = "/".join(map(str, labels.values()))
             accelerator.log({f"{prefix}/{k}": v for k, v in values.items()}, step=step)
 
     def history(self) -> list[dict]:
-        """All that `record` wrote, oldest first."""
-        return [json.loads(line) for line in self.history_file.read_text().splitlines()]
+        """All that `record` wrote, oldest first; half a line, which a crash may leave, is left out."""
+        return [json.loads(line) for line in self.history_file.read_text().splitlines() if line.endswith("}")]
 
 
 def _look_up(config: Any, key: str) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,10 +25,21 @@ class TrainingState:
     loader: TrainLoader
     ema: EMA | None = None
     scaler: Any = None  # of fp16 training
+    losses: list[Tensor] = field(default_factory=list)  # of the micro-steps since the last entry of the log
 
     def pack(self) -> tuple[dict[str, dict[str, Tensor]], dict]:
-        """Tensors by file, and the JSON-able rest; all processes must call it."""
+        """Tensors by file, and the JSON-able rest; all processes must call it.
+
+        Raises:
+            FloatingPointError: weights are NaN or infinite: no checkpoint must hold them.
+        """
         tensors = {name: module.state_dict() for name, module in self.modules.items()}
+        weights = [(f"{file}: {name}", w) for file, part in tensors.items() for name, w in part.items() if w.is_floating_point()]
+        if broken := [name for name, w in weights if not w.isfinite().all()]:
+            raise FloatingPointError(
+                f"{len(broken)} of {len(weights)} tensors hold NaN or infinity, such as {broken[0]}. The last checkpoint is from "
+                "before; lower the learning rate, lengthen the warm-up, or use mixed_precision=bf16 or no"
+            )
         state: dict[str, Any] = {"scheduler": self.scheduler.state_dict(), "loaders": gather_objects(self.loader.state_dict())}
         for name, optimizer in self.optimizers.items():
             whole = optimizer.state_dict()
@@ -38,6 +49,7 @@ class TrainingState:
             tensors["ema"], state["ema_updates"] = self.ema.state_dict(), self.ema.updates
         if self.scaler:
             state["scaler"] = self.scaler.state_dict()
+        state["losses"] = gather_objects([loss.item() for loss in self.losses])
         return tensors, state
 
     def restore(self, checkpoint: Checkpoint | None) -> int:
@@ -69,4 +81,8 @@ class TrainingState:
                 "resume a streaming run with as many processes, or use a map-style data set"
             )
         self.loader.load_state_dict(positions[rank() % len(positions)])
+        losses = torch.tensor(state["losses"], dtype=torch.float64)  # [processes then, micro-steps]
+        own = losses[rank()] if len(losses) == world_size() else losses.mean(0)
+        device = next(next(iter(self.modules.values())).parameters()).device
+        self.losses = list(own.float().to(device))
         return state["stage_step"]
