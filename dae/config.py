@@ -264,6 +264,8 @@ def load_config(path: str | Path | None = None, overrides: list[str] | tuple = (
     except OmegaConfBaseException as error:
         raise ValueError(f"{path}: {str(error).splitlines()[0]}") from error
     _reject_wrong_values(loaded)
+    if loaded.push_to_hub and not loaded.hub_model_id:  # it would fail after the training
+        raise ValueError("push_to_hub=true needs hub_model_id=<user>/<name>")
     return loaded
 
 

@@ -86,6 +86,7 @@ def test_unknown_keys_name_the_nearest(yaml, key, nearest):
         ("stage2.gradient_accumulation_steps=0", "stage2.gradient_accumulation_steps: expected at least 1"),
         ("stage1.learning_rate=nan", "stage1.learning_rate: expected at least 0"),
         ("evaluation.cfg_scales=[1,-1]", "evaluation.cfg_scales: expected at least 0"),
+        ("push_to_hub=true", "needs hub_model_id"),
         ("seed", "expected an override `key=value`"),
         ("--seed=1", "expected an override `key=value`"),
     ],

@@ -52,7 +52,7 @@ class VectorQuantizer(nn.Module):
         indices, _ = nearest_code(z_BDhw.detach().movedim(1, -1), self.codebook)
         quantized = self.lookup(indices)
         loss = self.config.commitment_weight * F.mse_loss(z_BDhw, quantized)
-        latents = z_BDhw + (quantized - z_BDhw).detach() if z_BDhw.requires_grad else quantized
+        latents = quantized + (z_BDhw - z_BDhw.detach())  # straight through: the codes to the bit, with the gradient of z
         return Encoding(latents, loss, z_BDhw, indices)
 
     def lookup(self, indices_Bhw: Tensor) -> Tensor:
@@ -79,14 +79,14 @@ class VectorQuantizer(nn.Module):
         """
         if not temperature > 0:
             raise ValueError(f"the temperature must be positive, got {temperature}; the nearest code is `forward`'s")
-        z_ND = features.float().movedim(1, -1)
-        rows = []
-        _, nearest = nearest_code(z_ND, self.codebook)
+        z_BhwD = features.float().movedim(1, -1)
+        _, nearest = nearest_code(z_BhwD, self.codebook)
         scale = temperature * nearest.mean().clamp(min=1e-12)
-        for z_hwD in z_ND:  # image by image: the distances to all codes of a whole batch may not fit
-            distances = torch.cdist(z_hwD.flatten(0, 1), self.codebook).square()
-            rows.append(torch.multinomial((-distances / scale).softmax(-1), 1).view(z_hwD.shape[:2]))
-        return torch.stack(rows)
+        rows = []
+        for z_ND in z_BhwD.flatten(0, -2).split(max(1, 2**24 // len(self.codebook))):  # 64 MiB of distances at once
+            distances_NK = torch.cdist(z_ND, self.codebook).square()
+            rows.append(torch.multinomial((-distances_NK / scale).softmax(-1), 1))
+        return torch.cat(rows).view(z_BhwD.shape[:-1])
 
     @torch.no_grad()
     def initialize_codebook(self, features_NDhw: Tensor, generator: torch.Generator) -> None:

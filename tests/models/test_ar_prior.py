@@ -1,0 +1,193 @@
+"""The prior: causal, the same with and without cache, and random only where it should be."""
+
+import pytest
+import torch
+
+import dae.distributed
+from dae.config import PriorConfig
+from dae.models import ARPrior
+from dae.models.ar_prior import KVCache, rotary_table, rotate, token_cross_entropy
+
+K, T, C = 11, 9, 3
+
+
+def make(train=False, **changes) -> ARPrior:
+    torch.manual_seed(0)
+    config = PriorConfig(**{"width": 16, "depth": 2, "num_heads": 2} | changes)
+    prior = ARPrior(config, vocab_size=K, sequence_length=T, num_classes=C).double()
+    for p in prior.parameters():  # far from the small initial values, so that every path matters
+        torch.nn.init.normal_(p, std=0.5)
+    return prior.train(train)
+
+
+@pytest.fixture
+def inputs():
+    generator = torch.Generator().manual_seed(1)
+    return torch.tensor([0, C, 2, 1]), torch.randint(K, (4, T - 1), generator=generator)
+
+
+@pytest.mark.parametrize("attention", ["auto", "sdpa", "reference"])
+@pytest.mark.parametrize("chunks", [[1] * (T - 1), [0] + [1] * (T - 1), [3, 2, 3], [T - 1]])
+def test_cache_gives_the_logits_of_the_full_forward(inputs, attention, chunks):
+    """Fed token by token or in chunks; the class goes in with the first chunk, which may hold no token."""
+    labels, tokens = inputs
+    prior = make(attention=attention)
+    full = prior(labels, tokens)
+    assert full.shape == (4, T, K)
+    cache, pieces = prior.make_cache(4), []
+    for part in tokens.split(chunks, dim=1):
+        pieces.append(prior(labels, part, cache))
+    assert cache.position == T
+    torch.testing.assert_close(torch.cat(pieces, dim=1), full, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "reference"])
+def test_causality(inputs, attention):
+    """Token t is position t + 1 of the input: it may change the logits of what comes after it only."""
+    labels, tokens = inputs
+    prior = make(attention=attention)
+    logits = prior(labels, tokens)
+    for t in range(T - 1):
+        other = tokens.clone()
+        other[:, t] = (other[:, t] + 1) % K
+        changed = prior(labels, other)
+        assert torch.equal(changed[:, : t + 1], logits[:, : t + 1])
+        assert ((changed - logits).abs().amax(-1)[:, t + 1 :] > 1e-6).all()
+    relabelled = prior((labels + 1) % (C + 1), tokens)
+    assert ((relabelled - logits).abs().amax(-1) > 1e-6).all()
+
+
+def test_rows_do_not_see_each_other(inputs):
+    labels, tokens = inputs
+    prior = make()
+    torch.testing.assert_close(prior(labels[1:2], tokens[1:2]), prior(labels, tokens)[1:2], rtol=1e-12, atol=1e-12)
+
+
+def test_too_long(inputs):
+    labels, tokens = inputs
+    prior, long = make(), torch.zeros(4, T, dtype=torch.int64)
+    with pytest.raises(ValueError, match=rf"models {T} tokens; class and {T} tokens given"):
+        prior(labels, long)
+    cache = prior.make_cache(4)
+    prior(labels, tokens, cache)
+    with pytest.raises(ValueError, match=f"models {T} tokens"):
+        prior(labels, tokens[:, :1], cache)
+    assert cache.position == T
+    small = KVCache(1, 1, 1, 2, 4, device="cpu", dtype=torch.float32)
+    with pytest.raises(ValueError, match="holds 2 positions, asked to hold 3"):
+        small.extend(0, torch.zeros(1, 1, 3, 4), torch.zeros(1, 1, 3, 4))
+
+
+@pytest.mark.parametrize("changes", [{"width": 10, "num_heads": 4}, {"width": 12, "num_heads": 4}])
+def test_head_dimensions_that_are_refused(changes):
+    with pytest.raises(ValueError, match="even, whole head dimension"):
+        make(**changes)
+
+
+def test_rotary_turns_pairs_by_position():
+    table, x = rotary_table(5, 4).double(), torch.tensor([1.0, 2.0, 3.0, 4.0], dtype=torch.float64)
+    y = rotate(x.expand(1, 1, 5, 4), table)[0, 0]
+    for p in range(5):
+        for i, angle in enumerate((p * 1.0, p * 0.01)):  # 10000^(-2i/4)
+            z = complex(x[i], x[i + 2]) * complex(torch.tensor(angle).cos(), torch.tensor(angle).sin())
+            torch.testing.assert_close(
+                y[p, [i, i + 2]], torch.tensor([z.real, z.imag], dtype=torch.float64), rtol=1e-6, atol=1e-6
+            )
+
+
+def test_rotary_scores_depend_on_relative_positions():
+    table = rotary_table(20, 8).double()
+    q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64)
+    scores = rotate(q.expand(1, 1, 20, 8), table)[0, 0] @ rotate(k.expand(1, 1, 20, 8), table)[0, 0].T
+    for offset in range(-19, 20):
+        diagonal = scores.diagonal(offset)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=1e-5, atol=1e-5)  # the table is fp32
+    assert (scores.diagonal(3)[0] - scores.diagonal(-3)[0]).abs() > 1e-3
+    torch.testing.assert_close(scores.diagonal(0)[0], (q * k).sum(), rtol=1e-6, atol=1e-6)
+
+
+def test_positions_matter(inputs):
+    """Equal tokens at all positions still give other logits at each."""
+    prior = make()
+    logits = prior(torch.tensor([0]), torch.full((1, T - 1), 5))[0]
+    assert ((logits[1:, None] - logits[None, 1:]).abs().amax(-1) + torch.eye(T - 1) > 1e-6).all()
+
+
+def processes(monkeypatch, rank, world):
+    monkeypatch.setattr(dae.distributed, "rank", lambda: rank)
+    monkeypatch.setattr(dae.distributed, "world_size", lambda: world)
+
+
+def test_hide_classes(monkeypatch):
+    prior, labels = make(class_dropout=0.3), torch.arange(6000) % C
+    torch.manual_seed(0)
+    hidden = prior.hide_classes(labels)
+    rate = (hidden == prior.null_class).double().mean().item()
+    assert abs(rate - 0.3) < 4 * (0.3 * 0.7 / 6000) ** 0.5
+    assert torch.equal(hidden[hidden != C], labels[hidden != C])
+    for p, expected in ((0.0, labels), (1.0, torch.full_like(labels, C))):
+        assert torch.equal(make(class_dropout=p).hide_classes(labels), expected)
+    for rank in range(3):  # process r holds rows r, r + 3, ...
+        processes(monkeypatch, rank, 3)
+        torch.manual_seed(0)
+        assert torch.equal(prior.hide_classes(labels[rank::3]), hidden[rank::3])
+
+
+def test_corrupt(monkeypatch):
+    tokens = torch.randint(K, (600, T), generator=torch.Generator().manual_seed(0))
+    assert make().corrupt(tokens) is tokens
+    prior = make(token_noise=0.4)
+    torch.manual_seed(0)
+    noisy = prior.corrupt(tokens)
+    n, expected = tokens.numel(), 0.4 * (K - 1) / K  # a random token may be the old one
+    rate = (noisy != tokens).double().mean().item()
+    assert abs(rate - expected) < 4 * (expected * (1 - expected) / n) ** 0.5
+    counts = make(token_noise=1.0).corrupt(torch.zeros_like(tokens)).flatten().bincount(minlength=K)
+    assert len(counts) == K and (counts - n / K).abs().max() < 5 * (n / K) ** 0.5
+    for rank in range(2):
+        processes(monkeypatch, rank, 2)
+        torch.manual_seed(0)
+        assert torch.equal(prior.corrupt(tokens[rank::2]), noisy[rank::2])
+
+
+def test_gradient_checkpointing_gives_equal_gradients(inputs):
+    labels, tokens = inputs
+    gradients = []
+    for enabled in (False, True):
+        prior = make(train=True, dropout=0.3)
+        prior.gradient_checkpointing = enabled
+        torch.manual_seed(2)
+        prior(labels, tokens).square().mean().backward()
+        gradients.append([p.grad for p in prior.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_dropout_in_training_only(inputs):
+    prior = make(train=True, dropout=0.3)
+    assert not torch.equal(prior(*inputs), prior(*inputs))
+    prior.eval()
+    assert torch.equal(prior(*inputs), prior(*inputs))
+
+
+def test_token_cross_entropy_is_nats_a_token():
+    logits = torch.tensor([[[1.0, 0.0], [0.0, 0.0]]]).log_softmax(-1)
+    expected = -(logits[0, 0, 1] + logits[0, 1, 0]) / 2
+    torch.testing.assert_close(token_cross_entropy(logits, torch.tensor([[1, 0]])), expected)
+    uniform = token_cross_entropy(torch.zeros(2, 3, K), torch.zeros(2, 3, dtype=torch.int64))
+    torch.testing.assert_close(uniform, torch.tensor(float(K)).log())
+
+
+def test_a_step_learns(inputs):
+    labels, tokens = inputs
+    torch.manual_seed(0)
+    prior = ARPrior(PriorConfig(width=16, depth=2, num_heads=2), vocab_size=K, sequence_length=T, num_classes=C)
+    target = torch.cat([tokens, tokens[:, :1]], dim=1)
+    optimizer = torch.optim.Adam(prior.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(30):
+        loss = token_cross_entropy(prior(labels, target[:, :-1]), target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert abs(losses[0] - torch.tensor(K).log().item()) < 0.1 and losses[-1] < 0.5 * losses[0]
