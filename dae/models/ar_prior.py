@@ -75,8 +75,9 @@ class Block(nn.Module):
         self.dropout = Dropout(config.dropout)
 
     def forward(self, x: Tensor, table: Tensor, cache: KVCache | None) -> Tensor:
-        B, L, _ = x.shape
-        q, k, v = self.qkv(self.norm_attention(x)).view(B, L, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        B, L, width = x.shape
+        qkv = self.qkv(self.norm_attention(x)).view(B, L, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
         q, k = rotate(self.norm_q(q), table), rotate(self.norm_k(k), table)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)

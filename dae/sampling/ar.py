@@ -33,7 +33,7 @@ def filter_logits(logits_BK: Tensor, top_k: int | None = None, top_p: float | No
     return logits_BK
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode, whose tensors no later training could take
 def sample_tokens(
     prior: ARPrior,
     labels_B: Tensor,
@@ -75,10 +75,10 @@ def sample_tokens(
         if guided:
             conditional, null = logits.chunk(2)
             logits = null + cfg_scale * (conditional - null)
+        logits = filter_logits(logits / (temperature or 1), top_k, top_p)
         if temperature == 0:
             new = logits.argmax(-1, keepdim=True)
         else:
-            probabilities = filter_logits(logits / temperature, top_k, top_p).softmax(-1)
-            new = torch.multinomial(probabilities, 1, generator=generator)
+            new = torch.multinomial(logits.softmax(-1), 1, generator=generator)
         tokens_BT[:, t : t + 1] = new
     return tokens_BT
