@@ -143,8 +143,12 @@ def require_model(folder: Path, recipe: str) -> Path:
 
 
 def fingerprint(folder: str | Path) -> str:
-    """SHA-256 of a saved model's weights and configuration: changes when either does."""
-    digest = hashlib.sha256()
-    for name in (CONFIG, WEIGHTS):
-        digest.update((Path(folder) / name).read_bytes())
+    """SHA-256 of a saved model's weights and configuration: changes when either does, and not when the same are saved again."""
+    data = (Path(folder) / WEIGHTS).read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    tensors = json.loads(data[8:end])
+    tensors.pop("__metadata__", None)  # safetensors writes its entries in another order each time
+    digest = hashlib.sha256((Path(folder) / CONFIG).read_bytes())
+    digest.update(json.dumps(tensors, sort_keys=True).encode())
+    digest.update(data[end:])
     return digest.hexdigest()

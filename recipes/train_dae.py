@@ -194,14 +194,14 @@ def make_loader(config: Config, stage: Stage, data: ImageData, purpose: str) -> 
 
 @torch.no_grad()
 def initialize_codebook(config: Config, stage: Stage, autoencoder: Autoencoder, data: ImageData, device: torch.device) -> None:
-    """k-means on the untrained encoder's outputs for the first images: at least 16 vectors a code, at most 64 batches."""
-    wanted, features = 16 * config.autoencoder.vq.codebook_size, []
+    """k-means on the untrained encoder's outputs for the first images: 16 vectors a code, of at most 64 batches."""
+    images, features = -(-16 * config.autoencoder.vq.codebook_size // autoencoder.latent_size**2), []
     for batch, _ in zip(make_loader(config, stage, data, "codebook"), range(64), strict=False):
         features.append(in_global_order(autoencoder.encode(batch["image"].to(device)).features))
-        if sum(len(f) for f in features) * autoencoder.latent_size**2 >= wanted:
+        if sum(map(len, features)) >= images:
             break
     generator = torch.Generator().manual_seed(seed_for(config.seed, "codebook"))
-    autoencoder.bottleneck.initialize_codebook(torch.cat(features), generator)
+    autoencoder.bottleneck.initialize_codebook(torch.cat(features)[:images], generator)  # not all: whatever the batch size
 
 
 @torch.no_grad()

@@ -1,0 +1,167 @@
+"""Recipes called as functions, on chains so small that one trains in seconds."""
+
+import functools
+import importlib.util
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dae.config import load_config
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+FUNCTIONS = {"train_dae": "train", "train_prior": "train"}  # of the other recipes it has the recipe's name
+TINY = [
+    "report_to=none", "logging_steps=1", "validation_steps=4", "checkpointing_steps=4", "checkpoints_total_limit=20",
+    "data.resolution=8", "data.channels=1",
+    "autoencoder.base_channels=8", "autoencoder.channel_multipliers=[1,2]", "autoencoder.latent_channels=4",
+    "autoencoder.vq.codebook_size=16", "auxiliary_decoder.family=narrow", "auxiliary_decoder.width_factor=0.5",
+    *(f"{stage}.{key}" for stage in ("stage1", "stage2", "prior") for key in (
+        "train_batch_size=16", "learning_rate=3e-3", "lr_warmup_steps=3", "ema_decay=0.9",
+    )),
+    "stage1.max_train_steps=10", "stage2.max_train_steps=6", "prior.max_train_steps=12",
+    "prior.width=16", "prior.depth=1", "prior.num_heads=2",
+    "sampling.num_samples=40", "evaluation.classifier_steps=20", "evaluation.cfg_scales=[1.0,2.0]",
+]  # fmt: skip
+
+
+@functools.cache
+def load_recipe(name):
+    spec = importlib.util.spec_from_file_location(f"recipe_{name}", RECIPES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def make_config(output_dir, *overrides):
+    return load_config(None, [*TINY, f"output_dir={output_dir}", *overrides])
+
+
+def call(name, output_dir, *overrides):
+    """Run a recipe in this process, as its script does."""
+    return getattr(load_recipe(name), FUNCTIONS.get(name, name))(make_config(output_dir, *overrides))
+
+
+# Test modules cannot import each other under --import-mode=importlib, so helpers come as fixtures.
+@pytest.fixture(scope="session")
+def recipe():
+    return load_recipe
+
+
+@pytest.fixture(scope="session")
+def configure():
+    return make_config
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    return list(TINY)
+
+
+@pytest.fixture
+def run():
+    return call
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate():
+    """Accelerate remembers the first Accelerator of a process; a test must not see that of the one before."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """Files that `datasets` converts go to a folder of the test run."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory):
+    """The folder of a whole chain on the digits. For reading only: `copied_chain` is for tests that change something."""
+    folder = tmp_path_factory.mktemp("chain") / "run"
+    for name in ("train_dae", "encode", "train_prior", "sample", "evaluate", "report"):
+        call(name, folder)
+    return folder
+
+
+@pytest.fixture
+def copied_chain(chain, tmp_path):
+    return Path(shutil.copytree(chain, tmp_path / "copy"))
+
+
+@pytest.fixture(scope="session")
+def script():
+    """`script(name, *arguments)`: a recipe as its own process; `limit_bytes` is the size that no file may exceed."""
+
+    def start(name, *arguments, launcher=(sys.executable,), limit_bytes=None, **environment):
+        def limit():
+            import resource
+
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes))
+
+        return subprocess.run(
+            [*launcher, str(RECIPES / f"{name}.py"), *arguments],
+            capture_output=True, text=True, timeout=300, cwd=RECIPES.parent,
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | environment, preexec_fn=limit if limit_bytes else None,
+        )  # fmt: skip
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def history():
+    """Rows of a log, without the clock."""
+
+    def read(folder):
+        rows = [json.loads(line) for line in (Path(folder) / "logs" / "history.jsonl").read_text().splitlines()]
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def contents():
+    """Bytes of every file below a folder, by relative path."""
+
+    def read(folder):
+        return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(Path(folder).rglob("*")) if p.is_file()}
+
+    return read
+
+
+@pytest.fixture(scope="session")
+def picture():
+    """`picture(seed, width, height)`: PNG of random colours, smooth enough to learn something from."""
+
+    def draw(seed, width, height):
+        coarse = np.random.default_rng(seed).integers(0, 256, (3, 3, 3), dtype=np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(coarse).resize((width, height), Image.Resampling.BILINEAR).save(buffer, "PNG")
+        return buffer.getvalue()
+
+    return draw
+
+
+@pytest.fixture(scope="session")
+def image_folder(tmp_path_factory, picture):
+    """RGB pictures of several shapes in one folder a class: 3 classes of 32."""
+    root = tmp_path_factory.mktemp("pictures")
+    for number in range(96):
+        folder = root / "abc"[number % 3]
+        folder.mkdir(exist_ok=True)
+        (folder / f"{number}.png").write_bytes(picture(number, 16 + number % 5, 20 - number % 3))
+    return root
