@@ -1,0 +1,129 @@
+"""The token cache: it comes back as it was, and only for what it was made of."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+import dae.data.tokens
+from dae.config import Config
+from dae.data import TrainLoader
+from dae.data.tokens import Fingerprint, TokenCache, TokenDataset, choose_copies, transform_fingerprint
+
+FINGERPRINT = Fingerprint("tokenizer-1", "data-1", "plain")
+
+
+def make(copies=3, fingerprint=FINGERPRINT) -> TokenCache:
+    def part(rows, seed):
+        generator = torch.Generator().manual_seed(seed)
+        return TokenDataset(torch.randint(50, (rows, copies, 4), generator=generator), torch.arange(rows) % 3)
+
+    return TokenCache(part(7, 0), part(2, 1), vocab_size=50, num_classes=3, latent_size=2, fingerprint=fingerprint)
+
+
+def test_round_trip(tmp_path):
+    cache = make()
+    cache.save(tmp_path / "tokens")
+    loaded = TokenCache.load(tmp_path / "tokens", FINGERPRINT)
+    assert (loaded.vocab_size, loaded.num_classes, loaded.latent_size, loaded.fingerprint) == (50, 3, 2, FINGERPRINT)
+    for name in ("train", "validation"):
+        before, after = getattr(cache, name), getattr(loaded, name)
+        assert len(after) == len(before)
+        for row in range(len(before)):
+            assert torch.equal(after[row]["tokens"], before[row]["tokens"]) and after[row]["tokens"].dtype == torch.int64
+            assert (after[row]["label"], after[row]["row"]) == (row % 3, row)
+
+
+def test_rows_make_batches(tmp_path):
+    make().save(tmp_path)
+    batch = next(iter(TrainLoader(TokenCache.load(tmp_path, FINGERPRINT).train, 4, seed=0)))
+    assert batch["tokens"].shape == (4, 3, 4) and torch.equal(batch["label"], batch["row"] % 3)
+
+
+@pytest.mark.parametrize("field, name", [("tokenizer", "tokenizer"), ("data", "data set"), ("transform", "augmentation")])
+def test_a_stale_cache(tmp_path, field, name):
+    make().save(tmp_path)
+    expected = dataclasses.replace(FINGERPRINT, **{field: "other"})
+    with pytest.raises(ValueError, match=rf"is stale: it was made with another {name}\. Remake it with recipes/encode\.py"):
+        TokenCache.load(tmp_path, expected)
+    with pytest.raises(ValueError, match="another tokenizer and data set and augmentation"):
+        TokenCache.load(tmp_path, Fingerprint("a", "b", "c"))
+
+
+def test_no_cache(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no token cache in .*recipes/encode\.py"):
+        TokenCache.load(tmp_path, FINGERPRINT)
+
+
+def test_a_crash_while_saving_leaves_no_cache(tmp_path, monkeypatch):
+    """Rather than new tokens under an old description."""
+    make().save(tmp_path)
+
+    def full(path, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(dae.data.tokens, "write_file", full)
+    with pytest.raises(OSError):
+        make(fingerprint=Fingerprint("a", "b", "c")).save(tmp_path)
+    with pytest.raises(FileNotFoundError):
+        TokenCache.load(tmp_path, FINGERPRINT)
+
+
+@pytest.mark.parametrize("name", ["tokens.safetensors", "cache.json"])
+@pytest.mark.parametrize("damage", [lambda data: data[:20], lambda data: b"", None], ids=["truncated", "empty", "missing"])
+def test_a_damaged_cache(tmp_path, name, damage):
+    make().save(tmp_path)
+    path = tmp_path / name
+    path.write_bytes(damage(path.read_bytes())) if damage else path.unlink()
+    error = FileNotFoundError if name == "cache.json" and damage is None else ValueError
+    with pytest.raises(error, match=r"recipes/encode\.py"):
+        TokenCache.load(tmp_path, FINGERPRINT)
+
+
+def test_a_description_of_another_version(tmp_path):
+    make().save(tmp_path)
+    description = json.loads((tmp_path / "cache.json").read_text())
+    description["fingerprint"]["new"] = "x"
+    (tmp_path / "cache.json").write_text(json.dumps(description))
+    with pytest.raises(ValueError, match=r"remake it with recipes/encode\.py"):
+        TokenCache.load(tmp_path, FINGERPRINT)
+
+
+def configured(**changes):
+    config = Config()
+    for key, value in changes.items():
+        section, name = key.split("__")
+        setattr(getattr(config, section), name, value)
+    return config
+
+
+def test_the_transform_is_what_the_copies_depend_on():
+    assert transform_fingerprint(configured()) == "plain"
+    assert transform_fingerprint(configured(data__random_flip=True, prior__code_temperature=0.5)) == "plain"  # no copies
+    base = {"prior__augmented_copies": 2, "data__random_flip": True}
+    seen = {
+        transform_fingerprint(configured(**base | more))
+        for more in (
+            {},
+            {"prior__augmented_copies": 3},
+            {"prior__code_temperature": 0.5},
+            {"data__random_flip": False},
+            {"data__random_affine": 0.5},
+            {"prior__augment_images": False},
+        )
+    }
+    assert len(seen) == 6 and "plain" not in seen
+    assert transform_fingerprint(configured(**base, prior__augment_images=False)) == transform_fingerprint(
+        configured(prior__augmented_copies=2, prior__augment_images=False, data__random_affine=1.0)
+    )
+
+
+def test_choose_copies():
+    tokens = torch.arange(4 * 3 * 2).view(4, 3, 2)
+    draw = torch.tensor([0.0, 0.34, 0.999999, 0.66])
+    assert torch.equal(choose_copies(tokens, draw), torch.stack([tokens[0, 0], tokens[1, 1], tokens[2, 2], tokens[3, 1]]))
+    assert torch.equal(choose_copies(tokens[:, :1], draw), tokens[:, 0])
+    generator = torch.Generator().manual_seed(0)
+    many = choose_copies(torch.arange(3).view(1, 3, 1).expand(6000, 3, 1), torch.rand(6000, generator=generator))
+    assert (many.flatten().bincount(minlength=3) - 2000).abs().max() < 4 * (6000 * 2 / 9) ** 0.5
