@@ -117,6 +117,8 @@ class Run:
         write_file(self.history_file, "".join(json.dumps(row) + "\n" for row in kept).encode())
 
     def _refuse_other_configuration(self, checkpoint: Checkpoint) -> None:
+        if (kind := checkpoint.state.get("run", self.name)) != self.name:
+            raise ValueError(f"{checkpoint.path} is a checkpoint of the run {kind!r}, this one is {self.name!r}")
         then = from_dict(Config, checkpoint.state["config"])
         differences = [d for d in differing_keys(then, self.config) if not d.startswith(self.free)]
         differences = [d for d in differences if not d.split(":")[0].endswith(".train_batch_size")]
@@ -137,7 +139,8 @@ class Run:
 
     def save(self, step: int, tensors: dict, state: dict, **where: Any) -> None:
         """Write a checkpoint; configuration, number of processes and `where` the run stands are added to `state`."""
-        own = {"step": step, "processes": world_size(), "inputs": self.inputs, "config": dataclasses.asdict(self.config)}
+        own = {"run": self.name, "step": step, "processes": world_size(), "inputs": self.inputs}
+        own["config"] = dataclasses.asdict(self.config)
         self.checkpoints.save(step, tensors, own | where | state)
 
     def record(self, accelerator: Accelerator, step: int, values: dict[str, Any], **labels: Any) -> None:

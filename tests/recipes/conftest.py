@@ -12,9 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from dae.config import load_config
+from dae.models import Autoencoder
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 FUNCTIONS = {"train_dae": "train", "train_prior": "train"}  # of the other recipes it has the recipe's name
@@ -165,3 +168,44 @@ def image_folder(tmp_path_factory, picture):
         folder.mkdir(exist_ok=True)
         (folder / f"{number}.png").write_bytes(picture(number, 16 + number % 5, 20 - number % 3))
     return root
+
+
+@pytest.fixture(scope="session")
+def same_log():
+    """Two logs have the same rows; their numbers differ by the relative tolerance of the split at most.
+
+    What is measured on held-out images moves in steps, image by image, where a latent lies between two codes.
+    """
+
+    def compare(rows, others, train=1e-4, validation=1e-4):
+        assert [(r["step"], r["stage"], r["split"]) for r in rows] == [(r["step"], r["stage"], r["split"]) for r in others]
+        for row, other in zip(rows, others, strict=True):
+            keys = [key for key, value in row.items() if isinstance(value, float)]
+            tolerance = {"train": train, "validation": validation}[row["split"]]
+            assert keys and [other[key] for key in keys] == pytest.approx([row[key] for key in keys], rel=tolerance), (row, other)
+
+    return compare
+
+
+@pytest.fixture(scope="session")
+def assert_frozen():
+    """`assert_frozen(folder, steps)`: the latent of these checkpoints of stage 2 is that of the switch, bit by bit."""
+
+    def check(folder, steps):
+        switch = load_file(folder / "stage1" / "model.safetensors")
+        latent = {key: value for key, value in switch.items() if not key.startswith("decoder.")}
+        assert {"encoder.conv_in.weight", "encoder.conv_out.bias"} <= latent.keys()
+        weights = [load_file(folder / f"checkpoint-{step}" / "model.safetensors") for step in steps]
+        for later in (*weights, load_file(folder / "model.safetensors")):
+            assert {key for key in later if not key.startswith("decoder.")} == latent.keys()
+            assert [key for key, value in latent.items() if not torch.equal(later[key], value)] == []
+        assert not torch.equal(weights[0]["decoder.conv_in.weight"], weights[-1]["decoder.conv_in.weight"])
+        first, last = (Autoencoder.from_pretrained(path) for path in (folder / "stage1", folder))
+        generator = torch.Generator().manual_seed(0)
+        images = torch.rand(64, first.image_channels, first.resolution, first.resolution, generator=generator) * 2 - 1
+        with torch.no_grad():
+            first, last = first.encode(images), last.encode(images)
+        assert torch.equal(first.latents, last.latents)
+        assert (first.indices is None and last.indices is None) or torch.equal(first.indices, last.indices)
+
+    return check

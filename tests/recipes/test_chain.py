@@ -19,14 +19,6 @@ COLOUR = ("data.resolution=16", "data.channels=3", "autoencoder.channel_multipli
 SHORT = ("stage1.max_train_steps=3", "stage2.max_train_steps=2", "prior.max_train_steps=3")
 
 
-def close(a, b):
-    """Two logs are one, up to rounding."""
-    assert [(row["step"], row["stage"], row["split"]) for row in a] == [(row["step"], row["stage"], row["split"]) for row in b]
-    for x, y in zip(a, b, strict=True):
-        values = [key for key, value in x.items() if isinstance(value, float)]
-        assert values and [x[k] for k in values] == pytest.approx([y[k] for k in values], rel=1e-4), (x, y)
-
-
 def test_promised_files(chain):
     promised = [
         "config.yaml", "report.html", "metrics.json",
@@ -41,7 +33,7 @@ def test_promised_files(chain):
     assert sorted(p.name for p in (chain / "autoencoder").glob("checkpoint-*")) == [
         f"checkpoint-{step}" for step in sorted((4, 8, 10, 12, 16), key=str)
     ]
-    assert not [p for p in chain.rglob(".*")], "temporaries"
+    assert not list(chain.rglob(".*")), "temporaries"
     assert load_config(chain / "config.yaml").output_dir == str(chain)
 
 
@@ -196,7 +188,7 @@ def test_adversarial_loss_starts_at_its_step(tmp_path, run, history):
     assert all(not torch.equal(early[key], late[key]) for key in ("conv_in.weight", "conv_out.weight"))
 
 
-def test_two_micro_batches_are_one_batch(tmp_path, run, history):
+def test_two_micro_batches_are_one_batch(tmp_path, run, history, same_log):
     """Where nothing is drawn for a micro-step, only the order of a sum differs."""
     still = ("autoencoder.vq.revive_threshold=0", "prior.class_dropout=0")
     for folder, batch, accumulation in (("one", 32, 1), ("two", 16, 2)):
@@ -205,10 +197,10 @@ def test_two_micro_batches_are_one_batch(tmp_path, run, history):
         for name in ("train_dae", "encode", "train_prior"):
             run(name, tmp_path / folder, *still, *sizes)
     for name in ("autoencoder", "prior"):
-        close(history(tmp_path / "one" / name), history(tmp_path / "two" / name))
+        same_log(history(tmp_path / "one" / name), history(tmp_path / "two" / name))
 
 
-def test_gradient_checkpointing_changes_nothing(tmp_path, run, history):
+def test_gradient_checkpointing_changes_nothing(tmp_path, run, history, same_log):
     """Not even the masks of a dropout decoder and of the prior, which are drawn again on the way back."""
     drawing = ("auxiliary_decoder.family=dropout", "prior.dropout=0.2", "data.random_flip=true")
     for folder, on in (("off", "false"), ("on", "true")):
@@ -216,7 +208,7 @@ def test_gradient_checkpointing_changes_nothing(tmp_path, run, history):
         for name in ("train_dae", "encode", "train_prior"):
             run(name, tmp_path / folder, *drawing, *SHORT, *options)
     for name in ("autoencoder", "prior"):
-        close(history(tmp_path / "off" / name), history(tmp_path / "on" / name))
+        same_log(history(tmp_path / "off" / name), history(tmp_path / "on" / name))
 
 
 def test_streaming(tmp_path, run, image_folder):
