@@ -45,6 +45,8 @@ def yaml(tmp_path):
     [
         ("mehtod", "method"),
         ("resolution", "data.resolution"),  # a leaf's name without its section
+        ("l1", "stage1.loss.l1"),
+        ("data.width", "prior.width"),
         ("data.resolutoin", "data.resolution"),
         ("autoencoder.num_block", "autoencoder.num_blocks"),
         ("autoencoder.vq.codebok_size", "autoencoder.vq.codebook_size"),

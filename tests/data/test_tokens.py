@@ -56,27 +56,48 @@ def test_no_cache(tmp_path):
         TokenCache.load(tmp_path, FINGERPRINT)
 
 
-def test_a_crash_while_saving_leaves_no_cache(tmp_path, monkeypatch):
-    """Rather than new tokens under an old description."""
-    make().save(tmp_path)
+@pytest.mark.parametrize("written", [0, 1], ids=["before the tokens", "before the description"])
+def test_a_crash_while_saving(tmp_path, monkeypatch, written):
+    """The old cache or none: never new tokens under the old description."""
+    old, new, real, left = make(), make(fingerprint=Fingerprint("a", "b", "c")), dae.data.tokens.write_file, [written]
+    new.train.tokens_NCT += 1
+    old.save(tmp_path)
 
     def full(path, data):
-        raise OSError(28, "No space left on device")
+        if left[0] == 0:
+            raise OSError(28, "No space left on device")
+        left[0] -= 1
+        real(path, data)
 
     monkeypatch.setattr(dae.data.tokens, "write_file", full)
-    with pytest.raises(OSError):
-        make(fingerprint=Fingerprint("a", "b", "c")).save(tmp_path)
-    with pytest.raises(FileNotFoundError):
-        TokenCache.load(tmp_path, FINGERPRINT)
+    with pytest.raises(OSError, match="No space"):
+        new.save(tmp_path)
+    try:
+        tokens = TokenCache.load(tmp_path, FINGERPRINT).train.tokens_NCT
+    except (FileNotFoundError, ValueError):
+        return
+    assert torch.equal(tokens, old.train.tokens_NCT.int())
+
+
+DAMAGE = {
+    "missing": None,
+    "empty": lambda data: b"",
+    "truncated": lambda data: data[:20],
+    "cut by a byte": lambda data: data[:-1],
+    "flipped bit": lambda data: data[:-9] + bytes([data[-9] ^ 1]) + data[-8:],
+}
 
 
 @pytest.mark.parametrize("name", ["tokens.safetensors", "cache.json"])
-@pytest.mark.parametrize("damage", [lambda data: data[:20], lambda data: b"", None], ids=["truncated", "empty", "missing"])
+@pytest.mark.parametrize("damage", DAMAGE)
 def test_a_damaged_cache(tmp_path, name, damage):
     make().save(tmp_path)
     path = tmp_path / name
-    path.write_bytes(damage(path.read_bytes())) if damage else path.unlink()
-    error = FileNotFoundError if name == "cache.json" and damage is None else ValueError
+    if damage == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(DAMAGE[damage](path.read_bytes()))
+    error = FileNotFoundError if (name, damage) == ("cache.json", "missing") else ValueError
     with pytest.raises(error, match=r"recipes/encode\.py"):
         TokenCache.load(tmp_path, FINGERPRINT)
 
