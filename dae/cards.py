@@ -62,8 +62,12 @@ def autoencoder_card(config: Config, data: dict, history: list[dict]) -> str:
 
 def prior_card(config: Config, data: dict, history: list[dict]) -> str:
     usage = (
+        "import torch\n"
         "from dae.models import ARPrior, Autoencoder\n"
         "from dae.sampling import sample_tokens\n"
+        'autoencoder = Autoencoder.from_pretrained("path or repository of the autoencoder")\n'
+        'prior = ARPrior.from_pretrained("path or repository of the prior")\n'
+        "labels = torch.arange(prior.num_classes)\n"
         "images = autoencoder.decode_indices(sample_tokens(prior, labels)).sample"
     )
     title = f"Autoregressive prior of {config.data.dataset_name}"

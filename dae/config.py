@@ -132,7 +132,7 @@ class OptimizationConfig:
     adam_beta1: float = knob(0.9, "AdamW's beta_1")
     adam_beta2: float = knob(0.99, "AdamW's beta_2")
     adam_weight_decay: float = knob(0.0, "AdamW's decoupled weight decay of matrices and kernels", least=0)
-    max_grad_norm: float = knob(1.0, "gradients are clipped to this norm", least=0)
+    max_grad_norm: float = knob(1.0, "gradients are clipped to this norm; 0 does not clip", least=0)
     gradient_checkpointing: bool = knob(False, "recompute activations in the backward pass: less memory, more time")
     use_ema: bool = knob(True, "keep an exponential moving average of the weights and deliver that")
     ema_decay: float = knob(0.999, "its decay, after a warm-up")

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.stats import binomtest
 from torch import Tensor
 from torch.utils.data import IterableDataset, Subset
 from tqdm import tqdm
@@ -46,13 +47,13 @@ from dae.metrics import (
 )
 from dae.models import ARPrior, Autoencoder
 from dae.sampling import balanced_labels, generate, load_chain
-from dae.training import Run, make_accelerator
+from dae.training import Run, one_process
 from dae.training.loop import seed_for
 
 
 def evaluate(config: Config) -> dict:
     """Measure, write and return metrics.json."""
-    started, device, output, seed = time.monotonic(), make_accelerator(config).device, Path(config.output_dir), config.seed
+    started, device, output, seed = time.monotonic(), one_process(config), Path(config.output_dir), config.seed
     autoencoder, prior = load_chain(output, device)
     samples, sampling = load_samples(output)
     data = load_data(config.data, seed)
@@ -62,19 +63,20 @@ def evaluate(config: Config) -> dict:
 
     # The extractor of all feature metrics, and what two sets of real images are apart in its features.
     classifier = train_extractor(train, train_labels, data, config, device)
-    features = {name: extract_features(classifier, x.to(device)).cpu() for name, x in (("train", train), ("heldout", heldout))}
+    features = {name: extract_features(classifier, x) for name, x in (("train", train), ("heldout", heldout))}
     count = min(len(train), len(heldout))
     floor = equal_count_frechet(features["heldout"], features["train"], count=count, seed=seed)
 
     def judge(images: Tensor, labels: Tensor) -> dict:
         """A set of samples: distance to held-out images, recognition, copies of training images."""
-        found = extract_features(classifier, images.to(device)).cpu()
+        found = extract_features(classifier, images)
         distance = equal_count_frechet(features["heldout"], found, count=min(count, len(found)), seed=seed)
         manifold = precision_recall(features["heldout"], found[:count], config.evaluation.neighbours)
         copies = memorisation(images, train, heldout)
-        recognised = (predict(classifier, images.to(device)).cpu() == labels).double().mean().item() if data.labelled else None
+        right = int((predict(classifier, images).cpu() == labels).sum()) if data.labelled else None
         return {
-            "recognised": recognised,
+            "recognised": None if right is None else right / len(images),
+            "recognised_interval": None if right is None else list(binomtest(right, len(images)).proportion_ci(method="wilson")),
             "frechet": distance.mean,
             "frechet_std": distance.std,
             "frechet_ratio": distance.mean / floor.mean,
@@ -90,7 +92,7 @@ def evaluate(config: Config) -> dict:
     for name, model in saved_stages(output / "autoencoder", autoencoder, device).items():
         rebuilt, usage = reconstruct(model, heldout, config)
         pictures[name] = to_uint8(rebuilt[:32])
-        found = extract_features(classifier, rebuilt.to(device)).cpu()
+        found = extract_features(classifier, rebuilt)
         manifold = precision_recall(features["heldout"], found, config.evaluation.neighbours)
         reconstructions[name] = {
             "decoder": model.config.decoder.family,
@@ -114,7 +116,7 @@ def evaluate(config: Config) -> dict:
     validations = [row for row in Run(config, "prior").history() if row["split"] == "validation"]
     chosen = min(validations, key=lambda row: row["bits_per_token"]) if config.prior.early_stopping else validations[-1]
     candidates = [(chosen, prior)] + [(row, other) for row, other in other_priors(config, prior, validations) if row != chosen]
-    trade, labels = [], balanced_labels(len(generated), prior.num_classes)
+    trade, labels = [], balanced_labels(min(len(generated), config.evaluation.max_images), prior.num_classes)
     with tqdm(total=len(candidates) * len(config.evaluation.cfg_scales), desc="trade", mininterval=0.5) as bar:
         for row, model in candidates:
             for cfg_scale in config.evaluation.cfg_scales:
@@ -188,7 +190,7 @@ def collect(dataset, config: Config) -> tuple[Tensor, Tensor]:
 
 def task(images: Tensor, labels: Tensor, labelled: bool, device: torch.device) -> tuple[Tensor, Tensor]:
     images, labels = (images, labels) if labelled else rotation_task(images)
-    return images.to(device), labels.to(device)
+    return images, labels
 
 
 def train_extractor(images: Tensor, labels: Tensor, data, config: Config, device: torch.device) -> Classifier:

@@ -22,14 +22,14 @@ from dae.config import Config
 from dae.data.pictures import grid, to_uint8, write_png
 from dae.hub import fingerprint
 from dae.sampling import balanced_labels, generate, load_chain
-from dae.training import make_accelerator
+from dae.training import one_process
 from dae.training.loop import seed_for
 
 
 def sample(config: Config) -> Path:
     """Write samples; returns their folder."""
     settings = config.sampling
-    autoencoder, prior = load_chain(config.output_dir, make_accelerator(config).device)
+    autoencoder, prior = load_chain(config.output_dir, one_process(config))
     labels_N = balanced_labels(settings.num_samples, prior.num_classes)
     started, images = time.monotonic(), []
     with tqdm(total=len(labels_N), desc="sample", unit="image", mininterval=0.5) as bar:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from dae.cards import autoencoder_card
 from dae.cli import main
 from dae.config import Config
 from dae.data import ImageData, TrainLoader, augment, evaluation_batches, load_data
-from dae.distributed import in_global_order
+from dae.distributed import in_global_order, rank, sum_over_processes, world_size
 from dae.losses import adaptive_weight, discriminator_loss, generator_loss, reconstruction_loss
 from dae.metrics import CodebookUsage, psnr
 from dae.models import Autoencoder, PatchDiscriminator
@@ -48,6 +49,8 @@ def train(config: Config) -> Path:
     accelerator = make_accelerator(config, run.folder / "logs")
     data = load_data(config.data, config.seed)
     stages = plan_stages(config)
+    if accelerator.mixed_precision == "fp16" and any(stage.config.loss.adversarial > 0 for stage in stages):
+        raise ValueError("an adversarial loss needs mixed_precision=bf16 or no: one loss scale cannot serve two optimisers")
     for stage in stages:  # a mistake in any stage shows before the first one is trained
         make_loader(config, stage, data, "check")
         build_autoencoder(config, stage)
@@ -152,7 +155,8 @@ def train_stage(
                 autoencoder.bottleneck.observe(output.encoding)
             parts.losses.append(reconstruction.detach())
 
-        accelerator.clip_grad_norm_(trained.parameters(), settings.max_grad_norm)
+        if settings.max_grad_norm > 0:
+            accelerator.clip_grad_norm_(trained.parameters(), settings.max_grad_norm)
         for each in parts.optimizers.values():
             each.step()
             each.zero_grad()
@@ -171,7 +175,7 @@ def train_stage(
             bar.set_postfix(loss=f"{values['loss']:.4f}")
             run.record(accelerator, step_of_run, values, stage=stage.name, split="train")
         if done % config.validation_steps == 0 or last:
-            with ema.swapped_in(trained) if ema else contextlib.nullcontext():
+            with ema.swapped_in(trained) if ema else contextlib.nullcontext(), accelerator.autocast():
                 values = validate(config, autoencoder, data, device)
             run.record(accelerator, step_of_run, values, stage=stage.name, split="validation")
         if step_of_run % config.checkpointing_steps == 0 or last:
@@ -206,18 +210,23 @@ def initialize_codebook(config: Config, stage: Stage, autoencoder: Autoencoder, 
 
 @torch.no_grad()
 def validate(config: Config, autoencoder: Autoencoder, data: ImageData, device: torch.device) -> dict[str, float]:
-    """PSNR on held-out images (at most `data.validation_size`), and for VQ how much of the codebook they use."""
+    """PSNR on held-out images (at most `data.validation_size`, shared by the processes), and for VQ the codebook's use."""
     autoencoder.eval()
-    ratios = []
+    totals = torch.zeros(2, dtype=torch.float64, device=device)  # sum of PSNR, number of images
     usage = CodebookUsage(config.autoencoder.vq.codebook_size) if config.autoencoder.bottleneck == "vq" else None
-    for batch in evaluation_batches(data.validation, config.evaluation.batch_size, limit=config.data.validation_size):
+    batches = evaluation_batches(data.validation, config.evaluation.batch_size, limit=config.data.validation_size)
+    for batch in islice(batches, rank(), None, world_size()):
         images = batch["image"].to(device)
         output = autoencoder(images)
-        ratios.append(psnr(output.sample.clamp(-1, 1), images).cpu())
+        totals += torch.stack([psnr(output.sample.float().clamp(-1, 1), images).double().sum(), totals.new_tensor(len(images))])
         if usage:
             usage.update(output.encoding.indices.cpu())
-    values = {"psnr": torch.cat(ratios).mean().item()}
-    return values | ({"codebook_usage": usage.usage, "codebook_perplexity": usage.perplexity} if usage else {})
+    ratio, images_seen = sum_over_processes(totals).tolist()
+    values = {"psnr": ratio / images_seen}
+    if usage:
+        usage.all_reduce()
+        values |= {"codebook_usage": usage.usage, "codebook_perplexity": usage.perplexity}
+    return values
 
 
 if __name__ == "__main__":

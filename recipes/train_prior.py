@@ -74,7 +74,8 @@ def train(config: Config) -> Path:
                 accelerator.backward(loss / accumulation)
             parts.losses.append(loss.detach())
 
-        accelerator.clip_grad_norm_(prior.parameters(), settings.max_grad_norm)
+        if settings.max_grad_norm > 0:
+            accelerator.clip_grad_norm_(prior.parameters(), settings.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()

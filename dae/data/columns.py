@@ -60,13 +60,18 @@ def find_image_column(features: Any, wanted: str) -> str:
 
 
 def find_label_column(features: Any, wanted: str) -> str | None:
-    """The column with the labels: `wanted`, none for `none`, or for `auto` the first of `LABEL_NAMES` that exists."""
+    """The column with the labels: `wanted`, none for `none`, or for `auto` one of `LABEL_NAMES` or the only ClassLabel."""
     if wanted == "none":
         return None
     if wanted != "auto":
         require_column(features, wanted, "label_column")
         return wanted
-    return next((name for name in LABEL_NAMES if name in features), None)
+    if usual := next((name for name in LABEL_NAMES if name in features), None):
+        return usual
+    classes = [name for name, feature in features.items() if type(feature).__name__ == "ClassLabel"]
+    if len(classes) > 1:
+        raise ValueError(f"several columns hold classes: {classes}; choose one with label_column, or `none`")
+    return classes[0] if classes else None
 
 
 def require_column(features: Any, name: str, key: str) -> None:

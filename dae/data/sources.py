@@ -92,7 +92,7 @@ def _read_hub(config: DataConfig) -> dict[str, Rows]:
         offline = "the Hugging Face hub cannot be reached from here, and the data set is not in the local cache"
         reason = str(error) if reachable else offline
         raise FileNotFoundError(f"no data set dataset_name={name!r}: {reason}. Expected {FORMS}") from error
-    except RuntimeError as error:  # what `datasets` raises for a repository that wants to run its own code
+    except (RuntimeError, ValueError) as error:  # a repository that wants to run its own code; a configuration that is not there
         raise ValueError(f"dataset_name={name!r} cannot be read: {error}") from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,8 +60,9 @@ class TokenCache:
             tensors |= {f"{name}.tokens": part.tokens_NCT.int(), f"{name}.labels": part.labels_N.int()}
         description = {k: getattr(self, k) for k in ("vocab_size", "num_classes", "latent_size")}
         description["fingerprint"] = dataclasses.asdict(self.fingerprint)
-        (folder / DESCRIPTION).unlink(missing_ok=True)  # written last: without it there is no cache
-        write_file(folder / TOKENS, save({k: v.contiguous() for k, v in tensors.items()}))
+        data = save({k: v.contiguous() for k, v in tensors.items()})
+        description["sha256"] = hashlib.sha256(data).hexdigest()  # or a crash could leave new tokens under an old description
+        write_file(folder / TOKENS, data)
         write_file(folder / DESCRIPTION, json.dumps(description, indent=2).encode())
 
     @classmethod
@@ -72,14 +74,17 @@ class TokenCache:
             ValueError: it is stale: made with another tokenizer, from other data, or with another transform; or damaged.
         """
         from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        from safetensors.torch import load
 
         if not (folder / DESCRIPTION).is_file():
             raise FileNotFoundError(f"no token cache in {folder}: make it with recipes/encode.py and the same configuration")
         try:
             description = json.loads((folder / DESCRIPTION).read_text())
             found = Fingerprint(**description.pop("fingerprint"))
-            tensors = load_file(folder / TOKENS)
+            data = (folder / TOKENS).read_bytes()
+            if hashlib.sha256(data).hexdigest() != description.pop("sha256"):
+                raise ValueError(f"{TOKENS} is not the file that {DESCRIPTION} describes")
+            tensors = load(data)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise ValueError(f"the token cache in {folder} is damaged ({error}): remake it with recipes/encode.py") from error
         stale = [f.name for f in dataclasses.fields(Fingerprint) if getattr(found, f.name) != getattr(expected, f.name)]
@@ -100,6 +105,7 @@ def transform_fingerprint(config: Config) -> str:
     if prior.augmented_copies == 0:
         return "plain"
     how = {"copies": prior.augmented_copies, "code_temperature": prior.code_temperature, "seed": config.seed}
+    how["batch_size"] = config.evaluation.batch_size  # one seed a batch
     if prior.augment_images:
         how |= {"flip": data.random_flip, "affine": data.random_affine}
     return json.dumps(how)

@@ -183,7 +183,9 @@ class ARPrior(PretrainedModel):
 
     def to_config(self) -> dict:
         shape = {"vocab_size": self.vocab_size, "sequence_length": self.sequence_length, "num_classes": self.num_classes}
-        return {"prior": dataclasses.asdict(self.config), **shape, "tokenizer": self.tokenizer}
+        settings = dataclasses.asdict(self.config)
+        del settings["attention"]  # the back-end is a choice of the machine that runs the model, not of the model
+        return {"prior": settings, **shape, "tokenizer": self.tokenizer}
 
     @classmethod
     def from_config(cls, config: dict) -> ARPrior:

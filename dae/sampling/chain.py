@@ -20,10 +20,12 @@ def load_chain(output_dir: str | Path, device: Any = "cpu") -> tuple[Autoencoder
 
     Raises:
         FileNotFoundError: one of them is missing.
-        ValueError: the prior was trained on another tokenizer's tokens.
+        ValueError: the latent has no tokens, or the prior was trained on another tokenizer's tokens.
     """
     output = Path(output_dir)
     autoencoder = Autoencoder.from_pretrained(require_model(output / "autoencoder", "train_dae"), device=device)
+    if autoencoder.config.bottleneck != "vq":
+        raise ValueError("this autoencoder's latent is continuous (KL); the prior that this version has models VQ tokens")
     prior = ARPrior.from_pretrained(require_model(output / "prior", "train_prior"), device=device)
     if prior.tokenizer != fingerprint(output / "autoencoder"):
         raise ValueError(

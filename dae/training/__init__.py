@@ -1,7 +1,7 @@
 from dae.training.checkpoint import Checkpoint, Checkpoints
 from dae.training.ema import EMA
 from dae.training.optimization import build_optimizer, build_scheduler
-from dae.training.run import Run, make_accelerator
+from dae.training.run import Run, make_accelerator, one_process
 from dae.training.stages import Stage, plan_stages
 from dae.training.state import TrainingState
 
@@ -15,5 +15,6 @@ __all__ = [
     "build_optimizer",
     "build_scheduler",
     "make_accelerator",
+    "one_process",
     "plan_stages",
 ]

@@ -25,7 +25,8 @@ log = logging.getLogger(__name__)
 # What may change between a checkpoint and its resumption without changing what is computed; batch sizes are compared globally.
 FREE_TO_CHANGE = (
     "output_dir", "compile", "report_to", "logging_steps", "checkpointing_steps", "checkpoints_total_limit",
-    "resume_from_checkpoint", "push_to_hub", "hub_model_id", "data.num_workers", "data.verify_rows", "sampling.", "evaluation.",
+    "resume_from_checkpoint", "push_to_hub", "hub_model_id", "prior.attention",
+    "data.num_workers", "data.verify_rows", "sampling.", "evaluation.",
 )  # fmt: skip
 
 
@@ -45,7 +46,7 @@ def make_accelerator(config: Config, logging_dir: Path | None = None) -> Acceler
         logging.getLogger(noisy).setLevel(logging.WARNING)
     accelerator = Accelerator(
         # Under torchrun without a GPU, accelerate forms no process group unless it is told that the CPU is meant.
-        cpu=not torch.accelerator.is_available(),
+        cpu=not torch.cuda.is_available(),  # nor on a Mac, whose GPU has no float64
         mixed_precision=config.mixed_precision,
         log_with=None if config.report_to == "none" or logging_dir is None else config.report_to,
         project_dir=logging_dir,
@@ -53,7 +54,16 @@ def make_accelerator(config: Config, logging_dir: Path | None = None) -> Acceler
     )
     if (started := int(os.environ.get("WORLD_SIZE", 1))) != accelerator.num_processes:
         raise RuntimeError(f"{started} processes were started, accelerate sees {accelerator.num_processes}: launch with torchrun")
+    config.mixed_precision = accelerator.mixed_precision  # also where `accelerate launch` chose it: resuming compares it
     return accelerator
+
+
+def one_process(config: Config) -> torch.device:
+    """The device of a recipe that runs in one process; ValueError if several were launched: they would write the same files."""
+    accelerator = make_accelerator(config)
+    if accelerator.num_processes > 1:
+        raise ValueError(f"this recipe runs in one process, {accelerator.num_processes} were launched: start it with `python`")
+    return accelerator.device
 
 
 class Run:
@@ -86,9 +96,9 @@ class Run:
         """
         self.inputs = inputs or {}
         wanted = self.config.resume_from_checkpoint
-        if wanted is None:  # the first process looks: the others might see what it has already written
-            run_on_first_process(self._refuse_occupied_folder)
         checkpoint = self.checkpoints.load(wanted) if wanted else None
+        if checkpoint is None or checkpoint.path.resolve().parent != self.folder.resolve():  # not a continuation of what is here
+            run_on_first_process(self._refuse_occupied_folder)  # the others might see what it has already written
         if checkpoint:
             self._refuse_other_configuration(checkpoint)
             log.info("resuming from %s", checkpoint.path)
