@@ -154,8 +154,6 @@ def test_sdpa_compiles_into_one_graph(backend):
             torch.testing.assert_close(mine, truth)
 
 
-
-
 def lower_triangle(num_queries: int, num_keys: int, shift: int) -> Tensor:
     return torch.tensor([[j <= i + shift for j in range(num_keys)] for i in range(num_queries)])
 
@@ -266,8 +264,6 @@ def test_xformers_without_its_fused_attention_is_missing(stand_in):
     del sys.modules["xformers.ops"].memory_efficient_attention
     with pytest.raises(ImportError, match="fused attention"):
         attention(*operands(SHAPES[0], torch.float16), impl=impl)
-
-
 
 
 BAD_SHAPES = {

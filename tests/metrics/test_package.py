@@ -40,9 +40,7 @@ dist.destroy_process_group()
 @pytest.mark.skipif(sys.platform != "linux", reason="gloo with a file store")
 def test_sums_over_two_real_processes(tmp_path):
     running = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROCESS, str(rank), str(tmp_path / "store")], stderr=subprocess.PIPE, text=True
-        )
+        subprocess.Popen([sys.executable, "-c", PROCESS, str(rank), str(tmp_path / "store")], stderr=subprocess.PIPE, text=True)
         for rank in range(2)
     ]
     for process in running:

@@ -20,9 +20,7 @@ IMPLS = {
 }
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float | None = None, impl: str = "auto"
-) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float | None = None, impl: str = "auto") -> Tensor:
     """Softmax attention, with grouped queries and a causal mask that suits key-value caches.
 
         out[b, h, i] = sum_j softmax_j(scale * q[b, h, i] . k[b, g, j] + mask[i, j]) v[b, g, j],   g = h // (H / Hkv)

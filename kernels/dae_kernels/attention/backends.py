@@ -78,4 +78,4 @@ def check_operands(impl: str, q: Tensor, dtypes: tuple[torch.dtype, ...]) -> Non
 
 
 def missing(impl: str, package: str) -> str:
-    return f'impl={impl!r} needs {package}: pip install "decoupled-autoencoder[gpu]", or use impl=\'auto\''
+    return f"impl={impl!r} needs {package}: pip install \"decoupled-autoencoder[gpu]\", or use impl='auto'"
