@@ -67,12 +67,12 @@ def load_photos(resolution: int) -> dict[str, Dataset]:
     """Crops of the photographs inside the scikit-learn and scikit-image wheels, split by photograph.
 
     Crops have twice the side `resolution`, lie on a grid with steps of `resolution`, and are halved. Where there are more
-    than `MAX_CROPS`, every n-th is kept. The column `photograph` names the source; there is no label column.
+    than `MAX_CROPS`, every n-th is kept. The column `photograph` numbers the source; there is no label column.
 
     Raises:
         ImportError: a package is missing.
     """
-    from datasets import ClassLabel
+    from datasets import Value
 
     names = [Path(path).stem for paths in PHOTOS.values() for path in paths]
     splits = {}
@@ -82,7 +82,7 @@ def load_photos(resolution: int) -> dict[str, Dataset]:
         kept = np.unique(np.linspace(0, len(places) - 1, min(len(places), MAX_CROPS[split])).round().astype(int))
         images = [_png(_crop(photos[i], corner, resolution)) for i, corner in (places[k] for k in kept)]
         labels = [names.index(Path(paths[places[k][0]]).stem) for k in kept]
-        splits[split] = _dataset(images, "photograph", labels, ClassLabel(names=names))
+        splits[split] = _dataset(images, "photograph", labels, Value("int32"))  # no ClassLabel: `auto` would take it for the label
     return splits
 
 
