@@ -192,7 +192,6 @@ def test_no_name_shadows_a_package():
 # Used without an import of ours: by the name of a tracker, or by other packages on our behalf.
 INDIRECT = {
     "tensorboard": ("dae/config.py", '"tensorboard"'),  # accelerate's tracker
-    "scipy": ("dae/metrics/provenance.py", '"scipy"'),  # metrics.json names its version
 }
 
 

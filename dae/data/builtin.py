@@ -82,7 +82,7 @@ def load_photos(resolution: int) -> dict[str, Dataset]:
         kept = np.unique(np.linspace(0, len(places) - 1, min(len(places), MAX_CROPS[split])).round().astype(int))
         images = [_png(_crop(photos[i], corner, resolution)) for i, corner in (places[k] for k in kept)]
         labels = [names.index(Path(paths[places[k][0]]).stem) for k in kept]
-        splits[split] = _dataset(images, "photograph", labels, Value("int32"))  # no ClassLabel: `auto` would take it for the label
+        splits[split] = _dataset(images, "photograph", labels, Value("int32"))  # `auto` would take a ClassLabel
     return splits
 
 
