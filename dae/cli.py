@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 import dae_kernels
+from tqdm import tqdm
 
 import dae
 from dae.config import Config, config_from_command_line
@@ -27,6 +28,8 @@ def main(recipe: Callable[[Config], Any], doc: str) -> None:
     try:
         recipe(config)
     except MESSAGES as error:
+        for bar in list(getattr(tqdm, "_instances", ())):  # else they are drawn again below the message
+            bar.close()
         script = Path(sys.argv[0])
         if os.environ.get("DAE_TRACEBACK") or not is_message(error, script):
             raise

@@ -111,11 +111,12 @@ class Run:
     def _refuse_occupied_folder(self) -> None:
         occupied = [p.name for p in (self.history_file, self.folder / "model.safetensors") if p.exists()]
         occupied += [p.name for p in self.checkpoints.all()]
+        remedy = "continue it with resume_from_checkpoint=latest, or choose another output_dir"
+        if self.config.resume_from_checkpoint == "latest":  # killed before its first checkpoint: start over, but spare a model
+            occupied = [name for name in occupied if name == "model.safetensors"]
+            remedy = "it has no checkpoint to continue from; choose another output_dir, or delete it"
         if occupied:
-            raise FileExistsError(
-                f"{self.folder} holds another run ({', '.join(occupied[:3])}): continue it with resume_from_checkpoint=latest, "
-                "or choose another output_dir"
-            )
+            raise FileExistsError(f"{self.folder} holds another run ({', '.join(occupied[:3])}): {remedy}")
 
     def _prepare_folder(self, checkpoint: Checkpoint | None) -> None:
         self.history_file.parent.mkdir(parents=True, exist_ok=True)

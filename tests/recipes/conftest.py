@@ -93,12 +93,30 @@ def cache(tmp_path_factory, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def chain(tmp_path_factory):
+def made_once(tmp_path_factory):
+    """`made_once(name, recipes, *overrides)`: a folder that these recipes filled, once for all workers of pytest-xdist."""
+
+    def make(name, recipes, *overrides):
+        from filelock import FileLock
+
+        root = tmp_path_factory.getbasetemp()
+        root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
+        folder = root / name / "run"
+        with FileLock(root / f"{name}.lock"):
+            if not (root / f"{name}.done").exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                for each in recipes:
+                    call(each, folder, *overrides)
+                (root / f"{name}.done").touch()
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def chain(made_once):
     """The folder of a whole chain on the digits. For reading only: `copied_chain` is for tests that change something."""
-    folder = tmp_path_factory.mktemp("chain") / "run"
-    for name in ("train_dae", "encode", "train_prior", "sample", "evaluate", "report"):
-        call(name, folder)
-    return folder
+    return made_once("chain", ("train_dae", "encode", "train_prior", "sample", "evaluate", "report"))
 
 
 @pytest.fixture

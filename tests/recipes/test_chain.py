@@ -16,7 +16,10 @@ from dae.sampling import load_chain
 
 METHODS = ("dae", "joint", "joint_dropout")
 COLOUR = ("data.resolution=16", "data.channels=3", "autoencoder.channel_multipliers=[1,1,2]", "data.random_flip=true")
-SHORT = ("stage1.max_train_steps=3", "stage2.max_train_steps=2", "prior.max_train_steps=3")
+SHORT = (
+    "stage1.max_train_steps=3", "stage2.max_train_steps=2", "prior.max_train_steps=3", "validation_steps=100",
+    "checkpointing_steps=100", "evaluation.classifier_steps=4", "evaluation.cfg_scales=[1.0]",
+)  # fmt: skip
 
 
 def test_promised_files(chain):
@@ -95,8 +98,8 @@ def test_metrics(chain):
     assert metrics["counts"] == {"train": 1437, "heldout": 360, "samples": 40, "frechet": 360}
     assert metrics["prior"]["tokens_an_image"] == 16
     numbers = {
-        "recognised", "frechet", "frechet_std", "frechet_ratio", "precision", "recall", "memorised", "memorised_heldout",
-        "memorised_threshold",
+        "recognised", "recognised_interval", "frechet", "frechet_std", "frechet_ratio", "precision", "recall", "memorised",
+        "memorised_heldout", "memorised_threshold",
     }  # fmt: skip
     assert metrics["generation"].keys() == numbers
     assert all(row.keys() == numbers | {"prior_step", "heldout_bits_per_token", "cfg_scale"} for row in metrics["trade"])
@@ -147,7 +150,7 @@ def test_rgb_folder(tmp_path, run, image_folder, method, labels):
     if labels == "unlabelled" and method != "dae":
         pytest.skip("labels do not reach the autoencoder")
     options = (
-        *COLOUR, *SHORT, f"method={method}", f"data.dataset_name={image_folder}", "validation_steps=2",
+        *COLOUR, *SHORT, f"method={method}", f"data.dataset_name={image_folder}",
         "prior.augmented_copies=1", "prior.code_temperature=0.5", "auxiliary_decoder.dropout=0.25",
         "auto" if labels == "labelled" else "none",
     )  # fmt: skip
@@ -190,7 +193,7 @@ def test_adversarial_loss_starts_at_its_step(tmp_path, run, history):
 
 def test_two_micro_batches_are_one_batch(tmp_path, run, history, same_log):
     """Where nothing is drawn for a micro-step, only the order of a sum differs."""
-    still = ("autoencoder.vq.revive_threshold=0", "prior.class_dropout=0")
+    still = ("autoencoder.vq.revive_threshold=0", "prior.class_dropout=0", *SHORT, "stage1.max_train_steps=6")
     for folder, batch, accumulation in (("one", 32, 1), ("two", 16, 2)):
         sizes = [f"{s}.train_batch_size={batch}" for s in ("stage1", "stage2", "prior")]
         sizes += [f"{s}.gradient_accumulation_steps={accumulation}" for s in ("stage1", "stage2", "prior")]

@@ -31,13 +31,9 @@ class Killed(BaseException):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, recipe, configure):
+def whole(made_once):
     """The run that nothing interrupts."""
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    recipe("train_dae").train(configure(folder, *STEPS))
-    recipe("encode").encode(configure(folder, *STEPS))
-    recipe("train_prior").train(configure(folder, *STEPS))
-    return folder
+    return made_once("whole", ("train_dae", "encode", "train_prior"), *STEPS)
 
 
 @pytest.fixture
@@ -296,6 +292,23 @@ def test_any_trace_of_a_run_occupies_a_folder(whole, tmp_path, run, left):
     (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / "autoencoder" / left)
     with pytest.raises(FileExistsError):
         run("train_dae", tmp_path, *STEPS)
+
+
+def test_latest_without_checkpoint_spares_a_model(whole, tmp_path, run, contents):
+    """Its checkpoints are lost; starting over would replace it."""
+    shutil.copytree(whole / "autoencoder", tmp_path / "autoencoder", ignore=shutil.ignore_patterns("checkpoint-*"))
+    before = contents(tmp_path)
+    with pytest.raises(FileExistsError, match=r"model\.safetensors.*no checkpoint to continue from.*another output_dir"):
+        run("train_dae", tmp_path, *STEPS, LATEST)
+    assert contents(tmp_path) == before
+
+
+def test_checkpoint_from_elsewhere_does_not_replace_a_run(whole, tmp_path, run, contents):
+    shutil.copytree(whole / "autoencoder", tmp_path / "autoencoder")
+    before = contents(tmp_path)
+    with pytest.raises(FileExistsError, match="another output_dir"):
+        run("train_dae", tmp_path, *STEPS, f"resume_from_checkpoint={whole / 'autoencoder' / 'checkpoint-6'}")
+    assert contents(tmp_path) == before
 
 
 def test_no_checkpoint_at_that_path(whole, tmp_path, run):
