@@ -104,7 +104,7 @@ def headline(run: Record) -> Html:
         (percent(g["recognised"]), "Samples recognised as their class",
          f"real held-out images: {percent(run.metrics['extractor']['heldout_accuracy'])}"),
         (number(g["frechet"]), "Fréchet distance to held-out images",
-         f"{number(g['frechet_ratio'], 1)} × that of real training images ({number(floor)})"),
+         f"{number(g['frechet_ratio'])} × that of real training images ({number(floor)})"),
         (percent(g["memorised"]), "Near-copies of training images", f"real held-out images: {percent(g['memorised_heldout'])}"),
         (number(run.metrics["prior"]["heldout_bits_per_token"]), "Bits a token, held-out images",
          f"{known}; {number(run.bits_an_image, 1)} a whole image"),

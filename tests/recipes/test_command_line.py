@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-
 RECIPES = Path(__file__).parents[2] / "recipes"
 
 
