@@ -21,18 +21,7 @@ from dae.models import Autoencoder
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 FUNCTIONS = {"train_dae": "train", "train_prior": "train"}  # of the other recipes it has the recipe's name
-TINY = [
-    "report_to=none", "logging_steps=1", "validation_steps=4", "checkpointing_steps=4", "checkpoints_total_limit=20",
-    "data.resolution=8", "data.channels=1",
-    "autoencoder.base_channels=8", "autoencoder.channel_multipliers=[1,2]", "autoencoder.latent_channels=4",
-    "autoencoder.vq.codebook_size=16", "auxiliary_decoder.family=narrow", "auxiliary_decoder.width_factor=0.5",
-    *(f"{stage}.{key}" for stage in ("stage1", "stage2", "prior") for key in (
-        "train_batch_size=16", "learning_rate=3e-3", "lr_warmup_steps=3", "ema_decay=0.9",
-    )),
-    "stage1.max_train_steps=10", "stage2.max_train_steps=6", "prior.max_train_steps=12",
-    "prior.width=16", "prior.depth=1", "prior.num_heads=2",
-    "sampling.num_samples=40", "evaluation.classifier_steps=20", "evaluation.cfg_scales=[1.0,2.0]",
-]  # fmt: skip
+TINY = Path(__file__).with_name("tiny.yaml")
 
 
 @functools.cache
@@ -44,7 +33,7 @@ def load_recipe(name):
 
 
 def make_config(output_dir, *overrides):
-    return load_config(None, [*TINY, f"output_dir={output_dir}", *overrides])
+    return load_config(TINY, [f"output_dir={output_dir}", *overrides])
 
 
 def call(name, output_dir, *overrides):
@@ -65,7 +54,8 @@ def configure():
 
 @pytest.fixture(scope="session")
 def tiny():
-    return list(TINY)
+    """Arguments of a script."""
+    return ["--config", str(TINY)]
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ def two(tmp_path, tiny):
 
     def launch(*jobs):
         file = tmp_path / "jobs.json"
-        file.write_text(json.dumps([[name, [*tiny, *overrides]] for name, overrides in jobs]))
+        file.write_text(json.dumps([[name, *tiny[1:], overrides] for name, overrides in jobs]))
         done = subprocess.run(
             [*TORCHRUN, str(DRIVER), str(file)], capture_output=True, text=True, timeout=400, cwd=DRIVER.parents[2]
         )

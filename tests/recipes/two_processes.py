@@ -1,6 +1,6 @@
 """Recipes one after another in the processes that torchrun started: `two_processes.py jobs.json`.
 
-The file lists [recipe, overrides] pairs. One launch for several recipes, because most of a launch is imports.
+The file lists [recipe, configuration file, overrides]. One launch for several recipes, because most of a launch is imports.
 """
 
 import importlib.util
@@ -16,8 +16,8 @@ RECIPES = Path(__file__).parents[2] / "recipes"
 
 if __name__ == "__main__":
     accelerate.Accelerator.end_training = lambda self: None  # it would close the process group
-    for name, overrides in json.loads(Path(sys.argv[1]).read_text()):
+    for name, path, overrides in json.loads(Path(sys.argv[1]).read_text()):
         spec = importlib.util.spec_from_file_location(name, RECIPES / f"{name}.py")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        getattr(module, "train" if name.startswith("train") else name)(load_config(None, overrides))
+        getattr(module, "train" if name.startswith("train") else name)(load_config(path, overrides))
