@@ -12,7 +12,7 @@ DEMO := recipes/configs/digits.yaml
 
 .PHONY: demo demo-joint test lint clean
 
-# One thread, as `accelerate launch` sets it anyway: the result is the same on every machine, and these tiny layers gain little from more.
+# One thread, as `accelerate launch` sets it anyway: the result then does not depend on the number of cores.
 demo demo-joint: export OMP_NUM_THREADS := 1
 demo: RUN := runs/demo
 demo: OVERRIDES := output_dir=runs/demo
