@@ -152,7 +152,7 @@ def test_numbers_stand_beside_their_yardsticks(tmp_path, page_of):
     page, _ = page_of(make_run(tmp_path / "run"))
     text = re.sub("<.*?>", " ", page).replace("\u00a0", " ")
     for words in (
-        "Samples recognised as their class  75.0 %", "real held-out images: 87.5 %", "5.0 × that of real training images (2.50)",
+        "Samples recognised as their class  75.0 %", "real held-out images: 87.5 %", "5.00 × that of real training images (2.50)",
         "Near-copies of training images  1.2 %",
         "real held-out images: 1.0 %", "1.00 if only the frequency of each code is known; 36.0 a whole image", "21.5 dB",
         "4,321 training images", "360 held-out images", "digits features, not Inception", "12.50 ± 0.25", "top-p 0.9",
