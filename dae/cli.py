@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dis
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Any, Callable
 
@@ -43,12 +43,7 @@ def is_message(error: BaseException, script: Path) -> bool:
     """Whether an OSError, or raised on purpose by dae, dae_kernels or the recipe `script`."""
     if isinstance(error, OSError):
         return True
-    last = error.__traceback__
-    while last is not None and last.tb_next is not None:
-        last = last.tb_next
-    if last is None:
-        return False
-    code = last.tb_frame.f_code
+    frames = traceback.extract_tb(error.__traceback__)
     ours = [Path(dae.__file__).parent, Path(dae_kernels.__file__).parent, script.resolve().parent]
-    on_purpose = code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]  # and not an operation that failed in our code
-    return on_purpose and any(folder in Path(code.co_filename).resolve().parents for folder in ours)
+    on_purpose = bool(frames) and (frames[-1].line or "").startswith("raise")  # and not an operation that failed in our code
+    return on_purpose and any(folder in Path(frames[-1].filename).resolve().parents for folder in ours)

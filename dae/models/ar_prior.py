@@ -1,7 +1,8 @@
 """Autoregressive prior over the tokens of a VQ latent: a decoder-only, class-conditional Transformer.
 
 Rotary positions (Su et al. 2021), QK-norm (Henry et al. 2020), RMSNorm (Zhang & Sennrich 2019), SwiGLU (Shazeer 2020);
-the class is the first token, as in LlamaGen (Sun et al. 2024), and a null class serves classifier-free guidance.
+the class is the first token, as in LlamaGen (Sun et al. 2024), and a null class serves classifier-free guidance. Learned
+positions are added at the input: rotary ones say how far apart two tokens are, but what an image holds depends on where.
 """
 
 from __future__ import annotations
@@ -109,6 +110,7 @@ class ARPrior(PretrainedModel):
         self.gradient_checkpointing = False
         self.class_embedding = nn.Embedding(num_classes + 1, config.width)
         self.token_embedding = nn.Embedding(vocab_size, config.width)
+        self.position_embedding = nn.Embedding(sequence_length, config.width)
         self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList([Block(config, layer) for layer in range(config.depth)])
         self.norm = nn.RMSNorm(config.width, eps=1e-6)
@@ -140,8 +142,9 @@ class ARPrior(PretrainedModel):
             raise ValueError(
                 f"the prior models {self.sequence_length} tokens; class and {start + x.shape[1] - 1} tokens given is too many"
             )
-        x = self.dropout(x)
-        table = self.rotary[:, start : start + x.shape[1]]
+        positions = slice(start, start + x.shape[1])
+        x = self.dropout(x + self.position_embedding.weight[positions])
+        table = self.rotary[:, positions]
         for block in self.blocks:
             if self.gradient_checkpointing and self.training:
                 x = checkpoint(block, x, table, None, use_reentrant=False)
