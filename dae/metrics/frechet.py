@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from typing import NamedTuple
 
 import torch
@@ -148,37 +149,45 @@ class EqualCountFrechet(NamedTuple):
 
 
 def equal_count_frechet(
-    reference_features: Tensor, other_features: Tensor, *, count: int | None = None, seed: int
+    reference_features: Tensor, other_features: Tensor, *, count: int | None = None, repeats: int = 10, seed: int
 ) -> EqualCountFrechet:
     """Fréchet distances of disjoint random subsets of `other_features` to a random subset of the reference, all of n rows.
+
+    Both sets are shuffled `repeats` times: which rows fall together moves a single distance more than most changes of a model.
 
     The bias of the estimate depends on n, so distances compare only at one n: give `count` the same value wherever
     the results will be compared. The floor of such a table is the distance of real held-out images to the reference.
 
     Args:
         reference_features: [N, D].
-        other_features: [M, D]; floor(M / n) subsets are drawn.
+        other_features: [M, D]; floor(M / n) subsets are drawn in each repeat.
         count: rows n of every subset, at most min(N, M), which is the default.
+        repeats: shuffles of both sets, at least 1.
         seed: of the subsets; the global random state is neither read nor changed.
 
     Returns:
-        mean, std and number of the distances. The std is the sample standard deviation over the subsets, which share one
-        reference subset, so it leaves out the reference's part; with a single subset it is unknown and given as 0.
+        mean, std and number of the distances. The std is the sample standard deviation over the distances (0 of a single
+        one). It says how far a single subset strays, not how sure the mean is: subsets of different repeats share rows, and
+        where n is all of the reference, its part is missing.
 
     Raises:
-        TypeError, ValueError: as `frechet_distance`; or count below 2 or above min(N, M).
+        TypeError, ValueError: as `frechet_distance`; count below 2 or above min(N, M); or no repeats.
     """
     check_features(rows=2, reference_features=reference_features, other_features=other_features)
     available = min(len(reference_features), len(other_features))
     count = available if count is None else count
     if not 2 <= count <= available:
         raise ValueError(f"count: expected 2 to {available} rows (the smaller set), got {count}")
+    if repeats < 1:
+        raise ValueError(f"repeats: expected at least 1, got {repeats}")
     generator = torch.Generator().manual_seed(seed)
-    reference_order, other_order = (torch.randperm(len(x), generator=generator) for x in (reference_features, other_features))
-    reference = FeatureStatistics().update(reference_features[reference_order[:count].to(reference_features.device)])
-    subsets = [rows for rows in other_order.split(count) if len(rows) == count]
-    distances = torch.tensor(
-        [frechet_distance(reference, other_features[rows.to(other_features.device)]) for rows in subsets], dtype=torch.float64
-    )
-    std = distances.std().item() if len(distances) > 1 else 0.0
-    return EqualCountFrechet(distances.mean().item(), std, len(distances))
+    distances = []
+    for _ in range(repeats):
+        reference_order, other_order = (
+            torch.randperm(len(x), generator=generator).to(x.device) for x in (reference_features, other_features)
+        )
+        reference = FeatureStatistics().update(reference_features[reference_order[:count]])
+        subsets = [rows for rows in other_order.split(count) if len(rows) == count]
+        distances += [frechet_distance(reference, other_features[rows]) for rows in subsets]
+    mean, std = statistics.fmean(distances), statistics.stdev(distances) if len(distances) > 1 else 0.0
+    return EqualCountFrechet(mean, std, len(distances))

@@ -180,12 +180,22 @@ def test_distance_errors():
 def test_equal_counts_draw_disjoint_subsets():
     reference, other = normal(40, 2), normal(100, 2, seed=1)
     mean, std, number = equal_count_frechet(reference, other, seed=0)
-    assert number == 2 and mean > 0 and std > 0
+    assert number == 20 and mean > 0 and std > 0
     assert equal_count_frechet(reference, other, seed=0) == (mean, std, number)
     assert equal_count_frechet(reference, other, seed=1).mean != mean
-    assert equal_count_frechet(reference, other, count=10, seed=0).number_of_subsets == 10
-    assert equal_count_frechet(other, reference, seed=0).number_of_subsets == 1
-    assert equal_count_frechet(other, reference, seed=0).std == 0.0
+    assert equal_count_frechet(reference, other, count=10, repeats=3, seed=0).number_of_subsets == 30
+    assert equal_count_frechet(other, reference, repeats=1, seed=0).number_of_subsets == 1
+    assert equal_count_frechet(other, reference, repeats=1, seed=0).std == 0.0
+
+
+def test_repeats_make_the_mean_depend_less_on_the_draw():
+    reference, other = normal(40, 4), normal(100, 4, seed=1)
+    spread = [
+        torch.tensor([equal_count_frechet(reference, other, repeats=r, seed=s).mean for s in range(8)]).std() for r in (1, 16)
+    ]
+    assert spread[1] < 0.6 * spread[0]
+    with pytest.raises(ValueError, match="repeats: expected at least 1, got 0"):
+        equal_count_frechet(reference, other, repeats=0, seed=0)
 
 
 def test_equal_counts_use_each_row_at_most_once():
@@ -193,7 +203,7 @@ def test_equal_counts_use_each_row_at_most_once():
     # two disjoint halves add up to the whole only if no row is in both.
     reference = torch.zeros(4, 8).double()
     other = torch.diag(torch.arange(1, 9).double())
-    mean, std, number = equal_count_frechet(reference, other, seed=3)
+    mean, std, number = equal_count_frechet(reference, other, repeats=1, seed=3)
     assert number == 2
     # tr S + |m|^2 of 4 rows e_i a_i: sum a_i^2 (3/4 / 3 + 1/16) / 1, as rows are orthogonal.
     assert mean * 2 == pytest.approx((torch.arange(1, 9).double() ** 2).sum().item() * (1 / 4 + 1 / 16), rel=1e-12)
