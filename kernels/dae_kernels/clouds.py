@@ -1,0 +1,82 @@
+"""What every distance between point clouds shares: its stated convention, and the checks of clouds and weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Convention:
+    """What a distance returns; `some_distance.convention` states it.
+
+    Args:
+        value: "squared" or "root": whether the result is a squared distance or its root.
+        cost: the cost between two points, with its factor.
+        bias: what the estimate from samples is off by in expectation.
+    """
+
+    value: str
+    cost: str
+    bias: str
+
+
+def convention(value: str, cost: str, bias: str) -> Callable[[Callable], Callable]:
+    """Decorator that attaches a `Convention` to a public distance."""
+
+    def attach(function: Callable) -> Callable:
+        function.convention = Convention(value, cost, bias)
+        return function
+
+    return attach
+
+
+def check_clouds(operation: str, x: Tensor, y: Tensor) -> None:
+    """Two clouds x [N, D] and y [M, D], N, M, D >= 1, floating, of one dtype and on one device.
+
+    Raises:
+        TypeError: not floating point, or two dtypes.
+        ValueError: other shapes, an empty cloud, or two devices.
+    """
+    shapes = f"got x {list(x.shape)}, y {list(y.shape)}"
+    for name, cloud in (("x", x), ("y", y)):
+        if not cloud.is_floating_point():
+            raise TypeError(f"{operation} needs floating point clouds, got {name} of {cloud.dtype}")
+    if x.dim() != 2 or y.dim() != 2 or x.shape[1] != y.shape[1]:
+        raise ValueError(f"{operation} needs clouds x [N, D] and y [M, D], {shapes}")
+    if x.numel() == 0 or y.numel() == 0:
+        raise ValueError(f"{operation} needs at least one point and one dimension in each cloud, {shapes}")
+    if x.dtype != y.dtype:
+        raise TypeError(f"{operation} needs clouds of one dtype, got x {x.dtype}, y {y.dtype}")
+    if x.device != y.device:
+        raise ValueError(f"{operation} needs clouds on one device, got x on {x.device}, y on {y.device}")
+
+
+def check_weights(operation: str, name: str, weights: Tensor | None, cloud: Tensor) -> None:
+    """Weights [N] of a cloud [N, D]: floating, finite, not negative, with a positive sum; None stands for equal weights.
+
+    The values are read, which on a GPU waits for it, and are skipped while torch.compile traces.
+
+    Raises:
+        TypeError: not floating point.
+        ValueError: another shape or device, a negative or not finite weight, or a sum that is not positive.
+    """
+    if weights is None:
+        return
+    if not weights.is_floating_point():
+        raise TypeError(f"{operation} needs floating point weights, got {name} of {weights.dtype}")
+    if weights.shape != cloud.shape[:1]:
+        raise ValueError(f"{operation} needs {name} [{cloud.shape[0]}], one weight a point, got {list(weights.shape)}")
+    if weights.device != cloud.device:
+        raise ValueError(f"{operation} needs {name} on {cloud.device}, where the cloud is, got {weights.device}")
+    if torch.compiler.is_compiling():
+        return
+    total, least = weights.detach().sum().item(), weights.detach().min().item()
+    if not (least >= 0 and 0 < total < float("inf")):
+        raise ValueError(
+            f"{operation} needs weights that are not negative and sum to a positive number, "
+            f"got {name} with minimum {least} and sum {total}"
+        )
