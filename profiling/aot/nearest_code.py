@@ -1,7 +1,7 @@
 """Variants of nearest_code. It loops over D above 16 (exact float32), 32 (fast float32) or 64; D = 100 leaves a remainder.
 
-ptxas spills two or three registers of some exact float32 variants on sm_80 and sm_100, because it stops at 128 or 168 for the sake
-of occupancy. The option maxnreg=168 left none in 210 compilations, but torch's wrapper of Triton kernels does not know it.
+ptxas spills two or three registers of some exact float32 variants on sm_80 and sm_100, because it stops at 128 or 168 for the
+sake of occupancy. The option maxnreg=168 left none in 210 compilations, but torch's wrapper of Triton kernels does not know it.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""The gate of profiling/inspect_kernels.py for each operation, in a process of its own: nothing compiles under the interpreter."""
+"""The gate of profiling/inspect_kernels.py for each operation, in a process of its own: the interpreter cannot compile."""
 
 import json
 import os
