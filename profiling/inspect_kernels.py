@@ -4,9 +4,9 @@
     python profiling/inspect_kernels.py --op nearest_code --target sm_90 --json
     python profiling/inspect_kernels.py --gate                # exit 1 if a kernel breaks a rule
 
-The gate: nothing spilled, shared memory within what a block may have, and the tensor-core instruction of the target's generation in
-each kernel with a product (HMMA on sm_80, HGMMA on sm_90, UTC*MMA on sm_100, MFMA on gfx942). Variants of an operation stand in
-profiling/aot/<operation>.py.
+The gate: nothing spilled, shared memory within what a block may have, and the tensor-core instruction of the target's generation
+in each kernel with a product (HMMA on sm_80, HGMMA on sm_90, UTC*MMA on sm_100, MFMA on gfx942). Variants of an operation stand
+in profiling/aot/<operation>.py.
 """
 
 from __future__ import annotations
