@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -96,6 +97,13 @@ def test_processes_that_would_train_apart_are_refused(tmp_path, configure, monke
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(RuntimeError, match="2 processes were started, accelerate sees 1: launch with torchrun"):
         make_accelerator(configure(tmp_path))
+
+
+def test_recipes_that_write_one_file_refuse_several_processes(tmp_path, configure, recipe, monkeypatch):
+    monkeypatch.setattr("dae.training.run.make_accelerator", lambda config: SimpleNamespace(num_processes=2, device="cpu"))
+    for name in ("sample", "evaluate"):
+        with pytest.raises(ValueError, match="runs in one process, 2 were launched: start it with `python`"):
+            getattr(recipe(name), name)(configure(tmp_path))
 
 
 @pytest.mark.slow
