@@ -1,0 +1,65 @@
+"""`codebook_statistics`: checks and dispatch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dae_kernels.codebook_statistics.reference import codebook_statistics_reference
+from dae_kernels.dispatch import choose
+
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+
+
+@torch.no_grad()
+def codebook_statistics(x: Tensor, indices: Tensor, K: int, *, impl: str = "auto") -> tuple[Tensor, Tensor]:
+    """How many vectors chose each code, and their sums.
+
+        counts_k = #{n: indices_n = k},  sums_k = sum of x_n over these n
+
+    The mean of a code's vectors is sums / counts; averages that move with both are the EMA codebook. Vectors are sorted by
+    code and each segment is summed in float64 in the order of the vectors, so one device gives the same bits every time:
+    there are no atomic additions. Nothing is differentiable. Beside the operands it takes O(N + K D) memory.
+
+    Args:
+        x: [..., D], floating; any strides.
+        indices: [...], the codes of `x`, in [0, K), of an integer dtype. Their range is checked, which on a GPU waits for it,
+            but not while torch.compile traces: there, an index out of range is left out of all counts and sums.
+        K: the number of codes.
+        impl: "auto" or "reference"; there is no Triton kernel, so "triton" is refused.
+
+    Returns:
+        counts: [K] int64.
+        sums: [K, D] float32, or float64 if `x` is.
+
+    Raises:
+        ValueError: shapes or devices disagree, K < 1, an index lies outside [0, K), or `impl` cannot run here.
+        TypeError: `x` is not floating point, `indices` are not integers, or K is not one.
+
+    Source: van den Oord et al. 2017, arXiv 1711.00937, appendix A.1.
+    """
+    check_operands(x, indices, K)
+    choose(impl, x.device, "codebook_statistics has no Triton kernel")
+    N = indices.numel()
+    return codebook_statistics_reference(x.detach().reshape(N, x.shape[-1]), indices.reshape(N), K)
+
+
+def check_operands(x: Tensor, indices: Tensor, K: int) -> None:
+    if not x.is_floating_point():
+        raise TypeError(f"codebook_statistics needs a floating point x, got {x.dtype}")
+    if indices.dtype not in INTEGERS:
+        raise TypeError(f"codebook_statistics needs integer indices, got {indices.dtype}")
+    if isinstance(K, (bool, float, Tensor)):
+        raise TypeError(f"codebook_statistics needs K as an int, got {type(K).__name__}")
+    if x.dim() == 0 or x.shape[:-1] != indices.shape:
+        shapes = f"got x {list(x.shape)}, indices {list(indices.shape)}"
+        raise ValueError(f"codebook_statistics needs x [..., D] and indices [...], {shapes}")
+    if K < 1:
+        raise ValueError(f"codebook_statistics needs at least one code, got K = {K}")
+    if x.device != indices.device:
+        raise ValueError(f"x and indices must be on one device, got {x.device} and {indices.device}")
+    if torch.compiler.is_compiling() or indices.numel() == 0:
+        return
+    least, greatest = (bound.item() for bound in torch.aminmax(indices))
+    if least < 0 or greatest >= K:
+        raise ValueError(f"codebook_statistics needs indices in [0, {K}), got {least if least < 0 else greatest}")

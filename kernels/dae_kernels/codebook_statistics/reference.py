@@ -1,0 +1,27 @@
+"""Codebook statistics in eager torch: the definition."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MAX_SORTED = 1 << 22  # elements of x sorted at once: 32 MiB in float64
+
+
+def codebook_statistics_reference(x_ND: Tensor, indices_N: Tensor, K: int) -> tuple[Tensor, Tensor]:
+    """Counts [K] int64 and sums [K, D] float32 (float64 for a float64 `x_ND`) of the rows of each code.
+
+    Sums are float64 before they are rounded to the result: many rows of one code would drift in float32.
+    """
+    dtype = torch.float64 if x_ND.dtype == torch.float64 else torch.float32
+    N, D = x_ND.shape
+    sorted_N, order_N = torch.sort(indices_N.long(), stable=True)
+    # Not bincount: its result has a length of its own, which torch.compile cannot know.
+    edges = torch.searchsorted(sorted_N, torch.arange(K + 1, device=x_ND.device))
+    sums_KD = x_ND.new_empty(K, D, dtype=dtype)
+    columns = max(1, MAX_SORTED // max(1, N))
+    for d in range(0, D, columns):
+        x_Nd = x_ND[order_N, d : d + columns].double()
+        # Unsafe: rows before the first edge and after the last belong to no code, which its checks would call an error.
+        sums_KD[:, d : d + columns] = torch.segment_reduce(x_Nd, "sum", offsets=edges, unsafe=True, initial=0.0)
+    return edges.diff(), sums_KD
