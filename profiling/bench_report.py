@@ -1,0 +1,105 @@
+"""Tables and figures from the JSON lines that bench_kernels.py writes.
+
+python profiling/bench_report.py profiling/results/cpu/*.jsonl          # a Markdown table for each operation and shape
+python profiling/bench_report.py out.jsonl --plot plots                 # and a figure for each operation
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+MEASURES = ("MiB", "GB/s", "TFLOP/s", "x floor", "error")
+HEADER = f"{'case':<39}{'median ms':>11}{'20 %':>11}{'80 %':>11}" + "".join(format(name, ">10") for name in MEASURES)
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """Median, quantiles and MEASURES of a measured row as text, "" for what it lacks."""
+    ms, extra = row["ms"], row["extra_bytes"]
+    values = (
+        (ms["median"], ".3f"),
+        (ms["p20"], ".3f"),
+        (ms["p80"], ".3f"),
+        (None if extra is None else extra / 2**20, ".1f"),
+        (row["gb_per_s"], ".1f"),
+        (row["tflop_per_s"], ".3f"),
+        (row["times_floor"], ".2f"),
+        (row["error"], ".1e"),
+    )
+    return ["" if value is None else format(value, form) for value, form in values]
+
+
+def show(row: dict[str, Any]) -> str:
+    """One line of the table under HEADER."""
+    if row["status"] != "ok":
+        return f"{row['impl']:<30}{row['status']}"
+    times, measures = cells(row)[:3], cells(row)[3:]
+    return f"{row['impl']:<30}{row['phase']:<9}" + "".join(f"{t:>11}" for t in times) + "".join(f"{m:>10}" for m in measures)
+
+
+def panels_of(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Rows by operation, shape, dtype and hardware, in the order they come."""
+    panels: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        sizes = ", ".join(f"{key} = {size}" for key, size in row["shape"].items())
+        panels.setdefault(f"{row['for_op']}, {sizes}, {row['dtype']}, {row['hardware']}", []).append(row)
+    return panels
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    lines = []
+    for title, panel in panels_of(rows).items():
+        packages = ", ".join(f"{name} {version}" for name, version in panel[0]["versions"].items() if version)
+        lines += [f"### {title}", "", f"`{panel[0]['command']}`, {packages}; threads: {panel[0]['threads']}", ""]
+        lines += [f"| case | phase | median ms | 20 % | 80 % | {' | '.join(MEASURES)} | note |", "| --- " * 11 + "|"]
+        for row in panel:
+            measured = row["status"] == "ok"
+            found = [row["phase"], *cells(row)] if measured else [row["status"].splitlines()[0], *[""] * 8]
+            lines.append(f"| {' | '.join([row['impl'], *found, row['note']])} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def plot(rows: list[dict[str, Any]], folder: Path) -> None:
+    """<folder>/<operation>.png: a panel for each shape, dtype and phase, a bar for each case, whiskers from 20 % to 80 %."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [row for row in rows if row["status"] == "ok" and row["op"] != "floor" and row["phase"] != "backward"]
+    for operation in sorted({row["op"] for row in rows}):
+        panels = [
+            (f"{title}: {phase}", bars)
+            for title, panel in panels_of([row for row in rows if row["op"] == operation]).items()
+            for phase in ("forward", "both")
+            if (bars := [row for row in panel if row["phase"] == phase])
+        ]
+        figure, axes = pyplot.subplots(len(panels), squeeze=False, figsize=(8, 1 + 2.6 * len(panels)), layout="constrained")
+        for axis, (title, bars) in zip(axes[:, 0], panels, strict=True):
+            bars = sorted(bars, key=lambda row: -row["ms"]["median"])
+            below = [row["ms"]["median"] - row["ms"]["p20"] for row in bars]
+            above = [row["ms"]["p80"] - row["ms"]["median"] for row in bars]
+            axis.barh([row["impl"] for row in bars], [row["ms"]["median"] for row in bars], xerr=[below, above])
+            axis.set(xscale="log", xlabel="milliseconds")
+            axis.set_title(title, fontsize="small")
+        figure.savefig(folder / f"{operation}.png", dpi=120)
+        pyplot.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("files", type=Path, nargs="+", help="what bench_kernels.py --json wrote")
+    parser.add_argument("--plot", type=Path, help="write one figure for each operation into this folder (needs matplotlib)")
+    arguments = parser.parse_args()
+    rows = [json.loads(text) for file in arguments.files for text in file.read_text().splitlines()]
+    print(markdown(rows))
+    if arguments.plot:
+        plot(rows, arguments.plot)
+
+
+if __name__ == "__main__":
+    main()
