@@ -1,0 +1,120 @@
+"""How often nearest_code picks a code that is not the nearest by float64, on families where rounding shows.
+
+    python profiling/exactness.py --impl triton --json exactness.jsonl          # 1e6 queries a family, for a GPU
+    python profiling/exactness.py --impl reference --queries 2000
+
+- wrong: queries whose code is farther, by float64, than the nearest one. Ties are not wrong.
+- beyond_rounding: those among them that float32 could have told apart: farther by more than the error that one rounding to
+  float32 of |x| |c| can leave in the score, 2 * 2^-24 * 2 |x| |c|. Two codes nearer to each other than this may change
+  places in any float32 arithmetic.
+- excess: the greatest error among all queries, as a share of |x| |c|.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+SCORES = 1 << 27  # float64 scores alive at once: 1 GiB
+
+
+def random(N: int, K: int, D: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Both from a standard normal."""
+    return normal(N, D, generator), normal(K, D, generator)
+
+
+def uniform(N: int, K: int, D: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The usual start of a codebook, U(-1/K, 1/K): all codes are nearly as near."""
+    codebook_KD = torch.rand(K, D, generator=generator, device=generator.device)
+    return normal(N, D, generator), (2 * codebook_KD - 1) / K
+
+
+def normalized(N: int, K: int, D: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Both on the unit sphere."""
+    return normalize(normal(N, D, generator), dim=1), normalize(normal(K, D, generator), dim=1)
+
+
+def normal(N: int, D: int, generator: torch.Generator) -> Tensor:
+    return torch.randn(N, D, generator=generator, device=generator.device)
+
+
+# family -> operands, K, D
+FAMILIES = {"random": (random, 8192, 64), "uniform": (uniform, 1024, 64), "normalized": (normalized, 16384, 8)}
+
+
+def judge(x_ND: Tensor, codebook_KD: Tensor, index_N: Tensor) -> tuple[int, int, float]:
+    """wrong, beyond_rounding and excess of the module's docstring."""
+    codes_KD = codebook_KD.double()
+    squares_K = codes_KD.square().sum(dim=1)
+    wrong, beyond, excess = 0, 0, 0.0
+    rows = max(1, SCORES // codes_KD.shape[0])
+    for x_nD, index_n in zip(x_ND.split(rows), index_N.split(rows), strict=True):
+        x_nD = x_nD.double()
+        score_nK = torch.addmm(squares_K, x_nD, codes_KD.T, alpha=-2.0)
+        away_n = score_nK.gather(1, index_n[:, None])[:, 0] - score_nK.amin(dim=1)
+        scale_n = x_nD.norm(dim=1) * squares_K[index_n].sqrt()
+        share_n = away_n / scale_n.clamp_min(torch.finfo(torch.float64).tiny)
+        # 2^-48: what the float64 product itself may be off by
+        wrong += int((share_n > 2**-48).sum())
+        beyond += int((share_n > 4 * 2**-24).sum())
+        excess = max(excess, share_n.max().item())
+    return wrong, beyond, excess
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--queries", type=int, default=1_000_000, help="of each family")
+    parser.add_argument("--codes", type=int, help="K of each family instead of its own")
+    parser.add_argument("--family", choices=FAMILIES, action="append", help="only this family (may be repeated)")
+    parser.add_argument("--impl", choices=["auto", "reference", "triton", "float32"], default="auto")
+    parser.add_argument("--precision", choices=["exact", "fast"], action="append", help="default: exact (may be repeated)")
+    parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=Path, help="append one JSON object a line to this file")
+    arguments = parser.parse_args()
+    from dae_kernels.nearest_code import nearest_code
+
+    device = torch.device(arguments.device)
+    hardware = (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU, {os.cpu_count()} cores"
+    )
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "triton")}
+    print(f"{'family':<12}{'precision':<11}{'K':>7}{'D':>5}{'queries':>10}{'wrong':>8}{'beyond rounding':>17}{'excess':>10}")
+    for family in arguments.family or FAMILIES:
+        operands, K, D = FAMILIES[family]
+        K = arguments.codes or K
+        generator = torch.Generator(device).manual_seed(0)
+        x_ND, codebook_KD = (t.to(getattr(torch, arguments.dtype)) for t in operands(arguments.queries, K, D, generator))
+        for precision in arguments.precision or ["exact"]:
+            start = time.perf_counter()
+            if arguments.impl == "float32":  # torch's own arithmetic, for comparison
+                squares_K = codebook_KD.square().sum(dim=1)
+                parts = x_ND.split(max(1, SCORES // K))
+                index_N = torch.cat([torch.addmm(squares_K, x, codebook_KD.T, alpha=-2).argmin(dim=1) for x in parts])
+            else:
+                index_N, _ = nearest_code(x_ND, codebook_KD, precision=precision, impl=arguments.impl)
+            wrong, beyond, excess = judge(x_ND, codebook_KD, index_N)
+            print(
+                f"{family:<12}{precision:<11}{K:>7}{D:>5}{len(x_ND):>10}{wrong:>8}{beyond:>17}{excess:>10.1e}"
+                f"   {time.perf_counter() - start:.1f} s",
+                flush=True,
+            )
+            row = {"family": family, "impl": arguments.impl, "precision": precision, "dtype": arguments.dtype, "K": K, "D": D}
+            row |= {"queries": len(x_ND), "wrong": wrong, "beyond_rounding": beyond, "excess": excess}
+            row |= {"hardware": hardware.replace("_", "-"), "versions": versions, "seed": 0}
+            if arguments.json:
+                with arguments.json.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    main()
