@@ -60,6 +60,6 @@ def check_operands(x: Tensor, indices: Tensor, K: int) -> None:
         raise ValueError(f"x and indices must be on one device, got {x.device} and {indices.device}")
     if torch.compiler.is_compiling() or indices.numel() == 0:
         return
-    least, greatest = (bound.item() for bound in torch.aminmax(indices))
+    least, greatest = torch.stack(torch.aminmax(indices)).tolist()
     if least < 0 or greatest >= K:
         raise ValueError(f"codebook_statistics needs indices in [0, {K}), got {least if least < 0 else greatest}")
