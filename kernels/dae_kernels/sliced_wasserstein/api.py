@@ -1,0 +1,138 @@
+"""`sliced_wasserstein` and `max_sliced_wasserstein`: checks, projections and the root."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dae_kernels.clouds import check_clouds, check_weights, convention
+from dae_kernels.sliced_wasserstein.reference import greatest_cost, mean_cost
+
+COST = "|<direction, x - y>|^p, without a factor"
+
+
+@convention(
+    value="root",
+    cost=COST,
+    bias="of W_p^p: none from the drawn directions, upwards from finite samples",
+)
+def sliced_wasserstein(
+    x: Tensor,
+    y: Tensor,
+    *,
+    p: float = 2,
+    num_projections: int = 128,
+    weights_x: Tensor | None = None,
+    weights_y: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    projections: Tensor | None = None,
+) -> Tensor:
+    """Sliced p-Wasserstein distance: the root of the mean over random directions of W_p^p of the projected clouds.
+
+        (mean_l W_p^p(<t_l, x>, <t_l, y>))^(1/p),   t_l uniform on the unit sphere,
+        W_p^p(u, v) = integral over q in [0, 1] of |F_u^-1(q) - F_v^-1(q)|^p dq
+
+    Like POT's, the result is the root; `.pow(p)` is the mean of W_p^p, which is unbiased over the directions. W_p^p on the
+    line is exact for any counts and weights, by merging the two quantile functions. Beside the operands, memory is
+    O(N + M + block) in both passes: projections are handled in blocks of 2^22 projected points, and the backward pass computes a
+    block anew where there are several.
+
+    Plain torch is the implementation, on every device: most of the time goes to `torch.sort`, which a kernel of ours would
+    not do faster. On one CPU core, 128 directions and 4096 to 16384 points a cloud, sorting takes 80 to 96 % of the forward
+    time, and with weights, whose levels are sorted too, 63 to 80 %.
+
+    Differentiable with respect to both clouds and both weights (almost everywhere: ties are kinks). At distance 0, where
+    the root has no derivative, the gradient is 0.
+
+    Args:
+        x, y: [N, D] and [M, D], N, M, D >= 1, floating, of one dtype. 16-bit clouds are projected in float32.
+        p: exponent of the cost, at least 1.
+        num_projections: number L >= 1 of directions drawn; unused with `projections`.
+        weights_x, weights_y: [N] and [M], not negative; only their proportions matter. None: equal weights.
+        generator: source of the directions, which are drawn in float64 on its device, so that one seed gives one set of
+            directions whatever the dtype and device of the clouds. None: torch's generator of the CPU.
+        projections: [D, L] to use instead of drawn ones, as they are: unit columns make the sliced distance.
+
+    Returns:
+        Scalar, float64 for float64 clouds and float32 otherwise.
+
+    Raises:
+        TypeError: clouds, weights or projections are not floating point, or the clouds have two dtypes.
+        ValueError: shapes or devices disagree, an empty cloud, p < 1, no projections, or weights that are negative or
+            do not sum to a positive number.
+
+    Source: Rabin et al. 2011, "Wasserstein Barycenter and Its Application to Texture Mixing"; Bonneel et al. 2015, "Sliced
+    and Radon Wasserstein Barycenters of Measures".
+    """
+    operands = prepare("sliced_wasserstein", x, y, p, num_projections, weights_x, weights_y, generator, projections)
+    return root(mean_cost(*operands), p)
+
+
+@convention(
+    value="root", cost=COST, bias="downwards from the drawn directions (the supremum is missed), upwards from finite samples"
+)
+def max_sliced_wasserstein(
+    x: Tensor,
+    y: Tensor,
+    *,
+    p: float = 2,
+    num_projections: int = 128,
+    weights_x: Tensor | None = None,
+    weights_y: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    projections: Tensor | None = None,
+) -> Tensor:
+    """The greatest p-Wasserstein distance among the clouds' projections on random directions.
+
+        max_l W_p(<t_l, x>, <t_l, y>)
+
+    As POT's, the maximum is over the directions drawn: no direction is optimised, so the result is a lower bound of the
+    max-sliced distance, a loose one in high dimensions; give found directions as `projections`. The gradient is that of
+    a greatest direction, held fixed; at distance 0 it is 0. Arguments, result and errors are those of `sliced_wasserstein`.
+
+    Source: Deshpande et al. 2019, "Max-Sliced Wasserstein Distance and Its Use for GANs", arXiv 1904.05877.
+    """
+    operands = prepare("max_sliced_wasserstein", x, y, p, num_projections, weights_x, weights_y, generator, projections)
+    return root(greatest_cost(*operands), p)
+
+
+def prepare(
+    operation: str,
+    x: Tensor,
+    y: Tensor,
+    p: float,
+    num_projections: int,
+    weights_x: Tensor | None,
+    weights_y: Tensor | None,
+    generator: torch.Generator | None,
+    projections: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, float, Tensor | None, Tensor | None]:
+    """The checked operands of `mean_cost`: clouds and directions in one dtype, on the device of the clouds."""
+    check_clouds(operation, x, y)
+    check_weights(operation, "weights_x", weights_x, x)
+    check_weights(operation, "weights_y", weights_y, y)
+    if not 1 <= p < float("inf"):
+        raise ValueError(f"{operation} needs a finite p of at least 1, got {p}")
+    D = x.shape[1]
+    if projections is None:
+        if num_projections < 1:
+            raise ValueError(f"{operation} needs at least 1 projection, got num_projections={num_projections}")
+        device = "cpu" if generator is None else generator.device
+        projections = torch.randn(D, num_projections, generator=generator, device=device, dtype=torch.float64)
+        projections = (projections / projections.norm(dim=0)).to(x.device)
+    elif not projections.is_floating_point():
+        raise TypeError(f"{operation} needs floating point projections, got {projections.dtype}")
+    elif projections.dim() != 2 or projections.shape[0] != D or projections.shape[1] == 0:
+        raise ValueError(f"{operation} needs projections [{D}, L], L >= 1, got {list(projections.shape)}")
+    elif projections.device != x.device:
+        raise ValueError(f"{operation} needs projections on {x.device}, where the clouds are, got {projections.device}")
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return x.to(dtype), y.to(dtype), projections.to(dtype), p, weights_x, weights_y
+
+
+def root(cost: Tensor, p: float) -> Tensor:
+    """cost^(1/p), with derivative 0 instead of infinity at 0."""
+    if p == 1:
+        return cost
+    positive = cost > 0
+    return torch.where(positive, torch.where(positive, cost, 1.0).pow(1 / p), cost)
