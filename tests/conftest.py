@@ -1,7 +1,6 @@
 """What must be set before the first import of numpy and triton.
 
-Without a CUDA device the Triton kernels run in Triton's CPU interpreter. It is wrong for bfloat16 (products of raw bits,
-sums of garbage, truncation), so bfloat16 kernels are compiled ahead of time and run on GPUs only, never here.
+Without a CUDA device the Triton kernels run in Triton's CPU interpreter, which tests/kernels/conftest.py mends for bfloat16.
 """
 
 import os

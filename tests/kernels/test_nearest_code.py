@@ -96,10 +96,9 @@ def test_half_operands_lose_nothing_by_exact(impl, precision, x_dtype, code_dtyp
         assert (excess <= bound).all()
 
 
-@pytest.mark.parametrize("impl", ["reference", pytest.param("triton", marks=[pytest.mark.gpu, needs_gpu])])
+@pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("codebook_dtype", [torch.bfloat16, torch.float32])
 def test_bfloat16(impl, codebook_dtype):
-    # The kernel's bfloat16 runs on a GPU only: Triton's interpreter is wrong for it.
     torch.manual_seed(2)
     check(torch.randn(63, 60, device=DEVICE).bfloat16(), torch.randn(200, 60, device=DEVICE).to(codebook_dtype), "l2", impl=impl)
 
