@@ -45,7 +45,18 @@ from bench_report import HEADER, plot, show
 from torch import Tensor
 
 OPERATIONS = Path(__file__).with_name("bench")
-PACKAGES = ("torch", "triton", "numpy", "geomloss", "pykeops", "POT", "prdc", "vector-quantize-pytorch", "scipy", "scikit-learn")
+PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "scipy",
+    "scikit-learn",
+    "geomloss",
+    "pykeops",
+    "POT",
+    "vector-quantize-pytorch",
+    "flash-kmeans",
+)
 WARM_UP, MIN_ROUNDS, MAX_ROUNDS = 2, 3, 100
 TURN_SECONDS = 0.02  # a fast case has several samples a turn
 PHASES = ("forward", "backward", "both")

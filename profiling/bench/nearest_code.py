@@ -38,6 +38,11 @@ def cases(Case, shape, dtype, device):
         x_N1D, codebook_1KD = LazyTensor(x_ND.float()[:, None]), LazyTensor(codebook_KD.float()[None])
         return ((x_N1D - codebook_1KD) ** 2).sum(dim=2).argmin(dim=1).flatten()
 
+    def flash_kmeans() -> Tensor:
+        from flash_kmeans.assign_euclid_triton import euclid_assign_triton
+
+        return euclid_assign_triton(x_ND[None], codebook_KD[None], x_ND.float().square().sum(dim=1)[None])[0].long()
+
     def sklearn() -> Tensor:
         from sklearn.metrics import pairwise_distances_argmin
 
@@ -62,6 +67,7 @@ def cases(Case, shape, dtype, device):
     yield case("cdist + argmin", lambda: torch.cdist(x_ND.float(), codebook_KD.float()).argmin(dim=1))
     note = "the two lines of its search, without its one-hot matrix and lookup"
     yield case("vector_quantize_pytorch", vector_quantize_pytorch, needs="vector_quantize_pytorch", note=note)
+    yield case("flash-kmeans", flash_kmeans, needs="flash_kmeans", refusal=refusal, note="its assignment step")
     yield case("keops", keops, needs="pykeops")
     on_cpu = None if device.type == "cpu" else "works on the CPU"
     yield case("scikit-learn", sklearn, needs="sklearn", refusal=on_cpu)
