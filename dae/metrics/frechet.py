@@ -3,143 +3,39 @@
 from __future__ import annotations
 
 import statistics
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
+from dae_kernels.frechet_distance import GaussianStatistics
+from dae_kernels.frechet_distance import frechet_distance as tensor_frechet_distance
 from torch import Tensor
 
 from dae.metrics.reduction import summed
 from dae.metrics.validation import check_features
 
 
-class FeatureStatistics:
-    """Mean and covariance of a stream of feature vectors, in float64, without keeping the features.
+class FeatureStatistics(GaussianStatistics):
+    """`GaussianStatistics` of features: they must be finite, and `all_reduce` sums over the processes of the run."""
 
-    Batches are merged by
-
-        d = m_B - m_A,   n = n_A + n_B,   m = m_A + d n_B / n,   M2 = M2_A + M2_B + d d^T n_A n_B / n
-
-    where M2 is the sum of outer products of deviations from the mean, so the covariance is exact to rounding however far
-    the mean is from zero and however the rows are split into batches or processes.
-
-    Source: Chan, Golub and LeVeque, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979.
-    """
-
-    def __init__(self) -> None:
-        self.count = 0
-        self._mean: Tensor | None = None
-        self._scatter: Tensor | None = None
-
-    def update(self, x_ND: Tensor) -> FeatureStatistics:
+    def update(self, x_ND: Tensor) -> Self:
         """Add rows [N, D] (N may be 0); returns itself. ValueError: not [N, D], another D than before, NaN or infinity."""
         check_features(x_ND=x_ND)
-        batch = FeatureStatistics()
-        if len(x_ND):
-            x_ND = x_ND.detach().double()
-            batch.count = len(x_ND)
-            batch._mean = x_ND.mean(0)
-            deviation_ND = x_ND - batch._mean
-            batch._scatter = deviation_ND.T @ deviation_ND
-        return self.merge(batch)
+        return super().update(x_ND)
 
-    def merge(self, other: FeatureStatistics) -> FeatureStatistics:
-        """Add the rows that `other` has seen; returns itself. ValueError: another dimension D."""
-        if other.count == 0:
-            return self
-        if self.count == 0:
-            self.count, self._mean, self._scatter = other.count, other._mean.clone(), other._scatter.clone()
-            return self
-        if len(self._mean) != len(other._mean):
-            raise ValueError(
-                f"expected {len(self._mean)} features a row, got {len(other._mean)}; use one feature extractor for all rows"
-            )
-        count = self.count + other.count
-        difference = other._mean.to(self._mean.device) - self._mean
-        self._mean = self._mean + difference * (other.count / count)
-        self._scatter = (
-            self._scatter
-            + other._scatter.to(self._mean.device)
-            + torch.outer(difference, difference) * (self.count * other.count / count)
-        )
-        self.count = count
-        return self
-
-    def all_reduce(self) -> FeatureStatistics:
-        """Make this the statistics of the rows of all processes; returns itself.
-
-        Every process must call it, once: a second call would count each row once for each process. A process without rows
-        takes part. ValueError, in every process: the processes have features of different dimensions.
-        """
-        dimension = 0 if self._mean is None else len(self._mean)
-        # Where all D are equal, and only there, Cauchy-Schwarz holds with equality: (sum D)^2 = (number) (sum D^2).
-        members, total, squares = summed(torch.tensor([int(dimension > 0), dimension, dimension**2])).tolist()
-        if members * squares != total**2:
-            raise ValueError(f"expected one feature dimension in all processes, got {dimension} here; use one feature extractor")
-        if members == 0:
-            return self
-        mean = torch.zeros(total // members, dtype=torch.float64) if self._mean is None else self._mean
-        scatter = torch.outer(mean, mean) * 0 if self._scatter is None else self._scatter
-        count = int(summed(torch.tensor(self.count)))
-        common_mean = summed(mean * (self.count / count))
-        offset = mean - common_mean
-        self._scatter = summed(scatter + torch.outer(offset, offset) * self.count)
-        self._mean, self.count = common_mean, count
-        return self
-
-    @property
-    def mean(self) -> Tensor:
-        """float64 [D]. ValueError: no rows yet."""
-        if self.count < 1:
-            raise ValueError("expected at least 1 row for a mean, got 0; call update first")
-        return self._mean
-
-    @property
-    def covariance(self) -> Tensor:
-        """float64 [D, D], the unbiased estimate M2 / (n - 1). ValueError: fewer than 2 rows."""
-        if self.count < 2:
-            raise ValueError(f"expected at least 2 rows for a covariance, got {self.count}; add images")
-        return self._scatter / (self.count - 1)
+    def all_reduce(self) -> Self:
+        """Make this the statistics of the rows of all processes, as `GaussianStatistics.all_reduce`; returns itself."""
+        return super().all_reduce(summed)
 
 
 def frechet_distance(a: FeatureStatistics | Tensor, b: FeatureStatistics | Tensor) -> float:
-    """Squared 2-Wasserstein distance between the Gaussians with the means and covariances of two sets of features.
-
-        d = |m1 - m2|^2 + tr(S1 + S2 - 2 (S1^1/2 S2 S1^1/2)^1/2)
-
-    This is the formula of FID; it is FID only with the features of FID's Inception network. The estimate from few rows
-    is biased upwards by an amount that depends on the number of rows: compare only distances at equal counts
-    (`equal_count_frechet`).
-
-    The trace of the root is the sum of the singular values of S1^1/2 S2^1/2, which loses no digits where covariances are
-    singular (fewer rows than features); eigenvalues of the product would lose half of them in the square root.
-
-    Args:
-        a, b: features [N, D] and [M, D], or the `FeatureStatistics` of such.
-
-    Returns:
-        The distance, at least 0, in squared units of the features.
+    """`dae_kernels.frechet_distance` (squared, float64) of finite features [N, D] and [M, D] or their `FeatureStatistics`.
 
     Raises:
         TypeError: features that are not floating point.
         ValueError: fewer than 2 rows, NaN or infinity, or different D.
-
-    Source: Dowson and Landau, "The Fréchet Distance between Multivariate Normal Distributions", 1982; as a metric of
-    generative models: Heusel et al., "GANs Trained by a Two Time-Scale Update Rule", NeurIPS 2017 (arXiv 1706.08500).
     """
     a, b = (x if isinstance(x, FeatureStatistics) else FeatureStatistics().update(x) for x in (a, b))
-    mean_a, mean_b, covariance_a, covariance_b = a.mean, b.mean, a.covariance, b.covariance
-    if len(mean_a) != len(mean_b):
-        raise ValueError(f"expected features of one dimension, got {len(mean_a)} and {len(mean_b)}; use one feature extractor")
-    mean_b, covariance_b = mean_b.to(mean_a.device), covariance_b.to(mean_a.device)
-    root = torch.linalg.svdvals(_square_root(covariance_a) @ _square_root(covariance_b)).sum()
-    distance = (mean_a - mean_b).square().sum() + covariance_a.trace() + covariance_b.trace() - 2 * root
-    return max(0.0, distance.item())
-
-
-def _square_root(covariance_DD: Tensor) -> Tensor:
-    """The positive semi-definite square root; eigenvalues that rounding made negative are 0."""
-    values, vectors = torch.linalg.eigh(covariance_DD)
-    return (vectors * values.clamp_min(0).sqrt()) @ vectors.T
+    return tensor_frechet_distance(a, b).item()
 
 
 class EqualCountFrechet(NamedTuple):

@@ -1,0 +1,96 @@
+"""`gaussian_w2` from moments and `frechet_distance` from samples or statistics: checks and dtypes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dae_kernels.clouds import convention
+from dae_kernels.frechet_distance.reference import gaussian_w2_reference
+from dae_kernels.frechet_distance.statistics import GaussianStatistics, mean_and_scatter
+
+
+@convention(value="squared", cost="|x - y|^2, without a factor", bias="none: exact in the moments it is given")
+def gaussian_w2(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) -> Tensor:
+    """Squared 2-Wasserstein distance between two Gaussians.
+
+        |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a^1/2 S_b S_a^1/2)^1/2)
+
+    All arithmetic is float64. Plain torch is the implementation: two eigendecompositions and one of singular values.
+
+    Differentiable once, with respect to all four, where both covariances are positive definite (equal eigenvalues included).
+    Elsewhere the gradient is finite but need not be one.
+
+    Args:
+        mean_a, mean_b: [D], D >= 1, floating.
+        cov_a, cov_b: [D, D], floating, positive semi-definite; the symmetric part is used.
+
+    Returns:
+        Scalar, at least 0; float64 if all four are float64, else float32.
+
+    Raises:
+        TypeError: not floating point.
+        ValueError: shapes or devices disagree.
+        torch.linalg.LinAlgError: NaN or infinity in a covariance.
+
+    Source: Dowson and Landau 1982, "The Fréchet Distance between Multivariate Normal Distributions".
+    """
+    moments = {"mean_a": mean_a, "cov_a": cov_a, "mean_b": mean_b, "cov_b": cov_b}
+    for name, tensor in moments.items():
+        if not tensor.is_floating_point():
+            raise TypeError(f"gaussian_w2 needs floating point moments, got {name} of {tensor.dtype}")
+    D = mean_a.shape[-1:].numel()
+    if D == 0 or mean_a.shape != (D,) or mean_b.shape != (D,) or cov_a.shape != (D, D) or cov_b.shape != (D, D):
+        got = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in moments.items())
+        raise ValueError(f"gaussian_w2 needs means [D] and covariances [D, D] of one D >= 1, got {got}")
+    if len({tensor.device for tensor in moments.values()}) > 1:
+        got = ", ".join(f"{name} on {tensor.device}" for name, tensor in moments.items())
+        raise ValueError(f"gaussian_w2 needs moments on one device, got {got}")
+    exact = all(tensor.dtype == torch.float64 for tensor in moments.values())
+    distance = gaussian_w2_reference(*(tensor.double() for tensor in moments.values()))
+    return distance if exact else distance.float()
+
+
+@convention(value="squared", cost="|x - y|^2, without a factor", bias="upwards, by an amount that depends on both counts")
+def frechet_distance(x: Tensor | GaussianStatistics, y: Tensor | GaussianStatistics) -> Tensor:
+    """Squared 2-Wasserstein distance between the Gaussians with the means and unbiased covariances of two clouds.
+
+        gaussian_w2(mean(x), cov(x), mean(y), cov(y))
+
+    This is the formula of FID; it is FID only with the features of FID's Inception network. The estimate from few points
+    is biased upwards by an amount that depends on their number: compare only distances at equal counts. Differentiable with
+    respect to clouds given as tensors, where `gaussian_w2` is: more points than dimensions are needed.
+
+    Args:
+        x, y: points [N, D] and [M, D], N, M >= 2, floating, or the `GaussianStatistics` of such.
+
+    Returns:
+        Scalar, at least 0; float32 if an argument is a tensor of another dtype than float64, else float64.
+
+    Raises:
+        TypeError: points that are not floating point.
+        ValueError: fewer than 2 points, or different D or devices.
+        torch.linalg.LinAlgError: NaN or infinity among the points.
+
+    Source: Heusel et al. 2017, arXiv 1706.08500, section 3 (after Dowson and Landau 1982).
+    """
+    (mean_a, cov_a), (mean_b, cov_b) = (moments(name, cloud) for name, cloud in (("x", x), ("y", y)))
+    if len(mean_a) != len(mean_b):
+        raise ValueError(f"expected features of one dimension, got {len(mean_a)} and {len(mean_b)}; use one feature extractor")
+    distance = gaussian_w2(mean_a, cov_a, mean_b, cov_b)
+    exact = all(isinstance(cloud, GaussianStatistics) or cloud.dtype == torch.float64 for cloud in (x, y))
+    return distance if exact else distance.float()
+
+
+def moments(name: str, cloud: Tensor | GaussianStatistics) -> tuple[Tensor, Tensor]:
+    """float64 mean [D] and unbiased covariance [D, D]."""
+    if isinstance(cloud, GaussianStatistics):
+        return cloud.mean, cloud.covariance
+    if not cloud.is_floating_point():
+        raise TypeError(f"frechet_distance needs floating point clouds, got {name} of {cloud.dtype}")
+    if cloud.dim() != 2 or cloud.shape[1] == 0:
+        raise ValueError(f"frechet_distance needs clouds [N, D], D >= 1, got {name} {list(cloud.shape)}")
+    if len(cloud) < 2:
+        raise ValueError(f"frechet_distance needs at least 2 points for a covariance, got {len(cloud)} in {name}")
+    mean_D, scatter_DD = mean_and_scatter(cloud)
+    return mean_D, scatter_DD / (len(cloud) - 1)

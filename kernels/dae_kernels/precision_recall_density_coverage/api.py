@@ -1,0 +1,107 @@
+"""`precision_recall_density_coverage` and `k_nearest_distances`: checks and dtypes."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dae_kernels.clouds import check_clouds, convention
+from dae_kernels.precision_recall_density_coverage.reference import k_nearest_distances_reference, shares
+
+
+class PrecisionRecallDensityCoverage(NamedTuple):
+    """Scalars: `precision`, `recall` and `coverage` in [0, 1], `density` at least 0 and about 1 for equal distributions."""
+
+    precision: Tensor
+    recall: Tensor
+    density: Tensor
+    coverage: Tensor
+
+
+@torch.no_grad()
+def precision_recall_density_coverage(real: Tensor, fake: Tensor, *, k: int = 5) -> PrecisionRecallDensityCoverage:
+    """How faithful and how diverse a generated cloud is, from balls that reach the k-th nearest neighbour.
+
+        ball(a in A) = {z : |z - a| < distance of a to its k-th nearest neighbour in A, a itself excluded}
+        precision = share of fake points in the ball of some real point
+        recall    = share of real points in the ball of some fake point
+        density   = mean over fake points of (number of balls of real points it is in) / k
+        coverage  = share of real points with a fake point in their ball
+
+    Distances are Euclidean, from differences in float64, so the distance of coinciding points is 0 exactly. As in the package
+    `prdc` balls are open: a point on the sphere is outside, and of k + 1 coinciding points the balls are empty. Both papers
+    write closed balls, which is the same unless distances are exactly equal.
+
+    Compare results only at equal N, M and k. Memory beside the operands (and their float64 copies) is O(N + M + block), with
+    64 MiB of distances at a time. Plain torch is the implementation. Nothing is differentiable: all four are counts.
+
+    Args:
+        real, fake: features [N, D] and [M, D], floating.
+        k: neighbour that sets the radius (`nearest_k` of prdc): at least 1, less than N and M. Kynkäänniemi et al. use 3,
+            Naeem et al. 5.
+
+    Returns:
+        Scalars, float64 for float64 clouds and float32 otherwise.
+
+    Raises:
+        TypeError: clouds that are not floating point or of two dtypes.
+        ValueError: fewer than k + 1 points in a cloud, k < 1, NaN or infinity, or shapes or devices disagree.
+
+    Source: precision and recall: Kynkäänniemi et al. 2019, arXiv 1904.06991, section 2; density and coverage: Naeem et al.
+    2020, arXiv 2002.09797, section 3.
+    """
+    operation = "precision_recall_density_coverage"
+    check_clouds(operation, real, fake)
+    check_finite(operation, real=real, fake=fake)
+    for name, cloud in (("real", real), ("fake", fake)):
+        check_k(operation, k, cloud.shape[0] - 1, f"{cloud.shape[0]} points in {name}")
+    dtype = torch.promote_types(real.dtype, torch.float32)
+    return PrecisionRecallDensityCoverage(*shares(real.double(), fake.double(), k).to(dtype).unbind())
+
+
+@convention(value="root", cost="|x - y|, the Euclidean distance", bias="none: exact in the points it is given")
+@torch.no_grad()
+def k_nearest_distances(x: Tensor, y: Tensor, k: int, *, exclude_self: bool = False) -> Tensor:
+    """Euclidean distances of every point of x to its k nearest points of y, by brute force in blocks.
+
+        out[i] = the k smallest of |x_i - y_j|, ascending, over all j (over j != i with exclude_self)
+
+    Arithmetic is float64, from differences, so the distance of coinciding points is 0 exactly. Memory beside the operands
+    (and their float64 copies) is O(N k + M + block), with 64 MiB of distances at a time. Not differentiable.
+
+    Args:
+        x, y: [N, D] and [M, D], floating.
+        k: at least 1 and at most the number of points to choose from: M, or M - 1 with exclude_self.
+        exclude_self: leave out j = i, by index, for x and y that are the same points in the same order. A duplicate of a
+            point stays its neighbour.
+
+    Returns:
+        [N, k], float64 for float64 clouds and float32 otherwise.
+
+    Raises:
+        TypeError: clouds that are not floating point or of two dtypes.
+        ValueError: k out of range, NaN or infinity, exclude_self with N != M, or shapes or devices disagree.
+    """
+    check_clouds("k_nearest_distances", x, y)
+    check_finite("k_nearest_distances", x=x, y=y)
+    if exclude_self and x.shape != y.shape:
+        raise ValueError(f"exclude_self needs x and y to be the same points, got x {list(x.shape)}, y {list(y.shape)}")
+    check_k("k_nearest_distances", k, y.shape[0] - exclude_self, f"{y.shape[0]} points in y, exclude_self={exclude_self}")
+    distance_Nk = k_nearest_distances_reference(x.double(), y.double(), k, exclude_self)
+    return distance_Nk.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def check_k(operation: str, k: int, available: int, got: str) -> None:
+    if not 1 <= k <= available:
+        raise ValueError(f"{operation} needs k from 1 to {available}, the number of neighbours, got k={k} with {got}")
+
+
+def check_finite(operation: str, **clouds: Tensor) -> None:
+    """The values are read, which on a GPU waits for it, and are skipped while torch.compile traces."""
+    if torch.compiler.is_compiling():
+        return
+    for name, cloud in clouds.items():
+        if not torch.isfinite(cloud).all():
+            raise ValueError(f"{operation} needs finite points, got NaN or infinity in {name}")
