@@ -1,0 +1,130 @@
+"""The measuring tools run on a CPU and say what they did; their figures are not judged here."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FIELDS = {
+    "op", "impl", "phase", "status", "note", "product", "flops", "bytes", "ms", "samples", "extra_bytes", "gb_per_s",
+    "tflop_per_s", "floor_ms", "times_floor", "error", "shape", "dtype", "for_op", "time", "hardware", "threads", "versions", "command",
+}  # fmt: skip
+
+
+def run(script: str, *arguments: object, expected: int = 0, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "profiling" / script), *map(str, arguments)]
+    path = os.pathsep.join([str(ROOT / "kernels"), str(ROOT)])
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path} | environment, timeout=120, check=False
+    )
+    assert done.returncode == expected, done.stderr[-3000:]
+    return done
+
+
+def cases(file: Path) -> list[dict]:
+    return [json.loads(text) for text in file.read_text().splitlines()]
+
+
+def test_benchmark_writes_every_field(tmp_path):
+    arguments = ["--op", "nearest_code", "--shape", "N=64,K=32,D=8", "--dtype", "float32", "--seconds", 0.1, "--device", "cpu"]
+    impls = ["reference", "triton", "product", "cdist", "vector", "keops"]
+    wanted = [word for impl in impls for word in ("--impl", impl)]
+    output = tmp_path / "out.jsonl"
+    printed = run("bench_kernels.py", *arguments, *wanted, "--json", output, "--plot", tmp_path / "plots").stdout
+    rows = cases(output)
+    assert all(set(row) == FIELDS for row in rows)
+    assert all(row["for_op"] == "nearest_code" and row["shape"] == {"N": 64, "K": 32, "D": 8} for row in rows)
+    by_impl = {row["impl"]: row for row in rows}
+    for impl in ("reference", "product + argmin", "cdist + argmin", "copy", "float32"):
+        row = by_impl[impl]
+        assert row["status"] == "ok" and row["phase"] == "forward"
+        assert 0 < row["ms"]["p20"] <= row["ms"]["median"] <= row["ms"]["p80"]
+        assert row["samples"] >= 3 and row["floor_ms"] > 0 and row["times_floor"] > 0
+    assert by_impl["cdist + argmin"]["error"] == by_impl["product + argmin"]["error"] == 0
+    assert "cannot run" in by_impl["triton, exact"]["status"]  # also where the interpreter is on
+    assert {"triton, exact", "vector_quantize_pytorch", "keops"} < set(by_impl)  # nothing is left out in silence
+    for row in rows:
+        assert row["command"].startswith("python profiling/bench_kernels.py --op nearest_code")
+        assert str(tmp_path) not in json.dumps(row)
+        assert row["hardware"] in printed
+    assert (tmp_path / "plots" / "nearest_code.png").stat().st_size > 1000
+
+    table = run("bench_report.py", output).stdout
+    assert "| cdist + argmin | forward |" in table and "### nearest_code, N = 64" in table
+    run("bench_kernels.py", *arguments, "--impl", "reference", "--json", output)
+    assert len(cases(output)) == len(rows) + 3  # appended: the reference and two floors
+
+
+def test_benchmark_has_backward_and_memory(tmp_path):
+    output = tmp_path / "out.jsonl"
+    shape = ["--shape", "B=1,H=2,L=512,D=16", "--impl", "reference", "--impl", "sdpa"]
+    run("bench_kernels.py", "--op", "attention", *shape, "--seconds", 0.1, "--device", "cpu", "--json", output)
+    rows = {(row["impl"], row["phase"]): row for row in cases(output)}
+    for impl in ("reference", "sdpa"):
+        forward, backward, both = (rows[impl, phase] for phase in ("forward", "backward", "both"))
+        assert max(forward["ms"]["median"], backward["ms"]["median"]) < both["ms"]["median"]
+        assert both["flops"] == forward["flops"] + backward["flops"]
+    # float32 rounding of either; the gradients are a few roundings longer
+    assert rows["sdpa", "forward"]["error"] < 1e-5 and rows["sdpa", "backward"]["error"] < 1e-5
+    if sys.platform == "linux":
+        scores = 2 * 512 * 512 * 4  # bytes, which the reference writes and sdpa does not
+        assert rows["reference", "both"]["extra_bytes"] > scores > rows["sdpa", "forward"]["extra_bytes"]
+
+
+def test_benchmark_refuses_what_it_cannot_read():
+    message = run("bench_kernels.py", "--shape", "N8", expected=2).stderr
+    assert "expected N=8192,K=4096,D=64 or the like, got 'N8'" in message
+
+
+@pytest.mark.parametrize("impl, interpret", [("reference", "0"), ("triton", "1")])
+def test_exactness(tmp_path, impl, interpret):
+    output = tmp_path / "out.jsonl"
+    arguments = ["--queries", 300, "--codes", 200, "--impl", impl, "--device", "cpu", "--json", output]
+    run("exactness.py", *arguments, TRITON_INTERPRET=interpret)
+    rows = cases(output)
+    assert [row["family"] for row in rows] == ["random", "uniform", "normalized"]
+    assert all(row["queries"] == 300 and row["K"] == 200 and row["wrong"] == row["beyond_rounding"] == 0 for row in rows)
+
+
+def test_exactness_sees_a_wrong_code():
+    script = (
+        "import sys, torch; sys.path.insert(0, sys.argv[1]); from exactness import judge\n"
+        "x, codes = torch.eye(4), torch.cat([torch.eye(4), torch.eye(4)])\n"
+        "for index in ([0, 1, 2, 3], [4, 5, 6, 7], [0, 1, 2, 0]): print(judge(x, codes, torch.tensor(index)))"
+    )
+    command = [sys.executable, "-c", script, str(ROOT / "profiling")]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    # Equal codes are no error; the last vector is |x|^2 + |c|^2 = 2 from a code across, so 2 |x| |c| too far.
+    assert printed.splitlines() == ["(0, 0, 0.0)", "(0, 0, 0.0)", "(1, 1, 2.0)"]
+
+
+def test_gpu_session_names_what_exists():
+    script = ROOT / "profiling" / "gpu_session.sh"
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    text = script.read_text()
+    steps = "\n".join(row for row in text.splitlines() if not row.startswith("#"))
+    named = set(re.findall(r"\b(?:profiling|tests)/[\w/]+(?:\.py)?", steps)) - {"profiling/results/"}
+    assert {"profiling/bench_kernels.py", "profiling/exactness.py", "tests/kernels"} <= named
+    assert not [name for name in named if not (ROOT / name).exists()]
+    operations = {path.stem for path in (ROOT / "profiling" / "bench").glob("*.py")}
+    assert set(re.findall(r"^bench (\w+)", text, re.MULTILINE)) == operations
+    flags = set(
+        re.findall(r"(--[a-z]+)", "\n".join(row for row in steps.splitlines() if "profiling/" in row or row.startswith("bench")))
+    )
+    known = run("bench_kernels.py", "--help").stdout + run("exactness.py", "--help").stdout
+    assert not [flag for flag in flags if flag not in known]
+
+
+def test_every_kernel_is_measured_and_inspected():
+    kernels = {path.parent.name for path in (ROOT / "kernels" / "dae_kernels").glob("*/fused.py")} - {"pairwise"}
+    assert kernels <= {path.stem for path in (ROOT / "profiling" / "bench").glob("*.py")}
+    inspected = run("inspect_kernels.py", "--help").stdout
+    for path in (ROOT / "profiling" / "aot").glob("*.py"):
+        assert path.stem in inspected
