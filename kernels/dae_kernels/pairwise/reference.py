@@ -1,0 +1,48 @@
+"""Sums over pairs in eager torch, a bounded number of pairs at a time: the definition."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+MAX_PAIRS = 1 << 21  # pairs alive at once: 16 MiB for each of the few float64 matrices
+
+
+def pair_rows_reference(
+    q_ND: Tensor, s_MD: Tensor, v_M: Tensor, bandwidths: tuple[float, ...], same: bool, gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """For each row of q its sum over the weighted rows of s, and the gradient of that sum to the row.
+
+        p_i = sum_j v_j f(|q_i - s_j|),  g_i = d p_i / d q_i
+
+    with f(r) = sum_b exp(-r^2 / (2 b^2)) over `bandwidths`, or f(r) = r where there are none; `same` leaves i = j out. The
+    gradient of r at r = 0 is 0. All arithmetic is float64, and distances are norms of differences, so nothing cancels.
+
+    Returns:
+        p_N and g_ND, float64; g_ND is [0, D] unless `gradient`.
+    """
+    q_ND, s_MD, v_M = q_ND.double(), s_MD.double(), v_M.double()
+    N, M = q_ND.shape[0], s_MD.shape[0]
+    rows = max(1, MAX_PAIRS // M)
+    # The plain tuple, not a split into one: a graph compiled for one chunk then serves every N up to `rows`.
+    chunks = (q_ND,) if rows >= N else q_ND.split(rows)
+    sums, gradients = [], []
+    for chunk, q_nD in enumerate(chunks):
+        distance_nM = torch.cdist(q_nD, s_MD, compute_mode="donot_use_mm_for_euclid_dist")
+        # slope is f'(r) / r, so the gradient is the sum of v slope (q - s).
+        if bandwidths:
+            value_nM, slope_nM = torch.zeros_like(distance_nM), torch.zeros_like(distance_nM)
+            for bandwidth in bandwidths:
+                bump_nM = (distance_nM / bandwidth).square_().mul_(-0.5).exp_()
+                value_nM += bump_nM
+                slope_nM -= bump_nM / bandwidth**2
+        else:
+            value_nM, slope_nM = distance_nM, torch.where(distance_nM == 0, 0.0, 1.0 / distance_nM)
+        if same:
+            for matrix in (value_nM, slope_nM):
+                matrix.diagonal(chunk * rows).zero_()
+        sums.append(value_nM @ v_M)
+        if gradient:
+            slope_nM = slope_nM * v_M
+            gradients.append(q_nD * slope_nM.sum(dim=1, keepdim=True) - slope_nM @ s_MD)
+    return torch.cat(sums), torch.cat(gradients) if gradient else q_ND.new_empty(0, q_ND.shape[1])
