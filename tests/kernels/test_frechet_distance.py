@@ -142,6 +142,16 @@ def test_properties(D, seed, scale):
     assert distance.sqrt() <= detour + 1e-10
 
 
+def test_bias_falls_by_theory():
+    """Between samples of one Gaussian the estimate is all bias, of order 1 / N."""
+    generator, means = torch.Generator().manual_seed(0), []
+    for N in (100, 1600):
+        draws = [torch.randn(2, N, 3, generator=generator, dtype=torch.float64) for _ in range(200)]
+        means.append(torch.stack([frechet_distance(x, y) for x, y in draws]).mean().log().item())
+    # A distance scatters by half of its mean: 200 know the mean to 4 %, the slope to 0.02.
+    assert (means[1] - means[0]) / math.log(16) == pytest.approx(-1, abs=0.1)
+
+
 @pytest.mark.parametrize("splits", [[41], [1] * 41, [0, 1, 0, 40], [20, 21]])
 def test_streams_far_from_zero(splits):
     x = normal(41, 3) + 1e6
