@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from dae_kernels import nearest_code
+from dae_kernels.codebook_statistics import codebook_statistics
+from dae_kernels.nearest_code import nearest_code
+from dae_kernels.vector_quantize import vector_quantize
 from torch import Tensor, nn
 
 from dae.config import VQConfig
 from dae.distributed import rank, sum_over_processes, world_size
 from dae.quantizers.encoding import Encoding
-
-
-def codebook_statistics(x_ND: Tensor, indices_N: Tensor, num_codes: int) -> tuple[Tensor, Tensor]:
-    """How many vectors each code has [K] and their sums [K, D], both fp64; sorted segments, so deterministic everywhere."""
-    order = torch.argsort(indices_N, stable=True)
-    counts_K = torch.bincount(indices_N, minlength=num_codes)
-    sums_KD = torch.segment_reduce(x_ND[order].double(), "sum", lengths=counts_K, initial=0.0)
-    return counts_K.double(), sums_KD
 
 
 class VectorQuantizer(nn.Module):
@@ -49,11 +43,8 @@ class VectorQuantizer(nn.Module):
     def forward(self, features: Tensor, sample_posterior: bool = False) -> Encoding:
         """Features [B, D, h, w] to latents of the same shape and indices [B, h, w]; a code is never sampled."""
         z_BDhw = features.float()
-        indices, _ = nearest_code(z_BDhw.detach().movedim(1, -1), self.codebook)
-        quantized = self.lookup(indices)
-        loss = self.config.commitment_weight * F.mse_loss(z_BDhw, quantized)
-        latents = quantized + (z_BDhw - z_BDhw.detach())  # straight through: the codes to the bit, with the gradient of z
-        return Encoding(latents, loss, z_BDhw, indices)
+        out = vector_quantize(z_BDhw.movedim(1, -1), self.codebook, commitment_weight=self.config.commitment_weight)
+        return Encoding(out.quantized.movedim(-1, 1), out.loss, z_BDhw, out.indices)
 
     def lookup(self, indices_Bhw: Tensor) -> Tensor:
         """Codes [B, D, h, w] of indices [B, h, w]."""
@@ -108,7 +99,7 @@ class VectorQuantizer(nn.Module):
         counts = torch.ones(K, device=x_ND.device)
         for _ in range(self.config.kmeans_iterations):
             indices, _ = nearest_code(x_ND, codebook)
-            counts, sums = codebook_statistics(x_ND, indices, K)
+            counts, sums = codebook_statistics(x_ND.double(), indices, K)
             empty = counts == 0
             codebook = (sums / counts.clamp(min=1)[:, None]).float()
             codebook[empty] = random_latents(int(empty.sum()))
@@ -119,7 +110,8 @@ class VectorQuantizer(nn.Module):
         """Count what a micro-batch used."""
         self._refuse_if_frozen()
         x_BTD = encoding.features.detach().movedim(1, -1).flatten(1, 2)
-        counts, sums = codebook_statistics(x_BTD.flatten(0, 1), encoding.indices.flatten(), len(self.codebook))
+        # Sums in float64: those of micro-batches and processes add up to the sum of the whole but for its one rounding.
+        counts, sums = codebook_statistics(x_BTD.double(), encoding.indices.flatten(1), len(self.codebook))
         self._counts = counts if self._counts is None else self._counts + counts
         self._sums = sums if self._sums is None else self._sums + sums
         self._latest = x_BTD

@@ -7,7 +7,6 @@ from torch import multiprocessing
 
 from dae.config import VQConfig
 from dae.quantizers import VectorQuantizer
-from dae.quantizers.vq import codebook_statistics
 
 D = 3
 
@@ -56,17 +55,6 @@ def test_the_forward_pass_changes_nothing():
     before = {k: v.clone() for k, v in quantizer.state_dict().items()}
     quantizer(features(2, D, 4, 4))
     assert all(torch.equal(v, before[k]) for k, v in quantizer.state_dict().items())
-
-
-@pytest.mark.parametrize("n, K", [(50, 7), (3, 7), (0, 4), (1, 1)])
-def test_codebook_statistics(n, K):
-    x = features(n, D)
-    indices = torch.randint(K, (n,), generator=torch.Generator().manual_seed(0))
-    counts, sums = codebook_statistics(x, indices, K)
-    assert counts.dtype == sums.dtype == torch.float64
-    assert torch.equal(counts, torch.zeros(K, dtype=torch.float64).index_add(0, indices, torch.ones(n, dtype=torch.float64)))
-    expected = torch.zeros(K, D, dtype=torch.float64).index_add(0, indices, x.double())
-    torch.testing.assert_close(sums, expected, rtol=1e-14, atol=1e-14)
 
 
 def test_ema_by_hand():
