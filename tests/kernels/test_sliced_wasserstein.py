@@ -13,7 +13,7 @@ import ot
 import pytest
 import scipy.stats
 import torch
-from dae_kernels.sliced_wasserstein import max_sliced_wasserstein, reference, sliced_wasserstein
+from dae_kernels.sliced_wasserstein import api, max_sliced_wasserstein, reference, sliced_wasserstein
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -97,6 +97,14 @@ def test_generator_and_dtypes_give_the_same_directions(kind):
         half = DISTANCES[kind](x.to(dtype), y.to(dtype), generator=torch.Generator().manual_seed(3))
         same = DISTANCES[kind](x.to(dtype).float(), y.to(dtype).float(), generator=torch.Generator().manual_seed(3))
         assert half.dtype == torch.float32 and torch.equal(half, same)
+
+
+@both
+def test_autocast_does_not_touch_the_operands(kind):
+    x, y, projections = cloud(20, 4).float(), cloud(20, 4, 1).float(), directions(4).float()
+    expected = DISTANCES[kind](x, y, projections=projections)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(DISTANCES[kind](x, y, projections=projections), expected)
 
 
 @both
@@ -257,15 +265,14 @@ def test_error_of_the_directions_falls_by_theory():
 
 
 def test_clouds_of_another_device_stay_there():
-    """Meta tensors stand for a GPU: directions drawn on the CPU follow the clouds, and nothing else is made on the CPU."""
+    """Meta tensors stand for a GPU (autocast does not know them): drawn directions follow the clouds, nothing is on the CPU."""
     x, w = torch.empty(7, 3, device="meta", requires_grad=True), torch.empty(7, device="meta")
     for M in (7, 9):
-        y = torch.empty(M, 3, device="meta")
-        for function in DISTANCES.values():
-            distance = function(x, y)
-            assert distance.device.type == torch.autograd.grad(distance, x)[0].device.type == "meta"
-        # Below the checks, which read the weights.
-        assert reference.mean_cost(x, y, torch.empty(3, 4, device="meta"), 2, w, None).device.type == "meta"
+        operands = api.prepare("test", x, torch.empty(M, 3, device="meta"), 2, 5, None, None, None, None)
+        for cost in (reference.mean_cost, reference.greatest_cost):
+            for weights_x in (None, w):
+                value = cost(*operands[:4], weights_x, None)
+                assert value.device.type == torch.autograd.grad(value, x)[0].device.type == "meta"
 
 
 @both

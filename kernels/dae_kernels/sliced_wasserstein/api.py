@@ -45,7 +45,8 @@ def sliced_wasserstein(
     the root has no derivative, the gradient is 0.
 
     Args:
-        x, y: [N, D] and [M, D], N, M, D >= 1, floating, of one dtype. 16-bit clouds are projected in float32.
+        x, y: [N, D] and [M, D], N, M, D >= 1, floating, of one dtype. 16-bit clouds are projected in float32; autocast
+            does not touch the operands (`torch.set_float32_matmul_precision` does).
         p: exponent of the cost, at least 1.
         num_projections: number L >= 1 of directions drawn; unused with `projections`.
         weights_x, weights_y: [N] and [M], not negative; only their proportions matter. None: equal weights.
@@ -65,7 +66,8 @@ def sliced_wasserstein(
     and Radon Wasserstein Barycenters of Measures".
     """
     operands = prepare("sliced_wasserstein", x, y, p, num_projections, weights_x, weights_y, generator, projections)
-    return root(mean_cost(*operands), p)
+    with torch.autocast(x.device.type, enabled=False):
+        return root(mean_cost(*operands), p)
 
 
 @convention(
@@ -93,7 +95,8 @@ def max_sliced_wasserstein(
     Source: Deshpande et al. 2019, "Max-Sliced Wasserstein Distance and Its Use for GANs", arXiv 1904.05877.
     """
     operands = prepare("max_sliced_wasserstein", x, y, p, num_projections, weights_x, weights_y, generator, projections)
-    return root(greatest_cost(*operands), p)
+    with torch.autocast(x.device.type, enabled=False):
+        return root(greatest_cost(*operands), p)
 
 
 def prepare(
