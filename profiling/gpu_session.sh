@@ -61,7 +61,10 @@ if has xdist; then WORKERS=(-n 6 --dist loadfile); fi  # most of the time is com
 step versions 20 versions.txt bash -c versions
 step "tests on the GPU" 110 checks.txt "$PYTHON" -m pytest tests/kernels -m "not slow" -q -rf --tb=short \
     --continue-on-collection-errors -p no:cacheprovider --ignore=tests/kernels/test_aot.py "${WORKERS[@]}"
-step "exact nearest codes" 50 checks.txt "$PYTHON" profiling/exactness.py --impl triton --queries 1000000 --json "$OUT/exactness.jsonl"
+step "exact nearest codes" 50 checks.txt "$PYTHON" profiling/exactness.py --impl triton --queries 1000000 \
+    --precision exact --precision fast --json "$OUT/exactness.jsonl"
+step "the same by torch in float32" 20 checks.txt "$PYTHON" profiling/exactness.py --impl float32 --queries 1000000 \
+    --json "$OUT/exactness.jsonl"
 
 # The figures the project promises first; the others with what is left.
 bench() {

@@ -14,7 +14,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FIELDS = {
     "op", "impl", "phase", "status", "note", "product", "flops", "bytes", "ms", "samples", "extra_bytes", "gb_per_s",
-    "tflop_per_s", "floor_ms", "times_floor", "error", "shape", "dtype", "for_op", "time", "hardware", "threads", "versions", "command",
+    "tflop_per_s", "floor_ms", "times_floor", "error", "shape", "dtype", "for_op", "time", "hardware", "threads", "versions",
+    "command",
 }  # fmt: skip
 
 

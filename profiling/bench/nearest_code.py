@@ -61,9 +61,9 @@ def cases(Case, shape, dtype, device):
     for precision, unit in (("exact", product), ("fast", fast_product)):
         run = lambda precision=precision: nearest_code(x_ND, codebook_KD, precision=precision, impl="triton")  # noqa: E731
         yield case(f"triton, {precision}", run, product=unit, refusal=refusal)
-    yield case("product + argmin", product_argmin)
+    yield case("product + argmin", product_argmin, note="scores in the dtype of x")
     compiled_product_argmin = torch.compile(product_argmin)
-    yield case("compile, product + argmin", lambda: compiled_product_argmin())
+    yield case("compile, product + argmin", lambda: compiled_product_argmin(), note="scores in the dtype of x")
     yield case("cdist + argmin", lambda: torch.cdist(x_ND.float(), codebook_KD.float()).argmin(dim=1))
     note = "the two lines of its search, without its one-hot matrix and lookup"
     yield case("vector_quantize_pytorch", vector_quantize_pytorch, needs="vector_quantize_pytorch", note=note)
