@@ -202,14 +202,93 @@ def test_not_finite_operands_give_an_index_in_range(impl, bad):
         assert index.min() >= 0 and index.max() < 5
 
 
-def test_chunks_of_the_reference_do_not_show(monkeypatch):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_chunks_of_the_reference_do_not_show(monkeypatch, dtype):
     torch.manual_seed(9)
-    x, codebook = torch.randn(31, 6), torch.randn(40, 6)
+    x, codebook = torch.randn(150, 6, dtype=dtype), torch.randn(140, 6, dtype=dtype)
     whole = nearest_code(x, codebook, impl="reference")
-    for rows in (1, 2, 10):
-        monkeypatch.setattr(reference, "MAX_SCORES", rows * 40)
+    assert torch.equal(whole[0], brute_force(x, codebook, "l2", torch.float64).argmin(dim=1))
+    for rows in (1, 2, 70):
+        monkeypatch.setattr(reference, "MAX_SCORES", rows * 140)
+        monkeypatch.setattr(reference, "MAX_QUICK_SCORES", rows * 192)
         index, distance = nearest_code(x, codebook, impl="reference")
         assert torch.equal(index, whole[0]) and torch.equal(distance, whole[1])
+
+
+def near_ties() -> dict[str, tuple[Tensor, Tensor]]:
+    """Codes between which float32 scores cannot or can hardly decide."""
+    torch.manual_seed(14)
+    x, codes = torch.randn(300, 16), torch.randn(100, 16)
+    codes[:, 0] += torch.arange(100) * 1e-7
+    far = torch.randn(300, 16) + 3000
+    return {
+        "copies": (x, torch.cat([codes, codes, codes])),
+        "one rounding apart": (x, torch.cat([codes, codes * (1 + EPS), codes * (1 - EPS)])),
+        "all cancels": (far, far[:70] + 1e-3 * torch.randn(70, 16)),
+        "huge": (x * 1e19, codes * 1e19),
+        "denormal": (x * 1e-40, codes * 1e-40),
+        "tiny codes": (x, codes * 1e-22),
+        "one code": (x, codes[:1]),
+        "a code far out": (x, torch.cat([codes, torch.full((1, 16), 1e15)])),
+    }
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("case", near_ties())
+def test_quick_search_equals_float64(case, metric):
+    x, codebook = near_ties()[case]
+    index, distance = nearest_code(x, codebook, metric=metric, impl="reference")
+    expected = nearest_code(x.double(), codebook.double(), metric=metric, impl="reference")
+    assert torch.equal(index, expected[0]) and torch.equal(distance, expected[1])
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("family", ["random", "small", "unit"])
+def test_quick_search_is_mostly_sure(metric, family):
+    """What the speed rests on; and every sure row is right."""
+    torch.manual_seed(15)
+    x, codebook = torch.randn(2000, 8), torch.randn(700, 8)
+    if family == "small":
+        codebook = (torch.rand(700, 8) * 2 - 1) / 700
+    codes_KD = codebook.double()
+    if family == "unit" or metric == "cosine":
+        x, codes_KD = torch.nn.functional.normalize(x, dim=1), torch.nn.functional.normalize(codes_KD, dim=1)
+    bias_K = codes_KD.square().sum(1) * (metric == "l2")
+    index, sure = reference.quick_search(x, codes_KD, bias_K)
+    assert sure.double().mean() > 0.98
+    assert torch.equal(index[sure], reference.exact_search(x, codes_KD, bias_K)[sure])
+
+
+def test_quick_search_only_where_float32_is_float32():
+    x, codebook = torch.randn(3, 4), torch.randn(5, 4)
+    assert reference.quick_search_applies(x, codebook) and reference.quick_search_applies(x.half(), codebook.bfloat16())
+    assert not reference.quick_search_applies(x, codebook.double())
+    assert not reference.quick_search_applies(x.to("meta"), codebook.to("meta"))
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision in ("high", "medium"):
+            torch.set_float32_matmul_precision(precision)
+            assert not reference.quick_search_applies(x, codebook)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert reference.quick_search_applies(x, codebook)
+    products = torch.backends.mkldnn.matmul  # the newer way to say it
+    before = products.fp32_precision
+    try:
+        products.fp32_precision = "bf16"
+        assert not reference.quick_search_applies(x, codebook)
+    finally:
+        products.fp32_precision = before
+
+
+def test_vmap_over_codebooks():
+    torch.manual_seed(16)
+    x, codebook = torch.randn(3, 20, 4), torch.randn(3, 50, 4)
+    index, distance = torch.vmap(nearest_code)(x, codebook)
+    for h in range(3):
+        expected = nearest_code(x[h], codebook[h])
+        assert torch.equal(index[h], expected[0])
+        torch.testing.assert_close(distance[h], expected[1])
 
 
 def test_memory_of_the_reference_is_bounded():

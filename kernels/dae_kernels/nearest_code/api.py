@@ -20,10 +20,10 @@ def nearest_code(
         l2:      index = argmin_k |x - c_k|^2,            distance = |x - c_index|^2 (squared)
         cosine:  index = argmax_k x . c_k / (|x| |c_k|),  distance = 1 - that cosine, in [0, 2]
 
-    Scores are |c_k|^2 - 2 x . c_k, in float32 in the kernel and in float64 in the reference. The lowest index wins a tie. A
-    zero vector has cosine 0 with everything.
-    Memory is O(N + K) beside the operands: the [N, K] scores are never stored (the reference keeps 64 MiB of them). Not
-    finite operands give some index in [0, K). Autocast does not touch the operands.
+    Scores are |c_k|^2 - 2 x . c_k, in float32 in the kernel; the reference decides as float64 does, and on a CPU looks at
+    float32 scores first. The lowest index wins a tie. A zero vector has cosine 0 with everything.
+    Memory is O(N + K) beside the operands: the [N, K] scores are never stored (the reference keeps 64 MiB of them at most).
+    Not finite operands give some index in [0, K). Autocast does not touch the operands.
 
     Neither output is differentiable. The differentiable distance is `(x - codebook[index]).square().sum(-1)`.
 
