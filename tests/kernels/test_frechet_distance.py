@@ -197,6 +197,14 @@ def test_all_reduce_uses_the_given_sum():
     assert GaussianStatistics().all_reduce(lambda tensor: tensor * 2).count == 0
 
 
+def test_statistics_may_be_on_another_device():
+    """Meta tensors stand for a GPU."""
+    x, y = torch.zeros(5, 3, device="meta"), normal(5, 3)
+    assert frechet_distance(x, GaussianStatistics().update(y)).device.type == "meta"
+    with pytest.raises(ValueError, match="mean_b on cpu"):
+        frechet_distance(x, y)
+
+
 def test_statistics_keep_no_graph():
     statistics = GaussianStatistics().update(normal(5, 2).requires_grad_())
     assert not statistics.covariance.requires_grad

@@ -62,14 +62,15 @@ def frechet_distance(x: Tensor | GaussianStatistics, y: Tensor | GaussianStatist
     respect to clouds given as tensors, where `gaussian_w2` is: more points than dimensions are needed.
 
     Args:
-        x, y: points [N, D] and [M, D], N, M >= 2, floating, or the `GaussianStatistics` of such.
+        x, y: points [N, D] and [M, D], N, M >= 2, floating, or the `GaussianStatistics` of such; statistics may be on another
+            device than what they are compared with.
 
     Returns:
         Scalar, at least 0; float32 if an argument is a tensor of another dtype than float64, else float64.
 
     Raises:
         TypeError: points that are not floating point.
-        ValueError: fewer than 2 points, or different D or devices.
+        ValueError: fewer than 2 points, different D, or tensors on two devices.
         torch.linalg.LinAlgError: NaN or infinity among the points.
 
     Source: Heusel et al. 2017, arXiv 1706.08500, section 3 (after Dowson and Landau 1982).
@@ -77,6 +78,8 @@ def frechet_distance(x: Tensor | GaussianStatistics, y: Tensor | GaussianStatist
     (mean_a, cov_a), (mean_b, cov_b) = (moments(name, cloud) for name, cloud in (("x", x), ("y", y)))
     if len(mean_a) != len(mean_b):
         raise ValueError(f"expected features of one dimension, got {len(mean_a)} and {len(mean_b)}; use one feature extractor")
+    if isinstance(x, GaussianStatistics) or isinstance(y, GaussianStatistics):
+        mean_b, cov_b = mean_b.to(mean_a.device), cov_b.to(mean_a.device)
     distance = gaussian_w2(mean_a, cov_a, mean_b, cov_b)
     exact = all(isinstance(cloud, GaussianStatistics) or cloud.dtype == torch.float64 for cloud in (x, y))
     return distance if exact else distance.float()

@@ -63,7 +63,7 @@ def precision_recall_density_coverage(real: Tensor, fake: Tensor, *, k: int = 5)
 
 @convention(value="root", cost="|x - y|, the Euclidean distance", bias="none: exact in the points it is given")
 @torch.no_grad()
-def k_nearest_distances(x: Tensor, y: Tensor, k: int, *, exclude_self: bool = False) -> Tensor:
+def k_nearest_distances(x: Tensor, y: Tensor, k: int, exclude_self: bool = False) -> Tensor:
     """Euclidean distances of every point of x to its k nearest points of y, by brute force in blocks.
 
         out[i] = the k smallest of |x_i - y_j|, ascending, over all j (over j != i with exclude_self)
