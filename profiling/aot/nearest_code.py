@@ -8,12 +8,13 @@ import torch
 from dae_kernels.nearest_code import fused
 
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
-# x dtype, codebook dtype, exact, D, metric
+# x dtype, codebook dtype, exact, D, metric, heads
 VARIANTS = {
-    "fp32 fast D=128": (torch.float32, torch.float32, False, 128, "cosine"),
-    "bf16 D=64": (torch.bfloat16, torch.bfloat16, False, 64, "l2"),
-    "bf16 D=256": (torch.bfloat16, torch.bfloat16, True, 256, "l2"),
-    "bf16 x, fp32 codes, exact D=100": (torch.bfloat16, torch.float32, True, 100, "cosine"),
+    "fp32 fast D=128": (torch.float32, torch.float32, False, 128, "cosine", 1),
+    "bf16 D=64": (torch.bfloat16, torch.bfloat16, False, 64, "l2", 1),
+    "bf16 D=64, 3 heads": (torch.bfloat16, torch.bfloat16, False, 64, "l2", 3),
+    "bf16 D=256": (torch.bfloat16, torch.bfloat16, True, 256, "l2", 1),
+    "bf16 x, fp32 codes, exact D=100": (torch.bfloat16, torch.float32, True, 100, "cosine", 1),
 }
 
 
@@ -24,7 +25,7 @@ def split(tile):
 
 
 def variants(Variant, backend):
-    for name, (x_dtype, code_dtype, exact, D, metric) in VARIANTS.items():
+    for name, (x_dtype, code_dtype, exact, D, metric, heads) in VARIANTS.items():
         dtype = fused.dot_dtype(x_dtype, code_dtype, exact)
         pointers = {"norm_ptr": "*fp32", "codebook_ptr": POINTERS[code_dtype]}
         outputs = {"x_ptr": POINTERS[x_dtype], "index_ptr": "*i64", "distance_ptr": "*fp32"}
@@ -32,7 +33,7 @@ def variants(Variant, backend):
         precision = ("ieee" if backend == "hip" else "tf32x3") if exact else "tf32"
         blocks, options = split(fused.tile(D, dtype, exact))
         sizes = {"N": "i32", "K": "i32", "d_end": "i32"}
-        products = constants | blocks | {"UPCAST": dtype != x_dtype, "INPUT_PRECISION": precision}
+        products = constants | blocks | {"H": heads, "UPCAST": dtype != x_dtype, "INPUT_PRECISION": precision}
         yield Variant(name, fused.nearest_code_kernel, pointers | outputs, sizes, products, options, product=True)
         if D == 100:
             blocks, options = split(fused.norm_tile(D))

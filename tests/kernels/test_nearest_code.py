@@ -281,6 +281,41 @@ def test_quick_search_only_where_float32_is_float32():
         products.fp32_precision = before
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("leading, H, K, D", [((70,), 3, 65, 20), ((2, 3), 1, 7, 5), ((), 4, 9, 17), ((0,), 2, 3, 4)])
+def test_each_head_has_its_codebook(impl, metric, leading, H, K, D):
+    torch.manual_seed(17)
+    wide = torch.randn(*leading, D, H, device=DEVICE)
+    for x in (wide.mT, wide.mT.contiguous()):
+        codebook = torch.randn(K, H, D, device=DEVICE).transpose(0, 1)
+        index, distance = nearest_code(x, codebook, metric=metric, impl=impl)
+        assert index.shape == distance.shape == (*leading, H)
+        for h in range(H):
+            expected = nearest_code(x[..., h, :], codebook[h], metric=metric, impl=impl)
+            assert torch.equal(index[..., h], expected[0])
+            assert torch.equal(distance[..., h], expected[1])
+
+
+def test_heads_of_the_kernel_stay_inside_their_codebooks():
+    """The other head's codes and what lies around would win: every code of a head is the best of the other head's rows."""
+    from dae_kernels.nearest_code import fused
+
+    torch.manual_seed(18)
+    N, K, D, guard = 33, 45, 20, 7
+    x = torch.randn(N, 2, D, device=DEVICE)
+    codebook = torch.stack([x[:, 1].repeat(2, 1)[:K], x[:, 0].repeat(2, 1)[:K]])
+    norms = torch.full((2 * guard + 2 * K,), -float("inf"), device=DEVICE)
+    indices = torch.full((2 * guard + 2 * N,), -7, dtype=torch.int64, device=DEVICE)
+    distances = torch.full((2 * guard + 2 * N,), -7.0, device=DEVICE)
+    norm, index, distance = norms[guard:-guard].view(2, K), indices[guard:-guard].view(N, 2), distances[guard:-guard].view(N, 2)
+    fused.launch(x, codebook, norm, index, distance, False, True)
+    assert (norms[:guard] == -float("inf")).all() and (norms[-guard:] == -float("inf")).all()
+    for whole in (indices, distances):
+        assert (whole[:guard] == -7).all() and (whole[-guard:] == -7).all()
+    assert torch.equal(index, nearest_code(x, codebook, impl="reference")[0])
+
+
 def test_vmap_over_codebooks():
     torch.manual_seed(16)
     x, codebook = torch.randn(3, 20, 4), torch.randn(3, 50, 4)
@@ -328,7 +363,7 @@ def test_kernel_stays_inside_its_buffers(metric, dtype):
     around_distance = torch.full((guard,), -7.0, device=DEVICE)
     distances, distance = guarded(torch.zeros(N, device=DEVICE), around_distance)
 
-    fused.launch(x, codebook, norm, index, distance, metric == "cosine", True)
+    fused.launch(x[:, None], codebook[None], norm, index, distance, metric == "cosine", True)
 
     for whole, around in ((norms, around_norm), (indices, around_index), (distances, around_distance)):
         assert torch.equal(whole[:guard], around) and torch.equal(whole[-guard:], around)
@@ -389,9 +424,9 @@ def test_compiles_with_inductor():
 def test_operator_passes_torch_checks():
     from dae_kernels.nearest_code.fused import nearest_code_triton
 
-    codebook = torch.randn(4, 3, device=DEVICE)
+    codebook = torch.randn(2, 4, 3, device=DEVICE)
     for N in (0, 5):
-        torch.library.opcheck(nearest_code_triton, (torch.randn(N, 3, device=DEVICE), codebook, False, True))
+        torch.library.opcheck(nearest_code_triton, (torch.randn(N, 2, 3, device=DEVICE), codebook, False, True))
 
 
 def test_operator_is_registered_without_the_interpreter():
@@ -400,9 +435,9 @@ def test_operator_is_registered_without_the_interpreter():
         "import torch; from torch._subclasses.fake_tensor import FakeTensorMode\n"
         "from dae_kernels.nearest_code.fused import nearest_code_triton\n"
         "with FakeTensorMode():\n"
-        "    codebook = torch.empty(9, 5, device='cuda')\n"
+        "    codebook = torch.empty(1, 9, 5, device='cuda')\n"
         "    for N in (7, 0):\n"
-        "        index, distance = nearest_code_triton(torch.empty(N, 5, device='cuda'), codebook, False, True)\n"
+        "        index, distance = nearest_code_triton(torch.empty(N, 1, 5, device='cuda'), codebook, False, True)\n"
         "        print(index.shape[0], index.dtype, index.device.type, distance.shape[0], distance.dtype)\n"
     )
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
@@ -428,7 +463,10 @@ ERRORS = {
     "impl": ((3, 4), (5, 4), {"impl": "cuda"}, ValueError, "impl must be one of"),
     "width": ((3, 4), (5, 6), {}, ValueError, r"got x \[3, 4\], codebook \[5, 6\]"),
     "no rows": ((), (5, 6), {}, ValueError, r"got x \[\]"),
-    "3-D codebook": ((3, 4), (1, 5, 4), {}, ValueError, r"codebook \[K, D\]"),
+    "4-D codebook": ((3, 4), (1, 1, 5, 4), {}, ValueError, r"or x \[..., H, D\] and codebook \[H, K, D\]"),
+    "no heads in x": ((4,), (1, 5, 4), {}, ValueError, r"got x \[4\], codebook \[1, 5, 4\]"),
+    "other heads": ((3, 2, 4), (3, 5, 4), {}, ValueError, r"got x \[3, 2, 4\], codebook \[3, 5, 4\]"),
+    "no head": ((3, 0, 4), (0, 5, 4), {}, ValueError, "at least one code"),
     "no codes": ((3, 4), (0, 4), {}, ValueError, "at least one code"),
     "no dimensions": ((3, 0), (5, 0), {}, ValueError, "at least one code and one dimension"),
 }

@@ -221,6 +221,22 @@ def test_properties(N, K, D, power, seed):
         torch.testing.assert_close(*slopes)
 
 
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("metric", METRICS)
+def test_each_head_has_its_codebook(gradient, metric):
+    torch.manual_seed(2)
+    x, codebook = torch.randn(5, 4, 3, 6, device=DEVICE, requires_grad=True), torch.randn(3, 9, 6, device=DEVICE)
+    out = vector_quantize(x, codebook, gradient=gradient, metric=metric)
+    cotangent = torch.randn_like(x)
+    slope = torch.autograd.grad((out.quantized * cotangent).sum() + out.loss, x)[0]
+    heads = [vector_quantize(x[:, :, h], codebook[h], gradient=gradient, metric=metric) for h in range(3)]
+    assert torch.equal(out.indices, torch.stack([head.indices for head in heads], dim=2))
+    assert torch.equal(out.quantized, torch.stack([head.quantized for head in heads], dim=2))
+    torch.testing.assert_close(out.loss, sum(head.loss for head in heads) / 3)
+    total = sum((head.quantized * cotangent[:, :, h]).sum() + head.loss / 3 for h, head in enumerate(heads))
+    torch.testing.assert_close(slope, torch.autograd.grad(total, x)[0])
+
+
 def test_the_codebook_gets_no_gradient():
     x, codebook, _ = draw(5, 4, 3)
     codebook.requires_grad_()

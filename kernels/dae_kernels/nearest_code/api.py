@@ -9,6 +9,7 @@ from dae_kernels.dispatch import check_choice, choose
 from dae_kernels.nearest_code.reference import nearest_code_reference
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_HEADS = 65535  # the second axis of a CUDA grid
 
 
 @torch.no_grad()
@@ -28,8 +29,9 @@ def nearest_code(
     Neither output is differentiable. The differentiable distance is `(x - codebook[index]).square().sum(-1)`.
 
     Args:
-        x: [..., D], floating; any strides (a layout that does not flatten to rows is copied).
-        codebook: [K, D] with K, D >= 1, floating. Operands of two dtypes are compared in the wider one.
+        x: [..., D], or [..., H, D] for H codebooks, floating; any strides (a layout that does not flatten to rows is copied).
+        codebook: [K, D] with K, D >= 1, or [H, K, D], one for each head of `x`, H >= 1; floating. Operands of two dtypes are
+            compared in the wider one.
         metric: "l2" or "cosine".
         precision: "exact" keeps float32 accuracy in the products; "fast" lets the kernel use one tensor-core product of the
             dtype of `x` (tf32 for float32), which can pick another code where two are nearly as near. 16-bit operands
@@ -38,8 +40,8 @@ def nearest_code(
             choice is obeyed or refused.
 
     Returns:
-        index: [...] int64.
-        distance: [...] float32.
+        index: x.shape[:-1] int64, so [..., H] with heads.
+        distance: x.shape[:-1] float32.
 
     Raises:
         ValueError: shapes or devices disagree, K = 0 or D = 0, an unknown option, or `impl` cannot run here.
@@ -52,20 +54,27 @@ def nearest_code(
     check_tensors(x, codebook)
     unsupported = [t.dtype for t in (x, codebook) if t.dtype not in KERNEL_DTYPES]
     refusal = f"the kernel takes float16, bfloat16 and float32, got {unsupported[0]}" if unsupported else None
-    x_ND = x.detach().reshape(x.shape[:-1].numel(), x.shape[-1])
+    if codebook.dim() == 3 and codebook.shape[0] > MAX_HEADS:
+        refusal = f"the kernel takes at most {MAX_HEADS} heads, got {codebook.shape[0]}"
+    codebook = codebook.detach()
+    leading = x.shape[: 1 - codebook.dim()]  # without [H, D] or [D]
+    rows = x.detach().reshape(leading.numel(), *x.shape[len(leading) :])
     if choose(impl, x.device, refusal) == "triton":
         from dae_kernels.nearest_code.fused import nearest_code_triton
 
-        index, distance = nearest_code_triton(x_ND, codebook.detach(), metric == "cosine", precision == "exact")
+        if codebook.dim() == 2:
+            rows, codebook = rows[:, None], codebook[None]
+        index, distance = nearest_code_triton(rows, codebook, metric == "cosine", precision == "exact")
     else:
-        index, distance = nearest_code_reference(x_ND, codebook.detach(), metric)
+        index, distance = nearest_code_reference(rows, codebook, metric)
     return index.view(x.shape[:-1]), distance.view(x.shape[:-1])
 
 
 def check_tensors(x: Tensor, codebook: Tensor) -> None:
     shapes = f"got x {list(x.shape)}, codebook {list(codebook.shape)}"
-    if codebook.dim() != 2 or x.dim() == 0 or x.shape[-1] != codebook.shape[1]:
-        raise ValueError(f"nearest_code needs x [..., D] and codebook [K, D], {shapes}")
+    heads, rank = codebook.shape[:-2], codebook.dim()
+    if rank not in (2, 3) or x.dim() < rank - 1 or x.shape[1 - rank :] != (*heads, codebook.shape[-1]):
+        raise ValueError(f"nearest_code needs x [..., D] and codebook [K, D], or x [..., H, D] and codebook [H, K, D], {shapes}")
     if codebook.numel() == 0:
         raise ValueError(f"nearest_code needs at least one code and one dimension, {shapes}")
     for name, tensor in (("x", x), ("codebook", codebook)):

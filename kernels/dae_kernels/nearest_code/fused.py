@@ -60,6 +60,7 @@ def nearest_code_kernel(
     N,
     K,
     d_end,
+    H: tl.constexpr,
     D: tl.constexpr,
     COSINE: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -69,14 +70,23 @@ def nearest_code_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """A program owns BLOCK_N rows of x, walks over all codes and keeps the best score and its index.
+    """A program owns BLOCK_N rows of x of one head, walks over all codes of this head and keeps the best score and its index.
+
+    x is [N, H, D], the codebook [H, K, D]; results are [N, H].
 
     `d_end` is D once more, at run time: the compiler would unroll a loop over D of known length, and spill.
     """
     DOT_DTYPE: tl.constexpr = tl.float32 if UPCAST else x_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
-    x_ptrs = x_ptr + row[:, None] * D + d[None, :]
+    if H > 1:  # offsets of 0 would still take registers
+        head = tl.program_id(1).to(tl.int64)
+        x_ptr += head * D
+        codebook_ptr += head * K * D
+        norm_ptr += head * K
+        index_ptr += head
+        distance_ptr += head
+    x_ptrs = x_ptr + row[:, None] * (H * D) + d[None, :]
     best_score = tl.full([BLOCK_N], float("inf"), tl.float32)
     best_index = tl.zeros([BLOCK_N], tl.int32)
     if D <= BLOCK_D:
@@ -111,7 +121,7 @@ def nearest_code_kernel(
 
     # The score lacks |x|^2 and has cancelled; the distance is taken anew from the winner.
     e = tl.arange(0, BLOCK_E)
-    x_ptrs = x_ptr + row[:, None] * D + e[None, :]
+    x_ptrs = x_ptr + row[:, None] * (H * D) + e[None, :]
     c_ptrs = codebook_ptr + best_index.to(tl.int64)[:, None] * D + e[None, :]
     total = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
     total_xx = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
@@ -129,8 +139,8 @@ def nearest_code_kernel(
         xx = tl.sum(total_xx, axis=1)
         x_norm = tl.where(xx > 0, 1.0 / tl.sqrt_rn(xx), 0.0)
         distance = 1.0 - distance * x_norm * tl.load(norm_ptr + best_index)
-    tl.store(index_ptr + row, best_index.to(tl.int64), mask=row < N)
-    tl.store(distance_ptr + row, distance, mask=row < N)
+    tl.store(index_ptr + row * H, best_index.to(tl.int64), mask=row < N)
+    tl.store(distance_ptr + row * H, distance, mask=row < N)
 
 
 def padded(D: int) -> int:
@@ -157,46 +167,47 @@ def dot_dtype(x: torch.dtype, codebook: torch.dtype, exact: bool) -> torch.dtype
 
 
 def launch(
-    x_ND: Tensor, codebook_KD: Tensor, norm_K: Tensor, index_N: Tensor, distance_N: Tensor, cosine: bool, exact: bool
+    x_NHD: Tensor, codebook_HKD: Tensor, norm_HK: Tensor, index_NH: Tensor, distance_NH: Tensor, cosine: bool, exact: bool
 ) -> None:
-    """Both kernels, into contiguous buffers: norm_K and distance_N float32, index_N int64; N >= 1."""
-    N, K, D = x_ND.shape[0], codebook_KD.shape[0], int(codebook_KD.shape[1])
-    dtype = dot_dtype(x_ND.dtype, codebook_KD.dtype, exact)
+    """Both kernels, into contiguous buffers: norm_HK and distance_NH float32, index_NH int64; N, H >= 1."""
+    N, K = x_NHD.shape[0], codebook_HKD.shape[1]
+    H, D = int(codebook_HKD.shape[0]), int(codebook_HKD.shape[2])  # constants of the kernel
+    dtype = dot_dtype(x_NHD.dtype, codebook_HKD.dtype, exact)
     options = tile(D, dtype, exact)
     # AMD has no tf32x3; its float32 product is a float32 product.
     exact_precision = "ieee" if torch.version.hip else "tf32x3"
     norm_options = norm_tile(D)
-    launchable(code_norm_kernel)[(triton.cdiv(K, norm_options["BLOCK_K"]),)](
-        codebook_KD, norm_K, K, D=D, COSINE=cosine, **norm_options
+    launchable(code_norm_kernel)[(triton.cdiv(H * K, norm_options["BLOCK_K"]),)](
+        codebook_HKD, norm_HK, H * K, D=D, COSINE=cosine, **norm_options
     )
-    launchable(nearest_code_kernel)[(triton.cdiv(N, options["BLOCK_N"]),)](
-        x_ND,
-        codebook_KD,
-        norm_K,
-        index_N,
-        distance_N,
+    launchable(nearest_code_kernel)[(triton.cdiv(N, options["BLOCK_N"]), H)](
+        x_NHD,
+        codebook_HKD,
+        norm_HK,
+        index_NH,
+        distance_NH,
         N,
         K,
         D,
+        H=H,
         D=D,
         COSINE=cosine,
-        UPCAST=dtype != x_ND.dtype,
+        UPCAST=dtype != x_NHD.dtype,
         INPUT_PRECISION=exact_precision if exact else "tf32",
         **options,
     )
 
 
-def nearest_code_empty(x_ND: Tensor, codebook_KD: Tensor, cosine: bool, exact: bool) -> tuple[Tensor, Tensor]:
-    N = x_ND.shape[0]
-    return x_ND.new_empty(N, dtype=torch.int64), x_ND.new_empty(N, dtype=torch.float32)
+def nearest_code_empty(x_NHD: Tensor, codebook_HKD: Tensor, cosine: bool, exact: bool) -> tuple[Tensor, Tensor]:
+    return x_NHD.new_empty(x_NHD.shape[:2], dtype=torch.int64), x_NHD.new_empty(x_NHD.shape[:2], dtype=torch.float32)
 
 
-def nearest_code_launcher(x_ND: Tensor, codebook_KD: Tensor, cosine: bool, exact: bool) -> tuple[Tensor, Tensor]:
-    index_N, distance_N = nearest_code_empty(x_ND, codebook_KD, cosine, exact)
-    if x_ND.shape[0]:
-        norm_K = codebook_KD.new_empty(codebook_KD.shape[0], dtype=torch.float32)
-        launch(x_ND.contiguous(), codebook_KD.contiguous(), norm_K, index_N, distance_N, cosine, exact)
-    return index_N, distance_N
+def nearest_code_launcher(x_NHD: Tensor, codebook_HKD: Tensor, cosine: bool, exact: bool) -> tuple[Tensor, Tensor]:
+    index_NH, distance_NH = nearest_code_empty(x_NHD, codebook_HKD, cosine, exact)
+    if x_NHD.shape[0]:
+        norm_HK = codebook_HKD.new_empty(codebook_HKD.shape[:2], dtype=torch.float32)
+        launch(x_NHD.contiguous(), codebook_HKD.contiguous(), norm_HK, index_NH, distance_NH, cosine, exact)
+    return index_NH, distance_NH
 
 
 nearest_code_triton = register_triton_op("dae_kernels::nearest_code", nearest_code_launcher, nearest_code_empty)

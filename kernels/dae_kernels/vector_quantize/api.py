@@ -46,21 +46,21 @@ def vector_quantize(
     and |e| / |x| are.
 
     No gradient reaches the codebook: it is to follow the averages of `codebook_statistics`. To train it by gradients
-    instead, add `F.mse_loss(codebook[indices], x.detach())`.
+    instead, add `F.mse_loss(codebook[indices], x.detach())` (one codebook).
 
     The search is `nearest_code` with its kernel. All else is a few operations on [N, D], which torch.compile fuses.
     16-bit operands are rotated and compared in float32.
 
     Args:
-        x: [..., D], floating; any strides.
-        codebook: [K, D] with K, D >= 1, floating.
+        x: [..., D], or [..., H, D] for H codebooks, floating; any strides.
+        codebook: [K, D] with K, D >= 1, or [H, K, D], one for each head of `x`; floating.
         gradient: "ste" or "rotation".
         commitment_weight: finite and not negative.
         metric, precision, impl: those of `nearest_code`.
 
     Returns:
-        quantized: [..., D] of the wider dtype of the operands.
-        indices: [...] int64.
+        quantized: x.shape, of the wider dtype of the operands.
+        indices: x.shape[:-1] int64.
         loss: scalar, float32, or float64 if an operand is; 0 without vectors.
 
     Raises:
@@ -76,7 +76,9 @@ def vector_quantize(
     indices, _ = nearest_code(x, codebook, metric=metric, precision=precision, impl=impl)
     dtype = torch.promote_types(x.dtype, codebook.dtype)
     wide = torch.promote_types(dtype, torch.float32)
-    x_, code = x.to(wide), codebook.detach()[indices].to(wide)
+    codes = codebook.detach()
+    code = codes[indices] if codebook.dim() == 2 else codes[torch.arange(len(codes), device=x.device), indices]
+    x_, code = x.to(wide), code.to(wide)
     if metric == "cosine":
         x_, code = unit(x_), unit(code)
     turn = rotated if gradient == "rotation" else straight_through
