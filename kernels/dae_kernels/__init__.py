@@ -1,6 +1,31 @@
 """Fused operations for latent generative models; works with torch alone, uses Triton where it launches."""
 
 from dae_kernels.attention import attention
+from dae_kernels.clouds import Convention
+from dae_kernels.codebook_statistics import codebook_statistics
+from dae_kernels.energy_distance import energy_distance
+from dae_kernels.frechet_distance import GaussianStatistics, frechet_distance, gaussian_w2
+from dae_kernels.mmd import mmd
 from dae_kernels.nearest_code import nearest_code
+from dae_kernels.precision_recall_density_coverage import k_nearest_distances, precision_recall_density_coverage
+from dae_kernels.sinkhorn_divergence import sinkhorn_divergence
+from dae_kernels.sliced_wasserstein import max_sliced_wasserstein, sliced_wasserstein
+from dae_kernels.vector_quantize import vector_quantize
 
-__all__ = ["attention", "nearest_code"]
+__all__ = [
+    "Convention",
+    "GaussianStatistics",
+    "attention",
+    "codebook_statistics",
+    "energy_distance",
+    "frechet_distance",
+    "gaussian_w2",
+    "k_nearest_distances",
+    "max_sliced_wasserstein",
+    "mmd",
+    "nearest_code",
+    "precision_recall_density_coverage",
+    "sinkhorn_divergence",
+    "sliced_wasserstein",
+    "vector_quantize",
+]
