@@ -12,6 +12,8 @@ from dae_kernels.dispatch import choose
 from dae_kernels.sinkhorn_divergence.reference import ReferenceUpdate
 from dae_kernels.sinkhorn_divergence.solver import solve
 
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
 
 @convention(
     value="squared",
@@ -61,7 +63,8 @@ def sinkhorn_divergence(
         weights_y: [M], likewise.
         diameter: > 0, the scale to start from; None takes the diagonal of the box around both clouds (waits for a GPU).
         potentials: return the potentials in place of their sum.
-        impl: "auto" and "reference" are the reference; "triton" is refused, as there is no kernel yet.
+        impl: "auto" is "triton" for CUDA tensors of at most 32 bits where triton is installed, else "reference"; a named
+            choice is obeyed or refused.
 
     Returns:
         S: [], float64 for float64 clouds, else float32. Equal to sum_i a_i f_i + sum_j b_j g_j.
@@ -80,12 +83,12 @@ def sinkhorn_divergence(
     check_weights("sinkhorn_divergence", "weights_x", weights_x, x)
     check_weights("sinkhorn_divergence", "weights_y", weights_y, y)
     check_options(p, blur, scaling, diameter)
-    refusal = "there is no kernel yet"
-    choose(impl, x.device, refusal)
+    refusal = None if x.dtype in KERNEL_DTYPES else f"the kernel takes float16, bfloat16 and float32, got {x.dtype}"
+    triton = choose(impl, x.device, refusal) == "triton"
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     a_N, b_M = normalised(weights_x, x, dtype), normalised(weights_y, y, dtype)
     f_N, g_M, _, _ = EnvelopePotentials.apply(
-        x.to(dtype), y.to(dtype), a_N.detach(), b_M.detach(), p, blur, scaling, diameter, debias
+        x.to(dtype), y.to(dtype), a_N.detach(), b_M.detach(), p, blur, scaling, diameter, debias, triton
     )
     if potentials:
         return f_N, g_M
@@ -122,14 +125,19 @@ def sinkhorn_potentials(
     scaling: float,
     diameter: float | None,
     debias: bool,
+    triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Potentials f [N], g [M] and their derivatives by their own points, df [N, D], dg [M, D]."""
+    if triton:
+        from dae_kernels.sinkhorn_divergence.fused import TritonUpdate as prepare
+    else:
+        prepare = ReferenceUpdate
     with torch.autocast(x_ND.device.type, enabled=False):
-        return solve(ReferenceUpdate, x_ND, y_MD, a_N.log(), b_M.log(), p, blur, scaling, diameter, debias)
+        return solve(prepare, x_ND, y_MD, a_N.log(), b_M.log(), p, blur, scaling, diameter, debias)
 
 
 @sinkhorn_potentials.register_fake
-def _(x_ND, y_MD, a_N, b_M, p, blur, scaling, diameter, debias):
+def _(x_ND, y_MD, a_N, b_M, p, blur, scaling, diameter, debias, triton):
     return torch.empty_like(a_N), torch.empty_like(b_M), x_ND.new_empty(x_ND.shape), y_MD.new_empty(y_MD.shape)
 
 
@@ -163,4 +171,4 @@ class EnvelopePotentials(torch.autograd.Function):
         df_ND, dg_MD = ctx.saved_tensors
         d_x_ND = None if d_f_N is None else d_f_N[:, None] * df_ND
         d_y_MD = None if d_g_M is None else d_g_M[:, None] * dg_MD
-        return d_x_ND, d_y_MD, *[None] * 7
+        return d_x_ND, d_y_MD, *[None] * 8

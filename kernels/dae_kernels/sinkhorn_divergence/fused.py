@@ -1,0 +1,220 @@
+"""A Sinkhorn update in Triton: an online log-sum-exp over blocks of points, whose scores never leave the chip.
+
+Roofline of one update (counts, with the floors measured on an H100: 3.0 TB/s; the kernels themselves are not yet measured).
+- p = 2: a score is x.y / epsilon + u_j, so 2 N M D flop in the product, three times that in tf32x3. Bytes: 4 (N + M) D and
+  20 (N + M) of vectors, against which N M D is always large: bound by the chip, not by memory. A divergence of K steps in its
+  schedule (9 for a diameter of 6 and the defaults) takes 4 (K + 2) updates with debias, 2 (K + 2) without.
+- A score costs one exp2, of which an SM does 16 a cycle, and some six float32 instructions (128 a cycle): about 0.11 cycles.
+  The product costs 3 D multiply-adds in tf32x3 at 1024 a cycle: 0.19 cycles for D = 64. So exponentials are the bound
+  below D = 40 or so, the product above. 16-bit clouds take the same path, as centring makes them float32.
+- The tile is chosen for registers as in nearest_code: 64 x 64 sums over 128 threads are 32 a thread; tf32x3 holds its operands
+  twice, hence the steps of 16 in D. Rows of x stay on the chip for D <= 16; above, both operands stream out of L2.
+- p = 1 takes distances from differences, 2 N M D float32 instructions without tensor cores (1 cycle a score for D = 64), because
+  the root of |x|^2 - 2 x.y + |y|^2 is wrong for near points by the root of the rounding.
+- The derivative is one more pass: the plan is recomputed for each BLOCK_E of the D columns and multiplied by y.
+- N / BLOCK_N programs fill 132 SMs from N = 8500; below that, a split over M is still to be written.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def scores(
+    x,
+    x_ptr,
+    y_ptr,
+    log_b_ptr,
+    g_ptr,
+    half_yy_ptr,
+    row,
+    col,
+    N,
+    M,
+    d_end,
+    scale,
+    D: tl.constexpr,
+    P: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Scores to base 2 of a tile, without |x|^2 / 2 for P = 2, and distances (products for P = 2). -inf where weight is 0."""
+    LOG2E: tl.constexpr = 1.4426950408889634
+    tile = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+    if P == 1:
+        for d0 in range(0, d_end):
+            x_d = tl.load(x_ptr + row * D + d0, mask=row < N, other=0.0)
+            y_d = tl.load(y_ptr + col.to(tl.int64) * D + d0, mask=col < M, other=0.0)
+            difference = x_d[:, None] - y_d[None, :]
+            tile += difference * difference
+        tile = tl.sqrt_rn(tile)
+    else:
+        d = tl.arange(0, BLOCK_D)
+        y_ptrs = y_ptr + col.to(tl.int64)[:, None] * D + d[None, :]
+        if D <= BLOCK_D:
+            y = tl.load(y_ptrs, mask=(col[:, None] < M) & (d[None, :] < D), other=0.0)
+            tile = tl.dot(x, tl.trans(y), tile, input_precision=INPUT_PRECISION)
+        else:
+            x_ptrs = x_ptr + row[:, None] * D + d[None, :]
+            for d0 in range(0, d_end, BLOCK_D):
+                d_inside = d0 + d[None, :] < D
+                x_d = tl.load(x_ptrs + d0, mask=(row[:, None] < N) & d_inside, other=0.0)
+                y_d = tl.load(y_ptrs + d0, mask=(col[:, None] < M) & d_inside, other=0.0)
+                tile = tl.dot(x_d, tl.trans(y_d), tile, input_precision=INPUT_PRECISION)
+    log_b = tl.load(log_b_ptr + col, mask=col < M, other=float("-inf"))
+    g = tl.load(g_ptr + col, mask=col < M, other=0.0)
+    half_yy = tl.load(half_yy_ptr + col, mask=col < M, other=0.0)
+    u = log_b * LOG2E + (g - half_yy) * scale
+    sign: tl.constexpr = 1.0 if P == 2 else -1.0
+    return tile * (sign * scale) + u[None, :], tile
+
+
+@triton.jit(do_not_specialize=["N", "M", "d_end"])
+def sinkhorn_update_kernel(
+    x_ptr,
+    y_ptr,
+    log_b_ptr,
+    g_ptr,
+    half_xx_ptr,
+    half_yy_ptr,
+    f_ptr,
+    N,
+    M,
+    d_end,
+    scale,
+    D: tl.constexpr,
+    P: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """f = half_xx - log2(sum_j 2^score_j) / scale for BLOCK_N rows; scale = log2(e) / epsilon.
+
+    `d_end` is D once more, at run time: the compiler would unroll a loop over D of known length, and spill.
+    """
+    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    x = tl.load(x_ptr + row[:, None] * D + d[None, :], mask=(row[:, None] < N) & (d[None, :] < D), other=0.0)
+    top = tl.full([BLOCK_N], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_N], tl.float32)
+    for m0 in range(0, M, BLOCK_M):
+        col = m0 + tl.arange(0, BLOCK_M)
+        score, _ = scores(
+            x, x_ptr, y_ptr, log_b_ptr, g_ptr, half_yy_ptr, row, col, N, M, d_end, scale,
+            D, P, INPUT_PRECISION, BLOCK_N, BLOCK_M, BLOCK_D,
+        )  # fmt: skip
+        new_top = tl.maximum(top, tl.max(score, axis=1))
+        # As long as all weights were 0 the maximum is -inf, and -inf less itself is NaN.
+        finite_top = tl.where(new_top == float("-inf"), 0.0, new_top)
+        total = total * tl.exp2(top - finite_top) + tl.sum(tl.exp2(score - finite_top[:, None]), axis=1)
+        top = new_top
+    half_xx = tl.load(half_xx_ptr + row, mask=row < N, other=0.0)
+    tl.store(f_ptr + row, half_xx - (tl.log2(total) + top) / scale, mask=row < N)
+
+
+@triton.jit(do_not_specialize=["N", "M", "d_end"])
+def sinkhorn_derivative_kernel(
+    x_ptr,
+    y_ptr,
+    log_b_ptr,
+    g_ptr,
+    half_xx_ptr,
+    half_yy_ptr,
+    f_ptr,
+    df_ptr,
+    N,
+    M,
+    d_end,
+    scale,
+    D: tl.constexpr,
+    P: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """df = sum_j P_ij d|x_i - y_j|^P / P / dx_i for BLOCK_N rows and BLOCK_E columns; f makes the rows of the plan sum to 1."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+    x = tl.load(x_ptr + row[:, None] * D + d[None, :], mask=(row[:, None] < N) & (d[None, :] < D), other=0.0)
+    f = tl.load(f_ptr + row, mask=row < N, other=0.0) - tl.load(half_xx_ptr + row, mask=row < N, other=0.0)
+    total = tl.zeros([BLOCK_N], tl.float32)
+    mass = tl.zeros([BLOCK_N], tl.float32)
+    centre = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
+    for m0 in range(0, M, BLOCK_M):
+        col = m0 + tl.arange(0, BLOCK_M)
+        score, distance = scores(
+            x, x_ptr, y_ptr, log_b_ptr, g_ptr, half_yy_ptr, row, col, N, M, d_end, scale,
+            D, P, INPUT_PRECISION, BLOCK_N, BLOCK_M, BLOCK_D,
+        )  # fmt: skip
+        plan = tl.exp2(score + (f * scale)[:, None])
+        total += tl.sum(plan, axis=1)
+        if P == 1:  # the distance of a point to itself has derivative 0
+            plan = tl.where(distance > 0, plan / distance, 0.0)
+        mass += tl.sum(plan, axis=1)
+        y_ptrs = y_ptr + col.to(tl.int64)[:, None] * D + e[None, :]
+        y = tl.load(y_ptrs, mask=(col[:, None] < M) & (e[None, :] < D), other=0.0)
+        centre = tl.dot(plan, y, centre, input_precision=INPUT_PRECISION)
+    inside = (row[:, None] < N) & (e[None, :] < D)
+    x_e = tl.load(x_ptr + row[:, None] * D + e[None, :], mask=inside, other=0.0)
+    tl.store(df_ptr + row[:, None] * D + e[None, :], (mass[:, None] * x_e - centre) / total[:, None], mask=inside)
+
+
+# By p: without a product the compiler gives a row to a thread or two, and 64 columns spill on sm_90.
+UPDATE_TILE = {
+    1: {"BLOCK_N": 64, "BLOCK_M": 32, "BLOCK_D": 16, "num_warps": 4, "num_stages": 2},
+    2: {"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_D": 16, "num_warps": 4, "num_stages": 2},
+}
+DERIVATIVE_TILE = {"BLOCK_N": 64, "BLOCK_M": 32, "BLOCK_D": 16, "BLOCK_E": 16, "num_warps": 4, "num_stages": 2}
+
+
+def launch(
+    x_ND: Tensor,
+    y_MD: Tensor,
+    log_b_M: Tensor,
+    g_M: Tensor,
+    half_xx_N: Tensor,
+    half_yy_M: Tensor,
+    f_N: Tensor,
+    df_ND: Tensor | None,
+    epsilon: float,
+    p: int,
+) -> None:
+    """The update into f_N and, unless it is None, the derivative into df_ND. All buffers are contiguous and float32."""
+    N, M, D = x_ND.shape[0], y_MD.shape[0], x_ND.shape[1]
+    tensors = (x_ND, y_MD, log_b_M, g_M, half_xx_N, half_yy_M, f_N)
+    numbers = (N, M, D, math.log2(math.e) / epsilon)
+    # AMD has no tf32x3; its float32 product is a float32 product.
+    constants = {"D": D, "P": p, "INPUT_PRECISION": "ieee" if torch.version.hip else "tf32x3"}
+    rows = triton.cdiv(N, UPDATE_TILE[p]["BLOCK_N"])
+    sinkhorn_update_kernel[(rows,)](*tensors, *numbers, **constants, **UPDATE_TILE[p])
+    if df_ND is not None:
+        grid = triton.cdiv(N, DERIVATIVE_TILE["BLOCK_N"]), triton.cdiv(D, DERIVATIVE_TILE["BLOCK_E"])
+        sinkhorn_derivative_kernel[grid](*tensors, df_ND, *numbers, **constants, **DERIVATIVE_TILE)
+
+
+class TritonUpdate:
+    """`ReferenceUpdate` by kernels, for float32 points."""
+
+    def __init__(self, x_ND: Tensor, y_MD: Tensor, p: int) -> None:
+        self.x_ND, self.y_MD, self.p = x_ND, y_MD, p
+        self.half_xx_N, self.half_yy_M = (t.square().sum(dim=1) / 2 if p == 2 else t.new_zeros(len(t)) for t in (x_ND, y_MD))
+
+    def __call__(self, log_b_M: Tensor, g_M: Tensor, epsilon: float, gradient: bool = False) -> tuple[Tensor, Tensor | None]:
+        f_N = torch.empty_like(self.half_xx_N)
+        df_ND = torch.empty_like(self.x_ND) if gradient else None
+        launch(
+            self.x_ND, self.y_MD, log_b_M, g_M, self.half_xx_N, self.half_yy_M, f_N, df_ND, epsilon, self.p
+        )  # fmt: skip
+        return f_N, df_ND
