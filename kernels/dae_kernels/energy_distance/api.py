@@ -25,7 +25,7 @@ def energy_distance(
     it. It is the V-statistic, which is not negative and is 0 on equal clouds; an unbiased one is not offered. The gradient of
     |x - y| at x = y is 0.
 
-    Memory is O((N + M) D), forward and backward: distances are never stored (the reference keeps a few blocks of 16 MiB). If
+    Memory is O((N + M) D), forward and backward: distances are never stored (the reference keeps a few blocks of 8 MiB). If
     gradients are needed they are made in the forward pass; there are no second derivatives (asking for them raises).
     The reference computes in float64. The kernel centres the clouds and computes in float32 with |x|^2 + |y|^2 - 2 x.y; it
     takes two points for one where they are nearer than 1e-3 of their distance from the common centre.

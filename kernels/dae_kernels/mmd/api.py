@@ -37,7 +37,7 @@ def mmd(
     with a and b normalised to sum 1; for equal weights the divisor is that of the U-statistic, (N - 1) / N. A pair i = j is
     known by its index, so equal points stay in. geomloss's "gaussian" loss with one blur is half of the biased value.
 
-    Memory is O((N + M) D), forward and backward: kernel values are never stored (the reference keeps a few blocks of 16 MiB).
+    Memory is O((N + M) D), forward and backward: kernel values are never stored (the reference keeps a few blocks of 8 MiB).
     If gradients are needed they are made in the forward pass; there are no second derivatives (asking for them raises).
     The reference computes in float64. The kernel centres the clouds and computes in float32 with |x|^2 + |y|^2 - 2 x.y.
 

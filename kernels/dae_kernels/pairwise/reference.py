@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-MAX_PAIRS = 1 << 21  # pairs alive at once: 16 MiB for each of the few float64 matrices
+MAX_PAIRS = 1 << 20  # pairs alive at once: 8 MiB for each of the few float64 matrices
 
 
 def pair_rows_reference(
@@ -26,23 +26,26 @@ def pair_rows_reference(
     rows = max(1, MAX_PAIRS // M)
     # The plain tuple, not a split into one: a graph compiled for one chunk then serves every N up to `rows`.
     chunks = (q_ND,) if rows >= N else q_ND.split(rows)
-    sums, gradients = [], []
+    # Made before the large blocks come and go: small results between them would leave the heap in pieces.
+    sum_N, gradient_ND = q_ND.new_empty(N), q_ND.new_empty(N if gradient else 0, q_ND.shape[1])
     for chunk, q_nD in enumerate(chunks):
-        distance_nM = torch.cdist(q_nD, s_MD, compute_mode="donot_use_mm_for_euclid_dist")
+        here = slice(chunk * rows, chunk * rows + q_nD.shape[0])
+        value_nM = torch.cdist(q_nD, s_MD, compute_mode="donot_use_mm_for_euclid_dist")
         # slope is f'(r) / r, so the gradient is the sum of v slope (q - s).
         if bandwidths:
-            value_nM, slope_nM = torch.zeros_like(distance_nM), torch.zeros_like(distance_nM)
+            square_nM = value_nM.square_()
+            value_nM, slope_nM = torch.zeros_like(square_nM), torch.zeros_like(square_nM)
             for bandwidth in bandwidths:
-                bump_nM = (distance_nM / bandwidth).square_().mul_(-0.5).exp_()
+                bump_nM = (square_nM * (-0.5 / bandwidth**2)).exp_()
                 value_nM += bump_nM
-                slope_nM -= bump_nM / bandwidth**2
+                slope_nM -= bump_nM.div_(bandwidth**2)
         else:
-            value_nM, slope_nM = distance_nM, torch.where(distance_nM == 0, 0.0, 1.0 / distance_nM)
+            slope_nM = torch.where(value_nM == 0, 0.0, value_nM.reciprocal())
         if same:
-            for matrix in (value_nM, slope_nM):
-                matrix.diagonal(chunk * rows).zero_()
-        sums.append(value_nM @ v_M)
+            value_nM.diagonal(chunk * rows).zero_()
+            slope_nM.diagonal(chunk * rows).zero_()
+        sum_N[here] = value_nM @ v_M
         if gradient:
-            slope_nM = slope_nM * v_M
-            gradients.append(q_nD * slope_nM.sum(dim=1, keepdim=True) - slope_nM @ s_MD)
-    return torch.cat(sums), torch.cat(gradients) if gradient else q_ND.new_empty(0, q_ND.shape[1])
+            slope_nM *= v_M
+            gradient_ND[here] = q_nD * slope_nM.sum(dim=1, keepdim=True) - slope_nM @ s_MD
+    return sum_N, gradient_ND
