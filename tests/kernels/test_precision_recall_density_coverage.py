@@ -185,12 +185,27 @@ def test_equal_distributions_have_density_one():
     assert results[3] == pytest.approx(1 - missed, abs=0.02)
 
 
-def test_compiles_into_one_graph():
+def test_the_search_compiles_into_one_graph():
     torch._dynamo.reset()
-    compiled = torch.compile(precision_recall_density_coverage, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(k_nearest_distances, fullgraph=True, backend="aot_eager")
     for N in (20, 25):
-        real, fake = cloud(N), cloud(30, seed=1)
-        assert [value.item() for value in compiled(real, fake, k=3)] == measured(real, fake, 3)
+        x = cloud(N)
+        assert torch.equal(compiled(x, x, 3, exclude_self=True), k_nearest_distances(x, x, 3, exclude_self=True))
+
+
+@pytest.mark.parametrize("shift", [0.0, 1e3, 1e8])
+def test_a_cloud_against_itself_ties_everywhere(shift):
+    """The k-th neighbour of every point is on its sphere, so outside: k points, itself among them, are in each ball."""
+    x = cloud(150, 7) + shift
+    for fake in (x, x.flip(0)):
+        assert measured(x, fake, 4) == [1, 1, 1, 1]
+
+
+def test_an_outlier_does_not_blur_the_others():
+    real, fake = cloud(60), cloud(50, seed=1)
+    far = torch.full((1, 3), 1e12, dtype=torch.float64)
+    got = precision_recall_density_coverage(torch.cat([far, real]), fake, k=3)
+    assert got.coverage * 61 == pytest.approx(precision_recall_density_coverage(real, fake, k=3).coverage.item() * 60 + 1)
 
 
 X = cloud(6, 4)

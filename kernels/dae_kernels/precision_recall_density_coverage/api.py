@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dae_kernels.clouds import check_clouds, convention
-from dae_kernels.precision_recall_density_coverage.reference import k_nearest_distances_reference, shares
+from dae_kernels.precision_recall_density_coverage.reference import k_nearest_squared, shares
 
 
 class PrecisionRecallDensityCoverage(NamedTuple):
@@ -30,12 +30,14 @@ def precision_recall_density_coverage(real: Tensor, fake: Tensor, *, k: int = 5)
         density   = mean over fake points of (number of balls of real points it is in) / k
         coverage  = share of real points with a fake point in their ball
 
-    Distances are Euclidean, from differences in float64, so the distance of coinciding points is 0 exactly. As in the package
-    `prdc` balls are open: a point on the sphere is outside, and of k + 1 coinciding points the balls are empty. Both papers
-    write closed balls, which is the same unless distances are exactly equal.
+    Distances are Euclidean, in float64: from products, and from differences wherever rounding of the products could decide, so
+    coinciding points are at distance 0 and ties are ties. As in the package `prdc` balls are open: a point on the
+    sphere is outside, and of k + 1 coinciding points the balls are empty. Both papers write closed balls, which is the same
+    unless distances are equal.
 
     Compare results only at equal N, M and k. Memory beside the operands (and their float64 copies) is O(N + M + block), with
-    64 MiB of distances at a time. Plain torch is the implementation. Nothing is differentiable: all four are counts.
+    arrays of at most 64 MiB in a block. Plain torch is the implementation. Nothing is differentiable: all four are counts.
+    How many distances are in doubt depends on the data, so torch.compile breaks the graph.
 
     Args:
         real, fake: features [N, D] and [M, D], floating.
@@ -68,8 +70,10 @@ def k_nearest_distances(x: Tensor, y: Tensor, k: int, exclude_self: bool = False
 
         out[i] = the k smallest of |x_i - y_j|, ascending, over all j (over j != i with exclude_self)
 
-    Arithmetic is float64, from differences, so the distance of coinciding points is 0 exactly. Memory beside the operands
-    (and their float64 copies) is O(N k + M + block), with 64 MiB of distances at a time. Not differentiable.
+    Products in float64 choose k + 8 candidates, whose distances are then taken from differences: coinciding points are at
+    distance 0. A candidate is missed only if more than 8 others are as near to rounding of the products, which then differ
+    from it by that rounding. Memory beside the operands (and their float64 copies) is O(N k + M + block), with arrays of at
+    most 64 MiB in a block. Not differentiable.
 
     Args:
         x, y: [N, D] and [M, D], floating.
@@ -89,7 +93,7 @@ def k_nearest_distances(x: Tensor, y: Tensor, k: int, exclude_self: bool = False
     if exclude_self and x.shape != y.shape:
         raise ValueError(f"exclude_self needs x and y to be the same points, got x {list(x.shape)}, y {list(y.shape)}")
     check_k("k_nearest_distances", k, y.shape[0] - exclude_self, f"{y.shape[0]} points in y, exclude_self={exclude_self}")
-    distance_Nk = k_nearest_distances_reference(x.double(), y.double(), k, exclude_self)
+    distance_Nk = k_nearest_squared(x.double(), y.double(), k, exclude_self).sqrt()
     return distance_Nk.to(torch.promote_types(x.dtype, torch.float32))
 
 
