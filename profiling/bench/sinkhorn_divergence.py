@@ -2,7 +2,7 @@
 
 Flops: of the products alone, 2 N M D for each of the updates that epsilon scaling prescribes (four problems a step, a start
 and a last step) and as much again for the four derivatives; bytes: both clouds, weights and potentials once. The gradient is
-known after the forward pass, so the backward needs no product.
+known after our forward pass, so the backward needs no product, and only `both` compares.
 """
 
 from __future__ import annotations
