@@ -37,8 +37,8 @@ def sliced_wasserstein(
     O(N + M + block) in both passes: projections are handled in blocks of 2^22 projected points, and the backward pass computes a
     block anew where there are several.
 
-    Plain torch is the implementation, on every device: most of the time goes to `torch.sort`, which a kernel of ours would
-    not do faster. On one CPU core, 128 directions and 4096 to 16384 points a cloud, sorting takes 80 to 96 % of the forward
+    Plain torch is the implementation, on every device: most of the time goes to `torch.sort`, which we have
+    nothing faster for. On one CPU core, 128 directions and 4096 to 16384 points a cloud, sorting takes 80 to 96 % of the forward
     time, and with weights, whose levels are sorted too, 63 to 80 %.
 
     Differentiable with respect to both clouds and both weights (almost everywhere: ties are kinks). At distance 0, where
