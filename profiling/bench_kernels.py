@@ -12,7 +12,8 @@ machine whose speed drifts; milliseconds of two runs do not compare. What is wri
 - extra_bytes: the most memory beyond what was there before the call, results included. On a GPU what torch allocated; on a CPU
   the growth of the process's resident memory (its peak is reset through /proc, so Linux only), which sees numpy's as well.
 - floor_ms: the greater of flops / (rate of the run's product) and bytes / (rate of the run's copy); times_floor: how often the
-  floor fits into the median. Flops and bytes are the least the operation needs, not what an implementation does.
+  floor fits into the median. Flops and bytes are the least the operation needs, not what an implementation does. The product
+  "float32" is without tf32, so on a GPU a kernel that splits float32 over tensor cores can come in under its floor.
 - error: to the first case that ran (the reference, unless --impl leaves it out): the share of integers that differ, or
   |a - b| / |b|; of the value for forward, of the gradients for backward. A fast wrong result is no result.
 
