@@ -76,7 +76,7 @@ def check(x: Tensor, y: Tensor, impl: str, weights_x: Tensor | None = None, weig
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("N, M, D", [(63, 60, 8), (1, 1, 1), (1, 60, 3), (63, 1, 17), (65, 40, 100), (5, 6, 1)])
+@pytest.mark.parametrize("N, M, D", [(63, 60, 8), (1, 1, 1), (1, 60, 3), (63, 1, 17), (65, 40, 68), (5, 6, 1)])
 def test_matches_the_formula(impl, N, M, D):
     x, y = clouds(N, M, D)
     check(x, y, impl)
@@ -195,15 +195,15 @@ def test_chunks_of_the_reference_do_not_show(monkeypatch):
 
 
 def test_memory_of_the_reference_is_bounded():
-    # 2^26 distances would take 512 MiB in float64.
+    # 2^25 distances would take 256 MiB in float64; the first call pays for what torch itself sets up.
     script = (
         "import resource, torch; from dae_kernels.energy_distance import energy_distance\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\n"
-        "x, y = torch.randn(1 << 13, 2, requires_grad=True), torch.randn(1 << 13, 2)\n"
+        "x, y = torch.randn(1 << 12, 2, requires_grad=True), torch.randn(1 << 13, 2)\n"
         "energy_distance(x[:16], y[:16]).backward(); before = peak(); energy_distance(x, y).backward(); print(peak() - before)"
     )
     grown = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout
-    assert int(grown) < 250  # MiB
+    assert int(grown) < 120  # MiB
 
 
 @settings(max_examples=6, deadline=None)

@@ -12,9 +12,9 @@ Roofline, by counting (the kernel is not measured; H100: 3.0 TB/s, 67 TFLOP/s in
 - Bandwidths that are powers of two of each other need one exponential and squarings; not taken, as a squaring doubles the
   relative error and nothing here could be timed.
 - Tiles: BLOCK_N x BLOCK_M float32 values for each of distance, value and slope stand in registers, and the gradient's sums
-  BLOCK_N x BLOCK_E besides: 64 x 32 over 128 threads leaves 16 registers for each. BLOCK_D = 16, as tf32x3 holds an operand
-  twice. Beyond BLOCK_E dimensions the gradient is made in slices of BLOCK_E, each of which takes the distances again: D / BLOCK_E
-  times their cost, for a kernel that never spills and has no limit on D.
+  BLOCK_N x BLOCK_E besides: with the gradient, 64 x 32 over 128 threads takes 16 registers for each, and 32 for its sums.
+  BLOCK_D = 16, as tf32x3 holds an operand twice. Beyond BLOCK_E = 64 dimensions the gradient is made in slices, each of which
+  takes the distances again: D / 64 times their cost, for no limit on D and no spill (profiling/aot/pairwise.py).
 - N / BLOCK_N programs (times slices) fill 132 SMs from N = 8500; below that, a split over M is still to be written.
 """
 
