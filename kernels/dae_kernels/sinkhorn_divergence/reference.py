@@ -36,7 +36,8 @@ class ReferenceUpdate:
 
     def __call__(self, log_b_M: Tensor, g_M: Tensor, epsilon: float, gradient: bool = False) -> tuple[Tensor, Tensor | None]:
         u_M = log_b_M + (g_M - self.half_yy_M) / epsilon
-        f, df = [], []
+        # Written in place: small results kept between large blocks would keep the heap from reusing the blocks.
+        f_N, df_ND = torch.empty_like(self.half_xx_N), torch.empty_like(self.x_ND) if gradient else None
         for start in range(0, len(self.x_ND), self.rows):
             block = slice(start, start + self.rows)
             x_nD = self.x_ND[block]
@@ -48,11 +49,11 @@ class ReferenceUpdate:
             top_n = score_nM.amax(dim=1)  # finite, as at least one weight is positive
             plan_nM = score_nM.sub_(top_n[:, None]).clamp_(min=self.least).exp_()
             total_n = plan_nM.sum(dim=1)
-            f.append(self.half_xx_N[block] - epsilon * (total_n.log() + top_n))
+            f_N[block] = self.half_xx_N[block] - epsilon * (total_n.log() + top_n)
             if gradient:
                 mass_n = total_n
                 if self.p == 1:  # the distance of a point to itself has derivative 0
                     plan_nM = torch.where(distance_nM > 0, plan_nM / distance_nM, 0.0)
                     mass_n = plan_nM.sum(dim=1)
-                df.append((mass_n[:, None] * x_nD - plan_nM @ self.y_MD) / total_n[:, None])
-        return torch.cat(f), torch.cat(df) if gradient else None
+                df_ND[block] = (mass_n[:, None] * x_nD - plan_nM @ self.y_MD) / total_n[:, None]
+        return f_N, df_ND
