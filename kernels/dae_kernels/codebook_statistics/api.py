@@ -17,9 +17,10 @@ def codebook_statistics(x: Tensor, indices: Tensor, K: int, *, impl: str = "auto
 
         counts_k = #{n: indices_n = k},  sums_k = sum of x_n over these n
 
-    The mean of a code's vectors is sums / counts; averages that move with both are the EMA codebook. Vectors are sorted by
-    code and each segment is summed in float64 in the order of the vectors, so one device gives the same bits every time:
-    there are no atomic additions. Nothing is differentiable. Beside the operands it takes O(N + K D) memory.
+    The mean of a code's vectors is sums / counts; averages that move with both are the EMA codebook. The vectors of a code are
+    summed in float64 in their order (on a GPU they are sorted by code for that, and segments summed: there are no atomic
+    additions), so one device gives the same bits every time. Nothing is differentiable. Beside the operands it takes
+    O(N D + K D) memory.
 
     Args:
         x: [..., D], floating; any strides.

@@ -15,6 +15,9 @@ def codebook_statistics_reference(x_ND: Tensor, indices_N: Tensor, K: int) -> tu
     """
     dtype = torch.float64 if x_ND.dtype == torch.float64 else torch.float32
     N, D = x_ND.shape
+    if x_ND.device.type == "cpu" and not torch.compiler.is_compiling():  # there additions have an order without sorting
+        sums_KD = torch.zeros(K, D, dtype=torch.float64).index_add_(0, indices_N.long(), x_ND.double())
+        return torch.bincount(indices_N, minlength=K), sums_KD.to(dtype)
     sorted_N, order_N = torch.sort(indices_N.long(), stable=True)
     # Not bincount: its result has a length of its own, which torch.compile cannot know.
     edges = torch.searchsorted(sorted_N, torch.arange(K + 1, device=x_ND.device))
