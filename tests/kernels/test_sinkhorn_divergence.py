@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -88,6 +91,20 @@ def test_equals_geomloss(p, debias, N, M, D, settings):
     expected = geomloss_divergence(potentials=True, **options)(x, y, a, b)
     for f, g in zip(got, expected, strict=True):
         torch.testing.assert_close(f, g.flatten(), rtol=1e-8, atol=1e-8)
+
+
+def test_memory_of_the_reference_is_bounded():
+    # 2^24 costs would take 64 MiB a pair of clouds in float32, of which there are four with debias.
+    script = (
+        "import torch; from dae_kernels.sinkhorn_divergence import sinkhorn_divergence\n"
+        "peak = lambda: int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) // 1024\n"
+        "x, y = torch.randn(1 << 12, 2, requires_grad=True), torch.randn(1 << 12, 2)\n"
+        "sinkhorn_divergence(x[:300], y[:300]).backward(); before = peak()\n"
+        "sinkhorn_divergence(x, y).backward(); print(peak() - before)"
+    )
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # or glibc's hoard of freed blocks counts as well
+    grown = subprocess.run([sys.executable, "-c", script], env=environment, check=True, capture_output=True, text=True).stdout
+    assert int(grown) < 40  # MiB
 
 
 @pytest.mark.parametrize("debias", [True, False])
