@@ -55,6 +55,14 @@ def check_clouds(operation: str, x: Tensor, y: Tensor) -> None:
         raise ValueError(f"{operation} needs clouds on one device, got x on {x.device}, y on {y.device}")
 
 
+def normalised(weights: Tensor | None, cloud: Tensor, dtype: torch.dtype) -> Tensor:
+    """Weights [N] of a cloud [N, D] in `dtype` that sum to 1; None stands for equal ones."""
+    if weights is None:
+        return cloud.new_full(cloud.shape[:1], 1 / cloud.shape[0], dtype=dtype)
+    weights = weights.to(dtype)
+    return weights / weights.sum()
+
+
 def check_weights(operation: str, name: str, weights: Tensor | None, cloud: Tensor) -> None:
     """Weights [N] of a cloud [N, D]: floating, finite, not negative, with a positive sum; None stands for equal weights.
 

@@ -15,6 +15,17 @@ import torch
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
+KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def dtype_refusal(*operands: torch.Tensor) -> str | None:
+    """Why no kernel takes operands of these dtypes, or None."""
+    for operand in operands:
+        if operand.dtype not in KERNEL_DTYPES:
+            return f"the kernel takes float16, bfloat16 and float32, got {operand.dtype}"
+    return None
+
+
 def check_choice(name: str, got: Any, choices: Sequence[str]) -> None:
     """ValueError unless `got` is one of `choices`."""
     if got not in choices:

@@ -29,13 +29,14 @@ def draw(N: int, D: int, K: int, seed: int = 0) -> tuple[Tensor, Tensor]:
 def test_counts_and_sums(dtype, N, D, K):
     x, indices = draw(N, D, K)
     x = x.to(dtype)
-    counts, sums = codebook_statistics(x, indices, K)
     expected_counts, expected_sums = one_by_one(x, indices, K)
-    assert counts.dtype == torch.int64 and torch.equal(counts, expected_counts)
-    assert sums.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    # Both sum in float64; a float32 result is rounded once, by half an EPS.
-    tolerance = 1e-14 if dtype == torch.float64 else EPS / 2
-    torch.testing.assert_close(sums.double(), expected_sums, rtol=tolerance, atol=1e-13)
+    # CPUs add in order, GPUs in sorted segments; the segments are tested here too.
+    for counts, sums in (codebook_statistics(x, indices, K), reference.segment_statistics(x, indices, K)):
+        assert counts.dtype == torch.int64 and torch.equal(counts, expected_counts)
+        assert sums.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        # Both sum in float64; a float32 result is rounded once, by half an EPS.
+        tolerance = 1e-14 if dtype == torch.float64 else EPS / 2
+        torch.testing.assert_close(sums.double(), expected_sums, rtol=tolerance, atol=1e-13)
 
 
 def test_long_sums_do_not_drift():
@@ -50,8 +51,8 @@ def test_the_same_bits_each_time_and_in_any_blocks(monkeypatch):
     counts, sums = codebook_statistics(x, indices, 5)
     for elements in (1, 300 * 4, 300 * 10, 1 << 20):
         monkeypatch.setattr(reference, "MAX_SORTED", elements)
-        again = codebook_statistics(x, indices, 5)
-        assert torch.equal(again[0], counts) and torch.equal(again[1], sums)
+        for again in (codebook_statistics(x, indices, 5), reference.segment_statistics(x, indices, 5)):
+            assert torch.equal(again[0], counts) and torch.equal(again[1], sums)
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.int8, torch.uint8])

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from dae_kernels.clouds import check_clouds, check_weights, convention
-from dae_kernels.dispatch import choose
-from dae_kernels.pairwise.sums import kernel_refusal, normalised, pair_sums
+from dae_kernels.clouds import check_clouds, check_weights, convention, normalised
+from dae_kernels.dispatch import choose, dtype_refusal
+from dae_kernels.pairwise.sums import pair_sums
 
 
 @convention(
@@ -50,8 +51,8 @@ def energy_distance(
     check_clouds("energy_distance", x, y)
     check_weights("energy_distance", "weights_x", weights_x, x)
     check_weights("energy_distance", "weights_y", weights_y, y)
-    chosen = choose(impl, x.device, kernel_refusal(x))
-    a_N, b_M = normalised(weights_x, x), normalised(weights_y, y)
+    chosen = choose(impl, x.device, dtype_refusal(x))
+    a_N, b_M = normalised(weights_x, x, torch.float64), normalised(weights_y, y, torch.float64)
     within_x, across, within_y = pair_sums(x, y, a_N, b_M, (), chosen)
     distance = 2.0 * across - within_x - within_y
     return distance if x.element_size() == 8 else distance.float()

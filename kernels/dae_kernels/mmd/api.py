@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dae_kernels.clouds import check_clouds, check_weights, convention
-from dae_kernels.dispatch import choose
-from dae_kernels.pairwise.sums import kernel_refusal, normalised, pair_sums
+from dae_kernels.clouds import check_clouds, check_weights, convention, normalised
+from dae_kernels.dispatch import choose, dtype_refusal
+from dae_kernels.pairwise.sums import pair_sums
 
 
 @convention(
@@ -68,8 +68,8 @@ def mmd(
     if unbiased:
         check_pairs("x", x, weights_x)
         check_pairs("y", y, weights_y)
-    chosen = choose(impl, x.device, kernel_refusal(x))
-    a_N, b_M = normalised(weights_x, x), normalised(weights_y, y)
+    chosen = choose(impl, x.device, dtype_refusal(x))
+    a_N, b_M = normalised(weights_x, x, torch.float64), normalised(weights_y, y, torch.float64)
     within_x, across, within_y = pair_sums(x, y, a_N, b_M, bandwidths, chosen)
     # The sums lack the pairs i = j, whose kernel value is exactly 1 a bandwidth.
     own_x, own_y = a_N.square().sum(), b_M.square().sum()

@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dae_kernels.dispatch import check_choice, choose
+from dae_kernels.dispatch import check_choice, choose, dtype_refusal
 from dae_kernels.nearest_code.reference import nearest_code_reference
 
-KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEADS = 65535  # the second axis of a CUDA grid
 
 
@@ -52,8 +51,7 @@ def nearest_code(
     check_choice("metric", metric, ("l2", "cosine"))
     check_choice("precision", precision, ("exact", "fast"))
     check_tensors(x, codebook)
-    unsupported = [t.dtype for t in (x, codebook) if t.dtype not in KERNEL_DTYPES]
-    refusal = f"the kernel takes float16, bfloat16 and float32, got {unsupported[0]}" if unsupported else None
+    refusal = dtype_refusal(x, codebook)
     if codebook.dim() == 3 and codebook.shape[0] > MAX_HEADS:
         refusal = f"the kernel takes at most {MAX_HEADS} heads, got {codebook.shape[0]}"
     codebook = codebook.detach()

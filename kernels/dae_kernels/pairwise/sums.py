@@ -9,23 +9,6 @@ from torch import Tensor
 
 from dae_kernels.pairwise.reference import pair_rows_reference
 
-KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-def kernel_refusal(x_ND: Tensor) -> str | None:
-    """Why the kernel cannot take clouds of this dtype, or None."""
-    if x_ND.dtype in KERNEL_DTYPES:
-        return None
-    return f"the kernel takes float16, bfloat16 and float32, got {x_ND.dtype}"
-
-
-def normalised(weights_N: Tensor | None, x_ND: Tensor) -> Tensor:
-    """[N] float64 weights that sum to 1; None stands for equal ones."""
-    if weights_N is None:
-        return x_ND.new_full(x_ND.shape[:1], 1.0 / x_ND.shape[0], dtype=torch.float64)
-    weights_N = weights_N.double()
-    return weights_N / weights_N.sum()
-
 
 def pair_sums(
     x_ND: Tensor, y_MD: Tensor, a_N: Tensor, b_M: Tensor, bandwidths: tuple[float, ...], impl: str

@@ -7,12 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from dae_kernels.clouds import check_clouds, check_weights, convention
-from dae_kernels.dispatch import choose
+from dae_kernels.clouds import check_clouds, check_weights, convention, normalised
+from dae_kernels.dispatch import choose, dtype_refusal
 from dae_kernels.sinkhorn_divergence.reference import ReferenceUpdate
 from dae_kernels.sinkhorn_divergence.solver import solve
-
-KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @convention(
@@ -83,8 +81,7 @@ def sinkhorn_divergence(
     check_weights("sinkhorn_divergence", "weights_x", weights_x, x)
     check_weights("sinkhorn_divergence", "weights_y", weights_y, y)
     check_options(p, blur, scaling, diameter)
-    refusal = None if x.dtype in KERNEL_DTYPES else f"the kernel takes float16, bfloat16 and float32, got {x.dtype}"
-    triton = choose(impl, x.device, refusal) == "triton"
+    triton = choose(impl, x.device, dtype_refusal(x)) == "triton"
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     a_N, b_M = normalised(weights_x, x, dtype), normalised(weights_y, y, dtype)
     f_N, g_M, _, _ = EnvelopePotentials.apply(
@@ -93,13 +90,6 @@ def sinkhorn_divergence(
     if potentials:
         return f_N, g_M
     return (a_N * f_N).sum() + (b_M * g_M).sum()
-
-
-def normalised(weights: Tensor | None, cloud: Tensor, dtype: torch.dtype) -> Tensor:
-    if weights is None:
-        return torch.full(cloud.shape[:1], 1 / cloud.shape[0], dtype=dtype, device=cloud.device)
-    weights = weights.to(dtype)
-    return weights / weights.sum()
 
 
 def check_options(p: int, blur: float, scaling: float, diameter: float | None) -> None:
