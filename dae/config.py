@@ -150,9 +150,6 @@ class PriorConfig(OptimizationConfig):
     num_heads: int = knob(4, "attention heads; width / num_heads is the head dimension", least=1)
     dropout: float = knob(0.0, "dropout of embeddings and residual branches")
     class_dropout: float = knob(0.1, "probability of hiding the class, which classifier-free guidance needs", least=0)
-    attention: str = knob(
-        "auto", "attention back-end of dae_kernels", choices=("auto", "sdpa", "flash_attn", "xformers", "reference")
-    )
     token_noise: float = knob(0.0, "probability that a token the prior reads in training is replaced by a random one", least=0)
     augmented_copies: int = knob(
         0, "further encodings of each training image in the token cache, made by the two knobs below", least=0
@@ -164,6 +161,23 @@ class PriorConfig(OptimizationConfig):
     )
     augment_images: bool = knob(True, "make the copies from augmented images (data.random_flip, data.random_affine)")
     early_stopping: bool = knob(True, "deliver the weights of the validation with the fewest held-out bits, not the last ones")
+
+
+@dataclass
+class KernelsConfig:
+    """Which implementation of an operation of dae_kernels runs; a choice of the machine, which no saved model remembers."""
+
+    attention: str = knob(
+        "auto",
+        "attention of autoencoder and prior",
+        choices=("auto", "sdpa", "flash_attn", "xformers", "flex", "reference"),
+    )
+    group_norm_silu: str = knob("auto", "GroupNorm and SiLU of the autoencoder", choices=("auto", "reference", "triton"))
+    linear_cross_entropy: str = knob(
+        "auto", "loss of the prior, with its last matrix", choices=("auto", "torch", "chunked", "reference")
+    )
+    perceptual_tap: str = knob("auto", "distance of features in the perceptual loss", choices=("auto", "reference", "triton"))
+    vector_quantize: str = knob("auto", "search for the nearest code", choices=("auto", "reference", "triton"))
 
 
 @dataclass
@@ -201,6 +215,7 @@ class Config:
         None, "no, fp16 or bf16; null leaves it to `accelerate launch --mixed_precision`", choices=(None, "no", "fp16", "bf16")
     )
     compile: bool = knob(False, "compile the models with torch.compile")
+    channels_last: bool = knob(False, "keep feature maps of the autoencoder in memory as NHWC, which convolutions on GPUs prefer")
     report_to: str = knob("tensorboard", "tracker of accelerate", choices=("none", "tensorboard", "wandb", "trackio"))
     logging_steps: int = knob(10, "steps between two entries of the training log", least=1)
     validation_steps: int = knob(200, "steps between two validations", least=1)
@@ -217,6 +232,7 @@ class Config:
     stage1: StageConfig = field(default_factory=StageConfig, metadata={"help": "encoder, quantizer and auxiliary decoder"})
     stage2: StageConfig = field(default_factory=StageConfig, metadata={"help": "the real decoder on the frozen latent"})
     prior: PriorConfig = field(default_factory=PriorConfig, metadata={"help": "autoregressive Transformer over the tokens"})
+    kernels: KernelsConfig = field(default_factory=KernelsConfig, metadata={"help": "implementations of dae_kernels"})
     sampling: SamplingConfig = field(default_factory=SamplingConfig, metadata={"help": "sampling"})
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig, metadata={"help": "metrics"})
 

@@ -43,6 +43,7 @@ class Variant:
         constants: the constexpr arguments, tile sizes among them.
         options: num_warps, num_stages.
         product: whether the kernel multiplies matrices, so tensor-core instructions must be in it.
+        divisible: scalars that are multiples of 16, which the launcher would find out.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Variant:
     constants: dict[str, Any]
     options: dict[str, int] = field(default_factory=dict)
     product: bool = False
+    divisible: tuple[str, ...] = ()
 
 
 def targets() -> dict[str, Any]:
@@ -86,7 +88,7 @@ def compiled(variant: Variant, target: Any) -> Any:
         fn=variant.kernel,
         signature={name: known.get(name, "constexpr") for name in names},
         constexprs=variant.constants,
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in variant.pointers},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in (*variant.pointers, *variant.divisible)},
     )
     return triton.compile(source, target=target, options=variant.options)
 

@@ -21,7 +21,7 @@ from dae.data import augment, evaluation_batches, load_data
 from dae.data.tokens import Fingerprint, TokenCache, TokenDataset, transform_fingerprint
 from dae.distributed import each_for_itself
 from dae.hub import fingerprint, require_model
-from dae.models import Autoencoder
+from dae.models import Autoencoder, choose_kernels
 from dae.training import make_accelerator
 from dae.training.loop import seed_for
 
@@ -34,6 +34,7 @@ def encode(config: Config) -> Path:
     data = load_data(config.data, config.seed)
     trained = require_model(output / "autoencoder", "train_dae")
     autoencoder = Autoencoder.from_pretrained(trained, device=accelerator.device)
+    choose_kernels(autoencoder, config.kernels)
     autoencoder.refuse_other_data(config.data.channels, config.data.resolution)
     if autoencoder.config.bottleneck != "vq":
         raise ValueError("an autoregressive prior models tokens: train the autoencoder with autoencoder.bottleneck=vq")

@@ -54,7 +54,7 @@ from dae.training.loop import seed_for
 def evaluate(config: Config) -> dict:
     """Measure, write and return metrics.json."""
     started, device, output, seed = time.monotonic(), one_process(config), Path(config.output_dir), config.seed
-    autoencoder, prior = load_chain(output, device)
+    autoencoder, prior = load_chain(output, device, config.kernels)
     samples, sampling = load_samples(output)
     data = load_data(config.data, seed)
     autoencoder.refuse_other_data(config.data.channels, config.data.resolution)

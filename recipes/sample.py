@@ -29,7 +29,7 @@ from dae.training.loop import seed_for
 def sample(config: Config) -> Path:
     """Write samples; returns their folder."""
     settings = config.sampling
-    autoencoder, prior = load_chain(config.output_dir, one_process(config))
+    autoencoder, prior = load_chain(config.output_dir, one_process(config), config.kernels)
     labels_N = balanced_labels(settings.num_samples, prior.num_classes)
     started, images = time.monotonic(), []
     with tqdm(total=len(labels_N), desc="sample", unit="image", mininterval=0.5) as bar:

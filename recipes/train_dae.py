@@ -26,7 +26,7 @@ from dae.data import ImageData, TrainLoader, augment, evaluation_batches, load_d
 from dae.distributed import in_global_order, rank, sum_over_processes, world_size
 from dae.losses import adaptive_weight, discriminator_loss, generator_loss, reconstruction_loss
 from dae.metrics import CodebookUsage, psnr
-from dae.models import Autoencoder, PatchDiscriminator
+from dae.models import Autoencoder, PatchDiscriminator, choose_kernels
 from dae.models.autoencoder import Reconstruction
 from dae.quantizers import VectorQuantizer
 from dae.training import (
@@ -98,6 +98,8 @@ def train_stage(
 ) -> None:
     settings, loss_config, device = stage.config, stage.config.loss, accelerator.device
     accumulation = settings.gradient_accumulation_steps
+    layout = torch.channels_last if config.channels_last else torch.contiguous_format
+    choose_kernels(autoencoder.to(memory_format=layout), config.kernels)
     learns_codebook = isinstance(autoencoder.bottleneck, VectorQuantizer) and not stage.latent_frozen
     loader = make_loader(config, stage, data, "order")
     if learns_codebook and not resumed:
@@ -117,6 +119,7 @@ def train_stage(
         torch.manual_seed(seed_for(config.seed, stage.name, "discriminator"))
         critic = PatchDiscriminator(config.data.channels, loss_config.discriminator_channels, loss_config.discriminator_layers)
         critic_optimizer = build_optimizer(critic, settings, loss_config.discriminator_learning_rate)
+        choose_kernels(critic.to(memory_format=layout), config.kernels)
         discriminator, critic_optimizer = accelerator.prepare(critic, critic_optimizer)
         parts.modules["discriminator"], parts.optimizers["discriminator_optimizer"] = critic, critic_optimizer
 
@@ -137,6 +140,7 @@ def train_stage(
             torch.manual_seed(seed_for(config.seed, stage.name, step, micro))  # the only source of this micro-step's randomness
             images = next(batches)["image"].to(device, non_blocking=True)
             images = augment(images, random_flip=config.data.random_flip, random_affine=config.data.random_affine)
+            images = images.contiguous(memory_format=layout)
             with synchronize_gradients(accelerator, model, discriminator, when=micro == accumulation - 1):
                 output = reconstruct(images)
                 reconstruction = reconstruction_loss(output.sample, images, loss_config)

@@ -24,7 +24,7 @@ from dae.data import TrainLoader, load_data
 from dae.data.tokens import Fingerprint, TokenCache, TokenDataset, choose_copies, transform_fingerprint
 from dae.distributed import draw_rows
 from dae.hub import fingerprint, require_model
-from dae.models import ARPrior
+from dae.models import ARPrior, choose_kernels
 from dae.models.ar_prior import token_cross_entropy
 from dae.training import EMA, Run, TrainingState, build_optimizer, build_scheduler, make_accelerator
 from dae.training.loop import global_mean, progress_bar, refuse_non_finite, seed_for, synchronize_gradients
@@ -48,6 +48,7 @@ def train(config: Config) -> Path:
         num_classes=cache.num_classes,
         tokenizer=cache.fingerprint.tokenizer,
     ).to(device)
+    choose_kernels(prior, config.kernels)
     prior.gradient_checkpointing = settings.gradient_checkpointing
     loader = TrainLoader(cache.train, settings.train_batch_size, seed=seed_for(config.seed, "prior", "order"))
     resumed = run.open(accelerator, dataclasses.asdict(expected))

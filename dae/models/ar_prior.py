@@ -61,9 +61,11 @@ def rotate(x_BHLD: Tensor, table: Tensor) -> Tensor:
 class Block(nn.Module):
     """x + attention(norm(x)), then x + swiglu(norm(x))."""
 
+    operation, impl = "attention", "auto"
+
     def __init__(self, config: PriorConfig, layer: int):
         super().__init__()
-        self.layer, self.heads, self.impl = layer, config.num_heads, config.attention
+        self.layer, self.heads = layer, config.num_heads
         width, head_dim = config.width, config.width // config.num_heads
         hidden = -(-width * 8 // 3 // 16) * 16  # the parameters of a 4 x MLP, in a multiple of 16
         self.norm_attention = nn.RMSNorm(width, eps=1e-6)
@@ -92,7 +94,7 @@ class ARPrior(PretrainedModel):
     """p(tokens | class) = prod_t p(token_t | class, token_<t).
 
     Args:
-        config: width, depth, heads, dropout, attention back-end.
+        config: width, depth, heads, dropout.
         vocab_size: codebook size K of the tokenizer.
         sequence_length: tokens an image, T.
         num_classes: C; label C is the null class.
@@ -186,9 +188,7 @@ class ARPrior(PretrainedModel):
 
     def to_config(self) -> dict:
         shape = {"vocab_size": self.vocab_size, "sequence_length": self.sequence_length, "num_classes": self.num_classes}
-        settings = dataclasses.asdict(self.config)
-        del settings["attention"]  # the back-end is a choice of the machine that runs the model, not of the model
-        return {"prior": settings, **shape, "tokenizer": self.tokenizer}
+        return {"prior": dataclasses.asdict(self.config), **shape, "tokenizer": self.tokenizer}
 
     @classmethod
     def from_config(cls, config: dict) -> ARPrior:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dae.config import AutoencoderConfig, DecoderConfig, from_dict
 from dae.hub import PretrainedModel
 from dae.models.decoders import build_decoder
-from dae.models.layers import Downsample, ResidualBlock, SelfAttention2d, group_norm
+from dae.models.layers import Downsample, GroupNorm, ResidualBlock, SelfAttention2d
 from dae.quantizers import Encoding, GaussianBottleneck, VectorQuantizer
 
 
@@ -45,7 +44,7 @@ class Encoder(nn.Module):
                 if resolution >> level in config.attention_resolutions:
                     layers.append(SelfAttention2d(channels))
             self.levels.append(nn.Sequential(*layers))
-        self.norm_out = group_norm(channels)
+        self.norm_out = GroupNorm(channels)
         self.conv_out = nn.Conv2d(channels, out_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -53,7 +52,7 @@ class Encoder(nn.Module):
         for level in self.levels:
             recompute = self.gradient_checkpointing and self.training
             h = checkpoint(level, h, use_reentrant=False) if recompute else level(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(self.norm_out(h))
 
 
 class Autoencoder(PretrainedModel):

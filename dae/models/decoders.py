@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dae.config import AutoencoderConfig, DecoderConfig
-from dae.models.layers import ResidualBlock, SelfAttention2d, Upsample, group_norm
+from dae.models.layers import GroupNorm, ResidualBlock, SelfAttention2d, Upsample
 
 
 class LinearDecoder(nn.ConvTranspose2d):
@@ -68,7 +67,7 @@ class ConvDecoder(nn.Module):
             if level > 0:
                 layers.append(Upsample(channels))
             self.levels.append(nn.Sequential(*layers))
-        self.norm_out = group_norm(channels)
+        self.norm_out = GroupNorm(channels)
         self.conv_out = nn.Conv2d(channels, image_channels, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
@@ -76,7 +75,7 @@ class ConvDecoder(nn.Module):
         for level in self.levels:
             recompute = self.gradient_checkpointing and self.training
             h = checkpoint(level, h, use_reentrant=False) if recompute else level(h)
-        return self.conv_out(F.silu(self.norm_out(h)))
+        return self.conv_out(self.norm_out(h))
 
 
 def build_decoder(config: AutoencoderConfig, image_channels: int, resolution: int) -> nn.Module:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dae.models.layers import group_norm
+from dae.models.layers import GroupNorm
 
 
 class PatchDiscriminator(nn.Module):
@@ -23,7 +23,7 @@ class PatchDiscriminator(nn.Module):
             wider = min(channels * 2, 512)
             stride = 2 if layer < num_layers else 1
             self.convs.append(nn.Conv2d(channels, wider, 3, stride=stride, padding=1, bias=False))
-            self.norms.append(group_norm(wider))
+            self.norms.append(GroupNorm(wider, activation=None))
             channels = wider
         self.conv_out = nn.Conv2d(channels, 1, 3, padding=1)
 

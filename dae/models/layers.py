@@ -7,14 +7,23 @@ import math
 import torch
 import torch.nn.functional as F
 from dae_kernels import attention
+from dae_kernels.group_norm_silu import group_norm_silu
 from torch import Tensor, nn
 
 from dae.distributed import draw_rows
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm with 32 groups, or with the largest number below that divides the channels."""
-    return nn.GroupNorm(math.gcd(32, channels), channels, eps=1e-6)
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm with 32 groups, or with the largest number below that divides the channels, and SiLU if asked for."""
+
+    operation, impl = "group_norm_silu", "auto"  # for dae.models.kernels
+
+    def __init__(self, channels: int, activation: str | None = "silu"):
+        super().__init__(math.gcd(32, channels), channels, eps=1e-6)
+        self.activation = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        return group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, self.activation, impl=self.impl)
 
 
 class Dropout(nn.Module):
@@ -43,25 +52,27 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0):
         super().__init__()
-        self.norm1 = group_norm(in_channels)
+        self.norm1 = GroupNorm(in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = group_norm(out_channels)
+        self.norm2 = GroupNorm(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
         self.dropout = Dropout(dropout, channelwise=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
+        h = self.conv1(self.norm1(x))
+        h = self.conv2(self.norm2(h))
         return self.dropout(self.skip(x) + h)
 
 
 class SelfAttention2d(nn.Module):
     """Residual single-head self-attention over the positions of a feature map."""
 
+    operation, impl = "attention", "auto"
+
     def __init__(self, channels: int):
         super().__init__()
-        self.norm = group_norm(channels)
+        self.norm = GroupNorm(channels, activation=None)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
 
@@ -69,7 +80,7 @@ class SelfAttention2d(nn.Module):
         B, C, H, W = x.shape
         qkv = self.qkv(self.norm(x)).reshape(B, 3, C, H * W).transpose(2, 3)
         q, k, v = qkv.unsqueeze(2).unbind(1)  # [B, 1 head, HW, C]
-        h = attention(q, k, v).squeeze(1).transpose(1, 2).reshape(B, C, H, W)
+        h = attention(q, k, v, impl=self.impl).squeeze(1).transpose(1, 2).reshape(B, C, H, W)
         return x + self.out(h)
 
 

@@ -25,6 +25,7 @@ class VectorQuantizer(nn.Module):
     """
 
     features_per_latent = 1
+    operation, impl = "vector_quantize", "auto"  # for dae.models.kernels
 
     def __init__(self, config: VQConfig, channels: int):
         super().__init__()
@@ -43,7 +44,8 @@ class VectorQuantizer(nn.Module):
     def forward(self, features: Tensor, sample_posterior: bool = False) -> Encoding:
         """Features [B, D, h, w] to latents of the same shape and indices [B, h, w]; a code is never sampled."""
         z_BDhw = features.float()
-        out = vector_quantize(z_BDhw.movedim(1, -1), self.codebook, commitment_weight=self.config.commitment_weight)
+        z_BhwD, weight = z_BDhw.movedim(1, -1), self.config.commitment_weight
+        out = vector_quantize(z_BhwD, self.codebook, commitment_weight=weight, impl=self.impl)
         return Encoding(out.quantized.movedim(-1, 1), out.loss, z_BDhw, out.indices)
 
     def lookup(self, indices_Bhw: Tensor) -> Tensor:
@@ -71,7 +73,7 @@ class VectorQuantizer(nn.Module):
         if not temperature > 0:
             raise ValueError(f"the temperature must be positive, got {temperature}; the nearest code is `forward`'s")
         z_BhwD = features.float().movedim(1, -1)
-        _, nearest = nearest_code(z_BhwD, self.codebook)
+        _, nearest = nearest_code(z_BhwD, self.codebook, impl=self.impl)
         scale = temperature * nearest.mean().clamp(min=1e-12)
         rows = []
         for z_ND in z_BhwD.flatten(0, -2).split(max(1, 2**24 // len(self.codebook))):  # 64 MiB of distances at once
@@ -98,7 +100,7 @@ class VectorQuantizer(nn.Module):
         codebook = random_latents(K)
         counts = torch.ones(K, device=x_ND.device)
         for _ in range(self.config.kmeans_iterations):
-            indices, _ = nearest_code(x_ND, codebook)
+            indices, _ = nearest_code(x_ND, codebook, impl=self.impl)
             counts, sums = codebook_statistics(x_ND.double(), indices, K)
             empty = counts == 0
             codebook = (sums / counts.clamp(min=1)[:, None]).float()

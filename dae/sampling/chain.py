@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dae.config import SamplingConfig
+from dae.config import KernelsConfig, SamplingConfig
 from dae.hub import fingerprint, require_model
-from dae.models import ARPrior, Autoencoder
+from dae.models import ARPrior, Autoencoder, choose_kernels
 from dae.sampling.ar import sample_tokens
 
 
-def load_chain(output_dir: str | Path, device: Any = "cpu") -> tuple[Autoencoder, ARPrior]:
-    """The autoencoder and the prior of a run.
+def load_chain(output_dir: str | Path, device: Any = "cpu", kernels: KernelsConfig | None = None) -> tuple[Autoencoder, ARPrior]:
+    """The autoencoder and the prior of a run, which compute by `kernels` (None: "auto" everywhere).
 
     Raises:
         FileNotFoundError: one of them is missing.
@@ -32,6 +32,8 @@ def load_chain(output_dir: str | Path, device: Any = "cpu") -> tuple[Autoencoder
             f"{output / 'prior'} was trained on the tokens of another autoencoder than {output / 'autoencoder'}: "
             "encode the data again (recipes/encode.py) and train the prior again (recipes/train_prior.py)"
         )
+    for model in (autoencoder, prior):
+        choose_kernels(model, kernels or KernelsConfig())
     return autoencoder, prior
 
 

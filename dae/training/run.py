@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 # What may change between a checkpoint and its resumption without changing what is computed; batch sizes are compared globally.
 FREE_TO_CHANGE = (
     "output_dir", "compile", "report_to", "logging_steps", "checkpointing_steps", "checkpoints_total_limit",
-    "resume_from_checkpoint", "push_to_hub", "hub_model_id", "prior.attention",
+    "resume_from_checkpoint", "push_to_hub", "hub_model_id", "kernels.",
     "data.num_workers", "data.verify_rows", "sampling.", "evaluation.",
 )  # fmt: skip
 

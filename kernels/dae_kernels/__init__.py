@@ -5,6 +5,7 @@ from dae_kernels.clouds import Convention
 from dae_kernels.codebook_statistics import codebook_statistics
 from dae_kernels.energy_distance import energy_distance
 from dae_kernels.frechet_distance import GaussianStatistics, frechet_distance, gaussian_w2
+from dae_kernels.group_norm_silu import group_norm_silu
 from dae_kernels.mmd import mmd
 from dae_kernels.nearest_code import nearest_code
 from dae_kernels.precision_recall_density_coverage import k_nearest_distances, precision_recall_density_coverage
@@ -20,6 +21,7 @@ __all__ = [
     "energy_distance",
     "frechet_distance",
     "gaussian_w2",
+    "group_norm_silu",
     "k_nearest_distances",
     "max_sliced_wasserstein",
     "mmd",

@@ -4,19 +4,20 @@ import pytest
 import torch
 
 import dae.distributed
-from dae.config import PriorConfig
-from dae.models import ARPrior
+from dae.config import KernelsConfig, PriorConfig
+from dae.models import ARPrior, choose_kernels
 from dae.models.ar_prior import KVCache, rotary_table, rotate, token_cross_entropy
 
 K, T, C = 11, 9, 3
 
 
-def make(train=False, **changes) -> ARPrior:
+def make(train=False, attention="auto", **changes) -> ARPrior:
     torch.manual_seed(0)
     config = PriorConfig(**{"width": 16, "depth": 2, "num_heads": 2} | changes)
     prior = ARPrior(config, vocab_size=K, sequence_length=T, num_classes=C).double()
     for p in prior.parameters():  # far from the small initial values, so that every path matters
         torch.nn.init.normal_(p, std=0.5)
+    choose_kernels(prior, KernelsConfig(attention=attention))
     return prior.train(train)
 
 

@@ -7,7 +7,7 @@ from torch import nn
 from dae.config import AutoencoderConfig, DecoderConfig
 from dae.models import PatchDiscriminator
 from dae.models.decoders import build_decoder
-from dae.models.layers import Dropout, ResidualBlock, SelfAttention2d, group_norm
+from dae.models.layers import Dropout, GroupNorm, ResidualBlock, SelfAttention2d
 
 
 def make(family, resolution=8, channels=2, **changes):
@@ -93,7 +93,7 @@ def test_dropout_layer(channelwise):
 
 @pytest.mark.parametrize("channels", [1, 4, 12, 33, 64, 96])
 def test_group_norm_takes_any_width(channels):
-    norm = group_norm(channels)
+    norm = GroupNorm(channels)
     assert channels % norm.num_groups == 0 and norm.num_groups <= 32
     assert norm(torch.randn(2, channels, 3, 3)).isfinite().all()
 

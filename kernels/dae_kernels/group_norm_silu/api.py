@@ -1,0 +1,145 @@
+"""`group_norm_silu`: checks, dispatch, and the gradient of the fused kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dae_kernels.dispatch import check_choice, choose, dtype_refusal
+from dae_kernels.group_norm_silu.reference import group_norm_silu_reference
+
+
+def group_norm_silu(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    activation: str | None = "silu",
+    *,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Group normalisation, an optional adaptive scale and shift, then SiLU.
+
+        n = (x - mean_g) / sqrt(var_g + eps)                     over the C / num_groups channels of a group and all positions
+        h = (n * weight_c + bias_c) * (1 + scale_bc) + shift_bc
+        out = h * sigmoid(h)                                     or h itself without activation
+
+    The kernels save x and the mean and 1 / std of each group for the backward pass, and nothing else of the size of x: h is
+    computed anew. Statistics are float32 whatever the dtype of x, merged from (mean, sum of squared deviations) of chunks,
+    so a mean far from zero costs no accuracy. The gradients of all operands are sums in a fixed order: deterministic.
+
+    Args:
+        x: [B, C, *positions], floating, C divisible by num_groups. Contiguous or channels_last are taken as they are, other
+            strides are copied if positions do not lie at one distance from each other.
+        num_groups: groups of adjacent channels.
+        weight, bias: [C], floating, or None for 1 and 0.
+        eps: added to the variance, > 0.
+        activation: "silu" or None.
+        scale, shift: [B, C], both or neither: adaptive GroupNorm.
+        impl: "auto" is "triton" for CUDA tensors of at most 32 bits where triton is installed, else "reference"; a named
+            choice is obeyed or refused.
+
+    Returns:
+        The shape, dtype and memory layout of x; also under autocast, where the statistics stay float32. Differentiable by x,
+        weight, bias, scale and shift; twice by the reference only (the kernels raise).
+
+    Raises:
+        TypeError: x or a parameter that is not a floating point tensor.
+        ValueError: shapes or devices that do not fit, channels that num_groups does not divide, one of scale and shift
+            without the other, an unknown activation, or `impl` cannot run here.
+
+    Source: Wu & He 2018, "Group Normalization", arXiv 1803.08494; adaptive: Dhariwal & Nichol 2021, arXiv 2105.05233, section 3;
+    merging: Chan, Golub & LeVeque 1979.
+    """
+    check_choice("activation", activation, ("silu", None))
+    check_operands(x, num_groups, weight, bias, eps, scale, shift)
+    silu = activation == "silu"
+    parameters = [parameter for parameter in (weight, bias, scale, shift) if parameter is not None]
+    refusal = dtype_refusal(x, *parameters)
+    if x.numel() == 0:
+        refusal = f"the kernel needs at least one element, got x {list(x.shape)}"
+    if choose(impl, x.device, refusal) == "reference":
+        return group_norm_silu_reference(x, num_groups, weight, bias, eps, silu, scale, shift)
+    return GroupNormSiLU.apply(x, weight, bias, scale, shift, num_groups, eps, silu)[0]
+
+
+def check_operands(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> None:
+    operation = "group_norm_silu"
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"{operation} needs a floating point tensor x, got {x.dtype if isinstance(x, Tensor) else type(x)}")
+    if x.dim() < 2:
+        raise ValueError(f"{operation} needs x [B, C, *positions], got {list(x.shape)}")
+    B, C = x.shape[:2]
+    if num_groups < 1 or C % num_groups:
+        raise ValueError(f"{operation} needs channels divisible by num_groups, got {C} channels and num_groups={num_groups}")
+    if not eps > 0:
+        raise ValueError(f"{operation} needs a positive eps, got {eps}")
+    if (scale is None) != (shift is None):
+        raise ValueError(f"{operation} needs scale and shift, or neither, got only {'shift' if scale is None else 'scale'}")
+    for name, parameter, shape in (
+        ("weight", weight, (C,)),
+        ("bias", bias, (C,)),
+        ("scale", scale, (B, C)),
+        ("shift", shift, (B, C)),
+    ):
+        if parameter is None:
+            continue
+        if not parameter.is_floating_point():
+            raise TypeError(f"{operation} needs a floating point {name}, got {parameter.dtype}")
+        if tuple(parameter.shape) != shape:
+            raise ValueError(f"{operation} needs {name} {list(shape)} for x {list(x.shape)}, got {list(parameter.shape)}")
+        if parameter.device != x.device:
+            raise ValueError(f"{operation} needs {name} on {x.device}, where x is, got {parameter.device}")
+
+
+class GroupNormSiLU(torch.autograd.Function):
+    """The kernels with their gradient. A Function, as what `register_autograd` makes is closed to torch.func."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, weight, bias, scale, shift, num_groups, eps, silu):
+        from dae_kernels.group_norm_silu.fused import group_norm_silu_forward
+
+        return group_norm_silu_forward(x, weight, bias, scale, shift, num_groups, eps, silu)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, bias, scale, shift, ctx.num_groups, _, ctx.silu = inputs
+        _, mean_BG, rstd_BG = output
+        ctx.mark_non_differentiable(mean_BG, rstd_BG)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, bias, scale, shift, mean_BG, rstd_BG)
+
+    @staticmethod
+    def backward(ctx, dy, _d_mean, _d_rstd):
+        from dae_kernels.group_norm_silu.fused import group_norm_silu_backward
+
+        # Dynamo traces this under enabled gradients; a compiled graph has no second derivative anyhow.
+        if torch.is_grad_enabled() and dy.requires_grad and not torch.compiler.is_compiling():
+            raise RuntimeError("group_norm_silu's kernels have no second derivative: use impl='reference'")
+        x, weight, bias, scale, shift, mean_BG, rstd_BG = ctx.saved_tensors
+        dx, sum_BC, sum_n_BC = group_norm_silu_backward(
+            dy, x, weight, bias, scale, shift, mean_BG, rstd_BG, ctx.num_groups, ctx.silu
+        )
+        # sum is d out / d h summed over positions, sum_n that times n; they hold the gradients of all parameters.
+        d_scale = d_shift = None
+        if scale is not None:
+            affine_n = sum_n_BC if weight is None else sum_n_BC * weight
+            d_scale = (affine_n if bias is None else affine_n + sum_BC * bias).to(scale.dtype)
+            d_shift = sum_BC.to(shift.dtype)
+            sum_BC, sum_n_BC = sum_BC * (1 + scale), sum_n_BC * (1 + scale)
+        d_weight = None if weight is None else sum_n_BC.sum(dim=0).to(weight.dtype)
+        d_bias = None if bias is None else sum_BC.sum(dim=0).to(bias.dtype)
+        return dx, d_weight, d_bias, d_scale, d_shift, None, None, None

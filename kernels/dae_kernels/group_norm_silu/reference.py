@@ -1,0 +1,37 @@
+"""GroupNorm and SiLU in eager torch: the definition."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def group_norm_silu_reference(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    silu: bool,
+    scale_BC: Tensor | None,
+    shift_BC: Tensor | None,
+) -> Tensor:
+    """act(group_norm(x) * (1 + scale) + shift) in float32 (float64 for float64 `x`), in the dtype and layout of `x`."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    known = torch.amp.is_autocast_available(x.device.type)  # not for meta tensors
+    with torch.autocast(x.device.type, enabled=False) if known else nullcontext():
+        weight, bias = (None if parameter is None else parameter.to(wide) for parameter in (weight, bias))
+        y = F.group_norm(x.to(wide), num_groups, weight, bias, eps)
+        if scale_BC is not None:
+            per_channel = (*scale_BC.shape, *[1] * (x.dim() - 2))
+            y = y * (1 + scale_BC.to(wide).view(per_channel)) + shift_BC.to(wide).view(per_channel)
+        y = F.silu(y) if silu else y
+        y = y.to(x.dtype)
+    # CUDA's own GroupNorm returns a contiguous tensor whatever it was given.
+    for layout, dim in ((torch.channels_last, 4), (torch.channels_last_3d, 5)):
+        if x.dim() == dim and x.is_contiguous(memory_format=layout) and not x.is_contiguous():
+            y = y.contiguous(memory_format=layout)
+    return y
