@@ -78,9 +78,10 @@ class SelfAttention2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         B, C, H, W = x.shape
-        qkv = self.qkv(self.norm(x)).reshape(B, 3, C, H * W).transpose(2, 3)
-        q, k, v = qkv.unsqueeze(2).unbind(1)  # [B, 1 head, HW, C]
-        h = attention(q, k, v, impl=self.impl).squeeze(1).transpose(1, 2).reshape(B, C, H, W)
+        # Positions before channels, as channels_last has them: all of this, and its backward, are then views.
+        qkv = self.qkv(self.norm(x)).movedim(1, -1).reshape(B, 1, H * W, 3, C)
+        q, k, v = qkv.unbind(3)  # [B, 1 head, HW, C]
+        h = attention(q, k, v, impl=self.impl).view(B, H, W, C).movedim(-1, 1)
         return x + self.out(h)
 
 
