@@ -79,6 +79,7 @@ bench vector_quantize 30
 bench codebook_statistics 30
 bench sliced_wasserstein 30
 bench attention 30
+bench perceptual_tap 30
 
 LIMIT=535  # the tables need a second
 step tables 10 bench.md "$PYTHON" profiling/bench_report.py "$OUT/bench.jsonl"
