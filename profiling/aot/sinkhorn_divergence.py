@@ -1,4 +1,4 @@
-"""Variants of sinkhorn_divergence. p = 2 loops over D above 16, D = 100 leaves a remainder; p = 1 updates without a product."""
+"""Variants of sinkhorn_divergence. p = 2 loops over D above 16, D = 100 leaves a remainder; p = 1 has no product."""
 
 from dae_kernels.sinkhorn_divergence import fused
 
@@ -18,5 +18,4 @@ def variants(Variant, backend):
             constants = {"D": D, "P": p, "INPUT_PRECISION": "ieee" if backend == "hip" else "tf32x3"}
             constants |= {key: value for key, value in tile.items() if key.startswith("BLOCK")}
             options = {key: value for key, value in tile.items() if not key.startswith("BLOCK")}
-            product = p == 2 or bool(outputs)
-            yield Variant(name, kernel, pointers | outputs, scalars | shares, constants, options, product=product)
+            yield Variant(name, kernel, pointers | outputs, scalars | shares, constants, options, product=p == 2)

@@ -11,7 +11,8 @@ Roofline of one update (counts, with the floors measured on an H100: 3.0 TB/s; t
   twice, hence the steps of 16 in D. Rows of x stay on the chip for D <= 16; above, both operands stream out of L2.
 - p = 1 takes distances from differences, 2 N M D float32 instructions without tensor cores (1 cycle a score for D = 64), because
   the root of |x|^2 - 2 x.y + |y|^2 is wrong for near points by the root of the rounding.
-- The derivative is one more pass: the plan is recomputed for each BLOCK_E of the D columns and multiplied by y.
+- The derivative is one more pass: the plan is recomputed for each BLOCK_E of the D columns and multiplied by y (p = 1: by
+  differences, without tensor cores).
 - N / BLOCK_N programs fill 132 SMs from N = 8500. Below that the columns are shared out, as long as a share stays at
   MIN_SHARE of them: 64 x 2048 scores take an SM 26,000 cycles or 15 us at the bounds above, as much as the launches that join
   the shares.
@@ -143,12 +144,12 @@ def sinkhorn_derivative_kernel(
     """df = sum_j P_ij d|x_i - y_j|^P / P / dx_i for BLOCK_N rows and BLOCK_E columns; f makes the rows of the plan sum to 1."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
-    e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+    e0 = tl.program_id(1) * BLOCK_E
+    e = e0 + tl.arange(0, BLOCK_E)
     x = tl.load(x_ptr + row[:, None] * D + d[None, :], mask=(row[:, None] < N) & (d[None, :] < D), other=0.0)
     f = tl.load(f_ptr + row, mask=row < N, other=0.0)
     total = tl.zeros([BLOCK_N], tl.float32)
-    mass = tl.zeros([BLOCK_N], tl.float32)
-    centre = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
+    sums = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
     for m0 in range(0, M, BLOCK_M):
         col = m0 + tl.arange(0, BLOCK_M)
         score, distance = scores(
@@ -157,15 +158,22 @@ def sinkhorn_derivative_kernel(
         )  # fmt: skip
         plan = tl.exp2(score + (f * scale)[:, None])
         total += tl.sum(plan, axis=1)
-        if P == 1:  # the distance of a point to itself has derivative 0
-            plan = tl.where(distance > 0, plan / distance, 0.0)
-        mass += tl.sum(plan, axis=1)
-        y_ptrs = y_ptr + col.to(tl.int64)[:, None] * D + e[None, :]
-        y = tl.load(y_ptrs, mask=(col[:, None] < M) & (e[None, :] < D), other=0.0)
-        centre = tl.dot(plan, y, centre, input_precision=INPUT_PRECISION)
+        if P == 1:  # Differences again, as for distances: near points have large weights. A point's own distance counts as 0.
+            weight = tl.where(distance > 0, plan / distance, 0.0)
+            for k in range(0, tl.minimum(BLOCK_E, d_end - e0)):
+                x_k = tl.load(x_ptr + row * D + e0 + k, mask=row < N, other=0.0)
+                y_k = tl.load(y_ptr + col.to(tl.int64) * D + e0 + k, mask=col < M, other=0.0)
+                sums_k = tl.sum(weight * (x_k[:, None] - y_k[None, :]), axis=1)
+                sums += tl.where(tl.arange(0, BLOCK_E)[None, :] == k, sums_k[:, None], 0.0)
+        else:
+            y_ptrs = y_ptr + col.to(tl.int64)[:, None] * D + e[None, :]
+            y = tl.load(y_ptrs, mask=(col[:, None] < M) & (e[None, :] < D), other=0.0)
+            sums = tl.dot(plan, y, sums, input_precision=INPUT_PRECISION)
     inside = (row[:, None] < N) & (e[None, :] < D)
-    x_e = tl.load(x_ptr + row[:, None] * D + e[None, :], mask=inside, other=0.0)
-    tl.store(df_ptr + row[:, None] * D + e[None, :], (mass[:, None] * x_e - centre) / total[:, None], mask=inside)
+    df = sums / total[:, None]
+    if P == 2:
+        df = tl.load(x_ptr + row[:, None] * D + e[None, :], mask=inside, other=0.0) - df
+    tl.store(df_ptr + row[:, None] * D + e[None, :], df, mask=inside)
 
 
 # By p: without a product the compiler gives a row to a thread or two, and 64 columns spill on sm_90.

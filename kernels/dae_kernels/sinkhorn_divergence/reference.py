@@ -60,9 +60,12 @@ class ReferenceUpdate:
             total_n = plan_nM.sum(dim=1)
             f_N[block] = -epsilon * (total_n.log() + top_n)
             if gradient:
-                mass_n = total_n
-                if self.p == 1:  # the distance of a point to itself has derivative 0
-                    plan_nM = torch.where(distance_nM > 0, plan_nM / distance_nM, 0.0)
-                    mass_n = plan_nM.sum(dim=1)
-                df_ND[block] = (mass_n[:, None] * x_nD - product(plan_nM, self.y_MD)) / total_n[:, None]
+                if self.p == 2:
+                    df_ND[block] = x_nD - product(plan_nM, self.y_MD) / total_n[:, None]
+                    continue
+                # Differences again, as near points have large weights. The distance of a point to itself has derivative 0.
+                weight_nM = plan_nM.div_(distance_nM).masked_fill_(distance_nM == 0, 0.0)
+                for d in range(x_nD.shape[1]):
+                    difference_nM = x_nD[:, d, None] - self.y_MD[:, d]
+                    df_ND[block, d] = difference_nM.mul_(weight_nM).sum(dim=1) / total_n
         return f_N, df_ND
