@@ -13,9 +13,21 @@ def gaussian_w2_reference(mean_a_D: Tensor, cov_a_DD: Tensor, mean_b_D: Tensor, 
     The trace of the root is the sum of the singular values of S1^1/2 S2^1/2, which loses no digits where covariances are
     singular; eigenvalues of the product would lose half of them in the square root.
     """
-    trace_of_root = torch.linalg.svdvals(SquareRoot.apply(cov_a_DD)[0] @ SquareRoot.apply(cov_b_DD)[0]).sum()
+    trace_of_root = torch.linalg.svdvals(square_root(cov_a_DD) @ square_root(cov_b_DD)).sum()
     distance = (mean_a_D - mean_b_D).square().sum() + cov_a_DD.trace() + cov_b_DD.trace() - 2 * trace_of_root
     return distance.clamp_min(0)
+
+
+def square_root(matrix_DD: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        from dae_kernels.whole import square_root_function
+    else:
+        square_root_function = apply_square_root
+    return square_root_function(matrix_DD)
+
+
+def apply_square_root(matrix_DD: Tensor) -> Tensor:
+    return SquareRoot.apply(matrix_DD)[0]
 
 
 class SquareRoot(torch.autograd.Function):
