@@ -19,6 +19,7 @@ from dae_kernels import (
     sliced_wasserstein,
     vector_quantize,
 )
+from dae_kernels.sliced_wasserstein import reference as sliced_reference
 from torch.func import grad, jacrev, vmap
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -42,7 +43,7 @@ class Case(NamedTuple):
 
     function: object
     differentiable: bool = True
-    second: str = "refused"  # "refused" by a RuntimeError, or "true"
+    second: str = "refused"  # derivative: by a RuntimeError; or "true"; or of a "surrogate"
 
 
 CASES = {
@@ -58,9 +59,9 @@ CASES = {
     "max sliced weights": Case(lambda x, y, w: max_sliced_wasserstein(x, y, weights_x=w, projections=DIRECTIONS), second="true"),
     "frechet": Case(lambda x, y, w: frechet_distance(x, y)),
     "gaussian": Case(lambda x, y, w: gaussian_w2(*moments(x), *moments(y))),
-    "ste": Case(lambda x, y, w: quantized(x, y, "ste"), second="true"),
+    "ste": Case(lambda x, y, w: quantized(x, y, "ste"), second="surrogate"),
     "rotation": Case(lambda x, y, w: quantized(x, y, "rotation"), second="surrogate"),
-    "ste triton": Case(lambda x, y, w: quantized(x, y, "ste", impl="triton"), second="true"),
+    "ste triton": Case(lambda x, y, w: quantized(x, y, "ste", impl="triton"), second="surrogate"),
     "rotation cosine triton": Case(
         lambda x, y, w: quantized(x, y, "rotation", metric="cosine", impl="triton"), second="surrogate"
     ),
@@ -134,21 +135,125 @@ def test_func_gradients_are_autograds(name):
     close(vmap(grad(f), in_dims=(0, None, 0))(x, y[0], w)[0], expected[0][0])
 
 
+def combined(name):
+    """The function of a case, alone and in transforms, as one function of the batches that returns a flat tuple."""
+    f = CASES[name].function
+
+    def plain(x, y, w):
+        return f(x[0], y[0], w[0]), vmap(f)(x, y, w)
+
+    def with_gradients(x, y, w):
+        one = grad(f, argnums=(0, 1, 2))(x[0], y[0], w[0])
+        each = vmap(grad(f, argnums=(0, 1, 2)), in_dims=(0, None, 0))(x, y[1], w)
+        total = grad(lambda *t: vmap(f)(*t).sum(), argnums=(0, 1, 2))(x, y, w)
+        return *plain(x, y, w), *one, *each, *total
+
+    return with_gradients if CASES[name].differentiable else plain
+
+
+def check_compiled(name, backend):
+    x, y, w = operands(2)
+    f, everything = CASES[name].function, combined(name)
+    torch._dynamo.reset()
+    compiled = torch.compile(everything, fullgraph=True, backend=backend)(x, y, w)
+    for got, expected in zip(compiled, everything(x, y, w), strict=True):
+        close(got, expected)
+    if CASES[name].differentiable:
+        torch._dynamo.reset()
+        one = x[0], y[0], w[0]
+        compiled = torch.compile(f, fullgraph=True, backend=backend)
+        for got, expected in zip(eager_gradient(compiled, *one), eager_gradient(f, *one), strict=True):
+            close(got, expected)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_compile_of_transforms(name):
-    """aot_eager traces forward and backward as Inductor's input, without its minutes of code generation."""
+    """aot_eager traces forward and backward as for Inductor, without its time of code generation."""
+    check_compiled(name, "aot_eager")
+
+
+@pytest.mark.parametrize("name", ["sums"])
+def test_inductor(name):
+    check_compiled(name, "inductor")
+
+
+def second(f):
+    """The gradient of a product of the gradient of f and a constant."""
+    return lambda x, y, w: grad(lambda x: (grad(f)(x, y, w) * torch.linspace(-1, 1, D, device=DEVICE)).sum())(x)
+
+
+@pytest.mark.parametrize("name", [name for name in DIFFERENTIABLE if CASES[name].second == "refused"])
+def test_second_derivatives_are_refused(name):
     f = CASES[name].function
-    x, y, w = operands(2)
-    functions = {"plain": lambda x, y, w: f(x[0], y[0], w[0]), "vmap": vmap(f)}
-    if CASES[name].differentiable:
-        functions["grad"] = lambda x, y, w: grad(f, argnums=(0, 1, 2))(x[0], y[0], w[0])
-        functions["vmap of grad"] = vmap(grad(f, argnums=(0, 1, 2)))
-        functions["grad of vmap"] = grad(lambda *t: vmap(f)(*t).sum(), argnums=(0, 1, 2))
-    for function in functions.values():
-        torch._dynamo.reset()
-        close(torch.compile(function, fullgraph=True, backend="aot_eager")(x, y, w), function(x, y, w))
-    if CASES[name].differentiable:
-        torch._dynamo.reset()
-        compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
-        for got, expected in zip(eager_gradient(compiled, x[0], y[0], w[0]), eager_gradient(f, x[0], y[0], w[0]), strict=True):
-            close(got, expected)
+    x, y, w = (t[0] for t in operands(3))
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        second(f)(x, y, w)
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        vmap(second(f))(x[None], y[None], w[None])
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="no second derivatives"):
+        torch.compile(second(f), backend="aot_eager")(x, y, w)
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(f(leaf, y, w), leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        gradient.sum().backward()
+
+
+@pytest.mark.parametrize("name", [name for name in DIFFERENTIABLE if CASES[name].second == "true"])
+def test_second_derivatives_are_true(name):
+    """Against differences of gradients in float64. None of these changes its sorting or its codes within the step."""
+    f = CASES[name].function
+    x, y, w = (t[0].double() for t in operands(3))
+    direction = torch.linspace(-1, 1, D, device=DEVICE).double().expand(N, D)
+    step = 1e-6
+    expected = (eager_gradient(f, x + step * direction, y, w)[0] - eager_gradient(f, x - step * direction, y, w)[0]) / (2 * step)
+    # Differences of float64 gradients of the order of 1: 1e-16 / 1e-6 from rounding, 1e-12 from the step.
+    torch.testing.assert_close(second(f)(x, y, w), expected, rtol=1e-7, atol=1e-8)
+
+
+@pytest.mark.parametrize("gradient", ["ste", "rotation"])
+def test_second_derivatives_of_vector_quantize_are_those_of_its_surrogate(gradient):
+    """`quantized` is J x with J held constant; the mean of its squares and the loss have 2 J^T J / (N D) and 0.25 * 2 / (N D)."""
+    x, y, _ = (t[0].double() for t in operands(3))
+    direction = torch.linspace(-1, 1, D, device=DEVICE).double().expand(N, D)
+    J = jacrev(lambda x: vector_quantize(x, y, gradient=gradient).quantized)(x).reshape(N * D, N * D)
+    expected = (2 * J.T @ J @ direction.reshape(-1) / (N * D)).view(N, D) + 0.5 * direction / (N * D)
+    torch.testing.assert_close(second(lambda x, y, w: quantized(x, y, gradient))(x, y, None), expected)
+
+
+def test_sliced_in_many_blocks(monkeypatch):
+    """Blocks are computed again in the backward pass: in eager mode under every transform, compiled by plain autograd."""
+    expected = {name: combined(name)(*operands(4)) for name in ("sliced", "sliced weights")}
+    seconds = {name: second(CASES[name].function)(*(t[0] for t in operands(4))) for name in expected}
+    monkeypatch.setattr(sliced_reference, "MAX_PROJECTED", 2 * (N + M))  # two directions of five
+    for name in expected:
+        for got, want in zip(combined(name)(*operands(4)), expected[name], strict=True):
+            close(got, want)
+        close(second(CASES[name].function)(*(t[0] for t in operands(4))), seconds[name])
+
+
+def test_drawn_directions_under_vmap_follow_its_randomness():
+    x, y, _ = operands(5)
+    x = x[:1].expand_as(x)
+    with pytest.raises(RuntimeError, match="randomness"):
+        vmap(lambda x: sliced_wasserstein(x, y[0]))(x)
+    same, different = (vmap(lambda x: sliced_wasserstein(x, y[0]), randomness=kind)(x) for kind in ("same", "different"))
+    assert same[0] == same[1] and different[0] != different[1]
+
+
+def test_values_are_checked_where_they_can_be_read():
+    x, y, w = operands(6)
+    with pytest.raises(ValueError, match="not negative"):
+        grad(lambda x: energy_distance(x, y[0], weights_x=-w[0]))(x[0])  # by grad of the points they are as readable as ever
+    with pytest.raises(ValueError, match="not negative"):
+        grad(lambda w: sliced_wasserstein(x[0], y[0], weights_x=-w))(w[0])
+    with pytest.raises(ValueError, match="two points of positive weight"):
+        grad(lambda w: mmd(x[0], y[0], bandwidths=(1.0,), weights_x=w * (torch.arange(N, device=DEVICE) < 1)))(w[0])
+    with pytest.raises(ValueError, match="not negative"):
+        vmap(lambda x: energy_distance(x, y[0], weights_x=-w[0]))(x)  # the weights are not batched
+    vmap(lambda w: energy_distance(x[0], y[0], weights_x=-w))(w)  # these cannot be read
+    vmap(grad(lambda w: energy_distance(x[0], y[0], weights_x=-w)))(w)
+    grad(lambda w: vmap(lambda w: energy_distance(x[0], y[0], weights_x=-w))(w).sum())(w)
+    if DEVICE == "cpu":  # an operator there reads what it is given
+        with pytest.raises(ValueError, match=r"indices in \[0, 5\), got 7"):
+            vmap(lambda x: codebook_statistics(x, torch.full((N,), 7), 5))(x)
