@@ -181,7 +181,7 @@ UPDATE_TILE = {
     1: {"BLOCK_N": 64, "BLOCK_M": 32, "BLOCK_D": 16, "num_warps": 4, "num_stages": 2},
     2: {"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_D": 16, "num_warps": 4, "num_stages": 2},
 }
-DERIVATIVE_TILE = {"BLOCK_N": 64, "BLOCK_M": 32, "BLOCK_D": 16, "BLOCK_E": 16, "num_warps": 4, "num_stages": 2}
+DERIVATIVE_TILE = {"BLOCK_N": 128, "BLOCK_M": 32, "BLOCK_D": 16, "BLOCK_E": 16, "num_warps": 8, "num_stages": 2}
 MIN_SHARE = 2048
 
 
