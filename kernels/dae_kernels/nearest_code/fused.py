@@ -20,8 +20,9 @@ Roofline (counts, with the measured floors of an H100: 3.0 TB/s, 798 TFLOP/s in 
 - Comparing costs a score about six float32 or integer instructions (scale, minimum, equality, select, minimum of the index),
   and "exact" three more for the second score of the tile. An SM does 128 of them a cycle, so 20 or 14 scores, while its tensor
   cores do 2048 bf16 multiply-adds: the comparison is the bound below D = 100 or so (bf16, "fast"), the product above.
-- So the tile is chosen for registers: BLOCK_N x BLOCK_K sums over 32 * num_warps threads, 64 a thread for a 16-bit product,
-  32 for tf32 and tf32x3, whose operands take more; tf32x3 holds each twice, hence the steps of 32 and 16 in D (sm_80).
+- So the tile is chosen for registers: BLOCK_N x BLOCK_K sums over 32 * num_warps threads, 64 a thread for a 16-bit product
+  (32 in "exact", which spilled on sm_100 with 64), 32 for tf32 and tf32x3,
+  whose operands take more; tf32x3 holds each twice, hence the steps of 32 and 16 in D (sm_80).
 - D is padded to a power of two of at least 16, the least a tensor core takes. Above BLOCK_D it is looped and both operands
   stream; up to BLOCK_D the rows of x stay on the chip and only codes stream.
 - N / BLOCK_N programs fill 132 SMs from N = 17000 (float32: 8500). Below that the codes are split into S shares, so that
