@@ -57,7 +57,7 @@ def slope(sizes: tuple[int, ...], values: list[Tensor]) -> float:
 def test_rates_of_convergence():
     """Blur fixed, samples in one dimension: 1 / n for two samples of one law, 1 / sqrt(n) between laws (Genevay et al. 2019)."""
     generator = torch.Generator().manual_seed(0)
-    sizes = (32, 128, 512)
+    sizes = (16, 64, 256)
 
     def draw(n: int) -> Tensor:
         return torch.randn(n, 1, dtype=torch.float64, generator=generator)
