@@ -57,6 +57,7 @@ PACKAGES = (
     "POT",
     "vector-quantize-pytorch",
     "flash-kmeans",
+    "prdc",
 )
 WARM_UP, MIN_ROUNDS, MAX_ROUNDS = 2, 3, 100
 TURN_SECONDS = 0.02  # a fast case has several samples a turn
@@ -322,9 +323,22 @@ def operation_module(operation: str) -> Any:
 
 def shape_of(text: str) -> dict[str, int]:
     try:
-        return {key: int(size) for key, size in (part.split("=") for part in text.split(","))}
+        shape = {key: int(size) for key, size in (part.split("=") for part in text.split(","))}
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected N=8192,K=4096,D=64 or the like, got {text!r}") from None
+    if min(shape.values()) < 1:
+        raise argparse.ArgumentTypeError(f"expected sizes of at least 1, got {text!r}")
+    return shape
+
+
+def refusal_of_shape(operation: str, shape: dict[str, int], default: dict[str, int]) -> str | None:
+    """Why the operation cannot be measured at this shape: names it does not have, or lacks; None if it has just its own."""
+    if shape.keys() == default.keys():
+        return None
+    got, example = (",".join(f"{name}={size}" for name, size in sizes.items()) for sizes in (shape, default))
+    faults = ("missing", default.keys() - shape.keys()), ("unknown", shape.keys() - default.keys())
+    found = "; ".join(f"{fault}: {', '.join(sorted(names))}" for fault, names in faults if names)
+    return f"--shape of {operation} needs {', '.join(default)}, as in {example}, got {got} ({found})"
 
 
 def main() -> None:
@@ -341,12 +355,16 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib, which is not installed (pip install matplotlib)")
+    device = torch.device(arguments.device)
+    modules = {operation: operation_module(operation) for operation in arguments.op or operations}
+    for operation, module in modules.items():  # before anything is measured
+        for shape in arguments.shape or []:
+            if refusal := refusal_of_shape(operation, shape, module.SHAPES[device.type][0]):
+                parser.error(refusal)
     os.environ.pop("TRITON_INTERPRET", None)  # the interpreter's times say nothing
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # `timeout` ends a run; what it has by then is written
-    device = torch.device(arguments.device)
     where, rows = machine(device), []
-    for operation in arguments.op or operations:
-        module = operation_module(operation)
+    for operation, module in modules.items():
         for shape in arguments.shape or module.SHAPES[device.type]:
             for dtype in arguments.dtype or module.DTYPES[device.type]:
                 torch.manual_seed(0)

@@ -63,28 +63,36 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def plot(rows: list[dict[str, Any]], folder: Path) -> None:
-    """<folder>/<operation>.png: a panel for each shape, dtype and phase, a bar for each case, whiskers from 20 % to 80 %."""
+    """<folder>/<operation>.png: a panel for each shape, dtype and phase, a point for each case, whiskers from 20 % to 80 %."""
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     folder.mkdir(parents=True, exist_ok=True)
     rows = [row for row in rows if row["status"] == "ok" and row["op"] != "floor" and row["phase"] != "backward"]
     for operation in sorted({row["op"] for row in rows}):
         panels = [
-            (f"{title}: {phase}", bars)
+            (f"{title}: {phase}", cases)
             for title, panel in panels_of([row for row in rows if row["op"] == operation]).items()
             for phase in ("forward", "both")
-            if (bars := [row for row in panel if row["phase"] == phase])
+            if (cases := [row for row in panel if row["phase"] == phase])
         ]
-        figure, axes = pyplot.subplots(len(panels), squeeze=False, figsize=(8, 1 + 2.6 * len(panels)), layout="constrained")
-        for axis, (title, bars) in zip(axes[:, 0], panels, strict=True):
-            bars = sorted(bars, key=lambda row: -row["ms"]["median"])
-            below = [row["ms"]["median"] - row["ms"]["p20"] for row in bars]
-            above = [row["ms"]["p80"] - row["ms"]["median"] for row in bars]
-            axis.barh([row["impl"] for row in bars], [row["ms"]["median"] for row in bars], xerr=[below, above])
-            axis.set(xscale="log", xlabel="milliseconds")
+        heights = [1 + 0.3 * len(cases) for _, cases in panels]
+        figure, axes = pyplot.subplots(
+            len(panels), squeeze=False, figsize=(8, sum(heights)), height_ratios=heights, layout="constrained"
+        )
+        for axis, (title, cases) in zip(axes[:, 0], panels, strict=True):
+            cases = sorted(cases, key=lambda row: -row["ms"]["median"])
+            medians = [row["ms"]["median"] for row in cases]
+            below = [row["ms"]["median"] - row["ms"]["p20"] for row in cases]
+            above = [row["ms"]["p80"] - row["ms"]["median"] for row in cases]
+            # Points, not bars: on a logarithmic axis, which has no 0, the length of a bar means nothing.
+            axis.errorbar(medians, [row["impl"] for row in cases], xerr=[below, above], fmt="o", capsize=3)
+            axis.set(xscale="log", xlabel="milliseconds: median, 20 % to 80 %", ylim=(-0.6, len(cases) - 0.4))
+            axis.xaxis.set_major_formatter(ticker.LogFormatter())
+            axis.xaxis.set_minor_formatter(ticker.LogFormatter(minor_thresholds=(1, 0.4)))
+            axis.grid(axis="x", which="both", alpha=0.3)
             axis.set_title(title, fontsize="small")
         figure.savefig(folder / f"{operation}.png", dpi=120)
         pyplot.close(figure)

@@ -43,12 +43,27 @@ def normalized(N: int, K: int, D: int, generator: torch.Generator) -> tuple[Tens
     return normalize(normal(N, D, generator), dim=1), normalize(normal(K, D, generator), dim=1)
 
 
+def pairs(N: int, K: int, D: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Codes in pairs that differ in the last bit of one coordinate, and vectors beside them: float32 scores cannot choose."""
+    codes_KD = normal(K // 2, D, generator).repeat(2, 1)
+    column_K = torch.randint(D, (len(codes_KD), 1), generator=generator, device=generator.device)
+    changed_K = codes_KD.gather(1, column_K)
+    codes_KD.scatter_(1, column_K, torch.nextafter(changed_K, torch.full_like(changed_K, float("inf"))))
+    code_N = torch.randint(K // 2, (N,), generator=generator, device=generator.device)
+    return codes_KD[code_N] + 0.1 * normal(N, D, generator), codes_KD
+
+
 def normal(N: int, D: int, generator: torch.Generator) -> Tensor:
     return torch.randn(N, D, generator=generator, device=generator.device)
 
 
 # family -> operands, K, D
-FAMILIES = {"random": (random, 8192, 64), "uniform": (uniform, 1024, 64), "normalized": (normalized, 16384, 8)}
+FAMILIES = {
+    "random": (random, 8192, 64),
+    "uniform": (uniform, 1024, 64),
+    "normalized": (normalized, 16384, 8),
+    "pairs": (pairs, 1024, 16),
+}
 
 
 def judge(x_ND: Tensor, codebook_KD: Tensor, index_N: Tensor) -> tuple[int, int, float]:

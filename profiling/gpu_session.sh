@@ -80,6 +80,8 @@ bench codebook_statistics 30
 bench sliced_wasserstein 30
 bench attention 30
 bench perceptual_tap 30
+bench frechet_distance 30
+bench precision_recall_density_coverage 30
 
 LIMIT=535  # the tables need a second
 step tables 10 bench.md "$PYTHON" profiling/bench_report.py "$OUT/bench.jsonl"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -82,6 +83,46 @@ def test_benchmark_has_backward_and_memory(tmp_path):
 def test_benchmark_refuses_what_it_cannot_read():
     message = run("bench_kernels.py", "--shape", "N8", expected=2).stderr
     assert "expected N=8192,K=4096,D=64 or the like, got 'N8'" in message
+    assert "expected sizes of at least 1, got 'N=0'" in run("bench_kernels.py", "--shape", "N=0", expected=2).stderr
+
+
+def test_benchmark_refuses_a_shape_that_is_not_the_operations():
+    """Before anything is measured, though the first operation could take it."""
+    arguments = ["--op", "mmd", "--op", "sliced_wasserstein", "--shape", "N=128,M=100,D=3", "--device", "cpu"]
+    done = run("bench_kernels.py", *arguments, expected=2)
+    expected = "--shape of sliced_wasserstein needs N, M, D, L, as in N=2000,M=2000,D=16,L=64, got N=128,M=100,D=3 (missing: L)"
+    assert expected in done.stderr and not done.stdout
+    message = run("bench_kernels.py", "--op", "mmd", "--shape", "N=9,K=8,D=2,Z=1", "--device", "cpu", expected=2).stderr
+    assert "got N=9,K=8,D=2,Z=1 (missing: M; unknown: K, Z)" in message
+
+
+def test_figures_show_points_with_their_quantiles(tmp_path, monkeypatch):
+    """No bars: their axis is logarithmic, where a length from the left edge means nothing."""
+    pyplot = pytest.importorskip("matplotlib.pyplot")
+    monkeypatch.syspath_prepend(ROOT / "profiling")
+    bench_report = importlib.import_module("bench_report")
+    kept = []
+    monkeypatch.setattr(pyplot, "close", kept.append)
+    times = {"slow": (40.0, 50.0, 90.0), "fast": (1.0, 2.0, 2.5)}
+    common = {"op": "mmd", "for_op": "mmd", "status": "ok", "shape": {"N": 8}, "dtype": "float32", "hardware": "CPU"}
+    rows = [
+        common | {"impl": impl, "phase": phase, "ms": dict(zip(("p20", "median", "p80"), three, strict=True))}
+        for impl, three in times.items()
+        for phase in ("forward", "backward", "both")
+    ]
+    bench_report.plot(rows, tmp_path)
+    assert (tmp_path / "mmd.png").stat().st_size > 1000
+    (figure,) = kept
+    assert len(figure.axes) == 2  # forward and both
+    for axis in figure.axes:
+        assert axis.get_xscale() == "log" and not axis.patches
+        names = [label.get_text() for label in axis.get_yticklabels()]
+        (points, _, (ranges,)) = axis.containers[0]
+        got = {
+            name: (low, median, high)
+            for name, median, ((low, _), (high, _)) in zip(names, points.get_xdata(), ranges.get_segments(), strict=True)
+        }
+        assert got == times
 
 
 @pytest.mark.parametrize("impl, interpret", [("reference", "0"), ("triton", "1")])
@@ -90,7 +131,7 @@ def test_exactness(tmp_path, impl, interpret):
     arguments = ["--queries", 300, "--codes", 200, "--impl", impl, "--device", "cpu", "--json", output]
     run("exactness.py", *arguments, TRITON_INTERPRET=interpret)
     rows = cases(output)
-    assert [row["family"] for row in rows] == ["random", "uniform", "normalized"]
+    assert [row["family"] for row in rows] == ["random", "uniform", "normalized", "pairs"]
     assert all(row["queries"] == 300 and row["K"] == 200 and row["wrong"] == row["beyond_rounding"] == 0 for row in rows)
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dae_kernels.dispatch import values_readable
+
 
 @dataclass(frozen=True)
 class Convention:
@@ -66,7 +68,8 @@ def normalised(weights: Tensor | None, cloud: Tensor, dtype: torch.dtype) -> Ten
 def check_weights(operation: str, name: str, weights: Tensor | None, cloud: Tensor) -> None:
     """Weights [N] of a cloud [N, D]: floating, finite, not negative, with a positive sum; None stands for equal weights.
 
-    The values are read, which on a GPU waits for it, and are skipped while torch.compile traces.
+    The values are read, which on a GPU waits for it, but not while torch.compile traces nor inside torch.vmap, where they
+    cannot be: there bad values give a meaningless result.
 
     Raises:
         TypeError: not floating point.
@@ -80,7 +83,7 @@ def check_weights(operation: str, name: str, weights: Tensor | None, cloud: Tens
         raise ValueError(f"{operation} needs {name} [{cloud.shape[0]}], one weight a point, got {list(weights.shape)}")
     if weights.device != cloud.device:
         raise ValueError(f"{operation} needs {name} on {cloud.device}, where the cloud is, got {weights.device}")
-    if torch.compiler.is_compiling():
+    if not values_readable(weights):
         return
     total, least = weights.detach().sum().item(), weights.detach().min().item()
     if not (least >= 0 and 0 < total < float("inf")):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -76,21 +76,72 @@ def choose(impl: str, device: torch.device, refusal: str | None = None) -> str:
     raise ValueError(f"impl='triton' cannot run here: {refusal}. Use impl='auto' or impl='reference'")
 
 
+def register_op(name: str, body: Callable, fake: Callable) -> Callable:
+    """Make `body` the torch operator `name` ("dae_kernels::..."), opaque to torch.compile; torch.vmap takes it in a loop.
+
+    It has no derivative: differentiable functions call it from an autograd.Function, the others detach its operands.
+
+    Args:
+        body: annotated function of tensors and numbers that returns new tensors.
+        fake: the same signature; returns empty tensors of the right shapes, dtypes and devices.
+    """
+    op = torch.library.custom_op(name, body, mutates_args=())
+    op.register_fake(fake)
+    op.register_vmap(loop_over_batch(op))
+    return op
+
+
 def register_triton_op(name: str, launcher: Callable, fake: Callable) -> Callable:
     """Make `launcher` the torch operator `name` ("dae_kernels::..."), opaque enough for torch.compile.
 
     A compiled kernel becomes a `triton_op`, whose body Inductor sees through. The interpreter cannot run on the fake
-    tensors this tracing needs, so under it the launcher is an opaque `custom_op` and `fake` gives the shapes.
+    tensors this tracing needs, so under it the launcher is an opaque operator and `fake` gives the shapes.
 
     Args:
         launcher: annotated function of tensors and numbers that allocates its outputs and launches through `launchable`.
         fake: the same signature; returns empty tensors of the right shapes, dtypes and devices.
     """
     if interpreting():
-        op = torch.library.custom_op(name, launcher, mutates_args=())
-        op.register_fake(fake)
-        return op
-    return torch.library.triton_op(name, launcher, mutates_args=())
+        return register_op(name, launcher, fake)
+    op = torch.library.triton_op(name, launcher, mutates_args=())
+    op.register_vmap(loop_over_batch(op))
+    return op
+
+
+def loop_over_batch(op: Callable) -> Callable:
+    """The rule of torch.vmap for `op`: one call after the other, so memory stays bounded."""
+
+    def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+        calls = []
+        for k in range(info.batch_size):
+            one = (a.select(d, k) if isinstance(d, int) else a for a, d in zip(arguments, in_dims, strict=True))
+            calls.append(op(*one))
+        if isinstance(calls[0], torch.Tensor):
+            return torch.stack(calls), 0
+        results = tuple(torch.stack(result) for result in zip(*calls, strict=True))
+        return results, (0,) * len(results)
+
+    return rule
+
+
+def values_readable(*tensors: torch.Tensor) -> bool:
+    """Whether Python may look at values: not while torch.compile traces, nor inside torch.vmap."""
+    if torch.compiler.is_compiling():
+        return False
+    return not any(torch._C._functorch.is_batchedtensor(level) for tensor in tensors for level in transform_levels(tensor))
+
+
+def differentiated(*tensors: torch.Tensor) -> bool:
+    """Whether a derivative by one of these may be taken, also by a torch.func transform outside of a torch.vmap."""
+    return torch.is_grad_enabled() and any(level.requires_grad for tensor in tensors for level in transform_levels(tensor))
+
+
+def transform_levels(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """`tensor` and what the transforms of torch.func have wrapped in it."""
+    yield tensor
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+        yield tensor
 
 
 def launchable(kernel: Any) -> Any:

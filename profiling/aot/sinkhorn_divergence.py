@@ -1,22 +1,21 @@
-"""Variants of sinkhorn_divergence. p = 2 loops over D above 16, D = 100 leaves a remainder; p = 1 updates without a product."""
+"""Variants of sinkhorn_divergence. p = 2 loops over D above 16, D = 100 leaves a remainder; p = 1 has no product."""
 
 from dae_kernels.sinkhorn_divergence import fused
 
 # p, D
 VARIANTS = {"p=2 D=2": (2, 2), "p=2 D=64": (2, 64), "p=2 D=100": (2, 100), "p=1 D=2": (1, 2), "p=1 D=64": (1, 64)}
-VECTORS = ("log_b_ptr", "g_ptr", "half_xx_ptr", "half_yy_ptr", "f_ptr")
+VECTORS = ("log_b_ptr", "g_ptr", "f_ptr")
 
 
 def variants(Variant, backend):
     pointers = dict.fromkeys(("x_ptr", "y_ptr", *VECTORS), "*fp32")
     scalars = {"N": "i32", "M": "i32", "d_end": "i32", "scale": "fp32"}
     for name, (p, D) in VARIANTS.items():
-        for kernel, tile, outputs in (
-            (fused.sinkhorn_update_kernel, fused.UPDATE_TILE[p], {}),
-            (fused.sinkhorn_derivative_kernel, fused.DERIVATIVE_TILE, {"df_ptr": "*fp32"}),
+        for kernel, tile, outputs, shares in (
+            (fused.sinkhorn_update_kernel, fused.UPDATE_TILE[p], {}, {"share": "i32"}),
+            (fused.sinkhorn_derivative_kernel, fused.DERIVATIVE_TILE, {"df_ptr": "*fp32"}, {}),
         ):
             constants = {"D": D, "P": p, "INPUT_PRECISION": "ieee" if backend == "hip" else "tf32x3"}
             constants |= {key: value for key, value in tile.items() if key.startswith("BLOCK")}
             options = {key: value for key, value in tile.items() if not key.startswith("BLOCK")}
-            product = p == 2 or bool(outputs)
-            yield Variant(name, kernel, pointers | outputs, scalars, constants, options, product=product)
+            yield Variant(name, kernel, pointers | outputs, scalars | shares, constants, options, product=p == 2)

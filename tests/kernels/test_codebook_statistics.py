@@ -110,9 +110,21 @@ def test_compiles_into_one_graph():
         x, indices = draw(N, 4, 5, seed=N)
         for got, expected in zip(compiled(x, indices, 5), codebook_statistics(x, indices, 5), strict=True):
             assert torch.equal(got, expected)
-    # Nothing is read while tracing, so nothing is refused; rows of no code count nowhere.
     indices[:2] = torch.tensor([-1, 5])
-    for got, expected in zip(compiled(x, indices, 5), codebook_statistics(x[2:], indices[2:], 5), strict=True):
+    if DEVICE == "cpu":
+        with pytest.raises(ValueError, match=r"indices in \[0, 5\), got -1"):
+            compiled(x, indices, 5)
+    else:  # Nothing is read there, so nothing is refused; rows of no code count nowhere.
+        for got, expected in zip(compiled(x, indices, 5), codebook_statistics(x[2:], indices[2:], 5), strict=True):
+            assert torch.equal(got, expected)
+
+
+def test_the_sorted_sums_leave_out_rows_of_no_code():
+    x, indices = draw(30, 4, 5)
+    indices[:2] = torch.tensor([-1, 5])
+    for got, expected in zip(
+        reference.segment_statistics(x, indices, 5), reference.segment_statistics(x[2:], indices[2:], 5), strict=True
+    ):
         assert torch.equal(got, expected)
 
 

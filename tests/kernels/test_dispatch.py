@@ -70,6 +70,21 @@ def test_unknown_choices_are_refused():
         dispatch.choose("cuda", CPU)
 
 
+def test_what_transforms_have_wrapped_is_seen():
+    x, seen = torch.zeros(2, 3), []
+
+    def look(row):
+        seen.append((dispatch.values_readable(row), dispatch.differentiated(row)))
+        return row.sum()
+
+    look(x[0])
+    torch.func.grad(look)(x[0])
+    torch.vmap(look)(x)
+    torch.vmap(torch.func.grad(look))(x)
+    torch.func.grad(lambda x: torch.vmap(look)(x).sum())(x)
+    assert seen == [(True, False), (True, True), (False, False), (False, True), (False, True)]
+
+
 def test_importing_and_the_cpu_path_need_torch_alone():
     """Whatever `import torch` itself brings (numpy, sympy, ...) is there before; after it only dae_kernels may come."""
     script = (

@@ -386,15 +386,14 @@ def test_vmap_is_a_loop():
 
 
 @pytest.mark.parametrize("p", [1, 2])
-@pytest.mark.parametrize("N, M, D", [(33, 45, 20), (5, 70, 3)])
-def test_kernels_stay_inside_their_buffers(p, N, M, D):
+@pytest.mark.parametrize("N, M, D, shares", [(33, 45, 20, 1), (5, 70, 3, 1), (66, 150, 3, 2)])
+def test_kernels_stay_inside_their_buffers(p, N, M, D, shares):
     """NaN lies around what is read and must not be seen, -7 around what is written and must survive."""
     from dae_kernels.sinkhorn_divergence import fused
 
     x, y = clouds(N, M, D, torch.float32)
     b, g = simplex(M, torch.float32), torch.randn(M, generator=torch.Generator().manual_seed(3)).to(DEVICE)
     b[: M // 2 + 10] = 0  # for M = 45 and 70 whole blocks of weight 0 come first when p = 1
-    update = fused.TritonUpdate(x, y, p)
     guard = 80 * D
 
     def guarded(inner: Tensor, around: float) -> tuple[Tensor, Tensor]:
@@ -402,10 +401,10 @@ def test_kernels_stay_inside_their_buffers(p, N, M, D):
         middle = whole[guard:-guard].view(inner.shape)
         return whole, middle.copy_(inner)
 
-    operands = (x, y, b.log(), g, update.half_xx_N, update.half_yy_M)
+    operands = (x, y, b.log(), g)
     whole_f, f = guarded(torch.zeros(N), -7.0)
     whole_df, df = guarded(torch.zeros(N, D), -7.0)
-    fused.launch(*(guarded(t, math.nan)[1] for t in operands), f, df, 0.3, p)
+    fused.launch(*(guarded(t, math.nan)[1] for t in operands), f, df, 0.3, p, shares)
     for whole in (whole_f, whole_df):
         assert (whole[:guard] == -7).all() and (whole[-guard:] == -7).all()
     expected = reference.ReferenceUpdate(x.double(), y.double(), p)(b.double().log(), g.double(), 0.3, gradient=True)

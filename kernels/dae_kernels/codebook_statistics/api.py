@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dae_kernels.codebook_statistics.reference import codebook_statistics_reference
-from dae_kernels.dispatch import choose
+from dae_kernels.dispatch import choose, register_op, values_readable
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
@@ -25,7 +25,7 @@ def codebook_statistics(x: Tensor, indices: Tensor, K: int, *, impl: str = "auto
     Args:
         x: [..., D], floating; any strides.
         indices: [...], the codes of `x`, in [0, K), of an integer dtype. Their range is checked, which on a GPU waits for it,
-            but not while torch.compile traces: there, an index out of range is left out of all counts and sums.
+            so there not under torch.compile and torch.vmap, where an index out of range is left out of all counts and sums.
         K: the number of codes.
         impl: "auto" or "reference"; there is no Triton kernel, so "triton" is refused.
 
@@ -41,8 +41,24 @@ def codebook_statistics(x: Tensor, indices: Tensor, K: int, *, impl: str = "auto
     """
     check_operands(x, indices, K)
     choose(impl, x.device, "codebook_statistics has no Triton kernel")
+    if indices.device.type != "cpu" and values_readable(indices):
+        check_range(indices, K)
     N = indices.numel()
-    return codebook_statistics_reference(x.detach().reshape(N, x.shape[-1]), indices.reshape(N), K)
+    return statistics(x.detach().reshape(N, x.shape[-1]), indices.reshape(N), K)
+
+
+def checked_statistics(x_ND: Tensor, indices_N: Tensor, K: int) -> tuple[Tensor, Tensor]:
+    if indices_N.device.type == "cpu":  # here, as inside an operator values are at hand whatever transforms surround it
+        check_range(indices_N, K)
+    return codebook_statistics_reference(x_ND, indices_N, K)
+
+
+def statistics_empty(x_ND: Tensor, indices_N: Tensor, K: int) -> tuple[Tensor, Tensor]:
+    sums_dtype = torch.promote_types(x_ND.dtype, torch.float32)
+    return x_ND.new_empty(K, dtype=torch.int64), x_ND.new_empty(K, x_ND.shape[1], dtype=sums_dtype)
+
+
+statistics = register_op("dae_kernels::codebook_statistics", checked_statistics, statistics_empty)
 
 
 def check_operands(x: Tensor, indices: Tensor, K: int) -> None:
@@ -59,7 +75,10 @@ def check_operands(x: Tensor, indices: Tensor, K: int) -> None:
         raise ValueError(f"codebook_statistics needs at least one code, got K = {K}")
     if x.device != indices.device:
         raise ValueError(f"x and indices must be on one device, got {x.device} and {indices.device}")
-    if torch.compiler.is_compiling() or indices.numel() == 0:
+
+
+def check_range(indices: Tensor, K: int) -> None:
+    if indices.numel() == 0:
         return
     least, greatest = torch.stack(torch.aminmax(indices)).tolist()
     if least < 0 or greatest >= K:

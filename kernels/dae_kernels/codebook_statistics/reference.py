@@ -13,7 +13,7 @@ def codebook_statistics_reference(x_ND: Tensor, indices_N: Tensor, K: int) -> tu
 
     Sums are float64 before they are rounded to the result: many rows of one code would drift in float32.
     """
-    if x_ND.device.type == "cpu" and not torch.compiler.is_compiling():  # there additions have an order without sorting
+    if x_ND.device.type == "cpu":  # there additions have an order without sorting
         sums_KD = torch.zeros(K, x_ND.shape[1], dtype=torch.float64).index_add_(0, indices_N.long(), x_ND.double())
         return torch.bincount(indices_N, minlength=K), sums_KD.to(torch.promote_types(x_ND.dtype, torch.float32))
     return segment_statistics(x_ND, indices_N, K)
@@ -23,7 +23,7 @@ def segment_statistics(x_ND: Tensor, indices_N: Tensor, K: int) -> tuple[Tensor,
     """`codebook_statistics_reference` by sorting the rows by code: a GPU adds in a fixed order only within a segment."""
     N, D = x_ND.shape
     sorted_N, order_N = torch.sort(indices_N.long(), stable=True)
-    # Not bincount: its result has a length of its own, which torch.compile cannot know.
+    # Not bincount: on a GPU it adds with atomics and waits for the greatest index.
     edges = torch.searchsorted(sorted_N, torch.arange(K + 1, device=x_ND.device))
     sums_KD = x_ND.new_empty(K, D, dtype=torch.promote_types(x_ND.dtype, torch.float32))
     columns = max(1, MAX_SORTED // max(1, N))

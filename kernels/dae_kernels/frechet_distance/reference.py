@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 
 def gaussian_w2_reference(mean_a_D: Tensor, cov_a_DD: Tensor, mean_b_D: Tensor, cov_b_DD: Tensor) -> Tensor:
@@ -13,9 +13,21 @@ def gaussian_w2_reference(mean_a_D: Tensor, cov_a_DD: Tensor, mean_b_D: Tensor, 
     The trace of the root is the sum of the singular values of S1^1/2 S2^1/2, which loses no digits where covariances are
     singular; eigenvalues of the product would lose half of them in the square root.
     """
-    trace_of_root = torch.linalg.svdvals(SquareRoot.apply(cov_a_DD)[0] @ SquareRoot.apply(cov_b_DD)[0]).sum()
+    trace_of_root = torch.linalg.svdvals(square_root(cov_a_DD) @ square_root(cov_b_DD)).sum()
     distance = (mean_a_D - mean_b_D).square().sum() + cov_a_DD.trace() + cov_b_DD.trace() - 2 * trace_of_root
     return distance.clamp_min(0)
+
+
+def square_root(matrix_DD: Tensor) -> Tensor:
+    if torch.compiler.is_compiling():
+        from dae_kernels.whole import square_root_function
+    else:
+        square_root_function = apply_square_root
+    return square_root_function(matrix_DD)
+
+
+def apply_square_root(matrix_DD: Tensor) -> Tensor:
+    return SquareRoot.apply(matrix_DD)[0]
 
 
 class SquareRoot(torch.autograd.Function):
@@ -37,12 +49,17 @@ class SquareRoot(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor], output: tuple[Tensor, Tensor, Tensor]) -> None:
         _, roots_D, vectors_DD = output
-        ctx.mark_non_differentiable(roots_D, vectors_DD)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(roots_D, vectors_DD)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, grad_DD: Tensor, *_: Tensor) -> Tensor:
+    def backward(
+        ctx: FunctionCtx, grad_DD: Tensor | None, grad_roots_D: Tensor | None, grad_vectors_DD: Tensor | None
+    ) -> Tensor | None:
+        if grad_roots_D is not None or grad_vectors_DD is not None:  # whoever differentiates what is below comes by them
+            raise RuntimeError("gaussian_w2 and frechet_distance have no second derivatives")
+        if grad_DD is None:
+            return None
         roots_D, vectors_DD = ctx.saved_tensors
         sums_DD = roots_D[:, None] + roots_D
         # Between two eigenvectors of eigenvalue 0 to rounding there is no derivative: 0 instead of noise divided by nothing.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dae_kernels.clouds import check_clouds, check_weights, convention, normalised
-from dae_kernels.dispatch import choose, dtype_refusal
+from dae_kernels.dispatch import choose, dtype_refusal, values_readable
 from dae_kernels.pairwise.sums import pair_sums
 
 
@@ -94,9 +94,9 @@ def checked_bandwidths(bandwidths: Sequence[float]) -> tuple[float, ...]:
 
 
 def check_pairs(name: str, cloud: Tensor, weights: Tensor | None) -> None:
-    """Two points of positive weight, or an unbiased mean over pairs does not exist; weights are not read under torch.compile."""
+    """Two points of positive weight, or an unbiased mean over pairs does not exist; weights are read where they can be."""
     points = cloud.shape[0]
-    if weights is not None and not torch.compiler.is_compiling():
+    if weights is not None and values_readable(weights):
         points = int((weights.detach() > 0).sum())
     if points < 2:
         raise ValueError(

@@ -20,9 +20,10 @@ def nearest_code(
         l2:      index = argmin_k |x - c_k|^2,            distance = |x - c_index|^2 (squared)
         cosine:  index = argmax_k x . c_k / (|x| |c_k|),  distance = 1 - that cosine, in [0, 2]
 
-    Scores are |c_k|^2 - 2 x . c_k, in float32 in the kernel; the reference decides as float64 does, and on a CPU looks at
-    float32 scores first. The lowest index wins a tie. A zero vector has cosine 0 with everything.
-    Memory is O(N + K) beside the operands: the [N, K] scores are never stored (the reference keeps 64 MiB of them at most).
+    The code is the one that float64 finds, except by precision="fast": float32 scores settle what they provably can, float64
+    distances the rest. The lowest index wins a tie. A zero vector has cosine 0 with everything.
+    Memory is O(N + K) beside the operands: the [N, K] scores are never stored (the reference keeps 64 MiB of them at most, the
+    kernel 20 bytes a vector, times the splits of the codes where vectors are few: as many as fill the GPU).
     Not finite operands give some index in [0, K). Autocast does not touch the operands.
 
     Neither output is differentiable. The differentiable distance is `(x - codebook[index]).square().sum(-1)`.
@@ -32,9 +33,10 @@ def nearest_code(
         codebook: [K, D] with K, D >= 1, or [H, K, D], one for each head of `x`, H >= 1; floating. Operands of two dtypes are
             compared in the wider one.
         metric: "l2" or "cosine".
-        precision: "exact" keeps float32 accuracy in the products; "fast" lets the kernel use one tensor-core product of the
-            dtype of `x` (tf32 for float32), which can pick another code where two are nearly as near. 16-bit operands
-            lose nothing by "exact", and the reference is always exact.
+        precision: "exact" decides as float64 does. It takes longer where float32 cannot tell three codes apart: several
+            copies of a code, or vectors far from the origin beside their distances. "fast" lets the kernel decide by one
+            tensor-core product of the dtype of `x` (tf32 for float32), which can pick another code where two are nearly as
+            near. The reference is always exact.
         impl: "auto" is "triton" for CUDA tensors of at most 32 bits where triton is installed, else "reference"; a named
             choice is obeyed or refused.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ MAX_PAIRS = 1 << 20  # pairs alive at once: 8 MiB for each of the few float64 ma
 
 
 def pair_rows_reference(
-    q_ND: Tensor, s_MD: Tensor, v_M: Tensor, bandwidths: tuple[float, ...], same: bool, gradient: bool
+    q_ND: Tensor, s_MD: Tensor, v_M: Tensor, bandwidths: Sequence[float], same: bool, gradient: bool
 ) -> tuple[Tensor, Tensor]:
     """For each row of q its sum over the weighted rows of s, and the gradient of that sum to the row.
 
@@ -49,3 +51,10 @@ def pair_rows_reference(
             slope_nM *= v_M
             gradient_ND[here] = q_nD * slope_nM.sum(dim=1, keepdim=True) - slope_nM @ s_MD
     return sum_N, gradient_ND
+
+
+def pair_rows_empty(
+    q_ND: Tensor, s_MD: Tensor, v_M: Tensor, bandwidths: Sequence[float], same: bool, gradient: bool
+) -> tuple[Tensor, Tensor]:
+    N, D = q_ND.shape
+    return q_ND.new_empty(N, dtype=torch.float64), q_ND.new_empty(N if gradient else 0, D, dtype=torch.float64)

@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dae_kernels.pairwise.reference import pair_rows_reference
+from dae_kernels.dispatch import differentiated, register_op
+from dae_kernels.pairwise.reference import pair_rows_empty, pair_rows_reference
+
+pair_rows = register_op("dae_kernels::pair_rows_reference", pair_rows_reference, pair_rows_empty)
 
 
 def pair_sums(
@@ -26,18 +29,30 @@ def pair_sums(
         a_N, b_M: their weights, float64.
         impl: "reference" or "triton".
     """
-    recording = torch.is_grad_enabled()
-    for_x = recording and (x_ND.requires_grad or a_N.requires_grad)
-    for_y = recording and (y_MD.requires_grad or b_M.requires_grad)
-    return PairSums.apply(x_ND, y_MD, a_N, b_M, bandwidths, impl, for_x, for_y)
+    if torch.compiler.is_compiling():
+        from dae_kernels.whole import pair_sums_function
+    else:
+        pair_sums_function = apply_pair_sums
+    return pair_sums_function(x_ND, y_MD, a_N, b_M, bandwidths, impl)
+
+
+def apply_pair_sums(
+    x_ND: Tensor, y_MD: Tensor, a_N: Tensor, b_M: Tensor, bandwidths: tuple[float, ...], impl: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    for_x, for_y = differentiated(x_ND, a_N), differentiated(y_MD, b_M)
+    return PairSums.apply(x_ND, y_MD, a_N, b_M, bandwidths, impl, for_x, for_y)[:3]
 
 
 class PairSums(torch.autograd.Function):
-    """`pair_sums`, told which sides need gradients."""
+    """`pair_sums`, told which sides need gradients.
+
+    The sums and slopes that make the gradients are outputs too: whoever differentiates the gradients again comes by them.
+    """
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(
-        ctx: Any,
         x_ND: Tensor,
         y_MD: Tensor,
         a_N: Tensor,
@@ -46,7 +61,7 @@ class PairSums(torch.autograd.Function):
         impl: str,
         for_x: bool,
         for_y: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         if impl == "triton":
             from dae_kernels.pairwise.fused import centred, pair_rows_triton, rates
 
@@ -60,35 +75,53 @@ class PairSums(torch.autograd.Function):
             x, y = x_ND, y_MD
 
             def rows(q: Tensor, s: Tensor, v: Tensor, same: bool, gradient: bool) -> tuple[Tensor, Tensor]:
-                return pair_rows_reference(q, s, v, bandwidths, same, gradient)
+                return pair_rows(q, s, v, bandwidths, same, gradient)
 
         within_x_N, slope_xx_ND = rows(x, x, a_N, True, for_x)
         within_y_M, slope_yy_MD = rows(y, y, b_M, True, for_y)
-        across_x_N, slope_xy_ND = rows(x, y, b_M, False, for_x) if for_x or not for_y else (None, None)
-        across_y_M, slope_yx_MD = rows(y, x, a_N, False, for_y) if for_y else (None, None)
+        sums = [(a_N * within_x_N).sum(), None, (b_M * within_y_M).sum()]
+        made = []
         # Weights of a side multiply its rows, so the gradient to a weight is the row's sum (twice, within a cloud).
-        saved = [a_N, within_x_N, across_x_N, slope_xx_ND, slope_xy_ND] if for_x else [None] * 5
-        saved += [b_M, within_y_M, across_y_M, slope_yy_MD, slope_yx_MD] if for_y else [None] * 5
-        ctx.save_for_backward(*saved)
-        ctx.dtypes = x_ND.dtype, y_MD.dtype
-        across = (b_M * across_y_M).sum() if across_x_N is None else (a_N * across_x_N).sum()
-        return (a_N * within_x_N).sum(), across, (b_M * within_y_M).sum()
+        if for_x or not for_y:
+            across_x_N, slope_xy_ND = rows(x, y, b_M, False, for_x)
+            sums[1] = (a_N * across_x_N).sum()
+        if for_x:
+            made += [within_x_N, across_x_N, slope_xx_ND, slope_xy_ND]
+        if for_y:
+            across_y_M, slope_yx_MD = rows(y, x, a_N, False, True)
+            made += [within_y_M, across_y_M, slope_yy_MD, slope_yx_MD]
+            if not for_x:
+                sums[1] = (b_M * across_y_M).sum()
+        return *sums, *made
 
     @staticmethod
-    def backward(ctx: Any, d_within_x: Tensor, d_across: Tensor, d_within_y: Tensor) -> tuple[Tensor | None, ...]:
-        # The saved gradients are constants to autograd: create_graph=True would silently miss terms.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError("mmd and energy_distance have no second derivatives: call backward without create_graph=True")
-        gradients = []
-        for saved, d_within, dtype in zip(
-            (ctx.saved_tensors[:5], ctx.saved_tensors[5:]), (d_within_x, d_within_y), ctx.dtypes, strict=True
-        ):
-            weight_N, within_N, across_N, slope_within_ND, slope_across_ND = saved
-            if weight_N is None:
-                gradients.append((None, None))
-                continue
-            d_weight_N = 2.0 * d_within * within_N + d_across * across_N
-            d_point_ND = weight_N[:, None] * (2.0 * d_within * slope_within_ND + d_across * slope_across_ND)
-            gradients.append((d_point_ND.to(dtype), d_weight_N))
-        (d_x, d_a), (d_y, d_b) = gradients
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x_ND, y_MD, a_N, b_M, _, _, ctx.for_x, ctx.for_y = inputs
+        ctx.dtypes = x_ND.dtype, y_MD.dtype
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(a_N, b_M, *output[3:])
+
+    @staticmethod
+    def backward(
+        ctx: Any, d_within_x: Tensor | None, d_across: Tensor | None, d_within_y: Tensor | None, *d_made: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        if any(d is not None for d in d_made):
+            raise RuntimeError("mmd and energy_distance have no second derivatives: their gradients are constants to autograd")
+        a_N, b_M, *made = ctx.saved_tensors
+        d_x = d_y = d_a = d_b = None
+        if ctx.for_x:
+            d_x, d_a = side_gradients(a_N, made[:4], d_within_x, d_across, ctx.dtypes[0])
+        if ctx.for_y:
+            d_y, d_b = side_gradients(b_M, made[-4:], d_within_y, d_across, ctx.dtypes[1])
         return d_x, d_y, d_a, d_b, None, None, None, None
+
+
+def side_gradients(
+    weight_N: Tensor, made: list[Tensor], d_within: Tensor | None, d_across: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Gradients to the points [N, D] and weights [N] of one side; a sum that nobody uses has None for its gradient."""
+    within_N, across_N, slope_within_ND, slope_across_ND = made
+    d_within = 0.0 if d_within is None else 2.0 * d_within
+    d_across = 0.0 if d_across is None else d_across
+    d_point_ND = weight_N[:, None] * (d_within * slope_within_ND + d_across * slope_across_ND)
+    return d_point_ND.to(dtype), d_within * within_N + d_across * across_N

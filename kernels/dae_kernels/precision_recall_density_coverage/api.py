@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from dae_kernels.clouds import check_clouds, convention
-from dae_kernels.precision_recall_density_coverage.reference import k_nearest_squared, shares
+from dae_kernels.dispatch import register_op, values_readable
+from dae_kernels.precision_recall_density_coverage import reference
+
+# Operators, as what they compute depends on values: how many distances are in doubt, of which torch.compile cannot know.
+k_nearest_squared = register_op(
+    "dae_kernels::k_nearest_squared",
+    reference.k_nearest_squared,
+    lambda x_ND, y_MD, k, exclude_self: x_ND.new_empty(x_ND.shape[0], k),
+)
+shares = register_op("dae_kernels::prdc_shares", reference.shares, lambda real_ND, fake_MD, k: real_ND.new_empty(4))
 
 
 class PrecisionRecallDensityCoverage(NamedTuple):
@@ -37,7 +46,6 @@ def precision_recall_density_coverage(real: Tensor, fake: Tensor, *, k: int = 5)
 
     Compare results only at equal N, M and k. Memory beside the operands (and their float64 copies) is O(N + M + block), with
     arrays of at most 64 MiB in a block. Plain torch is the implementation. Nothing is differentiable: all four are counts.
-    How many distances are in doubt depends on the data, so torch.compile breaks the graph.
 
     Args:
         real, fake: features [N, D] and [M, D], floating.
@@ -60,7 +68,8 @@ def precision_recall_density_coverage(real: Tensor, fake: Tensor, *, k: int = 5)
     for name, cloud in (("real", real), ("fake", fake)):
         check_k(operation, k, cloud.shape[0] - 1, f"{cloud.shape[0]} points in {name}")
     dtype = torch.promote_types(real.dtype, torch.float32)
-    return PrecisionRecallDensityCoverage(*shares(real.double(), fake.double(), k).to(dtype).unbind())
+    result = shares(real.detach().double(), fake.detach().double(), k)
+    return PrecisionRecallDensityCoverage(*result.to(dtype).unbind())
 
 
 @convention(value="root", cost="|x - y|, the Euclidean distance", bias="none: exact in the points it is given")
@@ -93,7 +102,7 @@ def k_nearest_distances(x: Tensor, y: Tensor, k: int, exclude_self: bool = False
     if exclude_self and x.shape != y.shape:
         raise ValueError(f"exclude_self needs x and y to be the same points, got x {list(x.shape)}, y {list(y.shape)}")
     check_k("k_nearest_distances", k, y.shape[0] - exclude_self, f"{y.shape[0]} points in y, exclude_self={exclude_self}")
-    distance_Nk = k_nearest_squared(x.double(), y.double(), k, exclude_self).sqrt()
+    distance_Nk = k_nearest_squared(x.detach().double(), y.detach().double(), k, exclude_self).sqrt()
     return distance_Nk.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -103,9 +112,7 @@ def check_k(operation: str, k: int, available: int, got: str) -> None:
 
 
 def check_finite(operation: str, **clouds: Tensor) -> None:
-    """The values are read, which on a GPU waits for it, and are skipped while torch.compile traces."""
-    if torch.compiler.is_compiling():
-        return
+    """The values are read, which on a GPU waits for it, but not while torch.compile traces nor inside torch.vmap."""
     for name, cloud in clouds.items():
-        if not torch.isfinite(cloud).all():
+        if values_readable(cloud) and not torch.isfinite(cloud).all():
             raise ValueError(f"{operation} needs finite points, got NaN or infinity in {name}")

@@ -45,6 +45,8 @@ def sinkhorn_divergence(
     nearer to 1 is more accurate and slower. Memory is O(N + M): scores are computed in blocks and never kept (but for p = 1
     the reference keeps up to 2^22 distances of each of the four pairs of clouds).
 
+    16-bit clouds are computed in float32, and neither autocast nor `torch.set_float32_matmul_precision` lowers that.
+
     The gradient is that of the envelope theorem, from the last potentials with the plan held constant, never through the
     updates. By the points it is sum_j P_ij d|x_i - y_j|^p / p / dx_i (less that of the cloud against itself); by the weights
     it is the potential, less its mean as weights are normalised first. It is exact at convergence. There is no second
@@ -84,9 +86,8 @@ def sinkhorn_divergence(
     triton = choose(impl, x.device, dtype_refusal(x)) == "triton"
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     a_N, b_M = normalised(weights_x, x, dtype), normalised(weights_y, y, dtype)
-    f_N, g_M, _, _ = EnvelopePotentials.apply(
-        x.to(dtype), y.to(dtype), a_N.detach(), b_M.detach(), p, blur, scaling, diameter, debias, triton
-    )
+    options = (a_N.detach(), b_M.detach(), p, blur, scaling, diameter, debias, triton)
+    f_N, g_M = envelope_potentials(x.to(dtype), y.to(dtype), *options)
     if potentials:
         return f_N, g_M
     return (a_N * f_N).sum() + (b_M * g_M).sum()
@@ -139,8 +140,18 @@ def _(info, in_dims, *arguments):
     return tuple(map(torch.stack, results)), (0,) * 4
 
 
+def envelope_potentials(x_ND: Tensor, y_MD: Tensor, *options) -> tuple[Tensor, Tensor]:
+    """Potentials f [N] and g [M] of the operator above, with its gradient."""
+    if not torch.compiler.is_compiling():
+        return EnvelopePotentials.apply(x_ND, y_MD, *options)[:2]
+    # Dynamo (torch 2.13) fails on a Function where nothing requires a gradient, and under vmap of grad. The terms added are 0,
+    # and their derivative is the gradient.
+    f_N, g_M, df_ND, dg_MD = sinkhorn_potentials(x_ND.detach(), y_MD.detach(), *options)
+    return f_N + ((x_ND - x_ND.detach()) * df_ND).sum(dim=1), g_M + ((y_MD - y_MD.detach()) * dg_MD).sum(dim=1)
+
+
 class EnvelopePotentials(torch.autograd.Function):
-    """The operator above with its gradient. A Function, as what `register_autograd` makes is closed to torch.func."""
+    """Where nothing is compiled: a Function, as what `register_autograd` makes is closed to torch.func."""
 
     generate_vmap_rule = True
 
@@ -155,8 +166,7 @@ class EnvelopePotentials(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, d_f_N, d_g_M, d_df_ND, d_dg_MD):
-        # Dynamo traces this with zeros in place of None; a compiled graph has no second derivative anyhow.
-        if not torch.compiler.is_compiling() and (d_df_ND is not None or d_dg_MD is not None):
+        if d_df_ND is not None or d_dg_MD is not None:
             raise RuntimeError("sinkhorn_divergence has no second derivative: its gradient holds the transport plan constant")
         df_ND, dg_MD = ctx.saved_tensors
         d_x_ND = None if d_f_N is None else d_f_N[:, None] * df_ND

@@ -11,8 +11,11 @@ Roofline of one update (counts, with the floors measured on an H100: 3.0 TB/s; t
   twice, hence the steps of 16 in D. Rows of x stay on the chip for D <= 16; above, both operands stream out of L2.
 - p = 1 takes distances from differences, 2 N M D float32 instructions without tensor cores (1 cycle a score for D = 64), because
   the root of |x|^2 - 2 x.y + |y|^2 is wrong for near points by the root of the rounding.
-- The derivative is one more pass: the plan is recomputed for each BLOCK_E of the D columns and multiplied by y.
-- N / BLOCK_N programs fill 132 SMs from N = 8500; below that, a split over M is still to be written.
+- The derivative is one more pass: the plan is recomputed for each BLOCK_E of the D columns and multiplied by y (p = 1: by
+  differences, without tensor cores).
+- N / BLOCK_N programs fill 132 SMs from N = 8500. Below that the columns are shared out, as long as a share stays at
+  MIN_SHARE of them: 64 x 2048 scores take an SM 26,000 cycles or 15 us at the bounds above, as much as the launches that join
+  the shares.
 """
 
 from __future__ import annotations
@@ -32,7 +35,6 @@ def scores(
     y_ptr,
     log_b_ptr,
     g_ptr,
-    half_yy_ptr,
     row,
     col,
     N,
@@ -46,7 +48,7 @@ def scores(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Scores to base 2 of a tile, without |x|^2 / 2 for P = 2, and distances (products for P = 2). -inf where weight is 0."""
+    """Scores to base 2 of a tile, and its distances (products for P = 2). A score is -inf where the weight is 0."""
     LOG2E: tl.constexpr = 1.4426950408889634
     tile = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     if P == 1:
@@ -71,23 +73,21 @@ def scores(
                 tile = tl.dot(x_d, tl.trans(y_d), tile, input_precision=INPUT_PRECISION)
     log_b = tl.load(log_b_ptr + col, mask=col < M, other=float("-inf"))
     g = tl.load(g_ptr + col, mask=col < M, other=0.0)
-    half_yy = tl.load(half_yy_ptr + col, mask=col < M, other=0.0)
-    u = log_b * LOG2E + (g - half_yy) * scale
+    u = log_b * LOG2E + g * scale
     sign: tl.constexpr = 1.0 if P == 2 else -1.0
     return tile * (sign * scale) + u[None, :], tile
 
 
-@triton.jit(do_not_specialize=["N", "M", "d_end"])
+@triton.jit(do_not_specialize=["N", "M", "share", "d_end"])
 def sinkhorn_update_kernel(
     x_ptr,
     y_ptr,
     log_b_ptr,
     g_ptr,
-    half_xx_ptr,
-    half_yy_ptr,
     f_ptr,
     N,
     M,
+    share,
     d_end,
     scale,
     D: tl.constexpr,
@@ -97,19 +97,20 @@ def sinkhorn_update_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """f = half_xx - log2(sum_j 2^score_j) / scale for BLOCK_N rows; scale = log2(e) / epsilon.
+    """f = -log2(sum_j 2^score_j) / scale for BLOCK_N rows and `share` columns; scale = log2(e) / epsilon.
 
-    `d_end` is D once more, at run time: the compiler would unroll a loop over D of known length, and spill.
+    f is [shares, N]. `d_end` is D once more, at run time: the compiler would unroll a loop over D of known length, and spill.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     x = tl.load(x_ptr + row[:, None] * D + d[None, :], mask=(row[:, None] < N) & (d[None, :] < D), other=0.0)
     top = tl.full([BLOCK_N], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
-    for m0 in range(0, M, BLOCK_M):
+    start = tl.program_id(1) * share
+    for m0 in range(start, tl.minimum(start + share, M), BLOCK_M):
         col = m0 + tl.arange(0, BLOCK_M)
         score, _ = scores(
-            x, x_ptr, y_ptr, log_b_ptr, g_ptr, half_yy_ptr, row, col, N, M, d_end, scale,
+            x, x_ptr, y_ptr, log_b_ptr, g_ptr, row, col, N, M, d_end, scale,
             D, P, INPUT_PRECISION, BLOCK_N, BLOCK_M, BLOCK_D,
         )  # fmt: skip
         new_top = tl.maximum(top, tl.max(score, axis=1))
@@ -117,8 +118,7 @@ def sinkhorn_update_kernel(
         finite_top = tl.where(new_top == float("-inf"), 0.0, new_top)
         total = total * tl.exp2(top - finite_top) + tl.sum(tl.exp2(score - finite_top[:, None]), axis=1)
         top = new_top
-    half_xx = tl.load(half_xx_ptr + row, mask=row < N, other=0.0)
-    tl.store(f_ptr + row, half_xx - (tl.log2(total) + top) / scale, mask=row < N)
+    tl.store(f_ptr + tl.program_id(1).to(tl.int64) * N + row, -(tl.log2(total) + top) / scale, mask=row < N)
 
 
 @triton.jit(do_not_specialize=["N", "M", "d_end"])
@@ -127,8 +127,6 @@ def sinkhorn_derivative_kernel(
     y_ptr,
     log_b_ptr,
     g_ptr,
-    half_xx_ptr,
-    half_yy_ptr,
     f_ptr,
     df_ptr,
     N,
@@ -146,29 +144,36 @@ def sinkhorn_derivative_kernel(
     """df = sum_j P_ij d|x_i - y_j|^P / P / dx_i for BLOCK_N rows and BLOCK_E columns; f makes the rows of the plan sum to 1."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
-    e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+    e0 = tl.program_id(1) * BLOCK_E
+    e = e0 + tl.arange(0, BLOCK_E)
     x = tl.load(x_ptr + row[:, None] * D + d[None, :], mask=(row[:, None] < N) & (d[None, :] < D), other=0.0)
-    f = tl.load(f_ptr + row, mask=row < N, other=0.0) - tl.load(half_xx_ptr + row, mask=row < N, other=0.0)
+    f = tl.load(f_ptr + row, mask=row < N, other=0.0)
     total = tl.zeros([BLOCK_N], tl.float32)
-    mass = tl.zeros([BLOCK_N], tl.float32)
-    centre = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
+    sums = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
     for m0 in range(0, M, BLOCK_M):
         col = m0 + tl.arange(0, BLOCK_M)
         score, distance = scores(
-            x, x_ptr, y_ptr, log_b_ptr, g_ptr, half_yy_ptr, row, col, N, M, d_end, scale,
+            x, x_ptr, y_ptr, log_b_ptr, g_ptr, row, col, N, M, d_end, scale,
             D, P, INPUT_PRECISION, BLOCK_N, BLOCK_M, BLOCK_D,
         )  # fmt: skip
         plan = tl.exp2(score + (f * scale)[:, None])
         total += tl.sum(plan, axis=1)
-        if P == 1:  # the distance of a point to itself has derivative 0
-            plan = tl.where(distance > 0, plan / distance, 0.0)
-        mass += tl.sum(plan, axis=1)
-        y_ptrs = y_ptr + col.to(tl.int64)[:, None] * D + e[None, :]
-        y = tl.load(y_ptrs, mask=(col[:, None] < M) & (e[None, :] < D), other=0.0)
-        centre = tl.dot(plan, y, centre, input_precision=INPUT_PRECISION)
+        if P == 1:  # Differences again, as for distances: near points have large weights. A point's own distance counts as 0.
+            weight = tl.where(distance > 0, plan / distance, 0.0)
+            for k in range(0, tl.minimum(BLOCK_E, d_end - e0)):
+                x_k = tl.load(x_ptr + row * D + e0 + k, mask=row < N, other=0.0)
+                y_k = tl.load(y_ptr + col.to(tl.int64) * D + e0 + k, mask=col < M, other=0.0)
+                sums_k = tl.sum(weight * (x_k[:, None] - y_k[None, :]), axis=1)
+                sums += tl.where(tl.arange(0, BLOCK_E)[None, :] == k, sums_k[:, None], 0.0)
+        else:
+            y_ptrs = y_ptr + col.to(tl.int64)[:, None] * D + e[None, :]
+            y = tl.load(y_ptrs, mask=(col[:, None] < M) & (e[None, :] < D), other=0.0)
+            sums = tl.dot(plan, y, sums, input_precision=INPUT_PRECISION)
     inside = (row[:, None] < N) & (e[None, :] < D)
-    x_e = tl.load(x_ptr + row[:, None] * D + e[None, :], mask=inside, other=0.0)
-    tl.store(df_ptr + row[:, None] * D + e[None, :], (mass[:, None] * x_e - centre) / total[:, None], mask=inside)
+    df = sums / total[:, None]
+    if P == 2:
+        df = tl.load(x_ptr + row[:, None] * D + e[None, :], mask=inside, other=0.0) - df
+    tl.store(df_ptr + row[:, None] * D + e[None, :], df, mask=inside)
 
 
 # By p: without a product the compiler gives a row to a thread or two, and 64 columns spill on sm_90.
@@ -176,7 +181,8 @@ UPDATE_TILE = {
     1: {"BLOCK_N": 64, "BLOCK_M": 32, "BLOCK_D": 16, "num_warps": 4, "num_stages": 2},
     2: {"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_D": 16, "num_warps": 4, "num_stages": 2},
 }
-DERIVATIVE_TILE = {"BLOCK_N": 64, "BLOCK_M": 32, "BLOCK_D": 16, "BLOCK_E": 16, "num_warps": 4, "num_stages": 2}
+DERIVATIVE_TILE = {"BLOCK_N": 128, "BLOCK_M": 32, "BLOCK_D": 16, "BLOCK_E": 16, "num_warps": 8, "num_stages": 2}
+MIN_SHARE = 2048
 
 
 def launch(
@@ -184,24 +190,42 @@ def launch(
     y_MD: Tensor,
     log_b_M: Tensor,
     g_M: Tensor,
-    half_xx_N: Tensor,
-    half_yy_M: Tensor,
     f_N: Tensor,
     df_ND: Tensor | None,
     epsilon: float,
     p: int,
+    shares: int = 1,
 ) -> None:
-    """The update into f_N and, unless it is None, the derivative into df_ND. All buffers are contiguous and float32."""
+    """The update into f_N and, unless it is None, the derivative into df_ND. All buffers are contiguous and float32.
+
+    Up to `shares` programs take the columns of a row; their results are joined in one order, so runs agree bit for bit.
+    """
     N, M, D = x_ND.shape[0], y_MD.shape[0], x_ND.shape[1]
-    tensors = (x_ND, y_MD, log_b_M, g_M, half_xx_N, half_yy_M, f_N)
-    numbers = (N, M, D, math.log2(math.e) / epsilon)
+    scale = math.log2(math.e) / epsilon
     # AMD has no tf32x3; its float32 product is a float32 product.
     constants = {"D": D, "P": p, "INPUT_PRECISION": "ieee" if torch.version.hip else "tf32x3"}
-    rows = triton.cdiv(N, UPDATE_TILE[p]["BLOCK_N"])
-    sinkhorn_update_kernel[(rows,)](*tensors, *numbers, **constants, **UPDATE_TILE[p])
+    rows, tiles = triton.cdiv(N, UPDATE_TILE[p]["BLOCK_N"]), triton.cdiv(M, UPDATE_TILE[p]["BLOCK_M"])
+    share = triton.cdiv(tiles, shares) * UPDATE_TILE[p]["BLOCK_M"]
+    shares = triton.cdiv(M, share)
+    f_SN = f_N[None] if shares == 1 else f_N.new_empty(shares, N)
+    sinkhorn_update_kernel[rows, shares](
+        x_ND, y_MD, log_b_M, g_M, f_SN, N, M, share, D, scale, **constants, **UPDATE_TILE[p]
+    )  # fmt: skip
+    if shares > 1:
+        f_N.copy_(torch.logsumexp(f_SN / -epsilon, dim=0) * -epsilon)
     if df_ND is not None:
         grid = triton.cdiv(N, DERIVATIVE_TILE["BLOCK_N"]), triton.cdiv(D, DERIVATIVE_TILE["BLOCK_E"])
-        sinkhorn_derivative_kernel[grid](*tensors, df_ND, *numbers, **constants, **DERIVATIVE_TILE)
+        sinkhorn_derivative_kernel[grid](
+            x_ND, y_MD, log_b_M, g_M, f_N, df_ND, N, M, D, scale, **constants, **DERIVATIVE_TILE
+        )  # fmt: skip
+
+
+def shares_to_fill(device: torch.device, N: int, M: int) -> int:
+    """How many programs should take the columns of a row for two programs on each SM."""
+    if device.type != "cuda":  # the interpreter runs one program after the other
+        return 1
+    programs = 2 * torch.cuda.get_device_properties(device).multi_processor_count
+    return max(1, min(programs // triton.cdiv(N, UPDATE_TILE[2]["BLOCK_N"]), M // MIN_SHARE))
 
 
 class TritonUpdate:
@@ -209,12 +233,10 @@ class TritonUpdate:
 
     def __init__(self, x_ND: Tensor, y_MD: Tensor, p: int) -> None:
         self.x_ND, self.y_MD, self.p = x_ND, y_MD, p
-        self.half_xx_N, self.half_yy_M = (t.square().sum(dim=1) / 2 if p == 2 else t.new_zeros(len(t)) for t in (x_ND, y_MD))
+        self.shares = shares_to_fill(x_ND.device, len(x_ND), len(y_MD))
 
     def __call__(self, log_b_M: Tensor, g_M: Tensor, epsilon: float, gradient: bool = False) -> tuple[Tensor, Tensor | None]:
-        f_N = torch.empty_like(self.half_xx_N)
+        f_N = self.x_ND.new_empty(len(self.x_ND))
         df_ND = torch.empty_like(self.x_ND) if gradient else None
-        launch(
-            self.x_ND, self.y_MD, log_b_M, g_M, self.half_xx_N, self.half_yy_M, f_N, df_ND, epsilon, self.p
-        )  # fmt: skip
+        launch(self.x_ND, self.y_MD, log_b_M, g_M, f_N, df_ND, epsilon, self.p, self.shares)
         return f_N, df_ND

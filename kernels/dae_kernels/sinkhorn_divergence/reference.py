@@ -14,18 +14,27 @@ MIN_ROWS = 16  # fewer would make matrix products of matrix-vector ones
 MAX_HELD = 1 << 22  # distances kept from one update to the next for p = 1, up to four times: 64 MiB in float32
 
 
-class ReferenceUpdate:
-    """f_i = -epsilon log sum_j exp(log_b_j + (g_j - |x_i - y_j|^p / p) / epsilon), and df_i / dx_i if asked for.
+def product(a_nK: Tensor, b_Km: Tensor, bias_m: Tensor | None = None, scale: float = 1.0) -> Tensor:
+    """bias + scale a @ b, in float64 where a setting (`torch.set_float32_matmul_precision`) would have torch round a and b."""
+    backend = torch.backends.mkldnn if a_nK.device.type == "cpu" else torch.backends.cuda
+    dtype = a_nK.dtype if backend.matmul.fp32_precision in ("none", "ieee") else torch.float64
+    if bias_m is None:
+        return (a_nK.to(dtype) @ b_Km.to(dtype)).to(a_nK.dtype)
+    return torch.addmm(bias_m.to(dtype), a_nK.to(dtype), b_Km.to(dtype), alpha=scale).to(a_nK.dtype)
 
-    For p = 2, |x|^2 / 2 leaves the sum and |y|^2 / 2 joins g, so that a score is a product: x.y / epsilon + u_j. A point of
-    weight 0 has u_j = -inf and takes no part. For p = 1 distances come from differences: a root would lay bare the
-    cancellation of |x|^2 - 2 x.y + |y|^2. Few of them are held, as they are slow to compute.
+
+class ReferenceUpdate:
+    """f_i = -epsilon log sum_j exp(log_b_j + (g_j + x_i . y_j) / epsilon) for p = 2, with -|x_i - y_j| for the product for p = 1.
+
+    For p = 2 that is the update of f + |x|^2 / 2 from g + |y|^2 / 2 under the cost |x - y|^2 / 2. The derivative df_i is
+    sum_j P_ij d|x_i - y_j|^p / p / dx_i, with the rows of P scaled to sum to 1. A point of weight 0 has a score of -inf and takes
+    no part. For p = 1 distances come from differences: a root would lay bare the cancellation of |x|^2 - 2 x.y + |y|^2. Few of
+    them are held, as they are slow to compute.
     """
 
     def __init__(self, x_ND: Tensor, y_MD: Tensor, p: int) -> None:
         self.x_ND, self.y_MD, self.p = x_ND, y_MD, p
         self.rows = max(MIN_ROWS, MAX_SCORES.get(x_ND.device.type, MAX_SCORES_ELSEWHERE) // y_MD.shape[0])
-        self.half_xx_N, self.half_yy_M = (t.square().sum(dim=1) / 2 if p == 2 else t.new_zeros(len(t)) for t in (x_ND, y_MD))
         # exp is some seventy times slower where its result is subnormal; nothing as small counts beside the largest term, 1.
         self.least = 0.9 * math.log(torch.finfo(x_ND.dtype).tiny)
         held = p == 1 and len(x_ND) * len(y_MD) <= MAX_HELD
@@ -35,25 +44,28 @@ class ReferenceUpdate:
         return torch.cdist(x_nD, self.y_MD, compute_mode="donot_use_mm_for_euclid_dist")
 
     def __call__(self, log_b_M: Tensor, g_M: Tensor, epsilon: float, gradient: bool = False) -> tuple[Tensor, Tensor | None]:
-        u_M = log_b_M + (g_M - self.half_yy_M) / epsilon
+        u_M = log_b_M + g_M / epsilon
         # Written in place: small results kept between large blocks would keep the heap from reusing the blocks.
-        f_N, df_ND = torch.empty_like(self.half_xx_N), torch.empty_like(self.x_ND) if gradient else None
+        f_N, df_ND = self.x_ND.new_empty(len(self.x_ND)), torch.empty_like(self.x_ND) if gradient else None
         for start in range(0, len(self.x_ND), self.rows):
             block = slice(start, start + self.rows)
             x_nD = self.x_ND[block]
             if self.p == 2:
-                score_nM = torch.addmm(u_M, x_nD, self.y_MD.T, alpha=1 / epsilon)
+                score_nM = product(x_nD, self.y_MD.T, u_M, 1 / epsilon)
             else:
                 distance_nM = self.distances(x_nD) if self.distance_NM is None else self.distance_NM[block]
                 score_nM = torch.add(u_M, distance_nM, alpha=-1 / epsilon)
             top_n = score_nM.amax(dim=1)  # finite, as at least one weight is positive
             plan_nM = score_nM.sub_(top_n[:, None]).clamp_(min=self.least).exp_()
             total_n = plan_nM.sum(dim=1)
-            f_N[block] = self.half_xx_N[block] - epsilon * (total_n.log() + top_n)
+            f_N[block] = -epsilon * (total_n.log() + top_n)
             if gradient:
-                mass_n = total_n
-                if self.p == 1:  # the distance of a point to itself has derivative 0
-                    plan_nM = torch.where(distance_nM > 0, plan_nM / distance_nM, 0.0)
-                    mass_n = plan_nM.sum(dim=1)
-                df_ND[block] = (mass_n[:, None] * x_nD - plan_nM @ self.y_MD) / total_n[:, None]
+                if self.p == 2:
+                    df_ND[block] = x_nD - product(plan_nM, self.y_MD) / total_n[:, None]
+                    continue
+                # Differences again, as near points have large weights. The distance of a point to itself has derivative 0.
+                weight_nM = plan_nM.div_(distance_nM).masked_fill_(distance_nM == 0, 0.0)
+                for d in range(x_nD.shape[1]):
+                    difference_nM = x_nD[:, d, None] - self.y_MD[:, d]
+                    df_ND[block, d] = difference_nM.mul_(weight_nM).sum(dim=1) / total_n
         return f_N, df_ND

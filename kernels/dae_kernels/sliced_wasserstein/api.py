@@ -35,7 +35,7 @@ def sliced_wasserstein(
     Like POT's, the result is the root; `.pow(p)` is the mean of W_p^p, which is unbiased over the directions. W_p^p on the
     line is exact for any counts and weights, by merging the two quantile functions. Beside the operands, memory is
     O(N + M + block) in both passes: projections are handled in blocks of 2^22 projected points, and the backward pass computes a
-    block anew where there are several.
+    block anew where there are several. (torch.func.grad inside of torch.compile takes one block, and refuses several.)
 
     Plain torch is the implementation, on every device: most of the time goes to `torch.sort`, which we have
     nothing faster for. On one CPU core, 128 directions and 4096 to 16384 points a cloud, sorting takes 80 to 96 % of the forward
@@ -51,7 +51,9 @@ def sliced_wasserstein(
         num_projections: number L >= 1 of directions drawn; unused with `projections`.
         weights_x, weights_y: [N] and [M], not negative; only their proportions matter. None: equal weights.
         generator: source of the directions, which are drawn in float64 on its device, so that one seed gives one set of
-            directions whatever the dtype and device of the clouds. None: torch's generator of the CPU.
+            directions whatever the dtype and device of the clouds. None: torch's generator of the CPU. torch.compile cannot
+            take a generator (it breaks the graph: give `projections`), and Inductor draws others than eager mode does;
+            torch.vmap needs its `randomness` set to draw.
         projections: [D, L] to use instead of drawn ones, as they are: unit columns make the sliced distance.
 
     Returns:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 from torch.utils.checkpoint import checkpoint
 
 MAX_PROJECTED = 1 << 22  # projected points of both clouds alive at once; a handful of arrays of that length exist together
@@ -19,13 +22,44 @@ def mean_cost(x_ND: Tensor, y_MD: Tensor, projections_DL: Tensor, p: float, wx_N
     blocks = projection_blocks(x_ND, y_MD, projections_DL)
     for block_Dl in blocks:
         arguments = (x_ND, y_MD, block_Dl, p, wx_N, wy_M)
-        if len(blocks) > 1 and torch.is_grad_enabled():
+        if len(blocks) == 1 or not torch.is_grad_enabled():
+            cost_l = projected_cost(*arguments)
+        elif torch.compiler.is_compiling():  # which would find that `Recomputed` does the same twice, and keep it
             # Nothing in a block is random, so there is no random state to put back.
             cost_l = checkpoint(projected_cost, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:
-            cost_l = projected_cost(*arguments)
+            cost_l = Recomputed.apply(*arguments)
         total = total + cost_l.sum()
     return total / projections_DL.shape[1]
+
+
+class Recomputed(torch.autograd.Function):
+    """`projected_cost`, which keeps its operands alone for the backward pass. torch's `checkpoint` is closed to torch.func."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x_ND: Tensor, y_MD: Tensor, projections_DL: Tensor, p: float, wx_N: Tensor | None, wy_M: Tensor | None) -> Tensor:
+        return projected_cost(x_ND, y_MD, projections_DL, p, wx_N, wy_M)
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x_ND, y_MD, projections_DL, ctx.p, wx_N, wy_M = inputs
+        ctx.save_for_backward(x_ND, y_MD, projections_DL, wx_N, wy_M)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, d_cost_L: Tensor) -> tuple[Tensor | None, ...]:
+        positions = [i for i, tensor in enumerate(ctx.saved_tensors) if tensor is not None]
+
+        def cost(*given: Tensor) -> Tensor:
+            operands = dict(zip(positions, given, strict=True))
+            x_ND, y_MD, projections_DL, wx_N, wy_M = (operands.get(i) for i in range(5))
+            return projected_cost(x_ND, y_MD, projections_DL, ctx.p, wx_N, wy_M)
+
+        _, pull = torch.func.vjp(cost, *(ctx.saved_tensors[i] for i in positions))
+        gradients = dict(zip(positions, pull(d_cost_L), strict=True))
+        d_x_ND, d_y_MD, d_projections_DL, d_wx_N, d_wy_M = (gradients.get(i) for i in range(5))
+        return d_x_ND, d_y_MD, d_projections_DL, None, d_wx_N, d_wy_M
 
 
 def greatest_cost(

@@ -1,0 +1,16 @@
+"""Differentiable functions that torch.compile has to take whole, without a look inside.
+
+Dynamo ignores the `backward` of an autograd.Function inside torch.func.grad, vjp and jacrev: the derivative would be that of
+the forward pass, or 0, without an error (torch 2.13). Taken whole, the function is traced below these transforms, as in
+eager mode. Imported only while torch.compile traces, as torch._dynamo takes a second to import.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from dae_kernels.frechet_distance.reference import apply_square_root
+from dae_kernels.pairwise.sums import apply_pair_sums
+
+pair_sums_function = torch.compiler.allow_in_graph(apply_pair_sums)
+square_root_function = torch.compiler.allow_in_graph(apply_square_root)

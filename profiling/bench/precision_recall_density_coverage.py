@@ -1,0 +1,62 @@
+"""Cases of precision_recall_density_coverage, k = 5; what is compared are its four numbers.
+
+Flops: the products, 2 D for each of the N^2 + M^2 + N M pairs, in float64; comparisons and the search for the k nearest are not
+counted. Bytes: both clouds once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+
+import torch
+from dae_kernels.precision_recall_density_coverage import precision_recall_density_coverage
+from torch import Tensor
+
+SHAPES = {"cuda": [{"N": 10000, "M": 10000, "D": 1024}], "cpu": [{"N": 2000, "M": 2000, "D": 64}]}
+DTYPES = {"cuda": ["float32"], "cpu": ["float32"]}
+NEIGHBOURS = 5
+
+
+def cases(Case, shape, dtype, device):
+    N, M, D = shape["N"], shape["M"], shape["D"]
+    real_ND = torch.randn(N, D, device=device).to(dtype)
+    fake_MD = (0.9 * torch.randn(M, D, device=device) + 0.1).to(dtype)
+    moved, flops = (N + M) * D * real_ND.element_size(), 2 * D * (N * N + M * M + N * M)
+
+    def case(impl, run, **options):
+        operation = "precision_recall_density_coverage"
+        return Case(operation, impl, lambda: (run, []), flops=flops, bytes=moved, product="float64", **options)
+
+    def ours() -> Tensor:
+        return torch.stack(precision_recall_density_coverage(real_ND, fake_MD, k=NEIGHBOURS))
+
+    def products() -> Tensor:
+        """What is left of it without the choice of neighbours, the balls and the cases that rounding could decide."""
+        real, fake = real_ND.double(), fake_MD.double()
+        return torch.stack([torch.mm(a, b.T)[0, 0] for a, b in ((real, real), (fake, fake), (real, fake))])
+
+    def whole() -> Tensor:
+        radius_N = torch.cdist(real_ND, real_ND).topk(NEIGHBOURS + 1, largest=False).values[:, -1]
+        radius_M = torch.cdist(fake_MD, fake_MD).topk(NEIGHBOURS + 1, largest=False).values[:, -1]
+        distance_NM = torch.cdist(real_ND, fake_MD)
+        in_real_NM, in_fake_NM = distance_NM < radius_N[:, None], distance_NM < radius_M
+        density = in_real_NM.float().sum(dim=0).mean() / NEIGHBOURS
+        shares = in_real_NM.any(dim=0), in_fake_NM.any(dim=1), in_real_NM.any(dim=1)
+        precision, recall, coverage = (share.float().mean() for share in shares)
+        return torch.stack([precision, recall, density, coverage])
+
+    def prdc() -> Tensor:
+        from prdc import compute_prdc
+
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints its sizes
+            found = compute_prdc(real_ND.numpy(), fake_MD.numpy(), nearest_k=NEIGHBOURS)
+        return torch.tensor([found[name] for name in ("precision", "recall", "density", "coverage")])
+
+    yield case("reference", ours, note="there is no kernel: float64 throughout")
+    yield case("compile", torch.compile(ours), note="of the reference, which is three opaque operators")
+    yield case("products alone", products, note="the three matrices of products in float64, whole")
+    yield case("whole matrices", whole, note="torch.cdist in the dtype of the clouds")
+    yield case("compile, whole matrices", torch.compile(whole))
+    on_cpu = None if device.type == "cpu" else "works on the CPU"
+    yield case("prdc", prdc, needs="prdc", refusal=on_cpu, note="its search in 8 threads of joblib")

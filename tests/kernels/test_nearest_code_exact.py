@@ -1,0 +1,158 @@
+"""`precision="exact"` of the kernel is float64's choice, also where float32 cannot tell codes apart; and its splits over K.
+
+The truth is the float64 distance from differences of the float32 operands, which do not cancel.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from dae_kernels import nearest_code
+from torch import Tensor
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+METRICS = ["l2", "cosine"]
+EPS = torch.finfo(torch.float32).eps
+
+
+def truth(x_ND: Tensor, codebook_KD: Tensor, metric: str) -> Tensor:
+    """[N, K] distances in float64."""
+    x_ND, codebook_KD = x_ND.double(), codebook_KD.double()
+    if metric == "cosine":
+        x_ND, codebook_KD = (torch.nn.functional.normalize(t, dim=1, eps=0.0) for t in (x_ND, codebook_KD))
+        return 1 - x_ND @ codebook_KD.T
+    return torch.stack([(x_D - codebook_KD).square().sum(dim=1) for x_D in x_ND])
+
+
+def close_codes(N: int, copies: int, D: int, spread: bool) -> tuple[Tensor, Tensor]:
+    """Rows, each with `copies` codes beside it that differ in the last bit of one coordinate, in an order by chance.
+
+    `spread` puts them K / copies apart, else they are neighbours in one tile.
+    """
+    torch.manual_seed(N + copies + D)
+    anchor = torch.randn(N, D)
+    codes = anchor.repeat(copies, 1, 1)
+    for i in range(copies):
+        column = torch.randint(D, (N,))
+        direction = torch.full((N,), float("inf")).where(torch.rand(N) < 0.5, -float("inf"))
+        codes[i, torch.arange(N), column] = torch.nextafter(codes[i, torch.arange(N), column], direction)
+    codebook = codes.flatten(0, 1) if spread else codes.transpose(0, 1).flatten(0, 1)
+    return (anchor + 0.2 * torch.randn(N, D)).to(DEVICE), codebook.to(DEVICE)
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("copies, spread", [(2, True), (2, False), (4, True)])
+def test_codes_that_float32_cannot_tell_apart(metric, copies, spread):
+    x, codebook = close_codes(66 if copies == 2 else 24, copies, 12, spread)
+    distance_NK = truth(x, codebook, metric)
+    best = distance_NK.min(dim=1).values
+    index, distance = nearest_code(x, codebook, metric=metric, impl="triton")
+    # 1e-14: float64's own rounding; the distances of two such codes are 1e-9 to 1e-7 apart.
+    assert (distance_NK.gather(1, index[:, None])[:, 0] - best <= 1e-14).all()
+    torch.testing.assert_close(distance.double(), best, rtol=EPS, atol=1e-14)
+
+    if metric == "l2":
+        naive = torch.addmm(codebook.square().sum(1), x, codebook.T, alpha=-2).argmin(1)  # or the case would show nothing
+        assert (distance_NK.gather(1, naive[:, None])[:, 0] - best > 1e-14).sum() > 5
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_other_operands_that_leave_float32_no_choice(metric):
+    torch.manual_seed(14)
+    x, codes = torch.randn(20, 16), torch.randn(80, 16)
+    far = torch.randn(20, 16) + 3000
+    cases = {
+        "one rounding apart": (x, torch.cat([codes, codes * (1 + EPS), codes * (1 - EPS)])),
+        "all cancels": (far, far[:10].repeat(7, 1) + 1e-2 * torch.randn(70, 16)),
+        "tiny codes": (x, codes * 1e-22),
+        "a code far out": (x, torch.cat([codes, torch.full((1, 16), 1e15)])),
+        "denormal": (x * 1e-40, codes * 1e-40),
+    }
+    if metric == "l2":  # |x|^2 overflows float32
+        cases["huge"] = (x * 1e19, codes * 1e19)
+    for name, (rows, codebook) in cases.items():
+        rows, codebook = rows.to(DEVICE), codebook.to(DEVICE)
+        index, _ = nearest_code(rows, codebook, metric=metric, impl="triton")
+        distance_NK = truth(rows, codebook, metric)
+        best = distance_NK.min(dim=1).values
+        away = distance_NK.gather(1, index[:, None])[:, 0] - best
+        # The cosine in float64 is off by some roundings of 1, l2 by some of itself.
+        assert (away <= 32 * 2**-53 * (1 if metric == "cosine" else best)).all(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bit_operands_are_decided_as_by_float64(dtype):
+    torch.manual_seed(3)
+    x, codes = torch.randn(30, 3).to(dtype), torch.randn(200, 3).to(dtype)  # many codes nearly as near
+    index, _ = nearest_code(x.to(DEVICE), codes.to(DEVICE), impl="triton")
+    assert torch.equal(index.cpu(), truth(x, codes, "l2").argmin(dim=1))
+
+
+@pytest.mark.parametrize("splits", [2, 7])
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+@pytest.mark.parametrize("metric", METRICS)
+def test_splits_do_not_show(monkeypatch, splits, precision, metric):
+    """Also more splits than tiles, whose last ones have no code, and equal codes in several of them."""
+    from dae_kernels.nearest_code import fused
+
+    torch.manual_seed(splits)
+    for K, D in ((30, 5), (70, 20)):
+        codes = torch.randn(2, K, D, device=DEVICE)
+        codebook = torch.cat([codes, codes], dim=1)
+        x = torch.randn(5, 2, D, device=DEVICE)
+        x[3, 0] = float("nan")
+        whole = nearest_code(x, codebook, metric=metric, precision=precision, impl="triton")
+        with monkeypatch.context() as patch:
+            patch.setattr(fused, "split_count", lambda *_: splits)
+            parts = nearest_code(x, codebook, metric=metric, precision=precision, impl="triton")
+        torch.testing.assert_close(parts, whole, rtol=0, atol=0, equal_nan=True)
+
+
+def test_split_count():
+    """Two programs an SM (132 here) where there are codes for it, four tiles a program at least, never none."""
+    from dae_kernels.nearest_code import fused
+
+    tile, cpu = {"BLOCK_N": 64, "BLOCK_K": 64}, torch.device("cpu")
+    count = lambda N, H, K: fused.split_count(N, H, K, tile, cpu)  # noqa: E731
+    assert count(1_000_000, 1, 16384) == 1 and count(64, 1, 100) == 1 and count(1, 1, 1) == 1
+    assert count(64, 1, 16384) == 64 and count(64, 8, 16384) == 33 and count(1024, 1, 262144) == 16
+
+
+def test_splits_of_many_lengths_are_one_graph():
+    """The count is symbolic where N is, so torch.compile need not guard on it."""
+    from dae_kernels.nearest_code import fused
+    from torch._dynamo.source import ConstantSource
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
+
+    shapes = ShapeEnv()
+    symbol = shapes.create_symbol(640, ConstantSource("N"), dynamic_dim=DimDynamic.DYNAMIC)
+    N = shapes.create_symintnode(symbol, hint=640)
+    count = fused.split_count(N, 1, 16384, {"BLOCK_N": 64, "BLOCK_K": 64}, torch.device("cpu"))
+    assert isinstance(count, torch.SymInt) and not shapes.guards
+
+
+def rounded(values: Tensor, bits: int) -> Tensor:
+    """float32 cut to `bits` significant bits, the worst that a conversion to tf32 may do."""
+    return (values.view(torch.int32) & -(1 << (24 - bits))).view(torch.float32)
+
+
+@pytest.mark.parametrize("D", [1, 8, 64, 500])
+def test_the_bound_covers_three_truncated_tf32_products(D):
+    """An imitation of the tensor core: operands cut to 11 bits, every addition truncated to float32."""
+    torch.manual_seed(D)
+    for x, code in ((torch.randn(300, D), torch.randn(300, D)), (torch.rand(300, D), torch.rand(300, D))):
+        (x_high, code_high), total = (rounded(t, 11) for t in (x, code)), torch.zeros(300)
+        x_low, code_low = rounded(x - x_high, 11), rounded(code - code_high, 11)
+        for a, b in ((x_low, code_high), (x_high, code_low), (x_high, code_high)):
+            for d in range(D):
+                exact = total.double() + a[:, d].double() * b[:, d].double()
+                total = exact.float()
+                total = torch.where(total.double().abs() > exact.abs(), torch.nextafter(total, torch.zeros(300)), total)
+        score = code.double().square().sum(1).float() - 2 * total
+        x, code = x.double(), code.double()
+        error = (score.double() - (code.square().sum(1) - 2 * (x * code).sum(1))).abs()
+        length, size = x.norm(dim=1), code.norm(dim=1)
+        assert (error <= (D + 16) * 2**-21 * size * (size + 2 * length)).all()
+        assert math.isfinite(error.max().item())
