@@ -1,6 +1,6 @@
 """Fused operations for latent generative models; works with torch alone, uses Triton where it launches."""
 
-from dae_kernels.attention import attention
+from dae_kernels.attention import attention, attention_varlen
 from dae_kernels.clouds import Convention
 from dae_kernels.codebook_statistics import codebook_statistics
 from dae_kernels.energy_distance import energy_distance
@@ -17,6 +17,7 @@ __all__ = [
     "Convention",
     "GaussianStatistics",
     "attention",
+    "attention_varlen",
     "codebook_statistics",
     "energy_distance",
     "frechet_distance",

@@ -1,20 +1,17 @@
 """`attention`: values and gradients of every back-end against the definition in float64, and one causal convention for all.
 
 Tolerances: an implementation may err as much as twice what torch's own arithmetic in that dtype does on the same operands.
-The packages that need a GPU are replaced by stand-ins that check how they are called and compute what they document.
+Lengths are tested in test_attention_lengths.py, the packages that need a GPU in test_attention_packages.py.
 """
 
 from __future__ import annotations
 
 import math
-import sys
-from types import ModuleType
 
 import pytest
 import torch
 import torch.nn.functional as F
 from dae_kernels import attention
-from dae_kernels.attention import backends
 from dae_kernels.attention.reference import causal_mask
 from torch import Tensor
 
@@ -154,118 +151,6 @@ def test_sdpa_compiles_into_one_graph(backend):
             torch.testing.assert_close(mine, truth)
 
 
-def lower_triangle(num_queries: int, num_keys: int, shift: int) -> Tensor:
-    return torch.tensor([[j <= i + shift for j in range(num_keys)] for i in range(num_queries)])
-
-
-def masked_softmax(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    scores = torch.einsum("bihd,bjhd->bhij", q_BLHD.double(), k_BLHD.double()) * scale
-    if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    return torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v_BLHD.double()).to(q_BLHD.dtype)
-
-
-def fake_flash_attn(calls: list) -> ModuleType:
-    """flash_attn 2: [B, L, H, D], grouped heads as they are, causal aligned bottom-right."""
-
-    def flash_attn_func(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False):
-        assert q.dtype in (torch.float16, torch.bfloat16) and dropout_p == 0.0
-        assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
-        calls.append((tuple(q.shape), tuple(k.shape)))
-        groups = q.shape[2] // k.shape[2]
-        mask = lower_triangle(q.shape[1], k.shape[1], k.shape[1] - q.shape[1]) if causal else None
-        return masked_softmax(q, k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2), mask, softmax_scale)
-
-    module = ModuleType("flash_attn")
-    module.flash_attn_func = flash_attn_func
-    return module
-
-
-def fake_xformers(calls: list) -> dict[str, ModuleType]:
-    """xformers: [B, L, H, D] with equal head counts; one mask class aligned top-left, one bottom-right."""
-
-    class LowerTriangularMask:
-        pass
-
-    class LowerTriangularFromBottomRightMask:
-        pass
-
-    def memory_efficient_attention(query, key, value, attn_bias=None, p=0.0, scale=None):
-        assert query.shape[2] == key.shape[2] == value.shape[2] and p == 0.0
-        calls.append((tuple(query.shape), tuple(key.shape)))
-        Lq, Lk = query.shape[1], key.shape[1]
-        shifts = {type(None): None, LowerTriangularMask: 0, LowerTriangularFromBottomRightMask: Lk - Lq}
-        shift = shifts[type(attn_bias)]
-        mask = None if shift is None else lower_triangle(Lq, Lk, shift)
-        return masked_softmax(query, key, value, mask, scale)
-
-    names = ("xformers", "xformers.ops", "xformers.ops.fmha", "xformers.ops.fmha.attn_bias")
-    modules = {name: ModuleType(name) for name in names}
-    modules["xformers.ops"].memory_efficient_attention = memory_efficient_attention
-    modules["xformers.ops.fmha.attn_bias"].LowerTriangularMask = LowerTriangularMask
-    modules["xformers.ops.fmha.attn_bias"].LowerTriangularFromBottomRightMask = LowerTriangularFromBottomRightMask
-    return modules
-
-
-@pytest.fixture(params=["flash_attn", "xformers"])
-def stand_in(request, monkeypatch) -> tuple[str, list]:
-    calls: list = []
-    modules = {"flash_attn": fake_flash_attn(calls)} if request.param == "flash_attn" else fake_xformers(calls)
-    for name, module in modules.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    monkeypatch.setattr(backends, "FUSED_DEVICES", ("cuda", "cpu"))
-    return request.param, calls
-
-
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("shape", [(2, 4, 4, 6, 6, 8), (1, 6, 2, 5, 12, 8), (2, 4, 1, 1, 7, 16)])
-def test_adapters(stand_in, shape, causal):
-    impl, calls = stand_in
-    check(shape, causal, torch.float16, impl)
-    check(shape, causal, torch.bfloat16, impl, scale=0.2)
-    B, H, Hkv, Lq, Lk, D = shape
-    assert calls == [((B, Lq, H, D), (B, Lk, Hkv if impl == "flash_attn" else H, D))] * 2
-
-
-def test_adapters_refuse_dtypes(stand_in):
-    impl, calls = stand_in
-    refused = [torch.float64] if impl == "xformers" else [torch.float64, torch.float32]
-    for dtype in refused:
-        with pytest.raises(ValueError, match=f"impl='{impl}' takes .* got {dtype}"):
-            attention(*operands(SHAPES[0], dtype), impl=impl)
-    assert not calls
-
-
-def test_flash_attn_refuses_large_heads(monkeypatch):
-    monkeypatch.setattr(backends, "FUSED_DEVICES", ("cuda", "cpu"))
-    with pytest.raises(ValueError, match="up to 256, got 257"):
-        attention(*operands((1, 1, 1, 2, 2, 257), torch.float16), impl="flash_attn")
-
-
-@pytest.mark.parametrize("impl", ["flash_attn", "xformers"])
-def test_adapters_refuse_the_cpu_before_asking_for_a_package(impl):
-    inputs = [t.cpu() for t in operands(SHAPES[0], torch.float16)]
-    with pytest.raises(ValueError, match=f"impl='{impl}' needs CUDA tensors, got cpu"):
-        attention(*inputs, impl=impl)
-
-
-@pytest.mark.parametrize("impl", ["flash_attn", "xformers"])
-def test_a_missing_package_names_its_install_line(impl, monkeypatch):
-    monkeypatch.setattr(backends, "FUSED_DEVICES", ("cuda", "cpu"))
-    monkeypatch.setitem(sys.modules, impl, None)
-    with pytest.raises(ImportError, match=r'pip install "decoupled-autoencoder\[gpu\]"'):
-        attention(*operands(SHAPES[0], torch.float16), impl=impl)
-
-
-def test_xformers_without_its_fused_attention_is_missing(stand_in):
-    impl, _ = stand_in
-    if impl == "flash_attn":
-        pytest.skip("xformers ships wheels without it")
-    del sys.modules["xformers.ops"].memory_efficient_attention
-    with pytest.raises(ImportError, match="fused attention"):
-        attention(*operands(SHAPES[0], torch.float16), impl=impl)
-
-
 BAD_SHAPES = {
     "three dimensions": ((2, 3, 4), (2, 3, 4), (2, 3, 4), "B, H, Lq, D"),
     "k is not v": ((1, 2, 3, 4), (1, 2, 3, 4), (1, 2, 5, 4), "k and v must have one shape"),
@@ -309,5 +194,5 @@ def test_meta_tensors_have_a_shape(impl):
 
 
 def test_an_unknown_implementation_names_those_there_are():
-    with pytest.raises(ValueError, match="'auto', 'sdpa', 'flash_attn', 'xformers', 'reference', got 'flash'"):
+    with pytest.raises(ValueError, match="'auto', 'sdpa', 'flash_attn', 'xformers', 'flex', 'reference', got 'flash'"):
         attention(*operands(SHAPES[0]), impl="flash")

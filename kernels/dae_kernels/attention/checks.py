@@ -1,0 +1,117 @@
+"""The checks that hold for every back-end, and those that a back-end names for itself."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+FUSED_DEVICES = ("cuda",)  # where flash-attn and xformers run; the tests of their adapters add "cpu"
+
+
+def autocast(x: Tensor) -> Tensor:
+    """`x` as autocast would hand it to an operation of its low-precision list."""
+    device = x.device.type
+    active = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if active and x.is_floating_point() and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(device))
+    return x
+
+
+def check_tensors(operation: str, layout_q: str, layout_k: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    """Shapes, dtypes and devices of q and of k and v, laid out as "B, H, Lq, D" and "B, Hkv, Lk, D", or as "Tq, H, D"."""
+    shapes = f"got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
+    dims, head = layout_q.count(",") + 1, layout_q.split(", ").index("H")
+    if not q.dim() == k.dim() == v.dim() == dims:
+        raise ValueError(f"{operation} needs q [{layout_q}] and k, v [{layout_k}], {shapes}")
+    if k.shape != v.shape:
+        raise ValueError(f"k and v must have one shape [{layout_k}], {shapes}")
+    if dims == 4 and q.shape[0] != k.shape[0]:
+        raise ValueError(f"q and k must have one batch size, {shapes}")
+    if q.shape[-1] != k.shape[-1] or q.shape[-1] == 0:
+        raise ValueError(f"q and k must have one head dimension, at least 1, {shapes}")
+    if k.shape[head] == 0 or q.shape[head] % k.shape[head]:
+        raise ValueError(f"the heads of k and v (Hkv) must divide the heads of q (H), {shapes}")
+    if dims == 4 and k.shape[2] == 0:
+        raise ValueError(f"attention over no keys is undefined: Lk must be at least 1, {shapes}")
+    if not q.is_floating_point():
+        raise TypeError(f"attention needs floating point tensors, got {q.dtype}")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}; cast them to one")
+    if not q.device == k.device == v.device:
+        raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device}, {v.device}")
+
+
+def check_integers(name: str, x: Tensor, length: int | None, device: torch.device) -> None:
+    """TypeError or ValueError unless `x` is a vector of int32 or int64 on `device`, of `length` entries if that is given."""
+    if not isinstance(x, Tensor) or x.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name} must be an int32 or int64 tensor, got {x.dtype if isinstance(x, Tensor) else type(x)}")
+    if x.dim() != 1 or (x.shape[0] != length if length is not None else x.shape[0] < 1):
+        expected = f"[{length}]" if length is not None else "[N + 1]"
+        raise ValueError(f"{name} must have shape {expected}, got {list(x.shape)}")
+    if x.device != device:
+        raise ValueError(f"{name} must be on {device}, where q is, got {x.device}")
+
+
+def readable(x: Tensor) -> bool:
+    """Whether the values of `x` may be looked at: a traced or captured graph holds for others too, and meta has none."""
+    if x.is_meta or torch.compiler.is_compiling():
+        return False
+    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def check_key_lengths(key_lengths: Tensor, q: Tensor, k: Tensor, causal: bool) -> None:
+    """[B] lengths from 1 to Lk, and with a causal mask from Lq. Reads the values, which on a GPU waits for it."""
+    check_integers("key_lengths", key_lengths, q.shape[0], q.device)
+    if not readable(key_lengths) or key_lengths.shape[0] == 0:
+        return
+    least, most = (int(value) for value in key_lengths.aminmax())
+    if least < 1 or most > k.shape[2]:
+        raise ValueError(f"key_lengths must lie in 1..Lk = 1..{k.shape[2]}, got {least}..{most}")
+    if causal and least < q.shape[2]:
+        raise ValueError(
+            f"causal attention needs Lq <= key_lengths (the first queries would see no key), got {q.shape[2]} > {least}"
+        )
+
+
+def sequence_lengths(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, total_q: int, total_k: int, causal: bool):
+    """((queries, keys), ...) of each sequence, from borders that are checked, or None where they may not be looked at."""
+    if not readable(cu_seqlens_q):
+        return None
+    lengths = []
+    for name, borders, total in (
+        ("cu_seqlens_q", cu_seqlens_q.tolist(), total_q),
+        ("cu_seqlens_k", cu_seqlens_k.tolist(), total_k),
+    ):
+        steps = [end - start for start, end in pairwise(borders)]
+        if borders[0] != 0 or borders[-1] != total or min(steps, default=0) < 0:
+            raise ValueError(f"{name} must rise from 0 to the number of rows, {total}, got {borders}")
+        lengths.append(steps)
+    pairs = tuple(zip(*lengths, strict=True))
+    for i, (num_queries, num_keys) in enumerate(pairs):
+        if num_queries and not num_keys:
+            raise ValueError(f"attention over no keys is undefined: sequence {i} has {num_queries} queries and no key")
+        if causal and num_queries > num_keys:
+            raise ValueError(
+                f"causal attention needs Lq <= Lk (the first queries would see no key), "
+                f"got {num_queries} > {num_keys} in sequence {i}"
+            )
+    return pairs
+
+
+def check_operands(impl: str, q: Tensor, dtypes: tuple[torch.dtype, ...], devices: tuple[str, ...] | None = None) -> None:
+    """ValueError if what is behind `impl` does not take the device or the dtype of `q`."""
+    devices = devices or FUSED_DEVICES
+    if q.device.type not in devices:
+        raise ValueError(f"impl={impl!r} needs CUDA tensors, got {q.device}; use impl='auto'")
+    if q.dtype not in dtypes:
+        raise ValueError(f"impl={impl!r} takes {', '.join(map(str, dtypes))}, got {q.dtype}; cast, or use impl='auto'")
+
+
+def check_head_dimension(impl: str, size: int, least: int = 1, most: int | None = None) -> None:
+    """ValueError if what is behind `impl` does not take heads of this size."""
+    if size < least:
+        raise ValueError(f"impl={impl!r} takes head dimensions from {least}, got {size}; use impl='sdpa'")
+    if most is not None and size > most:
+        raise ValueError(f"impl={impl!r} takes head dimensions up to {most}, got {size}; use impl='sdpa'")

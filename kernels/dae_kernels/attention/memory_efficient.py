@@ -1,0 +1,65 @@
+"""`xformers.ops.memory_efficient_attention` (its arguments as in the wheel of xformers 0.0.35).
+
+Grouped keys and values are repeated: its own grouped layout has no backward in every kernel. Key lengths become a block-diagonal
+bias over packed keys: its biases of padded keys have no backward. Head dimensions are padded to a multiple of 8, as its kernels
+ask for. Block-diagonal biases are made from lengths on the host.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dae_kernels.attention.checks import check_operands
+from dae_kernels.attention.packing import Packing, pack_keys, padded_heads
+
+
+def dense(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, causal: bool, scale: float) -> Tensor:
+    attend, biases = load(q)
+    q_BLHD, k_BLHD, v_BLHD = operands(*(x.transpose(1, 2) for x in (q, k, v)))
+    if key_lengths is not None:
+        *tensors, packing = pack_keys(q_BLHD, k_BLHD, v_BLHD, key_lengths)
+        bias = block_diagonal(biases, packing, causal, q.device)
+        out_BLHD = attend(*(x[None] for x in tensors), attn_bias=bias, scale=scale).view(q_BLHD.shape)
+    else:
+        bias = None
+        if causal:
+            square = q.shape[2] == k.shape[2]
+            bias = biases.LowerTriangularMask() if square else biases.LowerTriangularFromBottomRightMask()
+        out_BLHD = attend(q_BLHD, k_BLHD, v_BLHD, attn_bias=bias, scale=scale)
+    return out_BLHD[..., : q.shape[3]].transpose(1, 2)
+
+
+def packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing, causal: bool, scale: float) -> Tensor:
+    attend, biases = load(q)
+    bias = block_diagonal(biases, packing, causal, q.device)
+    out_1THD = attend(*operands(q[None], k[None], v[None]), attn_bias=bias, scale=scale)
+    return out_1THD[0, ..., : q.shape[2]]
+
+
+def load(q: Tensor):
+    """`memory_efficient_attention` and the module of its biases, for operands that it takes."""
+    check_operands("xformers", q, (torch.float16, torch.bfloat16, torch.float32))
+    try:
+        from xformers.ops import memory_efficient_attention
+        from xformers.ops.fmha import attn_bias
+    except ImportError as error:
+        raise ImportError(
+            "impl='xformers' needs xformers with its fused attention: "
+            "pip install \"decoupled-autoencoder[gpu]\", or use impl='auto'"
+        ) from error
+    return memory_efficient_attention, attn_bias
+
+
+def operands(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    groups, size = q_BLHD.shape[2] // k_BLHD.shape[2], -(-q_BLHD.shape[3] // 8) * 8
+    q_BLHD, k_BLHD, v_BLHD = (padded_heads(x, size) for x in (q_BLHD, k_BLHD, v_BLHD))
+    return q_BLHD, k_BLHD.repeat_interleave(groups, dim=2), v_BLHD.repeat_interleave(groups, dim=2)
+
+
+def block_diagonal(biases, packing: Packing, causal: bool, device: torch.device):
+    if packing.lengths is None:
+        raise ValueError("impl='xformers' reads the lengths on the host, which a compiled graph cannot; use impl='auto'")
+    queries, keys = ([pair[side] for pair in packing.lengths] for side in (0, 1))
+    kind = biases.BlockDiagonalCausalFromBottomRightMask if causal else biases.BlockDiagonalMask
+    return kind.from_seqlens(queries, keys, device=device)
