@@ -8,6 +8,7 @@ from dae_kernels.frechet_distance import GaussianStatistics, frechet_distance, g
 from dae_kernels.group_norm_silu import group_norm_silu
 from dae_kernels.mmd import mmd
 from dae_kernels.nearest_code import nearest_code
+from dae_kernels.perceptual_tap import perceptual_tap
 from dae_kernels.precision_recall_density_coverage import k_nearest_distances, precision_recall_density_coverage
 from dae_kernels.sinkhorn_divergence import sinkhorn_divergence
 from dae_kernels.sliced_wasserstein import max_sliced_wasserstein, sliced_wasserstein
@@ -27,6 +28,7 @@ __all__ = [
     "max_sliced_wasserstein",
     "mmd",
     "nearest_code",
+    "perceptual_tap",
     "precision_recall_density_coverage",
     "sinkhorn_divergence",
     "sliced_wasserstein",

@@ -1,0 +1,123 @@
+"""`perceptual_tap`: checks, dispatch, and the gradient of the fused kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dae_kernels.dispatch import choose, dtype_refusal
+from dae_kernels.perceptual_tap.reference import perceptual_tap_reference
+
+# A tile of the kernel holds all channels of a position.
+MAX_CHANNELS = 2048
+
+
+def perceptual_tap(a: Tensor, b: Tensor, weight: Tensor | None = None, *, eps: float = 1e-10, impl: str = "auto") -> Tensor:
+    """One layer's term of LPIPS: the weighted squared distance of two feature maps' unit vectors, averaged over positions.
+
+        u = a / (|a| + eps), v = b / (|b| + eps)              norms over the channels of one position
+        out = mean over positions of sum_c weight_c (u_c - v_c)^2
+
+    The kernels read a and b once forward and once backward, where the norms are computed anew; they save a, b and weight and
+    nothing else. All sums are float32 in a fixed order: deterministic. Equal a and b give exactly 0 and gradients of exactly 0.
+    A position whose vector is zero (its squared norm is 0 in float32) has the unit vector 0 and no gradient: the formula's own
+    would be of the order of 1 / eps, and the lpips package's is NaN.
+
+    Args:
+        a, b: [B, C, *positions], floating, of one shape, dtype and device. Contiguous, channels_last or one of each are taken
+            as they are, other strides are copied if positions do not lie at one distance from each other.
+        weight: [C], floating, or None for ones.
+        eps: added to each norm, >= 0.
+        impl: "auto" is "triton" for CUDA tensors of at most 32 bits and 2048 channels where triton is installed, else
+            "reference"; a named choice is obeyed or refused.
+
+    Returns:
+        [B], float32 (float64 for float64 a). Differentiable by a, b and weight, each gradient in the layout of its tensor and
+        computed only if wanted; twice by the reference only (the kernels raise).
+
+    Raises:
+        TypeError: an operand that is not a floating point tensor, or a and b of two dtypes.
+        ValueError: shapes or devices that do not fit, no channels or positions, a negative eps, or `impl` cannot run here.
+
+    Source: Zhang et al. 2018, "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric", arXiv 1801.03924, eq. 1;
+    eps as in the lpips package.
+    """
+    check_operands(a, b, weight, eps)
+    refusal = dtype_refusal(a) if weight is None else dtype_refusal(a, weight)
+    if a.shape[1] > MAX_CHANNELS:
+        refusal = f"the kernel takes at most {MAX_CHANNELS} channels, got {a.shape[1]}"
+    if a.numel() == 0:
+        refusal = f"the kernel needs at least one element, got {list(a.shape)}"
+    if choose(impl, a.device, refusal) == "reference":
+        return perceptual_tap_reference(a, b, weight, eps)
+    return PerceptualTap.apply(a, b, weight, eps)
+
+
+def check_operands(a: Tensor, b: Tensor, weight: Tensor | None, eps: float) -> None:
+    operation = "perceptual_tap"
+    for name, operand in (("a", a), ("b", b), ("weight", weight)):
+        if operand is None and name == "weight":
+            continue
+        if not isinstance(operand, Tensor) or not operand.is_floating_point():
+            got = operand.dtype if isinstance(operand, Tensor) else type(operand)
+            raise TypeError(f"{operation} needs a floating point tensor {name}, got {got}")
+        if operand.device != a.device:
+            raise ValueError(f"{operation} needs {name} on {a.device}, where a is, got {operand.device}")
+    if a.dim() < 2 or a.shape != b.shape:
+        raise ValueError(f"{operation} needs a and b [B, C, *positions] of one shape, got a {list(a.shape)}, b {list(b.shape)}")
+    if a.dtype != b.dtype:
+        raise TypeError(f"{operation} needs a and b of one dtype, got a {a.dtype}, b {b.dtype}")
+    if 0 in a.shape[1:]:
+        raise ValueError(f"{operation} needs at least one channel and one position, got {list(a.shape)}")
+    if weight is not None and tuple(weight.shape) != (a.shape[1],):
+        raise ValueError(f"{operation} needs weight [{a.shape[1]}] for a {list(a.shape)}, got {list(weight.shape)}")
+    if not eps >= 0:
+        raise ValueError(f"{operation} needs an eps that is not negative, got {eps}")
+
+
+class PerceptualTap(torch.autograd.Function):
+    """The kernels with their gradient. A Function, as what `register_autograd` makes is closed to torch.func."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a, b, weight, eps):
+        from dae_kernels.perceptual_tap.fused import perceptual_tap_forward
+
+        return perceptual_tap_forward(a, b, weight, eps)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        a, b, weight, ctx.eps = inputs
+        ctx.save_for_backward(a, b, weight)
+
+    @staticmethod
+    def backward(ctx, d_out):
+        wants = ctx.needs_input_grad[:3]
+        a, b, weight = ctx.saved_tensors
+        if torch.compiler.is_compiling():  # a compiled graph has no second derivative anyhow
+            gradients = PerceptualTapGradient.forward(d_out, a, b, weight, ctx.eps, *wants)
+        else:
+            gradients = PerceptualTapGradient.apply(d_out, a, b, weight, ctx.eps, *wants)
+        da, db, d_weight = (gradient if wanted else None for gradient, wanted in zip(gradients, wants, strict=True))
+        return da, db, None if d_weight is None else d_weight.to(weight.dtype), None
+
+
+class PerceptualTapGradient(torch.autograd.Function):
+    """The kernel of the gradient, as a Function of its own: it says what is wrong where a second derivative is asked for."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(d_out, a, b, weight, eps, wants_a, wants_b, wants_weight):
+        from dae_kernels.perceptual_tap.fused import perceptual_tap_backward
+
+        return perceptual_tap_backward(d_out, a, b, weight, eps, wants_a, wants_b, wants_weight)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise RuntimeError("perceptual_tap's kernels have no second derivative: use impl='reference'")

@@ -1,0 +1,25 @@
+"""One layer's term of LPIPS in eager torch: the definition."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def unit(x: Tensor, eps: float) -> Tensor:
+    """x / (|x| + eps) along dim 1; where |x|^2 is 0 the result is 0 and its gradient, of the order of 1 / eps, is left out."""
+    squares = x.square().sum(dim=1, keepdim=True)
+    present = squares > 0
+    norm = torch.where(present, squares, 1).sqrt()  # the root has no gradient at 0
+    return torch.where(present, x / (norm + eps), 0)
+
+
+def perceptual_tap_reference(a: Tensor, b: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """mean over positions of sum_c weight_c (a_c / (|a| + eps) - b_c / (|b| + eps))^2, [B] float32 (float64 for float64)."""
+    wide = torch.promote_types(a.dtype, torch.float32)
+    if a.stride() != b.stride():  # equal maps in two layouts would be summed in two orders
+        a, b = a.contiguous(), b.contiguous()
+    squares = (unit(a.to(wide), eps) - unit(b.to(wide), eps)).square()
+    if weight is not None:
+        squares = squares * weight.to(wide).view(-1, *[1] * (a.dim() - 2))
+    return squares.sum(dim=1).flatten(1).mean(dim=1) if a.dim() > 2 else squares.sum(dim=1)
