@@ -151,6 +151,8 @@ class PriorConfig(OptimizationConfig):
     dropout: float = knob(0.0, "dropout of embeddings and residual branches")
     class_dropout: float = knob(0.1, "probability of hiding the class, which classifier-free guidance needs", least=0)
     token_noise: float = knob(0.0, "probability that a token the prior reads in training is replaced by a random one", least=0)
+    label_smoothing: float = knob(0.0, "share of each target spread over all tokens in training; at most 1", least=0)
+    z_loss: float = knob(0.0, "weight of the squared log-normaliser of the logits in training: keeps them from drifting", least=0)
     augmented_copies: int = knob(
         0, "further encodings of each training image in the token cache, made by the two knobs below", least=0
     )
@@ -174,7 +176,7 @@ class KernelsConfig:
     )
     group_norm_silu: str = knob("auto", "GroupNorm and SiLU of the autoencoder", choices=("auto", "reference", "triton"))
     linear_cross_entropy: str = knob(
-        "auto", "loss of the prior, with its last matrix", choices=("auto", "torch", "chunked", "reference")
+        "auto", "loss of the prior, with its last matrix", choices=("auto", "reference", "torch", "chunked", "triton")
     )
     perceptual_tap: str = knob("auto", "distance of features in the perceptual loss", choices=("auto", "reference", "triton"))
     vector_quantize: str = knob("auto", "search for the nearest code", choices=("auto", "reference", "triton"))

@@ -23,7 +23,6 @@ from dae.config import Config, config_from_command_line
 from dae.data import TrainLoader, load_data
 from dae.losses import reconstruction_loss
 from dae.models import ARPrior, Autoencoder
-from dae.models.ar_prior import token_cross_entropy
 from dae.training import build_optimizer, plan_stages
 
 WARM_UP, STEPS = 5, 20
@@ -89,7 +88,7 @@ def profile(config: Config) -> dict:
 
         def prior_forward(_: None) -> torch.Tensor:
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                return token_cross_entropy(prior(labels, tokens[:, :-1]), tokens)
+                return prior(labels, tokens[:, :-1], targets_BT=tokens)
 
         optimizer = build_optimizer(prior, config.prior)
         table["prior"] = {"batch": len(tokens)} | measure(lambda: None, prior_forward, optimizer, device)

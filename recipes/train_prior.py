@@ -25,7 +25,6 @@ from dae.data.tokens import Fingerprint, TokenCache, TokenDataset, choose_copies
 from dae.distributed import draw_rows
 from dae.hub import fingerprint, require_model
 from dae.models import ARPrior, choose_kernels
-from dae.models.ar_prior import token_cross_entropy
 from dae.training import EMA, Run, TrainingState, build_optimizer, build_scheduler, make_accelerator
 from dae.training.loop import global_mean, progress_bar, refuse_non_finite, seed_for, synchronize_gradients
 
@@ -70,8 +69,7 @@ def train(config: Config) -> Path:
             batch = {k: v.to(device, non_blocking=True) for k, v in next(batches).items()}
             tokens = choose_copies(batch["tokens"], draw_rows(torch.rand, batch["label"].shape, device=device))
             with synchronize_gradients(accelerator, model, when=micro == accumulation - 1):
-                logits = model(prior.hide_classes(batch["label"]), prior.corrupt(tokens[:, :-1]))
-                loss = token_cross_entropy(logits, tokens)
+                loss = model(prior.hide_classes(batch["label"]), prior.corrupt(tokens[:, :-1]), targets_BT=tokens)
                 accelerator.backward(loss / accumulation)
             parts.losses.append(loss.detach())
 
@@ -120,7 +118,7 @@ def bits_per_token(prior: ARPrior, tokens: TokenDataset, batch_size: int) -> flo
     device, total = prior.head.weight.device, 0.0
     for labels, batch in zip(tokens.labels_N.split(batch_size), tokens.tokens_NCT[:, 0].split(batch_size), strict=True):
         batch = batch.long().to(device)
-        total += token_cross_entropy(prior(labels.to(device), batch[:, :-1]), batch).item() * len(labels)
+        total += prior(labels.to(device), batch[:, :-1], targets_BT=batch).item() * len(labels)
     return total / len(tokens) / math.log(2)
 
 

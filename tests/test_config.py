@@ -21,7 +21,6 @@ from dae.config import (
 )
 from dae.losses import discriminator_loss, generator_loss, reconstruction_loss
 from dae.models import ARPrior, Autoencoder, PatchDiscriminator
-from dae.models.ar_prior import token_cross_entropy
 from dae.training import build_optimizer, plan_stages
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -288,5 +287,5 @@ def test_shipped_files_step(path, method):
     config.prior.width, config.prior.depth, config.prior.num_heads = 8, 2, 2
     tokens = output.encoding.indices.flatten(1)
     prior = ARPrior(config.prior, vocab_size=16, sequence_length=tokens.shape[1], num_classes=3).train()
-    logits = prior(prior.hide_classes(torch.tensor([0, 2])), prior.corrupt(tokens[:, :-1]))
-    step(prior, token_cross_entropy(logits, tokens), config.prior)
+    loss = prior(prior.hide_classes(torch.tensor([0, 2])), prior.corrupt(tokens[:, :-1]), targets_BT=tokens)
+    step(prior, loss, config.prior)

@@ -11,7 +11,7 @@ import dataclasses
 
 import torch
 import torch.nn.functional as F
-from dae_kernels import attention
+from dae_kernels import attention, linear_cross_entropy
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -37,11 +37,6 @@ class KVCache:
         self.keys[layer, :, :, self.position : end] = k
         self.values[layer, :, :, self.position : end] = v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
-
-
-def token_cross_entropy(logits_BTK: Tensor, tokens_BT: Tensor) -> Tensor:
-    """Mean of -log p(token), in nats a token (divide by log 2 for bits)."""
-    return F.cross_entropy(logits_BTK.flatten(0, 1).float(), tokens_BT.flatten())
 
 
 def rotary_table(length: int, head_dim: int, base: float = 10000.0) -> Tensor:
@@ -101,6 +96,8 @@ class ARPrior(PretrainedModel):
         tokenizer: fingerprint of the tokenizer whose tokens these are.
     """
 
+    operation, impl = "linear_cross_entropy", "auto"
+
     def __init__(self, config: PriorConfig, *, vocab_size: int, sequence_length: int, num_classes: int, tokenizer: str = ""):
         super().__init__()
         if config.width % config.num_heads or (config.width // config.num_heads) % 2:
@@ -129,12 +126,17 @@ class ARPrior(PretrainedModel):
     def null_class(self) -> int:
         return self.num_classes
 
-    def forward(self, labels_B: Tensor, tokens_BT: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Logits [B, L, K] of the tokens that follow the class and each given token.
+    def forward(
+        self, labels_B: Tensor, tokens_BT: Tensor, cache: KVCache | None = None, targets_BT: Tensor | None = None
+    ) -> Tensor:
+        """Logits [B, L, K] of the tokens that follow the class and each given token; their loss where targets are given.
 
         Without cache, the input is the class followed by `tokens_BT` [B, L - 1]; with L - 1 = T - 1 given tokens the
         output holds the logits of all T. With a cache, the input is what follows the cached positions: the class (and
         tokens) in the first call, then tokens only.
+
+        With `targets_BT` [B, L], the tokens that do follow, the result is a scalar: the mean of -log p(target) in nats a token
+        (divide by log 2 for bits), without all logits at once. In training mode `label_smoothing` and `z_loss` are in it.
         """
         x = self.token_embedding(tokens_BT)
         start = 0 if cache is None else cache.position
@@ -154,7 +156,13 @@ class ARPrior(PretrainedModel):
                 x = block(x, table, cache)
         if cache is not None:
             cache.position += x.shape[1]
-        return self.head(self.norm(x))
+        x = self.norm(x)
+        if targets_BT is None:
+            return self.head(x)
+        label_smoothing, z_loss = (self.config.label_smoothing, self.config.z_loss) if self.training else (0.0, 0.0)
+        return linear_cross_entropy(
+            x, self.head.weight, targets_BT, label_smoothing=label_smoothing, z_loss=z_loss, impl=self.impl
+        )
 
     def hide_classes(self, labels_B: Tensor) -> Tensor:
         """Labels with each replaced by the null class with probability `class_dropout`, as guidance needs in training."""

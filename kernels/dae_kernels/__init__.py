@@ -6,6 +6,7 @@ from dae_kernels.codebook_statistics import codebook_statistics
 from dae_kernels.energy_distance import energy_distance
 from dae_kernels.frechet_distance import GaussianStatistics, frechet_distance, gaussian_w2
 from dae_kernels.group_norm_silu import group_norm_silu
+from dae_kernels.linear_cross_entropy import linear_cross_entropy
 from dae_kernels.mmd import mmd
 from dae_kernels.nearest_code import nearest_code
 from dae_kernels.perceptual_tap import perceptual_tap
@@ -25,6 +26,7 @@ __all__ = [
     "gaussian_w2",
     "group_norm_silu",
     "k_nearest_distances",
+    "linear_cross_entropy",
     "max_sliced_wasserstein",
     "mmd",
     "nearest_code",

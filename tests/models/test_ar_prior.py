@@ -2,22 +2,23 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import dae.distributed
 from dae.config import KernelsConfig, PriorConfig
 from dae.models import ARPrior, choose_kernels
-from dae.models.ar_prior import KVCache, rotary_table, rotate, token_cross_entropy
+from dae.models.ar_prior import KVCache, rotary_table, rotate
 
 K, T, C = 11, 9, 3
 
 
-def make(train=False, attention="auto", **changes) -> ARPrior:
+def make(train=False, attention="auto", loss="auto", **changes) -> ARPrior:
     torch.manual_seed(0)
     config = PriorConfig(**{"width": 16, "depth": 2, "num_heads": 2} | changes)
     prior = ARPrior(config, vocab_size=K, sequence_length=T, num_classes=C).double()
     for p in prior.parameters():  # far from the small initial values, so that every path matters
         torch.nn.init.normal_(p, std=0.5)
-    choose_kernels(prior, KernelsConfig(attention=attention))
+    choose_kernels(prior, KernelsConfig(attention=attention, linear_cross_entropy=loss))
     return prior.train(train)
 
 
@@ -170,12 +171,36 @@ def test_dropout_in_training_only(inputs):
     assert torch.equal(prior(*inputs), prior(*inputs))
 
 
-def test_token_cross_entropy_is_nats_a_token():
-    logits = torch.tensor([[[1.0, 0.0], [0.0, 0.0]]]).log_softmax(-1)
-    expected = -(logits[0, 0, 1] + logits[0, 1, 0]) / 2
-    torch.testing.assert_close(token_cross_entropy(logits, torch.tensor([[1, 0]])), expected)
-    uniform = token_cross_entropy(torch.zeros(2, 3, K), torch.zeros(2, 3, dtype=torch.int64))
-    torch.testing.assert_close(uniform, torch.tensor(float(K)).log())
+@pytest.mark.parametrize("impl", ["auto", "reference", "chunked"])
+def test_loss_is_nats_a_token(inputs, impl):
+    """The cross-entropy of the logits; smoothing and z-loss are for training and no part of a code length."""
+    labels, tokens = inputs
+    targets = torch.cat([tokens, tokens[:, :1]], dim=1)
+    prior = make(loss=impl, label_smoothing=0.2, z_loss=0.1)
+    logits = prior(labels, tokens).flatten(0, 1)
+    exact = {"rtol": 1e-12, "atol": 0}
+    torch.testing.assert_close(prior(labels, tokens, targets_BT=targets), F.cross_entropy(logits, targets.flatten()), **exact)
+    smoothed = F.cross_entropy(logits, targets.flatten(), label_smoothing=0.2) + 0.1 * logits.logsumexp(1).square().mean()
+    torch.testing.assert_close(prior.train()(labels, tokens, targets_BT=targets), smoothed, **exact)
+    with pytest.raises(ValueError, match=r"targets \[4, 8\]"):
+        prior(labels, tokens, targets_BT=tokens)
+    torch.nn.init.zeros_(prior.head.weight)
+    uniform = prior.eval()(labels, tokens, targets_BT=targets)
+    torch.testing.assert_close(uniform, torch.tensor(float(K), dtype=torch.float64).log(), **exact)
+
+
+@pytest.mark.parametrize("impl", ["auto", "chunked"])
+def test_compiles_whole_with_its_loss(inputs, impl):
+    labels, tokens = inputs
+    targets = torch.cat([tokens, tokens[:, :1]], dim=1)
+    prior = make(train=True, loss=impl).float()
+    loss = prior(labels, tokens, targets_BT=targets)
+    expected = torch.autograd.grad(loss, list(prior.parameters()))
+    compiled = torch.compile(prior, fullgraph=True, backend="aot_eager")(labels, tokens, targets_BT=targets)
+    torch.testing.assert_close(compiled, loss, rtol=1e-5, atol=0)
+    got = torch.autograd.grad(compiled, list(prior.parameters()))
+    for a, b in zip(got, expected, strict=True):  # float32 in another order, through two blocks with weights of 0.5
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4 * b.abs().max().item())
 
 
 def test_a_step_learns(inputs):
@@ -186,7 +211,7 @@ def test_a_step_learns(inputs):
     optimizer = torch.optim.Adam(prior.parameters(), lr=1e-2)
     losses = []
     for _ in range(30):
-        loss = token_cross_entropy(prior(labels, target[:, :-1]), target)
+        loss = prior(labels, target[:, :-1], targets_BT=target)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

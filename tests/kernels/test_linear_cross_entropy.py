@@ -1,0 +1,410 @@
+"""`linear_cross_entropy` against torch's `cross_entropy` of all logits in float64.
+
+Tolerance: an implementation may err at most twice as much as torch's own `cross_entropy(linear(...))` does at that dtype on the
+same operands. Where that happens to be nearly zero, one rounding of the largest element stands in for it; with one class, whose
+gradient is 1 - 1, one rounding of 1.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from dae_kernels import linear_cross_entropy
+from dae_kernels.dispatch import TRITON_INSTALLED
+from dae_kernels.linear_cross_entropy import api, chunked
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CHUNKS = ["chunked", *(["triton"] if TRITON_INSTALLED else [])]
+IMPLS = ["reference", *CHUNKS]
+needs_torch = pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="needs torch 2.13")
+TOKENS = {"label_smoothing": 0.0, "z_loss": 0.0}
+EVERYTHING = {"label_smoothing": 0.1, "z_loss": 0.01}
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch):
+    """Chunks of 8 rows or more, so that small operands have several and a last one that is not full."""
+    for name, value in (("MIN_ROWS", 8), ("CPU_CHUNK", 1), ("GPU_CHUNK", 1), ("WEIGHT_BLOCK", 40)):
+        monkeypatch.setattr(chunked, name, value)
+
+
+def operands(N, V, D, dtype=torch.float32, ignored=0, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(N, D, generator=generator).to(DEVICE, dtype).requires_grad_()
+    weight = (torch.randn(V, D, generator=generator) * 2 / math.sqrt(D)).to(DEVICE, dtype).requires_grad_()
+    targets = torch.randint(V, (N,), generator=generator)
+    targets[torch.randperm(N, generator=generator)[:ignored]] = -100
+    return hidden, weight, targets.to(DEVICE)
+
+
+def plain(hidden, weight, targets, label_smoothing=0.0, z_loss=0.0, reduction="mean", ignore_index=-100):
+    """The definition by torch, in the dtype of the operands."""
+    logits = F.linear(hidden, weight)
+    loss = F.cross_entropy(logits, targets, label_smoothing=label_smoothing, reduction=reduction, ignore_index=ignore_index)
+    if z_loss:
+        squares = logits.logsumexp(-1).square()[targets != ignore_index]
+        loss = loss + z_loss * (squares.mean() if reduction == "mean" else squares.sum())
+    return loss
+
+
+def with_gradients(function, hidden, weight, targets, cotangent, **options):
+    loss = function(hidden, weight, targets, **options)
+    return [loss, *torch.autograd.grad(loss * cotangent, (hidden, weight))]
+
+
+def check(hidden, weight, targets, impl, **options):
+    """Value and gradients under a random cotangent by the rule above."""
+    wide = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    cotangent = torch.randn((), generator=torch.Generator().manual_seed(len(weight))).item()
+    truth = with_gradients(plain, *wide, targets, cotangent, **options)
+    theirs = with_gradients(plain, hidden, weight, targets, cotangent, **options)
+    ours = with_gradients(linear_cross_entropy, hidden, weight, targets, cotangent, impl=impl, **options)
+    wide_dtype = torch.promote_types(hidden.dtype, torch.float32)
+    assert [t.dtype for t in ours] == [wide_dtype, hidden.dtype, weight.dtype]
+    assert [t.shape for t in ours] == [t.shape for t in truth]
+    one_class = cotangent * max(wide[0].abs().max(), wide[1].abs().max()) if len(weight) == 1 else 0.0
+    for got, expected, exact in zip(ours, theirs, truth, strict=True):
+        error, allowed = ((t.double() - exact).norm() for t in (got, expected))
+        rounding = torch.finfo(got.dtype).eps * max(exact.abs().max(), abs(one_class)) * math.sqrt(exact.numel())
+        assert error <= 2 * max(allowed, rounding)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("options", [TOKENS, EVERYTHING, {"label_smoothing": 1.0, "reduction": "sum"}], ids=str)
+@pytest.mark.parametrize("N, V, D", [(63, 60, 8), (1, 1, 1), (17, 2100, 5), (8, 7, 3), (60, 63, 1)])
+def test_float32(impl, options, N, V, D):
+    check(*operands(N, V, D, ignored=N // 3), impl, **options)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("options", [TOKENS, EVERYTHING], ids=str)
+def test_sixteen_bits(impl, dtype, options):
+    check(*operands(37, 130, 24, dtype, ignored=5), impl, **options)
+
+
+@pytest.mark.parametrize("impl", ["reference", "chunked"])
+def test_float64(impl):
+    hidden, weight, targets = operands(20, 11, 4, torch.float64, ignored=3)
+    for options in (TOKENS, EVERYTHING):
+        check(hidden, weight, targets, impl, **options)
+        run = lambda h, w, o=options: linear_cross_entropy(h, w, targets, impl=impl, **o)  # noqa: E731
+        assert torch.autograd.gradcheck(run, (hidden, weight))
+    with pytest.raises(ValueError, match="float64"):
+        linear_cross_entropy(hidden, weight, targets, impl="triton")
+
+
+@needs_torch
+def test_torch_gives_the_same():
+    check(*operands(37, 130, 24, ignored=5), "torch")
+    hidden, weight, targets = operands(37, 130, 24, torch.bfloat16)
+    loss, truth = (linear_cross_entropy(hidden, weight, targets, impl=impl) for impl in ("torch", "reference"))
+    assert loss.dtype == torch.float32
+    assert (loss - truth).abs() <= 10 * 2**-9 * truth  # it rounds the losses of 5 chunks and each partial sum to bfloat16
+    hidden, weight, targets = operands(20, 30, 4)
+    loss = linear_cross_entropy(hidden, weight, targets, impl="torch", reduction="sum")
+    torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    torch.autograd.grad(loss, (hidden, weight))  # a second backward, as everywhere
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_closed_forms(impl):
+    V, D = 13, 4
+    hidden, targets = torch.zeros(3, D, device=DEVICE), torch.arange(3, device=DEVICE)
+    weight = torch.randn(V, D, device=DEVICE)
+    uniform = linear_cross_entropy(hidden, weight, targets, impl=impl, label_smoothing=0.3, z_loss=0.5)
+    torch.testing.assert_close(uniform.item(), math.log(V) + 0.5 * math.log(V) ** 2, rtol=1e-6, atol=0)
+    # One-hot rows: the logits are the columns of the weight.
+    eye, table = torch.eye(D, device=DEVICE), torch.full((V, D), -200.0, device=DEVICE)
+    table[torch.arange(D), torch.arange(D)] = 200.0
+    assert linear_cross_entropy(eye, table, torch.arange(D, device=DEVICE), impl=impl) == 0
+    torch.testing.assert_close(
+        linear_cross_entropy(eye, table, torch.full_like(targets[:1], 5).expand(D), impl=impl).item(), 400.0
+    )
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("scale", [1e3, 1e4])
+def test_large_logits_do_not_overflow(impl, scale):
+    hidden, weight, targets = operands(20, 30, 6)
+    check((hidden * scale).detach().requires_grad_(), weight, targets, impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_shapes_and_strides(impl):
+    hidden, weight, targets = operands(24, 10, 6, ignored=4)
+    expected = linear_cross_entropy(hidden, weight, targets, impl=impl)
+    same = lambda *o: torch.testing.assert_close(linear_cross_entropy(*o, impl=impl), expected, rtol=1e-6, atol=0)  # noqa: E731
+    same(hidden.view(2, 3, 4, 6), weight, targets.view(2, 3, 4))
+    same(hidden.T.contiguous().T, weight.T.contiguous().T, targets.repeat_interleave(2)[::2])
+    one = linear_cross_entropy(hidden[0], weight, targets[0].clamp(min=0), impl=impl)
+    assert one.shape == ()
+    expanded = hidden[:1].expand(9, 6)
+    repeated = linear_cross_entropy(expanded, weight, targets[:1].clamp(min=0).expand(9), impl=impl)
+    torch.testing.assert_close(
+        repeated, linear_cross_entropy(hidden[:1], weight, targets[:1].clamp(min=0), impl=impl), rtol=1e-6, atol=0
+    )
+    torch.autograd.grad(repeated, hidden)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_rows_that_do_not_count(impl):
+    """None that counts: torch's NaN and zero gradient for the mean, 0 for the sum; the same without any row."""
+    hidden, weight, targets = operands(11, 7, 3)
+    for h, t in ((hidden, torch.full_like(targets, 3)), (hidden[:0], targets[:0])):
+        mean = with_gradients(linear_cross_entropy, h, weight, t, 1.0, impl=impl, ignore_index=3)
+        total = with_gradients(linear_cross_entropy, h, weight, t, 1.0, impl=impl, ignore_index=3, reduction="sum")
+        assert mean[0].isnan() and total[0] == 0
+        assert not any(g.any() for g in (*mean[1:], *total[1:]))
+    check(hidden, weight, targets, impl, ignore_index=int(targets[0]))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("train", ["hidden", "weight", "nothing", "no_grad"])
+def test_only_the_gradients_that_are_wanted(impl, train, monkeypatch):
+    hidden, weight, targets = operands(11, 7, 3)
+    hidden.requires_grad_(train in ("hidden", "no_grad"))
+    weight.requires_grad_(train in ("weight", "no_grad"))
+    needs = []
+    operator = api.chunked_sum
+    monkeypatch.setattr(api, "chunked_sum", lambda *o: needs.append(o[6:8]) or operator(*o))
+    with torch.set_grad_enabled(train != "no_grad"):
+        loss = linear_cross_entropy(hidden, weight, targets, impl=impl)
+    torch.testing.assert_close(loss, plain(hidden, weight, targets), rtol=1e-6, atol=0)
+    wanted = hidden if train == "hidden" else weight if train == "weight" else None
+    assert needs == ([] if impl == "reference" else [(wanted is hidden, wanted is weight)])
+    assert loss.requires_grad == (wanted is not None)
+    if wanted is not None:
+        torch.testing.assert_close(*(torch.autograd.grad(x, wanted)[0] for x in (loss, plain(hidden, weight, targets))))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_autocast(impl):
+    """Products in bfloat16, gradients in the operands' own dtypes; as exact as torch's chain under autocast."""
+    hidden, weight, targets = operands(30, 50, 16)
+    wide = [t.detach().double().requires_grad_() for t in (hidden, weight)]
+    truth = with_gradients(plain, *wide, targets, 1.0, **EVERYTHING)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        theirs = with_gradients(plain, hidden, weight, targets, 1.0, **EVERYTHING)
+        ours = with_gradients(linear_cross_entropy, hidden, weight, targets, 1.0, impl=impl, **EVERYTHING)
+        mixed = linear_cross_entropy(hidden.bfloat16(), weight, targets, impl=impl, **EVERYTHING)
+    assert all(t.dtype == torch.float32 for t in ours)
+    for got, expected, exact in zip(ours, theirs, truth, strict=True):
+        # the loss of float32 logits may be nearly exact by chance: one rounding of a logit to 8 bits stands in
+        floor = 2**-9 * exact.abs().max() * math.sqrt(exact.numel())
+        assert (got - exact).norm() <= 2 * torch.maximum((expected - exact).norm(), floor)
+    torch.testing.assert_close(mixed, ours[0], rtol=1e-6, atol=0)
+    with pytest.raises(ValueError, match=r"one dtype, got torch\.bfloat16 and torch\.float32"):
+        linear_cross_entropy(hidden.bfloat16(), weight, targets, impl=impl)
+
+
+@pytest.mark.parametrize("impl", CHUNKS)
+def test_second_derivatives_are_refused(impl):
+    hidden, weight, targets = operands(9, 7, 3)
+    loss = linear_cross_entropy(hidden, weight, targets, impl=impl)
+    (gradient,) = torch.autograd.grad(loss, hidden, retain_graph=True)
+    (again,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    assert torch.equal(gradient, again)
+    with pytest.raises(RuntimeError, match="no second derivatives: use impl='reference'"):
+        again.sum().backward()
+    norm = lambda h: torch.func.grad(lambda h: linear_cross_entropy(h, weight, targets, impl=impl))(h).norm()  # noqa: E731
+    with pytest.raises(RuntimeError, match="no second derivatives"):
+        torch.func.grad(norm)(hidden)
+
+
+@pytest.mark.parametrize("impl", ["reference", "chunked"])
+def test_vmap_and_torch_func(impl):
+    hidden, weight, targets = (t.detach() for t in operands(24, 10, 6, torch.float64, ignored=4))
+    batch = hidden.view(3, 8, 6), targets.view(3, 8)
+    loss = lambda h, w, t: linear_cross_entropy(h, w, t, impl=impl, **EVERYTHING)  # noqa: E731
+    rows = list(zip(*batch, strict=True))
+    exact = {"rtol": 1e-12, "atol": 1e-12}
+    expected = torch.stack([loss(h, weight, t) for h, t in rows])
+    torch.testing.assert_close(torch.vmap(loss, (0, None, 0))(batch[0], weight, batch[1]), expected, **exact)
+    both = torch.func.grad(loss, (0, 1))
+    expected = [torch.stack(g) for g in zip(*(both(h, weight, t) for h, t in rows), strict=True)]
+    torch.testing.assert_close(list(torch.vmap(both, (0, None, 0))(batch[0], weight, batch[1])), expected, **exact)
+    total = lambda h, w: torch.vmap(loss, (0, None, 0))(h, w, batch[1]).sum()  # noqa: E731
+    outside = torch.func.grad(total, (0, 1))(batch[0], weight)
+    torch.testing.assert_close(list(outside), [expected[0], expected[1].sum(0)], **exact)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_compiles_whole_with_backward(impl):
+    hidden, weight, targets = operands(20, 11, 4, ignored=3)
+    run = lambda h, w, t: linear_cross_entropy(h * 2, w, t, impl=impl, **EVERYTHING)  # noqa: E731
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    got = with_gradients(compiled, hidden, weight, targets, 1.5)
+    expected = with_gradients(run, hidden, weight, targets, 1.5)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    wrong = targets.clone()
+    wrong[4] = 11
+    assert all(t.isnan().any() for t in with_gradients(compiled, hidden, weight, wrong, 1.0))
+    transformed = lambda h, w: torch.func.grad(lambda h, w: run(h, w, targets), (0, 1))(h, w)  # noqa: E731
+    got = torch.compile(transformed, fullgraph=True, backend="aot_eager")(hidden.detach(), weight.detach())
+    torch.testing.assert_close([1.5 * t for t in got], expected[1:], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kernel", [False, True][: len(CHUNKS)])
+@pytest.mark.parametrize("needs", [(True, True), (False, False)])
+def test_operator_passes_torch_checks(kernel, needs):
+    hidden, weight, targets = (t.detach() for t in operands(9, 7, 3))
+    torch.library.opcheck(chunked.chunked_sum, (hidden, weight, targets, 0.1, 0.01, torch.float32, *needs, kernel))
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.skipif(DEVICE == "cuda", reason="targets on a GPU are not read")
+def test_targets_outside_the_vocabulary(impl):
+    hidden, weight, targets = operands(9, 7, 3)
+    for value in (7, -1, 2**40):
+        targets[3] = value
+        with pytest.raises(ValueError, match=f"targets must lie in 0..6 or be ignore_index=-100, got {value}"):
+            linear_cross_entropy(hidden, weight, targets, impl=impl)
+    targets[3] = -1
+    assert linear_cross_entropy(hidden, weight, targets, impl=impl, ignore_index=-1).isfinite()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_bad_input(impl):
+    hidden, weight, targets = operands(9, 7, 3)
+    for change, error, message in (
+        ({"hidden": hidden.long()}, TypeError, "floating point tensor hidden, got torch.int64"),
+        ({"weight": [1.0]}, TypeError, "floating point tensor weight, got <class 'list'>"),
+        ({"targets": targets.int()}, TypeError, "int64 targets, got torch.int32"),
+        ({"targets": targets[:8]}, ValueError, r"targets \[...\], got hidden \[9, 3\], weight \[7, 3\], targets \[8\]"),
+        ({"weight": weight[:, :2]}, ValueError, r"got hidden \[9, 3\], weight \[7, 2\]"),
+        ({"weight": weight[:0]}, ValueError, "V >= 1 and D >= 1"),
+        ({"weight": weight.half()}, ValueError, "one dtype, got torch.float32 and torch.float16"),
+        ({"weight": weight.to("meta")}, ValueError, "one device"),
+        ({"label_smoothing": 1.5}, ValueError, r"label_smoothing must lie in \[0, 1\], got 1.5"),
+        ({"z_loss": math.nan}, ValueError, "z_loss must be finite and not negative, got nan"),
+        ({"reduction": "none"}, ValueError, "reduction must be one of 'mean', 'sum', got 'none'"),
+        ({"impl": "cut"}, ValueError, "impl must be one of 'auto', 'reference', 'torch', 'chunked', 'triton', got 'cut'"),
+    ):
+        call = {"hidden": hidden, "weight": weight, "targets": targets, "impl": impl} | change
+        with pytest.raises(error, match=message):
+            linear_cross_entropy(**call)
+
+
+def test_torch_is_obeyed_or_refused(monkeypatch):
+    hidden, weight, targets = operands(9, 7, 3)
+    if hasattr(F, "linear_cross_entropy"):
+        with pytest.raises(ValueError, match=r"both must be 0, got 0\.1 and 0"):
+            linear_cross_entropy(hidden, weight, targets, impl="torch", label_smoothing=0.1)
+        monkeypatch.delattr(F, "linear_cross_entropy")
+    with pytest.raises(ValueError, match=r"needs torch 2\.13 or later, got"):
+        linear_cross_entropy(hidden, weight, targets, impl="torch")
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="the choice on CPUs")
+def test_auto_on_a_cpu_goes_by_the_number_of_logits(monkeypatch):
+    hidden, weight, targets = operands(16, 8, 3)
+    calls = []
+    operator = api.chunked_sum
+    monkeypatch.setattr(api, "chunked_sum", lambda *o: calls.append(1) or operator(*o))
+    for few, expected in ((128, 0), (127, 1)):
+        monkeypatch.setattr(api, "FEW_LOGITS", few)
+        linear_cross_entropy(hidden, weight, targets)
+        assert len(calls) == expected
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    N=st.integers(1, 30),
+    V=st.integers(1, 20),
+    D=st.integers(1, 6),
+    smoothing=st.floats(0, 1),
+    z_loss=st.floats(0, 2),
+    reduction=st.sampled_from(["mean", "sum"]),
+    seed=st.integers(0, 1000),
+)
+def test_chunks_are_the_whole(N, V, D, smoothing, z_loss, reduction, seed):
+    hidden, weight, targets = operands(N, V, D, torch.float64, ignored=N // 4, seed=seed)
+    options = {"label_smoothing": smoothing, "z_loss": z_loss, "reduction": reduction}
+    got, expected = (
+        with_gradients(linear_cross_entropy, hidden, weight, targets, 0.7, impl=impl, **options)
+        for impl in ("chunked", "reference")
+    )
+    # differences of float64 sums in two orders
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.skipif(not TRITON_INSTALLED, reason="needs triton")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("n, V", [(3, 5), (2, 2048), (2, 2049), (1, 1)])
+@pytest.mark.parametrize("options", [(0.0, 0.0), (0.1, 0.02)])
+def test_kernel_stays_inside_its_buffers(dtype, n, V, options):
+    """NaN and 7 lie around the operands: NaN would show in every sum, and what lies around the results must survive."""
+    from dae_kernels.linear_cross_entropy import fused
+
+    torch.manual_seed(V)
+    padded = torch.full((n + 2, V + 40), 7.0, device=DEVICE, dtype=dtype)
+    logits = padded[1:-1, 20:-20]
+    logits.copy_(torch.randn(n, V) * 3)
+    targets = torch.randint(V, (n + 2,), device=DEVICE)
+    targets[2] = -1 if n > 1 else targets[2]
+    losses = torch.full((n + 2,), math.nan, device=DEVICE)
+    expected_d = logits.double()
+    expected = chunked.softmax_step(expected_d, targets[1:-1], *options, True)
+    alone = losses.clone()
+    fused.launch(logits, targets[1:-1], alone[1:-1], *options, False)
+    assert torch.equal(padded[1:-1, 20:-20], logits)
+    fused.launch(logits, targets[1:-1], losses[1:-1], *options, True)
+    assert torch.equal(alone[1:-1], losses[1:-1])
+    assert losses[0].isnan() and losses[-1].isnan()
+    around = torch.ones_like(padded, dtype=torch.bool)
+    around[1:-1, 20:-20] = False
+    assert (padded[around] == 7).all()
+    # float32 sums of up to 2049 terms of the order of 1; the gradient is rounded to its dtype once
+    torch.testing.assert_close(losses[1:-1].double(), expected, rtol=2e-6, atol=2e-6)
+    torch.testing.assert_close(logits.double(), expected_d, rtol=torch.finfo(dtype).eps + 2e-6, atol=1e-6)
+
+
+MEMORY = """
+import sys, torch
+from dae_kernels import linear_cross_entropy
+peak = lambda: int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) // 1024
+def step(N, V=16384):
+    hidden, weight = torch.randn(N, 32, requires_grad=True), torch.randn(V, 32, requires_grad=True)
+    linear_cross_entropy(hidden, weight, torch.randint(V, (N,)), impl=sys.argv[1]).backward()
+step(100)
+before = peak()
+step(3000)
+print(peak() - before)
+"""
+
+
+def test_memory_is_less_than_a_quarter_of_all_logits():
+    """At V = 16384, both passes, by the process's peak; the first step pays for what torch sets up."""
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # or glibc's hoard of freed blocks counts as well
+    grown = {}
+    for impl in ("reference", "chunked"):
+        done = subprocess.run([sys.executable, "-c", MEMORY, impl], env=environment, check=True, capture_output=True, text=True)
+        grown[impl] = int(done.stdout)
+    assert grown["reference"] > 2 * 3000 * 16384 * 4 / 2**20  # logits and their softmax
+    assert grown["chunked"] < grown["reference"] / 4
+
+
+def test_cuda_path_on_fake_tensors():
+    """Shapes and dtypes of the operator without a GPU: autocast's bfloat16 products, float32 weight gradient."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=False):
+        hidden, weight = torch.empty(70, 8, device="cuda"), torch.empty(40, 8, device="cuda")
+        targets = torch.zeros(70, dtype=torch.int64, device="cuda")
+        results = chunked.chunked_sum(hidden, weight, targets, 0.0, 0.0, torch.bfloat16, True, True, False)
+        assert [(list(t.shape), t.dtype) for t in results] == [
+            ([], torch.float32), ([70, 8], torch.bfloat16), ([40, 8], torch.float32)
+        ]  # fmt: skip
+        assert all(t.device.type == "cuda" for t in results)
+        part = torch.empty(40, 8, device="cuda")
+        chunked.product(torch.empty(40, 70, device="cuda", dtype=torch.bfloat16), hidden.bfloat16(), part)
