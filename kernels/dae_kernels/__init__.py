@@ -13,6 +13,16 @@ from dae_kernels.perceptual_tap import perceptual_tap
 from dae_kernels.precision_recall_density_coverage import k_nearest_distances, precision_recall_density_coverage
 from dae_kernels.sinkhorn_divergence import sinkhorn_divergence
 from dae_kernels.sliced_wasserstein import max_sliced_wasserstein, sliced_wasserstein
+from dae_kernels.transformer_layers import (
+    gated_residual,
+    layer_norm_modulate,
+    qk_norm,
+    rms_norm,
+    rotary_table,
+    rotary_table_2d,
+    rotate,
+    swiglu,
+)
 from dae_kernels.vector_quantize import vector_quantize
 
 __all__ = [
@@ -23,16 +33,24 @@ __all__ = [
     "codebook_statistics",
     "energy_distance",
     "frechet_distance",
+    "gated_residual",
     "gaussian_w2",
     "group_norm_silu",
     "k_nearest_distances",
+    "layer_norm_modulate",
     "linear_cross_entropy",
     "max_sliced_wasserstein",
     "mmd",
     "nearest_code",
     "perceptual_tap",
     "precision_recall_density_coverage",
+    "qk_norm",
+    "rms_norm",
+    "rotary_table",
+    "rotary_table_2d",
+    "rotate",
     "sinkhorn_divergence",
     "sliced_wasserstein",
+    "swiglu",
     "vector_quantize",
 ]

@@ -1,0 +1,20 @@
+"""Norms, rotary positions and the gated activation of Transformer blocks, in plain torch.
+
+There is no kernel: each of these is one read and one write of its operands, and torch.compile makes that of the definitions. A
+kernel would have to beat its code, which only a GPU can show. The README of dae_kernels has the figures, eager and compiled.
+"""
+
+from dae_kernels.transformer_layers.norms import gated_residual, layer_norm_modulate, qk_norm, rms_norm
+from dae_kernels.transformer_layers.rotary import rotary_table, rotary_table_2d, rotate
+from dae_kernels.transformer_layers.swiglu import swiglu
+
+__all__ = [
+    "gated_residual",
+    "layer_norm_modulate",
+    "qk_norm",
+    "rms_norm",
+    "rotary_table",
+    "rotary_table_2d",
+    "rotate",
+    "swiglu",
+]

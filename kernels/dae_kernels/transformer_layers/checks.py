@@ -1,0 +1,39 @@
+"""The checks of operands that these layers share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def check_floating(operation: str, **tensors: Tensor) -> None:
+    """TypeError unless all are floating point tensors; ValueError unless they are on one device."""
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            raise TypeError(
+                f"{operation} needs a floating point tensor {name}, got {x.dtype if isinstance(x, Tensor) else type(x)}"
+            )
+    devices = {name: x.device for name, x in tensors.items()}
+    if len(set(devices.values())) > 1:
+        raise ValueError(
+            f"{operation} needs its tensors on one device, got {', '.join(f'{n} on {d}' for n, d in devices.items())}"
+        )
+
+
+def per_channel(operation: str, name: str, parameter: Tensor, x: Tensor) -> Tensor:
+    """`parameter` [B, C] of `x` [B, C] or [B, L, C], or of the shape of `x`, so that it broadcasts to `x`."""
+    if parameter.shape == x.shape:
+        return parameter
+    if x.dim() == 3 and parameter.shape == (x.shape[0], x.shape[2]):
+        return parameter[:, None]
+    raise ValueError(f"{operation} needs {name} [B, C], or like x {list(x.shape)}, got {list(parameter.shape)}")
+
+
+def check_eps(operation: str, eps: float) -> None:
+    if not eps > 0:
+        raise ValueError(f"{operation} needs a positive eps, got {eps}")
+
+
+def wider(x: Tensor) -> torch.dtype:
+    """float32, or float64 for float64: in which 16-bit operands are computed, to be rounded once."""
+    return torch.promote_types(x.dtype, torch.float32)
