@@ -16,7 +16,16 @@ def variants(Variant, backend):
     for name, (element, channels_last, C, P, adaptive, silu) in VARIANTS.items():
         tile = fused.tile(C, P, channels_last)
         blocks = {key: tile[key] for key in ("BLOCK_P", "BLOCK_C")}
-        constants = blocks | {"WEIGHT": True, "BIAS": True, "ADAPTIVE": adaptive, "SILU": silu, "BLOCK": 256}
+        constants = (
+            blocks
+            | {
+                "WEIGHT": True,
+                "BIAS": True,
+                "ADAPTIVE": adaptive,
+                "SILU": silu,
+            }
+            | fused.MERGE
+        )
         # In the third dy comes in another layout than x: nothing may depend on their agreement.
         constants |= {f"{t}_stride_{'c' if channels_last != (t == 'dy' and adaptive) else 'p'}": 1 for t in TENSORS}
         for kernel in (
@@ -27,7 +36,7 @@ def variants(Variant, backend):
             fused.merge_gradient_sums_kernel,
             fused.gradient_kernel,
         ):
-            own = constants | ({"BLOCK_C": 16, "BLOCK_S": 32} if kernel is fused.merge_gradient_sums_kernel else {})
+            own = constants | (fused.MERGE_GRADIENTS if kernel is fused.merge_gradient_sums_kernel else {})
             known = {key: value for key, value in own.items() if key in kernel.arg_names}
             pointers = {key: "*fp32" for key in kernel.arg_names if key.endswith("_ptr")}
             pointers |= {key: element for key in pointers if key.removesuffix("_ptr") in TENSORS}

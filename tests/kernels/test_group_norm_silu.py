@@ -88,7 +88,7 @@ def check(values, groups, impl, activation="silu", cotangent=None):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     "shape, groups",
-    [((1, 63, 9, 1), 21), ((3, 60, 1, 1), 60), ((2, 6, 33, 31), 1), ((1, 130, 6, 5), 13), ((1, 1, 3, 50), 1)],
+    [((1, 63, 9, 1), 21), ((2, 15, 1, 1), 15), ((1, 6, 33, 31), 1), ((1, 130, 6, 5), 13), ((1, 1, 3, 50), 1)],
 )
 def test_formula(impl, layout, shape, groups):
     check(operands(shape, layout), groups, impl)
@@ -126,10 +126,11 @@ def test_mean_far_from_zero(layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_more_tiles_than_one_program_takes(layout, monkeypatch):
     """Chunks of several tiles, a last one that is not full, more chunks and channels than the merging kernels take at once."""
-    monkeypatch.setattr(fused, "TILE", 64)
-    monkeypatch.setattr(fused, "PROGRAMS", 4)
-    monkeypatch.setattr(fused, "TILES_PER_CHUNK", 3)
-    check(operands((2, 40, 37, 31), layout), 2, "triton")
+    small = {"TILE": 16, "PROGRAMS": 4, "TILES_PER_CHUNK": 3}
+    small |= {"MERGE": {"BLOCK": 8}, "MERGE_GRADIENTS": {"BLOCK_C": 2, "BLOCK_S": 2}}
+    for name, value in small.items():
+        monkeypatch.setattr(fused, name, value)
+    check(operands((2, 6, 13, 11), layout), 2, "triton")
 
 
 GRADIENT_LAYOUTS = {
@@ -187,7 +188,9 @@ def test_constant_and_extreme_groups(impl):
     close = {"rtol": 0, "atol": 7.0 * 2**-23 * 1e-5**-0.5}  # a rounding of the mean, over sqrt(eps)
     x = torch.full((1, 4, 3, 3), 7.0, device=DEVICE)
     bias = torch.arange(4.0, device=DEVICE)
-    torch.testing.assert_close(group_norm_silu(x, 2, None, bias, impl=impl), F.silu(bias).view(1, 4, 1, 1).expand(1, 4, 3, 3), **close)
+    torch.testing.assert_close(
+        group_norm_silu(x, 2, None, bias, impl=impl), F.silu(bias).view(1, 4, 1, 1).expand(1, 4, 3, 3), **close
+    )
     x = torch.randn(2, 4, 3, 3, device=DEVICE)
     x[0, 1, 2, 2] = float("nan")
     y = group_norm_silu(x, 2, impl=impl)
@@ -210,13 +213,13 @@ def test_empty(shape):
 
 
 @needs_triton
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(
-    B=st.integers(1, 3),
+    B=st.integers(1, 2),
     G=st.integers(1, 5),
     per_group=st.integers(1, 9),
-    H=st.integers(1, 9),
-    W=st.integers(1, 9),
+    H=st.integers(1, 7),
+    W=st.integers(1, 7),
     layout=st.sampled_from(sorted(LAYOUTS)),
     seed=st.integers(0, 99),
 )
@@ -295,8 +298,9 @@ def test_gradcheck_of_the_reference():
 @needs_triton
 def test_second_derivatives_are_refused():
     x = torch.randn(1, 4, 3, 3, device=DEVICE, requires_grad=True)
+    (dx,) = torch.autograd.grad(group_norm_silu(x, 2, impl="triton").square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="second derivative"):
-        torch.autograd.grad(group_norm_silu(x, 2, impl="triton").square().sum(), x, create_graph=True)
+        dx.sum().backward()
     with pytest.raises(RuntimeError, match="second derivative"):
         torch.func.grad(lambda v: torch.func.grad(lambda u: group_norm_silu(u, 2, impl="triton").sum())(v).sum())(x.detach())
 

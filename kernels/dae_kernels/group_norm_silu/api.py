@@ -32,8 +32,8 @@ def group_norm_silu(
     so a mean far from zero costs no accuracy. The gradients of all operands are sums in a fixed order: deterministic.
 
     Args:
-        x: [B, C, *positions], floating, C divisible by num_groups. Contiguous or channels_last are taken as they are, other
-            strides are copied if positions do not lie at one distance from each other.
+        x: [B, C, *positions], floating, C divisible by num_groups. Contiguous and channels_last are taken as they are, the
+            kernels copy other strides.
         num_groups: groups of adjacent channels.
         weight, bias: [C], floating, or None for 1 and 0.
         eps: added to the variance, > 0.
@@ -63,6 +63,23 @@ def group_norm_silu(
         refusal = f"the kernel needs at least one element, got x {list(x.shape)}"
     if choose(impl, x.device, refusal) == "reference":
         return group_norm_silu_reference(x, num_groups, weight, bias, eps, silu, scale, shift)
+    if torch.compiler.is_compiling():
+        from dae_kernels.whole import group_norm_silu_function
+    else:
+        group_norm_silu_function = apply_group_norm_silu
+    return group_norm_silu_function(x, weight, bias, scale, shift, num_groups, eps, silu)
+
+
+def apply_group_norm_silu(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    num_groups: int,
+    eps: float,
+    silu: bool,
+) -> Tensor:
     return GroupNormSiLU.apply(x, weight, bias, scale, shift, num_groups, eps, silu)[0]
 
 
@@ -124,15 +141,8 @@ class GroupNormSiLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, _d_mean, _d_rstd):
-        from dae_kernels.group_norm_silu.fused import group_norm_silu_backward
-
-        # Dynamo traces this under enabled gradients; a compiled graph has no second derivative anyhow.
-        if torch.is_grad_enabled() and dy.requires_grad and not torch.compiler.is_compiling():
-            raise RuntimeError("group_norm_silu's kernels have no second derivative: use impl='reference'")
-        x, weight, bias, scale, shift, mean_BG, rstd_BG = ctx.saved_tensors
-        dx, sum_BC, sum_n_BC = group_norm_silu_backward(
-            dy, x, weight, bias, scale, shift, mean_BG, rstd_BG, ctx.num_groups, ctx.silu
-        )
+        _, weight, bias, scale, shift, *_ = ctx.saved_tensors
+        dx, sum_BC, sum_n_BC = FirstDerivative.apply(dy, *ctx.saved_tensors, ctx.num_groups, ctx.silu)
         # sum is d out / d h summed over positions, sum_n that times n; they hold the gradients of all parameters.
         d_scale = d_shift = None
         if scale is not None:
@@ -143,3 +153,23 @@ class GroupNormSiLU(torch.autograd.Function):
         d_weight = None if weight is None else sum_n_BC.sum(dim=0).to(weight.dtype)
         d_bias = None if bias is None else sum_BC.sum(dim=0).to(bias.dtype)
         return dx, d_weight, d_bias, d_scale, d_shift, None, None, None
+
+
+class FirstDerivative(torch.autograd.Function):
+    """The backward kernels, which say so when they are to be differentiated in turn."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*operands):
+        from dae_kernels.group_norm_silu.fused import group_norm_silu_backward
+
+        return group_norm_silu_backward(*operands)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        raise RuntimeError("group_norm_silu's kernels have no second derivative: use impl='reference'")

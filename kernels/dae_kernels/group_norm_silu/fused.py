@@ -18,6 +18,8 @@ Roofline (counts, with the measured floors of an H100: 3.0 TB/s of copy, 132 SMs
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -27,6 +29,14 @@ from dae_kernels.dispatch import launchable, register_triton_op
 
 # Python numbers of the launcher. A program for each of them keeps 132 SMs busy; an SM holds several.
 PROGRAMS, TILES_PER_CHUNK, TILE = 528, 16, 2048
+MERGE, MERGE_GRADIENTS = {"BLOCK": 256}, {"BLOCK_C": 16, "BLOCK_S": 32}
+
+
+@triton.jit
+def pointers(ptr, b, p0, c0, stride_b, stride_c, stride_p, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Of the tile [BLOCK_P, BLOCK_C] that begins at position p0 and channel c0 of image b."""
+    ptr += b.to(tl.int64) * stride_b + p0.to(tl.int64) * stride_p + c0.to(tl.int64) * stride_c
+    return ptr + tl.arange(0, BLOCK_P)[:, None] * stride_p + tl.arange(0, BLOCK_C)[None, :] * stride_c
 
 
 @triton.jit
@@ -74,18 +84,17 @@ def moments_kernel(
     """
     start = tl.program_id(0) * chunk
     count = tl.minimum(P - start, chunk)
-    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    b = tl.program_id(2).to(tl.int64)
-    lane = tl.arange(0, BLOCK_P)
-    x_ptr += b * x_stride_b + start.to(tl.int64) * x_stride_p + (tl.program_id(1) * BLOCK_C).to(tl.int64) * x_stride_c
-    x_ptrs = x_ptr + lane[:, None] * x_stride_p + tl.arange(0, BLOCK_C)[None, :] * x_stride_c
+    c0, b = tl.program_id(1) * BLOCK_C, tl.program_id(2).to(tl.int64)
+    lane, c = tl.arange(0, BLOCK_P), c0 + tl.arange(0, BLOCK_C)
+    x_ptrs = pointers(x_ptr, b, start, c0, x_stride_b, x_stride_c, x_stride_p, BLOCK_P, BLOCK_C)
     # Differences from any one value of the channel: a large mean then costs its sums nothing.
-    base = tl.load(x_ptr + tl.arange(0, BLOCK_C) * x_stride_c, mask=c < C, other=0.0).to(tl.float32)
+    base_ptrs = pointers(x_ptr, b, start, c0, x_stride_b, x_stride_c, x_stride_p, 1, BLOCK_C)
+    base = tl.load(base_ptrs, mask=c[None, :] < C, other=0.0).to(tl.float32)
     mean = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     m2 = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for p0 in range(0, count, BLOCK_P):
         inside = (p0 + lane[:, None] < count) & (c[None, :] < C)
-        x = tl.load(x_ptrs + p0 * x_stride_p, mask=inside, other=0.0).to(tl.float32) - base[None, :]
+        x = tl.load(x_ptrs + p0 * x_stride_p, mask=inside, other=0.0).to(tl.float32) - base
         delta = tl.where(inside, x - mean, 0.0)
         mean += delta * (1.0 / (p0 // BLOCK_P + 1))
         m2 += delta * (x - mean)
@@ -94,7 +103,7 @@ def moments_kernel(
     away = mean - merged[None, :]
     spread = tl.sum(m2 + in_lane * away * away, axis=0)
     out = (b * C + c) * tl.num_programs(0) + tl.program_id(0)
-    tl.store(mean_ptr + out, base + merged, mask=c < C)
+    tl.store(mean_ptr + out, tl.sum(base, axis=0) + merged, mask=c < C)
     tl.store(m2_ptr + out, spread, mask=c < C)
 
 
@@ -151,21 +160,19 @@ def normalise_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """y = act((x - mean) rstd factor + term), one tile a program. Grid (tiles of positions, blocks of channels, B)."""
-    p0, c0, b = tl.program_id(0).to(tl.int64) * BLOCK_P, tl.program_id(1).to(tl.int64) * BLOCK_C, tl.program_id(2).to(tl.int64)
-    p, c = tl.arange(0, BLOCK_P), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = (tl.program_id(0) * BLOCK_P + p[:, None] < P) & (c[None, :] < C)
+    p0, c0, b = tl.program_id(0) * BLOCK_P, tl.program_id(1) * BLOCK_C, tl.program_id(2).to(tl.int64)
+    p, c = p0 + tl.arange(0, BLOCK_P), c0 + tl.arange(0, BLOCK_C)
+    inside = (p[:, None] < P) & (c[None, :] < C)
     group = b * (C // channels) + c // channels
     mean = tl.load(mean_ptr + group, mask=c < C, other=0.0)
     rstd = tl.load(rstd_ptr + group, mask=c < C, other=0.0)
     factor, term = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, b, c, C, WEIGHT, BIAS, ADAPTIVE)
-    x_ptr += b * x_stride_b + p0 * x_stride_p + c0 * x_stride_c
-    x_ptrs = x_ptr + p[:, None] * x_stride_p + tl.arange(0, BLOCK_C)[None, :] * x_stride_c
+    x_ptrs = pointers(x_ptr, b, p0, c0, x_stride_b, x_stride_c, x_stride_p, BLOCK_P, BLOCK_C)
     x = tl.load(x_ptrs, mask=inside, other=0.0).to(tl.float32)
     y = (x - mean[None, :]) * (rstd * factor)[None, :] + term[None, :]
     if SILU:
         y = y / (1.0 + tl.exp(-y))
-    y_ptr += b * y_stride_b + p0 * y_stride_p + c0 * y_stride_c
-    y_ptrs = y_ptr + p[:, None] * y_stride_p + tl.arange(0, BLOCK_C)[None, :] * y_stride_c
+    y_ptrs = pointers(y_ptr, b, p0, c0, y_stride_b, y_stride_c, y_stride_p, BLOCK_P, BLOCK_C)
     tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
@@ -201,16 +208,14 @@ def gradient_sums_kernel(
     """Sums of dh and dh n of each channel over a chunk of positions, into [B, C, chunks]. The grid is that of the moments."""
     start = tl.program_id(0) * chunk
     count = tl.minimum(P - start, chunk)
-    c0, b = tl.program_id(1).to(tl.int64) * BLOCK_C, tl.program_id(2).to(tl.int64)
-    lane, c = tl.arange(0, BLOCK_P), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    c0, b = tl.program_id(1) * BLOCK_C, tl.program_id(2).to(tl.int64)
+    lane, c = tl.arange(0, BLOCK_P), c0 + tl.arange(0, BLOCK_C)
     group = b * (C // channels) + c // channels
     mean = tl.load(mean_ptr + group, mask=c < C, other=0.0)
     rstd = tl.load(rstd_ptr + group, mask=c < C, other=0.0)
     factor, term = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, b, c, C, WEIGHT, BIAS, ADAPTIVE)
-    x_ptr += b * x_stride_b + start.to(tl.int64) * x_stride_p + c0 * x_stride_c
-    x_ptrs = x_ptr + lane[:, None] * x_stride_p + tl.arange(0, BLOCK_C)[None, :] * x_stride_c
-    dy_ptr += b * dy_stride_b + start.to(tl.int64) * dy_stride_p + c0 * dy_stride_c
-    dy_ptrs = dy_ptr + lane[:, None] * dy_stride_p + tl.arange(0, BLOCK_C)[None, :] * dy_stride_c
+    x_ptrs = pointers(x_ptr, b, start, c0, x_stride_b, x_stride_c, x_stride_p, BLOCK_P, BLOCK_C)
+    dy_ptrs = pointers(dy_ptr, b, start, c0, dy_stride_b, dy_stride_c, dy_stride_p, BLOCK_P, BLOCK_C)
     total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     total_n = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for p0 in range(0, count, BLOCK_P):
@@ -309,26 +314,23 @@ def gradient_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """dx = rstd (d n - mean(d n) - n mean(d n * n)) with d n = dh * factor. The grid is that of normalise_kernel."""
-    p0, c0, b = tl.program_id(0).to(tl.int64) * BLOCK_P, tl.program_id(1).to(tl.int64) * BLOCK_C, tl.program_id(2).to(tl.int64)
-    p, c = tl.arange(0, BLOCK_P), tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = (tl.program_id(0) * BLOCK_P + p[:, None] < P) & (c[None, :] < C)
+    p0, c0, b = tl.program_id(0) * BLOCK_P, tl.program_id(1) * BLOCK_C, tl.program_id(2).to(tl.int64)
+    p, c = p0 + tl.arange(0, BLOCK_P), c0 + tl.arange(0, BLOCK_C)
+    inside = (p[:, None] < P) & (c[None, :] < C)
     group = b * (C // channels) + c // channels
     mean = tl.load(mean_ptr + group, mask=c < C, other=0.0)
     rstd = tl.load(rstd_ptr + group, mask=c < C, other=0.0)
     group_mean = tl.load(group_mean_ptr + group, mask=c < C, other=0.0)
     group_mean_n = tl.load(group_mean_n_ptr + group, mask=c < C, other=0.0)
     factor, term = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, b, c, C, WEIGHT, BIAS, ADAPTIVE)
-    x_ptr += b * x_stride_b + p0 * x_stride_p + c0 * x_stride_c
-    x_ptrs = x_ptr + p[:, None] * x_stride_p + tl.arange(0, BLOCK_C)[None, :] * x_stride_c
-    dy_ptr += b * dy_stride_b + p0 * dy_stride_p + c0 * dy_stride_c
-    dy_ptrs = dy_ptr + p[:, None] * dy_stride_p + tl.arange(0, BLOCK_C)[None, :] * dy_stride_c
+    x_ptrs = pointers(x_ptr, b, p0, c0, x_stride_b, x_stride_c, x_stride_p, BLOCK_P, BLOCK_C)
+    dy_ptrs = pointers(dy_ptr, b, p0, c0, dy_stride_b, dy_stride_c, dy_stride_p, BLOCK_P, BLOCK_C)
     x = tl.load(x_ptrs, mask=inside, other=0.0).to(tl.float32)
     dy = tl.load(dy_ptrs, mask=inside, other=0.0).to(tl.float32)
     n = (x - mean[None, :]) * rstd[None, :]
     dn = d_activation(n * factor[None, :] + term[None, :], dy, SILU) * factor[None, :]
     dx = (dn - group_mean[None, :] - n * group_mean_n[None, :]) * rstd[None, :]
-    dx_ptr += b * dx_stride_b + p0 * dx_stride_p + c0 * dx_stride_c
-    dx_ptrs = dx_ptr + p[:, None] * dx_stride_p + tl.arange(0, BLOCK_C)[None, :] * dx_stride_c
+    dx_ptrs = pointers(dx_ptr, b, p0, c0, dx_stride_b, dx_stride_c, dx_stride_p, BLOCK_P, BLOCK_C)
     tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
@@ -356,8 +358,16 @@ class Layout:
         self.chunk_grid, self.tile_grid = (self.chunks, blocks, self.B), (tiles, blocks, self.B)
 
 
+def dense(x: Tensor) -> Tensor:
+    """`x` if it is contiguous or channels_last, else a copy that is."""
+    layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim(), torch.contiguous_format)
+    if x.is_contiguous() or x.is_contiguous(memory_format=layout):
+        return x
+    return x.contiguous(memory_format=layout) if x.stride(1) == 1 else x.contiguous()
+
+
 def positions(x: Tensor) -> Tensor:
-    """[B, C, *positions] as [B, C, P]: a view, or a copy where positions do not lie at one distance from each other."""
+    """[B, C, *positions] as [B, C, P]: a view of what is dense, maybe a copy of what is not."""
     return x.flatten(2) if x.dim() > 2 else x[..., None]
 
 
@@ -369,18 +379,10 @@ def contiguous(*parameters: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(None if parameter is None else parameter.contiguous() for parameter in parameters)
 
 
-def forward_empty(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    num_groups: int,
-    eps: float,
-    silu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def forward_empty(x: Tensor, *operands: Any) -> tuple[Tensor, Tensor, Tensor]:
+    num_groups = operands[4]
     mean_BG = x.new_empty(x.shape[0], num_groups, dtype=torch.float32)
-    return torch.empty_like(x), mean_BG, torch.empty_like(mean_BG)
+    return torch.empty_like(dense(x)), mean_BG, torch.empty_like(mean_BG)
 
 
 def forward_launcher(
@@ -394,6 +396,7 @@ def forward_launcher(
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y in the layout of x, and mean and 1 / std [B, groups]."""
+    x = dense(x)
     y, mean_BG, rstd_BG = forward_empty(x, weight, bias, scale, shift, num_groups, eps, silu)
     x_BCP, y_BCP = positions(x), positions(y)
     weight, bias, scale, shift = contiguous(weight, bias, scale, shift)
@@ -404,43 +407,18 @@ def forward_launcher(
         x_BCP, part_mean, part_m2, *x_BCP.stride(), layout.C, layout.P, layout.chunk, **layout.options
     )
     launchable(merge_moments_kernel)[(layout.B * num_groups,)](
-        part_mean, part_m2, mean_BG, rstd_BG, layout.channels, layout.chunks, layout.chunk, layout.P, eps, BLOCK=256
+        part_mean, part_m2, mean_BG, rstd_BG, layout.channels, layout.chunks, layout.chunk, layout.P, eps, **MERGE
     )
     launchable(normalise_kernel)[layout.tile_grid](
-        x_BCP,
-        y_BCP,
-        weight,
-        bias,
-        scale,
-        shift,
-        mean_BG,
-        rstd_BG,
-        *x_BCP.stride(),
-        *y_BCP.stride(),
-        layout.C,
-        layout.P,
-        layout.channels,
-        **flags(weight, bias, scale),
-        SILU=silu,
-        **layout.options,
-    )
+        x_BCP, y_BCP, weight, bias, scale, shift, mean_BG, rstd_BG, *x_BCP.stride(), *y_BCP.stride(),
+        layout.C, layout.P, layout.channels, **flags(weight, bias, scale), SILU=silu, **layout.options,
+    )  # fmt: skip
     return y, mean_BG, rstd_BG
 
 
-def backward_empty(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    mean_BG: Tensor,
-    rstd_BG: Tensor,
-    num_groups: int,
-    silu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def backward_empty(dy: Tensor, x: Tensor, *operands: Any) -> tuple[Tensor, Tensor, Tensor]:
     sum_BC = x.new_empty(x.shape[:2], dtype=torch.float32)
-    return torch.empty_like(x), sum_BC, torch.empty_like(sum_BC)
+    return torch.empty_like(dense(x)), sum_BC, torch.empty_like(sum_BC)
 
 
 def backward_launcher(
@@ -456,7 +434,8 @@ def backward_launcher(
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx in the layout of x, and the sums of dh and dh n over positions, [B, C] float32. dy may have any strides."""
-    dx, sum_BC, sum_n_BC = backward_empty(dy, x, weight, bias, scale, shift, mean_BG, rstd_BG, num_groups, silu)
+    x = dense(x)
+    dx, sum_BC, sum_n_BC = backward_empty(dy, x)
     dy_BCP, x_BCP, dx_BCP = positions(dy), positions(x), positions(dx)
     weight, bias, scale, shift = contiguous(weight, bias, scale, shift)
     layout = Layout(x_BCP, num_groups)
@@ -466,56 +445,17 @@ def backward_launcher(
     operands = (weight, bias, scale, shift, mean_BG.contiguous(), rstd_BG.contiguous())
     known = flags(weight, bias, scale)
     launchable(gradient_sums_kernel)[layout.chunk_grid](
-        dy_BCP,
-        x_BCP,
-        *operands,
-        part,
-        part_n,
-        *dy_BCP.stride(),
-        *x_BCP.stride(),
-        layout.C,
-        layout.P,
-        layout.channels,
-        layout.chunk,
-        **known,
-        SILU=silu,
-        **layout.options,
-    )
+        dy_BCP, x_BCP, *operands, part, part_n, *dy_BCP.stride(), *x_BCP.stride(),
+        layout.C, layout.P, layout.channels, layout.chunk, **known, SILU=silu, **layout.options,
+    )  # fmt: skip
     launchable(merge_gradient_sums_kernel)[(num_groups, layout.B)](
-        part,
-        part_n,
-        weight,
-        scale,
-        sum_BC,
-        sum_n_BC,
-        mean_dn_BG,
-        mean_dn_n_BG,
-        layout.C,
-        layout.P,
-        layout.channels,
-        layout.chunks,
-        WEIGHT=known["WEIGHT"],
-        ADAPTIVE=known["ADAPTIVE"],
-        BLOCK_C=16,
-        BLOCK_S=32,
-    )
+        part, part_n, weight, scale, sum_BC, sum_n_BC, mean_dn_BG, mean_dn_n_BG, layout.C, layout.P, layout.channels,
+        layout.chunks, WEIGHT=known["WEIGHT"], ADAPTIVE=known["ADAPTIVE"], **MERGE_GRADIENTS,
+    )  # fmt: skip
     launchable(gradient_kernel)[layout.tile_grid](
-        dy_BCP,
-        x_BCP,
-        dx_BCP,
-        *operands,
-        mean_dn_BG,
-        mean_dn_n_BG,
-        *dy_BCP.stride(),
-        *x_BCP.stride(),
-        *dx_BCP.stride(),
-        layout.C,
-        layout.P,
-        layout.channels,
-        **known,
-        SILU=silu,
-        **layout.options,
-    )
+        dy_BCP, x_BCP, dx_BCP, *operands, mean_dn_BG, mean_dn_n_BG, *dy_BCP.stride(), *x_BCP.stride(), *dx_BCP.stride(),
+        layout.C, layout.P, layout.channels, **known, SILU=silu, **layout.options,
+    )  # fmt: skip
     return dx, sum_BC, sum_n_BC
 
 
