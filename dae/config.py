@@ -110,6 +110,11 @@ class LossConfig:
 
     l1: float = knob(0.0, "weight of the mean absolute error", least=0)
     l2: float = knob(1.0, "weight of the mean squared error", least=0)
+    perceptual: float = knob(0.0, "weight of LPIPS, the distance of VGG16's features; 0 loads no network", least=0)
+    perceptual_weights: str = knob(
+        "timm/vgg16.tv_in1k",
+        "its weights by torchvision's names, and LPIPS's `lin0.weight` ... if there: a .safetensors file, a folder, a Hub id",
+    )
     adversarial: float = knob(0.0, "weight of the hinge loss of a patch discriminator; 0 trains none", least=0)
     adversarial_start: int = knob(0, "step of the stage at which the adversarial loss is switched on", least=0)
     discriminator_channels: int = knob(64, "channels of the discriminator's first layer", least=1)

@@ -73,7 +73,7 @@ class PretrainedModel(nn.Module):
         if not folder.is_dir():
             if not isinstance(name_or_path, str):
                 raise FileNotFoundError(f"no folder {folder}: expected one written by {cls.__name__}.save_pretrained")
-            folder = _download(name_or_path, revision)
+            folder = download(name_or_path, revision)
         for name in (CONFIG, WEIGHTS):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} holds no {name}: expected a folder written by {cls.__name__}.save_pretrained")
@@ -104,7 +104,8 @@ class PretrainedModel(nn.Module):
         return str(commit)
 
 
-def _download(repo_id: str, revision: str | None) -> Path:
+def download(repo_id: str, revision: str | None) -> Path:
+    """The local copy of a repository's weights, configuration and card; FileNotFoundError if it cannot be had."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 

@@ -24,7 +24,7 @@ from dae.cli import main
 from dae.config import Config
 from dae.data import ImageData, TrainLoader, augment, evaluation_batches, load_data
 from dae.distributed import in_global_order, rank, sum_over_processes, world_size
-from dae.losses import adaptive_weight, discriminator_loss, generator_loss, reconstruction_loss
+from dae.losses import PerceptualLoss, adaptive_weight, discriminator_loss, generator_loss, reconstruction_loss
 from dae.metrics import CodebookUsage, psnr
 from dae.models import Autoencoder, PatchDiscriminator, choose_kernels
 from dae.models.autoencoder import Reconstruction
@@ -54,6 +54,7 @@ def train(config: Config) -> Path:
     for stage in stages:  # a mistake in any stage shows before the first one is trained
         make_loader(config, stage, data, "check")
         build_autoencoder(config, stage)
+        build_perceptual_loss(config, stage)
     resumed = run.open(accelerator, {"data set": data.fingerprint})
 
     autoencoder = build_autoencoder(config, stages[0]).to(accelerator.device)
@@ -84,6 +85,14 @@ def build_autoencoder(config: Config, stage: Stage) -> Autoencoder:
     torch.manual_seed(seed_for(config.seed, "autoencoder"))
     architecture = dataclasses.replace(config.autoencoder, decoder=stage.decoder)
     return Autoencoder(architecture, config.data.channels, config.data.resolution)
+
+
+def build_perceptual_loss(config: Config, stage: Stage) -> PerceptualLoss | None:
+    if stage.config.loss.perceptual == 0:
+        return None
+    if (got := config.data.resolution) < (least := PerceptualLoss.least_size):
+        raise ValueError(f"{stage.name}.loss.perceptual needs data.resolution of at least {least}, got {got}")
+    return PerceptualLoss.from_pretrained(stage.config.loss.perceptual_weights)
 
 
 def train_stage(
@@ -123,6 +132,10 @@ def train_stage(
         discriminator, critic_optimizer = accelerator.prepare(critic, critic_optimizer)
         parts.modules["discriminator"], parts.optimizers["discriminator_optimizer"] = critic, critic_optimizer
 
+    perceptual = build_perceptual_loss(config, stage)  # frozen: of no optimiser, in no checkpoint
+    if perceptual is not None:
+        choose_kernels(perceptual.to(device, memory_format=layout), config.kernels)
+
     start = parts.restore(resumed)
 
     def reconstruct(images: torch.Tensor) -> Reconstruction:
@@ -144,6 +157,10 @@ def train_stage(
             with synchronize_gradients(accelerator, model, discriminator, when=micro == accumulation - 1):
                 output = reconstruct(images)
                 reconstruction = reconstruction_loss(output.sample, images, loss_config)
+                if perceptual is not None:
+                    with accelerator.autocast():
+                        distance = perceptual(output.sample, images).mean()
+                    reconstruction = reconstruction + loss_config.perceptual * distance
                 loss = reconstruction if stage.latent_frozen else reconstruction + output.encoding.loss
                 if discriminator is not None and step >= loss_config.adversarial_start:
                     critic.requires_grad_(False)

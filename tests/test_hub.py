@@ -138,7 +138,7 @@ def test_a_repository_that_cannot_be_reached(unreachable, name):
 
 def test_a_path_is_never_looked_for_on_the_hub(monkeypatch, tmp_path):
     """`runs/prior` is a name that a repository could have: a missing folder must not become a stranger's model."""
-    monkeypatch.setattr(dae.hub, "_download", lambda *_: pytest.fail("asked the Hub"))
+    monkeypatch.setattr(dae.hub, "download", lambda *_: pytest.fail("asked the Hub"))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(FileNotFoundError, match="no folder runs/prior"):
         ARPrior.from_pretrained(Path("runs/prior"))

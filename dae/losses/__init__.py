@@ -1,4 +1,5 @@
 from dae.losses.adversarial import adaptive_weight, discriminator_loss, generator_loss
+from dae.losses.perceptual import PerceptualLoss
 from dae.losses.reconstruction import reconstruction_loss
 
-__all__ = ["adaptive_weight", "discriminator_loss", "generator_loss", "reconstruction_loss"]
+__all__ = ["PerceptualLoss", "adaptive_weight", "discriminator_loss", "generator_loss", "reconstruction_loss"]
