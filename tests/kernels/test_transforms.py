@@ -15,6 +15,7 @@ from dae_kernels import (
     max_sliced_wasserstein,
     mmd,
     nearest_code,
+    perceptual_tap,
     precision_recall_density_coverage,
     sliced_wasserstein,
     vector_quantize,
@@ -57,6 +58,8 @@ CASES = {
     "sliced weights": Case(lambda x, y, w: sliced_wasserstein(x, y, p=3, weights_x=w, projections=DIRECTIONS), second="true"),
     "max sliced": Case(lambda x, y, w: max_sliced_wasserstein(x, y, projections=DIRECTIONS), second="true"),
     "max sliced weights": Case(lambda x, y, w: max_sliced_wasserstein(x, y, weights_x=w, projections=DIRECTIONS), second="true"),
+    "perceptual": Case(lambda x, y, w: perceptual_tap(x[None], y[None, :N], w)[0], second="true"),
+    "perceptual triton": Case(lambda x, y, w: perceptual_tap(x[None], y[None, :N], w, impl="triton")[0]),
     "frechet": Case(lambda x, y, w: frechet_distance(x, y)),
     "gaussian": Case(lambda x, y, w: gaussian_w2(*moments(x), *moments(y))),
     "ste": Case(lambda x, y, w: quantized(x, y, "ste"), second="surrogate"),
@@ -166,7 +169,16 @@ def check_compiled(name, backend):
             close(got, expected)
 
 
-COMPILED = ["energy weights", "mmd triton", "sliced weights", "max sliced", "frechet", "ste", "rotation cosine triton"]
+COMPILED = [
+    "energy weights",
+    "mmd triton",
+    "sliced weights",
+    "max sliced",
+    "frechet",
+    "perceptual triton",
+    "ste",
+    "rotation cosine triton",
+]
 COMPILED += [name for name in CASES if name not in DIFFERENTIABLE]
 
 

@@ -50,6 +50,14 @@ def perceptual_tap(a: Tensor, b: Tensor, weight: Tensor | None = None, *, eps: f
         refusal = f"the kernel needs at least one element, got {list(a.shape)}"
     if choose(impl, a.device, refusal) == "reference":
         return perceptual_tap_reference(a, b, weight, eps)
+    if torch.compiler.is_compiling():
+        from dae_kernels.whole import perceptual_tap_function
+    else:
+        perceptual_tap_function = apply_perceptual_tap
+    return perceptual_tap_function(a, b, weight, eps)
+
+
+def apply_perceptual_tap(a: Tensor, b: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return PerceptualTap.apply(a, b, weight, eps)
 
 
@@ -95,16 +103,13 @@ class PerceptualTap(torch.autograd.Function):
     def backward(ctx, d_out):
         wants = ctx.needs_input_grad[:3]
         a, b, weight = ctx.saved_tensors
-        if torch.compiler.is_compiling():  # a compiled graph has no second derivative anyhow
-            gradients = PerceptualTapGradient.forward(d_out, a, b, weight, ctx.eps, *wants)
-        else:
-            gradients = PerceptualTapGradient.apply(d_out, a, b, weight, ctx.eps, *wants)
+        gradients = FirstDerivative.apply(d_out, a, b, weight, ctx.eps, *wants)
         da, db, d_weight = (gradient if wanted else None for gradient, wanted in zip(gradients, wants, strict=True))
         return da, db, None if d_weight is None else d_weight.to(weight.dtype), None
 
 
-class PerceptualTapGradient(torch.autograd.Function):
-    """The kernel of the gradient, as a Function of its own: it says what is wrong where a second derivative is asked for."""
+class FirstDerivative(torch.autograd.Function):
+    """The backward kernel, which says so when it is to be differentiated in turn."""
 
     generate_vmap_rule = True
 
@@ -120,4 +125,4 @@ class PerceptualTapGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *_):
-        raise RuntimeError("perceptual_tap's kernels have no second derivative: use impl='reference'")
+        raise RuntimeError("perceptual_tap's kernels have no second derivatives: use impl='reference'")
