@@ -10,8 +10,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
-import torch.nn.functional as F
-from dae_kernels import attention, linear_cross_entropy
+from dae_kernels import attention, linear_cross_entropy, qk_norm, rotary_table, rotate, swiglu
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -39,20 +38,6 @@ class KVCache:
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
 
-def rotary_table(length: int, head_dim: int, base: float = 10000.0) -> Tensor:
-    """Angles' cosine and sine, [2, length, head_dim / 2]: position p turns pair i by p * base^(-2i / head_dim)."""
-    frequencies = base ** (-torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    angles = torch.arange(length, dtype=torch.float64)[:, None] * frequencies
-    return torch.stack([angles.cos(), angles.sin()]).float()
-
-
-def rotate(x_BHLD: Tensor, table: Tensor) -> Tensor:
-    """Turn the pairs (x_i, x_{i + D/2}) by the angles of `rotary_table`."""
-    cos, sin = table.to(x_BHLD.dtype)
-    a, b = x_BHLD.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
-
-
 class Block(nn.Module):
     """x + attention(norm(x)), then x + swiglu(norm(x))."""
 
@@ -76,13 +61,13 @@ class Block(nn.Module):
         B, L, width = x.shape
         qkv = self.qkv(self.norm_attention(x)).view(B, L, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        q, k = rotate(self.norm_q(q), table), rotate(self.norm_k(k), table)
+        q, k = qk_norm(q, k, self.norm_q.weight, self.norm_k.weight, self.norm_q.eps)
+        q, k = rotate(q, table), rotate(k, table)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
         h = attention(q, k, v, causal=True, impl=self.impl)
         x = x + self.dropout(self.proj(h.transpose(1, 2).flatten(2)))
-        gate, up = self.gate_up(self.norm_mlp(x)).chunk(2, dim=-1)
-        return x + self.dropout(self.down(F.silu(gate) * up))
+        return x + self.dropout(self.down(swiglu(self.gate_up(self.norm_mlp(x)))))
 
 
 class ARPrior(PretrainedModel):

@@ -3,11 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from dae_kernels import rotary_table, rotate
 
 import dae.distributed
 from dae.config import KernelsConfig, PriorConfig
 from dae.models import ARPrior, choose_kernels
-from dae.models.ar_prior import KVCache, rotary_table, rotate
+from dae.models.ar_prior import KVCache
 
 K, T, C = 11, 9, 3
 
@@ -106,6 +107,37 @@ def test_rotary_scores_depend_on_relative_positions():
         torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=1e-5, atol=1e-5)  # the table is fp32
     assert (scores.diagonal(3)[0] - scores.diagonal(-3)[0]).abs() > 1e-3
     torch.testing.assert_close(scores.diagonal(0)[0], (q * k).sum(), rtol=1e-6, atol=1e-6)
+
+
+def plain_block(block, x, table):
+    """A block as it reads without dae_kernels, by the modules that hold its parameters."""
+    B, L = x.shape[:2]
+    q, k, v = block.qkv(block.norm_attention(x)).view(B, L, 3, block.heads, -1).permute(2, 0, 3, 1, 4)
+    cos, sin = table.to(x.dtype)
+    turned = []
+    for y in (block.norm_q(q), block.norm_k(k)):
+        a, b = y.chunk(2, dim=-1)
+        turned.append(torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1))
+    h = F.scaled_dot_product_attention(*turned, v, is_causal=True)
+    x = x + block.proj(h.transpose(1, 2).flatten(2))
+    gate, up = block.gate_up(block.norm_mlp(x)).chunk(2, dim=-1)
+    return x + block.down(F.silu(gate) * up)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_block_is_the_same_to_the_bit_without_dae_kernels(dtype):
+    prior = make().to(dtype)
+    x = torch.randn(3, T, 16, dtype=dtype)
+    assert torch.equal(prior.blocks[0](x, prior.rotary, None), plain_block(prior.blocks[0], x, prior.rotary))
+
+
+def test_names_of_the_parameters():
+    """What saved models hold."""
+    norms = ["norm_attention", "norm_q", "norm_k", "norm_mlp"]
+    of_a_block = {f"{name}.weight" for name in [*norms, "qkv", "proj", "gate_up", "down"]}
+    names = {f"blocks.{layer}.{name}" for layer in range(2) for name in of_a_block}
+    names |= {f"{name}.weight" for name in ("class_embedding", "token_embedding", "position_embedding", "norm", "head")}
+    assert set(make().state_dict()) == names
 
 
 def test_positions_matter(inputs):
