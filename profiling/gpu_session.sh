@@ -71,6 +71,7 @@ bench() {
     step "bench $1" "$2" bench.txt "$PYTHON" profiling/bench_kernels.py --op "$1" --seconds 3 --json "$OUT/bench.jsonl" "${@:3}"
 }
 bench nearest_code 45 --shape N=32768,K=16384,D=256 --dtype bfloat16
+bench group_norm_silu 60
 bench sinkhorn_divergence 60
 bench mmd 45
 bench energy_distance 45
