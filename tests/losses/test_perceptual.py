@@ -1,5 +1,10 @@
 """The perceptual loss against LPIPS written out by hand, and its weights: where they come from and what is refused."""
 
+import json
+import os
+import subprocess
+import sys
+
 import huggingface_hub
 import pytest
 import torch
@@ -201,3 +206,63 @@ def test_other_images():
     ):
         with pytest.raises(ValueError, match=message):
             loss(x, y)
+
+
+TRACE = """
+import importlib, json, sys
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from dae.losses import PerceptualLoss
+
+kernels, layout = sys.argv[1], getattr(torch, sys.argv[2])
+importlib.import_module("dae_kernels.perceptual_tap.api").choose = lambda *_: kernels  # as on a GPU
+copies = []
+
+class Copies(TorchDispatchMode):
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        if str(function).startswith(("aten.clone", "aten.copy_", "aten.contiguous", "aten._to_copy")) and out.numel() >= 1000:
+            copies.append([str(function), list(out.shape)])
+        return out
+
+def saved(function):
+    kept = {}
+    def keep(t):
+        if not isinstance(t, torch.nn.Parameter):
+            kept[t.untyped_storage()._cdata] = t.untyped_storage().nbytes()
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        out = function()
+    return sum(kept.values()), out
+
+loss = PerceptualLoss().to(torch.bfloat16, memory_format=layout)
+with FakeTensorMode(allow_non_fake_inputs=True), Copies():
+    sample, images = (torch.empty(2, 3, 32, 32, dtype=torch.bfloat16).contiguous(memory_format=layout) for _ in range(2))
+    sample.requires_grad_()
+    copies.clear()
+    network, _ = saved(lambda: loss.taps(sample))
+    targets = sum(2 * tap.numel() for tap in loss.taps(images))
+    total, out = saved(lambda: loss(sample, images))
+    out.mean().backward()
+    assert sample.grad.stride() == sample.stride()
+print(json.dumps({"copies": copies, "network": network, "targets": targets, "taps": total - network}))
+"""
+
+
+def trace(kernels, layout):
+    """A step on fake tensors, in a process without the interpreter: the operators are those of a GPU run."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-c", TRACE, kernels, layout]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_no_layout_is_converted_and_only_the_taps_are_kept():
+    fused = trace("triton", "channels_last")
+    assert fused["copies"] == []
+    weights = 2 * (64 + 128 + 256 + 512 + 512)
+    assert fused["taps"] == fused["targets"] + weights  # the sample's taps are kept by the network already
+    plain = trace("reference", "channels_last")  # keeps the sample's taps and the difference of the unit vectors, both in float32
+    assert plain["network"] == fused["network"] and plain["taps"] > 4 * fused["taps"]
