@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib
+import itertools
 import json
 import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
+
+from dae.training import plan_stages
 
 ROOT = Path(__file__).resolve().parents[1]
 FIELDS = {
@@ -147,6 +153,164 @@ def test_exactness_sees_a_wrong_code():
     assert printed.splitlines() == ["(0, 0, 0.0)", "(0, 0, 0.0)", "(1, 1, 2.0)"]
 
 
+@pytest.fixture
+def training_step(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "profiling")
+    return importlib.import_module("training_step")
+
+
+TINY = [
+    "data.resolution=16", "data.channels=3", "autoencoder.base_channels=8", "autoencoder.latent_channels=4",
+    "stage1.train_batch_size=4", "stage2.train_batch_size=4", "prior.train_batch_size=4", "prior.width=16", "prior.depth=2",
+    "prior.num_heads=2",
+]  # fmt: skip
+
+
+def test_profile_of_a_recipe(tmp_path):
+    """Each stage and the prior, with a discriminator: tables, JSON, traces with the blocks in them, a picture."""
+    output = tmp_path / "out.jsonl"
+    overrides = ["stage2.loss.adversarial=0.1", "stage1.gradient_accumulation_steps=2", "stage1.gradient_checkpointing=true"]
+    arguments = ["--config", ROOT / "tests" / "recipes" / "tiny.yaml", *overrides, "--steps", 3, "--device", "cpu"]
+    done = run("profile_step.py", *arguments, "--output", tmp_path / "profile", "--json", output)
+    one, two, prior = cases(output)
+    assert [row["stage"] for row in (one, two, prior)] == ["stage1", "stage2", "prior"]
+    assert one["batch"] == 32  # two micro-batches of 16
+    for row in (one, two, prior):
+        assert row["ms"]["p20"] <= row["ms"]["median"] <= row["ms"]["p80"]
+        assert set(row["parts"]) == {"data", "forward", "backward", "update"} and min(row["parts"].values()) > 0
+        assert row["peak_bytes"] > sum(row["state_bytes"].values()) > 0
+        assert f"{row['stage']:<26}" in done.stdout
+        with gzip.open(tmp_path / "profile" / f"trace_{row['stage']}.json.gz", "rt") as file:
+            events = [event for event in json.load(file)["traceEvents"] if event.get("pid") == "training step"]
+        assert {event["name"] for event in events if event["tid"] == "blocks"} == set(row["blocks"])
+        phases = [event["name"] for event in events if event["tid"] == "phases"]
+        assert phases[:3] == ["data", "forward", "backward"] and phases[-1] == "update"
+    layers = ["encoder 8x8", "encoder 4x4", "encoder out", "decoder 4x4", "decoder 8x8", "decoder out", "pixel loss"]
+    assert all(one["blocks"][name].keys() == {"forward", "backward"} for name in layers)
+    # Stage 2's encoder is frozen.
+    assert [name for name in layers if two["blocks"][name].keys() == {"forward"}] == layers[:3]
+    assert (
+        two["blocks"]["discriminator's training"].keys()
+        == two["blocks"]["discriminator's verdict"].keys()
+        == {"forward", "backward"}
+    )
+    assert {"embedding", "attention", "MLP", "head and loss"} < prior["blocks"].keys()
+    assert (tmp_path / "profile" / "profile.png").stat().st_size > 10000
+
+
+def test_profile_runs_with_torch_alone(tmp_path):
+    """As on a machine that is lent for an hour; also the picture's absence is said."""
+    absent = {"omegaconf", "datasets", "accelerate", "matplotlib", "scipy", "sklearn", "safetensors", "huggingface_hub", "tqdm"}
+    script = (
+        "import runpy, sys\n"
+        "class Absent:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.split('.')[0] in {absent}: raise ModuleNotFoundError(name)\n"
+        "import importlib.util\n"
+        "found = importlib.util.find_spec\n"
+        f"importlib.util.find_spec = lambda name, *rest: None if name in {absent} else found(name, *rest)\n"
+        "sys.meta_path.insert(0, Absent())\n"
+        "sys.argv = sys.argv[1:]\n"
+        "sys.path.insert(0, sys.argv[0].rsplit('/', 1)[0])\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')"
+    )
+    command = [
+        sys.executable,
+        "-c",
+        script,
+        str(ROOT / "profiling" / "profile_step.py"),
+        "--output",
+        str(tmp_path),
+        "--steps",
+        "1",
+    ]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "kernels"), str(ROOT)])}
+    common = {"capture_output": True, "text": True, "env": environment, "timeout": 120, "check": False}
+    done = subprocess.run([*command, "--preset", "vq32", *TINY, "--stage", "stage1", "--device", "cpu"], **common)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "no profile.png: matplotlib is not installed" in done.stdout
+    assert (tmp_path / "trace_stage1.json.gz").is_file()
+    done = subprocess.run([*command, "--config", "x.yaml"], **common)
+    assert done.returncode == 2 and "--config needs omegaconf, which is not installed; without it: --preset" in done.stderr
+
+
+def test_profile_refuses_what_it_does_not_know(training_step, monkeypatch, capsys):
+    def refusal(*arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["profile_step.py", "--preset", "vq32", *arguments])
+        with pytest.raises(SystemExit):
+            importlib.import_module("profile_step").main()
+        return capsys.readouterr().err
+
+    assert "StageConfig has no field 'batch'" in refusal("stage1.batch=3")
+    assert "--stage: expected one of joint, prior, got stage1" in refusal("method=joint", "--stage", "stage1")
+    assert "--steps: expected at least 1, got 0" in refusal("--steps", "0")
+
+
+def test_presets_are_the_recipes(training_step):
+    """What a machine without OmegaConf measures is what the shipped configurations train."""
+    from dae.config import differing_keys, load_config
+
+    ignored = re.compile(
+        r"(data|sampling|evaluation)\.(?!resolution|channels)|output_dir|logging_steps|validation_steps|checkpointing_steps"
+    )
+    for preset, file, differences in (
+        (training_step.vqgan256(), "imagenet256", {"mixed_precision", "channels_last"}),
+        (training_step.vq32(), "photos", set()),
+    ):
+        recipe = load_config(ROOT / "recipes" / "configs" / f"{file}.yaml")
+        rows = [row for row in differing_keys(recipe, preset) if not ignored.match(row)]
+        assert {row.split(":")[0] for row in rows} == differences
+
+
+class Slow(torch.autograd.Function):
+    """The identity, which takes a while in each direction."""
+
+    @staticmethod
+    def forward(ctx, x):
+        time.sleep(0.05)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        time.sleep(0.1)
+        return gradient
+
+
+@pytest.mark.parametrize(
+    "where, block",
+    [("encoder.levels.1.0", "encoder 8x8"), ("decoder.levels.0.0", "decoder 8x8"), ("decoder.conv_out", "decoder out")],
+)
+def test_time_goes_to_the_block_that_spends_it(training_step, where, block):
+    """Also behind a perceptual loss and a discriminator, whose gradients meet those of the pixel loss."""
+    step = tiny_step(training_step, torch.device("cpu"), on=True)
+    step.autoencoder.get_submodule(where).register_forward_pre_hook(lambda _, args: Slow.apply(args[0]))
+    step()
+    stamps = step.clock.take()
+    spent = training_step.seconds_of(stamps)
+    assert sum(spent.values()) == pytest.approx(stamps[-1].seconds - stamps[0].seconds)
+    assert spent["forward", block] > 0.05 and spent["backward", block] > 0.1
+    blocks = {name for _, name in spent}
+    assert {"perceptual loss", "discriminator's verdict", "adaptive weight", "discriminator's training", "codebook"} < blocks
+
+
+def tiny_step(training_step, device, on):
+    overrides = [*TINY, "method=joint", "stage2.loss.perceptual=0.1", "stage2.loss.adversarial=0.1", "stage1.loss.perceptual=0.1"]
+    config = training_step.override(training_step.vq32(), [*overrides, "autoencoder.channel_multipliers=[1, 2]"])
+    (stage,) = plan_stages(config)
+    torch.manual_seed(0)
+    images = torch.rand(4, 3, 16, 16)
+    return training_step.AutoencoderStep(config, stage, itertools.repeat(images), device, training_step.Clock(device, on))
+
+
+def test_the_clock_changes_nothing(training_step):
+    losses = []
+    for on in (True, False):
+        step = tiny_step(training_step, torch.device("cpu"), on)
+        torch.manual_seed(1)
+        losses.append([step().item() for _ in range(3)])
+    assert losses[0] == losses[1]
+
+
 def test_gpu_session_names_what_exists():
     script = ROOT / "profiling" / "gpu_session.sh"
     subprocess.run(["bash", "-n", str(script)], check=True)
@@ -160,7 +324,7 @@ def test_gpu_session_names_what_exists():
     flags = set(
         re.findall(r"(--[a-z]+)", "\n".join(row for row in steps.splitlines() if "profiling/" in row or row.startswith("bench")))
     )
-    known = run("bench_kernels.py", "--help").stdout + run("exactness.py", "--help").stdout
+    known = "".join(run(f"{name}.py", "--help").stdout for name in ("bench_kernels", "exactness", "profile_step"))
     assert not [flag for flag in flags if flag not in known]
 
 

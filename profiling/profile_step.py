@@ -1,0 +1,275 @@
+"""Where time and memory of a training step go, for each stage of a recipe's configuration and for its prior.
+
+    python profiling/profile_step.py --config recipes/configs/digits.yaml
+    python profiling/profile_step.py --config recipes/configs/photos.yaml --stage stage2 mixed_precision=bf16 channels_last=true
+    python profiling/profile_step.py --preset vqgan256 --output runs/profile      # torch alone: no YAML, no data set
+
+The step is the recipe's (profiling/training_step.py says what is left out), with its losses, layout, precision, kernels and
+torch.compile. Printed, and written to --output:
+
+- time by part: data, forward, backward, update (clipping, AdamW, average of weights, codebook).
+- time by block: forward hooks mark where a block of the model begins, and the gradient that passes the same place in the
+  backward pass marks its end there, so the blocks add up to the step. On CUDA the marks are events in the stream; no step waits
+  for them. Medians over --steps steps without the profiler. What torch.compile compiles is one block.
+- kept: memory that a block's forward pass leaves allocated for the backward pass, from one step under torch.profiler.
+- profile.png: both as a picture (needs matplotlib). trace_<stage>.json.gz: that one step as a Chrome trace, with the same
+  phases and blocks as two rows of their own; open it in https://ui.perfetto.dev or chrome://tracing.
+
+Without a data set (--synthetic, --preset) images are random, and there is no augmentation; the prior's tokens are always random.
+Figures of different machines, or of one machine under different load, do not compare; shares within one run do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import importlib.util
+import itertools
+import json
+import platform
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from step_figure import draw
+from torch import Tensor
+from torch.profiler import ProfilerActivity, record_function
+from training_step import PRESETS, AutoencoderStep, Clock, PriorStep, TrainingStep, override, seconds_of
+
+from dae.config import Config, load_config
+from dae.training import plan_stages
+
+PHASES = ("data", "forward", "backward", "update")
+MARK = "training step"
+
+
+def synthetic_batches(config: Config, batch: int) -> Iterator[Tensor]:
+    """The same random images again and again: drawing them is not the step's work."""
+    return itertools.repeat(torch.rand(batch, config.data.channels, config.data.resolution, config.data.resolution) * 2 - 1)
+
+
+def steps_of(config: Config, device: torch.device, synthetic: bool, only: list[str] | None) -> Iterator[tuple[str, TrainingStep]]:
+    """Name and step of each stage, then of the prior; one after the other, so that only one is in memory."""
+    data = None
+    if not synthetic:
+        from dae.data import load_data
+
+        data = load_data(config.data, config.seed)
+    for stage in plan_stages(config):
+        if only and stage.name not in only:
+            continue
+        torch.manual_seed(0)
+        if data is None:
+            batches, prepare = synthetic_batches(config, stage.config.train_batch_size), lambda images: images
+        else:
+            from dae.data import TrainLoader, augment
+
+            loader = TrainLoader(data.train, stage.config.train_batch_size, seed=0, num_workers=config.data.num_workers)
+            batches = (batch["image"] for batch in loader)
+            flip, affine = config.data.random_flip, config.data.random_affine
+            prepare = lambda images, a=flip, b=affine: augment(images, random_flip=a, random_affine=b)  # noqa: E731
+        pretrained = not synthetic
+        yield stage.name, AutoencoderStep(config, stage, batches, device, Clock(device), prepare=prepare, pretrained=pretrained)
+    if config.autoencoder.bottleneck == "vq" and not (only and "prior" not in only):
+        torch.manual_seed(0)
+        size = config.data.resolution >> (len(config.autoencoder.channel_multipliers) - 1)
+        yield "prior", PriorStep(config, size**2, data.num_classes if data else 1000, device, Clock(device))
+
+
+def measure(step: TrainingStep, steps: int) -> dict[str, Any]:
+    """Milliseconds of a step, its phases and its blocks: medians over `steps` steps after some of warm-up."""
+    samples = []
+    warm_up = max(2, steps // 4)
+    for number in range(warm_up + steps):
+        step()
+        spent = seconds_of(step.clock.take())
+        if number >= warm_up:
+            samples.append({key: 1000 * value for key, value in spent.items()})
+    keys = list(dict.fromkeys(key for sample in samples for key in sample))
+    totals = [sum(sample.values()) for sample in samples]
+    low, *_, high = statistics.quantiles(totals, n=5, method="inclusive") if len(totals) > 1 else totals * 2
+    cells = {key: statistics.median(sample.get(key, 0.0) for sample in samples) for key in keys}
+    phases = {
+        phase: statistics.median(sum(v for key, v in sample.items() if key[0] == phase) for sample in samples) for phase in PHASES
+    }
+    blocks: dict[str, dict[str, float]] = {}
+    for (phase, block), value in cells.items():
+        blocks.setdefault(block, {})[phase] = value
+    median, batch = statistics.median(totals), step.settings.train_batch_size * step.settings.gradient_accumulation_steps
+    return {
+        "batch": batch,
+        "ms": {"p20": low, "median": median, "p80": high},
+        "images_per_second": batch / median * 1000,
+        "parts": phases,
+        "blocks": blocks,
+    }
+
+
+def record(step: TrainingStep, path: Path) -> dict[str, Any]:
+    """One step under torch.profiler: writes the trace; returns phases and allocated bytes over milliseconds."""
+    device, state = step.device, step.state_bytes()
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
+    for _ in range(2):  # the profiler itself has a slow first step
+        step.clock.take()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+            start = time.perf_counter()
+            with record_function(MARK):
+                step()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+    stamps = [(s.phase, s.block, 1e3 * (s.seconds - start)) for s in step.clock.take()]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    profiler.export_chrome_trace(str(path))
+    with gzip.open(path, "rt") as file:
+        trace = json.load(file)
+    events = trace["traceEvents"]
+    zero = next(event["ts"] for event in events if event.get("name") == MARK)  # microseconds
+    memory = memory_of(events, zero, device, sum(state.values()))
+    end = stamps[-1][2]
+    for number, (a, b) in enumerate(itertools.pairwise(stamps)):
+        for row, name in (("phases", a[0]), ("blocks", a[1])):
+            if row == "phases" and number and stamps[number - 1][0] == name:
+                continue
+            until = b[2] if row == "blocks" else next((s[2] for s in stamps[number:] if s[0] != name), end)
+            place = {"pid": MARK, "tid": row, "ts": zero + 1000 * a[2], "dur": 1000 * (until - a[2])}
+            events.append({"ph": "X", "cat": "step", "name": name} | place)
+    with gzip.open(path, "wt") as file:
+        json.dump(trace, file)
+    return {"stamps": stamps, "memory": memory, "state_bytes": state, "peak_bytes": max(size for _, size in memory)}
+
+
+def memory_of(events: list[dict], zero: float, device: torch.device, state: int) -> list[tuple[float, int]]:
+    """(milliseconds, bytes allocated on the device) at every allocation and release.
+
+    CUDA's allocator says what is allocated in all. On a CPU torch counts only what the profiler saw come and go; what was
+    there before, `state`, is added.
+    """
+    kind = 1 if device.type == "cuda" else 0  # c10::DeviceType
+    changes = [e for e in events if e.get("name") == "[memory]" and e["args"]["Device Type"] == kind and e["ts"] >= zero]
+    changes.sort(key=lambda event: event["ts"])
+    if device.type == "cuda":
+        return [((e["ts"] - zero) / 1000, e["args"]["Total Allocated"]) for e in changes]
+    sizes = itertools.accumulate((e["args"]["Bytes"] for e in changes), initial=state)
+    return list(zip([0.0, *((e["ts"] - zero) / 1000 for e in changes)], sizes, strict=True))
+
+
+def kept_bytes(recorded: dict[str, Any]) -> dict[str, int]:
+    """By how much the allocated memory grew over the forward passes of each block."""
+    memory, found = recorded["memory"], {}
+
+    def at(ms: float) -> int:
+        return next((size for when, size in reversed(memory) if when <= ms), memory[0][1])
+
+    for (phase, block, begin), (_, _, end) in itertools.pairwise(recorded["stamps"]):
+        if phase == "forward":
+            found[block] = found.get(block, 0) + at(end) - at(begin)
+    return found
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    cpu = f"{platform.machine().replace('_', '-')} CPU, {torch.get_num_threads()} threads"
+    triton = importlib.util.find_spec("triton")
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda or torch.version.hip}
+    if triton:
+        import triton
+
+        versions["triton"] = triton.__version__
+    return {"hardware": f"{torch.cuda.get_device_name(device)}, {cpu}" if device.type == "cuda" else cpu, "versions": versions}
+
+
+def parts_table(profiles: dict[str, dict]) -> str:
+    lines = [f"{'':<8}{'batch':>7}" + "".join(f"{phase:>10}" for phase in PHASES) + f"{'step':>10}{'images/s':>10}"]
+    for name, found in profiles.items():
+        times = "".join(f"{found['parts'][phase]:>10.2f}" for phase in PHASES)
+        lines.append(f"{name:<8}{found['batch']:>7}{times}{found['ms']['median']:>10.2f}{found['images_per_second']:>10.0f}")
+    return "\n".join(lines)
+
+
+def blocks_table(name: str, found: dict) -> str:
+    everything = sum(sum(cells.values()) for cells in found["blocks"].values())
+    lines = [f"{name:<26}{'forward':>10}{'backward':>10}{'other':>10}{'share':>8}{'kept MiB':>10}"]
+    for block, cells in found["blocks"].items():
+        other = sum(value for phase, value in cells.items() if phase not in ("forward", "backward"))
+        times = [cells.get("forward", 0.0), cells.get("backward", 0.0), other]
+        text = "".join(f"{value:>10.2f}" if value else f"{'':>10}" for value in times)
+        kept = found["kept_bytes"].get(block)
+        end = "" if kept is None else f"{kept / 2**20:>10.1f}"
+        lines.append(f"{block:<26}{text}{sum(times) / everything:>8.1%}{end}")
+    sizes = ", ".join(f"{key} {size / 2**20:.1f}" for key, size in found["state_bytes"].items())
+    lines.append(f"peak {found['peak_bytes'] / 2**20:.1f} MiB, of which kept between steps: {sizes}")
+    return "\n".join(lines)
+
+
+def configuration(arguments: argparse.Namespace) -> Config:
+    if arguments.preset:
+        return override(PRESETS[arguments.preset](), arguments.overrides)
+    return load_config(arguments.config, arguments.overrides)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--config", help="YAML file of a recipe (needs omegaconf)")
+    source.add_argument("--preset", choices=sorted(PRESETS), help="a configuration that is built in; implies --synthetic")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for the recipes, for example compile=true")
+    parser.add_argument("--steps", type=int, default=20, help="steps that are timed, after a quarter as many of warm-up")
+    parser.add_argument("--stage", action="append", help="only this one: stage1, stage2, joint, prior (may be repeated)")
+    parser.add_argument("--synthetic", action="store_true", help="random images instead of the data set; random LPIPS weights")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--output", type=Path, default=Path("runs/profile"), help="folder of picture and traces (default: %(default)s)"
+    )
+    parser.add_argument("--json", type=Path, help="append one JSON object a line to this file, one for each stage")
+    arguments = parser.parse_intermixed_args()
+    if arguments.steps < 1:
+        parser.error(f"--steps: expected at least 1, got {arguments.steps}")
+    if arguments.config and importlib.util.find_spec("omegaconf") is None:
+        parser.error(f"--config needs omegaconf, which is not installed; without it: --preset {' or '.join(sorted(PRESETS))}")
+    try:
+        config = configuration(arguments)
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
+    names = [stage.name for stage in plan_stages(config)] + ["prior"] * (config.autoencoder.bottleneck == "vq")
+    if unknown := sorted(set(arguments.stage or []) - set(names)):
+        parser.error(f"--stage: expected one of {', '.join(names)}, got {unknown[0]}")
+
+    device = torch.device(arguments.device)
+    where, title = machine(device), " ".join([Path(arguments.config or arguments.preset).name, *arguments.overrides])
+    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items() if version)
+    print(f"{title} on {where['hardware']}; {versions}\nmilliseconds, medians of {arguments.steps} steps\n", flush=True)
+    profiles: dict[str, dict] = {}
+    for name, step in steps_of(config, device, arguments.synthetic or bool(arguments.preset), arguments.stage):
+        found = measure(step, arguments.steps)
+        recorded = record(step, arguments.output / f"trace_{name}.json.gz")
+        found |= {
+            "kept_bytes": kept_bytes(recorded),
+            "state_bytes": recorded["state_bytes"],
+            "peak_bytes": recorded["peak_bytes"],
+        }
+        print(blocks_table(name, found) + "\n", flush=True)
+        if arguments.json:
+            arguments.json.parent.mkdir(parents=True, exist_ok=True)
+            with arguments.json.open("a") as file:
+                file.write(json.dumps({"stage": name, "config": title, "steps": arguments.steps} | found | where) + "\n")
+        profiles[name] = found | {"recorded": recorded}
+        del step
+    print(parts_table(profiles))
+    print(f"\nwrote {', '.join(str(arguments.output / f'trace_{name}.json.gz') for name in profiles)}")
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no profile.png: matplotlib is not installed (pip install matplotlib)")
+        return
+    draw(
+        profiles,
+        f"{title} on {where['hardware']}\n{versions}, medians of {arguments.steps} steps",
+        arguments.output / "profile.png",
+    )
+    print(f"wrote {arguments.output / 'profile.png'}")
+
+
+if __name__ == "__main__":
+    main()
