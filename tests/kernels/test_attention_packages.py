@@ -378,6 +378,22 @@ def test_the_early_generation_4_inside_flash_attn_2_is_left_alone(monkeypatch):
     assert two.calls and not four.calls
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("major", [8, 9])
+def test_the_choice_is_made_inside_a_graph(monkeypatch, major):
+    stand_ins = (FlashAttn2(), FlashAttn4())
+    for stand_in in stand_ins:
+        for name in ("flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache"):  # of plain tensor operations
+            monkeypatch.setattr(stand_in, name, lambda q, k, v, max_seqlen_k=0, **rule: q + k.sum(), raising=False)
+    install(monkeypatch, *stand_ins)
+    monkeypatch.setattr(flash, "compute_capability", lambda device: major)
+    q = torch.ones(2, 2, 3, 8, dtype=torch.float16)
+    for lengths in (None, torch.tensor([2, 3])):
+        torch._dynamo.reset()
+        run = torch.compile(attention, fullgraph=True, backend="eager")
+        torch.testing.assert_close(run(q, q, q, key_lengths=lengths, impl="flash_attn"), q + q.sum())
+
+
 def test_dtypes_are_refused(stand_in):
     impl = impl_of(stand_in)
     for dtype in [torch.float64] if impl == "xformers" else [torch.float64, torch.float32]:

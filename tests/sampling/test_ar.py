@@ -165,6 +165,18 @@ def test_the_generator_decides():
     assert not torch.equal(sample_tokens(prior, labels, generator=generator(4)), one)
 
 
+def test_the_cache_changes_no_sample():
+    """Against the whole prefix anew for each token, from an equal generator; guided, as both halves then use the cache."""
+    prior, labels = make(vocab=16, length=8, depth=2).double(), balanced_labels(6, C)
+    null, drawn, tokens = torch.full_like(labels, C), generator(5), torch.empty(6, 0, dtype=torch.int64)
+    with torch.no_grad():
+        for _ in range(8):
+            conditional, free = prior(labels, tokens)[:, -1].float(), prior(null, tokens)[:, -1].float()
+            probabilities = (free + 1.5 * (conditional - free)).softmax(-1)
+            tokens = torch.cat([tokens, torch.multinomial(probabilities, 1, generator=drawn)], dim=1)
+    assert torch.equal(sample_tokens(prior, labels, cfg_scale=1.5, generator=generator(5)), tokens)
+
+
 def test_no_labels_no_tokens():
     assert sample_tokens(make(), torch.empty(0, dtype=torch.int64)).shape == (0, T)
 
