@@ -31,7 +31,7 @@ PROGRAMS, TILES_PER_CHUNK, TILE = 528, 16, 4096
 def inverse(squares, eps):
     """1 / (sqrt(squares) + eps), and 0 where squares is 0."""
     present = squares > 0
-    return tl.where(present, 1.0 / (tl.sqrt_rn(tl.where(present, squares, 1.0)) + eps), 0.0)
+    return tl.div_rn(present.to(tl.float32), tl.where(present, tl.sqrt_rn(squares) + eps, 1.0))
 
 
 @triton.jit
