@@ -353,8 +353,8 @@ def test_kernel_stays_inside_its_buffers(dtype, n, V, options):
     targets = torch.randint(V, (n + 2,), device=DEVICE)
     targets[2] = -1 if n > 1 else targets[2]
     losses = torch.full((n + 2,), math.nan, device=DEVICE)
-    expected_d = logits.double()
-    expected = chunked.softmax_step(expected_d, targets[1:-1], *options, True)
+    expected_d, expected = logits.double(), torch.empty(n, device=DEVICE, dtype=torch.float64)
+    chunked.softmax_step(expected_d, targets[1:-1], expected, *options, True)
     alone = losses.clone()
     fused.launch(logits, targets[1:-1], alone[1:-1], *options, False)
     assert torch.equal(padded[1:-1, 20:-20], logits)
@@ -378,7 +378,7 @@ def step(N, V=16384):
     linear_cross_entropy(hidden, weight, torch.randint(V, (N,)), impl=sys.argv[1]).backward()
 step(100)
 before = peak()
-step(3000)
+step(1500)
 print(peak() - before)
 """
 
@@ -390,21 +390,21 @@ def test_memory_is_less_than_a_quarter_of_all_logits():
     for impl in ("reference", "chunked"):
         done = subprocess.run([sys.executable, "-c", MEMORY, impl], env=environment, check=True, capture_output=True, text=True)
         grown[impl] = int(done.stdout)
-    assert grown["reference"] > 2 * 3000 * 16384 * 4 / 2**20  # logits and their softmax
+    assert grown["reference"] > 2 * 1500 * 16384 * 4 / 2**20  # logits and their softmax
     assert grown["chunked"] < grown["reference"] / 4
 
 
 def test_cuda_path_on_fake_tensors():
-    """Shapes and dtypes of the operator without a GPU: autocast's bfloat16 products, float32 weight gradient."""
+    """The operator's own code without a GPU: 16-bit products, float32 sums; and no value of a target is read."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with FakeTensorMode(allow_non_fake_inputs=False):
+    expected = [([], torch.float32), ([70, 8], torch.bfloat16), ([40, 8], torch.float32)]
+    with FakeTensorMode(), torch.no_grad():
         hidden, weight = torch.empty(70, 8, device="cuda"), torch.empty(40, 8, device="cuda")
         targets = torch.zeros(70, dtype=torch.int64, device="cuda")
-        results = chunked.chunked_sum(hidden, weight, targets, 0.0, 0.0, torch.bfloat16, True, True, False)
-        assert [(list(t.shape), t.dtype) for t in results] == [
-            ([], torch.float32), ([70, 8], torch.bfloat16), ([40, 8], torch.float32)
-        ]  # fmt: skip
-        assert all(t.device.type == "cuda" for t in results)
-        part = torch.empty(40, 8, device="cuda")
-        chunked.product(torch.empty(40, 70, device="cuda", dtype=torch.bfloat16), hidden.bfloat16(), part)
+        results = chunked.chunked_launcher(hidden, weight, targets, 0.1, 0.1, torch.bfloat16, True, True, False)
+        for result, (shape, dtype) in zip(results, expected, strict=True):
+            assert (list(result.shape), result.dtype, result.device.type) == (shape, dtype, "cuda")
+        for impl in ("reference", "chunked"):
+            loss = linear_cross_entropy(hidden.bfloat16(), weight.bfloat16(), targets, impl=impl, **EVERYTHING)
+            assert (list(loss.shape), loss.dtype, loss.device.type) == ([], torch.float32, "cuda")

@@ -132,15 +132,17 @@ def check_operands(hidden: Tensor, weight: Tensor, targets: Tensor, label_smooth
 
 def counted(targets_N: Tensor, V: int, ignore_index: int, reduction: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Targets with NOT_COUNTED for ignored ones, and the divisor of the sum: NaN if a target that is not read here is wrong."""
-    ignored_N = targets_N == ignore_index
-    outside_N = ((targets_N < 0) | (targets_N >= V)) & ~ignored_N
+    counts_N = targets_N != ignore_index
+    outside_N = ((targets_N < 0) | (targets_N >= V)) & counts_N
     if targets_N.device.type == "cpu" and values_readable(targets_N) and outside_N.any():
         wrong = targets_N[outside_N][0].item()
         raise ValueError(f"targets must lie in 0..{V - 1} or be ignore_index={ignore_index}, got {wrong}")
-    count = (~ignored_N).sum().to(dtype)
+    count = counts_N.sum().to(dtype)
     if reduction == "sum":
         count = torch.ones_like(count)
-    return targets_N.masked_fill(ignored_N | outside_N, NOT_COUNTED), count.masked_fill(outside_N.any(), math.nan)
+    return targets_N.where(counts_N, NOT_COUNTED).masked_fill(outside_N, NOT_COUNTED), count.masked_fill(
+        outside_N.any(), math.nan
+    )
 
 
 def implementation(impl: str, hidden: Tensor, weight: Tensor, dtype: torch.dtype, label_smoothing: float, z_loss: float) -> str:
@@ -200,10 +202,8 @@ class ChunkedLoss(torch.autograd.Function):
             return (None,) * 10
         count, *gradients = ctx.saved_tensors
         factor = d_loss / count.clamp(min=1)  # without rows the mean is NaN and its gradient 0, as torch's
-        d_hidden_ND, d_weight_VD = (
-            (gradient * factor).to(dtype) if need else None
-            for gradient, dtype, need in zip(gradients, ctx.dtypes, ctx.needs, strict=True)
-        )
+        # The weight's first: its product in float32 is the largest tensor here.
+        d_weight_VD, d_hidden_ND = ((gradients[i] * factor).to(ctx.dtypes[i]) if ctx.needs[i] else None for i in (1, 0))
         return d_hidden_ND, d_weight_VD, *[None] * 8
 
 

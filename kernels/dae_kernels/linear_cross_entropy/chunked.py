@@ -24,14 +24,16 @@ def chunk_rows(V: int, device: torch.device) -> int:
     return max(MIN_ROWS, (CPU_CHUNK if device.type == "cpu" else GPU_CHUNK) // V)
 
 
-def softmax_step(logits_nV: Tensor, target_n: Tensor, label_smoothing: float, z_loss: float, gradient: bool) -> Tensor:
-    """Losses [n] of a chunk of float32 or float64 logits, which become their own gradient in place.
+def softmax_step(
+    logits_nV: Tensor, target_n: Tensor, loss_n: Tensor, label_smoothing: float, z_loss: float, gradient: bool
+) -> None:
+    """Write the losses of a chunk of float32 or float64 logits, and with `gradient` their gradient over the logits.
 
     d loss / d logit_v = softmax_v (1 + 2 z lse) - (1 - s) [v = target] - s / V, and 0 in rows that do not count.
     """
     V = logits_nV.shape[1]
-    counts_n1 = (target_n != NOT_COUNTED).to(logits_nV.dtype)[:, None]
-    safe_n1 = target_n.clamp(min=0)[:, None]
+    counts_n1 = (target_n != NOT_COUNTED).to(logits_nV.dtype).unsqueeze(1)
+    safe_n1 = target_n.clamp(min=0).unsqueeze(1)
     value_n1 = logits_nV.gather(1, safe_n1) * (1 - label_smoothing)
     if label_smoothing:
         value_n1 += logits_nV.mean(dim=1, keepdim=True) * label_smoothing
@@ -44,7 +46,7 @@ def softmax_step(logits_nV: Tensor, target_n: Tensor, label_smoothing: float, z_
         logits_nV.scatter_add_(1, safe_n1, (label_smoothing - 1) * counts_n1)
         if label_smoothing:
             logits_nV.sub_(label_smoothing / V * counts_n1)
-    return (counts_n1 * loss_n1)[:, 0]
+    torch.mul(counts_n1.squeeze(1), loss_n1.squeeze(1), out=loss_n)
 
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> None:
@@ -63,10 +65,9 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a, b)
         return
     rows = max(1, WEIGHT_BLOCK // total.shape[1])
-    for start in range(0, len(total), rows):
-        block = total[start : start + rows]
+    for block, a_block in zip(total.split(rows), a.split(rows), strict=True):
         part = torch.empty_like(block)
-        product(a[start : start + rows], b, part)
+        product(a_block, b, part)
         block += part
 
 
@@ -91,26 +92,30 @@ def chunked_launcher(
     )
     if need_weight and N == 0:
         d_weight_VD.zero_()
-    rows = min(chunk_rows(V, hidden_ND.device), N)
+    rows = max(1, min(chunk_rows(V, hidden_ND.device), N))
     with without_autocast(hidden_ND.device):
         w_VD = weight_VD.to(dtype).to(operand)
         loss_N = hidden_ND.new_empty(N, dtype=wide)
         buffer_nV = hidden_ND.new_empty(rows, V, dtype=operand)
-        for start in range(0, N, max(1, rows)):
-            chunk = slice(start, start + rows)
-            h_nD, target_n = hidden_ND[chunk].to(dtype).to(operand), target_N[chunk]
-            logits_nV = buffer_nV[: len(h_nD)]
+        chunks = zip(hidden_ND.split(rows), target_N.split(rows), loss_N.split(rows), strict=True)
+        for start, (h_nD, target_n, loss_n) in zip(range(0, N, rows), chunks, strict=False):  # without rows there is one of none
+            h_nD = h_nD.to(dtype).to(operand)
+            logits_nV = buffer_nV.narrow(0, 0, len(h_nD))
             torch.mm(h_nD, w_VD.T, out=logits_nV)
             if kernel:
                 from dae_kernels.linear_cross_entropy.fused import launch
 
-                launch(logits_nV, target_n, loss_N[chunk], label_smoothing, z_loss, need_hidden or need_weight)
+                launch(logits_nV, target_n, loss_n, label_smoothing, z_loss, need_hidden or need_weight)
             else:
                 wide_nV = logits_nV.to(wide)
-                loss_N[chunk] = softmax_step(wide_nV, target_n, label_smoothing, z_loss, need_hidden or need_weight)
+                softmax_step(wide_nV, target_n, loss_n, label_smoothing, z_loss, need_hidden or need_weight)
                 logits_nV = wide_nV.to(operand)
             if need_hidden:
-                d_hidden_ND[chunk] = logits_nV @ w_VD
+                d_hidden_nD = d_hidden_ND.narrow(0, start, len(h_nD))
+                if operand == dtype:
+                    torch.mm(logits_nV, w_VD, out=d_hidden_nD)
+                else:
+                    d_hidden_nD.copy_(logits_nV @ w_VD)
             if need_weight and start == 0:
                 product(logits_nV.T, h_nD, d_weight_VD)
             elif need_weight:

@@ -7,6 +7,9 @@ Roofline (counts, with the measured floors of an H100: 3.0 TB/s of copy, 798 TFL
   cache (50 MB) by then, as may the whole chunk as it comes from the product (32 MB). From memory, [1024, 16384] in bf16 would
   take 22 us.
 - The three products around it are 6 n V D flop, 129 us for that chunk and D = 1024: the whole operation is bound by them.
+- Memory of the operation by count, at N = 8192, V = 16384, D = 1024 in bf16: a chunk of logits 32 MiB, the weight's gradient in
+  float32 64 and the block that is added to it 16, hidden's gradient 16: 128 MiB forward; 176 backward. All logits, their
+  logarithmic softmax and the gradients of both are 768 MiB.
 - Arithmetic: two exponentials a logit; an SM does 16 a cycle and at 3.0 TB/s meets 3.2 bf16 logits a cycle (2 b bytes each), so
   the exponentials take less than half of the time of the traffic.
 - A tile is one row of at most 2048 logits over 8 warps: 8 a thread, one load of 16 bytes in bf16. With 16 a thread ptxas spilled
