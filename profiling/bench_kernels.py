@@ -153,24 +153,15 @@ class Bench:
 
     def memory(self) -> dict[str, int | None]:
         """Peak extra bytes of the forward alone and of both, with the inputs, but nothing else, there before."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            peak = torch.cuda.max_memory_allocated
-        elif sys.platform == "linux" and os.access("/proc/self/clear_refs", os.W_OK):
-            ctypes.CDLL(None).malloc_trim(0)  # freed memory that the process still holds would hide new memory
-            before = resident("VmRSS")
-            Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-            peak = lambda: resident("VmHWM")  # noqa: E731
-        else:
+        grown = growth(self.device)
+        if grown is None:
             return {"forward": None, "both": None}
         result = self.run()
-        found = {"forward": peak() - before}
+        found = {"forward": grown()}
         if self.leaves:
             result = result[0] if isinstance(result, tuple) else result
             torch.autograd.grad(result, self.leaves, self.cotangent)
-        return found | {"both": peak() - before}
+        return found | {"both": grown()}
 
     def rows(self, floors: dict[str, float], first: Bench) -> Iterator[dict[str, Any]]:
         for number, phase in enumerate(PHASES if self.leaves else ("forward",)):
@@ -197,6 +188,21 @@ class Bench:
 
 def keep(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu()
+
+
+def growth(device: torch.device) -> Callable[[], int] | None:
+    """A function that tells the most bytes, beyond those of now, that there have been since; None where that cannot be known."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return lambda: torch.cuda.max_memory_allocated() - before
+    if sys.platform == "linux" and os.access("/proc/self/clear_refs", os.W_OK):
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory that the process still holds would hide new memory
+        before = resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        return lambda: resident("VmHWM") - before
+    return None
 
 
 def resident(field: str) -> int:

@@ -6,12 +6,13 @@
 #     PYTHON=/opt/venv/bin/python PYTHONPATH=/tmp/site bash profiling/gpu_session.sh
 #
 # Every step has its own time and writes at once, so what is done by a kill is kept. A step that fails does not stop the others;
-# the exit status is the number of steps that failed. Peers (geomloss, POT, vector-quantize-pytorch, flash-kmeans, pykeops) are
-# measured where they can be imported, from PYTHONPATH too, and listed as not installed elsewhere; test files that import an
+# the exit status is the number of steps that failed. Peers (geomloss, POT, vector-quantize-pytorch, flash-kmeans, pykeops,
+# diffusers) are measured where they can be imported, from PYTHONPATH too, and listed as not installed elsewhere; test files that import an
 # absent one are reported as errors, and the other files run.
 #
 #     versions.txt      nvidia-smi, packages, commit
 #     checks.txt        tests of the kernels on this GPU, then wrong nearest codes against float64; exactness.jsonl
+#     step.txt          the training step beside diffusers' blocks, step.jsonl; where its time and memory go, profile/
 #     bench.txt         tables as they come; bench.jsonl the same as JSON lines, bench.md and plots.tgz made from it at the end
 set -u
 cd "$(dirname "$0")/.." || exit 1
@@ -56,7 +57,7 @@ export -f versions
 WORKERS=()
 if has xdist; then WORKERS=(-n 6 --dist loadfile); fi  # most of the time is compilation
 
-: > "$OUT/versions.txt"; : > "$OUT/checks.txt"; : > "$OUT/bench.txt"; : > "$OUT/bench.jsonl"; : > "$OUT/exactness.jsonl"
+: > "$OUT/versions.txt"; : > "$OUT/checks.txt"; : > "$OUT/bench.txt"; : > "$OUT/bench.jsonl"; : > "$OUT/step.txt"; : > "$OUT/step.jsonl"; : > "$OUT/exactness.jsonl"
 
 step versions 20 versions.txt bash -c versions
 step "tests on the GPU" 110 checks.txt "$PYTHON" -m pytest tests/kernels -m "not slow" -q -rf --tb=short \
@@ -71,6 +72,9 @@ bench() {
     step "bench $1" "$2" bench.txt "$PYTHON" profiling/bench_kernels.py --op "$1" --seconds 3 --json "$OUT/bench.jsonl" "${@:3}"
 }
 bench nearest_code 45 --shape N=32768,K=16384,D=256 --dtype bfloat16
+step "training step beside diffusers" 60 step.txt "$PYTHON" profiling/bench_step.py --preset vqgan256 --seconds 20 --json "$OUT/step.jsonl"
+step "profile of a training step" 45 step.txt "$PYTHON" profiling/profile_step.py --preset vqgan256 --stage stage1 --stage prior \
+    --steps 10 --output "$OUT/profile" --json "$OUT/step.jsonl"
 bench group_norm_silu 60
 bench sinkhorn_divergence 60
 bench mmd 45

@@ -16,6 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from dae.models import Autoencoder
+from dae.models.layers import ResidualBlock
 from dae.training import plan_stages
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -311,6 +313,37 @@ def test_the_clock_changes_nothing(training_step):
     assert losses[0] == losses[1]
 
 
+def test_step_beside_diffusers(tmp_path):
+    pytest.importorskip("diffusers")
+    output = tmp_path / "out.jsonl"
+    arguments = ["--preset", "vq32", *TINY, "autoencoder.attention_resolutions=[4]", "stage1.loss.adversarial=0.1"]
+    done = run("bench_step.py", *arguments, "--seconds", 0.1, "--device", "cpu", "--json", output)
+    (found,) = cases(output)
+    assert [row["step"] for row in found["steps"]] == [
+        f"{who}, {layout}" for layout in ("contiguous", "channels_last") for who in ("ours", "diffusers")
+    ]
+    assert "diffusers 0." in done.stdout and "the same model" in done.stdout
+    # One seed, one model: the first steps of all differ by the rounding of float32.
+    assert [row["first_loss"] for row in found["steps"]] == pytest.approx([found["steps"][0]["first_loss"]] * 4, rel=1e-5)
+    for pair in found["compared"]:
+        assert pair["ours"].startswith("ours") and pair["diffusers"].startswith("diffusers") and pair["speed"] > 0
+
+
+def test_another_model_is_not_compared(training_step):
+    """A block with another epsilon, say, would be a benchmark of something else."""
+    pytest.importorskip("diffusers")
+    bench_step = importlib.import_module("bench_step")
+    config = training_step.override(training_step.vq32(), [*TINY, "autoencoder.attention_resolutions=[4]"])
+    model = Autoencoder(config.autoencoder, 3, 16)
+    peer = bench_step.with_diffusers_blocks(model)
+    assert not any(isinstance(module, ResidualBlock) for module in peer.modules())
+    assert bench_step.difference(config, [model, peer], torch.device("cpu")) < 1e-6
+    for module in peer.modules():
+        if isinstance(module, torch.nn.GroupNorm):
+            module.eps = 1e-3
+    assert bench_step.difference(config, [model, peer], torch.device("cpu")) > 1e-6
+
+
 def test_gpu_session_names_what_exists():
     script = ROOT / "profiling" / "gpu_session.sh"
     subprocess.run(["bash", "-n", str(script)], check=True)
@@ -324,7 +357,7 @@ def test_gpu_session_names_what_exists():
     flags = set(
         re.findall(r"(--[a-z]+)", "\n".join(row for row in steps.splitlines() if "profiling/" in row or row.startswith("bench")))
     )
-    known = "".join(run(f"{name}.py", "--help").stdout for name in ("bench_kernels", "exactness", "profile_step"))
+    known = "".join(run(f"{name}.py", "--help").stdout for name in ("bench_kernels", "bench_step", "exactness", "profile_step"))
     assert not [flag for flag in flags if flag not in known]
 
 

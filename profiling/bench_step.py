@@ -1,0 +1,275 @@
+"""How fast a training step of the autoencoder is: ours beside the same model of diffusers' blocks, taking turns in one run.
+
+    python profiling/bench_step.py                                       # 32x32 VQ on a CPU, 256x256 VQGAN on a GPU
+    python profiling/bench_step.py --preset vqgan256 mixed_precision=bf16 --compile --json out.jsonl
+
+The peer is the same autoencoder with each block replaced by the one that diffusers builds its VQModel from: ResnetBlock2D,
+Downsample2D, Upsample2D, Attention, and torch's own GroupNorm and SiLU for what is left, with the same weights. Everything round
+the blocks is one code for both (profiling/training_step.py): losses, AdamW, clipping, average of weights, and our vector
+quantizer with its moving averages, which diffusers' has not; so a difference is the blocks' alone. Before anything is timed, both
+must give one loss and one gradient in float64, which shows that they are the same model.
+
+The step is that of the baseline `joint`: the real decoder, stage 1's losses. Each is measured contiguous and channels_last, in
+turns; milliseconds: median with the 20 % and 80 % quantiles, ratios from the medians. peak is what a step allocates beyond the
+weights and what the optimiser keeps: on a GPU by torch's allocator, on Linux the growth of the process's resident memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import datetime
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_kernels import growth
+from profile_step import machine, synthetic_batches
+from torch import nn
+from training_step import PRESETS, AutoencoderStep, Clock, override
+
+from dae.config import Config
+from dae.models import Autoencoder
+from dae.models.layers import Downsample, GroupNorm, ResidualBlock, SelfAttention2d, Upsample
+from dae.training import plan_stages
+
+WARM_UP = 2
+HEADER = f"{'step':<36}{'median ms':>11}{'20 %':>9}{'80 %':>9}{'images/s':>10}{'peak MiB':>10}{'state MiB':>11}"
+
+
+def with_diffusers_blocks(autoencoder: Autoencoder) -> Autoencoder:
+    """A copy with the same weights, made of diffusers' blocks."""
+    model = copy.deepcopy(autoencoder)
+    for part in (model.encoder, model.decoder):
+        exchange(part)
+    return model
+
+
+def exchange(parent: nn.Module) -> None:
+    for name, child in parent.named_children():
+        if (peer := diffusers_block(child)) is None:
+            exchange(child)
+        else:
+            setattr(parent, name, peer.train(child.training))
+
+
+def without_time(_: nn.Module, inputs: tuple) -> tuple:
+    """ResnetBlock2D asks for the embedding of a diffusion model's time step: an autoencoder has none."""
+    return (*inputs, None)
+
+
+def diffusers_block(block: nn.Module) -> nn.Module | None:
+    """diffusers' block with the weights of ours; None if ours is none of the exchanged ones."""
+    from diffusers.models.attention_processor import Attention
+    from diffusers.models.downsampling import Downsample2D
+    from diffusers.models.resnet import ResnetBlock2D
+    from diffusers.models.upsampling import Upsample2D
+
+    weights = block.state_dict()
+    if isinstance(block, ResidualBlock):
+        if block.dropout.p:
+            raise ValueError(
+                f"diffusers drops single entries where ours drops channels: expected no dropout, got {block.dropout.p}"
+            )
+        first, second = block.norm1, block.norm2
+        peer = ResnetBlock2D(
+            in_channels=first.num_channels, out_channels=second.num_channels, temb_channels=None, groups=first.num_groups,
+            groups_out=second.num_groups, eps=first.eps, non_linearity="silu",
+        )  # fmt: skip
+        peer.load_state_dict({key.replace("skip.", "conv_shortcut."): value for key, value in weights.items()})
+        peer.register_forward_pre_hook(without_time)
+        return peer
+    if isinstance(block, SelfAttention2d):
+        channels = block.norm.num_channels
+        peer = Attention(
+            channels, heads=1, dim_head=channels, eps=block.norm.eps, norm_num_groups=block.norm.num_groups,
+            residual_connection=True, bias=True, _from_deprecated_attn_block=True,
+        )  # fmt: skip
+        found = {f"group_norm.{key}": weights[f"norm.{key}"] for key in ("weight", "bias")}
+        for key in ("weight", "bias"):
+            rows = weights[f"qkv.{key}"].flatten(1) if key == "weight" else weights[f"qkv.{key}"]
+            for name, part in zip(("to_q", "to_k", "to_v"), rows.chunk(3), strict=True):
+                found[f"{name}.{key}"] = part
+            found[f"to_out.0.{key}"] = weights[f"out.{key}"].flatten(1) if key == "weight" else weights[f"out.{key}"]
+        peer.load_state_dict(found)
+        return peer
+    if isinstance(block, Downsample):
+        peer = Downsample2D(block.in_channels, use_conv=True, padding=1, name="op")
+        peer.conv.load_state_dict(weights)
+        return peer
+    if isinstance(block, Upsample):
+        peer = Upsample2D(block.conv.in_channels, use_conv=True)
+        peer.load_state_dict(weights)
+        return peer
+    if isinstance(block, GroupNorm):
+        norm = nn.GroupNorm(block.num_groups, block.num_channels, block.eps)
+        norm.load_state_dict(weights)
+        return nn.Sequential(norm, nn.SiLU()) if block.activation else norm
+    return None
+
+
+def difference(config: Config, models: list[Autoencoder], device: torch.device) -> float:
+    """The greatest relative difference of loss, sample and a gradient at each end, in float64.
+
+    The quantizer computes in float32: its rounding, and nothing else, may differ.
+    """
+    images = torch.rand(
+        1, config.data.channels, config.data.resolution, config.data.resolution, dtype=torch.float64, device=device
+    )
+    found = []
+    for model in models:
+        model = copy.deepcopy(model).to(device).train()
+        model.encoder.double(), model.decoder.double()
+        features = model.encoder(2 * images - 1)
+        encoding = model.bottleneck(features, True)
+        sample = model.decoder(encoding.latents.double())
+        loss = (sample - images).square().mean() + encoding.loss
+        ends = [model.encoder.conv_in.weight, model.decoder.conv_out.weight]
+        found.append([features.detach(), sample.detach(), loss.detach(), *torch.autograd.grad(loss, ends)])
+    return max(((a - b).norm() / a.norm()).item() for a, b in zip(*found, strict=True))
+
+
+class Case:
+    """A model in a layout, with its step, its samples and its memory."""
+
+    def __init__(self, name: str, config: Config, model: Autoencoder, device: torch.device):
+        self.name, self.config, self.device = name, config, device
+        (stage,) = plan_stages(config)
+        torch.manual_seed(0)
+        batches = synthetic_batches(config, stage.config.train_batch_size)
+        torch.manual_seed(0)  # equal discriminators
+        self.step = AutoencoderStep(config, stage, batches, device, Clock(device, on=False), autoencoder=copy.deepcopy(model))
+        self.loss = self.step().item()
+        for _ in range(WARM_UP - 1):
+            self.step()
+        self.state_bytes = sum(self.step.state_bytes().values())
+        grown = growth(device)
+        self.step()
+        self.peak_bytes = grown() if grown else None
+        self.samples: list[float] = []
+
+    def sample(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        self.step()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        self.samples.append(1000 * (time.perf_counter() - start))
+
+    def row(self) -> dict[str, Any]:
+        low, *_, high = statistics.quantiles(self.samples, n=5, method="inclusive")
+        median, batch = statistics.median(self.samples), self.step.settings.train_batch_size
+        return {
+            "step": self.name,
+            "ms": {"p20": low, "median": median, "p80": high},
+            "samples": len(self.samples),
+            "images_per_second": 1000 * batch / median,
+            "peak_bytes": self.peak_bytes,
+            "state_bytes": self.state_bytes,
+            "first_loss": self.loss,
+        }
+
+
+def show(row: dict[str, Any]) -> str:
+    ms, peak = row["ms"], "" if row["peak_bytes"] is None else format(row["peak_bytes"] / 2**20, ".1f")
+    times = f"{ms['median']:>11.2f}{ms['p20']:>9.2f}{ms['p80']:>9.2f}{row['images_per_second']:>10.1f}"
+    return f"{row['step']:<36}{times}{peak:>10}{row['state_bytes'] / 2**20:>11.1f}"
+
+
+def verdict(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Ours at its fastest over diffusers' at its fastest, and layout by layout."""
+    by_name = {row["step"]: row for row in rows}
+    best = [
+        min((row for row in rows if row["step"].startswith(who)), key=lambda row: row["ms"]["median"])
+        for who in ("ours", "diffusers")
+    ]
+    pairs = [(row, by_name[row["step"].replace("ours", "diffusers", 1)]) for row in rows if row["step"].startswith("ours")]
+    compared = []
+    for ours, theirs in [*pairs, best]:
+        memory = [row["peak_bytes"] and row["peak_bytes"] + row["state_bytes"] for row in (ours, theirs)]
+        compared.append({
+            "ours": ours["step"],
+            "diffusers": theirs["step"],
+            "speed": theirs["ms"]["median"] / ours["ms"]["median"],
+            "memory": memory[0] / memory[1] if all(memory) else None,
+        })  # fmt: skip
+    return {"compared": compared}
+
+
+def main() -> None:
+    on_gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="of the configuration, such as stage1.train_batch_size=8"
+    )
+    parser.add_argument("--preset", choices=sorted(PRESETS), help="default: vqgan256 on a GPU, vq32 elsewhere")
+    parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
+    parser.add_argument("--compile", action="store_true", help="measure both under torch.compile too")
+    parser.add_argument(
+        "--layout", choices=["contiguous", "channels_last"], action="append", help="default: both (may be repeated)"
+    )
+    parser.add_argument("--seconds", type=float, default=30.0, help="measuring time in all, after warm-up; at least three rounds")
+    parser.add_argument("--json", type=Path, help="append one JSON object a line to this file")
+    arguments = parser.parse_intermixed_args()
+    device = torch.device(arguments.device)
+    preset = arguments.preset or ("vqgan256" if device.type == "cuda" else "vq32")
+    try:
+        config = override(PRESETS[preset](), ["method=joint", *arguments.overrides])
+        config.stage2.loss = config.stage1.loss  # of the one stage of `joint`
+        (stage,) = plan_stages(config)
+    except ValueError as error:
+        parser.error(str(error))
+    torch.manual_seed(0)
+    ours = Autoencoder(config.autoencoder, config.data.channels, config.data.resolution)
+    models, rows = {"ours": ours}, []
+    where, title = machine(device), " ".join([preset, *arguments.overrides])
+    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items() if version)
+    print(f"training step of {title}, batch {stage.config.train_batch_size}, on {where['hardware']}; {versions}")
+    if importlib.util.find_spec("diffusers") is None:
+        print("not installed: diffusers (pip install diffusers): ours is measured alone")
+    else:
+        models["diffusers"] = with_diffusers_blocks(ours)
+        where["versions"]["diffusers"] = importlib.metadata.version("diffusers")
+        apart = difference(config, list(models.values()), device)
+        if not apart < 1e-6:  # float32's rounding unit is 6e-8; that of the quantizer reaches loss and gradients
+            sys.exit(f"the models differ: losses, samples or gradients in float64 are {apart:.1e} apart, expected less than 1e-6")
+        print(f"diffusers {where['versions']['diffusers']}: the same model, float64 losses and gradients {apart:.0e} apart")
+    print(HEADER, flush=True)
+    cases = []
+    for layout, compiled in itertools.product(
+        arguments.layout or ["contiguous", "channels_last"], [False, True][: 1 + arguments.compile]
+    ):
+        chosen = dataclasses.replace(config, channels_last=layout == "channels_last", compile=compiled)
+        for name, model in models.items():
+            cases.append(Case(f"{name}, {layout}{', compiled' if compiled else ''}", chosen, model, device))
+    start = time.perf_counter()
+    while len(cases[0].samples) < 3 or time.perf_counter() - start < arguments.seconds:
+        for case in cases:
+            case.sample()
+    rows = [case.row() for case in cases]
+    for row in rows:
+        print(show(row), flush=True)
+    result = verdict(rows) if "diffusers" in models else {"compared": []}
+    for pair in result["compared"]:
+        memory = "" if pair["memory"] is None else f", {pair['memory']:.2f} x its memory (state and peak)"
+        print(f"{pair['ours']}: {pair['speed']:.2f} x the images/s of {pair['diffusers']}{memory}")
+    if arguments.json:
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
+        command = " ".join(["python profiling/bench_step.py", *words])
+        with arguments.json.open("a") as file:
+            file.write(json.dumps({"config": title, "steps": rows} | result | {"time": now, "command": command} | where) + "\n")
+
+
+if __name__ == "__main__":
+    main()
