@@ -88,6 +88,8 @@ bench perceptual_tap 30
 bench linear_cross_entropy 30
 bench frechet_distance 30
 bench precision_recall_density_coverage 30
+bench transformer_layers 40
+bench sample_tokens 60
 
 LIMIT=535  # the tables need a second
 step tables 10 bench.md "$PYTHON" profiling/bench_report.py "$OUT/bench.jsonl"

@@ -21,6 +21,7 @@ def cases(Case, shape, dtype, device):
         ("sdpa", "", None),
         ("flash_attn", "flash_attn", on_gpu),
         ("xformers", "xformers", on_gpu),
+        ("flex", "", None if device.type == "cuda" else "torch has no backward of it on CPUs"),
     ):
         run = lambda impl=impl: attention(q, k, v, impl=impl)  # noqa: E731
         yield Case("attention", impl, lambda run=run: (run, [q, k, v]), product=product, needs=needs, refusal=refusal, **least)
