@@ -1,9 +1,12 @@
 """The prior: causal, the same with and without cache, and random only where it should be."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
 from dae_kernels import rotary_table, rotate
+from dae_kernels.attention.api import BACKENDS
 
 import dae.distributed
 from dae.config import KernelsConfig, PriorConfig
@@ -107,6 +110,20 @@ def test_rotary_scores_depend_on_relative_positions():
         torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=1e-5, atol=1e-5)  # the table is fp32
     assert (scores.diagonal(3)[0] - scores.diagonal(-3)[0]).abs() > 1e-3
     torch.testing.assert_close(scores.diagonal(0)[0], (q * k).sum(), rtol=1e-6, atol=1e-6)
+
+
+def test_the_configuration_names_the_back_ends_there_are(inputs):
+    [knob] = [field for field in dataclasses.fields(KernelsConfig) if field.name == "attention"]
+    assert set(knob.metadata["choices"]) == set(BACKENDS)
+    labels, tokens = inputs
+    single = make(attention="flex").float()
+    with torch.no_grad():
+        logits = single(labels, tokens)
+        choose_kernels(single, KernelsConfig(attention="reference"))
+        torch.testing.assert_close(logits, single(labels, tokens))
+    choose_kernels(single, KernelsConfig(attention="flash_attn"))
+    with pytest.raises(ValueError, match="impl='flash_attn' needs CUDA tensors, got cpu"):
+        single(labels, tokens)
 
 
 def plain_block(block, x, table):
