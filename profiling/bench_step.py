@@ -10,8 +10,9 @@ quantizer with its moving averages, which diffusers' has not; so a difference is
 must give one loss and one gradient in float64, which shows that they are the same model.
 
 The step is that of the baseline `joint`: the real decoder, stage 1's losses. Each is measured contiguous and channels_last, in
-turns; milliseconds: median with the 20 % and 80 % quantiles, ratios from the medians. peak is what a step allocates beyond the
-weights and what the optimiser keeps: on a GPU by torch's allocator, on Linux the growth of the process's resident memory.
+turns. Milliseconds and ratios: median with the 20 % and 80 % quantiles, a ratio of each round's two times. Peak is what a step
+allocates beyond the state, which is the weights and what the optimiser keeps: on a GPU by torch's allocator, on Linux the growth
+of the process's resident memory.
 """
 
 from __future__ import annotations
@@ -185,24 +186,23 @@ def show(row: dict[str, Any]) -> str:
     return f"{row['step']:<36}{times}{peak:>10}{row['state_bytes'] / 2**20:>11.1f}"
 
 
-def verdict(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Ours at its fastest over diffusers' at its fastest, and layout by layout."""
-    by_name = {row["step"]: row for row in rows}
-    best = [
-        min((row for row in rows if row["step"].startswith(who)), key=lambda row: row["ms"]["median"])
-        for who in ("ours", "diffusers")
-    ]
-    pairs = [(row, by_name[row["step"].replace("ours", "diffusers", 1)]) for row in rows if row["step"].startswith("ours")]
+def verdict(cases: list[Case]) -> list[dict[str, Any]]:
+    """Ours against diffusers' in each layout, then each at its fastest: how many times as fast, and the memory."""
+    ours, theirs = ([case for case in cases if case.name.startswith(who)] for who in ("ours", "diffusers"))
+    fastest = [min(group, key=lambda case: statistics.median(case.samples)) for group in (ours, theirs)]
     compared = []
-    for ours, theirs in [*pairs, best]:
-        memory = [row["peak_bytes"] and row["peak_bytes"] + row["state_bytes"] for row in (ours, theirs)]
+    for a, b in [*zip(ours, theirs, strict=True), fastest]:
+        low, *_, high = statistics.quantiles(
+            ratios := [y / x for x, y in zip(a.samples, b.samples, strict=True)], n=5, method="inclusive"
+        )
+        memory = [case.peak_bytes and case.peak_bytes + case.state_bytes for case in (a, b)]
         compared.append({
-            "ours": ours["step"],
-            "diffusers": theirs["step"],
-            "speed": theirs["ms"]["median"] / ours["ms"]["median"],
+            "ours": a.name,
+            "diffusers": b.name,
+            "speed": {"p20": low, "median": statistics.median(ratios), "p80": high},
             "memory": memory[0] / memory[1] if all(memory) else None,
         })  # fmt: skip
-    return {"compared": compared}
+    return compared
 
 
 def main() -> None:
@@ -230,7 +230,7 @@ def main() -> None:
         parser.error(str(error))
     torch.manual_seed(0)
     ours = Autoencoder(config.autoencoder, config.data.channels, config.data.resolution)
-    models, rows = {"ours": ours}, []
+    models = {"ours": ours}
     where, title = machine(device), " ".join([preset, *arguments.overrides])
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items() if version)
     print(f"training step of {title}, batch {stage.config.train_batch_size}, on {where['hardware']}; {versions}")
@@ -252,23 +252,27 @@ def main() -> None:
         for name, model in models.items():
             cases.append(Case(f"{name}, {layout}{', compiled' if compiled else ''}", chosen, model, device))
     start = time.perf_counter()
-    while len(cases[0].samples) < 3 or time.perf_counter() - start < arguments.seconds:
-        for case in cases:
+    for turn in itertools.count():
+        if turn >= 3 and time.perf_counter() - start > arguments.seconds:
+            break
+        for case in cases if turn % 2 == 0 else reversed(cases):
             case.sample()
     rows = [case.row() for case in cases]
-    for row in rows:
-        print(show(row), flush=True)
-    result = verdict(rows) if "diffusers" in models else {"compared": []}
-    for pair in result["compared"]:
-        memory = "" if pair["memory"] is None else f", {pair['memory']:.2f} x its memory (state and peak)"
-        print(f"{pair['ours']}: {pair['speed']:.2f} x the images/s of {pair['diffusers']}{memory}")
+    print("\n".join(map(show, rows)))
+    compared = verdict(cases) if "diffusers" in models else []
+    for pair in compared:
+        memory = "" if pair["memory"] is None else f", {pair['memory']:.2f} x the memory (state and peak)"
+        low, median, high = (f"{pair['speed'][name]:.2f}" for name in ("p20", "median", "p80"))
+        print(f"{pair['ours']}: {median} ({low} to {high}) x the images/s of {pair['diffusers']}{memory}")
     if arguments.json:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
         words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
         command = " ".join(["python profiling/bench_step.py", *words])
         with arguments.json.open("a") as file:
-            file.write(json.dumps({"config": title, "steps": rows} | result | {"time": now, "command": command} | where) + "\n")
+            file.write(
+                json.dumps({"config": title, "steps": rows, "compared": compared, "time": now, "command": command} | where) + "\n"
+            )
 
 
 if __name__ == "__main__":
