@@ -16,7 +16,9 @@ def gaussian_w2(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) ->
 
         |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a^1/2 S_b S_a^1/2)^1/2)
 
-    All arithmetic is float64. Plain torch is the implementation: two eigendecompositions and one of singular values.
+    All arithmetic is float64. Plain torch is the implementation, two eigendecompositions and one of singular values, as a kernel
+    of ours would leave alone what takes the time: these alone, by LAPACK, take 57 % of `frechet_distance`'s forward time on one
+    CPU core at 2000 points a cloud and D = 256, and products of matrices most of the rest. On a GPU it is not measured.
 
     Differentiable once, with respect to all four, where both covariances are positive definite (equal eigenvalues included).
     Elsewhere the gradient is finite but need not be one.
@@ -60,6 +62,8 @@ def frechet_distance(x: Tensor | GaussianStatistics, y: Tensor | GaussianStatist
     This is the formula of FID; it is FID only with the features of FID's Inception network. The estimate from few points
     is biased upwards by an amount that depends on their number: compare only distances at equal counts. Differentiable with
     respect to clouds given as tensors, where `gaussian_w2` is: more points than dimensions are needed.
+
+    There is no Triton kernel, for the reason and with the figure in `gaussian_w2`.
 
     Args:
         x, y: points [N, D] and [M, D], N, M >= 2, floating, or the `GaussianStatistics` of such; statistics may be on another
