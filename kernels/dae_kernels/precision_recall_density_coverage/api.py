@@ -45,7 +45,11 @@ def precision_recall_density_coverage(real: Tensor, fake: Tensor, *, k: int = 5)
     unless distances are equal.
 
     Compare results only at equal N, M and k. Memory beside the operands (and their float64 copies) is O(N + M + block), with
-    arrays of at most 64 MiB in a block. Plain torch is the implementation. Nothing is differentiable: all four are counts.
+    arrays of at most 64 MiB in a block. Nothing is differentiable: all four are counts.
+
+    There is no Triton kernel, as this is computed once an evaluation and not at each step of training. One might pay: on one CPU
+    core at 2000 points a cloud, D = 64, products are 13 % of the time, the rest mostly passes over blocks of distances, and all of
+    it is 1.3 times the time of `prdc`. On a GPU it is not measured.
 
     Args:
         real, fake: features [N, D] and [M, D], floating.
@@ -83,6 +87,9 @@ def k_nearest_distances(x: Tensor, y: Tensor, k: int, exclude_self: bool = False
     distance 0. A candidate is missed only if more than 8 others are as near to rounding of the products, which then differ
     from it by that rounding. Memory beside the operands (and their float64 copies) is O(N k + M + block), with arrays of at
     most 64 MiB in a block. Not differentiable.
+
+    There is no Triton kernel, for the reason in `precision_recall_density_coverage`; on one CPU core at 2000 points a cloud,
+    D = 64, k = 5, torch's products and `topk` are 45 % of the time. On a GPU it is not measured.
 
     Args:
         x, y: [N, D] and [M, D], floating.
