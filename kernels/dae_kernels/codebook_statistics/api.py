@@ -22,6 +22,9 @@ def codebook_statistics(x: Tensor, indices: Tensor, K: int, *, impl: str = "auto
     additions), so one device gives the same bits every time. Nothing is differentiable. Beside the operands it takes
     O(N D + K D) memory.
 
+    There is no Triton kernel, as the search that chooses the codes takes far longer: on one CPU core, N = 8192, K = 1024, D = 64,
+    this takes 3 to 7 % of the time of `nearest_code` (four runs on a shared machine). On a GPU it is not measured.
+
     Args:
         x: [..., D], floating; any strides.
         indices: [...], the codes of `x`, in [0, K), of an integer dtype. Their range is checked, which on a GPU waits for it,

@@ -48,8 +48,8 @@ def precision_recall_density_coverage(real: Tensor, fake: Tensor, *, k: int = 5)
     arrays of at most 64 MiB in a block. Nothing is differentiable: all four are counts.
 
     There is no Triton kernel, as this is computed once an evaluation and not at each step of training. One might pay: on one CPU
-    core at 2000 points a cloud, D = 64, products are 13 % of the time, the rest mostly passes over blocks of distances, and all of
-    it is 1.3 times the time of `prdc`. On a GPU it is not measured.
+    core at 2000 points a cloud, D = 64, products are 13 % of the time, the rest mostly passes over blocks of distances, and the
+    whole is 1.3 times the time of `prdc`. On a GPU it is not measured.
 
     Args:
         real, fake: features [N, D] and [M, D], floating.
