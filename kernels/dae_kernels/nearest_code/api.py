@@ -5,12 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dae_kernels.clouds import convention
 from dae_kernels.dispatch import check_choice, choose, dtype_refusal
 from dae_kernels.nearest_code.reference import nearest_code_reference
 
 MAX_HEADS = 65535  # the second axis of a CUDA grid
 
 
+@convention(
+    value="squared",
+    cost="l2: |x - c|^2, factor 1; cosine: 1 - x.c / (|x| |c|), not squared",
+    bias="none: exact in the vectors it is given",
+)
 @torch.no_grad()
 def nearest_code(
     x: Tensor, codebook: Tensor, *, metric: str = "l2", precision: str = "exact", impl: str = "auto"
