@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dae_kernels.clouds import check_clouds, convention
+from dae_kernels.clouds import check_clouds, check_integer, check_tensors, convention
 from dae_kernels.dispatch import register_op, values_readable
 from dae_kernels.precision_recall_density_coverage import reference
 
@@ -29,6 +29,11 @@ class PrecisionRecallDensityCoverage(NamedTuple):
     coverage: Tensor
 
 
+@convention(
+    value="share",
+    cost="|x - y|, the Euclidean distance, which decides what lies in a ball; density is a mean count over k",
+    bias="of all four, by amounts that depend on both counts and k",
+)
 @torch.no_grad()
 def precision_recall_density_coverage(real: Tensor, fake: Tensor, *, k: int = 5) -> PrecisionRecallDensityCoverage:
     """How faithful and how diverse a generated cloud is, from balls that reach the k-th nearest neighbour.
@@ -60,13 +65,14 @@ def precision_recall_density_coverage(real: Tensor, fake: Tensor, *, k: int = 5)
         Scalars, float64 for float64 clouds and float32 otherwise.
 
     Raises:
-        TypeError: clouds that are not floating point or of two dtypes.
+        TypeError: clouds that are not floating point tensors or of two dtypes, or k is not an int.
         ValueError: fewer than k + 1 points in a cloud, k < 1, NaN or infinity, or shapes or devices disagree.
 
     Source: precision and recall: Kynkäänniemi et al. 2019, arXiv 1904.06991, section 2; density and coverage: Naeem et al.
     2020, arXiv 2002.09797, section 3.
     """
     operation = "precision_recall_density_coverage"
+    check_tensors(operation, real=real, fake=fake)
     check_clouds(operation, real, fake)
     check_finite(operation, real=real, fake=fake)
     for name, cloud in (("real", real), ("fake", fake)):
@@ -101,7 +107,7 @@ def k_nearest_distances(x: Tensor, y: Tensor, k: int, exclude_self: bool = False
         [N, k], float64 for float64 clouds and float32 otherwise.
 
     Raises:
-        TypeError: clouds that are not floating point or of two dtypes.
+        TypeError: clouds that are not floating point tensors or of two dtypes, or k is not an int.
         ValueError: k out of range, NaN or infinity, exclude_self with N != M, or shapes or devices disagree.
     """
     check_clouds("k_nearest_distances", x, y)
@@ -114,6 +120,7 @@ def k_nearest_distances(x: Tensor, y: Tensor, k: int, exclude_self: bool = False
 
 
 def check_k(operation: str, k: int, available: int, got: str) -> None:
+    check_integer(operation, "k", k)
     if not 1 <= k <= available:
         raise ValueError(f"{operation} needs k from 1 to {available}, the number of neighbours, got k={k} with {got}")
 
