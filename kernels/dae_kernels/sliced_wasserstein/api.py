@@ -43,9 +43,9 @@ def sliced_wasserstein(
 
     Like POT's, the result is the root; `.pow(p)` is the mean of W_p^p, which is unbiased over the directions. W_p^p on the
     line is exact for any counts and weights, by merging the two quantile functions. Both clouds are moved by one median of
-    their points first, so that rounding does not grow with the distance from the origin. Beside the operands and their moved copies,
-    memory is O(N + M + block) in both passes: projections are handled in blocks of 2^22 projected points, and the backward pass
-    computes a block anew where there are several. (torch.func.grad inside of torch.compile takes one block, and refuses several.)
+    their points first, so that rounding does not grow with the distance from the origin. Beside the operands and their moved
+    copies, memory is O(N + M + block) in both passes: projections are handled in blocks of 2^22 projected points, and the
+    backward pass computes a block anew where there are several. (torch.func.grad inside of torch.compile takes one block, and refuses several.)
 
     Plain torch is the implementation, on every device: most of the time goes to `torch.sort`, which we have
     nothing faster for. On one CPU core, 128 directions and 4096 to 16384 points a cloud, sorting takes 80 to 96 % of the forward
