@@ -11,6 +11,8 @@ import torch
 
 from dae_kernels.frechet_distance.reference import apply_square_root
 from dae_kernels.pairwise.sums import apply_pair_sums
+from dae_kernels.sinkhorn_divergence.api import apply_envelope
 
 pair_sums_function = torch.compiler.allow_in_graph(apply_pair_sums)
+envelope_function = torch.compiler.allow_in_graph(apply_envelope)
 square_root_function = torch.compiler.allow_in_graph(apply_square_root)
