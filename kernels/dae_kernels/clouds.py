@@ -118,12 +118,18 @@ def check_weights(operation: str, name: str, weights: Tensor | None, cloud: Tens
 
 
 def sampled(cloud_ND: Tensor, weights_N: Tensor) -> Tensor:
-    """SAMPLES points at equal steps of the cumulated weights: none of weight 0, and few of those far out; without gradient.
-
-    Their median is a centre that outliers do not move, as they would the mean; it need not be exact, only near most points.
-    """
-    cumulated_N = weights_N.detach().double().cumsum(dim=0)
-    level_S = (torch.arange(SAMPLES, dtype=torch.float64, device=cloud_ND.device) + 0.5) / SAMPLES * cumulated_N[-1]
+    """SAMPLES points at equal steps of the cumulated weights, which sum to 1: none of weight 0; without gradient."""
+    # Whole numbers, as a GPU cumulates them in any order to the same bits; 2^52 times 2 SAMPLES is still an int64.
+    cumulated_N = (weights_N.detach().double() * 2**52).round().long().cumsum(dim=0)
+    level_S = (2 * torch.arange(SAMPLES, device=cloud_ND.device) + 1) * cumulated_N[-1] // (2 * SAMPLES)
     # right=True: the first point whose cumulated weight goes beyond the level, which a point of weight 0 never is
     index_S = torch.searchsorted(cumulated_N, level_S, right=True).clamp_max(cloud_ND.shape[0] - 1)
     return cloud_ND.detach()[index_S]
+
+
+def middle(points_SD: Tensor) -> Tensor:
+    """[D]: the lower median of every coordinate. Far points do not move it, as they would the mean.
+
+    By sorting, as torch.median is refused on a GPU where torch.use_deterministic_algorithms is set.
+    """
+    return points_SD.sort(dim=0).values[(points_SD.shape[0] - 1) // 2]

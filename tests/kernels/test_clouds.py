@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dae_kernels.clouds import sampled
+from dae_kernels.clouds import middle, sampled
 from dae_kernels.codebook_statistics import codebook_statistics
 from dae_kernels.energy_distance import energy_distance
 from dae_kernels.frechet_distance import GaussianStatistics, frechet_distance, gaussian_w2
@@ -100,7 +100,13 @@ def test_conventions_are_stated(function):
 @given(weights=st.lists(st.sampled_from([0.0, 0.0, 1e-30, 0.3, 1.0, 7.0]), min_size=1, max_size=700).filter(any))
 def test_a_centre_comes_from_points_in_proportion_to_their_weights(weights):
     weights_N = torch.tensor(weights, dtype=torch.float64)
+    weights_N /= weights_N.sum()
     points_S1 = sampled(torch.arange(len(weights), dtype=torch.float64)[:, None], weights_N)
     counts_N = torch.bincount(points_S1[:, 0].long(), minlength=len(weights))
     assert (counts_N[weights_N == 0] == 0).all()
-    assert ((counts_N - len(points_S1) * weights_N / weights_N.sum()).abs() < 1 + 1e-9).all()
+    assert ((counts_N - len(points_S1) * weights_N).abs() < 1 + 1e-9).all()
+
+
+def test_the_middle_is_the_lower_median():
+    for points in (torch.randn(7, 3), torch.randn(8, 3)):
+        assert torch.equal(middle(points), points.median(dim=0).values)

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dae_kernels.clouds import sampled
+from dae_kernels.clouds import middle, sampled
 from dae_kernels.dispatch import launchable, register_triton_op
 
 
@@ -128,7 +128,7 @@ def centred(x_ND: Tensor, y_MD: Tensor, a_N: Tensor, b_M: Tensor) -> tuple[Tenso
     """
     x_ND, y_MD = x_ND.float(), y_MD.float()
     x_SD, y_SD = sampled(x_ND, a_N), sampled(y_MD, b_M)
-    x_D, common_D, y_D = (points.median(dim=0).values for points in (x_SD, torch.cat([x_SD, y_SD]), y_SD))
+    x_D, common_D, y_D = (middle(points) for points in (x_SD, torch.cat([x_SD, y_SD]), y_SD))
     return x_ND - x_D, x_ND - common_D, y_MD - common_D, y_MD - y_D
 
 

@@ -12,6 +12,7 @@ from dae_kernels.clouds import (
     check_tensors,
     check_weights,
     convention,
+    middle,
     normalised,
     sampled,
 )
@@ -45,7 +46,8 @@ def sliced_wasserstein(
     line is exact for any counts and weights, by merging the two quantile functions. Both clouds are moved by one median of
     their points first, so that rounding does not grow with the distance from the origin. Beside the operands and their moved
     copies, memory is O(N + M + block) in both passes: projections are handled in blocks of 2^22 projected points, and the
-    backward pass computes a block anew where there are several. (torch.func.grad inside of torch.compile takes one block, and refuses several.)
+    backward pass computes a block anew where there are several. (torch.func.grad inside of torch.compile takes one block, and
+    refuses several.)
 
     Plain torch is the implementation, on every device: most of the time goes to `torch.sort`, which we have
     nothing faster for. On one CPU core, 128 directions and 4096 to 16384 points a cloud, sorting takes 80 to 96 % of the forward
@@ -146,7 +148,7 @@ def prepare(
     x, y = x.to(dtype), y.to(dtype)
     # The distance is the same about any origin, but rounding of the projections grows with what is projected.
     near = [sampled(cloud, normalised(w, cloud, torch.float64)) for cloud, w in ((x, weights_x), (y, weights_y))]
-    center_D = torch.cat(near).median(dim=0).values
+    center_D = middle(torch.cat(near))
     return x - center_D, y - center_D, projections.to(dtype), p, weights_x, weights_y
 
 
