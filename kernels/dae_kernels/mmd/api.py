@@ -38,7 +38,7 @@ def mmd(
 
     Memory is O((N + M) D), forward and backward: kernel values are never stored (the reference keeps a few blocks of 8 MiB).
     If gradients are needed they are made in the forward pass; there are no second derivatives (asking for them raises).
-    A point with NaN or infinity makes the result NaN, also if its weight is 0.
+    A point with NaN or infinity, or 1e154 away from another, makes the result NaN, also if its weight is 0.
 
     The reference computes in float64. The kernel computes in float32 with |x|^2 + |y|^2 - 2 x.y, about medians of the clouds,
     so neither the origin nor a few far points matter. Rounding moves the exponent |x - y|^2 / (2 s^2) of two points at distance
