@@ -100,7 +100,7 @@ def test_memory_of_the_reference_is_bounded():
         "peak = lambda: int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) // 1024\n"
         "x, y = torch.randn(1 << 12, 2, requires_grad=True), torch.randn(1 << 12, 2)\n"
         "sinkhorn_divergence(x[:300], y[:300]).backward(); before = peak()\n"
-        "sinkhorn_divergence(x, y, blur=2.0).backward(); print(peak() - before)"
+        "sinkhorn_divergence(x, y, blur=2.0, diameter=2.0).backward(); print(peak() - before)"
     )
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # or glibc's hoard of freed blocks counts as well
     grown = subprocess.run([sys.executable, "-c", script], env=environment, check=True, capture_output=True, text=True).stdout
@@ -231,7 +231,7 @@ def test_gradients_of_potentials_are_row_by_row(p):
 def test_float32_against_float64(impl, p, N, M, D):
     x, y = clouds(N, M, D, torch.float32)
     a, b = simplex(N, torch.float32, 1), simplex(M, torch.float32, 2)
-    options = {"p": p, "blur": 0.5}
+    options = {"p": p, "blur": 0.5, "diameter": 2.0}
 
     def ours(impl):
         return lambda x, y, a, b: sinkhorn_divergence(x, y, weights_x=a, weights_y=b, impl=impl, **options)
