@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -81,10 +81,7 @@ def vector_quantize(
     check_number("vector_quantize", "commitment_weight", commitment_weight)
     if not (math.isfinite(commitment_weight) and commitment_weight >= 0):
         raise ValueError(f"commitment_weight must be finite and not negative, got {commitment_weight}")
-    if torch.compiler.is_compiling():  # nothing reads values there, and Dynamo takes no Function whose only output is an index
-        indices, _ = nearest_code(x, codebook, metric=metric, precision=precision, impl=impl)
-    else:
-        indices = Search.apply(x, codebook, metric, precision, impl)
+    indices, _ = nearest_code(x, codebook, metric=metric, precision=precision, impl=impl)
     dtype = torch.promote_types(x.dtype, codebook.dtype)
     wide = torch.promote_types(dtype, torch.float32)
     codes = codebook.detach()
@@ -94,24 +91,3 @@ def vector_quantize(
         x_, code = unit(x_), unit(code)
     turn = rotated if gradient == "rotation" else straight_through
     return VectorQuantized(turn(x_, code).to(dtype), indices, commitment_weight * commitment(x_, code))
-
-
-class Search(torch.autograd.Function):
-    """The indices of `nearest_code`, without a gradient.
-
-    A Function runs below torch.func.grad, so the search sees whether torch.vmap has batched its operands also in a vmap of grad.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, codebook: Tensor, metric: str, precision: str, impl: str) -> Tensor:
-        return nearest_code(x, codebook, metric=metric, precision=precision, impl=impl)[0]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.mark_non_differentiable(output)
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[None, ...]:
-        return (None,) * 5
