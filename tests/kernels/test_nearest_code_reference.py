@@ -151,8 +151,8 @@ def test_vmap_of_grad_and_compile_see_an_operator():
         gradient = transformed(x, codebook)
         for h in range(3):
             torch.testing.assert_close(gradient[h], 2 * (x[h] - codebook[h][nearest_code(x[h], codebook[h])[0]]))
-    torch.library.opcheck(reference.nearest_code_reference, (x[0], codebook[0], "l2"))
-    torch.library.opcheck(reference.nearest_code_reference, (x.transpose(0, 1), codebook, "cosine"))
+    torch.library.opcheck(reference.nearest_code_reference.op, (x[0], codebook[0], "l2"))
+    torch.library.opcheck(reference.nearest_code_reference.op, (x.transpose(0, 1), codebook, "cosine"))
 
 
 @pytest.mark.parametrize(

@@ -352,7 +352,7 @@ def test_operator(impl):
     x, y = clouds(6, 5, 2, torch.float32)
     a, b = simplex(6, torch.float32), simplex(5, torch.float32)
     arguments = (x, y, a, b, 2, 1.0, 0.5, None, True, impl == "triton")
-    torch.library.opcheck(api.sinkhorn_potentials, arguments)
+    torch.library.opcheck(api.sinkhorn_potentials.op, arguments)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
