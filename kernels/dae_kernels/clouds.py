@@ -1,4 +1,4 @@
-"""What every distance between point clouds shares: its stated convention, and the checks of clouds and weights."""
+"""What every distance between point clouds shares: its stated convention, the checks of what it is given, and a centre."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from torch import Tensor
 
 from dae_kernels.dispatch import values_readable
 
+SAMPLES = 512  # points of a cloud that stand for it where a centre is looked for
+
 
 @dataclass(frozen=True)
 class Convention:
     """What a distance returns; `some_distance.convention` states it.
 
     Args:
-        value: "squared" or "root": whether the result is a squared distance or its root.
+        value: "squared" or "root": whether the result is a squared distance or its root; "share" for shares of points.
         cost: the cost between two points, with its factor.
         bias: what the estimate from samples is off by in expectation.
     """
@@ -36,13 +38,33 @@ def convention(value: str, cost: str, bias: str) -> Callable[[Callable], Callabl
     return attach
 
 
+def check_tensors(operation: str, **operands: Tensor) -> None:
+    """TypeError unless all operands are tensors."""
+    for name, operand in operands.items():
+        if not isinstance(operand, Tensor):
+            raise TypeError(f"{operation} needs {name} as a torch.Tensor, got {type(operand).__name__}")
+
+
+def check_integer(operation: str, name: str, got: int) -> None:
+    """TypeError unless `got` is an int."""
+    if isinstance(got, bool) or not isinstance(got, (int, torch.SymInt)):
+        raise TypeError(f"{operation} needs {name} as an int, got {type(got).__name__}")
+
+
+def check_number(operation: str, name: str, got: float) -> None:
+    """TypeError unless `got` is an int or a float."""
+    if isinstance(got, bool) or not isinstance(got, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{operation} needs {name} as a number, got {type(got).__name__}")
+
+
 def check_clouds(operation: str, x: Tensor, y: Tensor) -> None:
     """Two clouds x [N, D] and y [M, D], N, M, D >= 1, floating, of one dtype and on one device.
 
     Raises:
-        TypeError: not floating point, or two dtypes.
+        TypeError: not tensors, not floating point, or two dtypes.
         ValueError: other shapes, an empty cloud, or two devices.
     """
+    check_tensors(operation, x=x, y=y)
     shapes = f"got x {list(x.shape)}, y {list(y.shape)}"
     for name, cloud in (("x", x), ("y", y)):
         if not cloud.is_floating_point():
@@ -72,11 +94,12 @@ def check_weights(operation: str, name: str, weights: Tensor | None, cloud: Tens
     cannot be: there bad values give a meaningless result.
 
     Raises:
-        TypeError: not floating point.
+        TypeError: not a tensor, or not floating point.
         ValueError: another shape or device, a negative or not finite weight, or a sum that is not positive.
     """
     if weights is None:
         return
+    check_tensors(operation, **{name: weights})
     if not weights.is_floating_point():
         raise TypeError(f"{operation} needs floating point weights, got {name} of {weights.dtype}")
     if weights.shape != cloud.shape[:1]:
@@ -85,9 +108,28 @@ def check_weights(operation: str, name: str, weights: Tensor | None, cloud: Tens
         raise ValueError(f"{operation} needs {name} on {cloud.device}, where the cloud is, got {weights.device}")
     if not values_readable(weights):
         return
-    total, least = weights.detach().sum().item(), weights.detach().min().item()
+    # float64, as the sum of float16 weights need not be one
+    total, least = weights.detach().sum(dtype=torch.float64).item(), weights.detach().min().item()
     if not (least >= 0 and 0 < total < float("inf")):
         raise ValueError(
             f"{operation} needs weights that are not negative and sum to a positive number, "
             f"got {name} with minimum {least} and sum {total}"
         )
+
+
+def sampled(cloud_ND: Tensor, weights_N: Tensor) -> Tensor:
+    """SAMPLES points at equal steps of the cumulated weights, which sum to 1: none of weight 0; without gradient."""
+    # Whole numbers, as a GPU cumulates them in any order to the same bits; 2^52 times 2 SAMPLES is still an int64.
+    cumulated_N = (weights_N.detach().double() * 2**52).round().long().cumsum(dim=0)
+    level_S = (2 * torch.arange(SAMPLES, device=cloud_ND.device) + 1) * cumulated_N[-1] // (2 * SAMPLES)
+    # right=True: the first point whose cumulated weight goes beyond the level, which a point of weight 0 never is
+    index_S = torch.searchsorted(cumulated_N, level_S, right=True).clamp_max(cloud_ND.shape[0] - 1)
+    return cloud_ND.detach()[index_S]
+
+
+def middle(points_SD: Tensor) -> Tensor:
+    """[D]: the lower median of every coordinate. Far points do not move it, as they would the mean.
+
+    By sorting, as torch.median is refused on a GPU where torch.use_deterministic_algorithms is set.
+    """
+    return points_SD.sort(dim=0).values[(points_SD.shape[0] - 1) // 2]

@@ -77,7 +77,10 @@ def choose(impl: str, device: torch.device, refusal: str | None = None) -> str:
 
 
 def register_op(name: str, body: Callable, fake: Callable) -> Callable:
-    """Make `body` the torch operator `name` ("dae_kernels::..."), opaque to torch.compile; torch.vmap takes it in a loop.
+    """`body` as the torch operator `name` ("dae_kernels::..."), opaque to torch.compile; torch.vmap takes it in a loop.
+
+    Where nothing traces or transforms, `body` is called as it is: an operator's first call imports Dynamo, which takes seconds
+    and more than torch alone. The operator itself is the attribute `op` of what is returned.
 
     It has no derivative: differentiable functions call it from an autograd.Function, the others detach its operands.
 
@@ -85,6 +88,25 @@ def register_op(name: str, body: Callable, fake: Callable) -> Callable:
         body: annotated function of tensors and numbers that returns new tensors.
         fake: the same signature; returns empty tensors of the right shapes, dtypes and devices.
     """
+    op = opaque_op(name, body, fake)
+
+    def run(*arguments: Any) -> Any:
+        return op(*arguments) if traced() else body(*arguments)
+
+    run.op = op
+    return run
+
+
+def traced() -> bool:
+    """Whether torch.compile, a transform of torch.func or a dispatch mode (fake tensors) looks at operators."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
+def opaque_op(name: str, body: Callable, fake: Callable) -> Callable:
     op = torch.library.custom_op(name, body, mutates_args=())
     op.register_fake(fake)
     op.register_vmap(loop_over_batch(op))
@@ -102,7 +124,7 @@ def register_triton_op(name: str, launcher: Callable, fake: Callable) -> Callabl
         fake: the same signature; returns empty tensors of the right shapes, dtypes and devices.
     """
     if interpreting():
-        return register_op(name, launcher, fake)
+        return opaque_op(name, launcher, fake)
     op = torch.library.triton_op(name, launcher, mutates_args=())
     op.register_vmap(loop_over_batch(op))
     return op

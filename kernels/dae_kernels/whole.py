@@ -14,9 +14,11 @@ from dae_kernels.group_norm_silu.api import apply_group_norm_silu
 from dae_kernels.linear_cross_entropy.api import apply_chunked_loss
 from dae_kernels.pairwise.sums import apply_pair_sums
 from dae_kernels.perceptual_tap.api import apply_perceptual_tap
+from dae_kernels.sinkhorn_divergence.api import apply_envelope
 
 group_norm_silu_function = torch.compiler.allow_in_graph(apply_group_norm_silu)
 chunked_loss_function = torch.compiler.allow_in_graph(apply_chunked_loss)
 pair_sums_function = torch.compiler.allow_in_graph(apply_pair_sums)
 perceptual_tap_function = torch.compiler.allow_in_graph(apply_perceptual_tap)
+envelope_function = torch.compiler.allow_in_graph(apply_envelope)
 square_root_function = torch.compiler.allow_in_graph(apply_square_root)

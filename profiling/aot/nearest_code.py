@@ -16,6 +16,8 @@ VARIANTS = {
     "fp32 D=64, 3 heads, exact": (torch.float32, torch.float32, True, 64, "l2", 3),
     "fp32 D=256, cosine, exact": (torch.float32, torch.float32, True, 256, "cosine", 1),
     "bf16 x, fp32 codes, exact D=100": (torch.bfloat16, torch.float32, True, 100, "cosine", 1),
+    "bf16 x, fp32 codes, exact, l2": (torch.bfloat16, torch.float32, True, 64, "l2", 1),
+    "fp32 x, bf16 codes, exact, l2": (torch.float32, torch.bfloat16, True, 64, "l2", 1),
 }
 
 
@@ -41,7 +43,7 @@ def variants(Variant, backend):
         products = constants | blocks | {"UPCAST": dtype != x_dtype, "INPUT_PRECISION": precision}
         yield Variant(name, fused.search_kernel, rows | norm, sizes, products, options, product=True)
 
-        blocks, options = split(fused.settle_tile())
+        blocks, options = split(fused.settle_tile(metric == "cosine"))
         sizes = {"N": "i32", "K": "i32", "S": "i32", "D": "i32"}
         walks = {"H": heads, "COSINE": metric == "cosine", "EXACT": exact}
         yield Variant(name, fused.settle_kernel, rows | results, sizes, walks | blocks, options)

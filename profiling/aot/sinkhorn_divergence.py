@@ -1,4 +1,7 @@
-"""Variants of sinkhorn_divergence. p = 2 loops over D above 16, D = 100 leaves a remainder; p = 1 has no product."""
+"""Variants of sinkhorn_divergence. p = 2 loops over D above 16, D = 100 leaves a remainder; p = 1 has no product.
+
+An update is flat where epsilon exceeds every cost; the derivative is the same there.
+"""
 
 from dae_kernels.sinkhorn_divergence import fused
 
@@ -11,11 +14,13 @@ def variants(Variant, backend):
     pointers = dict.fromkeys(("x_ptr", "y_ptr", *VECTORS), "*fp32")
     scalars = {"N": "i32", "M": "i32", "d_end": "i32", "scale": "fp32"}
     for name, (p, D) in VARIANTS.items():
-        for kernel, tile, outputs, shares in (
-            (fused.sinkhorn_update_kernel, fused.UPDATE_TILE[p], {}, {"share": "i32"}),
-            (fused.sinkhorn_derivative_kernel, fused.DERIVATIVE_TILE, {"df_ptr": "*fp32"}, {}),
+        update, derivative = fused.sinkhorn_update_kernel, fused.sinkhorn_derivative_kernel
+        for label, kernel, tile, outputs, shares, flat in (
+            (name, update, fused.UPDATE_TILE[p], {}, {"share": "i32"}, {"FLAT": False}),
+            (f"{name} flat", update, fused.UPDATE_TILE[p], {}, {"share": "i32"}, {"FLAT": True}),
+            (name, derivative, fused.DERIVATIVE_TILE, {"df_ptr": "*fp32"}, {}, {}),
         ):
-            constants = {"D": D, "P": p, "INPUT_PRECISION": "ieee" if backend == "hip" else "tf32x3"}
+            constants = {"D": D, "P": p, "INPUT_PRECISION": "ieee" if backend == "hip" else "tf32x3"} | flat
             constants |= {key: value for key, value in tile.items() if key.startswith("BLOCK")}
             options = {key: value for key, value in tile.items() if not key.startswith("BLOCK")}
-            yield Variant(name, kernel, pointers | outputs, scalars | shares, constants, options, product=p == 2)
+            yield Variant(label, kernel, pointers | outputs, scalars | shares, constants, options, product=p == 2)

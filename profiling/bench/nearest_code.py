@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from dae_kernels.dispatch import triton_refusal
 from dae_kernels.nearest_code import nearest_code
-from dae_kernels.nearest_code.reference import nearest_code_reference
 from torch import Tensor
 
 SHAPES = {
@@ -53,9 +52,7 @@ def cases(Case, shape, dtype, device):
 
         return torch.from_numpy(vq(x_ND.float().numpy(), codebook_KD.float().numpy())[0])
 
-    yield case("reference", lambda: nearest_code(x_ND, codebook_KD, impl="reference"), note="products in float64")
-    compiled = torch.compile(nearest_code_reference)
-    yield case("compile", lambda: compiled(x_ND, codebook_KD, "l2"), note="of the reference")
+    yield case("reference", lambda: nearest_code(x_ND, codebook_KD, impl="reference"), note="float64 where float32 cannot decide")
     refusal = triton_refusal(device)
     fast_product = "tf32" if dtype == torch.float32 and device.type == "cuda" else product
     for precision, unit in (("exact", product), ("fast", fast_product)):

@@ -274,6 +274,10 @@ def test_errors_of_clouds_and_statistics():
         (lambda: GaussianStatistics().update(x).update(x[:, :2]), ValueError, "expected 3 features a row, got 2"),
         (lambda: GaussianStatistics.from_state(torch.zeros(5).double()), ValueError, r"got torch.float64 \[5\]"),
         (lambda: GaussianStatistics.from_state(torch.zeros(0).double()), ValueError, r"got torch.float64 \[0\]"),
+        *(
+            (lambda n=n: GaussianStatistics.from_state(torch.tensor([n, 0, 1]).double()), ValueError, f"whole count .*, got {n}")
+            for n in (-3.0, 0.0, 2.5, math.inf, math.nan)
+        ),
         (lambda: GaussianStatistics.from_state(torch.zeros(7)), ValueError, r"got torch.float32 \[7\]"),
     ]:
         with pytest.raises(error, match=message):

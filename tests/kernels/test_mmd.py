@@ -267,12 +267,23 @@ ERRORS = {
     "width": ((3, 4), (5, 6), {}, ValueError, r"got x \[3, 4\], y \[5, 6\]"),
     "impl": ((3, 4), (5, 4), {"impl": "cuda"}, ValueError, "impl must be one of"),
     "no bandwidth": ((3, 4), (5, 4), {"bandwidths": ()}, ValueError, "at least one bandwidth"),
-    "negative bandwidth": ((3, 4), (5, 4), {"bandwidths": (1, -2.0)}, ValueError, "positive and finite, got -2.0"),
-    "nan bandwidth": ((3, 4), (5, 4), {"bandwidths": (float("nan"),)}, ValueError, "positive and finite, got nan"),
+    "negative bandwidth": ((3, 4), (5, 4), {"bandwidths": (1, -2.0)}, ValueError, "positive and finite, .* got -2.0"),
+    "nan bandwidth": ((3, 4), (5, 4), {"bandwidths": (float("nan"),)}, ValueError, "positive and finite, .* got nan"),
+    "tiny bandwidth": ((3, 4), (5, 4), {"bandwidths": (1e-200,)}, ValueError, "from 1e-150 to 1e150, got 1e-200"),
+    "huge bandwidth": ((3, 4), (5, 4), {"bandwidths": (1e200,)}, ValueError, r"from 1e-150 to 1e150, got 1e\+200"),
+    "no float": ((3, 4), (5, 4), {"bandwidths": (2**2000,)}, ValueError, "from 1e-150 to 1e150, got 1148"),
+    "no float32": ((3, 4), (5, 4), {"bandwidths": (1e-20,), "impl": "triton"}, ValueError, "bandwidths from 1e-18 to 1e18"),
     "one number": ((3, 4), (5, 4), {"bandwidths": 1.0}, TypeError, "as a sequence of numbers"),
     "words": ((3, 4), (5, 4), {"bandwidths": ("1",)}, TypeError, "that are numbers, got str"),
     "weights": ((3, 4), (5, 4), {"weights_x": torch.ones(5)}, ValueError, r"weights_x \[3\], one weight a point, got \[5\]"),
     "one weight": ((3, 4), (5, 4), {"weights_x": torch.eye(3)[0]}, ValueError, "two points of positive weight .* got 1 in x"),
+    "one with the rest": (
+        (3, 4),
+        (5, 4),
+        {"weights_x": torch.tensor([1, 1e-20, 0])},
+        ValueError,
+        "weights_x whose pairs have .* at least 1e-9, got 0",
+    ),
 }
 
 

@@ -69,9 +69,9 @@ def test_other_operands_that_leave_float32_no_choice(metric):
         "tiny codes": (x, codes * 1e-22),
         "a code far out": (x, torch.cat([codes, torch.full((1, 16), 1e15)])),
         "denormal": (x * 1e-40, codes * 1e-40),
+        "tiny": (x * 1e-25, codes * 1e-25),
+        "huge": (x * 1e20, codes * 1e20),  # |x|^2 and x . c overflow float32
     }
-    if metric == "l2":  # |x|^2 overflows float32
-        cases["huge"] = (x * 1e19, codes * 1e19)
     for name, (rows, codebook) in cases.items():
         rows, codebook = rows.to(DEVICE), codebook.to(DEVICE)
         index, _ = nearest_code(rows, codebook, metric=metric, impl="triton")

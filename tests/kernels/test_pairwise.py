@@ -8,11 +8,17 @@ import sys
 
 import pytest
 import torch
+from dae_kernels.energy_distance import energy_distance
+from dae_kernels.mmd import mmd
 from dae_kernels.pairwise import fused
 from dae_kernels.pairwise.reference import pair_rows_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
+IMPLS = ["reference", "triton"]
+EPS = torch.finfo(torch.float32).eps
+DISTANCES = {"energy": energy_distance, "mmd": lambda x, y, **options: mmd(x, y, bandwidths=(1.0, 3.0), **options)}
+both = pytest.mark.parametrize("kind", DISTANCES)
 CASES = [(bandwidths, same) for bandwidths in ((), (0.7, 2.0)) for same in (False, True)]
 
 
@@ -71,3 +77,69 @@ def test_operator_is_registered_without_the_interpreter():
     result = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines() == ["[7] [7, 5] torch.float32 cuda"]
+
+
+def points(N: int, seed: int) -> torch.Tensor:
+    return torch.randn(N, 8, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def value_and_gradient(kind: str, impl: str, x: torch.Tensor, y: torch.Tensor, weights_x: torch.Tensor | None = None):
+    x = x.clone().requires_grad_()
+    value = DISTANCES[kind](x, y, weights_x=weights_x, impl=impl)
+    value.backward()
+    return value.item(), x.grad
+
+
+@both
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+@pytest.mark.parametrize("far", [1e3, 1e6])
+def test_outliers_do_not_disturb_the_kernel(kind, weight, far):
+    """16 eps R as for clouds without an outlier (test_energy_distance), R = 10 for most points; the outlier has its share in R.
+
+    Four sums of the size of that share cancel to the result.
+    """
+    x, y, weights_x = points(63, 0), 1.3 * points(60, 1) + 0.5, torch.ones(63, device=DEVICE)
+    x[0], weights_x[0] = far, weight
+    (value, gradient), (exact, exact_gradient) = (value_and_gradient(kind, i, x, y, weights_x) for i in ("triton", "reference"))
+    assert abs(value - exact) <= 16 * EPS * (10 + weight * far * 8**0.5 / 63)
+    assert (gradient - exact_gradient).abs().max() <= 200 * EPS / 60  # a unit vector a pair, as in test_energy_distance
+
+
+@both
+def test_clouds_far_from_each_other(kind):
+    """Each cloud has a centre of its own: what is far apart does not blur what is within."""
+    x, y = points(63, 0), points(60, 1) + 3e3
+    (value, gradient), (exact, exact_gradient) = (value_and_gradient(kind, impl, x, y) for impl in ("triton", "reference"))
+    assert abs(value - exact) <= 16 * EPS * (10 + exact)
+    assert (gradient - exact_gradient).abs().max() <= 200 * EPS / 60
+
+
+@both
+def test_second_cluster_within_a_cloud(kind):
+    """The limit that both docstrings state: three digits of the pairs of a cluster at R = 100 of their distances."""
+    x, y = points(63, 0), points(60, 1)
+    x[:20] += 100 / 8**0.5
+    (value, _), (exact, _) = (value_and_gradient(kind, impl, x, y) for impl in ("triton", "reference"))
+    assert abs(value - exact) <= 1e-3 * exact
+
+
+@both
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("D", [1, 8])
+def test_points_that_are_not_finite_make_nan(kind, impl, bad, D):
+    """Also for mmd, where a point at infinity would have kernel value 0 with all others, and also where its weight is 0."""
+    x, y, weights_x = points(63, 0)[:, :D], points(60, 1)[:, :D], torch.ones(63, device=DEVICE)
+    x[3, D // 2], weights_x[3] = bad, 0.0
+    assert DISTANCES[kind](x, y, impl=impl).isnan()
+    assert DISTANCES[kind](x, y, weights_x=weights_x, impl=impl).isnan()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("unit", [1e-17, 1e17])
+def test_units_within_the_range_of_the_kernel(impl, unit):
+    x, y = points(63, 0), points(60, 1) + 0.5
+    torch.testing.assert_close(energy_distance(x * unit, y * unit, impl=impl) / unit, energy_distance(x, y), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        mmd(x * unit, y * unit, bandwidths=(unit,), impl=impl), mmd(x, y, bandwidths=(1,)), rtol=1e-4, atol=0
+    )

@@ -352,6 +352,20 @@ ERRORS = {
 
 
 @both
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+def test_float32_far_from_the_origin(kind, weight):
+    """Projections of centred points of radius 10, so off by a few eps 10, also beside an outlier without weight."""
+    x, y, w = cloud(63, 8, dtype=torch.float32) + 1e6, cloud(60, 8, 1, torch.float32) * 2 + 1e6, torch.ones(63)
+    x[0], w[0] = x[0] + (1 - weight) * 1e9, weight
+    options = {"weights_x": w, "projections": directions(8)}
+    leaf, exact_leaf = x.clone().requires_grad_(), x.double().requires_grad_()
+    got, exact = DISTANCES[kind](leaf, y, **options), DISTANCES[kind](exact_leaf, y.double(), **options)
+    got.backward(), exact.backward()
+    assert abs(got.item() - exact.item()) <= 8 * torch.finfo(torch.float32).eps * 10
+    torch.testing.assert_close(leaf.grad, exact_leaf.grad.float(), rtol=1e-4, atol=1e-6)
+
+
+@both
 @pytest.mark.parametrize("case", ERRORS)
 def test_user_errors(kind, case):
     x, y, options, error, message = ERRORS[case]

@@ -47,6 +47,13 @@ def test_value_is_the_code_to_the_bit(gradient, shape, K):
     torch.testing.assert_close(out.loss, expected)
 
 
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_negative_zeros_of_a_code_stay(gradient):
+    codebook = torch.tensor([[-0.0, 0.0, 1.0], [5.0, 5.0, 5.0]], device=DEVICE)
+    out = vector_quantize(torch.tensor([[0.1, -0.1, 1.0]], device=DEVICE), codebook, gradient=gradient)
+    assert torch.equal(out.quantized.view(torch.int32), codebook[:1].view(torch.int32))
+
+
 @pytest.mark.parametrize("metric", METRICS)
 def test_straight_through(metric):
     x, codebook, cotangent = draw(63, 20, 6, torch.float64)

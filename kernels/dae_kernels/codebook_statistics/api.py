@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dae_kernels.clouds import check_integer, check_tensors
 from dae_kernels.codebook_statistics.reference import codebook_statistics_reference
 from dae_kernels.dispatch import choose, register_op, values_readable
 
@@ -22,6 +23,9 @@ def codebook_statistics(x: Tensor, indices: Tensor, K: int, *, impl: str = "auto
     additions), so one device gives the same bits every time. Nothing is differentiable. Beside the operands it takes
     O(N D + K D) memory.
 
+    There is no Triton kernel, as the search that chooses the codes takes far longer: on one CPU core, N = 8192, K = 1024, D = 64,
+    this takes 3 to 7 % of the time of `nearest_code` (four runs on a shared machine). On a GPU it is not measured.
+
     Args:
         x: [..., D], floating; any strides.
         indices: [...], the codes of `x`, in [0, K), of an integer dtype. Their range is checked, which on a GPU waits for it,
@@ -35,7 +39,7 @@ def codebook_statistics(x: Tensor, indices: Tensor, K: int, *, impl: str = "auto
 
     Raises:
         ValueError: shapes or devices disagree, K < 1, an index lies outside [0, K), or `impl` cannot run here.
-        TypeError: `x` is not floating point, `indices` are not integers, or K is not one.
+        TypeError: `x` is not a floating point tensor, `indices` are not an integer one, or K is not an int.
 
     Source: van den Oord et al. 2017, arXiv 1711.00937, appendix A.1.
     """
@@ -62,12 +66,12 @@ statistics = register_op("dae_kernels::codebook_statistics", checked_statistics,
 
 
 def check_operands(x: Tensor, indices: Tensor, K: int) -> None:
+    check_tensors("codebook_statistics", x=x, indices=indices)
+    check_integer("codebook_statistics", "K", K)
     if not x.is_floating_point():
         raise TypeError(f"codebook_statistics needs a floating point x, got {x.dtype}")
     if indices.dtype not in INTEGERS:
         raise TypeError(f"codebook_statistics needs integer indices, got {indices.dtype}")
-    if isinstance(K, (bool, float, Tensor)):
-        raise TypeError(f"codebook_statistics needs K as an int, got {type(K).__name__}")
     if x.dim() == 0 or x.shape[:-1] != indices.shape:
         shapes = f"got x {list(x.shape)}, indices {list(indices.shape)}"
         raise ValueError(f"codebook_statistics needs x [..., D] and indices [...], {shapes}")

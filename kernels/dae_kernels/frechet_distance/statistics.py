@@ -9,6 +9,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from dae_kernels.clouds import check_tensors
+
 
 class GaussianStatistics:
     """Mean and covariance of a stream of points, in float64, without keeping the points.
@@ -31,8 +33,9 @@ class GaussianStatistics:
     def update(self, x: Tensor) -> Self:
         """Add points [N, D] (N may be 0), without their gradient; returns itself.
 
-        TypeError: not floating point. ValueError: not [N, D], or another D than before.
+        TypeError: not a floating point tensor. ValueError: not [N, D], or another D than before.
         """
+        check_tensors("GaussianStatistics", x=x)
         if not x.is_floating_point():
             raise TypeError(f"GaussianStatistics needs floating point points, got {x.dtype}")
         if x.dim() != 2 or x.shape[1] == 0:
@@ -44,7 +47,9 @@ class GaussianStatistics:
         return self.merge(batch)
 
     def merge(self, other: GaussianStatistics) -> Self:
-        """Add the points that `other` has seen; returns itself. ValueError: another dimension D."""
+        """Add the points that `other` has seen; returns itself. ValueError: another dimension D. TypeError: another class."""
+        if not isinstance(other, GaussianStatistics):
+            raise TypeError(f"expected GaussianStatistics to merge, got {type(other).__name__}; points are added by update")
         if other.count == 0:
             return self
         if self.count == 0:
@@ -100,12 +105,16 @@ class GaussianStatistics:
 
     @classmethod
     def from_state(cls, state: Tensor) -> Self:
-        """The statistics whose `state()` this is. ValueError: it cannot be one."""
+        """The statistics whose `state()` this is. ValueError: it cannot be one. TypeError: not a tensor."""
+        check_tensors("GaussianStatistics.from_state", state=state)
         D = math.isqrt(state.numel())  # of 1 + D + D^2
         if state.dim() != 1 or D < 1 or len(state) != 1 + D + D * D or state.dtype != torch.float64:
             raise ValueError(f"expected a state, float64 [1 + D + D D], got {state.dtype} {list(state.shape)}")
+        count = state[0].item()
+        if not (1 <= count < math.inf and count == math.floor(count)):
+            raise ValueError(f"expected a state with a whole count of at least 1, got {count}")
         statistics = cls()
-        statistics.count = int(state[0])
+        statistics.count = int(count)
         statistics._mean, statistics._scatter = state[1 : 1 + D].clone(), state[1 + D :].reshape(D, D).clone()
         return statistics
 

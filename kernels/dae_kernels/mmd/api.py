@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -39,13 +38,21 @@ def mmd(
 
     Memory is O((N + M) D), forward and backward: kernel values are never stored (the reference keeps a few blocks of 8 MiB).
     If gradients are needed they are made in the forward pass; there are no second derivatives (asking for them raises).
-    The reference computes in float64. The kernel centres the clouds and computes in float32 with |x|^2 + |y|^2 - 2 x.y.
+    A point with NaN or infinity, or 1e154 away from another, makes the result NaN, also if its weight is 0.
+
+    The reference computes in float64. The kernel computes in float32 with |x|^2 + |y|^2 - 2 x.y, about medians of the clouds,
+    so neither the origin nor a few far points matter. Rounding moves the exponent |x - y|^2 / (2 s^2) of two points at distance
+    R from the median by about 1e-7 (R / s)^2. It shows where points are near each other and both far from the rest of their
+    cloud: of pairs in a second cluster at R = 100 s the kernel values are good to three digits, from R = 3000 s on they are
+    anything from 0 to 1, and there the reference is to be used. Distances from the median from 1e19 on overflow to NaN.
 
     Args:
         x: [N, D], floating; any strides.
         y: [M, D], of the same dtype and device.
-        bandwidths: at least one standard deviation s > 0, in the unit of the points.
-        unbiased: the U-statistic, which needs two points of positive weight in each cloud, or the V-statistic.
+        bandwidths: at least one standard deviation s, in the unit of the points, from 1e-150 to 1e150; from 1e-18 to 1e18 for
+            the kernel, which computes in float32.
+        unbiased: the U-statistic, which needs two points of positive weight in each cloud and a sum of squared weights of at
+            most 1 - 1e-9, or the V-statistic.
         weights_x: [N], floating, not negative, of positive sum; None for equal ones.
         weights_y: [M], likewise.
         impl: "auto" is "triton" for CUDA tensors of at most 32 bits where triton is installed, else "reference"; a named
@@ -57,7 +64,7 @@ def mmd(
     Raises:
         ValueError: shapes or devices disagree, an empty cloud, too few points for `unbiased`, bad bandwidths or weights, an
             unknown option, or `impl` cannot run here.
-        TypeError: not floating point, clouds of two dtypes, or bandwidths that are not a sequence of numbers.
+        TypeError: not tensors, not floating point, clouds of two dtypes, or bandwidths that are not a sequence of numbers.
 
     Source: Gretton et al. 2012, "A kernel two-sample test", JMLR 13, lemma 6; sums of kernels: Li et al. 2015, arXiv 1502.02761.
     """
@@ -68,7 +75,10 @@ def mmd(
     if unbiased:
         check_pairs("x", x, weights_x)
         check_pairs("y", y, weights_y)
-    chosen = choose(impl, x.device, dtype_refusal(x))
+    refusal = dtype_refusal(x)
+    if min(bandwidths) < 1e-18 or max(bandwidths) > 1e18:
+        refusal = f"the kernel takes bandwidths from 1e-18 to 1e18, got {bandwidths}"
+    chosen = choose(impl, x.device, refusal)
     a_N, b_M = normalised(weights_x, x, torch.float64), normalised(weights_y, y, torch.float64)
     within_x, across, within_y = pair_sums(x, y, a_N, b_M, bandwidths, chosen)
     # The sums lack the pairs i = j, whose kernel value is exactly 1 a bandwidth.
@@ -86,20 +96,29 @@ def checked_bandwidths(bandwidths: Sequence[float]) -> tuple[float, ...]:
     for bandwidth in bandwidths:
         if isinstance(bandwidth, bool) or not isinstance(bandwidth, int | float):
             raise TypeError(f"mmd needs bandwidths that are numbers, got {type(bandwidth).__name__}")
-        if not (bandwidth > 0 and math.isfinite(bandwidth)):
-            raise ValueError(f"mmd needs bandwidths that are positive and finite, got {bandwidth}")
+        if not 1e-150 <= bandwidth <= 1e150:  # the squares beyond are not float64 numbers
+            raise ValueError(f"mmd needs bandwidths that are positive and finite, from 1e-150 to 1e150, got {bandwidth!r:.20}")
     if len(bandwidths) == 0:
         raise ValueError("mmd needs at least one bandwidth, got none")
     return tuple(float(bandwidth) for bandwidth in bandwidths)
 
 
 def check_pairs(name: str, cloud: Tensor, weights: Tensor | None) -> None:
-    """Two points of positive weight, or an unbiased mean over pairs does not exist; weights are read where they can be."""
-    points = cloud.shape[0]
+    """Two points of positive weight, or an unbiased mean over pairs does not exist; weights are read where they can be.
+
+    The mean divides by the weight of pairs, 1 - sum a_i^2, which is rounding alone where one point has nearly all weight.
+    """
+    points, pairs = cloud.shape[0], 1.0
     if weights is not None and values_readable(weights):
         points = int((weights.detach() > 0).sum())
+        pairs = 1.0 - normalised(weights.detach(), cloud, torch.float64).square().sum().item()
     if points < 2:
         raise ValueError(
             f"mmd with unbiased=True needs at least two points of positive weight in each cloud, got {points} in {name}; "
             "unbiased=False takes one"
+        )
+    if pairs < 1e-9:
+        raise ValueError(
+            f"mmd with unbiased=True needs weights_{name} whose pairs have a weight 1 - sum a_i^2 of at least 1e-9, "
+            f"got {pairs:.3g}; unbiased=False takes any"
         )

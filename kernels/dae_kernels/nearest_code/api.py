@@ -5,12 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dae_kernels.clouds import convention
 from dae_kernels.dispatch import check_choice, choose, dtype_refusal
 from dae_kernels.nearest_code.reference import nearest_code_reference
 
 MAX_HEADS = 65535  # the second axis of a CUDA grid
 
 
+@convention(
+    value="squared",
+    cost="l2: |x - c|^2, factor 1; cosine: 1 - x.c / (|x| |c|), not squared",
+    bias="none: exact in the vectors it is given",
+)
 @torch.no_grad()
 def nearest_code(
     x: Tensor, codebook: Tensor, *, metric: str = "l2", precision: str = "exact", impl: str = "auto"
@@ -21,9 +27,14 @@ def nearest_code(
         cosine:  index = argmax_k x . c_k / (|x| |c_k|),  distance = 1 - that cosine, in [0, 2]
 
     The code is the one that float64 finds, except by precision="fast": float32 scores settle what they provably can, float64
-    distances the rest. The lowest index wins a tie. A zero vector has cosine 0 with everything.
-    Memory is O(N + K) beside the operands: the [N, K] scores are never stored (the reference keeps 64 MiB of them at most, the
-    kernel 20 bytes a vector, times the splits of the codes where vectors are few: as many as fill the GPU).
+    distances the rest. The lowest index wins a tie, also one that float64 rounds apart: codes whose distances differ by no
+    more than (D + 4) 2^-51 of the distance (of 1 for the cosine) may count as equal, in either implementation. A multiple of
+    a code is tied with it by its cosine as long as the multiple itself is not rounded further than that.
+    A zero vector has cosine 0 with everything.
+    Memory is O(N + K) beside the operands: the [N, K] scores are never stored. The reference works on 2^18 coordinates of
+    codes (at least 64 codes) and 2^19 scores at a time, on a GPU 2^23; the kernel keeps 20 bytes a vector, times the splits of
+    the codes where vectors are few: as many as fill the GPU. float64 squares may overflow: relative to the middle of the
+    codes, distances shorter than 1e-154 of its spread are taken for 0.
     Not finite operands give some index in [0, K). Autocast does not touch the operands.
 
     Neither output is differentiable. The differentiable distance is `(x - codebook[index]).square().sum(-1)`.

@@ -5,11 +5,10 @@ keeps the best score of each row with its index. `settle_kernel` joins the share
 
 "exact" is exact by construction. The search then keeps the two best codes (of different tiles) and a bound `rest` below the
 scores of all others. `settle_kernel` compares the two by float64 distances. Where `rest` is within the error that rounding can
-leave in two scores (`rounding_error`), three or more codes may be nearest, or two of one tile, and the row is compared with
-every code in float64. Equal distances go to the lowest index. By this bound and torch's float32 scores no row of 2048 walks in
+leave in two scores (`rounding_error`), three or more codes may be nearest, or two of one tile, and the row walks: it is
+compared with every code in float64. By this bound and torch's float32 scores no row of 2048 walks in
 the three families of profiling/exactness.py, and 4 do for normal operands at K = 8192, D = 256. Every row does where float32
-cannot tell codes apart: three copies of each code, data far off the origin, D = 1 with many codes. In "cosine" |x| |c| must fit
-into float32.
+cannot tell codes apart: three copies of each code, data far off the origin, D = 1 with many codes.
 
 Roofline (counts, with the measured floors of an H100: 3.0 TB/s, 798 TFLOP/s in bf16; the kernels themselves are not measured).
 - Flop: 2 N K D for the products. Bytes: (N + K) D b for operands of b bytes, and 12 N of results. With N >> K that is 2 K / b
@@ -27,8 +26,13 @@ Roofline (counts, with the measured floors of an H100: 3.0 TB/s, 798 TFLOP/s in 
   stream; up to BLOCK_D the rows of x stay on the chip and only codes stream.
 - N / BLOCK_N programs fill 132 SMs from N = 17000 (float32: 8500). Below that the codes are split into S shares, so that
   S N / BLOCK_N programs do; they cost 8 S N bytes ("exact" 20 S N), written and read once.
-- Settling reads x and one code a row ("exact": two), 2 N D b bytes and more: a pass over memory, small beside K products.
-- A row that walks reads the codebook, K D b bytes, on one SM: a cost to watch where many rows do.
+- Settling reads a row of x and a code that lies anywhere, 2 N D b bytes, with three float64 operations a coordinate; "exact"
+  twice that. A coordinate of the search is K bf16 multiply-adds, 32 of which take as long as one float64 operation: settling
+  is a few percent from K = 5000 on, and as long as the search at K = 200.
+- A row that walks reads the codebook, K D b bytes, from L2, and costs two float64 operations ("cosine": two multiply-adds) and
+  two conversions for each of K D coordinates; the 32 rows of a program walk one after the other. An SM does 64 such operations
+  a cycle (sm_80: 32) where its tensor cores do 2048 bf16 multiply-adds: if all rows walk, that takes 64 to 128 times as long
+  as the bf16 product at least.
 """
 
 from __future__ import annotations
@@ -166,12 +170,12 @@ def search_kernel(
 
 
 @triton.jit
-def true_distance(x_ptrs, code_ptrs, inside, D, COSINE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Distances of BLOCK_M pairs of rows in float64, and |x|^2: no cancellation, and equal codes get equal bits."""
+def true_distance(x_ptrs, code_ptrs, inside, D, COSINE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Distances of BLOCK_N pairs of rows in float64, and |x|^2: no cancellation, and equal codes get equal bits."""
     e = tl.arange(0, BLOCK_E)
-    main = tl.zeros([BLOCK_M, BLOCK_E], tl.float64)
-    xx = tl.zeros([BLOCK_M, BLOCK_E], tl.float64)
-    cc = tl.zeros([BLOCK_M, BLOCK_E], tl.float64)
+    main = tl.zeros([BLOCK_N, BLOCK_E], tl.float64)
+    xx = tl.zeros([BLOCK_N, BLOCK_E], tl.float64)
+    cc = tl.zeros([BLOCK_N, BLOCK_E], tl.float64)
     for e0 in range(0, D, BLOCK_E):
         mask = inside[:, None] & (e0 + e[None, :] < D)
         x = tl.load(x_ptrs[:, None] + e0 + e[None, :], mask=mask, other=0.0).to(tl.float64)
@@ -191,20 +195,28 @@ def true_distance(x_ptrs, code_ptrs, inside, D, COSINE: tl.constexpr, BLOCK_M: t
 
 
 @triton.jit
-def nearest_of_all(x_ptr, codebook_ptr, K, D, COSINE: tl.constexpr, BLOCK_W: tl.constexpr, BLOCK_E: tl.constexpr):
-    """The float64 distance of one row of x to the nearest of K codes, and its index."""
-    lane = tl.arange(0, BLOCK_W)
-    least = tl.full([BLOCK_W], float("inf"), tl.float64)
-    least_code = tl.zeros([BLOCK_W], tl.int32)
-    for k0 in range(0, K, BLOCK_W):
+def enlarged(distance, D, COSINE: tl.constexpr):
+    """A float64 distance plus what the rounding of two can amount to: up to there another may be equal to it."""
+    rounding = (D + 4) * 4.440892098500626e-16  # 2^-51
+    return distance + rounding * (1.0 if COSINE else distance)
+
+
+@triton.jit
+def nearest_of_all(x_ptr, codebook_ptr, K, D, COSINE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr):
+    """The float64 distance of one row of x to the nearest of K codes, and its index, BLOCK_N codes at a time."""
+    lane = tl.arange(0, BLOCK_N)
+    least = tl.full([BLOCK_N], float("inf"), tl.float64)
+    least_code = tl.zeros([BLOCK_N], tl.int32)
+    for k0 in range(0, K, BLOCK_N):
         code = k0 + lane
         code_ptrs = codebook_ptr + code.to(tl.int64) * D
-        distance, _ = true_distance(x_ptr + lane * 0, code_ptrs, code < K, D, COSINE, BLOCK_W, BLOCK_E)
-        better = (code < K) & (distance < least)
+        distance, _ = true_distance(x_ptr + lane * 0, code_ptrs, code < K, D, COSINE, BLOCK_N, BLOCK_E)
+        better = (code < K) & (enlarged(distance, D, COSINE) < least)
         least = tl.where(better, distance, least)
         least_code = tl.where(better, code, least_code)
-    distance = tl.min(least, axis=0)
-    return distance, tl.min(tl.where(least == distance, least_code, K - 1), axis=0)
+    limit = enlarged(tl.min(least, axis=0), D, COSINE)
+    index = tl.min(tl.where(least <= limit, least_code, K - 1), axis=0)
+    return tl.min(tl.where(least_code == index, least, float("inf")), axis=0), index
 
 
 @triton.jit
@@ -216,8 +228,8 @@ def rounding_error(x_square, distance, reach, D, COSINE: tl.constexpr):
     2021, on tensor cores; Higham 2002, section 3.1); 16-bit products and float32 ones less. What underflows is below 2^-100.
     """
     x_length = tl.sqrt(x_square)
-    if COSINE:  # reach = max 1 / |c|
-        size = x_length + 7.9e-31 * (1.0 + x_length) * reach
+    if COSINE:  # reach = the greatest |c| or 1 / |c|
+        size = tl.where(x_length * reach < 1e37, x_length + 7.9e-31 * (1.0 + x_length) * reach, float("inf"))
     else:  # reach = max |c|^2; a code that is at most `distance` away is no longer than |x| + |x - c|
         longest = tl.minimum(tl.sqrt(reach), x_length + tl.sqrt(distance))
         size = longest * (longest + 2.0 * x_length) + 7.9e-31 * (1.0 + x_length + longest)
@@ -241,10 +253,9 @@ def settle_kernel(
     COSINE: tl.constexpr,
     EXACT: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_W: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """Index and distance [N, H] of BLOCK_N rows of one head, out of what the S splits found; `reach` [H] is the greatest norm."""
+    """Index and distance [N, H] of BLOCK_N rows of one head, out of what the S splits found; `reach` [H] is for the bound."""
     head = tl.program_id(1).to(tl.int64)
     n = tl.arange(0, BLOCK_N)
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + n
@@ -280,14 +291,15 @@ def settle_kernel(
         sure = rest - best > 2.0 * error  # false for NaN
         # Nothing is nearest to a row that is not finite, and everything to a zero row by its cosine.
         crowded = inside & (sure == 0) & (x_square < float("inf")) & (x_square > (0.0 if COSINE else -1.0))
-        swap = (second_distance < distance) | ((second_distance == distance) & (second_index < index))
+        nearer = enlarged(second_distance, D, COSINE) < distance
+        swap = nearer | ((second_index < index) & (second_distance <= enlarged(distance, D, COSINE)))
         index = tl.where(swap, second_index, index)
         distance = tl.where(swap, second_distance, distance)
 
         while tl.max(crowded.to(tl.int32), axis=0) > 0:
             r = tl.min(tl.where(crowded, n, BLOCK_N), axis=0)
             x_r_ptr = x_ptr + ((tl.program_id(0).to(tl.int64) * BLOCK_N + r) * H + head) * D
-            distance_r, index_r = nearest_of_all(x_r_ptr, codebook_ptr, K, D, COSINE, BLOCK_W, BLOCK_E)
+            distance_r, index_r = nearest_of_all(x_r_ptr, codebook_ptr, K, D, COSINE, BLOCK_N, BLOCK_E)
             distance = tl.where(n == r, distance_r, distance)
             index = tl.where(n == r, index_r, index)
             crowded = crowded & (n != r)
@@ -314,9 +326,9 @@ def search_tile(D: int, dot_dtype: torch.dtype, exact: bool) -> dict[str, int]:
     return {"BLOCK_N": 128, "BLOCK_K": block_k, "BLOCK_D": min(padded(D), 64), "num_warps": 8, "num_stages": 2}
 
 
-def settle_tile() -> dict[str, int]:
-    """Tile sizes and launch options of the settlement; BLOCK_W codes at a time where a row walks."""
-    return {"BLOCK_N": 32, "BLOCK_W": 64, "BLOCK_E": 16, "num_warps": 8}
+def settle_tile(cosine: bool) -> dict[str, int]:
+    """Tile sizes and launch options of the settlement, with which no target spills: four coordinates a thread, or two."""
+    return {"BLOCK_N": 32, "BLOCK_E": 16 if cosine else 8, "num_warps": 4}
 
 
 def dot_dtype(x: torch.dtype, codebook: torch.dtype, exact: bool) -> torch.dtype:
@@ -352,12 +364,14 @@ def launch(
     N, K, S = x_NHD.shape[0], codebook_HKD.shape[1], score_RSNH.shape[1]
     H, D = int(codebook_HKD.shape[0]), int(codebook_HKD.shape[2])  # constants of the kernels
     dtype = dot_dtype(x_NHD.dtype, codebook_HKD.dtype, exact)
-    norm_options, search_options, settle_options = norm_tile(D), search_tile(D, dtype, exact), settle_tile()
+    norm_options, search_options, settle_options = norm_tile(D), search_tile(D, dtype, exact), settle_tile(cosine)
     # AMD has no tf32x3; its float32 product is a float32 product.
     exact_precision = "ieee" if torch.version.hip else "tf32x3"
     launchable(code_norm_kernel)[(triton.cdiv(H * K, norm_options["BLOCK_K"]),)](
         codebook_HKD, norm_HK, H * K, D=D, COSINE=cosine, **norm_options
     )
+    # A zero code has no length to care for; a long one may overflow, a short one underflow.
+    reach_HK = torch.maximum(norm_HK, (1.0 / norm_HK).where(norm_HK > 0, 0.0)) if cosine else norm_HK
     block_k = search_options["BLOCK_K"]
     launchable(search_kernel)[(triton.cdiv(N, search_options["BLOCK_N"]), H, S)](
         x_NHD,
@@ -380,7 +394,7 @@ def launch(
     launchable(settle_kernel)[(triton.cdiv(N, settle_options["BLOCK_N"]), H)](
         x_NHD,
         codebook_HKD,
-        norm_HK.amax(dim=1) if exact else norm_HK,
+        reach_HK.amax(dim=1) if exact else norm_HK,
         score_RSNH,
         candidate_RSNH,
         index_NH,

@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dae_kernels.clouds import middle, sampled
 from dae_kernels.dispatch import launchable, register_triton_op
 
 
@@ -119,11 +120,16 @@ def tile(D: int, gradient: bool) -> dict[str, int]:
     return {"BLOCK_N": 64, "BLOCK_M": block_m, "BLOCK_D": 16, "BLOCK_E": block_e, "num_warps": 4, "num_stages": 2}
 
 
-def centred(x_ND: Tensor, y_MD: Tensor) -> tuple[Tensor, Tensor]:
-    """Contiguous float32 clouds with the mean of all points at the origin: |x|^2 + |y|^2 - 2 x.y then cancels least."""
-    total_D = x_ND.sum(dim=0, dtype=torch.float64) + y_MD.sum(dim=0, dtype=torch.float64)
-    center_D = (total_D / (x_ND.shape[0] + y_MD.shape[0])).float()
-    return (x_ND.float() - center_D).contiguous(), (y_MD.float() - center_D).contiguous()
+def centred(x_ND: Tensor, y_MD: Tensor, a_N: Tensor, b_M: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """float32 clouds with a centre at the origin, where |x|^2 + |y|^2 - 2 x.y cancels least: x alone, x and y, y alone.
+
+    The centres are medians, as one far point would move a mean away from all others; and each cloud has its own for the pairs
+    within it, as it may be far from the other.
+    """
+    x_ND, y_MD = x_ND.float(), y_MD.float()
+    x_SD, y_SD = sampled(x_ND, a_N), sampled(y_MD, b_M)
+    x_D, common_D, y_D = (middle(points) for points in (x_SD, torch.cat([x_SD, y_SD]), y_SD))
+    return x_ND - x_D, x_ND - common_D, y_MD - common_D, y_MD - y_D
 
 
 def rates(bandwidths: tuple[float, ...], device: torch.device) -> Tensor:

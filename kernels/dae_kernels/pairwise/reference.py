@@ -35,7 +35,9 @@ def pair_rows_reference(
         value_nM = torch.cdist(q_nD, s_MD, compute_mode="donot_use_mm_for_euclid_dist")
         # slope is f'(r) / r, so the gradient is the sum of v slope (q - s).
         if bandwidths:
+            # A point at infinity would have kernel value 0 with all others, and nobody would see it.
             square_nM = value_nM.square_()
+            square_nM.masked_fill_(square_nM.isinf(), float("nan"))
             value_nM, slope_nM = torch.zeros_like(square_nM), torch.zeros_like(square_nM)
             for bandwidth in bandwidths:
                 bump_nM = (square_nM * (-0.5 / bandwidth**2)).exp_()

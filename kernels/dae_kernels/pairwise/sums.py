@@ -65,20 +65,21 @@ class PairSums(torch.autograd.Function):
         if impl == "triton":
             from dae_kernels.pairwise.fused import centred, pair_rows_triton, rates
 
-            x, y = centred(x_ND, y_MD)
+            x_alone, x, y, y_alone = centred(x_ND, y_MD, a_N, b_M)
             coefficients_B = rates(bandwidths, x.device)
 
             def rows(q: Tensor, s: Tensor, v: Tensor, same: bool, gradient: bool) -> tuple[Tensor, Tensor]:
                 p, g = pair_rows_triton(q, s, v.float(), coefficients_B, len(bandwidths), same, gradient)
                 return p.double(), g
         else:
-            x, y = x_ND, y_MD
+            x_alone = x = x_ND
+            y_alone = y = y_MD
 
             def rows(q: Tensor, s: Tensor, v: Tensor, same: bool, gradient: bool) -> tuple[Tensor, Tensor]:
                 return pair_rows(q, s, v, bandwidths, same, gradient)
 
-        within_x_N, slope_xx_ND = rows(x, x, a_N, True, for_x)
-        within_y_M, slope_yy_MD = rows(y, y, b_M, True, for_y)
+        within_x_N, slope_xx_ND = rows(x_alone, x_alone, a_N, True, for_x)
+        within_y_M, slope_yy_MD = rows(y_alone, y_alone, b_M, True, for_y)
         sums = [(a_N * within_x_N).sum(), None, (b_M * within_y_M).sum()]
         made = []
         # Weights of a side multiply its rows, so the gradient to a weight is the row's sum (twice, within a cloud).

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from dae_kernels.clouds import middle, normalised, sampled
+
 MAX_DISTANCES = 1 << 23  # numbers alive at once in an array: 64 MiB in float64
 SPARE = 8  # candidates beyond the k nearest, whose order the products may have confused
 EPS = torch.finfo(torch.float64).eps
@@ -18,8 +20,8 @@ EPS = torch.finfo(torch.float64).eps
 
 def squared_distance_blocks(x_ND: Tensor, y_MD: Tensor, rows: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """(rows of x, their squared distances [n, M] by products, bound [n, M] of the error) of successive blocks."""
-    # Distances do not change, but their error does: it grows with the distance from the origin. The median ignores outliers.
-    centre_D = y_MD.median(dim=0).values
+    # Distances do not change, but their error does: it grows with the distance from the origin.
+    centre_D = middle(sampled(y_MD, normalised(None, y_MD, torch.float64)))
     x_ND, y_MD = x_ND - centre_D, y_MD - centre_D
     xx_N, yy_M = x_ND.square().sum(dim=1), y_MD.square().sum(dim=1)
     for start in range(0, x_ND.shape[0], rows):

@@ -29,6 +29,20 @@ from torch import Tensor
 
 
 @triton.jit
+def log2_weights(log_b_ptr, col, M):
+    return tl.load(log_b_ptr + col, mask=col < M, other=float("-inf")) * 1.4426950408889634
+
+
+@triton.jit
+def expm1(x):
+    """exp(x) - 1 to a rounding of it, for |x| < 1.5: its series to x^12."""
+    series = 1.0 + x * (1.0 / 12.0)
+    for n in tl.static_range(11, 1, -1):
+        series = 1.0 + series * (x * (1.0 / n))
+    return series * x
+
+
+@triton.jit
 def scores(
     x,
     x_ptr,
@@ -43,13 +57,16 @@ def scores(
     scale,
     D: tl.constexpr,
     P: tl.constexpr,
+    FLAT: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """Scores to base 2 of a tile, and its distances (products for P = 2). A score is -inf where the weight is 0."""
-    LOG2E: tl.constexpr = 1.4426950408889634
+    """Scores to base 2 of a tile, and its distances (products for P = 2). A score is -inf where the weight is 0.
+
+    If FLAT, scores are without their weights.
+    """
     tile = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     if P == 1:
         for d0 in range(0, d_end):
@@ -71,9 +88,9 @@ def scores(
                 x_d = tl.load(x_ptrs + d0, mask=(row[:, None] < N) & d_inside, other=0.0)
                 y_d = tl.load(y_ptrs + d0, mask=(col[:, None] < M) & d_inside, other=0.0)
                 tile = tl.dot(x_d, tl.trans(y_d), tile, input_precision=INPUT_PRECISION)
-    log_b = tl.load(log_b_ptr + col, mask=col < M, other=float("-inf"))
-    g = tl.load(g_ptr + col, mask=col < M, other=0.0)
-    u = log_b * LOG2E + g * scale
+    u = tl.load(g_ptr + col, mask=col < M, other=0.0) * scale
+    if not FLAT:
+        u += log2_weights(log_b_ptr, col, M)
     sign: tl.constexpr = 1.0 if P == 2 else -1.0
     return tile * (sign * scale) + u[None, :], tile
 
@@ -92,6 +109,7 @@ def sinkhorn_update_kernel(
     scale,
     D: tl.constexpr,
     P: tl.constexpr,
+    FLAT: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -99,7 +117,8 @@ def sinkhorn_update_kernel(
 ):
     """f = -log2(sum_j 2^score_j) / scale for BLOCK_N rows and `share` columns; scale = log2(e) / epsilon.
 
-    f is [shares, N]. `d_end` is D once more, at run time: the compiler would unroll a loop over D of known length, and spill.
+    If FLAT (see the solver), the sum of b_j (e^score_j - 1) in its place. f is [shares, N].
+    `d_end` is D once more, at run time: the compiler would unroll a loop over D of known length, and spill.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
@@ -111,14 +130,19 @@ def sinkhorn_update_kernel(
         col = m0 + tl.arange(0, BLOCK_M)
         score, _ = scores(
             x, x_ptr, y_ptr, log_b_ptr, g_ptr, row, col, N, M, d_end, scale,
-            D, P, INPUT_PRECISION, BLOCK_N, BLOCK_M, BLOCK_D,
+            D, P, FLAT, INPUT_PRECISION, BLOCK_N, BLOCK_M, BLOCK_D,
         )  # fmt: skip
-        new_top = tl.maximum(top, tl.max(score, axis=1))
-        # As long as all weights were 0 the maximum is -inf, and -inf less itself is NaN.
-        finite_top = tl.where(new_top == float("-inf"), 0.0, new_top)
-        total = total * tl.exp2(top - finite_top) + tl.sum(tl.exp2(score - finite_top[:, None]), axis=1)
-        top = new_top
-    tl.store(f_ptr + tl.program_id(1).to(tl.int64) * N + row, -(tl.log2(total) + top) / scale, mask=row < N)
+        if FLAT:
+            b = tl.exp2(log2_weights(log_b_ptr, col, M))
+            total += tl.sum(b[None, :] * expm1(score * 0.6931471805599453), axis=1)
+        else:
+            new_top = tl.maximum(top, tl.max(score, axis=1))
+            # As long as all weights were 0 the maximum is -inf, and -inf less itself is NaN.
+            finite_top = tl.where(new_top == float("-inf"), 0.0, new_top)
+            total = total * tl.exp2(top - finite_top) + tl.sum(tl.exp2(score - finite_top[:, None]), axis=1)
+            top = new_top
+    f = total if FLAT else -(tl.log2(total) + top) / scale
+    tl.store(f_ptr + tl.program_id(1).to(tl.int64) * N + row, f, mask=row < N)
 
 
 @triton.jit(do_not_specialize=["N", "M", "d_end"])
@@ -154,7 +178,7 @@ def sinkhorn_derivative_kernel(
         col = m0 + tl.arange(0, BLOCK_M)
         score, distance = scores(
             x, x_ptr, y_ptr, log_b_ptr, g_ptr, row, col, N, M, d_end, scale,
-            D, P, INPUT_PRECISION, BLOCK_N, BLOCK_M, BLOCK_D,
+            D, P, False, INPUT_PRECISION, BLOCK_N, BLOCK_M, BLOCK_D,
         )  # fmt: skip
         plan = tl.exp2(score + (f * scale)[:, None])
         total += tl.sum(plan, axis=1)
@@ -194,6 +218,7 @@ def launch(
     df_ND: Tensor | None,
     epsilon: float,
     p: int,
+    flat: bool,
     shares: int = 1,
 ) -> None:
     """The update into f_N and, unless it is None, the derivative into df_ND. All buffers are contiguous and float32.
@@ -209,9 +234,11 @@ def launch(
     shares = triton.cdiv(M, share)
     f_SN = f_N[None] if shares == 1 else f_N.new_empty(shares, N)
     sinkhorn_update_kernel[rows, shares](
-        x_ND, y_MD, log_b_M, g_M, f_SN, N, M, share, D, scale, **constants, **UPDATE_TILE[p]
+        x_ND, y_MD, log_b_M, g_M, f_SN, N, M, share, D, scale, FLAT=flat, **constants, **UPDATE_TILE[p]
     )  # fmt: skip
-    if shares > 1:
+    if flat:
+        f_N.copy_(f_SN.sum(dim=0).log1p() * -epsilon)
+    elif shares > 1:
         f_N.copy_(torch.logsumexp(f_SN / -epsilon, dim=0) * -epsilon)
     if df_ND is not None:
         grid = triton.cdiv(N, DERIVATIVE_TILE["BLOCK_N"]), triton.cdiv(D, DERIVATIVE_TILE["BLOCK_E"])
@@ -235,8 +262,10 @@ class TritonUpdate:
         self.x_ND, self.y_MD, self.p = x_ND, y_MD, p
         self.shares = shares_to_fill(x_ND.device, len(x_ND), len(y_MD))
 
-    def __call__(self, log_b_M: Tensor, g_M: Tensor, epsilon: float, gradient: bool = False) -> tuple[Tensor, Tensor | None]:
+    def __call__(
+        self, log_b_M: Tensor, g_M: Tensor, epsilon: float, flat: bool, gradient: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
         f_N = self.x_ND.new_empty(len(self.x_ND))
         df_ND = torch.empty_like(self.x_ND) if gradient else None
-        launch(self.x_ND, self.y_MD, log_b_M, g_M, f_N, df_ND, epsilon, self.p, self.shares)
+        launch(self.x_ND, self.y_MD, log_b_M, g_M, f_N, df_ND, epsilon, self.p, flat, self.shares)
         return f_N, df_ND

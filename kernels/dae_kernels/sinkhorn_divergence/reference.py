@@ -43,8 +43,11 @@ class ReferenceUpdate:
     def distances(self, x_nD: Tensor) -> Tensor:
         return torch.cdist(x_nD, self.y_MD, compute_mode="donot_use_mm_for_euclid_dist")
 
-    def __call__(self, log_b_M: Tensor, g_M: Tensor, epsilon: float, gradient: bool = False) -> tuple[Tensor, Tensor | None]:
-        u_M = log_b_M + g_M / epsilon
+    def __call__(
+        self, log_b_M: Tensor, g_M: Tensor, epsilon: float, flat: bool, gradient: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        b_M = log_b_M.exp()
+        u_M = g_M / epsilon if flat else g_M / epsilon + log_b_M
         # Written in place: small results kept between large blocks would keep the heap from reusing the blocks.
         f_N, df_ND = self.x_ND.new_empty(len(self.x_ND)), torch.empty_like(self.x_ND) if gradient else None
         for start in range(0, len(self.x_ND), self.rows):
@@ -55,10 +58,15 @@ class ReferenceUpdate:
             else:
                 distance_nM = self.distances(x_nD) if self.distance_NM is None else self.distance_NM[block]
                 score_nM = torch.add(u_M, distance_nM, alpha=-1 / epsilon)
-            top_n = score_nM.amax(dim=1)  # finite, as at least one weight is positive
-            plan_nM = score_nM.sub_(top_n[:, None]).clamp_(min=self.least).exp_()
-            total_n = plan_nM.sum(dim=1)
-            f_N[block] = -epsilon * (total_n.log() + top_n)
+            if flat:
+                plan_nM = score_nM.expm1_().mul_(b_M)
+                f_N[block] = -epsilon * plan_nM.sum(dim=1).log1p()
+                total_n = plan_nM.add_(b_M).sum(dim=1)
+            else:
+                top_n = score_nM.amax(dim=1)  # finite, as at least one weight is positive
+                plan_nM = score_nM.sub_(top_n[:, None]).clamp_(min=self.least).exp_()
+                total_n = plan_nM.sum(dim=1)
+                f_N[block] = -epsilon * (total_n.log() + top_n)
             if gradient:
                 if self.p == 2:
                     df_ND[block] = x_nD - product(plan_nM, self.y_MD) / total_n[:, None]

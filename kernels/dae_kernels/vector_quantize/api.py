@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from dae_kernels.clouds import check_number, check_tensors, convention
 from dae_kernels.dispatch import check_choice
 from dae_kernels.nearest_code import nearest_code
 from dae_kernels.vector_quantize.reference import commitment, rotated, straight_through, unit
@@ -21,6 +22,11 @@ class VectorQuantized(NamedTuple):
     loss: Tensor
 
 
+@convention(
+    value="squared",
+    cost="of the search |x - e|^2, or 1 - cosine; the loss is commitment_weight times the mean over elements of (x - e)^2",
+    bias="none: exact in the vectors it is given",
+)
 def vector_quantize(
     x: Tensor,
     codebook: Tensor,
@@ -65,18 +71,17 @@ def vector_quantize(
 
     Raises:
         ValueError: shapes or devices disagree, K = 0 or D = 0, an unknown option, a bad weight, or `impl` cannot run here.
-        TypeError: an operand is not floating point.
+        TypeError: an operand is not a floating point tensor, or the weight no number.
 
     Source: van den Oord et al. 2017, arXiv 1711.00937, equation 3 without its codebook term; rotation: Fifty et al. 2024,
     arXiv 2410.06424, sections 4.1 and 4.2; cosine: Yu et al. 2022, arXiv 2110.04627, section 3.2.
     """
     check_choice("gradient", gradient, ("ste", "rotation"))
+    check_tensors("vector_quantize", x=x, codebook=codebook)
+    check_number("vector_quantize", "commitment_weight", commitment_weight)
     if not (math.isfinite(commitment_weight) and commitment_weight >= 0):
         raise ValueError(f"commitment_weight must be finite and not negative, got {commitment_weight}")
-    if torch.compiler.is_compiling():  # nothing reads values there, and Dynamo takes no Function whose only output is an index
-        indices, _ = nearest_code(x, codebook, metric=metric, precision=precision, impl=impl)
-    else:
-        indices = Search.apply(x, codebook, metric, precision, impl)
+    indices, _ = nearest_code(x, codebook, metric=metric, precision=precision, impl=impl)
     dtype = torch.promote_types(x.dtype, codebook.dtype)
     wide = torch.promote_types(dtype, torch.float32)
     codes = codebook.detach()
@@ -86,24 +91,3 @@ def vector_quantize(
         x_, code = unit(x_), unit(code)
     turn = rotated if gradient == "rotation" else straight_through
     return VectorQuantized(turn(x_, code).to(dtype), indices, commitment_weight * commitment(x_, code))
-
-
-class Search(torch.autograd.Function):
-    """The indices of `nearest_code`, without a gradient.
-
-    A Function runs below torch.func.grad, so the search sees whether torch.vmap has batched its operands also in a vmap of grad.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, codebook: Tensor, metric: str, precision: str, impl: str) -> Tensor:
-        return nearest_code(x, codebook, metric=metric, precision=precision, impl=impl)[0]
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.mark_non_differentiable(output)
-
-    @staticmethod
-    def backward(ctx: Any, _: Tensor) -> tuple[None, ...]:
-        return (None,) * 5

@@ -17,7 +17,7 @@ def unit(x: Tensor) -> Tensor:
 
 def straight_through(x: Tensor, code: Tensor) -> Tensor:
     """`code` to the bit, with the gradient of `x`."""
-    return code + (x - x.detach())
+    return code - (x.detach() - x)  # not code + 0, which makes 0.0 of -0.0
 
 
 def rotated(x: Tensor, code: Tensor) -> Tensor:
