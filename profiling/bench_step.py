@@ -7,7 +7,7 @@ The peer is the same autoencoder with each block replaced by the one that diffus
 Downsample2D, Upsample2D, Attention, and torch's own GroupNorm and SiLU for what is left, with the same weights. Everything round
 the blocks is one code for both (profiling/training_step.py): losses, AdamW, clipping, average of weights, and our vector
 quantizer with its moving averages, which diffusers' has not; so a difference is the blocks' alone. Before anything is timed, both
-must give one loss and one gradient in float64, which shows that they are the same model.
+must give one loss and one gradient in float64, which shows that they are the same model; `loss` is each one's first as timed.
 
 The step is that of the baseline `joint`: the real decoder, stage 1's losses. Each is measured contiguous and channels_last, in
 turns. Milliseconds and ratios: median with the 20 % and 80 % quantiles, a ratio of each round's two times. Peak is what a step
@@ -37,13 +37,13 @@ from profile_step import machine, synthetic_batches
 from torch import nn
 from training_step import PRESETS, AutoencoderStep, Clock, override
 
-from dae.config import Config
-from dae.models import Autoencoder
+from dae.config import Config, KernelsConfig
+from dae.models import Autoencoder, choose_kernels
 from dae.models.layers import Downsample, GroupNorm, ResidualBlock, SelfAttention2d, Upsample
 from dae.training import plan_stages
 
 WARM_UP = 2
-HEADER = f"{'step':<36}{'median ms':>11}{'20 %':>9}{'80 %':>9}{'images/s':>10}{'peak MiB':>10}{'state MiB':>11}"
+HEADER = f"{'step':<36}{'median ms':>11}{'20 %':>9}{'80 %':>9}{'images/s':>10}{'peak MiB':>10}{'state MiB':>11}{'loss':>10}"
 
 
 def with_diffusers_blocks(autoencoder: Autoencoder) -> Autoencoder:
@@ -118,7 +118,7 @@ def diffusers_block(block: nn.Module) -> nn.Module | None:
 
 
 def difference(config: Config, models: list[Autoencoder], device: torch.device) -> float:
-    """The greatest relative difference of loss, sample and a gradient at each end, in float64.
+    """The greatest relative difference of features, sample, loss and a gradient at each end, in float64 and plain torch.
 
     The quantizer computes in float32: its rounding, and nothing else, may differ.
     """
@@ -128,6 +128,7 @@ def difference(config: Config, models: list[Autoencoder], device: torch.device) 
     found = []
     for model in models:
         model = copy.deepcopy(model).to(device).train()
+        choose_kernels(model, KernelsConfig(**{knob.name: "reference" for knob in dataclasses.fields(KernelsConfig)}))
         model.encoder.double(), model.decoder.double()
         features = model.encoder(2 * images - 1)
         encoding = model.bottleneck(features, True)
@@ -183,7 +184,7 @@ class Case:
 def show(row: dict[str, Any]) -> str:
     ms, peak = row["ms"], "" if row["peak_bytes"] is None else format(row["peak_bytes"] / 2**20, ".1f")
     times = f"{ms['median']:>11.2f}{ms['p20']:>9.2f}{ms['p80']:>9.2f}{row['images_per_second']:>10.1f}"
-    return f"{row['step']:<36}{times}{peak:>10}{row['state_bytes'] / 2**20:>11.1f}"
+    return f"{row['step']:<36}{times}{peak:>10}{row['state_bytes'] / 2**20:>11.1f}{row['first_loss']:>10.6f}"
 
 
 def verdict(cases: list[Case]) -> list[dict[str, Any]]:

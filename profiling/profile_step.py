@@ -11,7 +11,8 @@ torch.compile. Printed, and written to --output:
 - time by block: forward hooks mark where a block of the model begins, and the gradient that passes the same place in the
   backward pass marks its end there, so the blocks add up to the step. On CUDA the marks are events in the stream; no step waits
   for them. Medians over --steps steps without the profiler. What torch.compile compiles is one block.
-- kept: memory that a block's forward pass leaves allocated for the backward pass, from one step under torch.profiler.
+- kept: by how much the allocated memory grows over a block's forward pass, which is what it keeps for its backward pass (below
+  0: it frees what the block before it made). From one step under torch.profiler.
 - profile.png: both as a picture (needs matplotlib). trace_<stage>.json.gz: that one step as a Chrome trace, with the same
   phases and blocks as two rows of their own; open it in https://ui.perfetto.dev or chrome://tracing.
 
@@ -172,7 +173,8 @@ def kept_bytes(recorded: dict[str, Any]) -> dict[str, int]:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    cpu = f"{platform.machine().replace('_', '-')} CPU, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    cpu = f"{platform.machine().replace('_', '-')} CPU, {threads} thread{'s' * (threads > 1)}"
     triton = importlib.util.find_spec("triton")
     versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda or torch.version.hip}
     if triton:
