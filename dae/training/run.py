@@ -109,7 +109,8 @@ class Run:
         return checkpoint
 
     def _refuse_occupied_folder(self) -> None:
-        occupied = [p.name for p in (self.history_file, self.folder / "model.safetensors") if p.exists()]
+        # An empty history is that of a run which failed in its first step: nothing would be lost.
+        occupied = [p.name for p in (self.history_file, self.folder / "model.safetensors") if p.exists() and p.stat().st_size]
         occupied += [p.name for p in self.checkpoints.all()]
         remedy = "continue it with resume_from_checkpoint=latest, or choose another output_dir"
         if self.config.resume_from_checkpoint == "latest":  # killed before its first checkpoint: start over, but spare a model

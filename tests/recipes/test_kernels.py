@@ -76,3 +76,16 @@ def test_prior(tmp_path, run, losses):
     assert len(first) == STEPS
     for choice, curve in curves.items():
         assert curve == pytest.approx(first, rel=1e-5), choice
+
+
+def test_what_cannot_run_is_named_and_leaves_the_folder_free(tmp_path, run, history, monkeypatch):
+    steps = [f"{stage}.max_train_steps=1" for stage in ("stage1", "stage2")]
+    with monkeypatch.context() as patch:
+        patch.setattr("dae.models.kernels.triton_refusal", lambda device: f"the tensors are on {device}, not on a CUDA device")
+        with pytest.raises(ValueError, match=r"kernels.group_norm_silu=triton cannot run here: the tensors are on cpu"):
+            run("train_dae", tmp_path, *steps, "kernels.group_norm_silu=triton")
+    attending = ["autoencoder.attention_resolutions=[4]", "kernels.attention=flash_attn"]
+    with pytest.raises((ValueError, ImportError), match="impl='flash_attn'"):
+        run("train_dae", tmp_path, *steps, *attending)
+    run("train_dae", tmp_path, *steps)
+    assert len(history(tmp_path / "autoencoder")) == 4

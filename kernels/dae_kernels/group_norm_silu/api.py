@@ -5,8 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dae_kernels.dispatch import check_choice, choose, dtype_refusal
+from dae_kernels.clouds import check_integer, check_number
+from dae_kernels.dispatch import KERNEL_DTYPES, check_choice, choose, dtype_refusal
 from dae_kernels.group_norm_silu.reference import group_norm_silu_reference
+
+DTYPES = (*KERNEL_DTYPES, torch.float64)
 
 
 def group_norm_silu(
@@ -43,11 +46,12 @@ def group_norm_silu(
             choice is obeyed or refused.
 
     Returns:
-        The shape, dtype and memory layout of x; also under autocast, where the statistics stay float32. Differentiable by x,
-        weight, bias, scale and shift; twice by the reference only (the kernels raise).
+        The shape and dtype of x, also under autocast, where the statistics stay float32, and its memory layout if that is
+        contiguous or channels_last (else either). Differentiable by x, weight, bias, scale and shift; twice, and in forward
+        mode, by the reference only (the kernels raise).
 
     Raises:
-        TypeError: x or a parameter that is not a floating point tensor.
+        TypeError: x or a parameter that is not a floating point tensor, num_groups or eps that is not a number.
         ValueError: shapes or devices that do not fit, channels that num_groups does not divide, one of scale and shift
             without the other, an unknown activation, or `impl` cannot run here.
 
@@ -93,8 +97,14 @@ def check_operands(
     shift: Tensor | None,
 ) -> None:
     operation = "group_norm_silu"
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"{operation} needs a floating point tensor x, got {x.dtype if isinstance(x, Tensor) else type(x)}")
+    for name, operand in (("x", x), ("weight", weight), ("bias", bias), ("scale", scale), ("shift", shift)):
+        if operand is None and name != "x":
+            continue
+        if not isinstance(operand, Tensor) or operand.dtype not in DTYPES or operand.layout != torch.strided:
+            got = f"{operand.dtype}, {operand.layout}" if isinstance(operand, Tensor) else type(operand)
+            raise TypeError(f"{operation} needs {name} as a dense tensor of float16, bfloat16, float32 or float64, got {got}")
+    check_integer(operation, "num_groups", num_groups)
+    check_number(operation, "eps", eps)
     if x.dim() < 2:
         raise ValueError(f"{operation} needs x [B, C, *positions], got {list(x.shape)}")
     B, C = x.shape[:2]
@@ -112,8 +122,6 @@ def check_operands(
     ):
         if parameter is None:
             continue
-        if not parameter.is_floating_point():
-            raise TypeError(f"{operation} needs a floating point {name}, got {parameter.dtype}")
         if tuple(parameter.shape) != shape:
             raise ValueError(f"{operation} needs {name} {list(shape)} for x {list(x.shape)}, got {list(parameter.shape)}")
         if parameter.device != x.device:
