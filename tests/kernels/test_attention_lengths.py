@@ -306,3 +306,32 @@ def test_packed_operands_that_are_refused(impl):
         attention_varlen(q.long(), k.long(), v.long(), *borders, impl=impl)
     with pytest.raises(TypeError, match=r"cu_seqlens_q must be an int32 or int64 tensor, got torch\.float32"):
         attention_varlen(q, k, v, borders[0].float(), borders[1], impl=impl)
+
+
+def no_tensors_message(**kinds):
+    return "needs tensors q, k and v, got " + ", ".join(f"{name} {kinds.get(name, 'Tensor')}" for name in "qkv")
+
+
+@pytest.mark.parametrize("impl", ALL)
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"q": [[1.0]]}, no_tensors_message(q="list")),
+        ({"k": None}, no_tensors_message(k="NoneType")),
+        ({"v": 1.0}, no_tensors_message(v="float")),
+        ({"scale": "x"}, "needs scale to be a float or None, got 'x'"),
+        ({"scale": True}, "needs scale to be a float or None, got True"),
+        ({"scale": torch.tensor(0.5)}, "needs scale to be a float or None, got tensor"),
+        ({"causal": "no"}, "needs causal to be a bool, got 'no'"),
+        ({"causal": None}, "needs causal to be a bool, got None"),
+    ],
+)
+def test_arguments_of_another_kind(impl, change, message):
+    q, k, v = draw((6, 2, 16), (6, 2, 16), (6, 2, 16), dtype=torch.float16)
+    options = {"q": q, "k": k, "v": v, "impl": impl} | change
+    borders = borders_of([6])
+    with pytest.raises(TypeError, match=f"attention_varlen {message}"):
+        attention_varlen(**options, cu_seqlens_q=borders, cu_seqlens_k=borders)
+    options |= {name: x[None] for name, x in options.items() if name in ("q", "k", "v") and isinstance(x, Tensor)}
+    with pytest.raises(TypeError, match=f"attention {message}"):
+        attention(**options)

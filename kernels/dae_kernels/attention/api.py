@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 
 from dae_kernels.attention import flash, flex, memory_efficient, reference, sdpa
-from dae_kernels.attention.checks import autocast, check_integers, check_key_lengths, check_tensors, sequence_lengths
+from dae_kernels.attention.checks import (
+    autocast,
+    check_integers,
+    check_key_lengths,
+    check_tensors,
+    check_types,
+    sequence_lengths,
+)
 from dae_kernels.attention.packing import Packing
 from dae_kernels.dispatch import check_choice
 
@@ -59,12 +66,13 @@ def attention(
     Raises:
         ValueError: shapes, dtypes or devices disagree; causal with Lq > Lk; lengths out of range; `impl` is unknown or does
             not take these operands.
-        TypeError: the operands are not floating point, or the lengths no integers.
+        TypeError: the operands are no floating point tensors, the lengths no integers, causal no bool or scale no number.
         ImportError: the package that `impl` names is not installed.
 
     Source: Vaswani et al. 2017, arXiv 1706.03762, section 3.2.1; grouped queries: Ainslie et al. 2023, arXiv 2305.13245.
     """
     check_choice("impl", impl, tuple(BACKENDS))
+    check_types("attention", q, k, v, causal, scale)
     q, k, v = (autocast(t) for t in (q, k, v))
     check_tensors("attention", "B, H, Lq, D", "B, Hkv, Lk, D", q, k, v)
     if causal and q.shape[2] > k.shape[2]:
@@ -114,6 +122,7 @@ def attention_varlen(
     Source: as `attention`; the names and the layout are flash-attn's.
     """
     check_choice("impl", impl, tuple(BACKENDS))
+    check_types("attention_varlen", q, k, v, causal, scale)
     q, k, v = (autocast(t) for t in (q, k, v))
     check_tensors("attention_varlen", "Tq, H, D", "Tk, Hkv, D", q, k, v)
     check_integers("cu_seqlens_q", cu_seqlens_q, None, q.device)
