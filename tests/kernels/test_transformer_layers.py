@@ -213,6 +213,12 @@ P = torch.zeros(2, 6)
         (lambda: rotate(X[..., :5], rotary_table(3, 4)), ValueError, "with an even D"),
         (lambda: rotary_table(3, 5), ValueError, "a head dimension that 2 divides, got 5"),
         (lambda: rotary_table_2d(3, 3, 6), ValueError, "a head dimension that 4 divides, got 6"),
+        (lambda: rotary_table(-1, 8), ValueError, "rotary_table needs length to be at least 0, got -1"),
+        (lambda: rotary_table(2.5, 8), TypeError, "rotary_table needs length to be an int, got 2.5"),
+        (lambda: rotary_table(3, "x"), TypeError, "rotary_table needs head_dim to be an int, got 'x'"),
+        (lambda: rotary_table(3, 8, base=0.0), ValueError, "rotary_table needs a positive base, got 0.0"),
+        (lambda: rotary_table(3, 8, base=None), TypeError, "rotary_table needs base to be a float, got None"),
+        (lambda: rotary_table_2d(3, -1, 8), ValueError, "rotary_table_2d needs width to be at least 0, got -1"),
         (lambda: swiglu(X[..., :5]), ValueError, r"needs \[..., 2 F\], got \[2, 3, 5\]"),
     ],
 )  # fmt: skip

@@ -20,11 +20,13 @@ def rotary_table(length: int, head_dim: int, base: float = 10000.0) -> Tensor:
         [2, length, D / 2] float32, from angles in float64.
 
     Raises:
-        ValueError: an odd head dimension.
+        ValueError: a negative length, an odd head dimension, or base <= 0.
+        TypeError: a length or head dimension that is no int, or a base that is no number.
 
     Source: Su et al. 2021, arXiv 2104.09864, section 3.2.2.
     """
-    check_head_dim("rotary_table", head_dim, 2)
+    check_sizes("rotary_table", length=length)
+    check_turns("rotary_table", head_dim, 2, base)
     return table_of(torch.arange(length, dtype=torch.float64)[:, None] * frequencies(head_dim, base))
 
 
@@ -42,11 +44,13 @@ def rotary_table_2d(height: int, width: int, head_dim: int, base: float = 10000.
         [2, height * width, D / 2] float32, from angles in float64.
 
     Raises:
-        ValueError: a head dimension that 4 does not divide.
+        ValueError: a negative height or width, a head dimension that 4 does not divide, or base <= 0.
+        TypeError: a size that is no int, or a base that is no number.
 
     Source: Heo et al. 2024, arXiv 2403.13298, section 3.1 (axial frequencies).
     """
-    check_head_dim("rotary_table_2d", head_dim, 4)
+    check_sizes("rotary_table_2d", height=height, width=width)
+    check_turns("rotary_table_2d", head_dim, 4, base)
     row, column = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in (height, width)), indexing="ij")
     turns = frequencies(head_dim // 2, base)
     return table_of(torch.cat([row.reshape(-1, 1) * turns, column.reshape(-1, 1) * turns], dim=1))
@@ -88,6 +92,19 @@ def table_of(angles: Tensor) -> Tensor:
     return torch.stack([angles.cos(), angles.sin()]).float()
 
 
-def check_head_dim(operation: str, head_dim: int, divisor: int) -> None:
+def check_sizes(operation: str, **sizes: int) -> None:
+    for name, size in sizes.items():
+        if not isinstance(size, (int, torch.SymInt)) or isinstance(size, bool):
+            raise TypeError(f"{operation} needs {name} to be an int, got {size!r}")
+        if size < 0:
+            raise ValueError(f"{operation} needs {name} to be at least 0, got {size}")
+
+
+def check_turns(operation: str, head_dim: int, divisor: int, base: float) -> None:
+    check_sizes(operation, head_dim=head_dim)
+    if not isinstance(base, (float, int)) or isinstance(base, bool):
+        raise TypeError(f"{operation} needs base to be a float, got {base!r}")
+    if not base > 0:
+        raise ValueError(f"{operation} needs a positive base, got {base}")
     if head_dim < divisor or head_dim % divisor:
         raise ValueError(f"{operation} needs a head dimension that {divisor} divides, got {head_dim}")
