@@ -16,6 +16,7 @@ TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+FLOAT_DTYPES = (*KERNEL_DTYPES, torch.float64)
 
 
 def dtype_refusal(*operands: torch.Tensor) -> str | None:
@@ -24,6 +25,14 @@ def dtype_refusal(*operands: torch.Tensor) -> str | None:
         if operand.dtype not in KERNEL_DTYPES:
             return f"the kernel takes float16, bfloat16 and float32, got {operand.dtype}"
     return None
+
+
+def check_floating(operation: str, name: str, operand: Any) -> None:
+    """TypeError unless `operand` is a tensor of 16, 32 or 64 bits floating point: 8 bits have no arithmetic in torch."""
+    if not isinstance(operand, torch.Tensor) or operand.dtype not in FLOAT_DTYPES:
+        got = operand.dtype if isinstance(operand, torch.Tensor) else type(operand)
+        takes = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
+        raise TypeError(f"{operation} needs a floating point tensor {name}, got {got}; it takes {takes}")
 
 
 def check_choice(name: str, got: Any, choices: Sequence[str]) -> None:

@@ -146,6 +146,25 @@ def test_zero_vectors(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_nan_is_not_hidden(impl, value):
+    """NaN, or an infinity, whose unit vector is NaN, in one channel of one position of the first image."""
+    a, b, weight, cotangent = draw((2, 6, 4, 3))
+    a[0, 2, 1, 1] = value
+    out, (da, db, d_weight) = gradients(lambda *x: perceptual_tap(*x, impl=impl), a, b, weight, cotangent)
+    assert out[0].isnan() and out[1].isfinite()
+    here = torch.zeros_like(a, dtype=torch.bool)
+    here[0, 2 if value == torch.inf else slice(None), 1, 1] = True
+    assert da[here].isnan().all() and da[:, :, 2:].isfinite().all() and da[1].isfinite().all()
+    assert db[:, :, 2:].isfinite().all() and d_weight[2].isnan()
+    if value != value:
+        assert db[here].isnan().all() and d_weight.isnan().all()
+        assert perceptual_tap(a, a, impl=impl)[0].isnan()
+        single = torch.full((1, 1), torch.nan, device=DEVICE)
+        assert perceptual_tap(single, single, impl=impl).isnan().all()
+
+
+@pytest.mark.parametrize("impl", IMPLS)
 def test_closed_forms(impl):
     a = torch.tensor([[3.0, 0.0], [0.0, 2.0], [5.0, 0.0]], device=DEVICE)
     b = torch.tensor([[0.0, 7.0], [0.0, -1.0], [1.0, 0.0]], device=DEVICE)
@@ -308,6 +327,8 @@ def test_bad_input(impl):
         ((a[0, 0, 0], b[0, 0, 0]), {}, ValueError, r"\[B, C, \*positions\].*got a \[3\]"),
         ((a, b.half()), {}, TypeError, "one dtype, got a torch.float32, b torch.float16"),
         ((a.int(), b), {}, TypeError, "floating point tensor a, got torch.int32"),
+        ((a.to(torch.float8_e4m3fn), b.to(torch.float8_e4m3fn)), {}, TypeError, "a, got torch.float8_e4m3fn; it takes float16"),
+        ((a, b, weight.to(torch.float8_e5m2)), {}, TypeError, "weight, got torch.float8_e5m2; .*bfloat16, float32, float64"),
         ((a, None), {}, TypeError, "floating point tensor b, got <class 'NoneType'>"),
         ((a, b, weight[:5]), {}, ValueError, r"weight \[6\].*got \[5\]"),
         ((a, b, weight.long()), {}, TypeError, "floating point tensor weight, got torch.int64"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dae_kernels.dispatch import choose, dtype_refusal
+from dae_kernels.dispatch import check_floating, choose, dtype_refusal
 from dae_kernels.perceptual_tap.reference import perceptual_tap_reference
 
 # A tile of the kernel holds all channels of a position.
@@ -21,11 +21,11 @@ def perceptual_tap(a: Tensor, b: Tensor, weight: Tensor | None = None, *, eps: f
     The kernels read a and b once forward and once backward, where the norms are computed anew; they save a, b and weight and
     nothing else. All sums are float32 in a fixed order: deterministic. Equal a and b give exactly 0 and gradients of exactly 0.
     A position whose vector is zero (its squared norm is 0 in float32) has the unit vector 0 and no gradient: the formula's own
-    would be of the order of 1 / eps, and the lpips package's is NaN.
+    would be of the order of 1 / eps, and the lpips package's is NaN. NaN at a position makes its image's distance NaN.
 
     Args:
-        a, b: [B, C, *positions], floating, of one shape, dtype and device. Contiguous, channels_last or one of each are taken
-            as they are, other strides are copied if positions do not lie at one distance from each other.
+        a, b: [B, C, *positions], floating of 16 to 64 bits, of one shape, dtype and device. Contiguous, channels_last or one of
+            each are taken as they are, other strides are copied if positions do not lie at one distance from each other.
         weight: [C], floating, or None for ones.
         eps: added to each norm, >= 0.
         impl: "auto" is "triton" for CUDA tensors of at most 32 bits and 2048 channels where triton is installed, else
@@ -36,7 +36,7 @@ def perceptual_tap(a: Tensor, b: Tensor, weight: Tensor | None = None, *, eps: f
         computed only if wanted; twice by the reference only (the kernels raise).
 
     Raises:
-        TypeError: an operand that is not a floating point tensor, or a and b of two dtypes.
+        TypeError: an operand that is not a floating point tensor of 16 to 64 bits, or a and b of two dtypes.
         ValueError: shapes or devices that do not fit, no channels or positions, a negative eps, or `impl` cannot run here.
 
     Source: Zhang et al. 2018, "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric", arXiv 1801.03924, eq. 1;
@@ -66,9 +66,7 @@ def check_operands(a: Tensor, b: Tensor, weight: Tensor | None, eps: float) -> N
     for name, operand in (("a", a), ("b", b), ("weight", weight)):
         if operand is None and name == "weight":
             continue
-        if not isinstance(operand, Tensor) or not operand.is_floating_point():
-            got = operand.dtype if isinstance(operand, Tensor) else type(operand)
-            raise TypeError(f"{operation} needs a floating point tensor {name}, got {got}")
+        check_floating(operation, name, operand)
         if operand.device != a.device:
             raise ValueError(f"{operation} needs {name} on {a.device}, where a is, got {operand.device}")
     if a.dim() < 2 or a.shape != b.shape:

@@ -30,7 +30,7 @@ PROGRAMS, TILES_PER_CHUNK, TILE = 528, 16, 4096
 @triton.jit
 def inverse(squares, eps):
     """1 / (sqrt(squares) + eps), and 0 where squares is 0."""
-    present = squares > 0
+    present = squares != 0  # NaN is present: all channels of its position become NaN, as in the reference
     return tl.div_rn(present.to(tl.float32), tl.where(present, tl.sqrt_rn(squares) + eps, 1.0))
 
 

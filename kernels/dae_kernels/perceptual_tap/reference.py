@@ -9,7 +9,7 @@ from torch import Tensor
 def unit(x: Tensor, eps: float) -> Tensor:
     """x / (|x| + eps) along dim 1; where |x|^2 is 0 the result is 0 and its gradient, of the order of 1 / eps, is left out."""
     squares = x.square().sum(dim=1, keepdim=True)
-    present = squares > 0
+    present = squares != 0  # so written, NaN is present and shows
     norm = torch.where(present, squares, 1).sqrt()  # the root has no gradient at 0
     return torch.where(present, x / (norm + eps), 0)
 
