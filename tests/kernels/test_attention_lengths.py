@@ -164,6 +164,52 @@ def test_vmap(impl):
         torch.testing.assert_close(torch.vmap(run)(q, k, v), torch.stack([run(*x) for x in zip(q, k, v, strict=True)]))
 
 
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("impl", ["auto", "reference", "sdpa"])
+def test_vmap_of_lengths(impl, causal):
+    """Lengths that vmap batches are not read, and give what a loop gives: values and gradients."""
+    lengths = torch.tensor([[5, 6], [7, 5], [6, 6]], device=DEVICE)
+    inputs = draw((3, 2, 4, 5, 8), (3, 2, 2, 7, 8), (3, 2, 2, 7, 8))
+    run = lambda *x: attention(*x[:3], causal=causal, key_lengths=x[3], impl=impl)  # noqa: E731
+    loss = lambda *x: run(*x).square().sum()  # noqa: E731
+    for dims, arguments in (((0, 0, 0, 0), inputs), ((None, None, None, 0), [x[0] for x in inputs])):
+        calls = [[x if d is None else x[i] for x, d in zip([*arguments, lengths], dims, strict=True)] for i in range(3)]
+        out = torch.vmap(run, dims)(*arguments, lengths)
+        torch.testing.assert_close(out, torch.stack([run(*call) for call in calls]))
+        gradients = torch.vmap(torch.func.grad(loss, (0, 1, 2)), dims)(*arguments, lengths)
+        expected = zip(*(torch.func.grad(loss, (0, 1, 2))(*call) for call in calls), strict=True)
+        torch.testing.assert_close(gradients, tuple(torch.stack(x) for x in expected))
+
+    q, k, v = draw((3, 6, 4, 8), (3, 11, 2, 8), (3, 11, 2, 8))
+    borders_q, borders_k = torch.tensor([[0, 2, 6], [0, 3, 6], [0, 5, 6]]), torch.tensor([[0, 5, 11], [0, 6, 11], [0, 5, 11]])
+    borders_q, borders_k = borders_q.to(DEVICE), borders_k.to(DEVICE)
+    run = lambda *x: attention_varlen(*x, causal=causal, impl=impl)  # noqa: E731
+    for dims, borders in (
+        ((0, 0, 0, 0, 0), (borders_q, borders_k)),
+        ((0, 0, 0, 0, None), (borders_q, borders_k[0])),
+        ((0, 0, 0, None, 0), (borders_q[0], borders_k)),
+    ):
+        calls = [[x if d is None else x[i] for x, d in zip((q, k, v, *borders), dims, strict=True)] for i in range(3)]
+        out = torch.vmap(run, dims)(q, k, v, *borders)
+        torch.testing.assert_close(out, torch.stack([run(*call) for call in calls]))
+
+
+@pytest.mark.parametrize("impl, what", [("flex", "tensors"), ("flash_attn", "key_lengths"), ("xformers", "key_lengths")])
+def test_vmap_that_is_refused(impl, what):
+    q, k, v = draw((2, 2, 3, 16), (2, 2, 8, 16), (2, 2, 8, 16), dtype=torch.float16)
+    lengths = torch.tensor([[3, 6], [4, 8]], device=DEVICE)
+    with pytest.raises(ValueError, match=f"impl='{impl}' does not take {what} that torch.vmap batches"):
+        torch.vmap(lambda n: attention(q, k, v, key_lengths=n, impl=impl))(lengths)
+    borders = torch.tensor([[0, 3, 6], [0, 2, 6]], device=DEVICE)
+    q, k, v = draw((6, 2, 16), (6, 2, 16), (6, 2, 16), dtype=torch.float16)
+    with pytest.raises(ValueError, match=f"impl='{impl}' does not take .* that torch.vmap batches"):
+        torch.vmap(lambda b: attention_varlen(q, k, v, borders[0], b, impl=impl))(borders)
+    if impl == "flex":
+        with pytest.raises(ValueError, match=r"impl='flex' does not take tensors that torch\.vmap batches"):
+            torch.vmap(lambda x: attention(x, x, x, impl=impl))(torch.zeros(2, 1, 2, 3, 16, device=DEVICE))
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     lengths=st.lists(st.tuples(st.integers(0, 6), st.integers(0, 5)), min_size=0, max_size=7),

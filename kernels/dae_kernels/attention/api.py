@@ -55,7 +55,8 @@ def attention(
         causal: hide the keys after the query; needs Lq <= Lk, and Lq <= key_lengths.
         scale: factor of the scores, 1 / sqrt(D) if None.
         key_lengths: [B] int32 or int64 from 1 to Lk, of a static cache or a right-padded batch; hidden keys and values must be
-            finite. The range is checked by reading them, which on a GPU waits for it, and not in a compiled graph.
+            finite. The range is checked by reading them, which on a GPU waits for it; not in a compiled graph nor where
+            torch.vmap batches them, which "auto", "sdpa" and "reference" take and the others refuse.
         impl: "auto" is "sdpa" for now, on every device; "sdpa" and "flex" (torch; flex has no backward on CPUs), "flash_attn"
             (generation 4, 3 or 2, the newest that is installed for the device) and "xformers" (both CUDA only) and
             "reference" (plain float32 math, [Lq, Lk] memory) are obeyed or refused.
@@ -100,7 +101,8 @@ def attention_varlen(
         out[s_n : s_(n+1)] = attention(q[s_n : s_(n+1)], k[t_n : t_(n+1)], v[t_n : t_(n+1)]),   s = cu_seqlens_q, t = cu_seqlens_k
 
     The borders are read on the host (on a GPU this waits for it), except in a graph of torch.compile, which holds for all
-    lengths: there they are not checked, "sdpa" and "reference" take a [Tq, Tk] mask, and "xformers" is refused.
+    lengths: there they are not checked, "sdpa" and "reference" take a [Tq, Tk] mask, and "xformers" is refused. So it is where
+    torch.vmap batches the borders, which the packages and "flex" refuse.
 
     Args:
         q: [Tq, H, D], floating.

@@ -7,6 +7,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from dae_kernels.dispatch import values_readable
+
 FUSED_DEVICES = ("cuda",)  # where flash-attn and xformers run; the tests of their adapters add "cpu"
 
 
@@ -65,11 +67,11 @@ def check_integers(name: str, x: Tensor, length: int | None, device: torch.devic
         raise ValueError(f"{name} must be on {device}, where q is, got {x.device}")
 
 
-def readable(x: Tensor) -> bool:
-    """Whether the values of `x` may be looked at: a traced or captured graph holds for others too, and meta has none."""
-    if x.is_meta or torch.compiler.is_compiling():
+def readable(*tensors: Tensor) -> bool:
+    """Whether the values may be looked at: a traced, batched or captured call holds for others too, and meta has none."""
+    if not values_readable(*tensors) or any(x.is_meta for x in tensors):
         return False
-    return not (x.is_cuda and torch.cuda.is_current_stream_capturing())
+    return not (any(x.is_cuda for x in tensors) and torch.cuda.is_current_stream_capturing())
 
 
 def check_key_lengths(key_lengths: Tensor, q: Tensor, k: Tensor, causal: bool) -> None:
@@ -88,7 +90,7 @@ def check_key_lengths(key_lengths: Tensor, q: Tensor, k: Tensor, causal: bool) -
 
 def sequence_lengths(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, total_q: int, total_k: int, causal: bool):
     """((queries, keys), ...) of each sequence, from borders that are checked, or None where they may not be looked at."""
-    if not readable(cu_seqlens_q):
+    if not readable(cu_seqlens_q, cu_seqlens_k):
         return None
     lengths = []
     for name, borders, total in (
@@ -118,6 +120,12 @@ def check_operands(impl: str, q: Tensor, dtypes: tuple[torch.dtype, ...], device
         raise ValueError(f"impl={impl!r} needs CUDA tensors, got {q.device}; use impl='auto'")
     if q.dtype not in dtypes:
         raise ValueError(f"impl={impl!r} takes {', '.join(map(str, dtypes))}, got {q.dtype}; cast, or use impl='auto'")
+
+
+def check_unbatched(impl: str, what: str, *tensors: Tensor | None) -> None:
+    """ValueError if torch.vmap batches a tensor that `impl` cannot take so; a graph of torch.compile is left to torch."""
+    if not torch.compiler.is_compiling() and not values_readable(*(x for x in tensors if x is not None)):
+        raise ValueError(f"impl={impl!r} does not take {what} that torch.vmap batches, got such; use impl='auto'")
 
 
 def check_head_dimension(impl: str, size: int, least: int = 1, most: int | None = None) -> None:

@@ -22,7 +22,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from dae_kernels.attention.checks import check_head_dimension, check_operands
+from dae_kernels.attention.checks import check_head_dimension, check_operands, check_unbatched
 from dae_kernels.attention.packing import Packing, pack_keys, padded_heads, whole_lengths
 
 
@@ -38,6 +38,7 @@ class Generation:
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, causal: bool, scale: float) -> Tensor:
+    check_unbatched("flash_attn", "key_lengths", key_lengths)
     generation, size = prepare(q)
     q_BLHD, k_BLHD, v_BLHD = (padded_heads(x.transpose(1, 2), size) for x in (q, k, v))
     rule = {"softmax_scale": scale, "causal": causal}
@@ -51,6 +52,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, causal: b
 
 
 def packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing, causal: bool, scale: float) -> Tensor:
+    check_unbatched("flash_attn", "borders", packing.cu_seqlens_q, packing.cu_seqlens_k)
     generation, size = prepare(q)
     q_THD, k_THD, v_THD = (padded_heads(x, size) for x in (q, k, v))
     out = generation.module.flash_attn_varlen_func(q_THD, k_THD, v_THD, **borders(packing), softmax_scale=scale, causal=causal)

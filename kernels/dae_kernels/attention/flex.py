@@ -13,12 +13,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dae_kernels.attention.checks import check_head_dimension, check_operands
+from dae_kernels.attention.checks import check_head_dimension, check_operands, check_unbatched
 from dae_kernels.attention.packing import Packing, documents
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, causal: bool, scale: float) -> Tensor:
-    check(q, k, v)
+    check(q, k, v, key_lengths)
     num_queries, num_keys = q.shape[2], k.shape[2]
     seen = None
     # Tensors, not numbers: a number captured by the mask would be compiled in.
@@ -32,7 +32,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, causal: b
 
 
 def packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing, causal: bool, scale: float) -> Tensor:
-    check(q, k, v)
+    check(q, k, v, packing.cu_seqlens_q, packing.cu_seqlens_k)
     document_q, left_q = documents(packing.cu_seqlens_q, q.shape[0])
     document_k, left_k = documents(packing.cu_seqlens_k, k.shape[0])
     if causal:
@@ -43,7 +43,8 @@ def packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing, causal: bool, scal
     return out[0].transpose(0, 1)
 
 
-def check(q: Tensor, k: Tensor, v: Tensor) -> None:
+def check(q: Tensor, k: Tensor, v: Tensor, *lengths: Tensor | None) -> None:
+    check_unbatched("flex", "tensors", q, k, v, *lengths)
     check_operands("flex", q, (torch.float16, torch.bfloat16, torch.float32), ("cuda", "cpu"))
     if q.device.type == "cuda":
         check_head_dimension("flex", q.shape[-1], least=16)

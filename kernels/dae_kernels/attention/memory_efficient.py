@@ -10,11 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dae_kernels.attention.checks import check_operands
+from dae_kernels.attention.checks import check_operands, check_unbatched
 from dae_kernels.attention.packing import Packing, pack_keys, padded_heads
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, causal: bool, scale: float) -> Tensor:
+    check_unbatched("xformers", "key_lengths", key_lengths)
     attend, biases = load(q)
     q_BLHD, k_BLHD, v_BLHD = operands(*(x.transpose(1, 2) for x in (q, k, v)))
     if key_lengths is not None:
@@ -31,6 +32,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, causal: b
 
 
 def packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing, causal: bool, scale: float) -> Tensor:
+    check_unbatched("xformers", "borders", packing.cu_seqlens_q, packing.cu_seqlens_k)
     attend, biases = load(q)
     bias = block_diagonal(biases, packing, causal, q.device)
     out_1THD = attend(*operands(q[None], k[None], v[None]), attn_bias=bias, scale=scale)
