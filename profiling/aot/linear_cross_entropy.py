@@ -1,4 +1,7 @@
-"""Variants of linear_cross_entropy's step: a long vocabulary in 16 bits, a short one, and a loss without gradient."""
+"""Variants of linear_cross_entropy's step: a long vocabulary in 16 bits, a short one, and a loss without gradient.
+
+z_loss is on where labels are smoothed.
+"""
 
 from dae_kernels.linear_cross_entropy import fused
 
@@ -18,7 +21,7 @@ def variants(Variant, backend):
         tile = fused.tile(V)
         pointers = {"logits_ptr": element, "target_ptr": "*i64", "loss_ptr": "*fp32"}
         scalars = {"stride_n": "i32", "V": "i32", "label_smoothing": "fp32", "z_loss": "fp32"}
-        constants = {"GRADIENT": gradient, "SMOOTH": smooth, "BLOCK_V": tile["BLOCK_V"]}
+        constants = {"GRADIENT": gradient, "SMOOTH": smooth, "Z_LOSS": smooth, "BLOCK_V": tile["BLOCK_V"]}
         aligned = ("stride_n", "V") if V % 16 == 0 else ()
         options = {"num_warps": tile["num_warps"]}
         yield Variant(name, fused.softmax_step_kernel, pointers, scalars, constants, options, divisible=aligned)

@@ -156,7 +156,7 @@ def test_shapes_and_strides(impl):
     torch.autograd.grad(repeated, hidden)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("impl", [*IMPLS, pytest.param("torch", marks=needs_torch)])
 def test_rows_that_do_not_count(impl):
     """None that counts: torch's NaN and zero gradient for the mean, 0 for the sum; the same without any row."""
     hidden, weight, targets = operands(11, 7, 3)
@@ -166,6 +166,44 @@ def test_rows_that_do_not_count(impl):
         assert mean[0].isnan() and total[0] == 0
         assert not any(g.any() for g in (*mean[1:], *total[1:]))
     check(hidden, weight, targets, impl, ignore_index=int(targets[0]))
+
+
+@pytest.mark.parametrize("impl", [*IMPLS, pytest.param("torch", marks=needs_torch)])
+@pytest.mark.parametrize("hidden_value", [math.nan, math.inf, 1e30])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ignored_rows_are_taken_out(impl, hidden_value, dtype):
+    """Whatever lies there: loss and gradients are bit for bit those with zeros there; rows 9 and 10 are a chunk's own."""
+    hidden, weight, targets = operands(11, 7, 3, dtype)
+    ignored = torch.tensor([0, 5, 8, 9, 10], device=DEVICE)
+    targets[ignored] = -100
+    options = TOKENS if impl == "torch" else EVERYTHING
+    results = []
+    for value in (0.0, hidden_value):
+        filled = hidden.detach().index_fill(0, ignored, value).requires_grad_()
+        results.append(with_gradients(linear_cross_entropy, filled, weight, targets, 1.5, impl=impl, **options))
+        assert (results[-1][1][ignored] == 0).all()
+    assert all(t.isfinite().all() for t in results[0]) and all(map(torch.equal, *results))
+    nothing = with_gradients(linear_cross_entropy, filled, weight, torch.full_like(targets, -100), 1.0, impl=impl, **options)
+    assert nothing[0].isnan() and not any(g.any() for g in nothing[1:])
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_no_z_loss_no_square(impl):
+    """Logits of 3e19, whose square is no float32."""
+    hidden, weight = torch.tensor([[3e19]], device=DEVICE), torch.tensor([[1.0], [0.0]], device=DEVICE)
+    operands = hidden.requires_grad_(), weight.requires_grad_()
+    results = with_gradients(linear_cross_entropy, *operands, torch.tensor([1], device=DEVICE), 1.0, impl=impl)
+    for got, expected in zip(results, ([3e19], [1.0], [3e19, -3e19]), strict=True):
+        torch.testing.assert_close(got.detach().flatten().cpu(), torch.tensor(expected), rtol=1e-6, atol=0)
+
+
+@needs_torch
+def test_torch_refuses_transforms():
+    hidden, weight, targets = (t.detach() for t in operands(8, 7, 3))
+    loss = lambda h: linear_cross_entropy(h, weight, targets[:4], impl="torch")  # noqa: E731
+    for run in (torch.vmap(loss), torch.vmap(torch.func.grad(loss)), lambda h: torch.func.grad(loss)(h[0])):
+        with pytest.raises(ValueError, match=r"impl='torch' has no rules for torch\.func .* use impl='chunked'"):
+            run(hidden.view(2, 4, 3))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -258,7 +296,7 @@ def test_compiles_whole_with_backward(impl):
 @pytest.mark.parametrize("needs", [(True, True), (False, False)])
 def test_operator_passes_torch_checks(kernel, needs):
     hidden, weight, targets = (t.detach() for t in operands(9, 7, 3))
-    torch.library.opcheck(chunked.chunked_sum, (hidden, weight, targets, 0.1, 0.01, torch.float32, *needs, kernel))
+    torch.library.opcheck(chunked.chunked_sum.op, (hidden, weight, targets, 0.1, 0.01, torch.float32, *needs, kernel))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -279,6 +317,10 @@ def test_bad_input(impl):
     for change, error, message in (
         ({"hidden": hidden.long()}, TypeError, "floating point tensor hidden, got torch.int64"),
         ({"weight": [1.0]}, TypeError, "floating point tensor weight, got <class 'list'>"),
+        ({"hidden": hidden.to(torch.float8_e4m3fn)}, TypeError, "tensor hidden, got torch.float8_e4m3fn; it takes float16"),
+        ({"weight": weight.to(torch.float8_e5m2)}, TypeError, "tensor weight, got torch.float8_e5m2; .* float32, float64"),
+        ({"ignore_index": None}, TypeError, "an int ignore_index, got None"),
+        ({"ignore_index": 2.5}, TypeError, "an int ignore_index, got 2.5"),
         ({"targets": targets.int()}, TypeError, "int64 targets, got torch.int32"),
         ({"targets": targets[:8]}, ValueError, r"targets \[...\], got hidden \[9, 3\], weight \[7, 3\], targets \[8\]"),
         ({"weight": weight[:, :2]}, ValueError, r"got hidden \[9, 3\], weight \[7, 2\]"),

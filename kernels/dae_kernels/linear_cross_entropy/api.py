@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dae_kernels.dispatch import check_choice, choose, differentiated, dtype_refusal, values_readable
+from dae_kernels.dispatch import check_choice, check_floating, choose, differentiated, dtype_refusal, values_readable
 from dae_kernels.linear_cross_entropy.chunked import chunked_sum
-from dae_kernels.linear_cross_entropy.reference import NOT_COUNTED, linear_cross_entropy_reference, without_autocast
+from dae_kernels.linear_cross_entropy.reference import NOT_COUNTED, counted_rows, linear_cross_entropy_reference, without_autocast
 
 IMPLS = ("auto", "reference", "torch", "chunked", "triton")
 FEW_LOGITS = 1 << 20  # of all rows together; on a CPU they are then as fast at once
@@ -51,12 +51,14 @@ def linear_cross_entropy(
         targets: [...] int64, in 0..V-1 or ignore_index.
         label_smoothing: in [0, 1], torch's definition.
         z_loss: weight of the squared log-normaliser, finite and not negative.
-        ignore_index: rows with this target have no loss, no gradient, and no part in the mean.
+        ignore_index: rows with this target have no loss, no gradient, and no part in the mean, whatever hidden is there: NaN,
+            infinities and overflows of such rows reach neither the loss nor a gradient.
         reduction: "mean" over the rows that are not ignored, or "sum". The mean over no rows is NaN with a gradient of zero, as
             torch's; their sum is 0.
         impl: "reference": all logits at once, plain torch. "chunked": the above by torch's own operations. "triton": the same
             with one kernel between the products. "torch": `torch.nn.functional.linear_cross_entropy` with its default chunks
-            (torch 2.13 or later, neither smoothing nor z_loss; 16-bit operands round the sum of the losses to 16 bits).
+            (torch 2.13 or later; neither smoothing nor z_loss, nor torch.func's transforms; 16-bit operands round the sum of the
+            losses to 16 bits).
             "auto": on CUDA "triton" where it runs, else "chunked"; on a CPU "reference" up to 2^20 logits, else "chunked",
             by what was measured (profiling/results/cpu.md): how many times as fast as "reference" they are, both passes, float32,
             D = 128, one thread, medians of one run,
@@ -71,7 +73,7 @@ def linear_cross_entropy(
         only (chunks raise RuntimeError).
 
     Raises:
-        TypeError: hidden or weight is not floating point, or targets are not int64.
+        TypeError: hidden or weight is not floating point of 16 to 64 bits, targets are not int64, or ignore_index is no int.
         ValueError: shapes, dtypes or devices disagree, V = 0 or D = 0, a target outside the vocabulary (see above), an option
             out of range, or `impl` is unknown or cannot run here; the message says why.
 
@@ -81,7 +83,7 @@ def linear_cross_entropy(
     """
     check_choice("impl", impl, IMPLS)
     check_choice("reduction", reduction, ("mean", "sum"))
-    check_operands(hidden, weight, targets, label_smoothing, z_loss)
+    check_operands(hidden, weight, targets, label_smoothing, z_loss, ignore_index)
     dtype = compute_dtype(hidden)
     impl = implementation(impl, hidden, weight, dtype, label_smoothing, z_loss)
     hidden_ND, targets_N = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
@@ -90,7 +92,8 @@ def linear_cross_entropy(
     if impl == "reference":
         return linear_cross_entropy_reference(hidden_ND, weight, target_N, label_smoothing, z_loss, dtype) / count
     if impl == "torch":
-        return torch_sum(hidden_ND, weight, target_N, dtype).to(wide) / count
+        total = torch_sum(hidden_ND, weight, target_N, dtype).to(wide)
+        return (total / count.clamp(min=1)).masked_fill(count == 0, math.nan)  # a gradient of 0, where 0 / 0 has NaN
     if torch.compiler.is_compiling():
         from dae_kernels.whole import chunked_loss_function
     else:
@@ -106,15 +109,17 @@ def compute_dtype(hidden: Tensor) -> torch.dtype:
     return hidden.dtype
 
 
-def check_operands(hidden: Tensor, weight: Tensor, targets: Tensor, label_smoothing: float, z_loss: float) -> None:
+def check_operands(
+    hidden: Tensor, weight: Tensor, targets: Tensor, label_smoothing: float, z_loss: float, ignore_index: int
+) -> None:
     operation = "linear_cross_entropy"
-    for name, tensor in (("hidden", hidden), ("weight", weight)):
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            got = tensor.dtype if isinstance(tensor, Tensor) else type(tensor)
-            raise TypeError(f"{operation} needs a floating point tensor {name}, got {got}")
+    check_floating(operation, "hidden", hidden)
+    check_floating(operation, "weight", weight)
     if not isinstance(targets, Tensor) or targets.dtype != torch.int64:
         got = targets.dtype if isinstance(targets, Tensor) else type(targets)
         raise TypeError(f"{operation} needs int64 targets, got {got}")
+    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
+        raise TypeError(f"{operation} needs an int ignore_index, got {ignore_index!r}")
     shapes = f"got hidden {list(hidden.shape)}, weight {list(weight.shape)}, targets {list(targets.shape)}"
     if hidden.dim() < 1 or weight.dim() != 2 or hidden.shape[-1] != weight.shape[1] or targets.shape != hidden.shape[:-1]:
         raise ValueError(f"{operation} needs hidden [..., D], weight [V, D] and targets [...], {shapes}")
@@ -155,6 +160,8 @@ def implementation(impl: str, hidden: Tensor, weight: Tensor, dtype: torch.dtype
                 "impl='torch' makes all logits for label_smoothing and has no z_loss: both must be 0, "
                 f"got {label_smoothing} and {z_loss}; use impl='chunked'"
             )
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            raise ValueError("impl='torch' has no rules for torch.func (vmap, grad, ...): use impl='chunked'")
         return impl
     if impl == "triton" or (impl == "auto" and hidden.device.type == "cuda"):
         refusal = dtype_refusal(hidden, weight)
@@ -168,7 +175,12 @@ def torch_sum(hidden_ND: Tensor, weight_VD: Tensor, target_N: Tensor, dtype: tor
     options = torch.nn.LinearCrossEntropyOptions(allow_retain_graph=True)  # a second backward, as everywhere
     with without_autocast(hidden_ND.device):
         return F.linear_cross_entropy(
-            hidden_ND.to(dtype), weight_VD.to(dtype), target_N, reduction="sum", ignore_index=NOT_COUNTED, options=options
+            counted_rows(hidden_ND, target_N).to(dtype),
+            weight_VD.to(dtype),
+            target_N,
+            reduction="sum",
+            ignore_index=NOT_COUNTED,
+            options=options,
         )
 
 

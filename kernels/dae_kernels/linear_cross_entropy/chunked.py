@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dae_kernels.dispatch import register_op
-from dae_kernels.linear_cross_entropy.reference import NOT_COUNTED, without_autocast
+from dae_kernels.linear_cross_entropy.reference import NOT_COUNTED, counted_rows, without_autocast
 
 # Elements of a chunk of logits. CPU: 4 MiB in float32, about what the caches hold. GPU: 32 MiB in 16 bits, which stays in the L2
 # cache between product and softmax, and at V = 16384 makes 1024 rows, so that adding a chunk's weight gradient to the float32
@@ -32,7 +32,8 @@ def softmax_step(
     d loss / d logit_v = softmax_v (1 + 2 z lse) - (1 - s) [v = target] - s / V, and 0 in rows that do not count.
     """
     V = logits_nV.shape[1]
-    counts_n1 = (target_n != NOT_COUNTED).to(logits_nV.dtype).unsqueeze(1)
+    counts_n1 = (target_n != NOT_COUNTED).unsqueeze(1)
+    one_n1 = counts_n1.to(logits_nV.dtype)
     safe_n1 = target_n.clamp(min=0).unsqueeze(1)
     value_n1 = logits_nV.gather(1, safe_n1) * (1 - label_smoothing)
     if label_smoothing:
@@ -40,13 +41,16 @@ def softmax_step(
     largest_n1 = logits_nV.amax(dim=1, keepdim=True)
     sum_n1 = logits_nV.sub_(largest_n1).exp_().sum(dim=1, keepdim=True)
     lse_n1 = largest_n1 + sum_n1.log()
-    loss_n1 = lse_n1 - value_n1 + z_loss * lse_n1.square()
+    loss_n1 = lse_n1 - value_n1
+    if z_loss:  # 0 times a square that overflows is NaN
+        loss_n1 += z_loss * lse_n1.square()
     if gradient:
-        logits_nV.mul_(counts_n1 * (1 + 2 * z_loss * lse_n1) / sum_n1)
-        logits_nV.scatter_add_(1, safe_n1, (label_smoothing - 1) * counts_n1)
+        factor_n1 = (1 + 2 * z_loss * lse_n1) / sum_n1
+        logits_nV.mul_(factor_n1.where(counts_n1, 0.0))
+        logits_nV.scatter_add_(1, safe_n1, (label_smoothing - 1) * one_n1)
         if label_smoothing:
-            logits_nV.sub_(label_smoothing / V * counts_n1)
-    torch.mul(counts_n1.squeeze(1), loss_n1.squeeze(1), out=loss_n)
+            logits_nV.sub_(label_smoothing / V * one_n1)
+    torch.where(counts_n1.squeeze(1), loss_n1.squeeze(1), loss_n1.new_zeros(()), out=loss_n)
 
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> None:
@@ -99,7 +103,7 @@ def chunked_launcher(
         buffer_nV = hidden_ND.new_empty(rows, V, dtype=operand)
         chunks = zip(hidden_ND.split(rows), target_N.split(rows), loss_N.split(rows), strict=True)
         for start, (h_nD, target_n, loss_n) in zip(range(0, N, rows), chunks, strict=False):  # without rows there is one of none
-            h_nD = h_nD.to(dtype).to(operand)
+            h_nD = counted_rows(h_nD, target_n).to(dtype).to(operand)
             logits_nV = buffer_nV.narrow(0, 0, len(h_nD))
             torch.mm(h_nD, w_VD.T, out=logits_nV)
             if kernel:

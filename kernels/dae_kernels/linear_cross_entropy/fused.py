@@ -38,6 +38,7 @@ def softmax_step_kernel(
     z_loss,
     GRADIENT: tl.constexpr,
     SMOOTH: tl.constexpr,
+    Z_LOSS: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
     """loss = lse - (1 - s) x_t - s mean x + z lse^2, and d loss / d x over x; a negative target: 0 and zeros. Grid (rows)."""
@@ -66,7 +67,9 @@ def softmax_step_kernel(
     top = tl.max(largest, axis=0)
     away = tl.exp(tl.where(largest == float("-inf"), float("-inf"), largest - top))
     lse = top + tl.log(tl.sum(total * away, axis=0))
-    loss = lse - (1.0 - label_smoothing) * x_target + z_loss * lse * lse
+    loss = lse - (1.0 - label_smoothing) * x_target
+    if Z_LOSS:  # 0 times a square that overflows is NaN
+        loss += z_loss * lse * lse
     if SMOOTH:
         loss -= label_smoothing * (tl.sum(plain, axis=0) / V)
     tl.store(loss_ptr + row, tl.where(counts, loss, 0.0))
@@ -104,5 +107,6 @@ def launch(logits_nV: Tensor, target_n: Tensor, loss_n: Tensor, label_smoothing:
             z_loss,
             GRADIENT=gradient,
             SMOOTH=label_smoothing > 0,
+            Z_LOSS=z_loss > 0,
             **tile(logits_nV.shape[1]),
         )
