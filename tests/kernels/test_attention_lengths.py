@@ -282,6 +282,11 @@ def test_flex_refuses_what_torch_lacks():
         attention(q, k, v, impl="flex")
     with torch.no_grad():
         torch.testing.assert_close(attention(q, k, v, impl="flex"), attention(q, k, v, impl="reference"))
+    q, k, v = (x.detach() for x in (q, k, v))
+    with pytest.raises(ValueError, match="impl='flex' has no backward pass on CPUs"):  # or grad would give zeros
+        torch.func.grad(lambda x: attention(x, k, v, impl="flex").sum())(q)
+    with pytest.raises(ValueError, match=r"impl='flex' does not take tensors that torch\.vmap batches"):
+        torch.func.grad(lambda x: torch.vmap(lambda y: attention(y, k, v, impl="flex"))(x).sum())(q[None])
     with pytest.raises(ValueError, match=r"impl='flex' takes .* got torch.float64"):
         attention(q.double(), k.double(), v.double(), impl="flex")
 

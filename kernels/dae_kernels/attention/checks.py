@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from dae_kernels.dispatch import values_readable
+from dae_kernels.dispatch import differentiated, values_readable
 
 FUSED_DEVICES = ("cuda",)  # where flash-attn and xformers run; the tests of their adapters add "cpu"
 
@@ -72,6 +72,13 @@ def readable(*tensors: Tensor) -> bool:
     if not values_readable(*tensors) or any(x.is_meta for x in tensors):
         return False
     return not (any(x.is_cuda for x in tensors) and torch.cuda.is_current_stream_capturing())
+
+
+def recorded(*tensors: Tensor) -> bool:
+    """Whether a derivative by one of these may be taken. Dynamo cannot trace how a transform of torch.func shows that."""
+    if torch.compiler.is_compiling():
+        return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+    return differentiated(*tensors)
 
 
 def check_key_lengths(key_lengths: Tensor, q: Tensor, k: Tensor, causal: bool) -> None:

@@ -22,7 +22,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from dae_kernels.attention.checks import check_head_dimension, check_operands, check_unbatched
+from dae_kernels.attention.checks import check_head_dimension, check_operands, check_unbatched, recorded
 from dae_kernels.attention.packing import Packing, pack_keys, padded_heads, whole_lengths
 
 
@@ -127,10 +127,6 @@ def lengths_in_3_and_4(module: ModuleType, q_BLHD: Tensor, k_BLHD: Tensor, v_BLH
     tensors = (x.flatten(0, 1) for x in (q_BLHD, k_BLHD, v_BLHD))
     out = module.flash_attn_varlen_func(*tensors, **borders(padding), seqused_k=key_lengths.to(torch.int32), **rule)
     return without_lse(out).view(q_BLHD.shape)
-
-
-def recorded(*tensors: Tensor) -> bool:
-    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
 
 
 def borders(packing: Packing) -> dict:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dae_kernels.attention.checks import check_head_dimension, check_operands, check_unbatched
+from dae_kernels.attention.checks import check_head_dimension, check_operands, check_unbatched, recorded
 from dae_kernels.attention.packing import Packing, documents
 
 
@@ -48,7 +48,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, *lengths: Tensor | None) -> None:
     check_operands("flex", q, (torch.float16, torch.bfloat16, torch.float32), ("cuda", "cpu"))
     if q.device.type == "cuda":
         check_head_dimension("flex", q.shape[-1], least=16)
-    elif torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+    elif recorded(q, k, v):
         raise ValueError("impl='flex' has no backward pass on CPUs (torch has none); use torch.no_grad(), or impl='sdpa'")
 
 
