@@ -57,9 +57,12 @@ def attention(
         key_lengths: [B] int32 or int64 from 1 to Lk, of a static cache or a right-padded batch; hidden keys and values must be
             finite. The range is checked by reading them, which on a GPU waits for it; not in a compiled graph nor where
             torch.vmap batches them, which "auto", "sdpa" and "reference" take and the others refuse.
-        impl: "auto" is "sdpa" for now, on every device; "sdpa" and "flex" (torch; flex has no backward on CPUs), "flash_attn"
+        impl: "auto" is "sdpa" for now, on every device; "sdpa" and "flex" (torch), "flash_attn"
             (generation 4, 3 or 2, the newest that is installed for the device) and "xformers" (both CUDA only) and
-            "reference" (plain float32 math, [Lq, Lk] memory) are obeyed or refused.
+            "reference" (plain float32 math, [Lq, Lk] memory) are obeyed or refused. "flex" refuses operands that torch.vmap
+            batches, and on CPUs has no backward and refuses `causal` and `key_lengths` in a graph of torch.compile. "sdpa" on
+            CPUs may lose a NaN: torch's kernel there makes finite numbers of a query with NaN over few keys without a mask
+            (seen below 16 in float32, torch 2.13), where "reference" and "flex" return NaN.
 
     Returns:
         [B, H, Lq, D] in the dtype of the operands; differentiable with respect to q, k and v.
