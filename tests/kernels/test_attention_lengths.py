@@ -6,12 +6,13 @@ Tolerances as in test_attention.py: at most twice the error that torch's own ker
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from dae_kernels import attention
-from dae_kernels.attention import attention_varlen
+from dae_kernels.attention import attention_varlen, flash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -289,6 +290,36 @@ def test_flex_refuses_what_torch_lacks():
         torch.func.grad(lambda x: torch.vmap(lambda y: attention(y, k, v, impl="flex"))(x).sum())(q[None])
     with pytest.raises(ValueError, match=r"impl='flex' takes .* got torch.float64"):
         attention(q.double(), k.double(), v.double(), impl="flex")
+
+
+@pytest.mark.parametrize("generation", [2, 3])
+@pytest.mark.parametrize("transforms", ["grad", "grad of vmap", "vmap of grad"])
+def test_flash_attn_sees_gradients_of_transforms(monkeypatch, transforms, generation):
+    """In grad(vmap(f)) no operand says requires_grad. Generation 2 would then run what has no backward, and give zeros; in the
+    others hidden keys would have the gradients that the kernel leaves there: here 1."""
+
+    def varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, seqused_k=None, softmax_scale=None, causal=False, **most):
+        if seqused_k is None:
+            return attention_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, causal=causal, scale=softmax_scale)
+        q_BHLD, k_BHLD, v_BHLD = (x.unflatten(0, (len(seqused_k), -1)).transpose(1, 2) for x in (q, k, v))
+        out = attention(q_BHLD, k_BHLD, v_BHLD, causal=causal, scale=softmax_scale, key_lengths=seqused_k, impl="reference")
+        hidden = torch.arange(k_BHLD.shape[2], device=DEVICE) >= seqused_k[:, None]
+        return out.transpose(1, 2).flatten(0, 1) + ((k_BHLD + v_BHLD) * hidden[:, None, :, None]).sum()
+
+    module = SimpleNamespace(flash_attn_varlen_func=varlen)  # generation 2's function without a backward is missing
+    monkeypatch.setattr(flash, "prepare", lambda q: (flash.Generation(generation, module), q.shape[-1]))
+    lengths = torch.tensor([3, 7], device=DEVICE)
+    inputs = draw((3, 2, 4, 3, 8), (3, 2, 2, 7, 8), (3, 2, 2, 7, 8))
+
+    def gradients(impl):
+        loss = lambda *x: attention(*x, causal=True, key_lengths=lengths, impl=impl).square().sum()  # noqa: E731
+        if transforms == "grad":
+            return torch.func.grad(loss, (0, 1, 2))(*(x[0] for x in inputs))
+        if transforms == "vmap of grad":
+            return torch.vmap(torch.func.grad(loss, (0, 1, 2)))(*inputs)
+        return torch.func.grad(lambda *x: torch.vmap(loss)(*x).sum(), (0, 1, 2))(*inputs)
+
+    torch.testing.assert_close(gradients("flash_attn"), gradients("reference"))
 
 
 ALL = ["auto", "reference", "sdpa", "flex", "flash_attn", "xformers"]
