@@ -239,7 +239,9 @@ class Config:
     stage1: StageConfig = field(default_factory=StageConfig, metadata={"help": "encoder, quantizer and auxiliary decoder"})
     stage2: StageConfig = field(default_factory=StageConfig, metadata={"help": "the real decoder on the frozen latent"})
     prior: PriorConfig = field(default_factory=PriorConfig, metadata={"help": "autoregressive Transformer over the tokens"})
-    kernels: KernelsConfig = field(default_factory=KernelsConfig, metadata={"help": "implementations of dae_kernels' operations; one that a recipe does not run has no effect there"})
+    kernels: KernelsConfig = field(
+        default_factory=KernelsConfig, metadata={"help": "which implementation of an operation runs, where it runs"}
+    )
     sampling: SamplingConfig = field(default_factory=SamplingConfig, metadata={"help": "sampling"})
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig, metadata={"help": "metrics"})
 

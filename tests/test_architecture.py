@@ -99,7 +99,8 @@ def test_the_library_never_imports_scripts():
     assert not offences(LIBRARY + KERNELS, names(*CONTAINERS))
     assert not offences(KERNELS, names("dae"))
     assert not offences(SCRIPTS + TESTS, names("tests"))
-    assert not offences(LIBRARY, names("triton", "flash_attn", "flash_attn_interface", "xformers")), "back-ends belong to dae_kernels"
+    backends = names("triton", "flash_attn", "flash_attn_interface", "xformers")
+    assert not offences(LIBRARY, backends), "back-ends belong to dae_kernels"
 
 
 def test_rooms_of_the_library():
