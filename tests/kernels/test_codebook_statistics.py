@@ -93,6 +93,7 @@ def test_properties(N, D, K, seed):
     x = x.double()
     counts, sums = codebook_statistics(x, indices, K)
     assert counts.sum() == N
+    # Float64 sums in another order, here and below: their roundings are some 2^-53 of sums that are far below 1e3.
     torch.testing.assert_close(sums.sum(0), x.sum(0), rtol=1e-12, atol=1e-12)
     shuffled = torch.randperm(N, generator=torch.Generator().manual_seed(seed)).to(DEVICE)
     again_counts, again_sums = codebook_statistics(x[shuffled], indices[shuffled], K)

@@ -6,10 +6,8 @@ import torch
 from torch import Tensor
 
 from dae_kernels.clouds import check_integer, check_number
-from dae_kernels.dispatch import KERNEL_DTYPES, check_choice, choose, dtype_refusal
+from dae_kernels.dispatch import FLOAT_DTYPES, check_choice, choose, dtype_refusal
 from dae_kernels.group_norm_silu.reference import group_norm_silu_reference
-
-DTYPES = (*KERNEL_DTYPES, torch.float64)
 
 
 def group_norm_silu(
@@ -100,7 +98,7 @@ def check_operands(
     for name, operand in (("x", x), ("weight", weight), ("bias", bias), ("scale", scale), ("shift", shift)):
         if operand is None and name != "x":
             continue
-        if not isinstance(operand, Tensor) or operand.dtype not in DTYPES or operand.layout != torch.strided:
+        if not isinstance(operand, Tensor) or operand.dtype not in FLOAT_DTYPES or operand.layout != torch.strided:
             got = f"{operand.dtype}, {operand.layout}" if isinstance(operand, Tensor) else type(operand)
             raise TypeError(f"{operation} needs {name} as a dense tensor of float16, bfloat16, float32 or float64, got {got}")
     check_integer(operation, "num_groups", num_groups)
