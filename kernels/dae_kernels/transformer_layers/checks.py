@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dae_kernels.dispatch import check_floating
 
-def check_floating(operation: str, **tensors: Tensor) -> None:
+
+def check_operands(operation: str, **tensors: Tensor) -> None:
     """TypeError unless all are floating point tensors; ValueError unless they are on one device."""
     for name, x in tensors.items():
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            raise TypeError(
-                f"{operation} needs a floating point tensor {name}, got {x.dtype if isinstance(x, Tensor) else type(x)}"
-            )
+        check_floating(operation, name, x)
     devices = {name: x.device for name, x in tensors.items()}
     if len(set(devices.values())) > 1:
         raise ValueError(

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dae_kernels.transformer_layers.checks import check_eps, check_floating, per_channel, wider
+from dae_kernels.transformer_layers.checks import check_eps, check_operands, per_channel, wider
 
 
 def layer_norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:
@@ -29,7 +29,7 @@ def layer_norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e
     Source: Peebles & Xie 2023, arXiv 2212.09748, section 3.2; LayerNorm: Ba et al. 2016, arXiv 1607.06450.
     """
     operation = "layer_norm_modulate"
-    check_floating(operation, x=x, scale=scale, shift=shift)
+    check_operands(operation, x=x, scale=scale, shift=shift)
     check_eps(operation, eps)
     if x.dim() not in (2, 3) or x.shape[-1] == 0:
         raise ValueError(f"{operation} needs x [B, C] or [B, L, C] with C >= 1, got {list(x.shape)}")
@@ -55,7 +55,7 @@ def gated_residual(x: Tensor, h: Tensor, gate: Tensor) -> Tensor:
     Source: Peebles & Xie 2023, arXiv 2212.09748, section 3.2.
     """
     operation = "gated_residual"
-    check_floating(operation, x=x, h=h, gate=gate)
+    check_operands(operation, x=x, h=h, gate=gate)
     if x.dim() not in (2, 3) or h.shape != x.shape:
         raise ValueError(f"{operation} needs x [B, C] or [B, L, C] and h of its shape, got {list(x.shape)} and {list(h.shape)}")
     gate = per_channel(operation, "gate", gate, x).to(wider(x))
@@ -81,7 +81,7 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tens
 
     Source: Zhang & Sennrich 2019, arXiv 1910.07467.
     """
-    check_floating("rms_norm", x=x, **({} if weight is None else {"weight": weight}))
+    check_operands("rms_norm", x=x, **({} if weight is None else {"weight": weight}))
     check_eps("rms_norm", eps)
     if x.dim() < 1 or x.shape[-1] == 0:
         raise ValueError(f"rms_norm needs x [..., C] with C >= 1, got {list(x.shape)}")

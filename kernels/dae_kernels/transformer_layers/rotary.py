@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dae_kernels.transformer_layers.checks import check_floating, wider
+from dae_kernels.transformer_layers.checks import check_operands, wider
 
 
 def rotary_table(length: int, head_dim: int, base: float = 10000.0) -> Tensor:
@@ -74,7 +74,7 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 
     Source: Su et al. 2021, arXiv 2104.09864, with the halves for the pairs, as in GPT-NeoX.
     """
-    check_floating("rotate", x=x, table=table)
+    check_operands("rotate", x=x, table=table)
     if x.dim() < 2 or table.shape != (2, x.shape[-2], x.shape[-1] // 2) or x.shape[-1] % 2:
         raise ValueError(
             f"rotate needs x [..., L, D] with an even D and a table [2, L, D / 2], got {list(x.shape)} and {list(table.shape)}"

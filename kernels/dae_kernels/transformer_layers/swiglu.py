@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from dae_kernels.transformer_layers.checks import check_floating
+from dae_kernels.transformer_layers.checks import check_operands
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
@@ -23,7 +23,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
 
     Source: Shazeer 2020, arXiv 2002.05202.
     """
-    check_floating("swiglu", gate_up=gate_up)
+    check_operands("swiglu", gate_up=gate_up)
     if gate_up.dim() < 1 or gate_up.shape[-1] % 2:
         raise ValueError(f"swiglu needs [..., 2 F], got {list(gate_up.shape)}")
     gate, up = gate_up.chunk(2, dim=-1)
