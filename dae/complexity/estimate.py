@@ -1,0 +1,123 @@
+"""What every estimate of this package returns, and the checks of the latents and the data that it is made from."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from torch import Tensor
+
+BOUNDS = {"exact": "exact", "upper": "upper bound", "lower": "lower bound", "neither": "no bound"}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A distance with its spread over seeds, and which side of the true value it bounds.
+
+    Args:
+        value: mean of `values`.
+        std: their sample standard deviation; 0 of one.
+        values: one a seed.
+        seeds: what the randomness of each was drawn from.
+        bound: which side of the true value it bounds, apart from sampling error: "exact"; "upper", an infimum found by training;
+            "lower", a critic's supremum; "neither", both together.
+        distance: its name, such as "sinkhorn".
+        convention: one line: squared or root, the cost, its parameters, and what finite samples do to it.
+        family: the generators, such as "linear maps, |W| <= 1"; None for a plain distance of two clouds.
+        capacity: the family's; None without a family.
+        counts: points fitted on, points measured on.
+    """
+
+    value: float
+    std: float
+    values: tuple[float, ...]
+    seeds: tuple[int, ...]
+    bound: str
+    distance: str
+    convention: str
+    family: str | None
+    capacity: float | None
+    counts: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        if self.bound not in BOUNDS:
+            raise ValueError(f"expected a bound out of {', '.join(BOUNDS)}, got {self.bound!r}")
+        if not self.values or len(self.values) != len(self.seeds):
+            raise ValueError(f"expected one value a seed, got {len(self.values)} values and {len(self.seeds)} seeds")
+
+    @classmethod
+    def over(cls, values: Sequence[float], seeds: Sequence[int], **rest) -> Self:
+        """From one value a seed; `rest` are the fields but `value` and `std`. FloatingPointError: a value is not finite."""
+        values = tuple(float(value) for value in values)
+        if not all(math.isfinite(value) for value in values):
+            raise FloatingPointError(
+                f"{rest['distance']}: expected finite values, got {values}; scale the data to about unit variance or lower learning_rate"
+            )
+        std = statistics.stdev(values) if len(values) > 1 else 0.0
+        return cls(statistics.fmean(values), std, values, tuple(seeds), **rest)
+
+    def to_dict(self) -> dict:
+        """For JSON; infinity, which JSON has not, as the word."""
+        fields = dataclasses.asdict(self)
+        for name in ("values", "seeds", "counts"):
+            fields[name] = list(fields[name])
+        if self.capacity is not None and math.isinf(self.capacity):
+            fields["capacity"] = "infinity"
+        return fields
+
+    def __str__(self) -> str:
+        seeds = f"{len(self.seeds)} seed" + "s" * (len(self.seeds) != 1)
+        return f"{self.value:.4g} ± {self.std:.2g} ({BOUNDS[self.bound]}, {seeds})"
+
+
+def check_cloud(name: str, cloud: Tensor) -> None:
+    """A cloud [N, ...]: a floating tensor of at least 2 finite points with at least 1 value each.
+
+    Raises:
+        TypeError: not a tensor, or not floating.
+        ValueError: another shape, fewer than 2 points, NaN or infinity.
+    """
+    if not isinstance(cloud, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor [N, ...], got {type(cloud).__name__}; torch.as_tensor makes one")
+    if not cloud.is_floating_point():
+        raise TypeError(
+            f"{name}: expected floating point values, got {cloud.dtype}; call .float(), of token indices one_hot first"
+        )
+    if cloud.dim() < 2 or cloud[:1].numel() == 0 < len(cloud):
+        raise ValueError(f"{name}: expected [N, ...] with at least one value a point, got {list(cloud.shape)}; reshape to [N, D]")
+    if len(cloud) < 2:
+        raise ValueError(f"{name}: expected at least 2 points, got {len(cloud)}; a distribution is not known from one point")
+    bad_N = ~torch.isfinite(cloud).flatten(1).all(dim=1)
+    if bad_N.any():
+        raise ValueError(
+            f"{name}: expected finite values, got NaN or infinity in {int(bad_N.sum())} of {len(cloud)} points, "
+            f"first in point {int(bad_N.nonzero()[0])}; drop these points or mend what made them"
+        )
+
+
+def check_pair(latents: Tensor, data: Tensor) -> None:
+    """Latents [N, ...] and data [N, ...] that a generator can be fitted from; row n of the one belongs to row n of the other.
+
+    Raises:
+        TypeError: not tensors, not floating, or on two devices.
+        ValueError: NaN or infinity, fewer than 2 points, different numbers of points, or constant latents.
+    """
+    check_cloud("latents", latents)
+    check_cloud("data", data)
+    if len(latents) != len(data):
+        raise ValueError(
+            f"expected as many latents as data points, got {len(latents)} latents and {len(data)} data points; "
+            "give one latent a data point, or draw as many"
+        )
+    if latents.device != data.device:
+        raise TypeError(f"expected latents and data on one device, got {latents.device} and {data.device}; move one with .to()")
+    if (latents == latents[:1]).all():
+        raise ValueError(
+            f"expected latents that differ, got {len(latents)} equal ones: a constant generates one point only; "
+            "the encoder has collapsed, or the wrong tensor was given"
+        )
