@@ -150,6 +150,13 @@ class StageConfig(OptimizationConfig):
 
 @dataclass
 class PriorConfig(OptimizationConfig):
+    family: str = knob(
+        "auto",
+        "ar: autoregressive Transformer over VQ tokens; dit: Diffusion Transformer with flow matching over a KL latent; mixture: "
+        "Gaussian mixture over a KL latent; auto: ar for vq, dit for kl",
+        choices=("auto", "ar", "dit", "mixture"),
+    )
+    num_components: int = knob(16, "mixture: Gaussians", least=1)
     width: int = knob(128, "channels of the residual stream", least=1)
     depth: int = knob(4, "number of Transformer blocks", least=1)
     num_heads: int = knob(4, "attention heads; width / num_heads is the head dimension", least=1)
@@ -191,6 +198,7 @@ class KernelsConfig:
 class SamplingConfig:
     num_samples: int = knob(2000, "images to sample, classes in equal parts", least=1)
     batch_size: int = knob(500, "images sampled at once", least=1)
+    num_inference_steps: int = knob(32, "dit: steps of the ODE solver from noise to latent", least=1)
     cfg_scale: float = knob(1.0, "classifier-free guidance: 1 samples the model, more trades variety for fidelity", least=0)
     temperature: float = knob(1.0, "divides the logits; below 1 is safer, above 1 more varied", least=0)
     top_k: Optional[int] = knob(None, "keep only the k likeliest tokens", least=1)
@@ -209,12 +217,54 @@ class EvaluationConfig:
 
 
 @dataclass
+class CompareConfig:
+    """What recipes/compare.py trains: arms x seeds, all on one data set, one carrier and one decoder."""
+
+    arms: List[str] = knob(
+        ["joint", "joint_dropout", "joint_finetuned", "weak", "dae-linear", "dae-narrow", "dae-shallow", "dae-dropout"],
+        "arms by name (recipes/compare.py --help lists them), or `name: key=value key=value` for one of your own",
+    )
+    baseline: str = knob("joint", "the arm that the others are held against, pair by pair of seeds")
+    seeds: List[int] = knob([0, 1, 2, 3, 4], "seeds; each trains every arm once")
+    learning_rates: List[float] = knob(
+        [1e-3, 2e-3, 4e-3], "learning rates among which each arm is tuned, all arms by as many trials; one value tunes none"
+    )
+    tuning_seed: int = knob(1000, "seed of the tuning trials, on images held out of the training set; not among the seeds")
+    rates: List[float] = knob(
+        [], "further rates for the arms of rate_arms: codebook sizes (vq) or KL weights (kl); none draws no frontier"
+    )
+    rate_arms: List[str] = knob(["joint", "dae-linear"], "arms that are trained at the further rates too")
+    prior_widths: List[int] = knob(
+        [], "further priors for each autoencoder: widths of ar and dit, numbers of components of a mixture", least=1
+    )
+    processes: int = knob(2, "trials that run at the same time, one thread each", least=1)
+
+
+@dataclass
+class MeasureConfig:
+    """What recipes/measure_latent.py and recipes/report_latent.py measure."""
+
+    latents: List[str] = knob(
+        ["gaussian", "uniform", "mixture", "pca"],
+        "latents: gaussian, uniform, mixture, pca, features:<timm name or folder>, autoencoder:<folder of a run>, "
+        "ae, vae, vq, dae (trained here by this configuration), or package.module:function",
+    )
+    latent_dim: int = knob(16, "dimensions of gaussian, uniform, mixture and pca", least=1)
+    distances: List[str] = knob(["sinkhorn", "frechet"], "distances D of D^G, by the names of dae.complexity")
+    families: List[str] = knob(["linear", "mlp"], "generator families G: linear, mlp, lipschitz, conv, dropout")
+    seeds: List[int] = knob([0, 1, 2], "seeds of the estimators")
+    steps: int = knob(500, "training steps of a generator", least=1)
+    max_images: int = knob(2000, "images measured on, chosen at random where there are more", least=2)
+
+
+@dataclass
 class Config:
     method: str = knob(
         "dae",
         "dae: weak auxiliary decoder first, then the real decoder on the frozen latent; joint: one stage with the real decoder; "
-        "joint_dropout: the same with dropout in it",
-        choices=("dae", "joint", "joint_dropout"),
+        "joint_dropout: the same with dropout in it; joint_finetuned: joint, then its decoder alone on the frozen latent; "
+        "weak: one stage with the auxiliary decoder",
+        choices=("dae", "joint", "joint_dropout", "joint_finetuned", "weak"),
     )
     output_dir: str = knob("runs/digits", "folder of the run")
     seed: int = knob(0, "seed of everything random; one seed, one result")
@@ -244,6 +294,8 @@ class Config:
     )
     sampling: SamplingConfig = field(default_factory=SamplingConfig, metadata={"help": "sampling"})
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig, metadata={"help": "metrics"})
+    measure: MeasureConfig = field(default_factory=MeasureConfig, metadata={"help": "distances between a latent and the data"})
+    compare: CompareConfig = field(default_factory=CompareConfig, metadata={"help": "arms of a comparison"})
 
 
 def load_config(path: str | Path | None = None, overrides: list[str] | tuple = ()) -> Config:

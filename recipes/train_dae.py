@@ -60,7 +60,7 @@ def train(config: Config) -> Path:
     autoencoder = build_autoencoder(config, stages[0]).to(accelerator.device)
     steps_before = 0
     for stage in stages:
-        if stage is not stages[0]:
+        if stage is not stages[0] and not stage.keeps_decoder:
             torch.manual_seed(seed_for(config.seed, stage.name, "decoder"))
             autoencoder.replace_decoder(stage.decoder)
         if stage.latent_frozen:

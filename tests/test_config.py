@@ -26,7 +26,7 @@ from dae.training import build_optimizer, plan_stages
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
-METHODS = ("dae", "joint", "joint_dropout")
+METHODS = ("dae", "joint", "joint_dropout", "joint_finetuned", "weak")
 
 
 @pytest.fixture

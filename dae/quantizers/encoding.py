@@ -13,3 +13,4 @@ class Encoding:
     loss: Tensor  # scalar: the bottleneck's own term of the objective, weighted
     features: Tensor  # [B, D, h, w]: the encoder's output before the bottleneck (KL: the posterior's mean)
     indices: Tensor | None = None  # [B, h, w] int64, VQ only
+    log_variance: Tensor | None = None  # [B, D, h, w] of the posterior, KL only

@@ -31,4 +31,4 @@ class GaussianBottleneck(nn.Module):
         latents = mean
         if sample_posterior:
             latents = mean + (0.5 * log_variance).exp() * draw_rows(torch.randn, mean.shape, device=mean.device)
-        return Encoding(latents, self.config.kl_weight * kl, mean)
+        return Encoding(latents, self.config.kl_weight * kl, mean, log_variance=log_variance)

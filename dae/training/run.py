@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 FREE_TO_CHANGE = (
     "output_dir", "compile", "report_to", "logging_steps", "checkpointing_steps", "checkpoints_total_limit",
     "resume_from_checkpoint", "push_to_hub", "hub_model_id", "kernels.",
-    "data.num_workers", "data.verify_rows", "sampling.", "evaluation.",
+    "data.num_workers", "data.verify_rows", "sampling.", "evaluation.", "measure.", "compare.",
 )  # fmt: skip
 
 

@@ -14,21 +14,28 @@ class Stage:
     decoder: DecoderConfig
     latent_frozen: bool  # encoder and bottleneck stay as the stage before left them
     config: StageConfig
+    keeps_decoder: bool = False  # the decoder goes on from the stage before; else it is a new one
 
 
 def plan_stages(config: Config) -> list[Stage]:
-    """The stages of `config.method`.
+    """The stages of `config.method`; all methods train for as many steps in all.
 
     dae (Hu et al. 2023): encoder and bottleneck with the weak auxiliary decoder, then the real decoder on the frozen latent.
-    joint: one stage of as many steps in all, with the real decoder; optimised as stage 1 is, with the losses of stage 2
-    (an adversarial loss starts when it would start in stage 2). joint_dropout: the same with channel dropout in the decoder.
+    joint: one stage with the real decoder; optimised as stage 1 is, with the losses of stage 2 (an adversarial loss starts
+    when it would start in stage 2). joint_dropout: the same with channel dropout in the decoder. joint_finetuned: joint for
+    the steps of stage 1, then its decoder goes on alone, on the frozen latent. weak: joint, but with the auxiliary decoder.
     """
     one, two = config.stage1, config.stage2
     decoder = config.autoencoder.decoder
     if config.method == "dae":
         return [Stage("stage1", config.auxiliary_decoder, False, one), Stage("stage2", decoder, True, two)]
+    loss = dataclasses.replace(two.loss, adversarial_start=one.max_train_steps + two.loss.adversarial_start)
+    if config.method == "joint_finetuned":
+        joint = Stage("joint", decoder, False, dataclasses.replace(one, loss=loss))
+        return [joint, Stage("finetune", decoder, True, two, keeps_decoder=True)]
     if config.method == "joint_dropout":
         decoder = DecoderConfig(family="dropout", dropout=config.auxiliary_decoder.dropout)
-    loss = dataclasses.replace(two.loss, adversarial_start=one.max_train_steps + two.loss.adversarial_start)
+    elif config.method == "weak":
+        decoder = config.auxiliary_decoder
     steps = one.max_train_steps + two.max_train_steps
     return [Stage("joint", decoder, False, dataclasses.replace(one, max_train_steps=steps, loss=loss))]

@@ -136,14 +136,23 @@ def test_stages_of_dae():
     assert (two.name, two.decoder, two.latent_frozen, two.config) == ("stage2", config.autoencoder.decoder, True, config.stage2)
 
 
-@pytest.mark.parametrize("method", ["joint", "joint_dropout"])
+def test_finetuning_goes_on_with_the_decoder_on_the_frozen_latent():
+    config = config_of("joint_finetuned")
+    one, two = plan_stages(config)
+    assert (one.decoder, one.latent_frozen, one.keeps_decoder) == (config.autoencoder.decoder, False, False)
+    assert (two.decoder, two.latent_frozen, two.keeps_decoder) == (config.autoencoder.decoder, True, True)
+    assert one.config.max_train_steps + two.config.max_train_steps == 50 and one.name != two.name
+    assert (one.config.learning_rate, two.config) == (0.1, config.stage2)
+
+
+@pytest.mark.parametrize("method", ["joint", "joint_dropout", "weak"])
 def test_stages_of_the_baselines(method):
     config = config_of(method)
     before = dataclasses.asdict(config)
     (stage,) = plan_stages(config)
     assert (stage.name, stage.latent_frozen) == ("joint", False)
-    expected = config.autoencoder.decoder if method == "joint" else DecoderConfig("dropout", dropout=0.4)
-    assert stage.decoder == expected
+    decoders = {"joint": config.autoencoder.decoder, "weak": config.auxiliary_decoder}
+    assert stage.decoder == decoders.get(method, DecoderConfig("dropout", dropout=0.4))
     assert stage.config.max_train_steps == 50 and stage.config.learning_rate == 0.1  # as many steps in all
     assert stage.config.loss == LossConfig(l1=1.0, adversarial=0.5, adversarial_start=37)
     assert isinstance(stage.config, StageConfig) and dataclasses.asdict(config) == before
