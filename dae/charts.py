@@ -10,9 +10,12 @@ import io
 import math
 import re
 from dataclasses import dataclass
-from typing import Any, Sequence
+from pathlib import Path
+from typing import Any, Callable, Sequence
 
 import numpy as np
+
+from dae.files import write_file
 
 # Name: (stands for it while matplotlib draws, in the light, in the dark). One table colours the page and its charts.
 PALETTE = {
@@ -21,7 +24,13 @@ PALETTE = {
     "line": ("#030303", "#dcdfe3", "#363b43"),
     "first": ("#040404", "#2a62c9", "#86b1ff"),
     "second": ("#050505", "#c2560c", "#f5a662"),
+    "third": ("#060606", "#18794a", "#6fd39b"),
+    "fourth": ("#070707", "#8a3fb0", "#cf9bf0"),
+    "fifth": ("#080808", "#0b7285", "#62cfe0"),
+    "sixth": ("#090909", "#b02a62", "#f593b8"),
 }
+SERIES_COLOURS = ("first", "second", "third", "fourth", "fifth", "sixth")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")  # with the colours: thirty pairs before one comes again
 CHART_POINTS = 600  # what is kept of a long line
 
 
@@ -42,6 +51,37 @@ class Line:
     dashed: bool = False
 
 
+@dataclass
+class Bar:
+    """A row of an interval chart: an estimate, its interval (None draws none), and the single values behind it."""
+
+    name: str
+    mean: float
+    low: float | None = None
+    high: float | None = None
+    values: Sequence[float] = ()
+
+
+@dataclass
+class Series:
+    """Points that belong together in a frontier chart; `joined` draws the line through them, by growing x.
+
+    `style` numbers the pair of colour and marker, so that one thing looks the same in all charts of a page;
+    `low` and `high` are the ends of an interval of each y, if there are any.
+    """
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    style: int = 0
+    joined: bool = True
+    low: Sequence[float | None] | None = None
+    high: Sequence[float | None] | None = None
+
+
+Panel = Callable[[Any, int], None]  # draws into matplotlib's axes, with the colours of that column of `PALETTE`
+
+
 def in_words(lines: Sequence[Line], x: str, y: str) -> str:
     """What a line chart shows, for those who cannot see it."""
     runs = [f"{a.name} from {a.y[0]:.3g} at {a.x[0]:,} to {a.y[-1]:.3g} at {a.x[-1]:,}" for a in lines]
@@ -52,8 +92,6 @@ def line_chart(
     lines: Sequence[Line], *, x: str, y: str, marks: Sequence[tuple[float, str]] = (), logarithmic: bool = False
 ) -> str:
     """Lines over an axis from 0, with `marks` (where, words) as vertical rules. Long lines are averaged to `CHART_POINTS`."""
-    from matplotlib.ticker import LogLocator, NullFormatter
-
     drawing, axes = _axes(x, y)
     end = max(value for line in lines for value in line.x)
     axes.set_xlim(0, end * 1.03)
@@ -71,10 +109,7 @@ def line_chart(
     if marks:
         axes.margins(y=0.14)  # room for their words
     if logarithmic:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        _logarithmic(axes.yaxis, axes.set_yscale)
     if len(lines) > 1:
         axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=3, frameon=False, labelcolor=PALETTE["ink"][0])
     return _draw(drawing)
@@ -94,25 +129,151 @@ def bar_chart(heights: Sequence[float], *, x: str, y: str, level: tuple[float, s
     return _draw(drawing)
 
 
+def interval_chart(
+    bars: Sequence[Bar], *, x: str, level: tuple[float, str] | None = (0.0, ""), ends: tuple[str, str] | None = None
+) -> str:
+    """Estimates with their intervals, one below the other (a forest plot), about a vertical rule `level` (where, words).
+
+    Args:
+        bars: rows from top to bottom; an interval that leaves the rule out is drawn in colour, one that holds it in grey.
+        x: name of the axis.
+        level: the rule, such as (0, "no difference"); None draws none.
+        ends: what lies to the left and to the right of the rule, such as ("better", "worse"); they take the place of its words.
+    """
+    return _draw(_figure([interval_panel(bars, x=x, level=level, ends=ends)], [_interval_height(bars)], 0))
+
+
+def frontier_chart(
+    series: Sequence[Series], *, x: str, y: str, level: tuple[float, str] | None = None, logarithmic: bool = False
+) -> str:
+    """Points of several series in one plane, each with its colour and its marker; `level` is a horizontal rule (y, words).
+
+    `logarithmic` is about x. The axes fit the points: they need not start at 0.
+    """
+    return _draw(_figure([frontier_panel(series, x=x, y=y, level=level, logarithmic=logarithmic)], [3.6], 0))
+
+
+def save_png(panels: Sequence[Panel], heights: Sequence[float], path: str | Path) -> None:
+    """The panels one below the other, in the light colours on white, as a PNG for documents that take no SVG."""
+    file = io.BytesIO()
+    _figure(panels, heights, 1).savefig(file, format="png", dpi=160, facecolor="white", metadata={"Software": None})
+    write_file(Path(path), file.getvalue())
+
+
+def interval_panel(
+    bars: Sequence[Bar], *, x: str, level: tuple[float, str] | None = (0.0, ""), ends: tuple[str, str] | None = None
+) -> Panel:
+    """What `interval_chart` draws, for `save_png`."""
+
+    def draw(axes: Any, scheme: int) -> None:
+        ink, soft, first = (PALETTE[name][scheme] for name in ("ink", "soft", "first"))
+        _dress(axes, scheme, x, "", grid="x")
+        for row, bar in enumerate(bars):
+            clear = level is not None and bar.low is not None and not bar.low <= level[0] <= bar.high
+            if bar.values:
+                axes.plot(bar.values, [row + 0.22] * len(bar.values), "|", color=soft, markersize=5, alpha=0.8)
+            if bar.low is not None:
+                axes.plot([bar.low, bar.high], [row, row], color=first if clear else soft, linewidth=1.9, solid_capstyle="butt")
+            axes.plot([bar.mean], [row], "o", color=first if clear else soft, markersize=6.5)
+        axes.set_yticks(range(len(bars)), [bar.name for bar in bars], color=ink)
+        axes.tick_params(axis="y", length=0)
+        axes.set_ylim(len(bars) - 0.4, -0.75 if level or ends else -0.5)
+        axes.margins(x=0.08)
+        if level is None:
+            return
+        axes.axvline(level[0], color=soft, linewidth=1.1, linestyle=(0, (4, 2)), zorder=1)
+        for words, side, shift in zip(ends or ("", level[1]), ("right", "left"), (-6, 6), strict=True):
+            axes.annotate(
+                words, (level[0], 1), xycoords=("data", "axes fraction"), xytext=(shift, -2), textcoords="offset points",
+                ha=side, va="top", color=soft, fontsize=9,
+            )  # fmt: skip
+
+    return draw
+
+
+def frontier_panel(
+    series: Sequence[Series], *, x: str, y: str, level: tuple[float, str] | None = None, logarithmic: bool = False
+) -> Panel:
+    """What `frontier_chart` draws, for `save_png`."""
+
+    def draw(axes: Any, scheme: int) -> None:
+        soft = PALETTE["soft"][scheme]
+        _dress(axes, scheme, x, y, grid="y")
+        for each in series:
+            colour = PALETTE[SERIES_COLOURS[each.style % len(SERIES_COLOURS)]][scheme]
+            order = np.argsort(each.x, kind="stable")
+            xs, ys = np.asarray(each.x, float)[order], np.asarray(each.y, float)[order]
+            if each.low is not None:
+                low, high = (np.array([np.nan if v is None else v for v in ends])[order] for ends in (each.low, each.high))
+                axes.vlines(xs, low, high, color=colour, linewidth=1.1, alpha=0.75)
+            marker = MARKERS[each.style % len(MARKERS)]
+            line = "-" if each.joined else "none"
+            axes.plot(xs, ys, color=colour, linestyle=line, linewidth=1.3, marker=marker, markersize=6, label=each.name)
+        if level:
+            axes.axhline(level[0], color=soft, linewidth=1.1, linestyle=(0, (4, 2)), zorder=1)
+            axes.annotate(
+                level[1], (1, level[0]), xycoords=("axes fraction", "data"), xytext=(-4, 4), textcoords="offset points",
+                ha="right", color=soft, fontsize=9,
+            )  # fmt: skip
+        axes.margins(0.08)
+        if logarithmic:
+            _logarithmic(axes.xaxis, axes.set_xscale)
+        if len(series) > 1:
+            axes.legend(
+                loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=4, frameon=False, labelcolor=PALETTE["ink"][scheme],
+                fontsize=9, handletextpad=0.3, columnspacing=1.2,
+            )  # fmt: skip
+
+    return draw
+
+
+def _interval_height(bars: Sequence[Bar]) -> float:
+    return 0.9 + 0.36 * len(bars)
+
+
 def _thin(x: Sequence[float], y: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     block = math.ceil(len(x) / CHART_POINTS) or 1
     return tuple(np.array([np.mean(v[i : i + block]) for i in range(0, len(v), block)]) for v in (np.asarray(x), np.asarray(y)))
 
 
-def _axes(x: str, y: str) -> tuple[Any, Any]:
+def _figure(panels: Sequence[Panel], heights: Sequence[float], scheme: int) -> Any:
     from matplotlib.figure import Figure  # without pyplot: no global state, no window
+
+    drawing = Figure(figsize=(6.4, sum(heights)), layout="constrained")
+    places = drawing.subplots(len(panels), 1, squeeze=False, height_ratios=list(heights))[:, 0]
+    for panel, axes in zip(panels, places, strict=True):
+        panel(axes, scheme)
+    return drawing
+
+
+def _axes(x: str, y: str) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
 
     drawing = Figure(figsize=(5.2, 3.0), layout="constrained")
     axes = drawing.add_subplot()
-    axes.set_xlabel(x, color=PALETTE["soft"][0])
-    axes.set_ylabel(y, color=PALETTE["soft"][0])
-    axes.tick_params(which="both", color=PALETTE["line"][0], labelcolor=PALETTE["soft"][0])
+    _dress(axes, 0, x, y, grid="y")
+    return drawing, axes
+
+
+def _dress(axes: Any, scheme: int, x: str, y: str, grid: str) -> None:
+    line, soft = PALETTE["line"][scheme], PALETTE["soft"][scheme]
+    axes.set_xlabel(x, color=soft)
+    axes.set_ylabel(y, color=soft)
+    axes.tick_params(which="both", color=line, labelcolor=soft)
     axes.tick_params(which="minor", length=0)
-    axes.grid(axis="y", color=PALETTE["line"][0], linewidth=0.8)
+    axes.grid(axis=grid, color=line, linewidth=0.8)
     axes.set_axisbelow(True)
     for name, spine in axes.spines.items():
-        spine.set(visible=name == "bottom", color=PALETTE["line"][0])
-    return drawing, axes
+        spine.set(visible=name == "bottom", color=line)
+
+
+def _logarithmic(axis: Any, set_scale: Callable[[str], Any]) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    set_scale("log")
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _draw(drawing: Any) -> str:
