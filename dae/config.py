@@ -306,7 +306,6 @@ def load_config(path: str | Path | None = None, overrides: list[str] | tuple = (
         ValueError: an unknown key (the message names the nearest one), a wrong type, or a value that is not allowed.
     """
     from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
     layers = []
     if path is not None:
@@ -314,17 +313,38 @@ def load_config(path: str | Path | None = None, overrides: list[str] | tuple = (
             raise FileNotFoundError(f"no configuration file {str(path)!r}")
         try:
             layers.append((str(path), OmegaConf.load(path)))
-        except Exception as error:  # PyYAML's family of errors has no common public base with OmegaConf's
+        except Exception as error:  # as in _parsed
             raise ValueError(f"{path} is not valid YAML: {error}") from error
+    loaded = _merge(Config, layers + _parsed(overrides))
+    if loaded.push_to_hub and not loaded.hub_model_id:  # it would fail after the training
+        raise ValueError("push_to_hub=true needs hub_model_id=<user>/<name>")
+    return loaded
+
+
+def with_overrides(config: Config, overrides: list[str] | tuple) -> Config:
+    """A copy of `config` with `a.b=c` overrides, checked as by `load_config`. ValueError: as there."""
+    return _merge(config, _parsed(overrides))
+
+
+def _parsed(overrides: list[str] | tuple) -> list[tuple[str, Any]]:
+    from omegaconf import OmegaConf
+
+    layers = []
     for override in overrides:
         if "=" not in override or override.startswith("-"):
             raise ValueError(f"expected an override `key=value`, got {override!r}")
         try:
             layers.append((f"override {override!r}", OmegaConf.from_dotlist([override])))
-        except Exception as error:  # as above
+        except Exception as error:  # PyYAML's family of errors has no common public base with OmegaConf's
             raise ValueError(f"override {override!r} cannot be parsed: {str(error).splitlines()[0]}") from error
+    return layers
 
-    config = OmegaConf.structured(Config)
+
+def _merge(base: Any, layers: list[tuple[str, Any]]) -> Config:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    config, source = OmegaConf.structured(base), "defaults"
     for source, layer in layers:
         if not OmegaConf.is_dict(layer):
             raise ValueError(f"{source}: expected `key: value` pairs at the top level")
@@ -339,10 +359,8 @@ def load_config(path: str | Path | None = None, overrides: list[str] | tuple = (
     try:
         loaded = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:
-        raise ValueError(f"{path}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{source}: {str(error).splitlines()[0]}") from error
     _reject_wrong_values(loaded)
-    if loaded.push_to_hub and not loaded.hub_model_id:  # it would fail after the training
-        raise ValueError("push_to_hub=true needs hub_model_id=<user>/<name>")
     return loaded
 
 

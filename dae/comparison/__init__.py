@@ -1,0 +1,1 @@
+"""Fair comparisons: arms that differ in one thing, trained on the same batches, judged by the same features."""

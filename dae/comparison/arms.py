@@ -1,0 +1,77 @@
+"""The arms of a comparison, and the proof that they differ in nothing but what is compared."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+
+from dae.config import CompareConfig, Config, differing_keys, with_overrides
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train the autoencoder: a name, and what it changes in the configuration of the comparison."""
+
+    name: str
+    overrides: tuple[str, ...]
+
+
+STANDARD = {
+    "joint": ("method=joint",),
+    "joint_dropout": ("method=joint_dropout",),
+    "joint_finetuned": ("method=joint_finetuned",),
+    "weak": ("method=weak",),
+    "dae-linear": ("method=dae", "auxiliary_decoder.family=linear"),
+    "dae-narrow": ("method=dae", "auxiliary_decoder.family=narrow"),
+    "dae-shallow": ("method=dae", "auxiliary_decoder.family=shallow"),
+    "dae-dropout": ("method=dae", "auxiliary_decoder.family=dropout"),
+}
+# What an arm is: the method, and the decoder that stage 1 trains with. Everything else must be equal.
+COMPARED = ("method", "auxiliary_decoder.")
+
+
+def parse_arms(config: CompareConfig) -> list[Arm]:
+    """`compare.arms` as `Arm`s: names of `STANDARD`, or `name: key=value key=value`.
+
+    Raises:
+        ValueError: no arm, a name that is not known (the nearest one is named) or comes twice.
+    """
+    arms = []
+    for words in config.arms:
+        name, colon, overrides = (part.strip() for part in words.partition(":"))
+        if not colon and name not in STANDARD:
+            near = difflib.get_close_matches(name, STANDARD, 1, 0.0)[0]
+            raise ValueError(
+                f"compare.arms: no arm {name!r}; did you mean {near!r}? Known: {', '.join(STANDARD)}; "
+                "one of your own is `name: key=value key=value`"
+            )
+        if not name or any(not (c.isalnum() or c in "-_.") for c in name):
+            raise ValueError(f"compare.arms: a name is made of letters, digits, '-', '_' and '.', got {name!r}")
+        arms.append(Arm(name, tuple(overrides.split()) if colon else STANDARD[name]))
+    names = [arm.name for arm in arms]
+    if not arms or len(set(names)) < len(names):
+        raise ValueError(f"compare.arms: expected different names, at least one, got {names}")
+    return arms
+
+
+def arm_config(config: Config, arm: Arm) -> Config:
+    """The configuration that trains `arm`. ValueError: an override that the configuration does not have."""
+    return with_overrides(config, arm.overrides)
+
+
+def require_matched(config: Config, arms: list[Arm]) -> None:
+    """Refuse arms that differ in anything but how the encoder is trained (`COMPARED`).
+
+    Raises:
+        ValueError: lists in what each arm differs from the comparison's configuration.
+    """
+    problems = []
+    for arm in arms:
+        differences = [d for d in differing_keys(config, arm_config(config, arm)) if not d.startswith(COMPARED)]
+        if differences:
+            problems.append(f"{arm.name} in {'; '.join(differences)}")
+    if problems:
+        raise ValueError(
+            f"the arms are not matched: {'. '.join(problems)}. An arm may change {' and '.join(COMPARED)}*; change the rest for "
+            "all arms alike, in the configuration"
+        )
