@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from dae.config import PriorConfig, from_dict
 from dae.distributed import draw_rows
 from dae.hub import PretrainedModel
-from dae.models.layers import Dropout
+from dae.models.layers import ClassConditional, Dropout
 
 
 class KVCache:
@@ -70,7 +70,7 @@ class Block(nn.Module):
         return x + self.dropout(self.down(swiglu(self.gate_up(self.norm_mlp(x)))))
 
 
-class ARPrior(PretrainedModel):
+class ARPrior(ClassConditional, PretrainedModel):
     """p(tokens | class) = prod_t p(token_t | class, token_<t).
 
     Args:
@@ -106,10 +106,6 @@ class ARPrior(PretrainedModel):
                 nn.init.normal_(parameter, std=0.02 / (2 * config.depth) ** 0.5)
             elif parameter.ndim == 2:
                 nn.init.normal_(parameter, std=0.02)
-
-    @property
-    def null_class(self) -> int:
-        return self.num_classes
 
     def forward(
         self, labels_B: Tensor, tokens_BT: Tensor, cache: KVCache | None = None, targets_BT: Tensor | None = None
@@ -148,11 +144,6 @@ class ARPrior(PretrainedModel):
         return linear_cross_entropy(
             x, self.head.weight, targets_BT, label_smoothing=label_smoothing, z_loss=z_loss, impl=self.impl
         )
-
-    def hide_classes(self, labels_B: Tensor) -> Tensor:
-        """Labels with each replaced by the null class with probability `class_dropout`, as guidance needs in training."""
-        hidden = draw_rows(torch.rand, labels_B.shape, device=labels_B.device) < self.config.class_dropout
-        return torch.where(hidden, self.null_class, labels_B)
 
     def corrupt(self, tokens_BT: Tensor) -> Tensor:
         """Input tokens with each replaced by a random one with probability `token_noise` (Esser et al. 2021 call 1 - p `pkeep`).

@@ -1,4 +1,4 @@
-"""Layers that encoder, decoders and discriminator share. Feature maps are [B, C, H, W]."""
+"""Layers that encoder, decoders, discriminator and priors share. Feature maps are [B, C, H, W]."""
 
 from __future__ import annotations
 
@@ -45,6 +45,26 @@ class Dropout(nn.Module):
         shape = (*x.shape[:2], 1, 1) if self.channelwise else x.shape
         keep = draw_rows(torch.rand, shape, device=x.device) >= self.p
         return x * keep / (1 - self.p)
+
+
+class ClassConditional:
+    """For a prior of `num_classes` classes C whose `config` has `class_dropout`: label C is no class (Ho & Salimans 2022)."""
+
+    @property
+    def null_class(self) -> int:
+        return self.num_classes
+
+    def hide_classes(self, labels_B: Tensor) -> Tensor:
+        """Labels with each replaced by the null class with probability `class_dropout`, as guidance needs in training."""
+        hidden = draw_rows(torch.rand, labels_B.shape, device=labels_B.device) < self.config.class_dropout
+        return torch.where(hidden, self.null_class, labels_B)
+
+    def check_labels(self, labels_B: Tensor) -> None:
+        """ValueError unless each label is a class or the null class."""
+        if labels_B.numel() and not (labels_B.min() >= 0 and labels_B.max() <= self.null_class):
+            raise ValueError(
+                f"labels must lie in 0..{self.num_classes - 1} ({self.null_class}: no class), got {labels_B.unique().tolist()}"
+            )
 
 
 class ResidualBlock(nn.Module):

@@ -60,10 +60,7 @@ def sample_tokens(
     """
     if temperature < 0 or cfg_scale < 0:
         raise ValueError(f"temperature and cfg_scale must not be negative, got {temperature} and {cfg_scale}")
-    if labels_B.numel() and not (labels_B.min() >= 0 and labels_B.max() <= prior.null_class):
-        raise ValueError(
-            f"labels must lie in 0..{prior.num_classes - 1} ({prior.null_class}: no class), got {labels_B.unique().tolist()}"
-        )
+    prior.check_labels(labels_B)
     guided = cfg_scale != 1
     B, T = len(labels_B), prior.sequence_length
     labels = torch.cat([labels_B, torch.full_like(labels_B, prior.null_class)]) if guided else labels_B

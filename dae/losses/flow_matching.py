@@ -1,0 +1,58 @@
+"""Flow matching: regression of the velocity of straight paths between data and noise."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from dae.distributed import draw_rows
+
+
+def flow_matching_loss(
+    model: nn.Module, latents_BDhw: Tensor, labels_B: Tensor, *, generator: torch.Generator | None = None
+) -> Tensor:
+    """Mean squared error of the velocity at one random time of each latent's path.
+
+        x_t = (1 - t) x + t noise,    loss = mean |model(x_t, t, label) - (noise - x)|^2,    t ~ U[0, 1], noise ~ N(0, I)
+
+    Its minimum is E[noise - x | x_t], whose ODE carries noise to latents. t is uniform and not logit-normal, as where samples
+    alone count (Esser et al. 2024): the ends decide the likelihood, and the solver's steps are equal, so all times count alike.
+    The times of a batch are spread evenly over [0, 1] (one shift for all), which makes the loss vary less from batch to batch.
+
+    Args:
+        model: called as model(x_BDhw, t_B, labels_B), a `dae.models.DiT` or a wrapper of one.
+        latents_BDhw: clean latents, normalised (`DiT.normalise`), floating.
+        labels_B: int64 classes, some of them hidden (`DiT.hide_classes`).
+        generator: on the latents' device; None draws from the global one. Drawn for the global batch (`draw_rows`).
+
+    Returns:
+        A scalar of at least float32; it does not reach 0, because noise and latent cannot both be read off x_t.
+
+    Raises:
+        TypeError: latents that are not floating.
+        ValueError: not [B, D, h, w] with B >= 1, or another number of labels.
+
+    Source: Lipman et al. 2023, arXiv 2210.02747, section 4.1 (optimal transport path, sigma_min = 0); Liu et al. 2023, arXiv
+    2209.03003, equation 1; evenly spread times: Kingma et al. 2021, arXiv 2107.00630, appendix I.1.
+    """
+    if not latents_BDhw.is_floating_point():
+        raise TypeError(f"latents: expected floating point, got {latents_BDhw.dtype}; flow matching has no tokens")
+    if latents_BDhw.ndim != 4 or len(latents_BDhw) == 0 or labels_B.shape != latents_BDhw.shape[:1]:
+        raise ValueError(
+            "expected latents [B, D, h, w] with B >= 1 and a label for each, "
+            f"got latents {list(latents_BDhw.shape)} and labels {list(labels_B.shape)}"
+        )
+    options = {"device": latents_BDhw.device, "dtype": latents_BDhw.dtype, "generator": generator}
+    noise = draw_rows(torch.randn, latents_BDhw.shape, **options)
+    t_B = draw_rows(even_times, labels_B.shape, **options)
+    t = t_B[:, None, None, None]
+    velocity = model((1 - t) * latents_BDhw + t * noise, t_B, labels_B)
+    target = noise - latents_BDhw
+    return (velocity.to(torch.promote_types(velocity.dtype, torch.float32)) - target).square().mean()
+
+
+def even_times(shape: tuple[int], **options) -> Tensor:
+    """[n] times (u + i / n) mod 1 with one u ~ U[0, 1]: each is uniform, and together they cover the interval."""
+    (n,) = shape
+    steps = torch.arange(n, device=options["device"], dtype=options["dtype"]) / n
+    return (torch.rand(1, **options) + steps) % 1

@@ -1,0 +1,133 @@
+"""Rates of a latent in bits an image: what the latent costs, in a unit in which VQ and KL latents compare.
+
+VQ:  tokens x entropy of the codes (`code_entropy_rate`), or the bits of a prior over the tokens
+KL:  an upper bound of I(x; z) by one Gaussian (`gaussian_rate`), or the bits of a prior over the latents (`bits_back`)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from dae.metrics.codebook import CodebookUsage
+
+
+def gaussian_rate(mean_NDhw: Tensor, log_variance_NDhw: Tensor, *, covariance: str = "auto") -> float:
+    """Mean KL(q(z|x) || N(m, S)) in bits an image, with m and S the moments of the aggregate posterior.
+
+        m = mean_n mean_n,    S = cov_n(mean_n) + diag(mean_n variance_n)
+        rate = 1/2 (log2 det S - mean_n sum_p log2 variance_np)
+
+    The trace term of the KL cancels, because S is the aggregate's own second moment. Exactly for these N images, the rate
+    is at least their mutual information I(x; z) with the posterior's samples: it is I plus KL(aggregate || N(m, S)). Scaling
+    the latent's values changes nothing, nor does any linear map of a latent with a full covariance.
+
+    Args:
+        mean_NDhw: posterior means, [N, ...], floating, N >= 1.
+        log_variance_NDhw: log variances of the diagonal posteriors, of the same shape.
+        covariance: "full"; "diagonal", which is never less, for it ignores correlations; "auto" is full where N is at least
+            10 x the P values of a latent, else diagonal: of N images, log det of a full covariance is about P^2 / (2 N) nats
+            too small. Compare latents by one kind only.
+
+    Returns:
+        Bits an image, computed in float64.
+
+    Raises:
+        TypeError: tensors that are not floating.
+        ValueError: other shapes, no images, NaN or infinity, or an unknown `covariance`.
+
+    Source: Alemi et al. 2018, arXiv 1711.00464, section 2 (the rate R as upper bound of I, here with the best Gaussian marginal).
+    """
+    mean, log_variance = check_posterior(mean_NDhw, log_variance_NDhw)
+    if covariance not in ("auto", "full", "diagonal"):
+        raise ValueError(f"covariance: expected 'auto', 'full' or 'diagonal', got {covariance!r}")
+    N, P = mean.shape
+    centred, variance_P = mean - mean.mean(0), log_variance.exp().mean(0)
+    if covariance == "full" or (covariance == "auto" and N >= 10 * P):
+        log_determinant = torch.linalg.slogdet(centred.T @ centred / N + variance_P.diag()).logabsdet
+    else:
+        log_determinant = (centred.square().mean(0) + variance_P).log().sum()
+    return (0.5 * (log_determinant - log_variance.sum(1).mean()) / math.log(2)).item()
+
+
+def code_entropy_rate(indices_NT: Tensor, codebook_size: int, *, per_position: bool = False) -> float:
+    """Bits an image of a code that knows how often each token occurs, and nothing of its neighbours.
+
+        pooled (default):  T H(token),  H over all positions together = T log2(perplexity)
+        per position:      sum_t H(token_t)
+
+    Per position is never more; it knows T times as many frequencies, and of few images reads too low: it is at most log2 N a
+    position. Neither knows how tokens depend on another: a prior's held-out bits do.
+
+    Args:
+        indices_NT: integer codes [N, T] or [N, h, w], N >= 1.
+        codebook_size: K.
+
+    Raises:
+        TypeError: indices that are not integers.
+        ValueError: no images, one dimension, or an index outside of 0..K-1.
+
+    Source: Shannon 1948, "A Mathematical Theory of Communication", section 6 and theorem 9.
+    """
+    if indices_NT.ndim < 2 or len(indices_NT) == 0:
+        raise ValueError(f"indices: expected [N, T] or [N, h, w] with at least one image, got {list(indices_NT.shape)}")
+    indices = indices_NT.flatten(1)
+    if not per_position:
+        return indices.shape[1] * math.log2(CodebookUsage(codebook_size).update(indices).perplexity)
+    return sum(math.log2(CodebookUsage(codebook_size).update(codes).perplexity) for codes in indices.T)
+
+
+def bits_back(
+    mean_NDhw: Tensor,
+    log_variance_NDhw: Tensor,
+    log_prob: Callable[[Tensor], Tensor],
+    generator: torch.Generator | None = None,
+) -> float:
+    """Code length of the latent under a prior in bits an image: E_q[log2 q(z|x) - log2 p(z)], averaged over the images.
+
+    That is KL(q(z|x) || p), what bits-back coding pays for the latent, and at least I(x; z) on average, whatever the prior. It
+    compares with the bits that a prior needs for VQ's tokens, the posterior of which has no entropy to give back. The
+    entropy of q is exact; log p is read at one posterior sample of each image.
+
+    Args:
+        mean_NDhw, log_variance_NDhw: as in `gaussian_rate`.
+        log_prob: latents [N, D, h, w] to log p [N] in nats, in the scale of the latents: `GaussianMixturePrior.log_prob`, or a
+            function that calls `dae.sampling.log_likelihood` with the images' labels, in batches.
+        generator: of the posterior samples, on the device of the means.
+
+    Raises:
+        TypeError: tensors that are not floating.
+        ValueError: other shapes, no images, NaN or infinity, or log_prob that gives no finite number for each image.
+
+    Source: Hinton & van Camp 1993, "Keeping the neural networks simple by minimizing the description length of the weights",
+    section 5 (bits back); Townsend et al. 2019, arXiv 1901.04866.
+    """
+    _, log_variance = check_posterior(mean_NDhw, log_variance_NDhw)
+    noise = torch.randn(mean_NDhw.shape, generator=generator, device=mean_NDhw.device, dtype=mean_NDhw.dtype)
+    log_p = log_prob(mean_NDhw + (0.5 * log_variance_NDhw).exp() * noise)
+    if log_p.shape != mean_NDhw.shape[:1] or not torch.isfinite(log_p).all():
+        raise ValueError(
+            f"log_prob: expected {len(mean_NDhw)} finite numbers, one an image, got shape {list(log_p.shape)}"
+            f"{'' if torch.isfinite(log_p).all() else ' with NaN or infinity'}"
+        )
+    negative_entropy = -0.5 * (1 + math.log(2 * math.pi) + log_variance).sum(1)
+    return ((negative_entropy - log_p.double()).mean() / math.log(2)).item()
+
+
+def check_posterior(mean_NDhw: Tensor, log_variance_NDhw: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in float64 and flattened to [N, P]; TypeError or ValueError for what is no diagonal Gaussian posterior."""
+    for name, x in (("mean", mean_NDhw), ("log_variance", log_variance_NDhw)):
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"{name}: expected a floating point tensor, got {got}; a VQ latent takes code_entropy_rate")
+        if not torch.isfinite(x).all():
+            raise ValueError(f"{name}: expected finite numbers, got NaN or infinity; has the autoencoder diverged?")
+    if mean_NDhw.shape != log_variance_NDhw.shape or mean_NDhw.ndim < 2 or len(mean_NDhw) == 0:
+        raise ValueError(
+            "expected mean and log_variance of one shape [N, D, h, w] with N >= 1, "
+            f"got {list(mean_NDhw.shape)} and {list(log_variance_NDhw.shape)}"
+        )
+    return mean_NDhw.double().flatten(1), log_variance_NDhw.double().flatten(1)
