@@ -9,6 +9,7 @@ from dae.metrics.frechet import EqualCountFrechet, FeatureStatistics, equal_coun
 from dae.metrics.manifolds import PrecisionRecall, precision_recall
 from dae.metrics.memory import Memorisation, memorisation
 from dae.metrics.provenance import versions
+from dae.metrics.rate import bits_back, code_entropy_rate, gaussian_rate
 from dae.metrics.signal_to_noise import psnr
 from dae.metrics.structural_similarity import ssim
 
@@ -20,9 +21,12 @@ __all__ = [
     "Memorisation",
     "PrecisionRecall",
     "accuracy",
+    "bits_back",
+    "code_entropy_rate",
     "equal_count_frechet",
     "extract_features",
     "frechet_distance",
+    "gaussian_rate",
     "memorisation",
     "precision_recall",
     "predict",

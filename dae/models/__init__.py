@@ -1,6 +1,8 @@
 from dae.models.ar_prior import ARPrior
 from dae.models.autoencoder import Autoencoder
 from dae.models.discriminator import PatchDiscriminator
+from dae.models.dit import DiT
 from dae.models.kernels import choose_kernels
+from dae.models.mixture import GaussianMixturePrior
 
-__all__ = ["ARPrior", "Autoencoder", "PatchDiscriminator", "choose_kernels"]
+__all__ = ["ARPrior", "Autoencoder", "DiT", "GaussianMixturePrior", "PatchDiscriminator", "choose_kernels"]

@@ -1,0 +1,333 @@
+"""One trial: an arm of a comparison trained with one seed, its priors, and everything that is measured of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset, Subset
+
+from dae.comparison.arms import arm_config, parse_arms
+from dae.comparison.training import Latents, Prior, encode, prior_family, train_autoencoder, train_prior
+from dae.config import Config, with_overrides
+from dae.data import evaluation_batches, load_data
+from dae.data.pictures import to_uint8
+from dae.data.splits import hold_out
+from dae.metrics import (
+    Classifier,
+    CodebookUsage,
+    EqualCountFrechet,
+    accuracy,
+    bits_back,
+    code_entropy_rate,
+    equal_count_frechet,
+    extract_features,
+    frechet_distance,
+    gaussian_rate,
+    memorisation,
+    precision_recall,
+    predict,
+    psnr,
+    rotation_task,
+    ssim,
+    train_classifier,
+    versions,
+)
+from dae.models import ARPrior, Autoencoder, DiT
+from dae.sampling import balanced_labels, log_likelihood, sample_latents, sample_tokens
+from dae.training import plan_stages
+from dae.training.loop import seed_for
+
+JUDGE_SEED = 0  # of the classifier and of all subsets: the same for every trial, arm and seed
+SHOWN = 32  # samples kept as pictures
+IMAGES_FOR_BITS = 256  # held-out images whose code length is measured under a continuous prior
+
+
+@dataclass(frozen=True)
+class Job:
+    """One trial of a comparison.
+
+    Args:
+        purpose: "measure" on the held-out images, or "tune" on images held out of the training set.
+        rate: another rate than the configuration's: the codebook size (vq) or the KL weight (kl); None is its own.
+    """
+
+    arm: str
+    seed: int
+    learning_rate: float
+    purpose: str = "measure"
+    rate: float | None = None
+
+    @property
+    def key(self) -> str:
+        rate = "" if self.rate is None else f"-rate{self.rate:g}"
+        return f"{self.purpose}-{self.arm}-seed{self.seed}-lr{self.learning_rate:g}{rate}"
+
+
+def job_config(config: Config, job: Job) -> Config:
+    """The configuration that `job` trains. ValueError: no such arm."""
+    arms = {arm.name: arm for arm in parse_arms(config.compare)}
+    if job.arm not in arms:
+        raise ValueError(f"no arm {job.arm!r} in this comparison; it has {', '.join(arms)}")
+    overrides = [f"seed={job.seed}", *(f"{stage}.learning_rate={job.learning_rate!r}" for stage in ("stage1", "stage2"))]
+    if job.rate is not None:
+        vq = config.autoencoder.bottleneck == "vq"
+        overrides.append(f"autoencoder.vq.codebook_size={int(job.rate)}" if vq else f"autoencoder.kl.kl_weight={job.rate!r}")
+    return with_overrides(arm_config(config, arms[job.arm]), overrides)
+
+
+@dataclass
+class Judged:
+    """Images in memory that a trial is trained on and judged against, and what two sets of real ones are apart."""
+
+    train: Tensor
+    train_labels: Tensor
+    heldout: Tensor
+    heldout_labels: Tensor
+    train_features: Tensor
+    heldout_features: Tensor
+    floor: EqualCountFrechet
+    copies_floor: float  # share of held-out images that count as near-copies
+
+
+@dataclass
+class Bench:
+    """What all trials of a comparison share: the images, the classifier whose features judge, the floors."""
+
+    measure: Judged
+    tune: Judged  # held-out: a part of the training images
+    classifier: Classifier
+    labelled: bool
+    num_classes: int
+    data: dict
+    heldout_accuracy: float
+
+    @classmethod
+    def prepare(cls, config: Config) -> Bench:
+        """Load the data, train the classifier or find it in <output_dir>/bench, and measure the floors.
+
+        Deterministic: the classifier does not depend on the seeds of the comparison.
+
+        Raises:
+            ValueError, FileNotFoundError: as `load_data`.
+        """
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        data = load_data(config.data, JUDGE_SEED)
+        train, train_labels = _collect(data.train, config, device)
+        heldout, heldout_labels = _collect(data.validation, config, device)
+        task = (lambda x, y: (x, y)) if data.labelled else (lambda x, _: rotation_task(x))
+        path = (
+            Path(config.output_dir)
+            / "bench"
+            / f"classifier-{data.fingerprint[:12]}-{config.evaluation.classifier_steps}.safetensors"
+        )
+        if path.is_file():
+            classifier = Classifier.load(path, device)
+        else:
+            name = config.data.dataset_name if data.labelled else f"{config.data.dataset_name}-rotations"
+            steps, seed = config.evaluation.classifier_steps, seed_for(JUDGE_SEED, "classifier")
+            classes = data.num_classes if data.labelled else 4
+            classifier = train_classifier(
+                *task(train, train_labels), classes, steps=steps, seed=seed, device=device, name=Path(name).name, progress=False
+            )
+            path.parent.mkdir(parents=True, exist_ok=True)
+            classifier.save(path)
+        labels = train_labels.cpu().numpy() if data.labelled else None
+        rest, aside = (torch.from_numpy(rows) for rows in hold_out(len(train), min(len(heldout), len(train) // 4), labels))
+        return cls(
+            measure=_judged(classifier, train, train_labels, heldout, heldout_labels),
+            tune=_judged(classifier, train[rest], train_labels[rest], train[aside], train_labels[aside]),
+            classifier=classifier,
+            labelled=data.labelled,
+            num_classes=data.num_classes,
+            data=data.describe(),
+            heldout_accuracy=accuracy(classifier, *task(heldout, heldout_labels)),
+        )
+
+    def facts(self) -> dict:
+        """What a reader needs to judge the numbers; JSON-able."""
+        measure = self.measure
+        return {
+            "floor": {"frechet": measure.floor.mean, "frechet_std": measure.floor.std},
+            "copies_floor": measure.copies_floor,
+            "heldout_accuracy": self.heldout_accuracy,
+            "extractor": self.classifier.identifier,
+            "counts": {
+                "train": len(measure.train),
+                "heldout": len(measure.heldout),
+                "frechet": _count(measure),
+                "tuning_train": len(self.tune.train),
+                "tuning_heldout": len(self.tune.heldout),
+            },
+            "labelled": self.labelled,
+            "data": self.data,
+            "versions": versions(),
+        }
+
+
+def _collect(dataset, config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
+    limit = config.evaluation.max_images
+    if not isinstance(dataset, IterableDataset) and len(dataset) > limit:
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(JUDGE_SEED))
+        dataset = Subset(dataset, order[:limit].tolist())
+    found = list(evaluation_batches(dataset, config.evaluation.batch_size, limit=limit))
+    return torch.cat([b["image"] for b in found]).to(device), torch.cat([b["label"] for b in found]).to(device)
+
+
+def _judged(classifier: Classifier, train: Tensor, train_labels: Tensor, heldout: Tensor, heldout_labels: Tensor) -> Judged:
+    features = [extract_features(classifier, x) for x in (train, heldout)]
+    count = min(len(train), len(heldout))
+    floor = equal_count_frechet(features[1], features[0], count=count, seed=JUDGE_SEED)
+    copies = memorisation(heldout, train, heldout).share_heldout
+    return Judged(train, train_labels, heldout, heldout_labels, *features, floor, copies)
+
+
+def _count(judged: Judged) -> int:
+    return min(len(judged.train), len(judged.heldout))
+
+
+def run_trial(bench: Bench, config: Config, job: Job) -> tuple[dict, Tensor]:
+    """Train and measure one trial.
+
+    Args:
+        bench: of `config`.
+        config: of the comparison, not of the trial.
+
+    Returns:
+        record: JSON-able, see README.md of the recipe's output; the distances are to held-out images at equal counts.
+        samples: uint8 [n, H, W, C], the first ones of the main prior.
+
+    Raises:
+        FloatingPointError: the training diverged.
+    """
+    started, config = time.monotonic(), job_config(config, job)
+    judged = bench.tune if job.purpose == "tune" else bench.measure
+    autoencoder = train_autoencoder(judged.train, config)
+    trained = time.monotonic()
+    latents, heldout = encode(autoencoder, judged.train), encode(autoencoder, judged.heldout)
+    record = dataclasses.asdict(job) | _reconstruction(bench, judged, autoencoder, config)
+    record |= {"rate_bits": _rate(latents, config), "codebook": _codebook(heldout, config)}
+
+    priors, samples = [], None
+    widths = [] if job.purpose == "tune" else config.compare.prior_widths
+    for size in [None, *widths]:
+        sized = config if size is None else _resized(config, size)
+        begun = time.monotonic()
+        prior = train_prior(autoencoder, latents, judged.train_labels, bench.num_classes, sized, f"prior-{size or 'main'}")
+        generated, labels = _generate(autoencoder, prior, bench.num_classes, config)
+        samples = generated[:SHOWN] if samples is None else samples
+        facts = {"size": _size(sized), "parameters": sum(p.numel() for p in prior.parameters())}
+        facts |= {"bits": _bits_an_image(prior, heldout, judged.heldout_labels, config)}
+        priors.append(facts | _generation(bench, judged, generated, labels, config) | {"seconds": time.monotonic() - begun})
+    record["priors"] = priors
+    record["card"] = None
+    if job.purpose == "measure":
+        from dae.complexity.report_card import report_card
+
+        labels = (judged.train_labels, judged.heldout_labels) if bench.labelled else (None, None)
+        record["card"] = report_card(autoencoder, judged.train, labels[0], judged.heldout, labels[1], seed=job.seed)
+    record["stages"] = [[s.name, s.decoder.family, s.config.max_train_steps] for s in plan_stages(config)]
+    record |= {"autoencoder_seconds": trained - started, "seconds": time.monotonic() - started, "versions": versions()}
+    return json.loads(json.dumps(record)), torch.from_numpy(to_uint8(samples))
+
+
+def _size(config: Config) -> int:
+    return config.prior.num_components if prior_family(config) == "mixture" else config.prior.width
+
+
+def _resized(config: Config, size: int) -> Config:
+    key = "num_components" if prior_family(config) == "mixture" else "width"
+    return with_overrides(config, [f"prior.{key}={size}"])
+
+
+@torch.no_grad()
+def _reconstruction(bench: Bench, judged: Judged, autoencoder: Autoencoder, config: Config) -> dict:
+    parts = judged.heldout.split(config.evaluation.batch_size)
+    rebuilt = torch.cat([autoencoder(part).sample.clamp(-1, 1) for part in parts])
+    return {
+        "psnr": psnr(rebuilt, judged.heldout).mean().item(),
+        "ssim": ssim(rebuilt, judged.heldout).mean().item(),
+        "reconstruction_frechet": frechet_distance(judged.heldout_features, extract_features(bench.classifier, rebuilt)),
+    }
+
+
+def _rate(latents: Latents, config: Config) -> float:
+    """Bits an image of the training set's latents, if a prior knew no more than the frequency of each code, or a Gaussian."""
+    if latents.tokens is not None:
+        return float(code_entropy_rate(latents.tokens, config.autoencoder.vq.codebook_size))
+    return float(gaussian_rate(latents.mean, latents.log_variance))
+
+
+def _codebook(heldout: Latents, config: Config) -> dict | None:
+    if heldout.tokens is None:
+        return None
+    usage = CodebookUsage(config.autoencoder.vq.codebook_size).update(heldout.tokens.cpu())
+    return {"usage": usage.usage, "perplexity": usage.perplexity}
+
+
+@torch.no_grad()
+def _generate(autoencoder: Autoencoder, prior: Prior, num_classes: int, config: Config) -> tuple[Tensor, Tensor]:
+    """Images [N, C, H, W], clipped, and the classes that they were asked for."""
+    settings, device = config.sampling, next(autoencoder.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed_for(config.seed, "sampling"))
+    images, labels_N = [], balanced_labels(settings.num_samples, num_classes).to(device)
+    for labels in labels_N.split(settings.batch_size):
+        if isinstance(prior, ARPrior):
+            options = {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
+            tokens = sample_tokens(prior, labels, cfg_scale=settings.cfg_scale, generator=generator, **options)
+            decoded = autoencoder.decode_indices(tokens)
+        else:
+            decoded = autoencoder.decode(_continuous(prior, labels, config, generator))
+        images.append(decoded.sample.clamp(-1, 1))
+    return torch.cat(images), labels_N
+
+
+def _continuous(prior: Prior, labels: Tensor, config: Config, generator: torch.Generator) -> Tensor:
+    if isinstance(prior, DiT):
+        steps, cfg_scale = config.sampling.num_inference_steps, config.sampling.cfg_scale
+        return sample_latents(prior, labels, num_inference_steps=steps, cfg_scale=cfg_scale, generator=generator)
+    return prior.sample(len(labels), generator)
+
+
+def _generation(bench: Bench, judged: Judged, images: Tensor, labels: Tensor, config: Config) -> dict:
+    features = extract_features(bench.classifier, images)
+    count = min(_count(judged), len(images))
+    distance = equal_count_frechet(judged.heldout_features, features, count=count, seed=JUDGE_SEED)
+    manifold = precision_recall(judged.heldout_features, features[:count], config.evaluation.neighbours)
+    right = (predict(bench.classifier, images) == labels.cpu()).double().mean().item() if bench.labelled else None
+    if prior_family(config) == "mixture":
+        right = None  # it was asked for no class
+    return {
+        "frechet": distance.mean,
+        "frechet_std": distance.std,
+        "recognised": right,
+        "precision": manifold.precision,
+        "recall": manifold.recall,
+        "copies": memorisation(images, judged.train, judged.heldout).share_samples,
+    }
+
+
+@torch.no_grad()
+def _bits_an_image(prior: Prior, heldout: Latents, labels_N: Tensor, config: Config) -> float:
+    """Code length of the held-out latents under the prior: -log2 p(tokens | class), or E_q[log2 q(z|x) - log2 p(z | class)]."""
+    if isinstance(prior, ARPrior):
+        nats = 0.0
+        for tokens, labels in zip(heldout.tokens.split(500), labels_N.split(500), strict=True):
+            nats += prior(labels, tokens[:, :-1], targets_BT=tokens).item() * tokens.numel()
+        return nats / len(labels_N) / torch.tensor(2.0).log().item()
+    few = slice(0, IMAGES_FOR_BITS)
+    device = labels_N.device
+    generator = torch.Generator(device).manual_seed(JUDGE_SEED)
+
+    def log_prob(latents: Tensor) -> Tensor:
+        if not isinstance(prior, DiT):
+            return prior.log_prob(latents)
+        options = {"num_steps": config.sampling.num_inference_steps, "num_probes": 1, "generator": generator}
+        return log_likelihood(prior, latents, labels_N[few], **options)
+
+    return float(bits_back(heldout.mean[few], heldout.log_variance[few], log_prob, generator))
