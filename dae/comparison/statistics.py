@@ -1,0 +1,213 @@
+"""Intervals of paired differences, differences at equal rate, rank correlations; few seeds, so no asymptotics."""
+
+from __future__ import annotations
+
+import math
+from typing import Hashable, Mapping, NamedTuple, Sequence
+
+import numpy as np
+
+
+class Interval(NamedTuple):
+    """A mean over `n` values and the ends of its interval; the ends are None where one value shows no spread."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    n: int
+
+    @property
+    def verdict(self) -> int:
+        """-1 if the whole interval is below 0, 1 if it is above, 0 if it holds 0 or there is none."""
+        return 0 if self.low is None or self.low <= 0 <= self.high else 1 if self.low > 0 else -1
+
+
+class RankCorrelation(NamedTuple):
+    """Spearman's rho of `n` pairs with its bootstrap interval; NaN where a side is constant or no interval can be drawn."""
+
+    rho: float
+    low: float
+    high: float
+    n: int
+
+
+class EqualRate(NamedTuple):
+    """Differences to a baseline's frontier, seed by seed; None where the rate is outside of what the baseline was trained at."""
+
+    seeds: tuple[Hashable, ...]
+    differences: tuple[float | None, ...]
+    baseline: tuple[float | None, ...]  # the frontier at the rate of ours
+    interval: Interval | None  # over the seeds inside; None if there are none
+
+    @property
+    def inside(self) -> int:
+        return sum(d is not None for d in self.differences)
+
+
+def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval:
+    """Student's interval of a mean: m +- t_{n-1}((1 + level) / 2) s / sqrt(n), exact for independent normal values.
+
+    Args:
+        values: n >= 1 finite numbers, one a seed. One value has no interval: its ends are None.
+        level: coverage, between 0 and 1.
+
+    Raises:
+        ValueError: no value, a value that is not finite, or a level outside (0, 1).
+    """
+    from scipy.stats import t
+
+    v = _finite(values, "values")
+    _check_level(level)
+    if len(v) == 1:
+        return Interval(float(v[0]), None, None, 1)
+    half = t.ppf((1 + level) / 2, len(v) - 1) * v.std(ddof=1) / math.sqrt(len(v))
+    return Interval(float(v.mean()), float(v.mean() - half), float(v.mean() + half), len(v))
+
+
+def paired_interval(ours: Sequence[float], theirs: Sequence[float], level: float = 0.95) -> Interval:
+    """`mean_interval` of the differences ours - theirs of pairs that share a seed: what the seeds share cancels.
+
+    Raises:
+        ValueError: different lengths, fewer than 2 pairs, or a value that is not finite.
+    """
+    x, y = _finite(ours, "ours"), _finite(theirs, "theirs")
+    if len(x) != len(y):
+        raise ValueError(f"expected pairs, got {len(x)} values of ours and {len(y)} of theirs: keep the seeds that both have")
+    if len(x) < 2:
+        raise ValueError("an interval of paired differences needs at least 2 pairs, got 1: compare more seeds")
+    return mean_interval(x - y, level)
+
+
+def paired_p_value(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """Two-sided p of the paired t-test, the test whose acceptance region is `paired_interval`. ValueError: as there."""
+    from scipy.stats import t
+
+    paired_interval(ours, theirs)  # checks the operands
+    d = np.asarray(ours, float) - np.asarray(theirs, float)
+    deviation = d.std(ddof=1)
+    if deviation == 0:  # all differences equal: certainty, by this model
+        return 1.0 if d[0] == 0 else 0.0
+    return float(2 * t.sf(abs(d.mean()) / deviation * math.sqrt(len(d)), len(d) - 1))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p-values adjusted for how many there are (Holm, 1979): below a, with probability 1 - a none is so by chance.
+
+    adjusted_(i) = max over j <= i of min(1, (m - j + 1) p_(j)), for the i-th smallest of m.
+
+    Raises:
+        ValueError: a value outside [0, 1].
+    """
+    p = _finite(p_values, "p_values") if len(p_values) else np.zeros(0)
+    if ((p < 0) | (p > 1)).any():
+        raise ValueError(f"p_values: expected numbers from 0 to 1, got {p.tolist()}")
+    order = np.argsort(p, kind="stable")
+    steps = np.minimum(1, (len(p) - np.arange(len(p))) * p[order])
+    adjusted = np.empty(len(p))
+    adjusted[order] = np.maximum.accumulate(steps)
+    return adjusted.tolist()
+
+
+def difference_at_equal_rate(
+    frontier: Mapping[Hashable, Sequence[tuple[float, float]]],
+    ours: Mapping[Hashable, tuple[float, float]],
+    level: float = 0.95,
+) -> EqualRate:
+    """Distance of ours minus that of a baseline at our rate, read off the baseline's frontier of the same seed.
+
+    The frontier of a seed is interpolated linearly in the rate between neighbouring points, never extrapolated: a seed whose
+    rate of ours lies outside counts as outside. Points of one rate are averaged first.
+
+    Args:
+        frontier: for each seed the baseline's points (rate in bits, distance).
+        ours: for each seed one point (rate in bits, distance).
+        level: coverage of the interval of the differences.
+
+    Raises:
+        ValueError: no seed in common, or a number that is not finite.
+    """
+    seeds = tuple(seed for seed in ours if frontier.get(seed))
+    if not seeds:
+        raise ValueError(f"no seed in common: the baseline has {list(frontier)}, ours {list(ours)}")
+    expected = [_interpolated(frontier[seed], _finite(ours[seed], f"ours at seed {seed}")[0]) for seed in seeds]
+    differences = [None if e is None else float(ours[s][1]) - e for s, e in zip(seeds, expected, strict=True)]
+    inside = [d for d in differences if d is not None]
+    return EqualRate(seeds, tuple(differences), tuple(expected), mean_interval(inside, level) if inside else None)
+
+
+def _interpolated(points: Sequence[tuple[float, float]], rate: float) -> float | None:
+    table = np.stack([_finite(point, "the baseline's frontier") for point in points])
+    rates, where = np.unique(table[:, 0], return_inverse=True)
+    distances = np.bincount(where, table[:, 1]) / np.bincount(where)
+    return float(np.interp(rate, rates, distances)) if rates[0] <= rate <= rates[-1] else None
+
+
+def rank_correlation(
+    x: Sequence[float],
+    y: Sequence[float],
+    *,
+    groups: Sequence[Hashable] | None = None,
+    level: float = 0.95,
+    repeats: int = 2000,
+    seed: int = 0,
+) -> RankCorrelation:
+    """Spearman's rank correlation (ties take the average rank) with a percentile bootstrap interval.
+
+    Values of one group, such as one seed's, are not independent of each other, so whole groups are drawn with replacement.
+    The percentile interval of few groups is too narrow; it says at least how much the seeds disagree.
+
+    Args:
+        x, y: n >= 2 finite numbers each.
+        groups: n labels; None makes each pair its own group.
+        level: coverage of the interval.
+        repeats: bootstrap samples.
+        seed: of the bootstrap; the global random state is not touched.
+
+    Returns:
+        RankCorrelation; rho is NaN where x or y is constant. The ends are NaN where rho is, or where there is one group only.
+
+    Raises:
+        ValueError: different lengths, fewer than 2 pairs, values that are not finite, a level or repeats out of range.
+    """
+    a, b = _finite(x, "x"), _finite(y, "y")
+    _check_level(level)
+    if len(a) != len(b) or len(a) < 2:
+        raise ValueError(f"expected at least 2 pairs, got {len(a)} and {len(b)} values")
+    if groups is not None and len(groups) != len(a):
+        raise ValueError(f"groups: expected {len(a)} labels, one a pair, got {len(groups)}")
+    if repeats < 1:
+        raise ValueError(f"repeats: expected at least 1, got {repeats}")
+    rho, nan = _spearman(a, b), math.nan
+    labels = list(range(len(a))) if groups is None else list(groups)
+    members = [np.array([i for i, label in enumerate(labels) if label == g]) for g in dict.fromkeys(labels)]
+    if len(members) < 2 or math.isnan(rho):
+        return RankCorrelation(rho, nan, nan, len(a))
+    random = np.random.default_rng(seed)
+    draws = random.integers(len(members), size=(repeats, len(members)))
+    samples = [np.concatenate([members[g] for g in draw]) for draw in draws]
+    rhos = np.array([_spearman(a[i], b[i]) for i in samples])
+    rhos = rhos[~np.isnan(rhos)]  # samples in which one side is constant
+    low, high = np.quantile(rhos, [(1 - level) / 2, (1 + level) / 2]) if len(rhos) else (nan, nan)
+    return RankCorrelation(rho, float(low), float(high), len(a))
+
+
+def _spearman(x: np.ndarray, y: np.ndarray) -> float:
+    from scipy.stats import rankdata
+
+    a, b = (r - r.mean() for r in (rankdata(x), rankdata(y)))
+    scale = math.sqrt((a @ a) * (b @ b))
+    return float(np.clip(a @ b / scale, -1, 1)) if scale else math.nan
+
+
+def _finite(values: Sequence[float], name: str) -> np.ndarray:
+    array = np.asarray(values, dtype=float)
+    if array.ndim != 1 or not len(array):
+        raise ValueError(f"{name}: expected a sequence of at least one number, got shape {array.shape}")
+    if not np.isfinite(array).all():
+        raise ValueError(f"{name}: expected finite numbers, got {array.tolist()}: leave out what diverged, and say so")
+    return array
+
+
+def _check_level(level: float) -> None:
+    if not 0 < level < 1:
+        raise ValueError(f"level: expected a number between 0 and 1, got {level}")
