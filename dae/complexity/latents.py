@@ -1,0 +1,380 @@
+"""Where the latents come from that are measured: noise, PCA, features, autoencoders saved or trained here, or your function."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import hashlib
+import importlib
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dae.complexity.estimate import check_cloud, check_pair
+from dae.config import Config
+from dae.hub import fingerprint
+from dae.metrics import Classifier, extract_features
+from dae.models import Autoencoder
+from dae.training.loop import seed_for
+
+MIXTURE_COMPONENTS, MIXTURE_WITHIN = 10, 0.1  # Gaussians, and the share of the variance that lies within one
+
+
+@dataclass(frozen=True)
+class Latent:
+    """A latent of N images.
+
+    Args:
+        name: the specification that it was made from.
+        codes: float32 [N, ...], in their own scale.
+        paired: code n was computed from image n. Noise is not: reconstruction means nothing for it.
+        description: what it is, in words for a reader of a page.
+        provenance: where it comes from, JSON-able: fingerprints, settings, seed, and the SHA-256 of the codes.
+    """
+
+    name: str
+    codes: Tensor
+    paired: bool
+    description: str
+    provenance: dict[str, Any]
+
+
+def load_latent(spec: str, images_NCHW: Tensor, labels_N: Tensor | None, config: Config, seed: int) -> Latent:
+    """The latent that `spec` names, one code an image.
+
+    | spec | codes |
+    |---|---|
+    | `gaussian`, `uniform` | [N, measure.latent_dim]: independent numbers of mean 0 and variance 1 |
+    | `mixture` | the same shape: 10 equally likely Gaussians N(m_k, 0.1 I), with m_k drawn from N(0, 0.9 I) |
+    | `pca` | [N, measure.latent_dim]: the images' leading principal components, centred, not whitened |
+    | `label` | [N, classes]: one-hot classes |
+    | `features:<name>` | [N, D]: pooled features of a network of timm by name, of a folder in timm's format (config.json and \
+weights), or of a file written by `dae.metrics.Classifier.save` |
+    | `autoencoder:<folder>` | [N, D, h, w]: of a VQ autoencoder the code vectors, of a KL one the posteriors' means |
+    | `posterior:<folder>` | [N, D, h, w]: of a KL autoencoder one sample of each posterior |
+    | `ae`, `vae`, `vq`, `dae` | [N, D, h, w]: as above, of an autoencoder trained here by `config` for measure.steps steps: \
+KL of weight 0, KL and VQ trained jointly, and the configured bottleneck by method dae |
+    | `package.module:function` | what function(images) returns, [N, ...]; the current directory is importable |
+
+    What is fitted (pca, ae, vae, vq, dae) is fitted to all these images.
+
+    Args:
+        images_NCHW: images in [-1, 1].
+        labels_N: their classes, int64; None where there are none.
+        config: measure.latent_dim and measure.steps, and for autoencoders trained here all of the architecture and training.
+        seed: of whatever is random; the global random state stays as it was.
+
+    Raises:
+        ValueError: an unknown specification; codes with NaN, of another length than the images, constant; images that an
+            autoencoder was not made for; more principal components than there are.
+        TypeError: a function that is none, or that returns no floating tensor or array.
+        ImportError: a module or function that cannot be imported, or timm, which is not installed.
+        FileNotFoundError: no such model.
+    """
+    check_cloud("images", images_NCHW)
+    if images_NCHW.dim() != 4:
+        raise ValueError(f"images: expected [N, C, H, W], got {list(images_NCHW.shape)}")
+    kind, separator, argument = spec.partition(":")
+    if spec in SOURCES:
+        found = SOURCES[spec](spec, images_NCHW, labels_N, config, seed)
+    elif separator and kind in LOADERS:
+        if not argument:
+            raise ValueError(f"latent {spec!r}: expected `{kind}:<what to load>`, got nothing after the colon")
+        found = LOADERS[kind](argument, images_NCHW, config, seed)
+    elif separator:
+        found = _from_function(spec, images_NCHW, config, seed)
+    else:
+        near = difflib.get_close_matches(spec, SOURCES, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        loaders = ", ".join(f"{name}:<...>" for name in LOADERS)
+        raise ValueError(
+            f"measure.latents: expected one of {', '.join(SOURCES)}, {loaders} or package.module:function, got {spec!r}{hint}"
+        )
+    codes, paired, description, facts = found
+    try:
+        check_pair(codes, images_NCHW)
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"latent {spec!r}: {error}") from error
+    codes = codes.detach().cpu().float().contiguous()
+    digest = hashlib.sha256(codes.numpy().tobytes()).hexdigest()
+    provenance = {"spec": spec, "seed": seed, "shape": list(codes.shape), "codes_sha256": digest, **facts}
+    return Latent(spec, codes, paired, description, provenance)
+
+
+Found = tuple[Tensor, bool, str, dict[str, Any]]  # codes, paired, description, provenance
+
+# ---- noise and closed forms ----
+
+
+def _noise(spec: str, images: Tensor, labels: Tensor | None, config: Config, seed: int) -> Found:
+    count, dim = len(images), config.measure.latent_dim
+    generator = torch.Generator().manual_seed(seed_for(seed, "latent", spec))
+    unlike = "drawn without looking at the image"
+    if spec == "gaussian":
+        codes = torch.randn(count, dim, generator=generator)
+        words = f"Noise: {dim} independent numbers from the bell curve (standard normal), {unlike}. Most GANs start from it."
+    elif spec == "uniform":
+        codes = math.sqrt(3) * (2 * torch.rand(count, dim, generator=generator) - 1)
+        words = f"Noise: {dim} independent numbers, each equally likely anywhere in an interval (variance 1), {unlike}."
+    else:
+        means = math.sqrt(1 - MIXTURE_WITHIN) * torch.randn(MIXTURE_COMPONENTS, dim, generator=generator)
+        component_N = torch.randint(MIXTURE_COMPONENTS, (count,), generator=generator)
+        codes = means[component_N] + math.sqrt(MIXTURE_WITHIN) * torch.randn(count, dim, generator=generator)
+        words = f"Noise: {dim} numbers from one of {MIXTURE_COMPONENTS} clumps at random places, {unlike}."
+    return codes, False, words, {}
+
+
+def _pca(spec: str, images: Tensor, labels: Tensor | None, config: Config, seed: int) -> Found:
+    """codes = (x - mean) V_k, V_k the k leading right singular vectors, each with its largest entry positive."""
+    dim = config.measure.latent_dim
+    x_ND = images.flatten(1).double()
+    x_ND = x_ND - x_ND.mean(0)
+    _, singular, V_DR = torch.linalg.svd(x_ND, full_matrices=False)
+    rank = int((singular > singular[0] * max(x_ND.shape) * torch.finfo(torch.float64).eps).sum())
+    if dim > rank:
+        raise ValueError(
+            f"latent 'pca': expected measure.latent_dim of at most {rank}, the rank of {len(images)} images of "
+            f"{x_ND.shape[1]} values, got {dim}"
+        )
+    directions_kD = V_DR[:dim]
+    largest_k1 = directions_kD.gather(1, directions_kD.abs().argmax(1, keepdim=True))
+    codes = x_ND @ (directions_kD * largest_k1.sign()).T
+    share = (singular[:dim].square().sum() / singular.square().sum()).item()
+    words = (
+        f"The {dim} directions in which the images differ most (principal components), computed without training, centred and "
+        f"not whitened. They hold {100 * share:.1f} % of the variance of the pixels."
+    )
+    return codes.float(), True, words, {"explained_variance": share}
+
+
+def _label(spec: str, images: Tensor, labels: Tensor | None, config: Config, seed: int) -> Found:
+    if labels is None:
+        raise ValueError("latent 'label': expected images with labels, this data set has none")
+    codes = F.one_hot(labels).float()
+    return codes, True, f"Only the class of the image, one of {codes.shape[1]}: a latent with next to no information.", {}
+
+
+# ---- networks ----
+
+
+def _features(name: str, images: Tensor, config: Config, seed: int) -> Found:
+    path = Path(name)
+    if path.is_file() or path.suffix == ".safetensors":
+        classifier = Classifier.load(path)
+        codes = extract_features(classifier, images, config.evaluation.batch_size)
+        return codes, True, f"Features of the small classifier {classifier.identifier}.", {"model": classifier.identifier}
+    model, settings, facts = _load_timm(name)
+    prepared = _as_the_model_expects(images, settings)
+    with torch.no_grad():
+        codes = torch.cat([model(batch).flatten(1) for batch in prepared.split(64)])
+    height, width = settings["input_size"][1:]
+    words = f"Features of the pretrained network {name}, which sees each image enlarged or reduced to {height} × {width} pixels."
+    return codes, True, words, facts
+
+
+def _load_timm(name: str) -> tuple[torch.nn.Module, dict[str, Any], dict[str, Any]]:
+    try:
+        import timm
+    except ImportError as error:
+        raise ImportError(
+            f"latent 'features:{name}' needs timm, which cannot be imported ({error}): pip install timm; "
+            "or give features:<file of dae.metrics.Classifier.save>"
+        ) from error
+    folder = Path(name)
+    if folder.is_dir():
+        description = folder / "config.json"
+        if not description.is_file() or "architecture" not in json.loads(description.read_text()):
+            raise ValueError(
+                f"latent 'features:{name}': expected a folder with weights and a config.json that names timm's `architecture`; "
+                f"an autoencoder of this project is autoencoder:{name}"
+            )
+    elif not timm.is_model(name.split(".")[0]) and not name.startswith("hf-hub:"):
+        near = difflib.get_close_matches(name, timm.list_models(pretrained=True) + timm.list_models(), 3)
+        raise ValueError(
+            f"latent 'features:{name}': expected a folder, a file of a classifier or a model of timm"
+            + (f"; near names are {', '.join(near)}" if near else "")
+        )
+    try:
+        model = timm.create_model(f"local-dir:{name}" if folder.is_dir() else name, pretrained=True, num_classes=0)
+    except (OSError, RuntimeError) as error:
+        raise FileNotFoundError(
+            f"latent 'features:{name}': timm {timm.__version__} cannot load the weights ({str(error).splitlines()[0]}); "
+            "connect to the Hub once, or give a folder with config.json and model.safetensors"
+        ) from error
+    weights = hashlib.sha256()
+    for key, tensor in sorted(model.state_dict().items()):
+        weights.update(key.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    settings = timm.data.resolve_model_data_config(model)
+    kept = {key: settings[key] for key in ("input_size", "interpolation", "mean", "std")}
+    return model.eval(), settings, {"model": name, "timm": timm.__version__, "weights_sha256": weights.hexdigest(), **kept}
+
+
+def _as_the_model_expects(images: Tensor, settings: dict[str, Any]) -> Tensor:
+    """Images [N, C, H, W] in [-1, 1], whole and not cropped, in the size, channels and normalisation of a model of timm."""
+    channels, *size = settings["input_size"]
+    if images.shape[1] == 1:
+        images = images.expand(-1, channels, -1, -1)
+    elif channels == 1:
+        images = images.mean(1, keepdim=True)
+    if images.shape[1] != channels:
+        raise ValueError(f"this network reads {channels} channels, the images have {images.shape[1]}")
+    mode = settings["interpolation"] if settings["interpolation"] in ("bicubic", "bilinear") else "bicubic"
+    images = F.interpolate(images, size, mode=mode, antialias=True, align_corners=False).clamp(-1, 1)
+    mean, std = (torch.tensor(settings[key]).reshape(-1, 1, 1) for key in ("mean", "std"))
+    return ((images + 1) / 2 - mean) / std
+
+
+def _saved_autoencoder(folder: str, images: Tensor, config: Config, seed: int, sample: bool = False) -> Found:
+    path = Path(folder)
+    if not (path / "config.json").is_file() and (path / "autoencoder").is_dir():  # the folder of a whole run
+        path = path / "autoencoder"
+    autoencoder = Autoencoder.from_pretrained(path)
+    if sample and autoencoder.config.bottleneck != "kl":
+        raise ValueError(f"latent 'posterior:{folder}': a VQ autoencoder has no posterior; use autoencoder:{folder}")
+    codes, what = _encode(autoencoder, images, config, seed, sample)
+    return codes, True, f"{what} of the autoencoder saved in {path}.", {"model": str(path), "fingerprint": fingerprint(path)}
+
+
+def _posterior(folder: str, images: Tensor, config: Config, seed: int) -> Found:
+    return _saved_autoencoder(folder, images, config, seed, sample=True)
+
+
+def _trained_autoencoder(spec: str, images: Tensor, labels: Tensor | None, config: Config, seed: int) -> Found:
+    from dae.comparison.training import train_autoencoder
+
+    config = dataclasses.replace(configuration_of(spec, config), seed=seed)
+    codes, what = _encode(train_autoencoder(images, config), images, config, seed)
+    words = f"{what} of {AUTOENCODERS[spec]}, trained here for {config.measure.steps:,} steps on these images."
+    trained = {key: dataclasses.asdict(getattr(config, key)) for key in ("autoencoder", "auxiliary_decoder", "stage1", "stage2")}
+    return codes, True, words, {"method": config.method, **trained}
+
+
+def configuration_of(spec: str, config: Config) -> Config:
+    """The configuration by which `ae`, `vae`, `vq` or `dae` is trained: measure.steps steps in all, else as `config` says."""
+    first = config.measure.steps // 2 or 1
+    stages = {
+        "stage1": dataclasses.replace(config.stage1, max_train_steps=first),
+        "stage2": dataclasses.replace(config.stage2, max_train_steps=config.measure.steps - first or 1),
+    }
+    architecture = config.autoencoder
+    if spec in ("ae", "vae"):
+        architecture = dataclasses.replace(architecture, bottleneck="kl")
+    if spec == "ae":
+        architecture = dataclasses.replace(architecture, kl=dataclasses.replace(architecture.kl, kl_weight=0.0))
+    if spec == "vq":
+        architecture = dataclasses.replace(architecture, bottleneck="vq")
+    return dataclasses.replace(config, method="dae" if spec == "dae" else "joint", autoencoder=architecture, **stages)
+
+
+@torch.no_grad()
+def _encode(autoencoder: Autoencoder, images: Tensor, config: Config, seed: int, sample: bool = False) -> tuple[Tensor, str]:
+    """Latents [N, D, h, w], and what they are."""
+    autoencoder.eval().refuse_other_data(images.shape[1], images.shape[2])
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(seed_for(seed, "posterior"))
+        batches = images.split(config.evaluation.batch_size)
+        codes = torch.cat([autoencoder.encode(batch, sample_posterior=sample).latents for batch in batches])
+    if autoencoder.config.bottleneck == "vq":
+        return codes, f"The code vectors (out of {autoencoder.config.vq.codebook_size})"
+    return codes, "A sample of each posterior" if sample else "The means of the posteriors"
+
+
+# ---- a function of the user ----
+
+
+def _from_function(spec: str, images: Tensor, config: Config, seed: int) -> Found:
+    module_name, _, function_name = spec.partition(":")
+    with _importable(Path.cwd()), torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.random.default_generator.manual_seed(seed_for(seed, "latent", spec))
+        module, function = _import_function(spec, module_name, function_name)
+        codes = function(images.clone())  # its own copy: what it does to it is not done to ours
+    if not isinstance(codes, Tensor):
+        if not hasattr(codes, "__array__"):
+            raise TypeError(
+                f"latent {spec!r}: expected the function to return a tensor or array [N, ...], got {type(codes).__name__}; "
+                "end it with torch.stack(...) or np.asarray(...)"
+            )
+        import numpy
+
+        array = numpy.asarray(codes)
+        if array.dtype.kind not in "fiub":
+            raise TypeError(f"latent {spec!r}: expected an array of floating point numbers, got one of {array.dtype}")
+        codes = torch.from_numpy(array.copy())
+    if not codes.dim() or len(codes) != len(images):
+        raise ValueError(
+            f"latent {spec!r}: expected one code an image, {len(images)} in all, got shape {list(codes.shape)}; "
+            "the function is called once, with all images"
+        )
+    source = getattr(module, "__file__", None)
+    facts = {"source": source}
+    if source and source.endswith(".py"):
+        facts["source_sha256"] = hashlib.sha256(Path(source).read_bytes()).hexdigest()
+    return codes, True, f"What the function {function_name} of the module {module_name} computes from each image.", facts
+
+
+def _import_function(spec: str, module_name: str, function_name: str) -> tuple[Any, Callable]:
+    if not function_name or not all(part.isidentifier() for part in [*module_name.split("."), *function_name.split(".")]):
+        loaders = ", ".join(f"{name}:" for name in LOADERS)
+        raise ValueError(f"latent {spec!r}: expected package.module:function, or one of {loaders} and what to load")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
+            raise ImportError(f"latent {spec!r}: the module {module_name} was found, but its import failed: {error}") from error
+        where = "the current directory" if error.name == module_name.split(".")[0] else f"{module_name.rpartition('.')[0]}"
+        raise ImportError(
+            f"latent {spec!r}: no module {error.name!r} in {where} ({Path.cwd()}) or elsewhere on sys.path; start in the folder "
+            f"that holds it, or add that folder: PYTHONPATH=<folder>"
+        ) from error
+    except (ImportError, SyntaxError) as error:
+        raise ImportError(f"latent {spec!r}: the module {module_name} was found, but its import failed: {error}") from error
+    found: Any = module
+    for part in function_name.split("."):
+        if not hasattr(found, part):
+            names = [name for name in dir(found) if callable(getattr(found, name)) and not name.startswith("__")]
+            near = difflib.get_close_matches(part, names, 3) or names[:5]
+            hint = f"; it has {', '.join(near)}" if near else ""
+            raise ImportError(f"latent {spec!r}: {getattr(found, '__name__', found)} has no {part!r}{hint}")
+        found = getattr(found, part)
+    if not callable(found):
+        raise TypeError(f"latent {spec!r}: expected a function of images [N, C, H, W], got {type(found).__name__}, not callable")
+    return module, found
+
+
+@contextlib.contextmanager
+def _importable(folder: Path) -> Iterator[None]:
+    """`python recipes/x.py` puts the script's folder on the path, not the one that the user stands in."""
+    sys.path.insert(0, str(folder))
+    try:
+        importlib.invalidate_caches()
+        yield
+    finally:
+        sys.path.remove(str(folder))
+
+
+AUTOENCODERS = {
+    "ae": "an autoencoder without a bottleneck but its size",
+    "vae": "a variational autoencoder",
+    "vq": "a VQ autoencoder",
+    "dae": "a Decoupled Autoencoder (encoder trained with a weak decoder)",
+}
+SOURCES: dict[str, Callable[..., Found]] = {
+    **dict.fromkeys(("gaussian", "uniform", "mixture"), _noise),
+    "pca": _pca,
+    "label": _label,
+    **dict.fromkeys(AUTOENCODERS, _trained_autoencoder),
+}
+LOADERS: dict[str, Callable[..., Found]] = {
+    "features": _features,
+    "autoencoder": _saved_autoencoder,
+    "posterior": _posterior,
+}
