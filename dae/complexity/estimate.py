@@ -5,12 +5,17 @@ from __future__ import annotations
 import dataclasses
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from dae.complexity.distances import ADVERSARIAL, Distance, check_name, make_distance
+from dae.complexity.families import GeneratorFamily
+from dae.complexity.fitting import Fitting, Generator, Rows, fit, generate, measure, scale_ratio, seeded, split_rows
+from dae.training.loop import progress_bar
 
 BOUNDS = {"exact": "exact", "upper": "upper bound", "lower": "lower bound", "neither": "no bound"}
 
@@ -56,7 +61,7 @@ class Estimate:
         values = tuple(float(value) for value in values)
         if not all(math.isfinite(value) for value in values):
             raise FloatingPointError(
-                f"{rest['distance']}: expected finite values, got {values}; scale the data to about unit variance or lower learning_rate"
+                f"{rest['distance']}: expected finite values, got {values}; scale the data to unit variance or lower learning_rate"
             )
         std = statistics.stdev(values) if len(values) > 1 else 0.0
         return cls(statistics.fmean(values), std, values, tuple(seeds), **rest)
@@ -121,3 +126,156 @@ def check_pair(latents: Tensor, data: Tensor) -> None:
             f"expected latents that differ, got {len(latents)} equal ones: a constant generates one point only; "
             "the encoder has collapsed, or the wrong tensor was given"
         )
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One generator, fitted with one seed: its distance on the rows to measure on, and on those to choose on (None: not known)."""
+
+    value: float
+    score: float | None
+    exact: bool
+    convention: str
+    counts: tuple[int, int]
+
+
+def generator_distance(
+    latents: Tensor,
+    data: Tensor,
+    family: GeneratorFamily,
+    distance: str | Distance,
+    *,
+    seeds: Sequence[int] = (0, 1, 2),
+    steps: int = 1000,
+    batch_size: int = 256,
+    learning_rate: float | None = None,
+    heldout: float = 0.5,
+    measure_limit: int = 4096,
+    progress: bool = False,
+) -> Estimate:
+    """The generator-induced distance of a latent and data, over a family G of generators.
+
+        D^G(P_z, P_x) = inf over g in G of D(P_g(z), P_x)
+
+    For each seed the rows are split at random: g is fitted on some and D is measured on the others, so that a generator which
+    knows its points by heart gains nothing. A fifth of the rows to fit on chooses among the states of the training. What
+    training finds is above the infimum: an upper bound, apart from the error of finite samples, which `convention` describes.
+    For linear maps the best g is computed, not trained, with "reconstruction" and "frechet"; with heldout=0, where it is
+    measured on the rows that it is the best for, this is exact. An adversarial distance is a critic's supremum inside of this
+    infimum, measured with a fresh critic: that bounds neither side.
+
+    Where the distance does not pair rows (all but "reconstruction"), a latent is never measured against the data point in its
+    own row: codes of an encoder bear the same error of finite samples as latents that are drawn.
+
+    Args:
+        latents: [N, ...], floating, finite.
+        data: [N, ...], floating, finite; row n belongs to row n of the latents where the distance pairs them.
+        family: of generators.
+        distance: "reconstruction", "sliced_wasserstein", "sinkhorn", "mmd", "energy", "frechet" (see
+            `dae.complexity.distances.make_distance`); "js", "kl", "reverse_kl", "chi2", "hellinger", "wgan_gp", "wgan_sn" (see
+            `dae.complexity.adversarial`); or a `Distance`.
+        seeds: of splits, initial weights and batches; one estimate each.
+        steps, batch_size, learning_rate: of Adam; a learning rate of None is the family's own.
+        heldout: share of the rows to measure on, in (0, 1/2]; 0 measures on the rows that were fitted on.
+        measure_limit: at most so many rows are measured on.
+        progress: show a bar over the seeds.
+
+    Raises:
+        TypeError: operands that are not floating tensors, or options of another type.
+        ValueError: NaN or infinity, fewer points than the split needs, constant latents, latents and data of different lengths, a
+            family that cannot map these shapes, an unknown distance, or options out of range.
+        FloatingPointError: a training diverged.
+
+    Source: Hu et al. 2023, "Complexity Matters: Rethinking the Latent Space for Generative Modeling", arXiv 2307.08283.
+    """
+    check_pair(latents, data)
+    options = Fitting(steps, batch_size, learning_rate, heldout, measure_limit)
+    trials = [
+        run_trial(latents, data, family, distance, seed, options) for seed in shown(check_seeds(seeds), str(family), progress)
+    ]
+    return summarize(trials, seeds, family, distance, options)
+
+
+def run_trial(
+    latents: Tensor, data: Tensor, family: GeneratorFamily, distance: str | Distance, seed: int, options: Fitting
+) -> Trial:
+    dtype = torch.promote_types(torch.promote_types(latents.dtype, data.dtype), torch.float32)
+    latents, data = latents.detach().to(dtype), data.detach().to(dtype)
+    if not isinstance(distance, Distance):
+        check_name(distance)
+        if distance in ADVERSARIAL:
+            return run_adversarial_trial(latents, data, family, distance, seed, options)
+        distance = make_distance(distance, data)
+    split = split_rows(latents, data, seed, distance.paired, options)
+    generator, best = fit(family, split, distance, seed, options)
+    return Trial(
+        value=measure(generator, split.measure, distance, seed),
+        score=measure(generator, split.choose, distance, seed),
+        exact=best and options.heldout == 0,
+        convention=distance.convention,
+        counts=(len(data) - round(options.heldout * len(data)), len(split.measure.data)),
+    )
+
+
+def run_adversarial_trial(
+    latents: Tensor, data: Tensor, family: GeneratorFamily, distance: str, seed: int, options: Fitting
+) -> Trial:
+    """A generator trained against a critic, measured with a fresh one that has rows of its own."""
+    from dae.complexity.adversarial import adversarial_distance, train_adversarial  # which imports this module
+
+    split = split_rows(latents, data, seed, False, options)
+    fitted = Rows(torch.cat([split.fit.latents, split.choose.latents]), torch.cat([split.fit.data, split.choose.data]))
+    generator = Generator(nn.Identity(), fitted.latents, fitted.data)
+    with seeded(data.device, seed, "fit", family.knob):
+        generator.inner = train_adversarial(
+            family.rescaled(scale_ratio(fitted.latents, fitted.data)),
+            generator.standard_latents(fitted.latents),
+            generator.standard_data(fitted.data),
+            distance,
+            seed=seed,
+            steps=options.steps,
+        )
+    with seeded(data.device, seed, "measure"), torch.no_grad():
+        generated = generate(generator, split.measure.latents)
+    measured = adversarial_distance(generated.flatten(1), split.measure.data.flatten(1), distance, seeds=(seed,))
+    return Trial(measured.value, None, False, measured.convention, (len(fitted.data), len(split.measure.data)))
+
+
+def summarize(
+    trials: Sequence[Trial], seeds: Sequence[int], family: GeneratorFamily, distance: str | Distance, options: Fitting
+) -> Estimate:
+    """One trial a seed."""
+    name = distance.name if isinstance(distance, Distance) else distance
+    bound = "neither" if name in ADVERSARIAL else "exact" if all(trial.exact for trial in trials) else "upper"
+    where = "" if options.heldout else "; measured on the rows fitted on"
+    return Estimate.over(
+        [trial.value for trial in trials],
+        seeds,
+        bound=bound,
+        distance=name,
+        convention=trials[0].convention + where,
+        family=str(family),
+        capacity=family.capacity,
+        counts=trials[0].counts,
+    )
+
+
+def check_seeds(seeds: Sequence[int]) -> tuple[int, ...]:
+    """TypeError or ValueError unless there is at least one int, and none twice."""
+    if isinstance(seeds, str) or not isinstance(seeds, Sequence) or any(type(seed) is not int for seed in seeds):
+        raise TypeError(f"expected seeds as a sequence of ints, such as (0, 1, 2), got {seeds!r}")
+    if len(seeds) == 0 or len(set(seeds)) < len(seeds):
+        raise ValueError(f"expected at least one seed and none twice, got {tuple(seeds)}")
+    return tuple(seeds)
+
+
+def shown(items: Sequence, description: str, progress: bool) -> Iterator:
+    """The items, with a bar if wanted."""
+    if not progress:
+        yield from items
+        return
+    bar = progress_bar(len(items), 0, description)
+    for item in items:
+        yield item
+        bar.update()
+    bar.close()

@@ -1,0 +1,128 @@
+"""Distances by name, with the parameters that a distance has to take from the data; the values are those of dae_kernels."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from dae_kernels import energy_distance, frechet_distance, mmd, sinkhorn_divergence, sliced_wasserstein
+from torch import Tensor
+
+PLAIN = ("reconstruction", "sliced_wasserstein", "sinkhorn", "mmd", "energy", "frechet")
+ADVERSARIAL = ("js", "kl", "reverse_kl", "chi2", "hellinger", "wgan_gp", "wgan_sn")
+POINTS_FOR_SCALE = 512
+
+
+@dataclass(frozen=True)
+class Distance:
+    """A distance of two clouds, or of paired points, that a generator can be fitted by.
+
+    Args:
+        name: of it.
+        function: (generated [N, D], data [M, D], generator of its randomness) -> scalar, differentiable in the first.
+        convention: one line: squared or root, the cost, parameters, bias.
+        paired: row n of the generated belongs to row n of the data.
+        full_batch: batches would bias it much, so all rows are taken in every step.
+    """
+
+    name: str
+    function: Callable[[Tensor, Tensor, torch.Generator], Tensor]
+    convention: str
+    paired: bool = False
+    full_batch: bool = False
+
+    def __call__(self, generated: Tensor, data: Tensor, generator: torch.Generator) -> Tensor:
+        """Of [N, ...] and [M, ...], which are flattened."""
+        return self.function(generated.flatten(1), data.flatten(1), generator)
+
+
+def check_name(name: str) -> None:
+    """ValueError for a distance that there is not, with the nearest that there is. TypeError: not a string."""
+    if not isinstance(name, str):
+        raise TypeError(f"expected a distance as its name or a Distance, got {type(name).__name__}")
+    known = PLAIN + ADVERSARIAL
+    if name not in known:
+        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+        hint = f"did you mean {nearest[0]!r}? " if nearest else ""
+        raise ValueError(f"unknown distance {name!r}: {hint}known are {', '.join(known)}")
+
+
+def make_distance(
+    name: str,
+    data: Tensor,
+    *,
+    num_projections: int = 128,
+    blur: float | None = None,
+    bandwidths: tuple[float, ...] | None = None,
+) -> Distance:
+    """A plain distance by name, with its scales taken from the data where they are not given.
+
+        reconstruction      mean over rows and values of (x - g(z))^2; paired
+        sliced_wasserstein  root of the mean over directions of W_2^2 of the projections
+        sinkhorn            debiased, p = 2: about W_2^2 / 2; blur = r / 10
+        mmd                 squared, unbiased, a sum of Gaussian kernels of bandwidths r / 2, r and 2 r
+        energy              2 E|x - y| - E|x - x'| - E|y - y'|
+        frechet             W_2^2 of the Gaussians with the same means and covariances
+
+    where r is the median distance between the points of the data, of at most 512 of them at equal steps.
+
+    Args:
+        name: one of these.
+        data: [N, ...], floating.
+        num_projections: directions of sliced_wasserstein.
+        blur: of sinkhorn, in the unit of the data.
+        bandwidths: of mmd, in the unit of the data.
+
+    Raises:
+        ValueError: an unknown name, or an adversarial one, which has no such form.
+        TypeError: a name that is not a string.
+    """
+    check_name(name)
+    if name in ADVERSARIAL:
+        raise ValueError(f"{name} is a critic's: call dae.complexity.adversarial.adversarial_distance, or generator_distance")
+    if name == "reconstruction":
+        return Distance(name, lambda x, y, _: (x - y).square().mean(), "mean squared error a value, paired rows", paired=True)
+    if name == "sliced_wasserstein":
+        return Distance(
+            name,
+            lambda x, y, generator: sliced_wasserstein(x, y, p=2, num_projections=num_projections, generator=generator),
+            f"root, p=2, cost {sliced_wasserstein.convention.cost}, {num_projections} directions; finite samples bias it upwards",
+        )
+    if name == "sinkhorn":
+        blur = typical_distance(data) / 10 if blur is None else blur
+        return Distance(
+            name,
+            lambda x, y, _: sinkhorn_divergence(x, y, p=2, blur=blur),
+            f"squared, cost |x - y|^2 / 2, blur {blur:.4g}, debiased; finite samples bias it upwards",
+        )
+    if name == "mmd":
+        if bandwidths is None:
+            bandwidths = tuple(typical_distance(data) * factor for factor in (0.5, 1.0, 2.0))
+        listed = ", ".join(f"{bandwidth:.4g}" for bandwidth in bandwidths)
+        return Distance(
+            name,
+            lambda x, y, _: mmd(x, y, bandwidths=bandwidths),
+            f"squared, sum of Gaussian kernels of bandwidths {listed}; unbiased in finite samples, so it may be negative",
+        )
+    if name == "energy":
+        return Distance(
+            name,
+            lambda x, y, _: energy_distance(x, y),
+            "squared, cost |x - y|, 2 E|x - y| - E|x - x'| - E|y - y'|; finite samples bias it upwards",
+        )
+    return Distance(
+        name,
+        lambda x, y, _: frechet_distance(x, y),
+        "squared, W_2^2 of Gaussians, cost |x - y|^2; finite samples bias it upwards",
+        full_batch=True,
+    )
+
+
+def typical_distance(data: Tensor) -> float:
+    """Median distance between different points, of at most 512 at equal steps; 1 where all of those are equal."""
+    step = -(-len(data) // POINTS_FOR_SCALE)
+    distances = torch.pdist(data[::step].flatten(1).double())
+    distances = distances[distances > 0]
+    return distances.median().item() if len(distances) else 1.0

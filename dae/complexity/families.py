@@ -1,0 +1,372 @@
+"""Families of generators g: latent -> data with a knob for their capacity: the G in D^G(P_z, P_x) = inf over g in G of D.
+
+A family is *nested* where a greater capacity contains the smaller: G_c in G_c' for c <= c'. Then the infimum falls with the
+capacity by definition, whatever the distance.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dae.config import AutoencoderConfig, DecoderConfig
+from dae.models.decoders import build_decoder
+
+Shape = tuple[int, ...]
+
+
+class GeneratorFamily:
+    """What the families share. `str(family)` names the family with its capacity.
+
+    `nested`: whether `at(c)` contains `at(c')` for all c' <= c. `learning_rate`: Adam's, for data of unit scale.
+    """
+
+    nested: ClassVar[bool]
+    learning_rate: ClassVar[float]
+    knob: str
+
+    @property
+    def capacity(self) -> float:
+        """How much the family can do, in the unit that `knob` names; more is more."""
+        raise NotImplementedError
+
+    def at(self, capacity: float) -> Self:
+        """The same family with another capacity. ValueError: it has none such."""
+        raise NotImplementedError
+
+    def build(self, latent_shape: Shape, data_shape: Shape) -> nn.Module:
+        """A member, freshly drawn from torch's global generator: [B, *latent_shape] -> [B, *data_shape].
+
+        ValueError: the family has no generator between these shapes.
+        """
+        raise NotImplementedError
+
+    def constrain_(self, module: nn.Module) -> None:
+        """Bring a module that `build` made back into the family, in place: for after an optimiser's step."""
+
+    def rescaled(self, ratio: float) -> Self:
+        """The family of x -> g(x) seen in other units: with latents divided by s and data by t, where ratio = s / t."""
+        return self
+
+
+@dataclass(frozen=True)
+class LinearMaps(GeneratorFamily):
+    """g(z) = W z + b with the operator norm |W| <= max_norm and any b, on flattened latents and data.
+
+    Nested in the norm, exactly. The nearest W of the family in the Frobenius norm has its singular values clipped.
+    """
+
+    max_norm: float = math.inf
+
+    nested: ClassVar[bool] = True
+    learning_rate: ClassVar[float] = 2e-2
+    knob: ClassVar[str] = "operator norm"
+
+    def __post_init__(self) -> None:
+        check_positive("max_norm", self.max_norm)
+
+    @property
+    def capacity(self) -> float:
+        return self.max_norm
+
+    def at(self, capacity: float) -> Self:
+        return dataclasses.replace(self, max_norm=capacity)
+
+    def build(self, latent_shape: Shape, data_shape: Shape) -> nn.Module:
+        module = nn.Sequential(
+            nn.Flatten(), nn.Linear(math.prod(latent_shape), math.prod(data_shape)), nn.Unflatten(1, tuple(data_shape))
+        )
+        self.constrain_(module)
+        return module
+
+    def constrain_(self, module: nn.Module) -> None:
+        clip_singular_values_(module[1].weight, self.max_norm)
+
+    def rescaled(self, ratio: float) -> Self:
+        return self.at(self.max_norm * ratio)
+
+    def __str__(self) -> str:
+        return "linear maps" if math.isinf(self.max_norm) else f"linear maps, |W| <= {self.max_norm:g}"
+
+
+@dataclass(frozen=True)
+class MLPs(GeneratorFamily):
+    """Perceptrons with `depth` hidden layers of `width` ReLU units, on flattened latents and data.
+
+    Nested in either knob, exactly: a narrower network is a wider one with weights 0, and a shallower one a deeper one with an
+    identity after its last ReLU, where nothing is negative. (What training finds need not be: it is an upper bound.)
+
+    Args:
+        width, depth: at least 1.
+        knob: "width" or "depth", which of them is the capacity.
+    """
+
+    width: int = 64
+    depth: int = 2
+    knob: str = "width"
+
+    nested: ClassVar[bool] = True
+    learning_rate: ClassVar[float] = 5e-3
+
+    def __post_init__(self) -> None:
+        check_count("width", self.width)
+        check_count("depth", self.depth)
+        if self.knob not in ("width", "depth"):
+            raise ValueError(f"the knob of MLPs is 'width' or 'depth', got {self.knob!r}")
+
+    @property
+    def capacity(self) -> float:
+        return float(getattr(self, self.knob))
+
+    def at(self, capacity: float) -> Self:
+        return dataclasses.replace(self, **{self.knob: whole(self.knob, capacity)})
+
+    def build(self, latent_shape: Shape, data_shape: Shape) -> nn.Module:
+        return perceptron(latent_shape, data_shape, self.width, self.depth, nn.ReLU)
+
+    def __str__(self) -> str:
+        return f"MLPs, width {self.width}, depth {self.depth}"
+
+
+@dataclass(frozen=True)
+class LipschitzNetworks(GeneratorFamily):
+    """Networks with |g(z) - g(z')| <= constant |z - z'| for all z, z', in Euclidean norms of flattened latents and data.
+
+    g(z) = constant A_n(s(A_{n-1}(... s(A_1(z))))) with affine A_i of spectral norm <= 1 and s = MaxMin, which sorts pairs of
+    units: 1-Lipschitz, and it keeps the norm of the gradient, so that the bound can be reached. Exact in every member (to
+    rounding): the singular values are clipped, not estimated. Nested in the constant: a smaller one is a last weight of smaller
+    norm. The infimum is over these networks, so it is an upper bound of that over all functions with this constant.
+
+    Source: Anil, Lucas and Grosse 2019, "Sorting out Lipschitz function approximation", arXiv 1811.05381.
+
+    Args:
+        constant: Lipschitz constant, > 0 and finite; the capacity.
+        width: even, at least 2.
+        depth: hidden layers, at least 1.
+    """
+
+    constant: float = 1.0
+    width: int = 64
+    depth: int = 2
+
+    nested: ClassVar[bool] = True
+    learning_rate: ClassVar[float] = 1e-2
+    knob: ClassVar[str] = "Lipschitz constant"
+
+    def __post_init__(self) -> None:
+        check_positive("constant", self.constant)
+        if math.isinf(self.constant):
+            raise ValueError("expected a finite Lipschitz constant, got inf; MLPs have none")
+        check_count("width", self.width)
+        check_count("depth", self.depth)
+        if self.width % 2:
+            raise ValueError(f"expected an even width, as MaxMin sorts pairs, got {self.width}")
+
+    @property
+    def capacity(self) -> float:
+        return self.constant
+
+    def at(self, capacity: float) -> Self:
+        return dataclasses.replace(self, constant=capacity)
+
+    def build(self, latent_shape: Shape, data_shape: Shape) -> nn.Module:
+        network = perceptron(latent_shape, data_shape, self.width, self.depth, MaxMin)
+        for layer in affine_layers(network):
+            nn.init.orthogonal_(layer.weight)
+        return nn.Sequential(network, Scale(self.constant))
+
+    def constrain_(self, module: nn.Module) -> None:
+        for layer in affine_layers(module):
+            clip_singular_values_(layer.weight, 1.0)
+
+    def rescaled(self, ratio: float) -> Self:
+        return self.at(self.constant * ratio)
+
+    def __str__(self) -> str:
+        return f"{self.constant:g}-Lipschitz networks, width {self.width}, depth {self.depth}"
+
+
+@dataclass(frozen=True)
+class ConvDecoders(GeneratorFamily):
+    """The convolutional decoders of `dae.models.decoders`: [D, h, w] -> [C, h 2^k, w 2^k], k = 0, 1, ...
+
+    Not nested strictly: GroupNorm divides by statistics of a group of channels, which channels of weight 0 change. A greater
+    width has more parameters at every layer, no more is said.
+
+    Args:
+        width_factor: in (0, 1], channels relative to `base_channels` at full resolution and twice those below; the capacity.
+        base_channels: of the widest.
+        num_blocks: residual blocks a level.
+    """
+
+    width_factor: float = 0.5
+    base_channels: int = 32
+    num_blocks: int = 1
+
+    nested: ClassVar[bool] = False
+    learning_rate: ClassVar[float] = 2e-3
+    knob: ClassVar[str] = "width factor"
+
+    def __post_init__(self) -> None:
+        check_positive("width_factor", self.width_factor)
+        if self.width_factor > 1:
+            raise ValueError(f"expected a width_factor in (0, 1], got {self.width_factor}; raise base_channels instead")
+        check_count("base_channels", self.base_channels)
+        check_count("num_blocks", self.num_blocks)
+
+    @property
+    def capacity(self) -> float:
+        return self.width_factor
+
+    def at(self, capacity: float) -> Self:
+        return dataclasses.replace(self, width_factor=capacity)
+
+    def build(self, latent_shape: Shape, data_shape: Shape) -> nn.Module:
+        got = f"got latents {list(latent_shape)} and data {list(data_shape)}"
+        if len(latent_shape) != 3 or len(data_shape) != 3:
+            raise ValueError(
+                f"convolutional decoders map [D, h, w] to [C, H, W], {got}; reshape them, or take LinearMaps, MLPs or "
+                "LipschitzNetworks, which map vectors"
+            )
+        (D, h, w), (C, H, W) = latent_shape, data_shape
+        factor = H // h
+        if factor < 1 or factor & (factor - 1) or (h * factor, w * factor) != (H, W):
+            raise ValueError(f"convolutional decoders need H = h 2^k and W = w 2^k with one k >= 0, {got}; resize the data")
+        config = AutoencoderConfig(
+            base_channels=self.base_channels,
+            channel_multipliers=[1] + [2] * (factor.bit_length() - 1),
+            num_blocks=self.num_blocks - 1,  # a full decoder has one block more than its encoder
+            latent_channels=D,
+            decoder=DecoderConfig(family="narrow", width_factor=self.width_factor),
+        )
+        return build_decoder(config, C, H)
+
+    def __str__(self) -> str:
+        return f"convolutional decoders, width {self.width_factor:g} of {self.base_channels}, {self.num_blocks} blocks a level"
+
+
+@dataclass(frozen=True)
+class DropoutNetworks(GeneratorFamily):
+    """MLPs whose hidden units are zeroed with probability `dropout` whenever they generate, in evaluation too.
+
+    The noise is a part of the generator: left out, every rate would be the same family. The capacity is the rate of units kept,
+    1 - dropout. Not nested: no member has the noise of another rate. The paired reconstruction error suffers from noise
+    (E|x - g(z)|^2 is that of the mean network plus the noise's variance); a distance of distributions can gain from it, where
+    the latent has too little randomness of its own.
+
+    Args:
+        dropout: in [0, 1).
+        width, depth: as those of MLPs.
+    """
+
+    dropout: float = 0.1
+    width: int = 64
+    depth: int = 2
+
+    nested: ClassVar[bool] = False
+    learning_rate: ClassVar[float] = 5e-3
+    knob: ClassVar[str] = "share of units kept"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.dropout, bool) or not isinstance(self.dropout, int | float):
+            raise TypeError(f"expected dropout as a number, got {type(self.dropout).__name__}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"expected a dropout in [0, 1), got {self.dropout}")
+        check_count("width", self.width)
+        check_count("depth", self.depth)
+
+    @property
+    def capacity(self) -> float:
+        return 1 - self.dropout
+
+    def at(self, capacity: float) -> Self:
+        check_positive("share of units kept", capacity)
+        return dataclasses.replace(self, dropout=1 - capacity)
+
+    def build(self, latent_shape: Shape, data_shape: Shape) -> nn.Module:
+        return perceptron(latent_shape, data_shape, self.width, self.depth, lambda: NoisyReLU(self.dropout))
+
+    def __str__(self) -> str:
+        return f"dropout {self.dropout:g} MLPs, width {self.width}, depth {self.depth}"
+
+
+class MaxMin(nn.Module):
+    """GroupSort of pairs: (u_i, u_{i + n/2}) -> (max, min)."""
+
+    def forward(self, x_BH: Tensor) -> Tensor:
+        first, second = x_BH.chunk(2, dim=1)
+        return torch.cat([torch.maximum(first, second), torch.minimum(first, second)], dim=1)
+
+
+class NoisyReLU(nn.Module):
+    """ReLU, then dropout in training and in evaluation."""
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x_BH: Tensor) -> Tensor:
+        return F.dropout(F.relu(x_BH), self.p, training=True)
+
+
+class Scale(nn.Module):
+    """x times a constant that is not trained."""
+
+    def __init__(self, factor: float):
+        super().__init__()
+        self.factor = factor
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.factor
+
+
+def perceptron(latent_shape: Shape, data_shape: Shape, width: int, depth: int, activation) -> nn.Sequential:
+    layers: list[nn.Module] = [nn.Flatten()]
+    units = math.prod(latent_shape)
+    for _ in range(depth):
+        layers += [nn.Linear(units, width), activation()]
+        units = width
+    return nn.Sequential(*layers, nn.Linear(units, math.prod(data_shape)), nn.Unflatten(1, tuple(data_shape)))
+
+
+def affine_layers(module: nn.Module) -> list[nn.Linear]:
+    return [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
+
+
+@torch.no_grad()
+def clip_singular_values_(weight: Tensor, largest: float) -> None:
+    """The nearest matrix in the Frobenius norm whose spectral norm is at most `largest`, in place."""
+    # The Frobenius norm bounds the spectral one and is cheap: inside the ball of it nothing is to be done.
+    if math.isinf(largest) or torch.linalg.matrix_norm(weight) <= largest:
+        return
+    left, values, right = torch.linalg.svd(weight, full_matrices=False)
+    if values[0] > largest:
+        weight.copy_((left * values.clamp_max(largest)) @ right)
+
+
+def check_positive(name: str, number: float) -> None:
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        raise TypeError(f"expected {name} as a number, got {type(number).__name__}")
+    if not number > 0:
+        raise ValueError(f"expected {name} > 0, got {number}")
+
+
+def check_count(name: str, number: int) -> None:
+    if isinstance(number, bool) or not isinstance(number, int):
+        raise TypeError(f"expected {name} as an int, got {type(number).__name__}")
+    if number < 1:
+        raise ValueError(f"expected {name} >= 1, got {number}")
+
+
+def whole(name: str, capacity: float) -> int:
+    if isinstance(capacity, bool) or not isinstance(capacity, int | float):
+        raise TypeError(f"expected {name} as a number, got {type(capacity).__name__}")
+    if capacity != math.floor(capacity) or math.isinf(capacity):
+        raise ValueError(f"expected a whole {name}, got {capacity}")
+    return int(capacity)

@@ -1,0 +1,230 @@
+"""Fitting a generator of a family to data by a distance, choosing among fitted ones, and measuring: each on rows of its own."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dae.complexity.distances import Distance
+from dae.complexity.families import GeneratorFamily, LinearMaps, check_count, check_positive
+from dae.complexity.linear import best_frechet, best_reconstruction
+from dae.training.loop import seed_for
+
+CHECKS = 10  # how often in a training its state is compared with the best before
+ROWS_AT_ONCE = 4096  # that a network makes, or that a distance without batches takes
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """How generators are fitted and measured.
+
+    Args:
+        steps: of Adam, at a rate that falls to 0 as a cosine.
+        batch_size: rows a step.
+        learning_rate: at the start; None is the family's own, for latents and data of unit scale, to which they are brought.
+        heldout: share of the rows to measure on, in (0, 1/2]; 0 measures on the rows that were fitted on.
+        measure_limit: at most so many rows are measured on.
+    """
+
+    steps: int = 1000
+    batch_size: int = 256
+    learning_rate: float | None = None
+    heldout: float = 0.5
+    measure_limit: int = 4096
+
+    def __post_init__(self) -> None:
+        check_count("steps", self.steps)
+        for name in ("batch_size", "measure_limit"):
+            check_count(name, getattr(self, name))
+            if getattr(self, name) < 2:
+                raise ValueError(f"expected {name} >= 2, as one point is no cloud, got {getattr(self, name)}")
+        if self.learning_rate is not None:
+            check_positive("learning_rate", self.learning_rate)
+        if isinstance(self.heldout, bool) or not isinstance(self.heldout, int | float):
+            raise TypeError(f"expected heldout as a number, got {type(self.heldout).__name__}")
+        if not 0 <= self.heldout <= 0.5:
+            raise ValueError(f"expected heldout in [0, 0.5], a share of the rows, got {self.heldout}")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Latents and data of one purpose."""
+
+    latents: Tensor
+    data: Tensor
+
+
+@dataclass(frozen=True)
+class Split:
+    """Rows to fit on, to choose on (which state of a training, which capacity), and to measure on."""
+
+    fit: Rows
+    choose: Rows
+    measure: Rows
+
+
+def split_rows(latents: Tensor, data: Tensor, seed: int, paired: bool, options: Fitting) -> Split:
+    """The split of one seed: the same for every family and capacity.
+
+    Where the distance does not pair rows, a latent and the data point that it may be the code of never serve the same purpose
+    (with heldout = 1/2; with less, never in measuring). Else codes would be measured against their own images, and be spared the
+    error of finite samples that a drawn latent has to bear.
+    """
+    N = len(data)
+    measured = round(options.heldout * N)
+    if options.heldout and (measured < 2 or N - measured < 2):
+        raise ValueError(
+            f"expected at least 2 rows to fit on and 2 to measure on, got {N - measured} and {measured} of {N}; "
+            "give more points, or heldout=0.5, or heldout=0 to measure on the rows fitted on"
+        )
+    order = torch.randperm(N, generator=torch.Generator().manual_seed(seed_for(seed, "rows")))
+    z_rows, x_rows = order, order if paired else order.roll(-measured)
+    choosing = (N - measured) // 5 if options.heldout else 0
+    if choosing < 2:
+        choosing = 0
+
+    def take(start: int, end: int) -> Rows:
+        return Rows(latents[z_rows[start:end].to(latents.device)], data[x_rows[start:end].to(data.device)])
+
+    fit = take(measured + choosing, N)
+    choose = take(measured, measured + choosing) if choosing else fit
+    return Split(fit, choose, measure=take(0, min(measured, options.measure_limit)) if measured else fit)
+
+
+class Generator(nn.Module):
+    """A member of a family in the units of the latents and the data: g(z) = t inner((z - a) / s) + b.
+
+    a and b are means, one a channel; s and t are scales of all values. So that one learning rate serves latents and data of any
+    scale.
+    """
+
+    def __init__(self, inner: nn.Module, latents: Tensor, data: Tensor):
+        super().__init__()
+        self.inner = inner
+        for name, cloud in (("latent", latents), ("data", data)):
+            center, scale = center_and_scale(cloud)
+            self.register_buffer(f"{name}_center", center)
+            self.register_buffer(f"{name}_scale", scale)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.inner(self.standard_latents(latents)) * self.data_scale + self.data_center
+
+    def standard_latents(self, latents: Tensor) -> Tensor:
+        return (latents - self.latent_center) / self.latent_scale
+
+    def standard_data(self, data: Tensor) -> Tensor:
+        return (data - self.data_center) / self.data_scale
+
+
+def center_and_scale(cloud: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean of each channel [1, C, 1, ...] and the root mean square deviation from it of all values []; 1 where that is 0."""
+    center = cloud.mean(dim=[0, *range(2, cloud.dim())], keepdim=True)
+    scale = (cloud - center).square().mean().sqrt()
+    return center, torch.where(scale > 0, scale, 1.0)
+
+
+def scale_ratio(latents: Tensor, data: Tensor) -> float:
+    return (center_and_scale(latents)[1] / center_and_scale(data)[1]).item()
+
+
+@contextmanager
+def seeded(device: torch.device, *names: object) -> Iterator[torch.Generator]:
+    """torch's global generators seeded for `names` inside the block and as before after it; yields one more such generator."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed_for(*names))
+        yield torch.Generator().manual_seed(seed_for(*names, "distance"))
+
+
+def closed_form(family: GeneratorFamily, rows: Rows, distance: Distance) -> Generator | None:
+    """The best generator for these rows where it is known."""
+    if type(family) is not LinearMaps or distance.name not in ("reconstruction", "frechet"):
+        return None
+    return linear_generator(family, rows, best_reconstruction if distance.paired else best_frechet)
+
+
+def linear_generator(family: LinearMaps, rows: Rows, solve) -> Generator:
+    W_DK = solve(rows.latents.flatten(1), rows.data.flatten(1), family.max_norm)
+    inner = family.build(rows.latents.shape[1:], rows.data.shape[1:]).to(rows.data)
+    generator = Generator(inner, rows.latents, rows.data)
+    with torch.no_grad():
+        # The means of the rows are one a channel in `Generator`; what single values deviate from them goes into the bias.
+        z_K = (rows.latents - generator.latent_center).flatten(1).double().mean(dim=0)
+        x_D = (rows.data - generator.data_center).flatten(1).double().mean(dim=0)
+        inner[1].weight.copy_(W_DK * generator.latent_scale / generator.data_scale)
+        inner[1].bias.copy_((x_D - W_DK @ z_K) / generator.data_scale)
+    return generator
+
+
+def fit(family: GeneratorFamily, split: Split, distance: Distance, seed: int, options: Fitting) -> tuple[Generator, bool]:
+    """A generator of the family, fitted on the rows to fit on; and whether it is exactly the best for these."""
+    latents, data = split.fit.latents, split.fit.data
+    with seeded(data.device, seed, "fit", family.knob) as randomness:
+        if (generator := closed_form(family, split.fit, distance)) is not None:
+            return generator, True
+        units = family.rescaled(scale_ratio(latents, data))
+        if type(family) is LinearMaps:  # exact if both were Gaussian, so a good start
+            generator = linear_generator(family, split.fit, best_frechet)
+        else:
+            inner = units.build(tuple(latents.shape[1:]), tuple(data.shape[1:])).to(data)
+            generator = Generator(inner, latents, data)
+        train(generator, units, split, distance, randomness, seed, options)
+    return generator, False
+
+
+def train(
+    generator: Generator,
+    family: GeneratorFamily,
+    split: Split,
+    distance: Distance,
+    randomness: torch.Generator,
+    seed: int,
+    options: Fitting,
+) -> None:
+    """Adam with a projection into the family after each step; leaves the state that was best on the rows to choose on."""
+    latents, data = split.fit.latents, split.fit.data
+    rows = ROWS_AT_ONCE if distance.full_batch else options.batch_size
+    rate = family.learning_rate if options.learning_rate is None else options.learning_rate
+    optimizer = torch.optim.Adam(generator.parameters(), lr=rate, betas=(0.9, 0.99), eps=1e-12)
+    family.constrain_(generator.inner)
+    best, state = measure(generator, split.choose, distance, seed), copy.deepcopy(generator.state_dict())
+    for step in range(options.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * (1 + math.cos(math.pi * step / options.steps)) / 2
+        z_rows = draw(len(latents), rows, randomness).to(latents.device)
+        x_rows = z_rows if distance.paired else draw(len(data), rows, randomness).to(data.device)
+        loss = distance(generator(latents[z_rows]), data[x_rows], randomness)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(
+                f"{distance.name}: the loss is {loss.item()} at step {step} of fitting {family}; lower learning_rate from {rate}"
+            )
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        family.constrain_(generator.inner)
+        if (step + 1) % -(-options.steps // CHECKS) == 0 or step + 1 == options.steps:
+            score = measure(generator, split.choose, distance, seed)
+            if score < best:
+                best, state = score, copy.deepcopy(generator.state_dict())
+    generator.load_state_dict(state)
+
+
+def draw(count: int, rows: int, randomness: torch.Generator) -> Tensor:
+    """Indices of `rows` of `count` points, each at most once; all if there are no more."""
+    return torch.randperm(count, generator=randomness)[:rows] if count > rows else torch.arange(count)
+
+
+@torch.no_grad()
+def measure(generator: nn.Module, rows: Rows, distance: Distance, seed: int) -> float:
+    """The distance of what it generates to the data; the same randomness for whatever is measured with this seed."""
+    with seeded(rows.data.device, seed, "measure") as randomness:
+        return distance(generate(generator, rows.latents), rows.data, randomness).item()
+
+
+def generate(generator: nn.Module, latents: Tensor) -> Tensor:
+    return torch.cat([generator(part) for part in latents.split(ROWS_AT_ONCE)])
