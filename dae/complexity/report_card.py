@@ -1,0 +1,300 @@
+"""The latent report card: what a trained autoencoder's latent promises a generative model, before a prior is trained on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from dae.complexity import predictors as measure
+from dae.metrics import CodebookUsage
+from dae.metrics.validation import check_same_pixels
+from dae.models import Autoencoder
+
+FEWEST_IMAGES = 10
+BATCH = 256
+
+
+@dataclass(frozen=True)
+class Predictor:
+    """One line of the card.
+
+    Args:
+        title: its name for a reader.
+        unit: of its value; empty for a plain number.
+        meaning: what it says, for someone who does not know the field.
+        direction: what one hopes for, "lower" or "higher"; "either" where more and less both have their price.
+    """
+
+    title: str
+    unit: str
+    meaning: str
+    direction: str
+
+    @property
+    def sign(self) -> int:
+        """Of the correlation with a distance (lower is better) that the direction promises; 0 where it promises none."""
+        return {"lower": 1, "higher": -1, "either": 0}[self.direction]
+
+
+PREDICTORS = {
+    "codebook_usage": Predictor(
+        "Codebook usage", "share", "Share of the codes that occur at all in held-out images. An unused code is idle.", "higher"
+    ),
+    "codebook_perplexity": Predictor(
+        "Codebook perplexity", "codes",
+        "How many equally frequent codes would be as varied. More carry more detail, fewer are easier to predict.", "either",
+    ),
+    "code_entropy": Predictor(
+        "Entropy of a code", "bits a token",
+        "The same in bits: what a token costs if only the frequency of each code is known.", "either",
+    ),
+    "ngram_bits": Predictor(
+        "Code length, neighbours only", "bits an image",
+        "What an image costs if each code is guessed from its left and upper neighbour. Few bits: the codes follow simple rules.",
+        "lower",
+    ),
+    "prior_bits": Predictor(
+        "Code length, tiny prior", "bits an image",
+        "What an image costs under a very small generative model of the latent: a Transformer trained for a second "
+        "(tokens), or a Gaussian (continuous latents, at the precision of their noise).",
+        "lower",
+    ),
+    "gaussian_rate": Predictor(
+        "Gaussian rate", "bits an image", "What a continuous latent costs under the plain normal distribution.", "lower"
+    ),
+    "spectrum_slope": Predictor(
+        "Slope of the spectrum", "",
+        "How fast the variance falls from one direction of the latent to the next, on logarithmic axes. Steep (very negative): "
+        "few directions carry most of it.",
+        "lower",
+    ),
+    "effective_dimension": Predictor(
+        "Effective dimension", "directions", "How many directions of equal variance would spread the latent as widely.", "lower"
+    ),
+    "sensitivity": Predictor(
+        "Sensitivity", "share",
+        "How much a decoded image changes, relative to how images differ, if each latent value is disturbed by 10 % of its usual "
+        "spread: how far a prior's small errors show.",
+        "lower",
+    ),
+    "shift_error": Predictor(
+        "Error under a shift", "share",
+        "Whether the latent shifts along if the image is shifted by one latent position: 0, it does; 1, it "
+        "becomes as different as that of another image.",
+        "lower",
+    ),
+    "flip_error": Predictor(
+        "Error under mirroring", "share", "The same if the image is mirrored, left to right.", "lower"
+    ),
+    "linear_probe": Predictor(
+        "Classes by a linear reader", "share", "Held-out images whose class one linear map can read off the latent.", "higher"
+    ),
+    "interpolation_distance": Predictor(
+        "Distance of interpolations", "share",
+        "How far images decoded half-way between two latents are from real images as a set: 0, not to be told apart; 1, two "
+        "separate points.",
+        "lower",
+    ),
+    "reconstruction_error": Predictor(
+        "Reconstruction error", "squared error",
+        "Mean squared error a pixel of held-out images that were encoded and decoded; black and white are 2 apart.", "lower",
+    ),
+    "linear_distance": Predictor(
+        "Distance for linear generators", "squared error",
+        "How well the best linear map makes held-out images from the latent: the paper's distance for the simplest generators. "
+        "Low: even these can use the latent.",
+        "lower",
+    ),
+    "mlp_distance": Predictor(
+        "Distance for slightly richer generators", "squared error", "The same with a small hidden layer beside the linear map.",
+        "lower",
+    ),
+    "linear_sliced_distance": Predictor(
+        "Distance for linear generators, as sets", "pixel units",
+        "How far the linear map's images are from the real ones as a set (sliced Wasserstein distance), whichever belongs "
+        "to which.",
+        "lower",
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A set of images with their latents, on the CPU; `indices` of VQ only, `log_variance` of KL only."""
+
+    images: Tensor  # [N, C, H, W]
+    latents: Tensor  # [N, D, h, w]: codes (VQ), the posterior's mean (KL)
+    indices: Tensor | None  # [N, h, w]
+    log_variance: Tensor | None  # [N, D, h, w]
+
+
+def report_card(
+    autoencoder: Autoencoder,
+    train_images: Tensor,
+    train_labels: Tensor | None,
+    heldout_images: Tensor,
+    heldout_labels: Tensor | None,
+    *,
+    seed: int,
+) -> dict[str, float | None]:
+    """Measure every entry of `PREDICTORS`.
+
+    What has to be fitted is fitted on the training images; every value but the spectrum, which is that of the training
+    latents, is measured on held-out images. Perturbations and interpolations act on the latents that the decoder reads (of
+    VQ the codes, without a new search for the nearest; of KL the posterior's mean).
+
+    Args:
+        autoencoder: of either bottleneck, on any device; left in the mode that it is in, but measured in evaluation mode.
+        train_images, heldout_images: [N, C, H, W] and [M, C, H, W] in [-1, 1], at least 10 each.
+        train_labels, heldout_labels: int64 [N] and [M]; None without labels.
+        seed: of noise, pairs, weights and batches. The global random state is not used.
+
+    Returns:
+        One value for each predictor; None where it does not apply (codes of a continuous latent, a probe without labels or with
+        one class, the spectrum of a collapsed latent).
+
+    Raises:
+        TypeError: images that are not floating point, labels that are not integers.
+        ValueError: too few images, images of another size than the autoencoder's, NaN in images or in what the
+            autoencoder makes of them, labels of one set only or of another number.
+    """
+    check_images_and_labels(autoencoder, train_images, train_labels, heldout_images, heldout_labels)
+    train, heldout = (encode_images(autoencoder, images) for images in (train_images, heldout_images))
+    card = dict.fromkeys(PREDICTORS)
+    card |= code_length(autoencoder, train, heldout, seed) | shape_of(train) | answers(autoencoder, heldout, seed)
+    card |= readers(train, heldout, seed)
+    if train_labels is not None and len(train_labels.unique()) > 1:
+        card["linear_probe"] = measure.probe_accuracy(train.latents, train_labels.cpu(), heldout.latents, heldout_labels.cpu())
+    return card
+
+
+def code_length(autoencoder: Autoencoder, train: Encoded, heldout: Encoded, seed: int) -> dict[str, float]:
+    """What the latent costs in bits, as far as its kind allows."""
+    if heldout.indices is not None:
+        K = autoencoder.config.vq.codebook_size
+        usage = CodebookUsage(K).update(heldout.indices)
+        return {
+            "codebook_usage": usage.usage,
+            "codebook_perplexity": usage.perplexity,
+            "code_entropy": torch.tensor(usage.perplexity, dtype=torch.float64).log2().item(),
+            "ngram_bits": measure.ngram_bits(train.indices, heldout.indices, K),
+            "prior_bits": measure.tiny_transformer_bits(train.indices, heldout.indices, K, seed=seed),
+        }
+    posteriors = (train.latents, train.log_variance, heldout.latents, heldout.log_variance)
+    return {
+        "gaussian_rate": measure.gaussian_rate(heldout.latents, heldout.log_variance),
+        "prior_bits": measure.gaussian_prior_bits(*posteriors),
+    }
+
+
+def shape_of(train: Encoded) -> dict[str, float | None]:
+    eigenvalues = measure.spectrum(train.latents)
+    return {
+        "spectrum_slope": measure.spectrum_slope(eigenvalues),
+        "effective_dimension": measure.effective_dimension(eigenvalues),
+    }
+
+
+def answers(autoencoder: Autoencoder, heldout: Encoded, seed: int) -> dict[str, float | None]:
+    """How latent and decoder answer to changes."""
+    images, latents, f = heldout.images, heldout.latents, autoencoder.factor
+    decoded = decode_latents(autoencoder, latents)
+    card = {"reconstruction_error": measure.mean_squared_error(decoded.clamp(-1, 1), images)}
+    if not (latents == latents[:1]).all():
+        disturbed = decode_latents(autoencoder, measure.perturb(latents, seed=seed))
+        card["sensitivity"] = measure.relative_change(disturbed, decoded)
+        between = decode_latents(autoencoder, measure.midpoints(latents, seed=seed)[0])
+        card["interpolation_distance"] = measure.energy_coefficient(between.clamp(-1, 1), images)
+        flipped = encode_images(autoencoder, images.flip(-1)).latents
+        card["flip_error"] = measure.equivariance_error(flipped, latents.flip(-1))
+        if latents.shape[-1] > 1:
+            shifted = encode_images(autoencoder, measure.shift_images(images, f)).latents
+            card["shift_error"] = measure.equivariance_error(shifted[..., 1:], latents[..., :-1])
+    return card
+
+
+def readers(train: Encoded, heldout: Encoded, seed: int) -> dict[str, float]:
+    """D^G for two families of generators."""
+    linear = measure.Ridge(train.latents, train.images)
+    made = linear(heldout.latents)
+    return {
+        "linear_distance": measure.mean_squared_error(made, heldout.images),
+        "mlp_distance": measure.mlp_distance(linear, train.latents, train.images, heldout.latents, heldout.images, seed=seed),
+        "linear_sliced_distance": measure.sliced_distance(made, heldout.images, seed=seed),
+    }
+
+
+# ---- what the autoencoder makes of images and latents ----
+
+
+@contextmanager
+def in_evaluation_mode(autoencoder: Autoencoder) -> Iterator[torch.device]:
+    """No gradients and evaluation mode inside the block, every module's own mode after it; gives the device."""
+    modes = {module: module.training for module in autoencoder.modules()}
+    autoencoder.eval()
+    try:
+        with torch.no_grad():
+            yield next(autoencoder.encoder.parameters()).device
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def encode_images(autoencoder: Autoencoder, images: Tensor) -> Encoded:
+    """Images [N, C, H, W] with their latents. ValueError: the encoder gives NaN or infinity."""
+    with in_evaluation_mode(autoencoder) as device:
+        found = [autoencoder.encode(batch.to(device)) for batch in images.float().split(BATCH)]
+    for name in ("features", "latents", "log_variance"):  # of NaN features the nearest code is still a finite one
+        if any(getattr(e, name) is not None and not getattr(e, name).isfinite().all() for e in found):
+            raise ValueError(f"the encoder gives NaN or infinity ({name}): the training diverged; lower stage1.learning_rate")
+
+    def joined(name: str) -> Tensor | None:
+        parts = [getattr(e, name) for e in found]
+        return None if parts[0] is None else torch.cat(parts).cpu()
+
+    return Encoded(images.float().cpu(), joined("latents"), joined("indices"), joined("log_variance"))
+
+
+def decode_latents(autoencoder: Autoencoder, latents: Tensor) -> Tensor:
+    """Latents [N, D, h, w] to images on the CPU, not clipped. ValueError: the decoder gives NaN or infinity."""
+    with in_evaluation_mode(autoencoder) as device:
+        images = torch.cat([autoencoder.decode(batch.to(device)).sample.float().cpu() for batch in latents.split(BATCH)])
+    if not images.isfinite().all():
+        raise ValueError("the decoder gives NaN or infinity: the training diverged; lower the learning_rate of its stage")
+    return images
+
+
+def check_images_and_labels(
+    autoencoder: Autoencoder,
+    train_images: Tensor,
+    train_labels: Tensor | None,
+    heldout_images: Tensor,
+    heldout_labels: Tensor | None,
+) -> None:
+    """The checks of `report_card`."""
+    check_same_pixels(train_images=train_images, heldout_images=heldout_images)
+    sets = {"train": (train_images, train_labels), "heldout": (heldout_images, heldout_labels)}
+    for name, (images, labels) in sets.items():
+        if len(images) < FEWEST_IMAGES:
+            raise ValueError(f"{name}_images: expected at least {FEWEST_IMAGES} images, got {len(images)}; give more")
+        expected = (autoencoder.image_channels, autoencoder.resolution, autoencoder.resolution)
+        if tuple(images.shape[1:]) != expected:
+            raise ValueError(
+                f"{name}_images: expected the autoencoder's images {expected}, got {tuple(images.shape[1:])}; "
+                "give those that it was trained on"
+            )
+        if not images.isfinite().all():
+            raise ValueError(f"{name}_images: expected finite pixels, got NaN or infinity; look for broken images")
+        if labels is None:
+            continue
+        if labels.is_floating_point() or labels.is_complex():
+            raise TypeError(f"{name}_labels: expected integers, got {labels.dtype}; convert them by labels.long()")
+        if tuple(labels.shape) != (len(images),):
+            raise ValueError(f"{name}_labels: expected one label an image, [{len(images)}], got {list(labels.shape)}")
+    if (train_labels is None) != (heldout_labels is None):
+        missing = "train" if train_labels is None else "heldout"
+        raise ValueError(f"{missing}_labels are missing: expected labels of both sets, or None for both")
