@@ -11,7 +11,8 @@ def _card(title: str, tags: list[str], usage: str, data: dict, history: list[dic
     import dataclasses
 
     validations = [row for row in history if row.get("split") == "validation"]
-    metrics = {k: v for k, v in validations[-1].items() if isinstance(v, float)} if validations else {}
+    last = [row for row in history if validations and row["step"] == validations[-1]["step"] and row.get("split") != "train"]
+    metrics = {k: v for row in last for k, v in row.items() if isinstance(v, float)}
     metrics.pop("seconds", None)
     table = "\n".join(f"| {name} | {value:.4g} |" for name, value in metrics.items())
     header = "\n".join(f"- {tag}" for tag in tags)
@@ -60,15 +61,26 @@ def autoencoder_card(config: Config, data: dict, history: list[dict]) -> str:
     return _card(title, ["autoencoder", "image-tokenizer", config.method], usage, data, history, config)
 
 
-def prior_card(config: Config, data: dict, history: list[dict]) -> str:
+PRIORS = {
+    "ARPrior": ("Autoregressive prior", ["autoregressive", "image-generation"], "sample_tokens",
+                "autoencoder.decode_indices(sample_tokens(prior, labels)).sample"),
+    "DiT": ("Diffusion Transformer", ["flow-matching", "image-generation"], "sample_latents",
+            "autoencoder.decode(sample_latents(prior, labels, num_inference_steps=32)).sample"),
+    "GaussianMixturePrior": ("Gaussian mixture prior", ["gaussian-mixture", "image-generation"], None,
+                             "autoencoder.decode(prior.sample(len(labels))).sample"),
+}  # fmt: skip
+
+
+def prior_card(config: Config, kind: type, data: dict, history: list[dict]) -> str:
+    """Card of a prior of class `kind`."""
+    name, tags, sampler, images = PRIORS[kind.__name__]
     usage = (
         "import torch\n"
-        "from dae.models import ARPrior, Autoencoder\n"
-        "from dae.sampling import sample_tokens\n"
-        'autoencoder = Autoencoder.from_pretrained("path or repository of the autoencoder")\n'
-        'prior = ARPrior.from_pretrained("path or repository of the prior")\n'
+        f"from dae.models import {', '.join(sorted(('Autoencoder', kind.__name__)))}\n"
+        + (f"from dae.sampling import {sampler}\n" if sampler else "")
+        + 'autoencoder = Autoencoder.from_pretrained("path or repository of the autoencoder")\n'
+        f'prior = {kind.__name__}.from_pretrained("path or repository of the prior")\n'
         "labels = torch.arange(prior.num_classes)\n"
-        "images = autoencoder.decode_indices(sample_tokens(prior, labels)).sample"
+        f"images = {images}"
     )
-    title = f"Autoregressive prior of {config.data.dataset_name}"
-    return _card(title, ["autoregressive", "image-generation"], usage, data, history, config)
+    return _card(f"{name} of {config.data.dataset_name}", tags, usage, data, history, config)

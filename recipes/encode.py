@@ -1,10 +1,12 @@
-"""Encode a data set with a trained VQ autoencoder: the token cache that the prior is trained on.
+"""Encode a data set with a trained autoencoder: the cache of tokens (VQ) or of posteriors (KL) that the prior is trained on.
 
     accelerate launch recipes/encode.py --config recipes/configs/digits.yaml
+    accelerate launch recipes/encode.py --config recipes/configs/digits-kl.yaml
 
 Each image is encoded once as it is, and `prior.augmented_copies` times otherwise: augmented (`prior.augment_images`), with codes
-drawn near the encoder's output rather than the nearest ones (`prior.code_temperature`), or both.
-Several processes share the work. Writes <output_dir>/tokens with fingerprints of tokenizer, data set and augmentation.
+drawn near the encoder's output rather than the nearest ones (`prior.code_temperature`, VQ only), or both.
+Several processes share the work. Writes <output_dir>/tokens, or <output_dir>/latents with mean and log-variance of each
+posterior; both with fingerprints of autoencoder, data set and augmentation.
 """
 
 from __future__ import annotations
@@ -18,17 +20,20 @@ from tqdm import tqdm
 from dae.cli import main
 from dae.config import Config
 from dae.data import augment, evaluation_batches, load_data
-from dae.data.tokens import Fingerprint, TokenCache, TokenDataset, transform_fingerprint
+from dae.data.cache import Fingerprint, transform_fingerprint
+from dae.data.latents import LatentCache
+from dae.data.tokens import TokenCache
 from dae.distributed import each_for_itself
 from dae.hub import fingerprint, require_model
 from dae.models import Autoencoder, choose_kernels
+from dae.quantizers.encoding import Encoding
 from dae.training import make_accelerator
 from dae.training.loop import seed_for
 
 
 @torch.inference_mode()
 def encode(config: Config) -> Path:
-    """Make the token cache; returns its folder."""
+    """Make the cache; returns its folder."""
     accelerator = make_accelerator(config)
     output = Path(config.output_dir)
     data = load_data(config.data, config.seed)
@@ -36,17 +41,24 @@ def encode(config: Config) -> Path:
     autoencoder = Autoencoder.from_pretrained(trained, device=accelerator.device)
     choose_kernels(autoencoder, config.kernels)
     autoencoder.refuse_other_data(config.data.channels, config.data.resolution)
-    if autoencoder.config.bottleneck != "vq":
-        raise ValueError("an autoregressive prior models tokens: train the autoencoder with autoencoder.bottleneck=vq")
+    cache_class = TokenCache if autoencoder.config.bottleneck == "vq" else LatentCache
+    if cache_class is LatentCache and config.prior.augmented_copies and config.prior.code_temperature:
+        accelerator.print("prior.code_temperature has no effect: the latent of a KL autoencoder has no codes to draw")
 
-    def further_tokens(images: torch.Tensor) -> torch.Tensor:
+    def stored(encoding: Encoding) -> torch.Tensor:
+        """What is kept of an encoding: tokens [B, T], or means and log-variances [B, 2D, h, w]."""
+        if cache_class is TokenCache:
+            return encoding.indices.flatten(1).int()
+        return torch.cat([encoding.features, encoding.log_variance], dim=1).float()
+
+    def further(images: torch.Tensor) -> torch.Tensor:
         """Another encoding of the same images: augmented, with codes drawn rather than the nearest, or both."""
         if config.prior.augment_images:
             images = augment(images, random_flip=config.data.random_flip, random_affine=config.data.random_affine)
         encoding = autoencoder.encode(images)
-        if config.prior.code_temperature == 0:
-            return encoding.indices
-        return autoencoder.bottleneck.sample_indices(encoding.features, config.prior.code_temperature)
+        if cache_class is TokenCache and config.prior.code_temperature > 0:
+            encoding.indices = autoencoder.bottleneck.sample_indices(encoding.features, config.prior.code_temperature)
+        return stored(encoding)
 
     parts = {}
     for name, copies in {"train": config.prior.augmented_copies, "validation": 0}.items():
@@ -60,17 +72,20 @@ def encode(config: Config) -> Path:
             torch.manual_seed(seed_for(config.seed, "encode", name, number))
             images = batch["image"].to(accelerator.device)
             with each_for_itself():
-                views = [autoencoder.encode(images).indices] + [further_tokens(images) for _ in range(copies)]
-            mine.append((number, torch.stack(views, dim=1).flatten(2).int().cpu(), batch["label"]))
+                views = [stored(autoencoder.encode(images))] + [further(images) for _ in range(copies)]
+            mine.append((number, torch.stack(views, dim=1).cpu(), batch["label"]))
         bar.close()
         rows = sorted(gather_object(mine), key=lambda row: row[0])
-        parts[name] = TokenDataset(torch.cat([row[1] for row in rows]), torch.cat([row[2] for row in rows]))
+        parts[name] = cache_class.dataset(torch.cat([row[1] for row in rows]), torch.cat([row[2] for row in rows]))
 
-    folder = output / "tokens"
+    folder = output / cache_class.folder
     if accelerator.is_main_process:
-        cache = TokenCache(
+        of_kind = {"latent_channels": autoencoder.config.latent_channels}
+        if cache_class is TokenCache:
+            of_kind = {"vocab_size": autoencoder.config.vq.codebook_size}
+        cache = cache_class(
             **parts,
-            vocab_size=autoencoder.config.vq.codebook_size,
+            **of_kind,
             num_classes=data.num_classes,
             latent_size=autoencoder.latent_size,
             fingerprint=Fingerprint(fingerprint(trained), data.fingerprint, transform_fingerprint(config)),

@@ -1,10 +1,11 @@
-"""Sample images: class -> prior -> tokens -> decoder.
+"""Sample images: class -> prior -> tokens or latent -> decoder.
 
     python recipes/sample.py --config recipes/configs/digits.yaml
     python recipes/sample.py --config recipes/configs/digits.yaml sampling.cfg_scale=2 sampling.num_samples=100
 
-Classes in equal parts. Writes <output_dir>/samples: samples.npz with arr_0 [N, H, W, C] uint8 (the format of the ADM evaluator)
-and arr_1 [N] labels, png/ with one file an image, grid.png with one row a class, and sampling.json with the settings.
+Classes in equal parts; a Gaussian mixture knows none, and all labels are 0. Writes <output_dir>/samples: samples.npz with arr_0
+[N, H, W, C] uint8 (the format of the ADM evaluator) and arr_1 [N] labels, png/ with one file an image, grid.png with one row a
+class, and sampling.json with the settings.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from dae.config import Config
 from dae.data.pictures import grid, to_uint8, write_png
 from dae.hub import fingerprint
 from dae.sampling import balanced_labels, generate, load_chain
+from dae.sampling.chain import knows_classes
 from dae.training import one_process
 from dae.training.loop import seed_for
 
@@ -30,7 +32,8 @@ def sample(config: Config) -> Path:
     """Write samples; returns their folder."""
     settings = config.sampling
     autoencoder, prior = load_chain(config.output_dir, one_process(config), config.kernels)
-    labels_N = balanced_labels(settings.num_samples, prior.num_classes)
+    classes = prior.num_classes if knows_classes(prior) else 1
+    labels_N = balanced_labels(settings.num_samples, classes)
     started, images = time.monotonic(), []
     with tqdm(total=len(labels_N), desc="sample", unit="image", mininterval=0.5) as bar:
         for batch in generate(autoencoder, prior, labels_N, settings, seed_for(config.seed, "sampling")):
@@ -47,8 +50,8 @@ def sample(config: Config) -> Path:
     np.savez(folder / "samples.npz", arr_0=arrays, arr_1=labels_N.numpy())
     for number, (array, label) in enumerate(zip(arrays, labels_N.tolist(), strict=True)):
         write_png(folder / "png" / f"{number:06d}_class{label}.png", array)
-    rows = min(prior.num_classes, 20)
-    by_class = np.concatenate([arrays[labels_N == c][:16] for c in range(rows)]) if prior.num_classes > 1 else arrays[:160]
+    rows = min(classes, 20)
+    by_class = np.concatenate([arrays[labels_N == c][:16] for c in range(rows)]) if classes > 1 else arrays[:160]
     write_png(folder / "grid.png", grid(by_class, columns=min(16, max(1, int((labels_N == 0).sum())))))
     facts = {"seconds": seconds, "prior": fingerprint(Path(config.output_dir) / "prior"), "seed": config.seed}
     (folder / "sampling.json").write_text(json.dumps(dataclasses.asdict(settings) | facts, indent=2))

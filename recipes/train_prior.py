@@ -1,10 +1,14 @@
-"""Train the prior: an autoregressive Transformer over the tokens that recipes/encode.py cached.
+"""Train the prior on what recipes/encode.py cached: an autoregressive Transformer over tokens, or over a continuous latent a
+Diffusion Transformer or a Gaussian mixture (`prior.family`).
 
     accelerate launch recipes/train_prior.py --config recipes/configs/digits.yaml
+    accelerate launch recipes/train_prior.py --config recipes/configs/digits-kl.yaml
     torchrun --standalone --nproc_per_node 2 recipes/train_prior.py prior.train_batch_size=32
 
-Runs on a CPU as it stands; on GPUs add `--mixed_precision bf16` to `accelerate launch`. Held-out bits a token are measured
-every `validation_steps`; with `prior.early_stopping` the weights with the fewest are delivered.
+Runs on a CPU as it stands; on GPUs add `--mixed_precision bf16` to `accelerate launch`. Held-out bits a token (Diffusion
+Transformer: the flow-matching loss) are measured every `validation_steps`; with `prior.early_stopping` the weights with the
+fewest are delivered. Bits an image of a continuous latent are measured once, at the end. A mixture is fitted at once, by one
+process.
 Writes <output_dir>/prior: model.safetensors and config.json, checkpoint-*/, logs/.
 """
 
@@ -13,44 +17,66 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 
 from dae.cards import prior_card
 from dae.cli import main
 from dae.config import Config
 from dae.data import TrainLoader, load_data
-from dae.data.tokens import Fingerprint, TokenCache, TokenDataset, choose_copies, transform_fingerprint
-from dae.distributed import draw_rows
-from dae.hub import fingerprint, require_model
-from dae.models import ARPrior, choose_kernels
+from dae.data.cache import EncodingCache, Fingerprint, transform_fingerprint
+from dae.hub import PretrainedModel, fingerprint, load_weights, require_model
+from dae.models import choose_kernels
 from dae.training import EMA, Run, TrainingState, build_optimizer, build_scheduler, make_accelerator
 from dae.training.loop import global_mean, progress_bar, refuse_non_finite, seed_for, synchronize_gradients
+from dae.training.priors import FAMILIES, Family, fit_mixture, prior_family
 
 
 def train(config: Config) -> Path:
     """Train, save, and return the folder of the trained prior."""
+    family = FAMILIES[prior_family(config)]
     run = Run(config, "prior", without_influence=("method", "autoencoder.", "auxiliary_decoder.", "stage1.", "stage2."))
     accelerator = make_accelerator(config, run.folder / "logs")
-    device, settings, output = accelerator.device, config.prior, Path(config.output_dir)
+    settings, output = config.prior, Path(config.output_dir)
     data = load_data(config.data, config.seed)
     tokenizer = fingerprint(require_model(output / "autoencoder", "train_dae"))
     expected = Fingerprint(tokenizer, data.fingerprint, transform_fingerprint(config))
-    cache = TokenCache.load(output / "tokens", expected)
+    cache = family.cache.load(output / family.cache.folder, expected)
 
     torch.manual_seed(seed_for(config.seed, "prior"))
-    prior = ARPrior(
-        settings,
-        vocab_size=cache.vocab_size,
-        sequence_length=cache.latent_size**2,
-        num_classes=cache.num_classes,
-        tokenizer=cache.fingerprint.tokenizer,
-    ).to(device)
+    prior = family.build(settings, cache).to(accelerator.device)
     choose_kernels(prior, config.kernels)
+
+    def card() -> str:
+        return prior_card(config, type(prior), data.describe(), run.history())
+
+    if family.loss is None:
+        fit(config, family, prior, cache, accelerator, run, card)
+    else:
+        train_by_steps(config, family, prior, cache, accelerator, run, card)
+    accelerator.print(f"saved {run.folder}")
+    if config.push_to_hub and accelerator.is_main_process:
+        accelerator.print(prior.push_to_hub(f"{config.hub_model_id}-prior", folder=run.folder))
+    accelerator.end_training()
+    return run.folder
+
+
+def train_by_steps(
+    config: Config,
+    family: Family,
+    prior: PretrainedModel,
+    cache: EncodingCache,
+    accelerator: Accelerator,
+    run: Run,
+    card: Callable[[], str],
+) -> None:
+    settings, device = config.prior, accelerator.device
     prior.gradient_checkpointing = settings.gradient_checkpointing
     loader = TrainLoader(cache.train, settings.train_batch_size, seed=seed_for(config.seed, "prior", "order"))
-    resumed = run.open(accelerator, dataclasses.asdict(expected))
+    resumed = run.open(accelerator, dataclasses.asdict(cache.fingerprint))
 
     ema = EMA(prior, settings.ema_decay) if settings.use_ema else None
     optimizer = build_optimizer(prior, settings)
@@ -67,9 +93,8 @@ def train(config: Config) -> Path:
         for micro in range(accumulation):
             torch.manual_seed(seed_for(config.seed, "prior", step, micro))  # the only source of this micro-step's randomness
             batch = {k: v.to(device, non_blocking=True) for k, v in next(batches).items()}
-            tokens = choose_copies(batch["tokens"], draw_rows(torch.rand, batch["label"].shape, device=device))
             with synchronize_gradients(accelerator, model, when=micro == accumulation - 1):
-                loss = model(prior.hide_classes(batch["label"]), prior.corrupt(tokens[:, :-1]), targets_BT=tokens)
+                loss = family.loss(model, prior, batch)
                 accelerator.backward(loss / accumulation)
             parts.losses.append(loss.detach())
 
@@ -91,35 +116,48 @@ def train(config: Config) -> Path:
             run.record(accelerator, done, values, stage="prior", split="train")
         if done % config.validation_steps == 0 or last:
             with ema.swapped_in(prior) if ema else contextlib.nullcontext():
-                bits = bits_per_token(prior, cache.validation, config.evaluation.batch_size)
-                run.record(accelerator, done, {"bits_per_token": bits}, stage="prior", split="validation")
-                if accelerator.is_main_process and (is_best(run) if settings.early_stopping else last):
-                    prior.save_pretrained(run.folder, card=prior_card(config, data.describe(), run.history()))
+                values = {family.criterion: family.score(prior, cache.validation, config)}
+                run.record(accelerator, done, values, stage="prior", split="validation")
+                if accelerator.is_main_process and (is_best(run, family.criterion) if settings.early_stopping else last):
+                    prior.save_pretrained(run.folder, card=card())
+        if last and family.final_bits is not None and accelerator.is_main_process:
+            delivered = type(prior).from_pretrained(run.folder, device=device)
+            values = {"bits_per_image": family.final_bits(delivered, cache.validation, config)}
+            run.record(accelerator, done, values, stage="prior", split="delivered")
+            delivered.save_pretrained(run.folder, card=card())  # with the bits on its card
         if done % config.checkpointing_steps == 0 or last:
             run.save(done, *parts.pack(), stage="prior", stage_step=done)
     bar.close()
-    accelerator.print(f"saved {run.folder}")
-    if config.push_to_hub and accelerator.is_main_process:
-        accelerator.print(prior.push_to_hub(f"{config.hub_model_id}-prior", folder=run.folder))
-    accelerator.end_training()
-    return run.folder
 
 
-def is_best(run: Run) -> bool:
-    """Whether the latest validation has fewer bits than every one before it."""
-    *before, latest = [row["bits_per_token"] for row in run.history() if row["split"] == "validation"]
+def is_best(run: Run, criterion: str) -> bool:
+    """Whether the latest validation is better than every one before it."""
+    *before, latest = [row[criterion] for row in run.history() if row["split"] == "validation"]
     return latest < min(before, default=math.inf)
 
 
-@torch.inference_mode()
-def bits_per_token(prior: ARPrior, tokens: TokenDataset, batch_size: int) -> float:
-    """Held-out code length: mean of -log2 p(token | class, earlier tokens) over the plain encodings."""
-    prior.eval()
-    device, total = prior.head.weight.device, 0.0
-    for labels, batch in zip(tokens.labels_N.split(batch_size), tokens.tokens_NCT[:, 0].split(batch_size), strict=True):
-        batch = batch.long().to(device)
-        total += prior(labels.to(device), batch[:, :-1], targets_BT=batch).item() * len(labels)
-    return total / len(tokens) / math.log(2)
+def fit(
+    config: Config,
+    family: Family,
+    prior: PretrainedModel,
+    cache: EncodingCache,
+    accelerator: Accelerator,
+    run: Run,
+    card: Callable[[], str],
+) -> None:
+    """A prior without steps: one fit, one entry of the log for each split, one checkpoint; resuming finds it done."""
+    resumed = run.open(accelerator, dataclasses.asdict(cache.fingerprint))
+    if resumed is not None:
+        load_weights(prior, resumed.tensors["model"], str(resumed.path))
+    else:
+        if accelerator.is_main_process:
+            fit_mixture(prior, cache, config)
+            for split, encoded in (("train", cache.train), ("validation", cache.validation)):
+                values = {family.criterion: family.score(prior, encoded, config)}
+                run.record(accelerator, 1, values, stage="prior", split=split)
+        run.save(1, {"model": prior.state_dict()}, {}, stage="prior", stage_step=1)
+    if accelerator.is_main_process:
+        prior.save_pretrained(run.folder, card=card())
 
 
 if __name__ == "__main__":

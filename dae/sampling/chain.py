@@ -1,8 +1,10 @@
-"""The whole generative model: class -> prior -> tokens -> decoder -> image."""
+"""The whole generative model: class -> prior -> tokens or latent -> decoder -> image."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -10,26 +12,29 @@ import torch
 from torch import Tensor
 
 from dae.config import KernelsConfig, SamplingConfig
-from dae.hub import fingerprint, require_model
-from dae.models import ARPrior, Autoencoder, choose_kernels
+from dae.hub import CONFIG, fingerprint, require_model
+from dae.models import ARPrior, Autoencoder, DiT, GaussianMixturePrior, choose_kernels
 from dae.sampling.ar import sample_tokens
+from dae.sampling.flow import sample_latents
+
+Prior = ARPrior | DiT | GaussianMixturePrior
+PRIORS = {kind.__name__: kind for kind in (ARPrior, DiT, GaussianMixturePrior)}
 
 
-def load_chain(output_dir: str | Path, device: Any = "cpu", kernels: KernelsConfig | None = None) -> tuple[Autoencoder, ARPrior]:
+def load_chain(output_dir: str | Path, device: Any = "cpu", kernels: KernelsConfig | None = None) -> tuple[Autoencoder, Prior]:
     """The autoencoder and the prior of a run, which compute by `kernels` (None: "auto" everywhere).
 
     Raises:
         FileNotFoundError: one of them is missing.
-        ValueError: the latent has no tokens, or the prior was trained on another tokenizer's tokens.
+        ValueError: the prior was trained on another autoencoder's latent.
     """
     output = Path(output_dir)
     autoencoder = Autoencoder.from_pretrained(require_model(output / "autoencoder", "train_dae"), device=device)
-    if autoencoder.config.bottleneck != "vq":
-        raise ValueError("this autoencoder's latent is continuous (KL); the prior that this version has models VQ tokens")
-    prior = ARPrior.from_pretrained(require_model(output / "prior", "train_prior"), device=device)
+    prior = prior_class(require_model(output / "prior", "train_prior")).from_pretrained(output / "prior", device=device)
     if prior.tokenizer != fingerprint(output / "autoencoder"):
+        what = "tokens" if isinstance(prior, ARPrior) else "latents"
         raise ValueError(
-            f"{output / 'prior'} was trained on the tokens of another autoencoder than {output / 'autoencoder'}: "
+            f"{output / 'prior'} was trained on the {what} of another autoencoder than {output / 'autoencoder'}: "
             "encode the data again (recipes/encode.py) and train the prior again (recipes/train_prior.py)"
         )
     for model in (autoencoder, prior):
@@ -37,24 +42,56 @@ def load_chain(output_dir: str | Path, device: Any = "cpu", kernels: KernelsConf
     return autoencoder, prior
 
 
+def prior_class(folder: Path) -> type[Prior]:
+    """The class of the prior saved in `folder`; of a damaged one any, whose `from_pretrained` says what is wrong."""
+    try:
+        return PRIORS[json.loads((folder / CONFIG).read_text())["_class_name"]]
+    except (ValueError, TypeError, KeyError):
+        return ARPrior
+
+
+def knows_classes(prior: Prior) -> bool:
+    """Whether it can be asked for a class; a Gaussian mixture cannot."""
+    return not isinstance(prior, GaussianMixturePrior)
+
+
 def balanced_labels(count: int, num_classes: int) -> Tensor:
     """[count]: 0, 1, ..., num_classes - 1, 0, 1, ...: each class as often as every other."""
     return torch.arange(count) % num_classes
 
 
-def generate(autoencoder: Autoencoder, prior: ARPrior, labels_N: Tensor, settings: SamplingConfig, seed: int) -> Iterator[Tensor]:
-    """Images [B, C, H, W] of the given classes, in batches of `settings.batch_size`, on the models' device, not clipped."""
-    device = prior.head.weight.device
+def generate(autoencoder: Autoencoder, prior: Prior, labels_N: Tensor, settings: SamplingConfig, seed: int) -> Iterator[Tensor]:
+    """Images [B, C, H, W] of the given classes, in batches of `settings.batch_size`, on the models' device, not clipped.
+
+    A Gaussian mixture ignores the classes and guidance; temperature, top_k and top_p are settings of a prior over tokens.
+    """
+    device = next(chain(prior.parameters(), prior.buffers())).device
     generator = torch.Generator(device).manual_seed(seed)
     for labels in labels_N.split(settings.batch_size):
-        tokens = sample_tokens(
-            prior,
-            labels.to(device),
-            cfg_scale=settings.cfg_scale,
-            temperature=settings.temperature,
-            top_k=settings.top_k,
-            top_p=settings.top_p,
-            generator=generator,
-        )
-        with torch.inference_mode():
-            yield autoencoder.decode_indices(tokens).sample
+        if isinstance(prior, ARPrior):
+            tokens = sample_tokens(
+                prior,
+                labels.to(device),
+                cfg_scale=settings.cfg_scale,
+                temperature=settings.temperature,
+                top_k=settings.top_k,
+                top_p=settings.top_p,
+                generator=generator,
+            )
+            with torch.inference_mode():
+                images = autoencoder.decode_indices(tokens).sample
+        else:
+            latents = draw_latents(prior, labels.to(device), settings, generator)
+            with torch.inference_mode():
+                images = autoencoder.decode(latents).sample
+        yield images
+
+
+def draw_latents(
+    prior: DiT | GaussianMixturePrior, labels_B: Tensor, settings: SamplingConfig, generator: torch.Generator
+) -> Tensor:
+    """Latents [B, D, h, w] of the given classes."""
+    if isinstance(prior, GaussianMixturePrior):
+        return prior.sample(len(labels_B), generator)
+    steps, scale = settings.num_inference_steps, settings.cfg_scale
+    return sample_latents(prior, labels_B, num_inference_steps=steps, cfg_scale=scale, generator=generator)

@@ -6,10 +6,11 @@ import json
 import pytest
 import torch
 
-import dae.data.tokens
+import dae.data.cache
 from dae.config import Config
 from dae.data import TrainLoader
-from dae.data.tokens import Fingerprint, TokenCache, TokenDataset, choose_copies, transform_fingerprint
+from dae.data.cache import Fingerprint, choose_copies, transform_fingerprint
+from dae.data.tokens import TokenCache, TokenDataset
 
 FINGERPRINT = Fingerprint("tokenizer-1", "data-1", "plain")
 
@@ -59,8 +60,8 @@ def test_no_cache(tmp_path):
 @pytest.mark.parametrize("written", [0, 1], ids=["before the tokens", "before the description"])
 def test_a_crash_while_saving(tmp_path, monkeypatch, written):
     """The old cache or none: never new tokens under the old description."""
-    old, new, real, left = make(), make(fingerprint=Fingerprint("a", "b", "c")), dae.data.tokens.write_file, [written]
-    new.train.tokens_NCT += 1
+    old, new, real, left = make(), make(fingerprint=Fingerprint("a", "b", "c")), dae.data.cache.write_file, [written]
+    new.train.values_NC += 1
     old.save(tmp_path)
 
     def full(path, data):
@@ -69,7 +70,7 @@ def test_a_crash_while_saving(tmp_path, monkeypatch, written):
         left[0] -= 1
         real(path, data)
 
-    monkeypatch.setattr(dae.data.tokens, "write_file", full)
+    monkeypatch.setattr(dae.data.cache, "write_file", full)
     with pytest.raises(OSError, match="No space"):
         new.save(tmp_path)
     try:

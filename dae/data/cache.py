@@ -1,0 +1,132 @@
+"""The cache of a data set's encodings: what every kind has in common, and of what exactly it is the cache."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dae.config import Config
+from dae.files import write_file
+
+DESCRIPTION = "cache.json"
+
+
+@dataclass
+class Fingerprint:
+    """What the encodings depend on; two caches with equal fingerprints hold equal encodings."""
+
+    tokenizer: str  # dae.hub.fingerprint of the autoencoder's folder
+    data: str  # ImageData.fingerprint
+    transform: str  # augmentation of the copies
+
+
+class EncodedDataset(Dataset):
+    """Rows {name: [copies, ...], "label": int, "row": int}: the plain encoding first, then augmented copies."""
+
+    name: ClassVar[str]  # of the encodings, in a row and in the file
+    stored: ClassVar[torch.dtype]  # in the file
+    given: ClassVar[torch.dtype]  # in a row
+
+    def __init__(self, values_NC: Tensor, labels_N: Tensor):
+        self.values_NC, self.labels_N = values_NC, labels_N
+
+    def __len__(self) -> int:
+        return len(self.labels_N)
+
+    def __getitem__(self, row: int) -> dict:
+        return {self.name: self.values_NC[row].to(self.given), "label": int(self.labels_N[row]), "row": row}
+
+
+@dataclass
+class EncodingCache:
+    """Encodings of a training and a held-out set in one file, with a description that says of what they are."""
+
+    train: EncodedDataset
+    validation: EncodedDataset
+    num_classes: int
+    latent_size: int
+    fingerprint: Fingerprint
+
+    dataset: ClassVar[type[EncodedDataset]]
+    folder: ClassVar[str]  # in the folder of a run
+    title: ClassVar[str]  # in messages
+    facts: ClassVar[tuple[str, ...]]  # fields beside the encodings
+
+    def save(self, folder: Path) -> None:
+        """Write `<name>.safetensors` and `cache.json` into `folder`."""
+        from safetensors.torch import save
+
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors, name = {}, self.dataset.name
+        for part in ("train", "validation"):
+            rows: EncodedDataset = getattr(self, part)
+            tensors |= {f"{part}.{name}": rows.values_NC.to(rows.stored), f"{part}.labels": rows.labels_N.int()}
+        description = {k: getattr(self, k) for k in self.facts}
+        description["fingerprint"] = dataclasses.asdict(self.fingerprint)
+        data = save({k: v.contiguous() for k, v in tensors.items()})
+        description["sha256"] = hashlib.sha256(data).hexdigest()  # or a crash could leave new ones under an old description
+        write_file(folder / f"{name}.safetensors", data)
+        write_file(folder / DESCRIPTION, json.dumps(description, indent=2).encode())
+
+    @classmethod
+    def load(cls, folder: Path, expected: Fingerprint) -> Self:
+        """Read a cache and make sure that it is the cache of what is `expected`.
+
+        Raises:
+            FileNotFoundError: there is no cache in `folder`.
+            ValueError: it is stale: made with another tokenizer, from other data, or with another transform; or damaged.
+        """
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        file = f"{cls.dataset.name}.safetensors"
+        if not (folder / DESCRIPTION).is_file():
+            raise FileNotFoundError(f"no {cls.title} in {folder}: make it with recipes/encode.py and the same configuration")
+        try:
+            description = json.loads((folder / DESCRIPTION).read_text())
+            found = Fingerprint(**description.pop("fingerprint"))
+            data = (folder / file).read_bytes()
+            if hashlib.sha256(data).hexdigest() != description.pop("sha256"):
+                raise ValueError(f"{file} is not the file that {DESCRIPTION} describes")
+            tensors = load(data)
+        except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            raise ValueError(f"the {cls.title} in {folder} is damaged ({error}): remake it with recipes/encode.py") from error
+        stale = [f.name for f in dataclasses.fields(Fingerprint) if getattr(found, f.name) != getattr(expected, f.name)]
+        if stale:
+            names = {"tokenizer": "tokenizer", "data": "data set", "transform": "augmentation"}
+            what = " and ".join(names[name] for name in stale)
+            raise ValueError(
+                f"the {cls.title} in {folder} is stale: it was made with another {what}. Remake it with recipes/encode.py and "
+                "the same configuration"
+            )
+        name = cls.dataset.name
+        parts = {n: cls.dataset(tensors[f"{n}.{name}"], tensors[f"{n}.labels"].long()) for n in ("train", "validation")}
+        return cls(**parts, **description, fingerprint=found)
+
+
+def transform_fingerprint(config: Config) -> str:
+    """Identifies how the further copies were made; without copies nothing matters."""
+    prior, data = config.prior, config.data
+    if prior.augmented_copies == 0:
+        return "plain"
+    how = {"copies": prior.augmented_copies, "code_temperature": prior.code_temperature, "seed": config.seed}
+    if config.autoencoder.bottleneck == "kl":
+        del how["code_temperature"]  # there are no codes
+    how["batch_size"] = config.evaluation.batch_size  # one seed a batch
+    if prior.augment_images:
+        how |= {"flip": data.random_flip, "affine": data.random_affine}
+    return json.dumps(how)
+
+
+def choose_copies(encodings_BC: Tensor, draw_B: Tensor) -> Tensor:
+    """[B, ...]: of each row of [B, copies, ...] the copy that a uniform draw in [0, 1) points at."""
+    chosen = (draw_B * encodings_BC.shape[1]).long()
+    return encodings_BC[torch.arange(len(encodings_BC), device=encodings_BC.device), chosen]

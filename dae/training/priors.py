@@ -1,0 +1,185 @@
+"""All in which the training of a prior depends on its family: what it reads, what it is made of, its loss, its held-out score.
+
+ar       autoregressive Transformer over VQ tokens; held-out bits a token
+dit      Diffusion Transformer over a KL latent; held-out flow-matching loss, and bits an image once it is trained
+mixture  Gaussian mixture over a KL latent, fitted at once; held-out bits an image
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dae.config import Config, PriorConfig
+from dae.data.cache import EncodedDataset, EncodingCache, choose_copies
+from dae.data.latents import LatentCache, PosteriorDataset, latent_statistics, sample_posteriors
+from dae.data.tokens import TokenCache, TokenDataset
+from dae.distributed import draw_rows, each_for_itself
+from dae.losses import flow_matching_loss
+from dae.metrics import bits_back
+from dae.models import ARPrior, DiT, GaussianMixturePrior
+from dae.sampling import log_likelihood
+from dae.training.loop import seed_for
+
+LIKELIHOOD_STEPS = 32  # of the ODE whose likelihood gives a DiT's bits an image
+LIKELIHOOD_IMAGES = 256  # held-out images of which it is taken at most
+
+
+def prior_family(config: Config) -> str:
+    """`config.prior.family`, or what `auto` stands for: ar for vq, dit for kl.
+
+    Raises:
+        ValueError: the family cannot model the latent of `config.autoencoder.bottleneck`.
+    """
+    bottleneck, family = config.autoencoder.bottleneck, config.prior.family
+    if family == "auto":
+        return "ar" if bottleneck == "vq" else "dit"
+    if (family == "ar") != (bottleneck == "vq"):
+        fits = "ar models its tokens" if bottleneck == "vq" else "dit and mixture model its continuous latent"
+        raise ValueError(
+            f"prior.family={family} cannot model the latent of autoencoder.bottleneck={bottleneck}: {fits}. Set prior.family, or "
+            "train an autoencoder with the other bottleneck"
+        )
+    return family
+
+
+# ---- ar ----
+
+
+def build_ar(settings: PriorConfig, cache: TokenCache) -> ARPrior:
+    return ARPrior(
+        settings,
+        vocab_size=cache.vocab_size,
+        sequence_length=cache.latent_size**2,
+        num_classes=cache.num_classes,
+        tokenizer=cache.fingerprint.tokenizer,
+    )
+
+
+def token_loss(model: nn.Module, prior: ARPrior, batch: dict[str, Tensor]) -> Tensor:
+    """Mean of -log p(token | class, earlier tokens) in nats, with hidden classes and noise on what is read."""
+    tokens = choose_copies(batch["tokens"], draw_rows(torch.rand, batch["label"].shape, device=batch["label"].device))
+    return model(prior.hide_classes(batch["label"]), prior.corrupt(tokens[:, :-1]), targets_BT=tokens)
+
+
+@torch.inference_mode()
+def bits_per_token(prior: ARPrior, tokens: TokenDataset, config: Config) -> float:
+    """Code length: mean of -log2 p(token | class, earlier tokens) over the plain encodings."""
+    prior.eval()
+    batch_size = config.evaluation.batch_size
+    device, total = prior.head.weight.device, 0.0
+    for labels, batch in zip(tokens.labels_N.split(batch_size), tokens.tokens_NCT[:, 0].split(batch_size), strict=True):
+        batch = batch.long().to(device)
+        total += prior(labels.to(device), batch[:, :-1], targets_BT=batch).item() * len(labels)
+    return total / len(tokens) / math.log(2)
+
+
+# ---- dit ----
+
+
+def build_dit(settings: PriorConfig, cache: LatentCache) -> DiT:
+    """A new model that knows the scale of this autoencoder's latent."""
+    prior = DiT(settings, **latent_shape(cache))
+    prior.set_latent_statistics(*latent_statistics(cache.train))
+    return prior
+
+
+def latent_shape(cache: LatentCache) -> dict:
+    shape = {"latent_channels": cache.latent_channels, "latent_size": cache.latent_size, "num_classes": cache.num_classes}
+    return shape | {"tokenizer": cache.fingerprint.tokenizer}
+
+
+def velocity_loss(model: nn.Module, prior: DiT, batch: dict[str, Tensor]) -> Tensor:
+    """`flow_matching_loss` of a new posterior sample of each image, with hidden classes."""
+    moments = choose_copies(batch["moments"], draw_rows(torch.rand, batch["label"].shape, device=batch["label"].device))
+    latents = prior.normalise(sample_posteriors(moments))
+    return flow_matching_loss(model, latents, prior.hide_classes(batch["label"]))
+
+
+@torch.no_grad()
+def steady_velocity_loss(prior: DiT, encoded: PosteriorDataset, config: Config) -> float:
+    """`flow_matching_loss` of the plain encodings, at the same posterior samples, times and noise whenever it is called."""
+    prior.eval()
+    batch_size, device, total = config.evaluation.batch_size, prior.latent_mean.device, 0.0
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), each_for_itself():
+        torch.manual_seed(seed_for(config.seed, "prior", "validation"))
+        for labels, moments in zip(
+            encoded.labels_N.split(batch_size), encoded.moments_NCEhw[:, 0].split(batch_size), strict=True
+        ):
+            latents = prior.normalise(sample_posteriors(moments.to(device)))
+            total += flow_matching_loss(prior, latents, labels.to(device)).item() * len(labels)
+    return total / len(encoded)
+
+
+def dit_bits_per_image(prior: DiT, encoded: PosteriorDataset, config: Config) -> float:
+    """Code length of the latent given the class, see `dae.metrics.bits_back`; of `LIKELIHOOD_IMAGES` images at most."""
+    prior.eval()
+    order = torch.randperm(len(encoded), generator=torch.Generator().manual_seed(seed_for(config.seed, "prior", "bits")))
+    rows, device, batch_size = order[:LIKELIHOOD_IMAGES], prior.latent_mean.device, config.evaluation.batch_size
+    labels_N = encoded.labels_N[rows].to(device)
+    generator = torch.Generator(device).manual_seed(seed_for(config.seed, "prior", "likelihood"))
+
+    def log_prob(latents: Tensor) -> Tensor:
+        batches = zip(latents.split(batch_size), labels_N.split(batch_size), strict=True)
+        return torch.cat([log_likelihood(prior, *batch, num_steps=LIKELIHOOD_STEPS, generator=generator) for batch in batches])
+
+    mean, log_variance = encoded.moments_NCEhw[rows, 0].to(device).chunk(2, dim=1)
+    return bits_back(mean, log_variance, log_prob, generator)
+
+
+# ---- mixture ----
+
+
+def build_mixture(settings: PriorConfig, cache: LatentCache) -> GaussianMixturePrior:
+    return GaussianMixturePrior(settings, **latent_shape(cache))
+
+
+def fit_mixture(prior: GaussianMixturePrior, cache: LatentCache, config: Config) -> None:
+    """Fit it to one posterior sample of every encoding of every training image."""
+    with torch.random.fork_rng(devices=[]), each_for_itself():
+        torch.manual_seed(seed_for(config.seed, "prior", "posterior"))
+        latents = sample_posteriors(cache.train.moments_NCEhw.flatten(0, 1))
+    prior.fit(latents, seed_for(config.seed, "prior", "fit") % 2**32)  # scikit-learn takes 32 bits
+
+
+@torch.no_grad()
+def mixture_bits_per_image(prior: GaussianMixturePrior, encoded: PosteriorDataset, config: Config) -> float:
+    """Code length of the latent of the plain encodings, see `dae.metrics.bits_back`; of `evaluation.max_images` at most."""
+    device = prior.means.device
+    mean, log_variance = encoded.moments_NCEhw[: config.evaluation.max_images, 0].to(device).chunk(2, dim=1)
+    generator = torch.Generator(device).manual_seed(seed_for(config.seed, "prior", "likelihood"))
+    return bits_back(mean, log_variance, lambda x: torch.cat([prior.log_prob(part) for part in x.split(256)]), generator)
+
+
+# ---- the families ----
+
+
+@dataclass(frozen=True)
+class Family:
+    """What a prior is to the recipe that trains it.
+
+    Attributes:
+        cache: the kind of encodings it reads.
+        build: a new model for what a cache holds; ValueError if settings and latent do not go together.
+        loss: of the wrapped model, the model itself and a batch of the cache, with draws through `draw_rows`; None is fitted.
+        score, criterion: measures encoded images, less is better, and leaves the global random state; its name in the log.
+        final_bits: bits an image, if that takes too long for every validation.
+    """
+
+    cache: type[EncodingCache]
+    build: Callable[[PriorConfig, EncodingCache], nn.Module]
+    loss: Callable[[nn.Module, nn.Module, dict[str, Tensor]], Tensor] | None
+    score: Callable[[nn.Module, EncodedDataset, Config], float]
+    criterion: str
+    final_bits: Callable[[nn.Module, EncodedDataset, Config], float] | None = None
+
+
+FAMILIES = {
+    "ar": Family(TokenCache, build_ar, token_loss, bits_per_token, "bits_per_token"),
+    "dit": Family(LatentCache, build_dit, velocity_loss, steady_velocity_loss, "loss", dit_bits_per_image),
+    "mixture": Family(LatentCache, build_mixture, None, mixture_bits_per_image, "bits_per_image"),
+}
