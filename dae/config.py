@@ -255,6 +255,9 @@ class MeasureConfig:
     seeds: List[int] = knob([0, 1, 2], "seeds of the estimators")
     steps: int = knob(500, "training steps of a generator", least=1)
     max_images: int = knob(2000, "images measured on, chosen at random where there are more", least=2)
+    compare_folders: List[str] = knob(
+        [], "report card: output folders of recipes/compare.py, the trials of which say how well each predictor ranks latents"
+    )
 
 
 @dataclass
