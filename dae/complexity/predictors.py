@@ -129,18 +129,6 @@ def fit(
             optimizer.step()
 
 
-def gaussian_rate(mean: Tensor, log_variance: Tensor) -> float:
-    """Bits of a latent under the standard normal prior, with the posterior's own precision; lower is better.
-
-        KL(q(z|x) || N(0, I)) / log 2 = sum(mean^2 + variance - 1 - log variance) / (2 log 2), a mean over the images
-
-    Args:
-        mean, log_variance: of the posteriors of held-out images [M, D, h, w].
-    """
-    mean, log_variance = mean.double(), log_variance.double()
-    return (mean.square() + log_variance.exp() - 1 - log_variance).flatten(1).sum(1).mean().item() / (2 * math.log(2))
-
-
 def gaussian_prior_bits(
     train_mean: Tensor, train_log_variance: Tensor, heldout_mean: Tensor, heldout_log_variance: Tensor
 ) -> float:

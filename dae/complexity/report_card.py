@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from dae.complexity import predictors as measure
-from dae.metrics import CodebookUsage
+from dae.metrics import CodebookUsage, gaussian_rate
 from dae.metrics.validation import check_same_pixels
 from dae.models import Autoencoder
+
+if TYPE_CHECKING:
+    from dae.comparison.statistics import RankCorrelation
 
 FEWEST_IMAGES = 10
 BATCH = 256
@@ -64,7 +69,9 @@ PREDICTORS = {
         "lower",
     ),
     "gaussian_rate": Predictor(
-        "Gaussian rate", "bits an image", "What a continuous latent costs under the plain normal distribution.", "lower"
+        "Gaussian rate", "bits an image",
+        "What a continuous latent costs if each of its values is guessed alone, from a bell curve.",
+        "lower",
     ),
     "spectrum_slope": Predictor(
         "Slope of the spectrum", "",
@@ -143,9 +150,9 @@ def report_card(
 ) -> dict[str, float | None]:
     """Measure every entry of `PREDICTORS`.
 
-    What has to be fitted is fitted on the training images; every value but the spectrum, which is that of the training
-    latents, is measured on held-out images. Perturbations and interpolations act on the latents that the decoder reads (of
-    VQ the codes, without a new search for the nearest; of KL the posterior's mean).
+    What has to be fitted is fitted on the training images, and every value is measured on held-out images, but for the
+    spectrum and the Gaussian rate, which are those of the training latents. Perturbations and interpolations act on the
+    latents that the decoder reads (of VQ the codes, without a new search for the nearest; of KL the posterior's mean).
 
     Args:
         autoencoder: of either bottleneck, on any device; left in the mode that it is in, but measured in evaluation mode.
@@ -159,8 +166,9 @@ def report_card(
 
     Raises:
         TypeError: images that are not floating point, labels that are not integers.
-        ValueError: too few images, images of another size than the autoencoder's, NaN in images or in what the
-            autoencoder makes of them, labels of one set only or of another number.
+        ValueError: too few images, images of another size than the autoencoder's, NaN in images, labels of one set only or of
+            another number.
+        FloatingPointError: the autoencoder makes NaN or infinity of them: its training diverged.
     """
     check_images_and_labels(autoencoder, train_images, train_labels, heldout_images, heldout_labels)
     train, heldout = (encode_images(autoencoder, images) for images in (train_images, heldout_images))
@@ -180,13 +188,13 @@ def code_length(autoencoder: Autoencoder, train: Encoded, heldout: Encoded, seed
         return {
             "codebook_usage": usage.usage,
             "codebook_perplexity": usage.perplexity,
-            "code_entropy": torch.tensor(usage.perplexity, dtype=torch.float64).log2().item(),
+            "code_entropy": math.log2(usage.perplexity),
             "ngram_bits": measure.ngram_bits(train.indices, heldout.indices, K),
             "prior_bits": measure.tiny_transformer_bits(train.indices, heldout.indices, K, seed=seed),
         }
     posteriors = (train.latents, train.log_variance, heldout.latents, heldout.log_variance)
     return {
-        "gaussian_rate": measure.gaussian_rate(heldout.latents, heldout.log_variance),
+        "gaussian_rate": gaussian_rate(train.latents, train.log_variance, covariance="diagonal"),
         "prior_bits": measure.gaussian_prior_bits(*posteriors),
     }
 
@@ -228,6 +236,39 @@ def readers(train: Encoded, heldout: Encoded, seed: int) -> dict[str, float]:
     }
 
 
+# ---- which predictor to trust ----
+
+
+def rank_predictors(records: Sequence[dict], *, seed: int = 0) -> dict[str, RankCorrelation]:
+    """How well each predictor ranks the latents of finished trials by the generation distance that was reached with them.
+
+    Spearman's rank correlation over the trials that measure (not those that tune), with its bootstrap interval over whole
+    seeds (`dae.comparison.statistics.rank_correlation`). 1: the larger the value, the larger the distance, without exception.
+
+    Args:
+        records: of one comparison, one data set and one carrier: distances of two do not compare.
+        seed: of the bootstrap.
+
+    Returns:
+        By name, the strongest correlation first; without predictors that have a value in fewer than 3 trials, and with NaN
+        where a predictor is the same in all.
+    """
+    from dae.comparison.statistics import rank_correlation
+
+    found = {}
+    for name in PREDICTORS:
+        rows = [
+            (value, distance, record["seed"])
+            for record in records
+            if record["purpose"] == "measure" and (value := (record["card"] or {}).get(name)) is not None
+            and math.isfinite(value) and math.isfinite(distance := record["priors"][0]["frechet"])
+        ]  # fmt: skip
+        if len(rows) >= 3:
+            x, y, groups = zip(*rows, strict=True)
+            found[name] = rank_correlation(x, y, groups=groups, seed=seed)
+    return dict(sorted(found.items(), key=lambda item: -abs(item[1].rho) if math.isfinite(item[1].rho) else 1))
+
+
 # ---- what the autoencoder makes of images and latents ----
 
 
@@ -245,12 +286,14 @@ def in_evaluation_mode(autoencoder: Autoencoder) -> Iterator[torch.device]:
 
 
 def encode_images(autoencoder: Autoencoder, images: Tensor) -> Encoded:
-    """Images [N, C, H, W] with their latents. ValueError: the encoder gives NaN or infinity."""
+    """Images [N, C, H, W] with their latents. FloatingPointError: the encoder gives NaN or infinity."""
     with in_evaluation_mode(autoencoder) as device:
         found = [autoencoder.encode(batch.to(device)) for batch in images.float().split(BATCH)]
     for name in ("features", "latents", "log_variance"):  # of NaN features the nearest code is still a finite one
         if any(getattr(e, name) is not None and not getattr(e, name).isfinite().all() for e in found):
-            raise ValueError(f"the encoder gives NaN or infinity ({name}): the training diverged; lower stage1.learning_rate")
+            raise FloatingPointError(
+                f"the encoder gives NaN or infinity ({name}): its training diverged; lower stage1.learning_rate"
+            )
 
     def joined(name: str) -> Tensor | None:
         parts = [getattr(e, name) for e in found]
@@ -260,11 +303,11 @@ def encode_images(autoencoder: Autoencoder, images: Tensor) -> Encoded:
 
 
 def decode_latents(autoencoder: Autoencoder, latents: Tensor) -> Tensor:
-    """Latents [N, D, h, w] to images on the CPU, not clipped. ValueError: the decoder gives NaN or infinity."""
+    """Latents [N, D, h, w] to images on the CPU, not clipped. FloatingPointError: the decoder gives NaN or infinity."""
     with in_evaluation_mode(autoencoder) as device:
         images = torch.cat([autoencoder.decode(batch.to(device)).sample.float().cpu() for batch in latents.split(BATCH)])
     if not images.isfinite().all():
-        raise ValueError("the decoder gives NaN or infinity: the training diverged; lower the learning_rate of its stage")
+        raise FloatingPointError("the decoder gives NaN or infinity: its training diverged; lower the learning_rate of its stage")
     return images
 
 

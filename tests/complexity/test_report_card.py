@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dae.complexity import predictors as measure
-from dae.complexity.report_card import PREDICTORS, encode_images, report_card
+from dae.complexity.report_card import PREDICTORS, encode_images, rank_predictors, report_card
 from dae.config import AutoencoderConfig
 from dae.models import Autoencoder
 
@@ -57,14 +57,6 @@ def test_tiny_transformer_bits():
     few = measure.tiny_transformer_bits(codes(50, 2, 2), codes(200, 2, 2, seed=1), 8, seed=0)
     assert few < 1.1 * 4 * 3, "few images are not learned by heart"
     assert torch.equal(state, torch.get_rng_state())
-
-
-def test_gaussian_rate():
-    mean, log_variance = torch.full((3, 2, 1, 1), 2.0), torch.zeros(3, 2, 1, 1)
-    assert measure.gaussian_rate(torch.zeros_like(mean), log_variance) == 0
-    assert measure.gaussian_rate(mean, log_variance) == pytest.approx(2 * 2.0**2 / 2 / math.log(2))
-    wide = measure.gaussian_rate(torch.zeros_like(mean), log_variance + 1)
-    assert wide == pytest.approx(2 * (math.e - 1 - 1) / 2 / math.log(2), rel=1e-6)
 
 
 def test_gaussian_prior_bits():
@@ -323,6 +315,31 @@ def test_every_predictor_says_what_it_means():
     assert signs == {1, -1, 0}
 
 
+# ---- which predictor to trust ----
+
+
+def trial(arm, seed, distance, purpose="measure", **card):
+    return {"arm": arm, "seed": seed, "purpose": purpose, "priors": [{"frechet": distance}], "card": card or None}
+
+
+def test_rank_predictors():
+    trials = [
+        trial(arm, seed, distance + seed / 10, prior_bits=distance**3, linear_probe=-distance, sensitivity=float(seed),
+              codebook_usage=1.0, gaussian_rate=None, flip_error=distance if arm == "a" and seed == 0 else math.nan)
+        for seed in (0, 1, 2) for arm, distance in (("a", 1.0), ("b", 2.0), ("c", 3.0))
+    ]  # fmt: skip
+    trials += [trial("a", 9, 0.0, "tune", prior_bits=1e9), trial("a", 3, 50.0)]
+    found = rank_predictors(trials)
+    assert set(found) == {"prior_bits", "linear_probe", "sensitivity", "codebook_usage"}
+    assert list(found)[-1] == "codebook_usage" and math.isnan(found["codebook_usage"].rho)
+    assert found["prior_bits"].n == 9
+    # Ranks of x about their mean: -3, 0, 3, each three times; of y: -4 to 4. rho = 54 / sqrt(54 * 60).
+    assert found["prior_bits"].rho == pytest.approx(math.sqrt(54 / 60), abs=1e-9)
+    assert found["linear_probe"].rho == pytest.approx(-found["prior_bits"].rho)
+    assert found["prior_bits"].low > 0.9 and abs(found["sensitivity"].rho) < 0.5
+    assert rank_predictors(trials[:2]) == {}
+
+
 # ---- bad input ----
 
 
@@ -358,5 +375,5 @@ def test_refusals(images):
 def test_diverged_weights(bottleneck, part, images):
     model = autoencoder(bottleneck).eval()
     getattr(model, part).conv_out.weight.data[0] = torch.nan
-    with pytest.raises(ValueError, match=f"the {part} gives NaN or infinity"):
+    with pytest.raises(FloatingPointError, match=f"the {part} gives NaN or infinity"):
         report_card(model, *images, seed=0)
