@@ -24,6 +24,7 @@ from dae.config import Config
 from dae.hub import fingerprint
 from dae.metrics import Classifier, extract_features
 from dae.models import Autoencoder
+from dae.training import plan_stages
 from dae.training.loop import seed_for
 
 MIXTURE_COMPONENTS, MIXTURE_WITHIN = 10, 0.1  # Gaussians, and the share of the variance that lies within one
@@ -61,8 +62,8 @@ def load_latent(spec: str, images_NCHW: Tensor, labels_N: Tensor | None, config:
 weights), or of a file written by `dae.metrics.Classifier.save` |
     | `autoencoder:<folder>` | [N, D, h, w]: of a VQ autoencoder the code vectors, of a KL one the posteriors' means |
     | `posterior:<folder>` | [N, D, h, w]: of a KL autoencoder one sample of each posterior |
-    | `ae`, `vae`, `vq`, `dae` | [N, D, h, w]: as above, of an autoencoder trained here by `config` for measure.steps steps: \
-KL of weight 0, KL and VQ trained jointly, and the configured bottleneck by method dae |
+    | `ae`, `vae`, `vq`, `dae` | [N, D, h, w]: as above, of an autoencoder trained here by `config`, all its steps: KL of \
+weight 0, KL and VQ trained jointly, and the configured bottleneck by method dae |
     | `package.module:function` | what function(images) returns, [N, ...]; the current directory is importable |
 
     What is fitted (pca, ae, vae, vq, dae) is fitted to all these images.
@@ -70,7 +71,7 @@ KL of weight 0, KL and VQ trained jointly, and the configured bottleneck by meth
     Args:
         images_NCHW: images in [-1, 1].
         labels_N: their classes, int64; None where there are none.
-        config: measure.latent_dim and measure.steps, and for autoencoders trained here all of the architecture and training.
+        config: measure.latent_dim, and for autoencoders trained here all of the architecture and training.
         seed: of whatever is random; the global random state stays as it was.
 
     Raises:
@@ -253,26 +254,20 @@ def _trained_autoencoder(spec: str, images: Tensor, labels: Tensor | None, confi
 
     config = dataclasses.replace(configuration_of(spec, config), seed=seed)
     codes, what = _encode(train_autoencoder(images, config), images, config, seed)
-    words = f"{what} of {AUTOENCODERS[spec]}, trained here for {config.measure.steps:,} steps on these images."
+    steps = sum(stage.config.max_train_steps for stage in plan_stages(config))
+    words = f"{what} of {AUTOENCODERS[spec]}, trained here for {steps:,} steps on these images."
     trained = {key: dataclasses.asdict(getattr(config, key)) for key in ("autoencoder", "auxiliary_decoder", "stage1", "stage2")}
     return codes, True, words, {"method": config.method, **trained}
 
 
 def configuration_of(spec: str, config: Config) -> Config:
-    """The configuration by which `ae`, `vae`, `vq` or `dae` is trained: measure.steps steps in all, else as `config` says."""
-    first = config.measure.steps // 2 or 1
-    stages = {
-        "stage1": dataclasses.replace(config.stage1, max_train_steps=first),
-        "stage2": dataclasses.replace(config.stage2, max_train_steps=config.measure.steps - first or 1),
-    }
+    """The configuration by which `ae`, `vae`, `vq` or `dae` is trained: as `config` says but for method and bottleneck."""
     architecture = config.autoencoder
-    if spec in ("ae", "vae"):
-        architecture = dataclasses.replace(architecture, bottleneck="kl")
+    if spec != "dae":
+        architecture = dataclasses.replace(architecture, bottleneck="vq" if spec == "vq" else "kl")
     if spec == "ae":
         architecture = dataclasses.replace(architecture, kl=dataclasses.replace(architecture.kl, kl_weight=0.0))
-    if spec == "vq":
-        architecture = dataclasses.replace(architecture, bottleneck="vq")
-    return dataclasses.replace(config, method="dae" if spec == "dae" else "joint", autoencoder=architecture, **stages)
+    return dataclasses.replace(config, method="dae" if spec == "dae" else "joint", autoencoder=architecture)
 
 
 @torch.no_grad()
