@@ -1,0 +1,203 @@
+"""Summaries of made-up trials with known answers; in words, as a table, and over several comparisons."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from dae.comparison.jobs import Outcome
+from dae.comparison.results import BY_KEY, headline, markdown, pool, pooled_markdown, pooled_predictors, shown, summarize, verdict
+from dae.comparison.statistics import paired_interval
+from dae.comparison.trial import Job
+from dae.config import load_config
+
+FACTS = {"floor": {"frechet": 2.0, "frechet_std": 0.1}, "copies_floor": 0.01}
+SEEDS = (0, 1, 2, 3)
+NOISE = (0.1, -0.1, 0.2, -0.2)  # of the seeds, shared by the arms
+
+
+def configure(*overrides):
+    arms = "compare.arms=[joint,weak,dae-linear]"
+    return load_config(None, [arms, "compare.seeds=[0,1,2,3]", "compare.learning_rates=[0.001]", *overrides])
+
+
+def make(arm, seed, frechet, rate_bits=40.0, *, rate=None, priors=(64,), card=None, purpose="measure"):
+    job = Job(arm, seed, 0.001, purpose, rate)
+    prior = {"frechet_std": 0.0, "recognised": 0.9, "precision": 0.5, "recall": 0.4, "copies": 0.02, "seconds": 1.0}
+    rows = [{"size": n, "parameters": n * n, "bits": rate_bits - 5, "frechet": frechet * 64 / n} | prior for n in priors]
+    record = {"rate_bits": rate_bits, "psnr": 20.0 + rate_bits / 10, "ssim": 0.8, "reconstruction_frechet": 1.0}
+    record |= {"codebook": {"usage": 1.0, "perplexity": 8.0}, "card": card, "stages": [["joint", "full", 800]], "priors": rows}
+    return Outcome(job, dataclasses.asdict(job) | record)
+
+
+def three_arms(**options):
+    """joint at 10; weak 3 + its own noise below; dae-linear equal but for its own noise."""
+    own = {"joint": (0, 0, 0, 0), "weak": (-3.1, -2.9, -3.0, -3.2), "dae-linear": (0.3, -0.2, 0.1, -0.3)}
+    return [make(a, s, 10 + NOISE[s] + d[s], **options) for a, d in own.items() for s in SEEDS]
+
+
+def test_means_and_paired_differences():
+    summary = summarize(configure(), FACTS, three_arms())
+    weak = summary["differences"]["frechet"]["weak"]
+    expected = paired_interval([-3.1, -2.9, -3.0, -3.2], [0] * 4)
+    assert [weak[k] for k in ("mean", "low", "high", "n")] == pytest.approx(list(expected))  # the seeds' shared noise is gone
+    assert weak["values"] == pytest.approx([-3.1, -2.9, -3.0, -3.2]) and weak["seeds"] == [0, 1, 2, 3]
+    joint = summary["arms"][0]
+    assert joint["name"] == "joint" and joint["measures"]["frechet"]["mean"] == pytest.approx(10)
+    assert (joint["trials"], joint["finished"], joint["diverged"], joint["failed"]) == (4, 4, 0, 0)
+    assert summary["arms"][1]["measures"]["copies"]["mean"] == pytest.approx(0.02)
+    assert set(summary["differences"]["frechet"]) == {"weak", "dae-linear"}
+    assert (summary["tuning"], summary["equal_rate"], summary["prior_sizes"]) == (None, None, [])
+    json.dumps(summary, allow_nan=False)
+
+
+def test_words_follow_the_intervals():
+    summary = summarize(configure(), FACTS, three_arms())
+    rows, frechet = summary["differences"]["frechet"], BY_KEY["frechet"]
+    assert (verdict(frechet, rows["weak"]), verdict(frechet, rows["dae-linear"])) == ("better", "no difference shown")
+    better, none, adjusted = headline(summary, rows)
+    assert better.startswith("Better than joint: weak (−3.05 [−3.26, −2.84]; 4 seeds)")
+    assert none.startswith("No difference to joint shown: dae-linear (−0.0") and "remains for weak." in adjusted
+    worse = dict(rows["weak"], verdict=1)
+    assert (verdict(frechet, worse), verdict(BY_KEY["psnr"], worse)) == ("worse", "better")
+    assert verdict(BY_KEY["rate_bits"], worse) == "higher"
+    assert headline(summary, None) == []
+
+
+def test_chance_findings_are_adjusted():
+    """An interval that just leaves out 0 is called so, but does not survive two comparisons."""
+    # For 4 seeds t = 3.5 has p = 0.039: below 0.05, and above half of it.
+    d = [3.5 * 0.5 + e for e in (-0.5 * math.sqrt(3), 0.5 * math.sqrt(3), -0.5 * math.sqrt(3), 0.5 * math.sqrt(3))]
+    outcomes = [o for o in three_arms() if o.job.arm != "weak"] + [make("weak", s, 10 + NOISE[s] + d[s]) for s in SEEDS]
+    summary = summarize(configure(), FACTS, outcomes)
+    row = summary["differences"]["frechet"]["weak"]
+    assert row["low"] > 0 and row["p"] == pytest.approx(0.0394, abs=2e-3) and row["adjusted"] == pytest.approx(2 * row["p"])
+    assert headline(summary, summary["differences"]["frechet"])[-1].endswith("no difference remains.")
+
+
+def test_one_seed_has_no_interval():
+    summary = summarize(configure("compare.seeds=[0]"), FACTS, [o for o in three_arms() if o.job.seed == 0])
+    row = summary["differences"]["frechet"]["weak"]
+    assert row["mean"] == pytest.approx(-3.1) and row["low"] is None and row["p"] is None
+    assert headline(summary, summary["differences"]["frechet"])[0].startswith("Against joint not known")
+    assert "not known" in markdown(summary) and shown(BY_KEY["frechet"], row, sign=True) == "−3.10"
+
+
+def test_what_diverged_or_failed_is_shown_and_its_pair_is_missing():
+    outcomes = three_arms()
+    lost = [o for o in outcomes if (o.job.arm, o.job.seed) not in {("weak", 1), ("joint", 2)}]
+    lost += [Outcome(Job("weak", 1, 0.001), diverged="loss is nan"), Outcome(Job("joint", 2, 0.001), failed="OSError: x")]
+    summary = summarize(configure(), FACTS, lost)
+    row = summary["differences"]["frechet"]["weak"]
+    assert (row["n"], row["of"], row["seeds"]) == (2, 4, [0, 3])
+    assert [(x["arm"], x["seed"], x["kind"], x["why"]) for x in summary["left_out"]] == [
+        ("weak", 1, "diverged", "loss is nan"), ("joint", 2, "failed", "OSError: x"),
+    ]  # fmt: skip
+    weak = next(arm for arm in summary["arms"] if arm["name"] == "weak")
+    assert (weak["trials"], weak["finished"], weak["diverged"]) == (4, 3, 1)
+    table = markdown(summary)
+    assert "weak (1 diverged of 4)" in table and "joint (1 failed of 4)" in table and "diverged: loss is nan" in table
+    assert "2 of 4 seeds" in " ".join(headline(summary, summary["differences"]["frechet"]))
+
+
+def test_without_a_baseline_there_is_nothing_to_compare():
+    outcomes = [o for o in three_arms() if o.job.arm != "joint"]
+    outcomes += [Outcome(Job("joint", s, 0.001), diverged="loss is inf") for s in SEEDS]
+    with pytest.raises(ValueError, match=r"'joint' has a result.*joint, seed 0, learning rate 0.001: loss is inf"):
+        summarize(configure(), FACTS, outcomes)
+
+
+def test_equal_rate_is_against_the_frontier_of_the_same_seed():
+    """joint's distance is 50 - rate; weak lies on that line: better at equal steps, equal at equal rate."""
+    own_noise = (0.01, -0.02, 0.02, -0.01)
+    outcomes = [make("joint", s, 50 - 30 + NOISE[s], 30) for s in SEEDS]
+    outcomes += [make("joint", s, 50 - r + NOISE[s], r, rate=k) for s in SEEDS for k, r in ((16, 20), (128, 40))]
+    outcomes += [make("weak", s, 50 - 34 + NOISE[s] + own_noise[s], 34) for s in SEEDS]
+    outcomes += [make("dae-linear", s, 5, 36 if s < 2 else 41) for s in SEEDS]
+    summary = summarize(configure("compare.rates=[16,128]"), FACTS, outcomes)
+    steps, rate = summary["differences"]["frechet"]["weak"], summary["equal_rate"]["frechet"]["weak"]
+    assert steps["mean"] == pytest.approx(-4) and verdict(BY_KEY["frechet"], steps) == "better"
+    assert rate["values"] == pytest.approx(own_noise) and verdict(BY_KEY["frechet"], rate) == "no difference shown"
+    linear = summary["equal_rate"]["frechet"]["dae-linear"]
+    assert (linear["n"], linear["of"], linear["seeds"]) == (2, 4, [0, 1])  # two seeds lie beyond joint's rates
+    assert linear["values"] == pytest.approx([5 - 14 - NOISE[0], 5 - 14 - NOISE[1]])
+    assert {(p["arm"], p["rate"]) for p in summary["frontier"]} == {
+        ("joint", 64.0), ("joint", 16), ("joint", 128), ("weak", 64.0), ("dae-linear", 64.0),
+    }  # fmt: skip
+    assert "(2 of 4)" in markdown(summary)
+
+
+def test_an_arm_outside_of_all_rates_says_so():
+    outcomes = [make("joint", s, 10, r, rate=k) for s in SEEDS for k, r in ((None, 30), (16, 20))]
+    outcomes += [make("weak", s, 5, 60) for s in SEEDS]
+    summary = summarize(configure("compare.rates=[16]"), FACTS, outcomes)
+    row = summary["equal_rate"]["frechet"]["weak"]
+    assert (row["n"], row["of"], row["mean"]) == (0, 4, None)
+    assert "0 of 4 seeds" in headline(summary, summary["equal_rate"]["frechet"])[0]
+    json.dumps(summary, allow_nan=False)
+
+
+def test_prior_sizes_by_growing_size():
+    summary = summarize(configure("compare.prior_widths=[16,128]"), FACTS, three_arms(priors=(64, 16, 128)))
+    weak = [row for row in summary["prior_sizes"] if row["arm"] == "weak"]
+    assert [row["size"] for row in weak] == [16, 64, 128] and [row["parameters"] for row in weak] == [256, 4096, 16384]
+    assert weak[0]["frechet"]["mean"] == pytest.approx(4 * weak[1]["frechet"]["mean"])
+
+
+def test_predictors_are_ranked_by_their_strength():
+    outcomes = []
+    for number, o in enumerate(three_arms()):
+        card = {"good": -o.distance, "bad": float(number % 3), "constant": 1.0, "unknown": None}
+        outcomes.append(Outcome(o.job, o.record | {"card": card}))
+    rows = summarize(configure(), FACTS, outcomes)["predictors"]
+    by_name = {row["name"]: row for row in rows}
+    assert rows[0]["name"] == "good" and rows[0]["rho"] == pytest.approx(-1) and rows[0]["n"] == 12
+    assert rows[0]["low"] == pytest.approx(-1) and abs(by_name["bad"]["rho"]) < 0.9
+    assert by_name["constant"]["rho"] is None and "unknown" not in by_name
+
+
+def test_tuning_shows_every_trial():
+    tuned = [make(a, 1000, d, purpose="tune") for a, d in (("joint", 3.0), ("weak", 2.0))]
+    tuned.append(Outcome(Job("dae-linear", 1000, 0.001, "tune"), diverged="nan"))
+    tuning = summarize(configure(), FACTS, tuned + three_arms())["tuning"]
+    assert [(t["arm"], t["frechet"], t["diverged"]) for t in tuning["trials"]] == [
+        ("joint", 3.0, None), ("weak", 2.0, None), ("dae-linear", None, "nan"),
+    ]  # fmt: skip
+    assert tuning["seed"] == 1000
+
+
+def test_markdown_has_a_row_an_arm():
+    lines = markdown(summarize(configure(), FACTS, three_arms())).splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:5]] == ["| joint", "| weak", "| dae-linear"]
+    assert len({line.count("|") for line in lines[:5]}) == 1
+    assert "10.00 [9.71, 10.29]" in lines[2] and "2.0 [2.0, 2.0]\u00a0%" in lines[2]
+    assert "2.00 from the held-out ones" in lines[-1] and "1.0 %" in lines[-1]
+
+
+def test_pooling_counts_each_comparison_once():
+    base = summarize(configure(), FACTS, three_arms())
+    scaled = [
+        Outcome(o.job, o.record | {"priors": [dict(o.record["priors"][0], frechet=100 * o.distance)]}) for o in three_arms()
+    ]
+    pooled = pool({"digits": base, "photos": summarize(configure(), FACTS, scaled)})
+    weak = pooled["equal_steps"]["weak"]
+    assert (weak["better"], weak["worse"], weak["no difference shown"]) == (2, 0, 0)
+    assert pooled["equal_steps"]["dae-linear"]["no difference shown"] == 2 and pooled["equal_rate"] == {}
+    assert weak["ratios"]["digits"] == pytest.approx(weak["ratios"]["photos"])  # a ratio knows no scale
+    expected = math.exp(sum(math.log((10 + n + d) / (10 + n)) for n, d in zip(NOISE, (-3.1, -2.9, -3.0, -3.2), strict=True)) / 4)
+    assert weak["ratio"]["mean"] == pytest.approx(expected) and weak["ratio"]["n"] == 2
+    table = pooled_markdown(pooled)
+    assert f"| weak | 2 | 0 | 0 | 0 | {expected:.2f} [" in table and "At equal rate" not in table
+    other = dict(base, baseline="weak")
+    for wrong in ({}, {"a": base, "b": other}):
+        with pytest.raises(ValueError, match="one baseline"):
+            pool(wrong)
+
+
+def test_pooled_predictors():
+    rows = {"rho": 0.5, "low": 0, "high": 1, "n": 9}
+    first = {"predictors": [{"name": "x", **rows}, {"name": "y", **rows, "rho": -0.9}]}
+    second = {"predictors": [{"name": "x", **rows, "rho": 0.7}, {"name": "z", **rows, "rho": None}]}
+    found = pooled_predictors({"a": first, "b": second})
+    assert [(r["name"], round(r["mean"], 6), r["n"]) for r in found] == [("y", -0.9, 1), ("x", 0.6, 2)]
