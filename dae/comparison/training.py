@@ -56,13 +56,13 @@ def train_autoencoder(images_NCHW: Tensor, config: Config) -> Autoencoder:
                 "loss.perceptual=0 and gradient_accumulation_steps=1, or train with recipes/train_dae.py"
             )
     with _own_random_state():
-        torch.manual_seed(seed_for(config.seed, "autoencoder"))
+        _seed(config.seed, "autoencoder")
         architecture = dataclasses.replace(config.autoencoder, decoder=stages[0].decoder)
         autoencoder = Autoencoder(architecture, config.data.channels, config.data.resolution).to(images_NCHW.device)
         autoencoder.refuse_other_data(images_NCHW.shape[1], images_NCHW.shape[2])
         for stage in stages:
             if stage is not stages[0] and not stage.keeps_decoder:
-                torch.manual_seed(seed_for(config.seed, stage.name, "decoder"))
+                _seed(config.seed, stage.name, "decoder")
                 autoencoder.replace_decoder(stage.decoder)
             if stage.latent_frozen:
                 autoencoder.freeze_latent()
@@ -82,7 +82,7 @@ def _train_stage(config: Config, stage: Stage, autoencoder: Autoencoder, images_
     scheduler = build_scheduler(optimizer, settings)
     critic = None
     if loss_config.adversarial > 0:
-        torch.manual_seed(seed_for(seed, stage.name, "discriminator"))
+        _seed(seed, stage.name, "discriminator")
         critic = PatchDiscriminator(config.data.channels, loss_config.discriminator_channels, loss_config.discriminator_layers)
         critic_optimizer = build_optimizer(critic, settings, loss_config.discriminator_learning_rate)
         choose_kernels(critic.to(images_NCHW.device), config.kernels)
@@ -90,7 +90,7 @@ def _train_stage(config: Config, stage: Stage, autoencoder: Autoencoder, images_
     autoencoder.train()
     order = batches(len(images_NCHW), settings.train_batch_size, seed_for(seed, stage.name, "order"))
     for step in range(settings.max_train_steps):
-        torch.manual_seed(seed_for(seed, stage.name, step, 0))
+        _seed(seed, stage.name, step, 0)
         images = images_NCHW[next(order)]
         images = augment(images, random_flip=config.data.random_flip, random_affine=config.data.random_affine)
         with torch.no_grad() if stage.latent_frozen else contextlib.nullcontext():
@@ -197,7 +197,7 @@ def train_prior(
     if settings.augmented_copies:
         raise ValueError("training in memory encodes each image once: set prior.augmented_copies=0")
     with _own_random_state():
-        torch.manual_seed(seed_for(config.seed, name))
+        _seed(config.seed, name)
         if family == "ar":
             tokens = {"vocab_size": config.autoencoder.vq.codebook_size, "sequence_length": autoencoder.latent_size**2}
             prior = ARPrior(settings, **tokens, num_classes=num_classes).to(device)
@@ -224,7 +224,7 @@ def _train_by_steps(prior: ARPrior | DiT, latents: Latents, labels_N: Tensor, co
     order = batches(len(latents), settings.train_batch_size, seed_for(config.seed, name, "order"))
     prior.train()
     for step in range(settings.max_train_steps):
-        torch.manual_seed(seed_for(config.seed, name, step, 0))
+        _seed(config.seed, name, step, 0)
         rows = next(order).to(labels_N.device)
         x, labels = latents.sample(rows), prior.hide_classes(labels_N[rows])
         if isinstance(prior, ARPrior):
@@ -243,6 +243,14 @@ def _train_by_steps(prior: ARPrior | DiT, latents: Latents, labels_N: Tensor, co
             refuse_non_finite(loss.item(), "prior", step + 1)
     if ema:
         prior.load_state_dict(ema.state_dict())
+
+
+def _seed(*names: object) -> None:
+    """What torch.manual_seed does, without the stack traces that it takes for a GPU which is not in use: 0.2 ms a step."""
+    seed = seed_for(*names)
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
 
 
 @contextlib.contextmanager
