@@ -84,8 +84,16 @@ class Record:
         return self.metrics["generation"]["recognised"] is not None
 
     @property
+    def family(self) -> str:
+        """Of the prior: ar, dit or mixture; runs of earlier versions have ar."""
+        return self.metrics["prior"].get("family", "ar")
+
+    @property
     def bits_an_image(self) -> float:
-        return self.metrics["prior"]["heldout_bits_per_token"] * self.metrics["prior"]["tokens_an_image"]
+        prior = self.metrics["prior"]
+        if self.family == "ar":
+            return prior["heldout_bits_per_token"] * prior["tokens_an_image"]
+        return prior["heldout_bits_per_image"]
 
 
 def trained_configuration(config: Config) -> Config:

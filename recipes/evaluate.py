@@ -1,4 +1,4 @@
-"""Measure a run: reconstructions of both decoders, the codebook, the prior, the samples, and copies of training images.
+"""Measure a run: reconstructions of both decoders, the latent, the prior, the samples, and copies of training images.
 
     python recipes/evaluate.py --config recipes/configs/digits.yaml
 
@@ -36,6 +36,7 @@ from dae.metrics import (
     equal_count_frechet,
     extract_features,
     frechet_distance,
+    gaussian_rate,
     memorisation,
     precision_recall,
     predict,
@@ -47,8 +48,10 @@ from dae.metrics import (
 )
 from dae.models import ARPrior, Autoencoder
 from dae.sampling import balanced_labels, generate, load_chain
+from dae.sampling.chain import Prior, knows_classes
 from dae.training import Run, one_process
 from dae.training.loop import seed_for
+from dae.training.priors import FAMILIES
 
 
 def evaluate(config: Config) -> dict:
@@ -73,7 +76,8 @@ def evaluate(config: Config) -> dict:
         distance = equal_count_frechet(features["heldout"], found, count=min(count, len(found)), seed=seed)
         manifold = precision_recall(features["heldout"], found[:count], config.evaluation.neighbours)
         copies = memorisation(images, train, heldout)
-        right = int((predict(classifier, images).cpu() == labels).sum()) if data.labelled else None
+        asked = data.labelled and knows_classes(prior)
+        right = int((predict(classifier, images).cpu() == labels).sum()) if asked else None
         return {
             "recognised": None if right is None else right / len(images),
             "recognised_interval": None if right is None else list(binomtest(right, len(images)).proportion_ci(method="wilson")),
@@ -90,7 +94,7 @@ def evaluate(config: Config) -> dict:
     pictures = {"originals": to_uint8(heldout[:32])}
     reconstructions = {}
     for name, model in saved_stages(output / "autoencoder", autoencoder, device).items():
-        rebuilt, usage = reconstruct(model, heldout, config)
+        rebuilt, encoded = reconstruct(model, heldout, config)
         pictures[name] = to_uint8(rebuilt[:32])
         found = extract_features(classifier, rebuilt)
         manifold = precision_recall(features["heldout"], found, config.evaluation.neighbours)
@@ -113,9 +117,13 @@ def evaluate(config: Config) -> dict:
     }
 
     # What guidance and the length of training trade: fidelity against variety and copies.
-    validations = [row for row in Run(config, "prior").history() if row["split"] == "validation"]
-    chosen = min(validations, key=lambda row: row["bits_per_token"]) if config.prior.early_stopping else validations[-1]
-    candidates = [(chosen, prior)] + [(row, other) for row, other in other_priors(config, prior, validations) if row != chosen]
+    family = next(name for name, each in FAMILIES.items() if each.model is type(prior))
+    criterion, history = FAMILIES[family].criterion, Run(config, "prior").history()
+    validations = [row for row in history if row["split"] == "validation"]
+    chosen = min(validations, key=lambda row: row[criterion]) if config.prior.early_stopping else validations[-1]
+    candidates = []
+    if knows_classes(prior):  # one that does not is fitted at once: there is neither guidance nor length of training
+        candidates = [(chosen, prior)] + [(row, p) for row, p in other_priors(config, prior, validations) if row != chosen]
     trade, labels = [], balanced_labels(min(len(generated), config.evaluation.max_images), prior.num_classes)
     with tqdm(total=len(candidates) * len(config.evaluation.cfg_scales), desc="trade", mininterval=0.5) as bar:
         for row, model in candidates:
@@ -124,19 +132,20 @@ def evaluate(config: Config) -> dict:
                 images = torch.cat(
                     [b.cpu().clamp(-1, 1) for b in generate(autoencoder, model, labels, settings, seed_for(seed, "trade"))]
                 )
-                at = {"prior_step": row["step"], "heldout_bits_per_token": row["bits_per_token"], "cfg_scale": cfg_scale}
+                at = {"prior_step": row["step"], f"heldout_{criterion}": row[criterion], "cfg_scale": cfg_scale}
                 trade.append(at | judge(images, labels))
                 bar.update()
 
     metrics = {
         "reconstruction": reconstructions,
-        "codebook": None
-        if usage is None
-        else {"usage": usage.usage, "perplexity": usage.perplexity, "counts": usage.counts.tolist()},
+        "codebook": describe_codes(encoded["indices"], autoencoder.config.vq.codebook_size) if "indices" in encoded else None,
+        "latent": None if "indices" in encoded else describe_posteriors(encoded["features"], encoded["log_variance"]),
         "prior": {
-            "heldout_bits_per_token": chosen["bits_per_token"],
+            "family": family,
+            f"heldout_{criterion}": chosen[criterion],
+            "heldout_bits_per_image": bits_an_image(prior, chosen, history),
             "step": chosen["step"],
-            "tokens_an_image": prior.sequence_length,
+            "tokens_an_image": prior.sequence_length if family == "ar" else None,
         },
         "generation": generation,
         "floor": {"frechet": floor.mean, "frechet_std": floor.std, "meaning": "training against held-out images at equal counts"},
@@ -208,25 +217,44 @@ def saved_stages(folder: Path, final: Autoencoder, device: torch.device) -> dict
 
 
 @torch.inference_mode()
-def reconstruct(model: Autoencoder, images: Tensor, config: Config) -> tuple[Tensor, CodebookUsage | None]:
-    usage = CodebookUsage(model.config.vq.codebook_size) if model.config.bottleneck == "vq" else None
-    rebuilt = []
+def reconstruct(model: Autoencoder, images: Tensor, config: Config) -> tuple[Tensor, dict[str, Tensor]]:
+    """Reconstructions (of KL: of the posteriors' means), and the tokens or posteriors by their names in `Encoding`."""
+    rebuilt, kept = [], {name: [] for name in (("indices",) if model.config.bottleneck == "vq" else ("features", "log_variance"))}
     for batch in images.split(config.evaluation.batch_size):
         output = model(batch.to(next(model.parameters()).device))
         rebuilt.append(output.sample.clamp(-1, 1).cpu())
-        if usage:
-            usage.update(output.encoding.indices.cpu())
-    return torch.cat(rebuilt), usage
+        for name, parts in kept.items():
+            parts.append(getattr(output.encoding, name).cpu())
+    return torch.cat(rebuilt), {name: torch.cat(parts) for name, parts in kept.items()}
 
 
-def other_priors(config: Config, prior: ARPrior, validations: list[dict]) -> Iterator[tuple[dict, ARPrior]]:
+def describe_codes(indices: Tensor, codebook_size: int) -> dict:
+    usage = CodebookUsage(codebook_size).update(indices)
+    return {"usage": usage.usage, "perplexity": usage.perplexity, "counts": usage.counts.tolist()}
+
+
+def describe_posteriors(mean: Tensor, log_variance: Tensor) -> dict:
+    """Bits an image that the latent costs under one Gaussian of independent values: of each channel, and of all together."""
+    pairs = zip(mean.split(1, dim=1), log_variance.split(1, dim=1), strict=True)
+    bits = [gaussian_rate(*pair, covariance="diagonal") for pair in pairs]
+    return {"channels": mean.shape[1], "size": mean.shape[2], "gaussian_bits": sum(bits), "gaussian_bits_by_channel": bits}
+
+
+def bits_an_image(prior: Prior, chosen: dict, history: list[dict]) -> float:
+    """Held-out code length of an image's latent under the delivered prior."""
+    if isinstance(prior, ARPrior):
+        return chosen["bits_per_token"] * prior.sequence_length
+    return [row["bits_per_image"] for row in history if row["split"] != "train" and "bits_per_image" in row][-1]
+
+
+def other_priors(config: Config, prior: Prior, validations: list[dict]) -> Iterator[tuple[dict, Prior]]:
     """The prior as it was at each checkpoint that was kept, with the validation of that step."""
     checkpoints = Run(config, "prior").checkpoints
     for path in checkpoints.all():
         checkpoint = checkpoints.load(str(path))
         for row in validations:
             if row["step"] == checkpoint.state["step"]:
-                other = ARPrior.from_config(prior.to_config()).to(prior.head.weight.device).eval()
+                other = type(prior).from_config(prior.to_config()).to(next(prior.parameters()).device).eval()
                 other.load_state_dict(checkpoint.tensors["ema" if config.prior.use_ema else "model"])
                 yield row, other
 
@@ -237,8 +265,10 @@ def show(metrics: dict) -> None:
         ("Frechet distance to held-out", f"{generation['frechet']:.2f}", f"training images: {floor['frechet']:.2f}"),
         ("  as a ratio", f"{generation['frechet_ratio']:.2f}", "1 is as near as the training images"),
         ("near-copies of training images", f"{generation['memorised']:.1%}", f"held-out: {generation['memorised_heldout']:.1%}"),
-        ("held-out bits a token", f"{metrics['prior']['heldout_bits_per_token']:.3f}", f"step {metrics['prior']['step']}"),
     ]
+    prior = metrics["prior"]
+    what, unit = ("held-out bits a token", "token") if prior["family"] == "ar" else ("held-out bits an image", "image")
+    rows.append((what, f"{prior[f'heldout_bits_per_{unit}']:.3f}", f"step {prior['step']}"))
     if generation["recognised"] is not None:
         yardstick = f"held-out images: {extractor['heldout_accuracy']:.1%}"
         rows.insert(0, ("samples recognised as their class", f"{generation['recognised']:.1%}", yardstick))

@@ -26,8 +26,8 @@ METHODS = {
     "dae": (
         "Decoupled Autoencoder",
         "The method is the Decoupled Autoencoder: the encoder is first trained together with a deliberately weak decoder, so "
-        "that it learns tokens from which even a simple generator can make images; then the encoder is frozen, and the real "
-        "decoder is trained on its tokens.",
+        "that it learns {codes} from which even a simple generator can make images; then the encoder is frozen, and the real "
+        "decoder is trained on its {codes}.",
     ),
     "joint": (
         "Jointly trained autoencoder",
@@ -37,8 +37,20 @@ METHODS = {
         "Jointly trained autoencoder with dropout",
         "The method is a baseline: encoder and real decoder are trained together, with channel dropout in the decoder.",
     ),
+    "joint_finetuned": (
+        "Jointly trained autoencoder with a fine-tuned decoder",
+        "The method is a baseline: encoder and real decoder are trained together; then the encoder is frozen, and the same "
+        "decoder is trained further on its {codes}.",
+    ),
+    "weak": (
+        "Weak autoencoder",
+        "The method is a baseline: the encoder is trained together with a deliberately weak decoder, and no other follows.",
+    ),
 }
-STAGES = {"stage1": "stage 1, weak decoder", "stage2": "stage 2, real decoder", "joint": "one stage", "prior": "prior"}
+STAGES = {
+    "stage1": "stage 1, weak decoder", "stage2": "stage 2, real decoder", "joint": "one stage",
+    "finetune": "decoder fine-tuned", "prior": "prior",
+}  # fmt: skip
 DECODERS = {"stage 1": "stage 1, weak decoder", "final": "final decoder"}
 CLASSES_SHOWN = 20
 
@@ -51,7 +63,10 @@ def report(config: Config) -> Path:
     page.section("Samples", sample_grid(run))
     page.section("Reconstructions", reconstructions(run))
     page.section("Training", autoencoder_curves(run.autoencoder), prior_curves(run))
-    page.section("Codebook", codebook(run.metrics.get("codebook")))
+    if run.family == "ar":
+        page.section("Codebook", codebook(run.metrics.get("codebook")))
+    else:
+        page.section("Latent", latent(run))
     page.section("Copies?", *copies(run), *trade(run))
     page.section("All measurements", measurements(run), web.element("h3", "What was measured"), provenance(run))
     page.section("Time", timings(run))
@@ -67,34 +82,50 @@ def report(config: Config) -> Path:
 
 
 def lead(run: Record) -> list[Html]:
-    codes, tokens = run.config.autoencoder.vq.codebook_size, run.metrics["prior"]["tokens_an_image"]
     _, height, width, channels = run.images.shape
     classes = run.data.get("num_classes") or int(run.labels.max()) + 1
     kind = f"{height} × {width} pixels, {'grey' if channels == 1 else 'colour'}"
     kind += f", {classes:,} classes" if classes > 1 else ", without classes"
+    kind += ", which this prior does not know" if classes > 1 and run.family == "mixture" else ""
     train, heldout = run.data.get("train", run.metrics["counts"]["train"]), run.metrics["counts"]["heldout"]
     number_of_images = "a stream of" if train is None else f"{train:,}"
-    what = (
-        f"An autoencoder learned to write an image as {tokens} tokens, each one of {codes:,} codes; a Transformer, the prior, "
-        "learned which tokens follow one another. To make a new image, the prior writes tokens, and the decoder turns them into "
-        f"pixels. Both learned from {number_of_images} training images of the data set “{run.data_name}” ({kind})."
-    )
+    what = f"{how_it_works(run)} Both learned from {number_of_images} training images of the data set “{run.data_name}” ({kind})."
+    method = METHODS[run.config.method][1].format(codes="tokens" if run.family == "ar" else "latents")
+    if run.config.stage2.loss.adversarial > 0:
+        method += " The final decoder also learned to deceive a discriminator, as the generator of a GAN does."
     logs = {"autoencoder": run.autoencoder, "prior": run.prior}
     spent = [f"{web.duration(sum(seconds_by_stage(rows).values()))} for the {name}" for name, rows in logs.items() if rows]
     when = f"Training took {' and '.join(spent)}. " if spent else ""
     when += f"The run was measured on {run.measured_on.day} {run.measured_on:%B %Y}, against {heldout:,} held-out images. "
-    chosen = "; they did choose the step at which the prior stops" if run.config.prior.early_stopping else ""
+    stopped = run.config.prior.early_stopping and run.family != "mixture"
+    chosen = "; they did choose the step at which the prior stops" if stopped else ""
     when += f"No weight was trained on them{chosen}."
     notices = [paragraph(notice, class_="notice") for notice in run.contradictions]
-    return [paragraph(what), paragraph(METHODS[run.config.method][1], " See ", PAPER, "."), paragraph(when), *notices]
+    return [paragraph(what), paragraph(method, " See ", PAPER, "."), paragraph(when), *notices]
+
+
+def how_it_works(run: Record) -> str:
+    if run.family == "ar":
+        codes, tokens = run.config.autoencoder.vq.codebook_size, run.metrics["prior"]["tokens_an_image"]
+        return (
+            f"An autoencoder learned to write an image as {tokens} tokens, each one of {codes:,} codes; a Transformer, the "
+            "prior, learned which tokens follow one another. To make a new image, the prior writes tokens, and the decoder turns "
+            "them into pixels."
+        )
+    channels, size = run.metrics["latent"]["channels"], run.metrics["latent"]["size"]
+    if run.family == "dit":
+        prior = "a Diffusion Transformer, the prior, learned to turn pure noise into such a latent, step by step"
+    else:
+        prior = f"a mixture of {run.config.prior.num_components} Gaussians, the prior, was fitted to the latents of all images"
+    return (
+        f"An autoencoder learned to write an image as a latent: {channels * size**2:,} numbers ({channels} channels of {size} × "
+        f"{size}), each with a little noise on it; {prior}. To make a new image, the prior draws a latent, and the decoder turns "
+        "it into pixels."
+    )
 
 
 def headline(run: Record) -> Html:
     g, floor, rebuilt = run.metrics["generation"], run.metrics["floor"]["frechet"], run.metrics["reconstruction"]
-    if run.metrics.get("codebook"):
-        known = f"{number(math.log2(run.metrics['codebook']['perplexity']))} if only the frequency of each code is known"
-    else:
-        known = f"{number(math.log2(run.config.autoencoder.vq.codebook_size))} if all codes were equally likely"
     weak = (
         f"weak decoder of stage 1: {number(rebuilt['stage 1']['psnr'], 1)}\u00a0dB"
         if "stage 1" in rebuilt
@@ -106,11 +137,23 @@ def headline(run: Record) -> Html:
         (number(g["frechet"]), "Fréchet distance to held-out images",
          f"{number(g['frechet_ratio'])} × that of real training images ({number(floor)})"),
         (percent(g["memorised"]), "Near-copies of training images", f"real held-out images: {percent(g['memorised_heldout'])}"),
-        (number(run.metrics["prior"]["heldout_bits_per_token"]), "Bits a token, held-out images",
-         f"{known}; {number(run.bits_an_image, 1)} a whole image"),
+        bits(run),
         (f"{number(rebuilt['final']['psnr'], 1)}\u00a0dB", "PSNR of reconstructions", weak),
     ]  # fmt: skip
     return web.tiles(entries if run.labelled else entries[1:])
+
+
+def bits(run: Record) -> tuple[str, str, str]:
+    """The tile of the prior: number, what it is, what to hold it against."""
+    if run.family != "ar":
+        plain = number(run.metrics["latent"]["gaussian_bits"], 1)
+        return number(run.bits_an_image, 1), "Bits an image, held-out images", f"{plain} if the prior were one plain Gaussian"
+    if run.metrics.get("codebook"):
+        known = f"{number(math.log2(run.metrics['codebook']['perplexity']))} if only the frequency of each code is known"
+    else:
+        known = f"{number(math.log2(run.config.autoencoder.vq.codebook_size))} if all codes were equally likely"
+    token = number(run.metrics["prior"]["heldout_bits_per_token"])
+    return token, "Bits a token, held-out images", f"{known}; {number(run.bits_an_image, 1)} a whole image"
 
 
 def sample_grid(run: Record) -> Html:
@@ -123,9 +166,11 @@ def sample_grid(run: Record) -> Html:
     else:
         blocks = [images[i : i + columns] for i in range(0, min(len(images), 6 * columns), columns)]
         rows, which = [("", strip(x, f"{len(x)} samples")) for x in blocks], "New images"
-    how = f"guidance scale {settings['cfg_scale']:g}, temperature {settings['temperature']:g}"
-    how += "".join(f", {key.replace('_', '-')} {settings[key]:g}" for key in ("top_k", "top_p") if settings[key] is not None)
-    caption = f"{which}: the first of {len(images):,} samples, not a selection. Sampled with {how}, seed {settings['seed']}."
+    used = {"ar": ("cfg_scale", "temperature", "top_k", "top_p"), "dit": ("cfg_scale", "num_inference_steps"), "mixture": ()}
+    names = {"cfg_scale": "guidance scale", "num_inference_steps": "steps from noise to latent"}
+    given = [key for key in used[run.family] if settings[key] is not None]
+    how = "".join(f"{names.get(key, key.replace('_', '-'))} {settings[key]:g}, " for key in given)
+    caption = f"{which}: the first of {len(images):,} samples, not a selection. Sampled with {how}seed {settings['seed']}."
     caption += f" Pictures are reduced to {web.LARGEST_SIDE} pixels." if max(images.shape[1:3]) > web.LARGEST_SIDE else ""
     return web.figure(web.strips(rows), caption)
 
@@ -138,9 +183,10 @@ def reconstructions(run: Record) -> Html:
     for name in (n for n in rebuilt if n in run.pictures):
         words = f"{DECODERS[name]} ({rebuilt[name]['decoder']})"
         rows.append((words, strip(run.pictures[name][:columns], f"the same images through the {words}")))
-    why = "Both decoders read the same tokens, so what differs is the decoder's doing. " if "stage 1" in rebuilt else ""
+    codes = "tokens" if run.family == "ar" else "latents"
+    why = f"Both decoders read the same {codes}, so what differs is the decoder's doing. " if "stage 1" in rebuilt else ""
     quality = ", ".join(f"{DECODERS[n]} {number(v['psnr'], 1)}\u00a0dB (SSIM {number(v['ssim'], 3)})" for n, v in rebuilt.items())
-    caption = f"Held-out images, encoded into tokens and decoded again. {why}PSNR over all held-out images: {quality}."
+    caption = f"Held-out images, encoded into {codes} and decoded again. {why}PSNR over all held-out images: {quality}."
     return web.figure(web.strips(rows), caption)
 
 
@@ -148,7 +194,8 @@ def autoencoder_curves(history: list[dict]) -> Html:
     charts, stages = [], {}
     for row in history:
         stages.setdefault(row["stage"], []).append(row)
-    switch = [(rows[-1]["step"], "encoder frozen, new decoder") for rows in list(stages.values())[:-1]]
+    words = "encoder frozen" if "finetune" in stages else "encoder frozen, new decoder"
+    switch = [(rows[-1]["step"], words) for rows in list(stages.values())[:-1]]
     rule = " The rule marks the switch: from there on, only the real decoder learns." if switch else ""
     for split, key, axis, caption in (
         ("train", "loss", "reconstruction loss", "Autoencoder, training images: reconstruction loss, on a logarithmic scale."),
@@ -168,21 +215,50 @@ def prior_curves(run: Record) -> Html:
     seen, heldout = ([row for row in run.prior if row["split"] == split] for split in ("train", "validation"))
     if not seen or not heldout:
         return paragraph("This run has no prior/logs/history.jsonl.")
+    if run.family == "mixture":
+        fitted, new = (number(rows[-1]["bits_per_image"], 1) for rows in (seen, heldout))
+        return paragraph(
+            f"The prior is fitted at once, not in steps. It needs {fitted} bits to write down the latent of a training image and "
+            f"{new} for a held-out one. Where the second is much larger than the first, the prior has learned by heart."
+        )
+    if run.family == "ar":
+        key, axis, scale = "bits_per_token", "bits a token", math.log(2)
+        meaning = "Bits a token are what the prior needs to write down one token of an image, given those before it."
+    else:
+        key, axis, scale = "loss", "flow-matching loss", 1.0
+        meaning = (
+            "The prior sees a latent mixed with noise and estimates the way from the one to the other; the loss is its mean "
+            "squared error. Nobody can undo the mixture exactly, so the loss does not reach 0."
+        )
     lines = [
-        Line("training", [r["step"] for r in seen], [r["loss"] / math.log(2) for r in seen]),
-        Line("held-out", [r["step"] for r in heldout], [r["bits_per_token"] for r in heldout], "second", dashed=True),
+        Line("training", [r["step"] for r in seen], [r["loss"] / scale for r in seen]),
+        Line("held-out", [r["step"] for r in heldout], [r[key] for r in heldout], "second", dashed=True),
     ]
     step = run.metrics["prior"]["step"]
-    svg = line_chart(lines, x="step", y="bits a token", marks=[(step, f"used: step {step:,}")])
-    early = run.config.prior.early_stopping
-    marked = "the step with the fewest held-out bits, whose weights are" if early else "the weights that are"
+    svg = line_chart(lines, x="step", y=axis, marks=[(step, f"used: step {step:,}")])
+    least = "fewest held-out bits" if run.family == "ar" else "lowest held-out loss"
+    marked = f"the step with the {least}, whose weights are" if run.config.prior.early_stopping else "the weights that are"
     words = (
-        "Bits a token are what the prior needs to write down one token of an image, given those before it. Where the training "
-        "line falls while the held-out line rises, the prior learns by heart. The training line is measured with dropout and "
-        "with some classes hidden, so it can lie above the other."
+        f"{meaning} Where the training line falls while the held-out line rises, the prior learns by heart. The training line is "
+        "measured with dropout and with some classes hidden, so it can lie above the other."
     )
-    caption = f"Prior: bits a token; lower is better. The rule marks {marked} used."
-    return web.side_by_side(web.figure(web.chart(svg, in_words(lines, "step", "bits a token")), caption), paragraph(words))
+    caption = f"Prior: {axis}; lower is better. The rule marks {marked} used."
+    return web.side_by_side(web.figure(web.chart(svg, in_words(lines, "step", axis)), caption), paragraph(words))
+
+
+def latent(run: Record) -> Html:
+    found = run.metrics["latent"]
+    by_channel = sorted(found["gaussian_bits_by_channel"], reverse=True)
+    mean, most, total = sum(by_channel) / len(by_channel), number(by_channel[0], 1), number(found["gaussian_bits"], 1)
+    svg = bar_chart(by_channel, x="channel, by rank", y="bits an image", level=(mean, "if all were equal"))
+    caption = f"What each of the {found['channels']} channels of the latent tells of a held-out image, most telling first."
+    alt = f"Bars from {most} bits for the most telling channel to {number(by_channel[-1], 1)} for the least"
+    meaning = (
+        "The encoder does not say one number but a range, a mean and the noise about it. The wider the means of different images "
+        f"lie apart beside that noise, the more bits the latent carries: {total} bits an image here, if its values were "
+        "independent Gaussians. A channel of nearly no bits is capacity left idle."
+    )
+    return web.side_by_side(web.figure(web.chart(svg, alt), caption), paragraph(meaning))
 
 
 def codebook(found: dict | None) -> Html:
@@ -218,9 +294,13 @@ def copies(run: Record) -> list[Html]:
 def trade(run: Record) -> list[Html]:
     if not run.metrics.get("trade"):
         return []
+    score, key, least = {
+        "ar": ("held-out bits a token", "heldout_bits_per_token", "fewest held-out bits"),
+        "dit": ("held-out loss", "heldout_loss", "lowest held-out loss"),
+    }[run.family]
     columns = {
         "guidance": lambda r: f"{r['cfg_scale']:g}", "prior step": lambda r: f"{r['prior_step']:,}",
-        "held-out bits a token": lambda r: number(r["heldout_bits_per_token"], 3),
+        score: lambda r: number(r[key], 3),
         "recognised": lambda r: percent(r["recognised"]), "Fréchet ratio": lambda r: number(r["frechet_ratio"]),
         "precision": lambda r: number(r["precision"]), "recall": lambda r: number(r["recall"]),
         "near-copies": lambda r: percent(r["memorised"]),
@@ -233,7 +313,7 @@ def trade(run: Record) -> list[Html]:
     bold = "The row in bold has the settings of the samples above; it is another draw, so its numbers differ a little."
     words = (
         "Stronger guidance and longer training usually make samples easier to recognise, at the price of variety (recall) and, "
-        "past the step with the fewest held-out bits, of copies; augmenting the tokens and stopping at that step work "
+        f"past the step with the {least}, of copies; augmenting the images and stopping at that step work "
         f"against copies, for some fidelity. This prior saw {copies_seen} further encodings of each training image and was "
         f"trained {stopping} early stopping. {bold if marked else ''}"
     )
@@ -242,7 +322,7 @@ def trade(run: Record) -> list[Html]:
 
 
 def measurements(run: Record) -> Html:
-    g, floor, prior, rows = run.metrics["generation"], run.metrics["floor"], run.metrics["prior"], []
+    g, floor, rows = run.metrics["generation"], run.metrics["floor"], []
     for name, v in run.metrics["reconstruction"].items():
         which = f", {DECODERS[name]}"
         rows += [
@@ -255,13 +335,11 @@ def measurements(run: Record) -> Html:
             ("Codebook usage", percent(found["usage"]), "Share of the codes that occur in held-out images."),
             ("Codebook perplexity", number(found["perplexity"], 1), "Effective number of codes: exponential of their entropy."),
         ]
-    bits, image = number(prior["heldout_bits_per_token"], 3), number(run.bits_an_image, 1)
     distance, least = web.spread(g["frechet"], g["frechet_std"]), web.spread(floor["frechet"], floor["frechet_std"])
     right = percent(run.metrics["extractor"]["heldout_accuracy"])
     task = "what “recognised” is to be held against" if run.labelled else "telling by how many quarter turns one was rotated"
     rows += [
-        ("Held-out bits a token", bits, "Code length under the prior, given the class; lower is better."),
-        ("Held-out bits an image", image, "The same for all tokens; compares priors of one autoencoder only."),
+        *prior_measurements(run),
         ("Recognised", percent(g["recognised"]), "Samples that the classifier takes for the class they were sampled as."),
         ("Fréchet distance", distance, "Of samples to held-out images, as Gaussians of features; lower is better."),
         ("Fréchet distance, floor", least, "Of real training images to held-out images, at equal counts."),
@@ -275,6 +353,33 @@ def measurements(run: Record) -> Html:
     ]
     rows = [row for row in rows if run.labelled or row[0] != "Recognised"]
     return web.table(("measure", "value", "what it means"), rows, prose=(0, 2))
+
+
+def prior_measurements(run: Record) -> list[tuple[str, str, str]]:
+    prior, image = run.metrics["prior"], number(run.bits_an_image, 1)
+    if run.family == "ar":
+        token = number(prior["heldout_bits_per_token"], 3)
+        return [
+            ("Held-out bits a token", token, "Code length under the prior, given the class; lower is better."),
+            ("Held-out bits an image", image, "The same for all tokens; compares priors of one autoencoder only."),
+        ]
+    given = "" if run.family == "mixture" else ", given the class"
+    rows = [
+        (
+            "Held-out bits an image",
+            image,
+            f"Code length of the latent under the prior{given}, less that of its noise; lower is better.",
+        ),
+        (
+            "One Gaussian, bits",
+            number(run.metrics["latent"]["gaussian_bits"], 1),
+            "The same, if all values were independent Gaussians.",
+        ),
+    ]
+    if run.family == "dit":
+        loss = number(prior["heldout_loss"], 4)
+        rows.append(("Held-out loss", loss, "Flow matching's squared error; compares steps of one prior only."))
+    return rows
 
 
 def provenance(run: Record) -> Html:

@@ -19,6 +19,7 @@ from dae.data.cache import EncodedDataset, EncodingCache, choose_copies
 from dae.data.latents import LatentCache, PosteriorDataset, latent_statistics, sample_posteriors
 from dae.data.tokens import TokenCache, TokenDataset
 from dae.distributed import draw_rows, each_for_itself
+from dae.hub import PretrainedModel
 from dae.losses import flow_matching_loss
 from dae.metrics import bits_back
 from dae.models import ARPrior, DiT, GaussianMixturePrior
@@ -163,6 +164,7 @@ class Family:
     """What a prior is to the recipe that trains it.
 
     Attributes:
+        model: its class.
         cache: the kind of encodings it reads.
         build: a new model for what a cache holds; ValueError if settings and latent do not go together.
         loss: of the wrapped model, the model itself and a batch of the cache, with draws through `draw_rows`; None is fitted.
@@ -170,6 +172,7 @@ class Family:
         final_bits: bits an image, if that takes too long for every validation.
     """
 
+    model: type[PretrainedModel]
     cache: type[EncodingCache]
     build: Callable[[PriorConfig, EncodingCache], nn.Module]
     loss: Callable[[nn.Module, nn.Module, dict[str, Tensor]], Tensor] | None
@@ -179,7 +182,7 @@ class Family:
 
 
 FAMILIES = {
-    "ar": Family(TokenCache, build_ar, token_loss, bits_per_token, "bits_per_token"),
-    "dit": Family(LatentCache, build_dit, velocity_loss, steady_velocity_loss, "loss", dit_bits_per_image),
-    "mixture": Family(LatentCache, build_mixture, None, mixture_bits_per_image, "bits_per_image"),
+    "ar": Family(ARPrior, TokenCache, build_ar, token_loss, bits_per_token, "bits_per_token"),
+    "dit": Family(DiT, LatentCache, build_dit, velocity_loss, steady_velocity_loss, "loss", dit_bits_per_image),
+    "mixture": Family(GaussianMixturePrior, LatentCache, build_mixture, None, mixture_bits_per_image, "bits_per_image"),
 }
