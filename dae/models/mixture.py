@@ -35,7 +35,7 @@ class GaussianMixturePrior(ContinuousPrior):
         self.register_buffer("means", torch.zeros(K, P))
         self.register_buffer("cholesky", torch.eye(P).repeat(K, 1, 1))
 
-    def fit(self, latents_NDhw: Tensor, seed: int, *, regularisation: float = 1e-3) -> GaussianMixturePrior:
+    def fit(self, latents_NDhw: Tensor, seed: int, *, regularisation: float = 1e-2) -> GaussianMixturePrior:
         """Expectation-maximisation from k-means (scikit-learn), with each channel brought to variance 1; returns itself.
 
         Args:
