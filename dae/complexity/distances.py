@@ -25,6 +25,7 @@ class Distance:
         convention: one line: squared or root, the cost, parameters, bias.
         paired: row n of the generated belongs to row n of the data.
         full_batch: batches would bias it much, so all rows are taken in every step.
+        solvable: a family may know its best member by this name (`GeneratorFamily.best`): not for a function of your own.
     """
 
     name: str
@@ -32,6 +33,7 @@ class Distance:
     convention: str
     paired: bool = False
     full_batch: bool = False
+    solvable: bool = False
 
     def __call__(self, generated: Tensor, data: Tensor, generator: torch.Generator) -> Tensor:
         """Of [N, ...] and [M, ...], which are flattened."""
@@ -83,7 +85,13 @@ def make_distance(
     if name in ADVERSARIAL:
         raise ValueError(f"{name} is a critic's: call dae.complexity.adversarial.adversarial_distance, or generator_distance")
     if name == "reconstruction":
-        return Distance(name, lambda x, y, _: (x - y).square().mean(), "mean squared error a value, paired rows", paired=True)
+        return Distance(
+            name,
+            lambda x, y, _: (x - y).square().mean(),
+            "mean squared error a value, paired rows",
+            paired=True,
+            solvable=True,
+        )
     if name == "sliced_wasserstein":
         return Distance(
             name,
@@ -117,6 +125,7 @@ def make_distance(
         lambda x, y, _: frechet_distance(x, y),
         "squared, W_2^2 of Gaussians, cost |x - y|^2; finite samples bias it upwards",
         full_batch=True,
+        solvable=True,
     )
 
 

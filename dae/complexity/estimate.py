@@ -60,9 +60,7 @@ class Estimate:
         """From one value a seed; `rest` are the fields but `value` and `std`. FloatingPointError: a value is not finite."""
         values = tuple(float(value) for value in values)
         if not all(math.isfinite(value) for value in values):
-            raise FloatingPointError(
-                f"{rest['distance']}: expected finite values, got {values}; scale the data to unit variance or lower learning_rate"
-            )
+            raise FloatingPointError(f"{rest['distance']}: expected finite values, got {values}; scale the data to unit variance")
         std = statistics.stdev(values) if len(values) > 1 else 0.0
         return cls(statistics.fmean(values), std, values, tuple(seeds), **rest)
 
@@ -130,8 +128,9 @@ def check_pair(latents: Tensor, data: Tensor) -> None:
 
 @dataclass(frozen=True)
 class Trial:
-    """One generator, fitted with one seed: its distance on the rows to measure on, and on those to choose on (None: not known)."""
+    """One generator, fitted with one seed: its distance on the rows to measure on, and on those to choose on (None: unknown)."""
 
+    generator: nn.Module
     value: float
     score: float | None
     exact: bool
@@ -196,6 +195,18 @@ def generator_distance(
     return summarize(trials, seeds, family, distance, options)
 
 
+def fit_generator(
+    latents: Tensor, data: Tensor, family: GeneratorFamily, distance: str | Distance, *, seed: int = 0, **options
+) -> nn.Module:
+    """The generator that `generator_distance` measures with this seed: [B, *latent_shape] -> [B, *data_shape].
+
+    `options` are its `steps`, `batch_size`, `learning_rate`, `heldout` and `measure_limit`; so are the errors.
+    """
+    check_pair(latents, data)
+    check_seeds((seed,))
+    return run_trial(latents, data, family, distance, seed, Fitting(**options)).generator
+
+
 def run_trial(
     latents: Tensor, data: Tensor, family: GeneratorFamily, distance: str | Distance, seed: int, options: Fitting
 ) -> Trial:
@@ -209,6 +220,7 @@ def run_trial(
     split = split_rows(latents, data, seed, distance.paired, options)
     generator, best = fit(family, split, distance, seed, options)
     return Trial(
+        generator=generator,
         value=measure(generator, split.measure, distance, seed),
         score=measure(generator, split.choose, distance, seed),
         exact=best and options.heldout == 0,
@@ -226,7 +238,7 @@ def run_adversarial_trial(
     split = split_rows(latents, data, seed, False, options)
     fitted = Rows(torch.cat([split.fit.latents, split.choose.latents]), torch.cat([split.fit.data, split.choose.data]))
     generator = Generator(nn.Identity(), fitted.latents, fitted.data)
-    with seeded(data.device, seed, "fit", family.knob):
+    with seeded(data.device, seed, "fit"):
         generator.inner = train_adversarial(
             family.rescaled(scale_ratio(fitted.latents, fitted.data)),
             generator.standard_latents(fitted.latents),
@@ -238,7 +250,7 @@ def run_adversarial_trial(
     with seeded(data.device, seed, "measure"), torch.no_grad():
         generated = generate(generator, split.measure.latents)
     measured = adversarial_distance(generated.flatten(1), split.measure.data.flatten(1), distance, seeds=(seed,))
-    return Trial(measured.value, None, False, measured.convention, (len(fitted.data), len(split.measure.data)))
+    return Trial(generator, measured.value, None, False, measured.convention, (len(fitted.data), len(split.measure.data)))
 
 
 def summarize(

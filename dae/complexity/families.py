@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dae.complexity.linear import best_frechet, best_reconstruction
 from dae.config import AutoencoderConfig, DecoderConfig
 from dae.models.decoders import build_decoder
 
@@ -51,8 +52,16 @@ class GeneratorFamily:
         """Bring a module that `build` made back into the family, in place: for after an optimiser's step."""
 
     def rescaled(self, ratio: float) -> Self:
-        """The family of x -> g(x) seen in other units: with latents divided by s and data by t, where ratio = s / t."""
+        """The same generators seen in other units, with latents divided by s and data by t, where ratio = s / t."""
         return self
+
+    def best(self, latents: Tensor, data: Tensor, distance: str) -> nn.Module | None:
+        """The member with the least distance, for these rows as they are, where a closed form is known."""
+        return None
+
+    def start(self, latents: Tensor, data: Tensor) -> nn.Module:
+        """A member to train from, by `build` unless there is a better."""
+        return self.build(tuple(latents.shape[1:]), tuple(data.shape[1:])).to(data)
 
 
 @dataclass(frozen=True)
@@ -90,6 +99,25 @@ class LinearMaps(GeneratorFamily):
 
     def rescaled(self, ratio: float) -> Self:
         return self.at(self.max_norm * ratio)
+
+    def best(self, latents: Tensor, data: Tensor, distance: str) -> nn.Module | None:
+        solvers = {"reconstruction": best_reconstruction, "frechet": best_frechet}
+        if distance not in solvers:
+            return None
+        z_NK, x_ND = latents.flatten(1).double(), data.flatten(1).double()
+        weight_DK = solvers[distance](z_NK, x_ND, self.max_norm)
+        return self.member(latents, data, weight_DK, x_ND.mean(dim=0) - weight_DK @ z_NK.mean(dim=0))
+
+    def start(self, latents: Tensor, data: Tensor) -> nn.Module:
+        return self.best(latents, data, "frechet")  # the answer where both are Gaussian
+
+    def member(self, latents: Tensor, data: Tensor, weight_DK: Tensor, bias_D: Tensor) -> nn.Module:
+        """With this weight and bias, between such latents and data."""
+        module = self.build(tuple(latents.shape[1:]), tuple(data.shape[1:])).to(data)
+        with torch.no_grad():
+            module[1].weight.copy_(weight_DK)
+            module[1].bias.copy_(bias_D)
+        return module
 
     def __str__(self) -> str:
         return "linear maps" if math.isinf(self.max_norm) else f"linear maps, |W| <= {self.max_norm:g}"
@@ -210,7 +238,7 @@ class ConvDecoders(GeneratorFamily):
     num_blocks: int = 1
 
     nested: ClassVar[bool] = False
-    learning_rate: ClassVar[float] = 2e-3
+    learning_rate: ClassVar[float] = 5e-3
     knob: ClassVar[str] = "width factor"
 
     def __post_init__(self) -> None:

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dae.complexity.distances import Distance
-from dae.complexity.families import GeneratorFamily, LinearMaps, check_count, check_positive
-from dae.complexity.linear import best_frechet, best_reconstruction
+from dae.complexity.families import GeneratorFamily, check_count, check_positive
 from dae.training.loop import seed_for
 
 CHECKS = 10  # how often in a training its state is compared with the best before
@@ -141,40 +140,18 @@ def seeded(device: torch.device, *names: object) -> Iterator[torch.Generator]:
         yield torch.Generator().manual_seed(seed_for(*names, "distance"))
 
 
-def closed_form(family: GeneratorFamily, rows: Rows, distance: Distance) -> Generator | None:
-    """The best generator for these rows where it is known."""
-    if type(family) is not LinearMaps or distance.name not in ("reconstruction", "frechet"):
-        return None
-    return linear_generator(family, rows, best_reconstruction if distance.paired else best_frechet)
-
-
-def linear_generator(family: LinearMaps, rows: Rows, solve) -> Generator:
-    W_DK = solve(rows.latents.flatten(1), rows.data.flatten(1), family.max_norm)
-    inner = family.build(rows.latents.shape[1:], rows.data.shape[1:]).to(rows.data)
-    generator = Generator(inner, rows.latents, rows.data)
-    with torch.no_grad():
-        # The means of the rows are one a channel in `Generator`; what single values deviate from them goes into the bias.
-        z_K = (rows.latents - generator.latent_center).flatten(1).double().mean(dim=0)
-        x_D = (rows.data - generator.data_center).flatten(1).double().mean(dim=0)
-        inner[1].weight.copy_(W_DK * generator.latent_scale / generator.data_scale)
-        inner[1].bias.copy_((x_D - W_DK @ z_K) / generator.data_scale)
-    return generator
-
-
 def fit(family: GeneratorFamily, split: Split, distance: Distance, seed: int, options: Fitting) -> tuple[Generator, bool]:
     """A generator of the family, fitted on the rows to fit on; and whether it is exactly the best for these."""
     latents, data = split.fit.latents, split.fit.data
-    with seeded(data.device, seed, "fit", family.knob) as randomness:
-        if (generator := closed_form(family, split.fit, distance)) is not None:
-            return generator, True
-        units = family.rescaled(scale_ratio(latents, data))
-        if type(family) is LinearMaps:  # exact if both were Gaussian, so a good start
-            generator = linear_generator(family, split.fit, best_frechet)
-        else:
-            inner = units.build(tuple(latents.shape[1:]), tuple(data.shape[1:])).to(data)
-            generator = Generator(inner, latents, data)
-        train(generator, units, split, distance, randomness, seed, options)
-    return generator, False
+    units = family.rescaled(scale_ratio(latents, data))
+    generator = Generator(nn.Identity(), latents, data)
+    standard = generator.standard_latents(latents), generator.standard_data(data)
+    with seeded(data.device, seed, "fit") as randomness:
+        best = units.best(*standard, distance.name) if distance.solvable else None
+        generator.inner = units.start(*standard) if best is None else best
+        if best is None:
+            train(generator, units, split, distance, randomness, seed, options)
+    return generator, best is not None
 
 
 def train(

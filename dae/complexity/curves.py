@@ -1,0 +1,126 @@
+"""Complexity curves c -> D^{G_c}(P_z, P_x), and their inverse, the capacity C_eps that a latent needs."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from dae.complexity.distances import Distance
+from dae.complexity.estimate import Estimate, Trial, check_pair, check_seeds, run_trial, shown, summarize
+from dae.complexity.families import GeneratorFamily
+from dae.complexity.fitting import Fitting
+
+
+@dataclass(frozen=True)
+class ComplexityCurve:
+    """c -> D^{G_c}(P_z, P_x) at some capacities.
+
+    Args:
+        capacities: increasing.
+        estimates: one a capacity. Where the family is nested, of the best generator fitted at this or a smaller capacity.
+        raw: one a capacity, of the generators fitted at this capacity alone, as `generator_distance` has them.
+        knob: what the capacity is.
+        chosen: whether `estimates` are such choices; else they are `raw`.
+    """
+
+    capacities: tuple[float, ...]
+    estimates: tuple[Estimate, ...]
+    raw: tuple[Estimate, ...]
+    knob: str
+    chosen: bool
+
+    def required_capacity(self, eps: float) -> float | None:
+        """C_eps: the smallest capacity of the curve whose estimate is at most eps; None where none is.
+
+        Between two capacities nothing is known, so nothing is interpolated: with upper bounds C_eps is one too.
+
+        Raises:
+            TypeError: eps is not a number. ValueError: it is not finite.
+        """
+        if isinstance(eps, bool) or not isinstance(eps, int | float):
+            raise TypeError(f"expected eps as a number, got {type(eps).__name__}")
+        if not math.isfinite(eps):
+            raise ValueError(f"expected a finite eps, a distance in the unit of the estimates, got {eps}")
+        reached = (c for c, estimate in zip(self.capacities, self.estimates, strict=True) if estimate.value <= eps)
+        return next(reached, None)
+
+    def to_dict(self) -> dict:
+        """For JSON."""
+        return {
+            "knob": self.knob,
+            "chosen": self.chosen,
+            "estimates": [estimate.to_dict() for estimate in self.estimates],
+            "raw": [estimate.to_dict() for estimate in self.raw],
+        }
+
+
+def complexity_curve(
+    latents: Tensor,
+    data: Tensor,
+    family: GeneratorFamily,
+    capacities: Sequence[float],
+    distance: str | Distance,
+    *,
+    seeds: Sequence[int] = (0, 1, 2),
+    progress: bool = False,
+    **options,
+) -> ComplexityCurve:
+    """The generator-induced distance at several capacities of one family.
+
+    With one seed all capacities share the split of the rows and what measuring draws at random, so that they differ by their
+    generators alone. Where the family is nested, G_c in G_c' for c <= c', what was fitted at a smaller capacity is a member of
+    the greater one too, so an unlucky training need not be reported: each estimate is that of the generator that is best, among
+    those of this and the smaller capacities, on the rows to choose on. The rows to measure on take no part, so the curve falls
+    but for the error of finite samples. `raw` has what was fitted at each capacity alone. With an adversarial distance nothing is
+    chosen, as every score would need a critic of its own.
+
+    Args:
+        latents, data, distance: of `generator_distance`.
+        family: whose capacities to take; its own capacity does not matter.
+        capacities: increasing; at least one.
+        seeds: of `generator_distance`.
+        progress: show a bar over capacities and seeds.
+        options: `steps`, `batch_size`, `learning_rate`, `heldout`, `measure_limit` of `generator_distance`.
+
+    Raises:
+        ValueError: capacities that do not increase or that the family has not, and what `generator_distance` raises.
+        TypeError: likewise.
+    """
+    check_pair(latents, data)
+    capacities, seeds = check_capacities(capacities), check_seeds(seeds)
+    fitting = Fitting(**options)
+    families = [family.at(capacity) for capacity in capacities]
+    jobs = [(member, seed) for member in families for seed in seeds]
+    done = [run_trial(latents, data, member, distance, seed, fitting) for member, seed in shown(jobs, "curve", progress)]
+    trials_CS = [done[start : start + len(seeds)] for start in range(0, len(done), len(seeds))]
+    chosen = family.nested and all(trial.score is not None for trial in done)
+    best_CS = best_so_far(trials_CS) if chosen else trials_CS
+
+    def estimates(rows: list[list[Trial]]) -> tuple[Estimate, ...]:
+        return tuple(summarize(row, seeds, member, distance, fitting) for row, member in zip(rows, families, strict=True))
+
+    return ComplexityCurve(capacities, estimates(best_CS), estimates(trials_CS), family.knob, chosen)
+
+
+def best_so_far(trials_CS: list[list[Trial]]) -> list[list[Trial]]:
+    """For each capacity and seed the trial of this or a smaller capacity with the best score."""
+    best_CS = [trials_CS[0]]
+    for row in trials_CS[1:]:
+        best_CS.append([new if new.score < old.score else old for old, new in zip(best_CS[-1], row, strict=True)])
+    return best_CS
+
+
+def check_capacities(capacities: Sequence[float]) -> tuple[float, ...]:
+    """TypeError or ValueError unless they are numbers that increase."""
+    numbers = not isinstance(capacities, str) and isinstance(capacities, Sequence)
+    if not numbers or any(isinstance(c, bool) or not isinstance(c, int | float) for c in capacities):
+        raise TypeError(f"expected capacities as a sequence of numbers, such as (1, 2, 4), got {capacities!r}")
+    if len(capacities) == 0:
+        raise ValueError("expected at least one capacity, got none")
+    if not all(a < b for a, b in itertools.pairwise(capacities)):
+        raise ValueError(f"expected capacities that increase, got {tuple(capacities)}; sort them and drop what is twice")
+    return tuple(float(capacity) for capacity in capacities)

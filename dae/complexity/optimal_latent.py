@@ -1,0 +1,174 @@
+"""The latent that is best for a family of generators: an encoder trained to minimise D^G(P_f(x), P_x)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+import torch
+from torch import Tensor, nn
+
+from dae.complexity.distances import Distance
+from dae.complexity.estimate import Estimate, check_pair, check_seeds, run_trial, shown, summarize
+from dae.complexity.families import GeneratorFamily, LinearMaps, MLPs, Shape, check_count
+from dae.complexity.fitting import Fitting, Generator, generate
+from dae.complexity.linear import principal_axes
+
+
+@dataclass(frozen=True)
+class OptimalLatent:
+    """What `optimal_latent` finds.
+
+    Args:
+        encoder: data [B, ...] -> codes [B, *latent_shape], of the seed that was best on the rows to choose on.
+        generator: codes -> data, of the same seed.
+        codes: [N, *latent_shape], of all rows of the data, in their order.
+        estimate: of D^G(P_z, P_x) with z = f(x), on rows that neither was fitted on; one value a seed.
+    """
+
+    encoder: nn.Module
+    generator: nn.Module
+    codes: Tensor
+    estimate: Estimate
+
+
+def optimal_latent(
+    data: Tensor,
+    family: GeneratorFamily,
+    distance: str | Distance = "reconstruction",
+    *,
+    latent_dim: int | Sequence[int],
+    encoder: GeneratorFamily | None = None,
+    seeds: Sequence[int] = (0, 1, 2),
+    progress: bool = False,
+    **options,
+) -> OptimalLatent:
+    """Train an encoder f and a generator g together, so that the latent z = f(x) has the least generator-induced distance.
+
+        inf over f of D^G(P_f(x), P_x) = inf over f and g of D(P_g(f(x)), P_x)
+
+    With the paired reconstruction error this is the autoencoder, and the error of PCA where both are linear: the identity says
+    that an autoencoder is the best latent for its own decoder. Where both are linear and the distance is "reconstruction" or
+    "frechet" the solution is computed; with heldout=0 it is exact. Else it is trained and an upper bound.
+
+    A bound on the generator alone, such as a Lipschitz constant, binds nothing while the encoder may scale its codes up: bound
+    the encoder too.
+
+    Args:
+        data: [N, ...], floating, finite.
+        family: of the generators.
+        distance: of `generator_distance`.
+        latent_dim: values of a code, or its shape, such as (4, 8, 8) for `ConvDecoders`.
+        encoder: family of the encoders, from the data's shape to the latent's. None: `LinearMaps()` where the generators are
+            linear maps, which no other encoder betters in the reconstruction error, and `MLPs(width=128)` otherwise.
+        seeds, progress: of `generator_distance`.
+        options: its `steps`, `batch_size`, `learning_rate`, `heldout` and `measure_limit`.
+
+    Raises:
+        TypeError, ValueError, FloatingPointError: as `generator_distance`.
+
+    Source: Hu et al. 2023, arXiv 2307.08283.
+    """
+    check_pair(data, data)
+    seeds = check_seeds(seeds)
+    latent_shape = tuple(latent_dim) if isinstance(latent_dim, Sequence) else (latent_dim,)
+    for size in latent_shape:
+        check_count("latent_dim", size)
+    if encoder is None:
+        encoder = LinearMaps() if isinstance(family, LinearMaps) else MLPs(width=128)
+    both, fitting = Autoencoders(encoder, family, latent_shape), Fitting(**options)
+    trials = [run_trial(data, data, both, distance, seed, fitting) for seed in shown(seeds, str(both), progress)]
+    # Critics give no score: then the first.
+    best = min(trials, key=lambda trial: 0.0 if trial.score is None else trial.score).generator
+    found = Encoder(best)
+    with torch.no_grad():
+        codes = generate(found, data.to(best.latent_scale.dtype))
+    return OptimalLatent(found, Decoder(best), codes, summarize(trials, seeds, both, distance, fitting))
+
+
+@dataclass(frozen=True)
+class Autoencoders(GeneratorFamily):
+    """g after f with f from `encoder` and g from `decoder`: a family of maps from the data to the data."""
+
+    encoder: GeneratorFamily
+    decoder: GeneratorFamily
+    latent_shape: Shape
+
+    nested: ClassVar[bool] = False
+
+    @property
+    def knob(self) -> str:
+        return self.decoder.knob
+
+    @property
+    def capacity(self) -> float:
+        return self.decoder.capacity
+
+    @property
+    def learning_rate(self) -> float:
+        return min(self.encoder.learning_rate, self.decoder.learning_rate)
+
+    def build(self, latent_shape: Shape, data_shape: Shape) -> nn.Module:
+        return nn.Sequential(
+            self.encoder.build(latent_shape, self.latent_shape), self.decoder.build(self.latent_shape, data_shape)
+        )
+
+    def constrain_(self, module: nn.Module) -> None:
+        self.encoder.constrain_(module[0])
+        self.decoder.constrain_(module[1])
+
+    def rescaled(self, ratio: float) -> Self:
+        # The codes in between are divided by what the encoder's input is, which leaves the encoder as it is.
+        return Autoencoders(self.encoder, self.decoder.rescaled(ratio), self.latent_shape)
+
+    def best(self, latents: Tensor, data: Tensor, distance: str) -> nn.Module | None:
+        """Of linear maps: PCA, shrunk by the product of the norms if that is below 1.
+
+        For W = G F of rank <= k and norm <= p, both E|x - W x|^2 and W_2^2 are at least
+        sum_{i <= k} max(1 - p, 0)^2 l_i + sum_{i > k} l_i, with equality for W = min(p, 1) V V^T of the first k axes V.
+        """
+        if not (type(self.encoder) is type(self.decoder) is LinearMaps and distance in ("reconstruction", "frechet")):
+            return None
+        mean_D = data.flatten(1).double().mean(dim=0)
+        axes_DK = principal_axes(data.flatten(1))[1][:, : math.prod(self.latent_shape)]
+        axes_DK = nn.functional.pad(axes_DK, (0, math.prod(self.latent_shape) - axes_DK.shape[1]))  # more values than the data
+        shrunk = min(1.0, self.encoder.max_norm * self.decoder.max_norm)
+        gain = min(self.encoder.max_norm, max(1.0, shrunk / self.decoder.max_norm))
+        codes = data.new_empty(1, *self.latent_shape)
+        return nn.Sequential(
+            self.encoder.member(latents, codes, gain * axes_DK.T, -gain * axes_DK.T @ mean_D),
+            self.decoder.member(codes, data, shrunk / gain * axes_DK, mean_D),
+        )
+
+    def start(self, latents: Tensor, data: Tensor) -> nn.Module:
+        best = self.best(latents, data, "reconstruction")
+        return super().start(latents, data) if best is None else best
+
+    def __str__(self) -> str:
+        return f"{self.decoder}; encoded by {self.encoder}"
+
+
+class Encoder(nn.Module):
+    """The first half of a fitted autoencoder, in the unit of the data."""
+
+    def __init__(self, autoencoder: Generator):
+        super().__init__()
+        self.autoencoder = autoencoder
+
+    def forward(self, data: Tensor) -> Tensor:
+        fitted = self.autoencoder
+        return fitted.inner[0](fitted.standard_latents(data)) * fitted.latent_scale
+
+
+class Decoder(nn.Module):
+    """The second half."""
+
+    def __init__(self, autoencoder: Generator):
+        super().__init__()
+        self.autoencoder = autoencoder
+
+    def forward(self, codes: Tensor) -> Tensor:
+        fitted = self.autoencoder
+        return fitted.inner[1](codes / fitted.latent_scale) * fitted.data_scale + fitted.data_center
