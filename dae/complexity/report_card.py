@@ -122,8 +122,8 @@ PREDICTORS = {
     ),
     "linear_sliced_distance": Predictor(
         "Distance for linear generators, as sets", "pixel units",
-        "How far the linear map's images are from the real ones as a set (sliced Wasserstein distance), whichever belongs "
-        "to which.",
+        "How far the linear map's images are, as a set, from the real ones whose latents they were made from (sliced Wasserstein "
+        "distance).",
         "lower",
     ),
 }  # fmt: skip
