@@ -41,7 +41,12 @@ def encode(config: Config) -> Path:
     autoencoder = Autoencoder.from_pretrained(trained, device=accelerator.device)
     choose_kernels(autoencoder, config.kernels)
     autoencoder.refuse_other_data(config.data.channels, config.data.resolution)
-    cache_class = TokenCache if autoencoder.config.bottleneck == "vq" else LatentCache
+    if (trained_with := autoencoder.config.bottleneck) != config.autoencoder.bottleneck:
+        raise ValueError(
+            f"autoencoder.bottleneck={config.autoencoder.bottleneck} is asked for, the autoencoder in {trained} was trained with "
+            f"{trained_with}: use the configuration that it was trained with"
+        )
+    cache_class = TokenCache if trained_with == "vq" else LatentCache
     if cache_class is LatentCache and config.prior.augmented_copies and config.prior.code_temperature:
         accelerator.print("prior.code_temperature has no effect: the latent of a KL autoencoder has no codes to draw")
 

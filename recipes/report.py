@@ -167,9 +167,11 @@ def sample_grid(run: Record) -> Html:
         blocks = [images[i : i + columns] for i in range(0, min(len(images), 6 * columns), columns)]
         rows, which = [("", strip(x, f"{len(x)} samples")) for x in blocks], "New images"
     used = {"ar": ("cfg_scale", "temperature", "top_k", "top_p"), "dit": ("cfg_scale", "num_inference_steps"), "mixture": ()}
-    names = {"cfg_scale": "guidance scale", "num_inference_steps": "steps from noise to latent"}
-    given = [key for key in used[run.family] if settings[key] is not None]
-    how = "".join(f"{names.get(key, key.replace('_', '-'))} {settings[key]:g}, " for key in given)
+    words = {
+        "cfg_scale": "guidance scale {:g}, ", "temperature": "temperature {:g}, ", "top_k": "top-k {:g}, ",
+        "top_p": "top-p {:g}, ", "num_inference_steps": "{} steps from noise to latent, ",
+    }  # fmt: skip
+    how = "".join(words[key].format(settings[key]) for key in used[run.family] if settings[key] is not None)
     caption = f"{which}: the first of {len(images):,} samples, not a selection. Sampled with {how}seed {settings['seed']}."
     caption += f" Pictures are reduced to {web.LARGEST_SIDE} pixels." if max(images.shape[1:3]) > web.LARGEST_SIDE else ""
     return web.figure(web.strips(rows), caption)
@@ -403,7 +405,9 @@ def timings(run: Record) -> Html:
     images, sampling = run.metrics["counts"]["samples"], run.metrics["sampling"]["seconds"]
     rows.append((f"Sampling {images:,} images ({1000 * sampling / images:.3g} ms an image)", web.duration(sampling)))
     rows.append(("Evaluation, with the training of its classifier", web.duration(run.metrics["seconds"])))
-    note = "Wall-clock time from the logs, with start, validation and checkpoints. Encoding the images into tokens is not logged."
+    note = (
+        "Wall-clock time from the logs, with start, validation and checkpoints. Encoding the images for the prior is not logged."
+    )
     return web.figure(web.table(("what", "time"), rows), note)
 
 

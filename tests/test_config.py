@@ -19,9 +19,10 @@ from dae.config import (
     load_config,
     save_config,
 )
-from dae.losses import discriminator_loss, generator_loss, reconstruction_loss
-from dae.models import ARPrior, Autoencoder, PatchDiscriminator
+from dae.losses import discriminator_loss, flow_matching_loss, generator_loss, reconstruction_loss
+from dae.models import ARPrior, Autoencoder, DiT, GaussianMixturePrior, PatchDiscriminator
 from dae.training import build_optimizer, plan_stages
+from dae.training.priors import prior_family
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
@@ -227,6 +228,8 @@ TINY = {
     "imagenet256": ("data.resolution=32", "autoencoder.base_channels=4", "autoencoder.attention_resolutions=[2]"),
     "photos": ("data.resolution=16", "autoencoder.base_channels=4"),
     "digits": ("autoencoder.base_channels=8",),
+    **{f"digits-{kind}": ("autoencoder.base_channels=8",) for kind in ("kl", "gan")},
+    **{f"photos-{kind}": ("data.resolution=16", "autoencoder.base_channels=4") for kind in ("kl", "gan")},
 }
 
 
@@ -241,8 +244,16 @@ def test_shipped_files_build_at_full_size(path):
         for method in METHODS:
             for stage in plan_stages(dataclasses.replace(config, method=method)):
                 build(config, stage)
-        tokens = (config.data.resolution >> (len(config.autoencoder.channel_multipliers) - 1)) ** 2
-        ARPrior(config.prior, vocab_size=config.autoencoder.vq.codebook_size, sequence_length=tokens, num_classes=10)
+        build_prior(config)
+
+
+def build_prior(config):
+    settings, latent = config.prior, config.autoencoder
+    side = config.data.resolution >> (len(latent.channel_multipliers) - 1)
+    if (family := prior_family(config)) == "ar":
+        return ARPrior(settings, vocab_size=latent.vq.codebook_size, sequence_length=side**2, num_classes=10)
+    kind = DiT if family == "dit" else GaussianMixturePrior
+    return kind(settings, latent_channels=latent.latent_channels, latent_size=side, num_classes=10)
 
 
 def build(config, stage):
@@ -284,8 +295,18 @@ def test_shipped_files_step(path, method):
         if stage.config.loss.adversarial:
             critic.zero_grad()
             step(critic, discriminator_loss(critic(images), critic(output.sample.detach())), stage.config)
-    config.prior.width, config.prior.depth, config.prior.num_heads = 8, 2, 2
-    tokens = output.encoding.indices.flatten(1)
-    prior = ARPrior(config.prior, vocab_size=16, sequence_length=tokens.shape[1], num_classes=3).train()
-    loss = prior(prior.hide_classes(torch.tensor([0, 2])), prior.corrupt(tokens[:, :-1]), targets_BT=tokens)
-    step(prior, loss, config.prior)
+    config.prior.width, config.prior.depth, config.prior.num_heads, config.prior.num_components = 8, 2, 2, 2
+    step_prior(build_prior(config).train(), output.encoding, config.prior)
+
+
+def step_prior(prior, encoding, settings):
+    labels = torch.tensor([0, 2])
+    if isinstance(prior, GaussianMixturePrior):  # there is nothing to step
+        assert torch.isfinite(prior.fit(encoding.latents, seed=0).log_prob(encoding.latents)).all()
+    elif isinstance(prior, DiT):
+        for parameter in prior.parameters():  # as after some steps: at first all but its last matrix has zero gradient
+            parameter.data += 0.02 * torch.randn_like(parameter)
+        step(prior, flow_matching_loss(prior, prior.normalise(encoding.latents.detach()), prior.hide_classes(labels)), settings)
+    else:
+        tokens = encoding.indices.flatten(1)
+        step(prior, prior(prior.hide_classes(labels), prior.corrupt(tokens[:, :-1]), targets_BT=tokens), settings)
