@@ -140,7 +140,7 @@ def interval_chart(
         level: the rule, such as (0, "no difference"); None draws none.
         ends: what lies to the left and to the right of the rule, such as ("better", "worse"); they take the place of its words.
     """
-    return _draw(_figure([interval_panel(bars, x=x, level=level, ends=ends)], [_interval_height(bars)], 0))
+    return _draw(_figure([interval_panel(bars, x=x, level=level, ends=ends)], [interval_height(bars)], 0))
 
 
 def frontier_chart(
@@ -227,7 +227,8 @@ def frontier_panel(
     return draw
 
 
-def _interval_height(bars: Sequence[Bar]) -> float:
+def interval_height(bars: Sequence[Bar]) -> float:
+    """Inches for `save_png`."""
     return 0.9 + 0.36 * len(bars)
 
 

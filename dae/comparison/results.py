@@ -96,6 +96,8 @@ def summarize(config: Config, facts: dict, outcomes: Sequence[Outcome]) -> dict:
         "frontier": [_point(config, o) for o in measured if o.record],
         "prior_sizes": _prior_sizes(names, own),
         "predictors": _predictors(measured),
+        "trials": {"planned": len(outcomes), "finished": sum(o.record is not None for o in outcomes)},
+        "seconds": sum(o.record.get("seconds", 0.0) for o in outcomes if o.record),
         "left_out": [
             {"trial": name_of(o.job), "arm": o.job.arm, "seed": o.job.seed, "kind": "diverged" if o.diverged else "failed",
              "why": o.diverged or o.failed}
@@ -224,23 +226,21 @@ def _prior_sizes(names: Sequence[str], own: Mapping[str, Sequence[Outcome]]) -> 
 
 
 def _predictors(measured: Sequence[Outcome]) -> list[dict]:
-    """Spearman's correlation of each number of the report card with the generation distance over all trials, strongest first.
+    """The rank correlation of each number of the report card with the generation distance over all trials, strongest first.
 
-    The interval draws whole seeds. The rate, PSNR and the main prior's bits stand beside the card's numbers as yardsticks.
+    The rate, PSNR and the main prior's bits stand beside the card's numbers as yardsticks, under the names of `MEASURES`.
     """
-    pairs: dict[str, list[tuple[int, float, float]]] = {}
-    for o in measured:
-        if o.distance is None:
-            continue
-        beside = {BY_KEY[key].name: value_of(BY_KEY[key], o) for key in ("rate_bits", "psnr", "bits")}
-        for name, value in ((o.record.get("card") or {}) | beside).items():
-            if value is not None and math.isfinite(value):
-                pairs.setdefault(name, []).append((o.job.seed, float(value), o.distance))
-    rows = []
-    for name, found in pairs.items():
-        if len(found) > 2:
-            seeds, x, y = zip(*found, strict=True)
-            rows.append({"name": name, **rank_correlation(x, y, groups=seeds, level=LEVEL, seed=0)._asdict()})
+    from dae.complexity.report_card import PREDICTORS, rank_predictors
+
+    usable = [o for o in measured if o.distance is not None]
+    found = rank_predictors([o.record | {"card": o.record.get("card")} for o in usable])
+    for measure in (BY_KEY["rate_bits"], BY_KEY["psnr"], BY_KEY["bits"]):
+        rows = [(value, o.distance, o.job.seed) for o in usable if (value := value_of(measure, o)) is not None]
+        if len(rows) > 2:
+            x, y, seeds = zip(*rows, strict=True)
+            found[measure.key] = rank_correlation(x, y, groups=seeds, level=LEVEL, seed=0)
+    titles = {key: PREDICTORS[key].title if key in PREDICTORS else BY_KEY[key].name for key in found}
+    rows = [{"key": key, "name": titles[key], **found[key]._asdict()} for key in found]
     return sorted(rows, key=lambda row: -1 if math.isnan(row["rho"]) else abs(row["rho"]), reverse=True)
 
 
@@ -323,7 +323,7 @@ def markdown(summary: dict) -> str:
     for arm in summary["arms"]:
         row = summary["differences"]["frechet"].get(arm["name"])
         cells = [_named(arm), *(shown(m, arm["measures"][m.key]) for m in measures)]
-        cells += [f"{shown(frechet, row, True)} {verdict(frechet, row)}", _p(row)] if row else ["–", "–"]
+        cells += [f"{shown(frechet, row, True)} {verdict(frechet, row)}", p_value(row)] if row else ["–", "–"]
         if equal:
             at = equal["frechet"].get(arm["name"])
             cells.append(f"{shown(frechet, at, True)} {verdict(frechet, at)} ({at['n']} of {at['of']})" if at else "–")
@@ -345,7 +345,8 @@ def _named(arm: dict) -> str:
     return arm["name"] + (f" ({', '.join(missing)} of {arm['trials']})" if missing else "")
 
 
-def _p(row: dict) -> str:
+def p_value(row: dict) -> str:
+    """p after Holm's adjustment; a dash where there is none."""
     return "–" if row["p"] is None else f"{row['adjusted']:.3f}" if row["adjusted"] >= 0.001 else "< 0.001"
 
 

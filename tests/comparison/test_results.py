@@ -148,13 +148,18 @@ def test_prior_sizes_by_growing_size():
 def test_predictors_are_ranked_by_their_strength():
     outcomes = []
     for number, o in enumerate(three_arms()):
-        card = {"good": -o.distance, "bad": float(number % 3), "constant": 1.0, "unknown": None}
+        card = {"sensitivity": -o.distance, "shift_error": float(number % 3), "code_entropy": 1.0, "flip_error": None}
         outcomes.append(Outcome(o.job, o.record | {"card": card}))
     rows = summarize(configure(), FACTS, outcomes)["predictors"]
-    by_name = {row["name"]: row for row in rows}
-    assert rows[0]["name"] == "good" and rows[0]["rho"] == pytest.approx(-1) and rows[0]["n"] == 12
-    assert rows[0]["low"] == pytest.approx(-1) and abs(by_name["bad"]["rho"]) < 0.9
-    assert by_name["constant"]["rho"] is None and "unknown" not in by_name
+    by_key = {row["key"]: row for row in rows}
+    assert (
+        (rows[0]["key"], rows[0]["name"]) == ("sensitivity", "Sensitivity")
+        and rows[0]["rho"] == pytest.approx(-1)
+        and rows[0]["n"] == 12
+    )
+    assert rows[0]["low"] == pytest.approx(-1) and abs(by_key["shift_error"]["rho"]) < 0.9
+    assert by_key["code_entropy"]["rho"] is None and "flip_error" not in by_key
+    assert {"rate_bits", "psnr", "bits"} < set(by_key)  # yardsticks
 
 
 def test_tuning_shows_every_trial():

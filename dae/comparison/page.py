@@ -1,0 +1,447 @@
+"""The page of a comparison, for a reader who does not know the paper; and its two main charts as a PNG."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Mapping, Sequence
+
+import numpy as np
+
+from dae import report as web
+from dae.charts import (
+    Bar,
+    Panel,
+    Series,
+    frontier_chart,
+    frontier_panel,
+    interval_chart,
+    interval_height,
+    interval_panel,
+    save_png,
+)
+from dae.comparison.results import BY_KEY, MEASURES, Measure, headline, p_value, shown, verdict
+from dae.config import Config, differing_keys
+from dae.report import Html, element, number, paragraph, percent
+
+PAPER = web.link("Hu et al., “Complexity Matters”, NeurIPS 2023", "https://arxiv.org/abs/2307.08283")
+ABOUT = {
+    "joint": "encoder and real decoder are trained together: the usual way",
+    "joint_dropout": "the same, with channels of the decoder dropped at random in training",
+    "joint_finetuned": "joint first; then the encoder is frozen, and its decoder is trained on alone",
+    "weak": "encoder and a weak decoder are trained together, and the weak decoder makes the images",
+    "dae-linear": "decoupled: the encoder is trained with a linear decoder and frozen; then the real decoder is trained",
+    "dae-narrow": "decoupled, with a decoder of few channels in the first stage",
+    "dae-shallow": "decoupled, with a decoder of few layers in the first stage",
+    "dae-dropout": "decoupled, with a decoder that drops channels at random in the first stage",
+}
+DISTANCE, RATE = "generation distance", "rate, bits an image"
+
+
+def write_page(config: Config, summary: dict, pictures: Mapping[str, np.ndarray], folder: Path) -> Path:
+    """Write compare.html and compare.png; returns the path of the page.
+
+    Args:
+        config: of the comparison.
+        summary: of `dae.comparison.results.summarize`.
+        pictures: label -> uint8 [n, H, W, C], one row each: real images and samples of the arms.
+        folder: that of the comparison.
+    """
+    arms = {arm["name"]: style for style, arm in enumerate(summary["arms"])}  # an arm looks alike in all charts
+    page = web.Page(f"How to train the encoder: {len(arms)} ways on {Path(summary['data']).name}", lead(summary))
+    page.section("The answer", *answer(summary))
+    page.section("What was compared", *compared(config, summary))
+    page.section("Differences", *differences(summary))
+    page.section("All measurements", *measurements(summary))
+    page.section("Distance and rate", *rates(config, summary, arms))
+    page.section("Size of the prior", *sizes(summary, arms))
+    page.section("Samples", *samples(summary, pictures))
+    page.section("Copies?", *copies(summary))
+    page.section("What tells the distance beforehand?", *predictors(summary))
+    page.section("Tuning", *tuning(summary))
+    page.section("Left out", *left_out(summary))
+    page.section("Configuration and versions", *configuration(config, summary))
+    ours = "; all hyper-parameters are ours, and no number here is the paper's."
+    page.footer = [paragraph("The decoupled method as publicly described in ", PAPER, ours, " Written by recipes/compare.py.")]
+    panels, heights = zip(*pictures_of(summary, arms), strict=True)
+    save_png(panels, heights, folder / "compare.png")
+    return page.write(folder / "compare.html")
+
+
+# ---- sections, in their order on the page ----
+
+
+def lead(summary: dict) -> list[Html]:
+    what = (
+        "An image generator of this kind has two parts. An autoencoder learns to write an image as a short description, its "
+        "latent, and to make the image of it again; a second model, the prior, learns to write new descriptions. The usual way "
+        "trains the autoencoder’s encoder together with a strong decoder. The decoupled way trains it with a deliberately weak "
+        "one, in the hope that descriptions which even a weak decoder can read are simpler to write, too. Does that give better "
+        "images?"
+    )
+    seeds, distance = summary["seeds"], summary["facts"]["counts"].get("frechet")
+    measured = (
+        f"Here {len(summary['arms'])} ways were trained on “{Path(summary['data']).name}” with {_seeds(len(seeds))} each"
+        + (", and compared seed by seed" if len(seeds) > 1 else "")
+        + f" (carrier: {summary['carrier']}). What is compared is the generation distance: how far new images are from real "
+        "images that no training saw, as a Fréchet distance in features of a small classifier"
+        + (f", at {distance:,} images a side" if distance else "")
+        + ". Lower is better; real training images themselves are at "
+        + f"{number(summary['facts']['floor']['frechet'])}."
+    )
+    return [paragraph(what, " See ", PAPER, "."), paragraph(measured), *_notices(summary)]
+
+
+def _seeds(count: int) -> str:
+    return "one seed" if count == 1 else f"{count} seeds"
+
+
+def _notices(summary: dict) -> list[Html]:
+    notices = []
+    if summary["left_out"]:
+        notices.append(f"{len(summary['left_out'])} of {summary['trials']['planned']} trials have no result; see “Left out”.")
+    if len(summary["seeds"]) < 2:
+        notices.append("One seed shows no spread: nothing here says whether a difference would appear again.")
+    return [paragraph(words, class_="notice") for words in notices]
+
+
+def answer(summary: dict) -> list[Html]:
+    base, share = summary["baseline"], f"{100 * summary['level']:.0f}\u00a0%"
+    steps = headline(summary, summary["differences"]["frechet"])
+    parts = [element("h3", "With equally many training steps"), *(paragraph(words) for words in steps)]
+    parts.append(element("h3", "At equal rate"))
+    if not summary["equal_rate"]:
+        parts.append(
+            paragraph(
+                "Not measured. A latent with less information is easier to model, so an arm can win above by keeping less of "
+                f"the image. To tell, {base} must be trained at several rates (compare.rates)."
+            )
+        )
+    else:
+        parts.append(
+            paragraph(
+                "A latent with less information is easier to model, so an arm can win above merely by keeping less of the image. "
+                f"So each arm is held against what {base} reaches at the same rate, read off between {base}’s own trials of the "
+                "same seed at several rates; never beyond them."
+            )
+        )
+        parts += [paragraph(words) for words in headline(summary, summary["equal_rate"]["frechet"])]
+    parts.append(
+        paragraph(
+            f"In brackets: the {share} interval of the difference to {base}, from the spread between the seeds. “No difference "
+            "shown” means that the interval holds 0; how wide it is says how large a difference may have been missed."
+        )
+    )
+    return parts
+
+
+def compared(config: Config, summary: dict) -> list[Html]:
+    header = ("arm", "how it is trained", "stages", "learning rate")
+    rows = []
+    for arm in summary["arms"]:
+        stages = "; ".join(f"{steps:,} steps with {_decoder(family)}" for _, family, steps in arm["stages"] or [])
+        own = next((words for words in config.compare.arms if words.partition(":")[0].strip() == arm["name"]), "")
+        about = ABOUT.get(arm["name"], own) if ":" not in own else own.partition(":")[2].strip()
+        rows.append((arm["name"], about, stages or "–", "–" if arm["learning_rate"] is None else f"{arm['learning_rate']:g}"))
+    totals = {sum(steps for *_, steps in arm["stages"]) for arm in summary["arms"] if arm["stages"]}
+    steps = f"{min(totals):,} training steps in all" if len(totals) == 1 else f"steps ({', '.join(f'{t:,}' for t in totals)})"
+    vq = config.autoencoder.bottleneck == "vq"
+    bottleneck = (
+        f"a codebook of {config.autoencoder.vq.codebook_size:,} codes"
+        if vq
+        else f"a KL weight of {config.autoencoder.kl.kl_weight:g}"
+    )
+    tried = len(config.compare.learning_rates)
+    tuned = f"{tried} tuning trials for each" if tried > 1 else "one learning rate for all, not tuned"
+    equal = (
+        f"Equal for all arms: the images and their order, {steps}, {bottleneck}, the real decoder (an arm without it says so "
+        f"in the table), the prior ({config.prior.max_train_steps:,} steps), how it is sampled, the features that judge, and "
+        f"{tuned}."
+    )
+    return [web.table(header, rows, prose=(0, 1, 2), marked=_marked(summary, [r[0] for r in rows])), paragraph(equal)]
+
+
+def _decoder(family: str) -> str:
+    return {"full": "the real decoder", "dropout": "a decoder with dropout"}.get(family, f"a {family} decoder")
+
+
+def _marked(summary: dict, names: Sequence[str]) -> list[int]:
+    return [i for i, name in enumerate(names) if name == summary["baseline"]]
+
+
+def differences(summary: dict) -> list[Html]:
+    base, seeds = summary["baseline"], len(summary["seeds"])
+    parts = [_forest(summary, summary["differences"]["frechet"], "With equally many steps")]
+    if summary["equal_rate"]:
+        parts.append(_forest(summary, summary["equal_rate"]["frechet"], "At equal rate"))
+    header = ["arm", *(f"{BY_KEY[k].name}, minus {base}’s" for k in ("frechet", "bits", "psnr")), "p of the distance (Holm)"]
+    tables = []
+    for title, found in (("With equally many steps", summary["differences"]), ("At equal rate", summary["equal_rate"])):
+        if found:
+            rows = [[name, *(_cell(BY_KEY[k], found[k].get(name)) for k in ("frechet", "bits", "psnr")), p_value(row)]
+                    for name, row in found["frechet"].items()]  # fmt: skip
+            tables += [element("h3", title), web.table(header, rows)]
+    how = (
+        "The arms share their seeds: a seed fixes the images’ order, the first weights and all other chance. So the differences "
+        f"are taken seed by seed, which removes what the seed does to both, and the interval is Student’s of {_seeds(seeds)}. "
+        "Holm’s adjustment raises p for the number of arms compared."
+    )
+    return [web.side_by_side(*parts), paragraph(how), *tables]
+
+
+def _cell(measure: Measure, row: dict | None) -> str:
+    return "–" if row is None else f"{shown(measure, row, sign=True)}: {verdict(measure, row)}"
+
+
+def _bars(rows: dict[str, dict]) -> list[Bar]:
+    kept = {name: row for name, row in rows.items() if row["mean"] is not None}
+    return [Bar(_of(name, row), row["mean"], row["low"], row["high"], row["values"]) for name, row in kept.items()]
+
+
+def _of(name: str, row: dict) -> str:
+    return name if row["n"] == row["of"] else f"{name} ({row['n']} of {row['of']} seeds)"
+
+
+def _forest(summary: dict, rows: dict[str, dict], title: str) -> Html:
+    base, bars = summary["baseline"], _bars(rows)
+    if not bars:
+        return paragraph(f"{title}: no arm has a rate within {base}’s rates, so nothing can be said.")
+    axis = f"{DISTANCE}, minus {base}’s"
+    drawn = web.chart(interval_chart(bars, x=axis, ends=("better", "worse")), _bars_in_words(axis, bars))
+    caption = (
+        f"{title}: {DISTANCE} of each arm minus {base}’s. Dot and line: mean and {100 * summary['level']:.0f}\u00a0% interval, "
+        "in colour where it leaves out 0; ticks: the single seeds."
+    )
+    missing = [name for name, row in rows.items() if row["mean"] is None]
+    return web.figure(drawn, caption + (f" Outside of {base}’s rates with every seed: {', '.join(missing)}." if missing else ""))
+
+
+def _bars_in_words(axis: str, bars: Sequence[Bar]) -> str:
+    words = [f"{b.name} {b.mean:.3g}" + ("" if b.low is None else f" from {b.low:.3g} to {b.high:.3g}") for b in bars]
+    return f"Chart of {axis}: {'; '.join(words)}"
+
+
+def measurements(summary: dict) -> list[Html]:
+    used = [m for m in MEASURES if any(arm["measures"][m.key] for arm in summary["arms"])]
+    direction = {-1: " ↓", 1: " ↑", 0: ""}
+    header = ["arm", "trials", *(m.name + direction[m.better] for m in used)]
+    rows = []
+    for arm in summary["arms"]:
+        lost = [f"{arm[kind]} {kind}" for kind in ("diverged", "failed") if arm[kind]]
+        rows.append(
+            [arm["name"], f"{arm['finished']}" + (f" ({', '.join(lost)})" if lost else ""),
+             *(shown(m, arm["measures"][m.key]) for m in used)]
+        )  # fmt: skip
+    facts = summary["facts"]
+    yardsticks = f"Yardsticks: real training images have a {DISTANCE} of {number(facts['floor']['frechet'])}"
+    if facts.get("copies_floor") is not None:
+        yardsticks += f"; {percent(facts['copies_floor'])} of the held-out images count as near-copies"
+    if facts.get("labelled"):
+        yardsticks += f"; {percent(facts['heldout_accuracy'])} of them are recognised as their class"
+    how = (
+        f"Means over the seeds with their {100 * summary['level']:.0f}\u00a0% intervals; ↓ less is better, ↑ more is better. "
+        "Bits an image under the prior: what the prior needs to write down the latent of a held-out image; such bits compare "
+        "only latents of equal rate. Rate: the bits if only the frequency of each code (or variance) were known. The row in "
+        "bold is the baseline."
+    )
+    return [web.table(header, rows, marked=_marked(summary, [r[0] for r in rows])), paragraph(yardsticks, ". ", how)]
+
+
+def _frontier(summary: dict, arms: Mapping[str, int], key: str) -> list[Series]:
+    """One series an arm: at each of its rates the mean over the seeds; the lines span the seeds."""
+    series = []
+    for name, style in arms.items():
+        by_rate: dict[float, list[tuple[float, float]]] = {}
+        for point in summary["frontier"]:
+            if point["arm"] == name and point["rate_bits"] is not None and point[key] is not None:
+                by_rate.setdefault(point["rate"], []).append((point["rate_bits"], point[key]))
+        if by_rate:
+            x, y = (np.array([np.mean([p[i] for p in points]) for points in by_rate.values()]) for i in (0, 1))
+            low, high = ([end(p[1] for p in points) for points in by_rate.values()] for end in (min, max))
+            series.append(Series(name, x.tolist(), y.tolist(), style, True, low, high))
+    return series
+
+
+def rates(config: Config, summary: dict, arms: Mapping[str, int]) -> list[Html]:
+    floor = (summary["facts"]["floor"]["frechet"], "training images")
+    charts = []
+    for key, axis, level in (("frechet", DISTANCE, floor), ("bits", "bits an image under the prior", None)):
+        series = _frontier(summary, arms, key)
+        drawn = web.chart(frontier_chart(series, x=RATE, y=axis, level=level), _series_in_words(f"{axis} over {RATE}", series))
+        charts.append(web.figure(drawn, f"{axis[0].upper()}{axis[1:]} against {RATE}: means; the thin lines span the seeds."))
+    setting = "codebook sizes" if config.autoencoder.bottleneck == "vq" else "KL weights"
+    if config.compare.rates:
+        further = ", ".join(f"{rate:g}" for rate in config.compare.rates)
+        words = f"{' and '.join(config.compare.rate_arms)} were trained at further {setting}, too: {further}."
+    else:
+        words = f"No arm was trained at further {setting}, so each has one point."
+    means = (
+        "Down is better; to the left is a cheaper description. An arm that lies on another’s line only bought a lower rate; one "
+        f"that lies below it is better at equal rate. {words}"
+    )
+    return [paragraph(means), web.side_by_side(*charts)]
+
+
+def _series_in_words(axis: str, series: Sequence[Series]) -> str:
+    pairs = [f"{s.name} {', '.join(f'{y:.3g} at {x:.4g}' for x, y in zip(s.x, s.y, strict=True))}" for s in series]
+    return f"Chart of {axis}: {'; '.join(pairs)}"
+
+
+def sizes(summary: dict, arms: Mapping[str, int]) -> list[Html]:
+    rows = summary["prior_sizes"]
+    if not rows:
+        return [paragraph("One size of prior was trained (compare.prior_widths names further ones).")]
+    charts = []
+    for key, axis in (("frechet", DISTANCE), ("bits", "bits an image under the prior")):
+        series = []
+        for name, style in arms.items():
+            mine = [row for row in rows if row["arm"] == name and row[key]]
+            if mine:
+                x, y = [row["parameters"] for row in mine], [row[key]["mean"] for row in mine]
+                series.append(Series(name, x, y, style))
+        x = "parameters of the prior"
+        drawn = web.chart(frontier_chart(series, x=x, y=axis, logarithmic=True), _series_in_words(f"{axis} over {x}", series))
+        charts.append(web.figure(drawn, f"{axis[0].upper()}{axis[1:]} by the size of the prior: means over the seeds."))
+    words = "If a latent is simpler to model, a small prior should suffice for it: its line should start lower."
+    return [paragraph(words), web.side_by_side(*charts)]
+
+
+def samples(summary: dict, pictures: Mapping[str, np.ndarray]) -> list[Html]:
+    if not pictures:
+        return [paragraph("No pictures were kept.")]
+    columns = web.per_row(max(max(images.shape[1:3]) for images in pictures.values()))
+    rows = [
+        (label, web.strip(images[:columns], f"{label}: {len(images[:columns])} images")) for label, images in pictures.items()
+    ]
+    seed = summary["seeds"][0]
+    return [web.figure(web.strips(rows), f"The first samples of each arm with seed {seed}, not a selection; above, real images.")]
+
+
+def copies(summary: dict) -> list[Html]:
+    floor = summary["facts"].get("copies_floor")
+    bars = []
+    for arm in summary["arms"]:
+        if row := arm["measures"]["copies"]:
+            ends = [None if row[k] is None else 100 * row[k] for k in ("low", "high")]
+            bars.append(Bar(arm["name"], 100 * row["mean"], *ends, [100 * v for v in arm["values"]["copies"]]))
+    axis = "near-copies among the samples, %"
+    level = None if floor is None else (100 * floor, "held-out images")
+    words = (
+        "A generator that repeats its training images looks perfect and is useless, and the generation distance does not see "
+        "it. A sample counts as a near-copy if it is nearer to a training image, pixel by pixel, than 99\u00a0% of the held-out "
+        "images are."
+    )
+    drawn = web.chart(interval_chart(bars, x=axis, level=level), _bars_in_words(axis, bars))
+    beyond = [BY_KEY["copies"], summary["differences"]["copies"]]
+    groups: dict[str, list[str]] = {}
+    for name, row in beyond[1].items():
+        groups.setdefault(verdict(beyond[0], row), []).append(f"{name} ({shown(beyond[0], row, sign=True)})")
+    against = {"worse": "more", "better": "fewer", "no difference shown": "no difference shown", "not known": "not known"}
+    said = "; ".join(f"{against[key]}: {', '.join(names)}" for key, names in groups.items())
+    return [
+        paragraph(words),
+        web.figure(drawn, f"Means with {100 * summary['level']:.0f}\u00a0% intervals; the rule: real held-out images."),
+        paragraph(f"Near-copies against {summary['baseline']}’s: {said}."),
+    ]
+
+
+def predictors(summary: dict) -> list[Html]:
+    rows = [row for row in summary["predictors"] if row["rho"] is not None]
+    if not rows:
+        return [paragraph("No report cards were made, or too few trials finished.")]
+    bars = [Bar(row["name"], row["rho"], row["low"], row["high"]) for row in rows]
+    axis = f"rank correlation with the {DISTANCE}"
+    best, bound = rows[0], rows[0]["low"] if rows[0]["rho"] > 0 else rows[0]["high"]
+    rivals = [
+        r["name"]
+        for r in rows[1:]
+        if bound is not None and r["low"] is not None and max(abs(r["low"]), abs(r["high"])) >= abs(bound)
+    ]
+    words = (
+        f"Before a prior is trained, the latent can be measured. Over {best['n']} trials, “{best['name']}” orders the trials "
+        f"most like the {DISTANCE} in the end: {number(best['rho'])} ({number(best['low'])} to {number(best['high'])}); 1 is the "
+        "same order, −1 the reverse, 0 none. "
+        + (
+            f"The intervals of {len(rivals)} others reach as far: which is best is not settled."
+            if rivals
+            else "No other reaches as far."
+        )
+    )
+    note = (
+        "Spearman’s correlation over all measured trials (arms, seeds and rates together), with bootstrap intervals that draw "
+        "whole seeds; with few seeds these are too narrow. It tells arms of this comparison apart; it says nothing about others."
+    )
+    drawn = web.chart(interval_chart(bars, x=axis, level=(0.0, "")), _bars_in_words(axis, bars))
+    return [paragraph(words), web.figure(drawn, note)]
+
+
+def tuning(summary: dict) -> list[Html]:
+    found = summary["tuning"]
+    if not found:
+        return [
+            paragraph("Nothing was tuned: one learning rate was given, and all arms, the baseline too, were trained with it.")
+        ]
+    rates = found["learning_rates"]
+    rows = []
+    for arm in summary["arms"]:
+        trials = {t["learning_rate"]: t for t in found["trials"] if t["arm"] == arm["name"]}
+        chosen = "–" if arm["learning_rate"] is None else f"{arm['learning_rate']:g}"
+        rows.append([arm["name"], *(_tuned(trials.get(rate)) for rate in rates), chosen])
+    words = (
+        f"Each arm, the baseline too, had {len(rates)} trials, one for each learning rate of its autoencoder, with seed "
+        f"{found['seed']}, which is none of the seeds above, and judged on images held out of the training set, so not on those "
+        f"that the results are measured on. The learning rate with the smallest {DISTANCE} was taken."
+    )
+    header = ["arm", *(f"{DISTANCE} at {rate:g}" for rate in rates), "taken"]
+    edge = [a["name"] for a in summary["arms"] if a["learning_rate"] in (min(rates), max(rates)) and len(rates) > 1]
+    at_edge = f"At the edge of the tried rates, so that a better one may lie beyond: {', '.join(edge)}." if edge else ""
+    return [paragraph(words), web.table(header, rows), *([paragraph(at_edge)] if at_edge else [])]
+
+
+def _tuned(trial: dict | None) -> str:
+    if trial is None:
+        return "–"
+    return "diverged" if trial["diverged"] else "failed" if trial["failed"] else number(trial["frechet"])
+
+
+def left_out(summary: dict) -> list[Html]:
+    if not summary["left_out"]:
+        return [paragraph(f"Nothing: all {summary['trials']['planned']} trials have a result, and all are in the numbers above.")]
+    words = (
+        "These trials have no result, and their pairs are missing from the intervals. A diverged trial is a result of its arm: "
+        "take it as worse than any number. A failed one says nothing about its arm; the same command tries it again."
+    )
+    rows = [(lost["trial"], lost["kind"], lost["why"]) for lost in summary["left_out"]]
+    unmeasured = [arm["name"] for arm in summary["arms"] if not arm["trials"]]
+    parts = [paragraph(words), web.table(("trial", "what happened", "message"), rows, prose=(0, 1, 2))]
+    if unmeasured:
+        parts.append(
+            paragraph(f"Not measured at all, since the tuning did not finish or diverged throughout: {', '.join(unmeasured)}.")
+        )
+    return parts
+
+
+def configuration(config: Config, summary: dict) -> list[Html]:
+    from omegaconf import OmegaConf
+
+    words = OmegaConf.to_yaml(OmegaConf.structured(config))
+    title = f"The resolved configuration ({len(differing_keys(Config(), config))} keys differ from the defaults)"
+    facts: dict[str, Any] = summary["facts"]
+    rows = [(f"images: {name.replace('_', ' ')}", f"{count:,}") for name, count in facts["counts"].items()]
+    rows += [("classifier whose features judge", str(facts["extractor"]))] if facts.get("extractor") else []
+    rows += [("computing time of all trials together", web.duration(summary["seconds"]))]
+    rows += list(facts.get("versions", {}).items())
+    return [web.table(("what", "value"), rows, prose=(0, 1)), web.details(title, web.preformatted(words))]
+
+
+# ---- the PNG ----
+
+
+def pictures_of(summary: dict, arms: Mapping[str, int]) -> list[tuple[Panel, float]]:
+    """Panels of compare.png with their heights: the differences, and the distance against the rate."""
+    base, panels = summary["baseline"], []
+    for rows, title in ((summary["differences"], "equal steps"), (summary["equal_rate"], "equal rate")):
+        if rows and (bars := _bars(rows["frechet"])):
+            axis = f"{DISTANCE}, minus {base}’s, at {title}"
+            panels.append((interval_panel(bars, x=axis, ends=("better", "worse")), interval_height(bars)))
+    floor = (summary["facts"]["floor"]["frechet"], "training images")
+    return [*panels, (frontier_panel(_frontier(summary, arms, "frechet"), x=RATE, y=DISTANCE, level=floor), 3.6)]

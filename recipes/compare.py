@@ -1,0 +1,90 @@
+"""Compare ways to train the encoder: all arms at equal steps, seed by seed, and at equal rate, with intervals.
+
+    python recipes/compare.py --config recipes/configs/digits.yaml output_dir=runs/compare
+    python recipes/compare.py --config recipes/configs/digits.yaml output_dir=runs/small \\
+        compare.arms=[joint,dae-linear] compare.seeds=[0,1,2] compare.learning_rates=[4e-3] compare.rates=[16,32,128]
+
+First every arm, the baseline too, tries each of compare.learning_rates once, with compare.tuning_seed and on images held out of
+the training set. Then every arm is trained with every seed at the best of them, and compare.rate_arms at compare.rates too. Each
+trial trains autoencoder and prior, draws samples and measures; compare.processes of them run at a time, on a CPU as they stand.
+Each is saved when it is finished: the same command goes on where it was stopped. Another configuration is refused.
+Writes <output_dir>: compare.html (the answer, in words and pictures), compare.png, compare.json, compare.md (the table of all
+arms), trials/<trial>.json with the samples beside it in .npz, and bench/ (the classifier whose features judge).
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any, Callable
+
+import numpy as np
+
+from dae.cli import main
+from dae.comparison.jobs import (
+    Outcome,
+    check_comparison,
+    chosen_learning_rates,
+    load_samples,
+    measuring_jobs,
+    name_of,
+    run_jobs,
+    trial_path,
+    tuning_jobs,
+)
+from dae.comparison.page import ABOUT, write_page
+from dae.comparison.results import headline, markdown, summarize
+from dae.comparison.trial import Bench, run_trial
+from dae.config import Config, save_config
+from dae.data.pictures import to_uint8
+from dae.files import write_file
+
+ARMS = "\narms of compare.arms:\n" + "".join(f"  {name:<16} {words}\n" for name, words in ABOUT.items())
+SHOWN = 12
+
+
+def compare(config: Config, prepare: Callable[[Config], Any] = Bench.prepare, trial: Callable = run_trial) -> Path:
+    """Run the comparison and write its page; returns the path of the page. `prepare` and `trial` as in `run_jobs`."""
+    arms = check_comparison(config)
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    bench = prepare(config)  # here first: its errors are the user's, and the workers find its classifier
+    save_config(config, folder / "compare.yaml")
+    work = {"prepare": prepare, "trial": trial}
+    try:
+        tuning = run_jobs(config, tuning_jobs(config, arms), describe="tuning", **work)
+        learning_rates = chosen_learning_rates(config, arms, tuning)
+        measured = run_jobs(config, measuring_jobs(config, learning_rates), describe="measuring", **work)
+    except KeyboardInterrupt:
+        print(f"\nstopped; finished trials are in {folder / 'trials'}, the same command goes on from there", file=sys.stderr)
+        sys.exit(130)
+
+    summary = summarize(config, bench.facts(), tuning + measured)
+    write_file(folder / "compare.json", json.dumps(summary, indent=1, allow_nan=False).encode())
+    write_file(folder / "compare.md", markdown(summary).encode())
+    path = write_page(config, summary, pictures(config, bench, measured), folder)
+    print("\n".join(headline(summary, summary["differences"]["frechet"])))
+    print("\n".join(f"At equal rate: {words}" for words in headline(summary, (summary["equal_rate"] or {}).get("frechet"))))
+    print(f"saved {path}, with compare.png, compare.json and compare.md")
+    if failed := [o for o in tuning + measured if o.failed]:
+        listed = "; ".join(f"{name_of(o.job)}: {o.failed}" for o in failed)
+        raise RuntimeError(
+            f"{len(failed)} of {len(tuning + measured)} trials failed ({listed}). The page leaves them out and says so; their "
+            f"tracebacks are {trial_path(config, failed[0].job).parent}/*.error.txt; the same command tries them again"
+        )
+    return path
+
+
+def pictures(config: Config, bench: Any, measured: list[Outcome]) -> dict[str, np.ndarray]:
+    """Real images, and samples of each arm with the first seed at the configuration's own rate."""
+    rows = {"real images": to_uint8(bench.measure.heldout[:SHOWN])}
+    for outcome in measured:
+        if outcome.job.seed == config.compare.seeds[0] and outcome.job.rate is None:
+            images = load_samples(config, outcome.job)
+            rows |= {} if images is None else {outcome.job.arm: images[:SHOWN]}
+    return rows
+
+
+if __name__ == "__main__":
+    main(compare, __doc__ + ARMS)
