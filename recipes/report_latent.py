@@ -14,8 +14,8 @@ import dataclasses
 import json
 import math
 import time
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -46,8 +46,7 @@ DISTURBANCES = (measure.PERTURBATION, 0.5, 1.0)
 STEPS_BETWEEN, PAIRS = 9, 4  # pictures of an interpolation with both its ends, and interpolations
 
 
-@dataclass
-class Measured:
+class Measured(NamedTuple):
     """The autoencoder, what it was measured on, and its card."""
 
     config: Config
@@ -69,8 +68,8 @@ def report_latent(config: Config) -> Path:
         ValueError: the autoencoder was trained on other data, there are too few images, or a trial's file is damaged.
         FloatingPointError: the autoencoder gives NaN.
     """
-    run = measure_latent(config)
     rankings = {folder: rank_predictors(read_trials(folder), seed=config.seed) for folder in comparison_folders(config)}
+    run = measure_latent(config)
     folder = Path(config.output_dir) / "latent"
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / "card.json", json.dumps(facts(run, rankings), indent=2).encode())
@@ -375,12 +374,13 @@ def trust(folder: Path, found: dict[str, RankCorrelation]) -> Html:
         (PREDICTORS[name].title, number(r.rho), interval(r), f"{r.n:,}", HOPED[PREDICTORS[name].direction], verdict(name, r))
         for name, r in found.items()
     ]
-    parts = [web.element("h3", f"Trials in {folder}"), paragraph(words), paragraph(caution)]
+    parts = [web.element("h3", f"Trials in {folder}")]
     if bars:
         svg = interval_chart(bars, x="rank correlation with the generation distance", ends=("lower is worse", "higher is worse"))
         alt = "; ".join(f"{bar.name} {bar.mean:.2f}" for bar in bars)
         caption = "Rank correlation with its 95\u00a0% interval; in colour where the interval does not hold 0."
-        parts.append(web.figure(web.chart(svg, f"Rank correlations: {alt}"), caption))
+        drawn = web.figure(web.chart(svg, f"Rank correlations: {alt}"), caption)
+        parts.append(web.side_by_side(web.element("div", paragraph(words), paragraph(caution)), drawn))
     header = ("measure", "rank correlation", "95\u00a0% interval", "trials", "hoped for", "outcome")
     return web.join([*parts, web.table(header, rows, prose=(0, 4, 5))])
 
