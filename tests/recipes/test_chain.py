@@ -167,15 +167,6 @@ def test_rgb_folder(tmp_path, run, image_folder, method, labels):
     assert (tmp_path / "run" / "report.html").is_file()
 
 
-def test_kl_trains_and_encode_says_why_it_does_not(tmp_path, run, history):
-    run("train_dae", tmp_path / "run", "autoencoder.bottleneck=kl", *SHORT)
-    assert Autoencoder.from_pretrained(tmp_path / "run" / "autoencoder").config.bottleneck == "kl"
-    assert history(tmp_path / "run" / "autoencoder")[-1].keys() == {"step", "stage", "split", "psnr"}
-    with pytest.raises(ValueError, match=r"tokens.*autoencoder\.bottleneck=vq"):
-        run("encode", tmp_path / "run", "autoencoder.bottleneck=kl")
-    assert not (tmp_path / "run" / "tokens").exists()
-
-
 def test_adversarial_loss_starts_at_its_step(tmp_path, run, history):
     """Until then the decoder learns as without it; the discriminator learns from the first step on and is saved."""
     adversarial = ("stage2.loss.adversarial=0.5", "stage2.loss.adversarial_start=3", "stage2.loss.discriminator_channels=8")

@@ -119,6 +119,25 @@ def test_prior(whole, tmp_path, run, kill, assert_same_run, kills):
     assert_same_run(whole / "prior", tmp_path / "prior")
 
 
+@pytest.fixture(scope="module")
+def whole_kl(made_once):
+    """The same over a continuous latent."""
+    return made_once("whole_kl", ("train_dae", "encode", "train_prior"), *STEPS, "autoencoder.bottleneck=kl")
+
+
+@pytest.mark.parametrize("kills", [[{"before_update": 8}, {"before_update": 3}], [{"saving": "prior"}]])
+def test_diffusion_transformer(whole_kl, tmp_path, run, kill, assert_same_run, kills):
+    """Posterior samples, times and noise are drawn again as they were, and the bits at the end are the same."""
+    for part in ("autoencoder", "latents"):
+        shutil.copytree(whole_kl / part, tmp_path / part)
+    for number, where in enumerate(kills):
+        kill(**where)
+        with pytest.raises(Killed):
+            run("train_prior", tmp_path, *STEPS, "autoencoder.bottleneck=kl", *([LATEST] if number else []))
+    run("train_prior", tmp_path, *STEPS, "autoencoder.bottleneck=kl", LATEST)
+    assert_same_run(whole_kl / "prior", tmp_path / "prior")
+
+
 @pytest.mark.slow
 def test_sigkill_at_any_moment(whole, tmp_path, run, tiny, assert_same_run):
     """A process that is killed from outside as soon as its second checkpoint exists."""
