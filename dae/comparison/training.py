@@ -15,11 +15,16 @@ from torch import Tensor, nn
 
 from dae.config import Config
 from dae.data.augmentation import augment
-from dae.losses import adaptive_weight, discriminator_loss, flow_matching_loss, generator_loss, reconstruction_loss
-from dae.models import ARPrior, Autoencoder, DiT, GaussianMixturePrior, PatchDiscriminator, choose_kernels
+from dae.data.cache import EncodedDataset, EncodingCache, Fingerprint
+from dae.data.latents import LatentCache
+from dae.data.tokens import TokenCache
+from dae.losses import adaptive_weight, discriminator_loss, generator_loss, reconstruction_loss
+from dae.models import Autoencoder, PatchDiscriminator, choose_kernels
 from dae.quantizers import VectorQuantizer
+from dae.sampling.chain import Prior
 from dae.training import EMA, Stage, build_optimizer, build_scheduler, plan_stages
 from dae.training.loop import refuse_non_finite, seed_for
+from dae.training.priors import FAMILIES, Family, fit_mixture, prior_family
 
 
 def batches(rows: int, batch_size: int, seed: int) -> Iterator[Tensor]:
@@ -137,100 +142,67 @@ def _initialize_codebook(config: Config, stage: Stage, autoencoder: Autoencoder,
 # ---- priors ----
 
 
-@dataclasses.dataclass
-class Latents:
-    """What an encoder makes of a data set: tokens [N, T] of VQ, or mean and log-variance [N, D, h, w] of a KL posterior."""
-
-    tokens: Tensor | None
-    mean: Tensor | None
-    log_variance: Tensor | None
-
-    def __len__(self) -> int:
-        return len(self.tokens if self.tokens is not None else self.mean)
-
-    def sample(self, rows: Tensor) -> Tensor:
-        """Tokens of the rows, or posterior samples [B, D, h, w], drawn from the global generator."""
-        if self.tokens is not None:
-            return self.tokens[rows]
-        mean, deviation = self.mean[rows], (0.5 * self.log_variance[rows]).exp()
-        return mean + deviation * torch.randn_like(mean)
-
-
 @torch.no_grad()
-def encode(autoencoder: Autoencoder, images_NCHW: Tensor, batch_size: int = 500) -> Latents:
-    """`Latents` of images, each encoded once as it is."""
-    encodings = [autoencoder.encode(part) for part in images_NCHW.split(batch_size)]
-    if encodings[0].indices is not None:
-        return Latents(torch.cat([e.indices.flatten(1) for e in encodings]), None, None)
-    return Latents(None, torch.cat([e.features for e in encodings]), torch.cat([e.log_variance for e in encodings]))
-
-
-def prior_family(config: Config) -> str:
-    """`config.prior.family`, or what `auto` stands for. ValueError: it cannot model the bottleneck's latent."""
-    bottleneck, family = config.autoencoder.bottleneck, config.prior.family
-    if family == "auto":
-        return "ar" if bottleneck == "vq" else "dit"
-    if (family == "ar") != (bottleneck == "vq"):
-        fits = "ar" if bottleneck == "vq" else "dit or mixture"
-        raise ValueError(f"prior.family={family} cannot model the latent of autoencoder.bottleneck={bottleneck}; expected {fits}")
-    return family
-
-
-Prior = ARPrior | DiT | GaussianMixturePrior
-
-
-def train_prior(
-    autoencoder: Autoencoder, latents: Latents, labels_N: Tensor, num_classes: int, config: Config, name: str = "prior"
-) -> Prior:
-    """Train the prior that `config.prior` describes; returns it in evaluation mode.
+def encode(
+    autoencoder: Autoencoder, train: tuple[Tensor, Tensor], heldout: tuple[Tensor, Tensor], num_classes: int
+) -> EncodingCache:
+    """What recipes/encode.py caches, without further copies: tokens of VQ, moments of the posteriors of KL.
 
     Args:
-        latents: of the training images.
-        labels_N: their classes, int64.
-        name: of the prior among several of one run; decides its random numbers.
+        train, heldout: images [N, C, H, W] in [-1, 1] and their labels, int64 [N].
+    """
+    vq = autoencoder.config.bottleneck == "vq"
+    kind = TokenCache if vq else LatentCache
+
+    def rows(images: Tensor, labels: Tensor) -> EncodedDataset:
+        encodings = [autoencoder.encode(part) for part in images.split(500)]
+        values = [e.indices.flatten(1) if vq else torch.cat([e.features, e.log_variance], 1) for e in encodings]
+        return kind.dataset(torch.cat(values)[:, None], labels)
+
+    of_kind = (
+        {"vocab_size": autoencoder.config.vq.codebook_size} if vq else {"latent_channels": autoencoder.config.latent_channels}
+    )
+    shape = {"num_classes": num_classes, "latent_size": autoencoder.latent_size}
+    return kind(rows(*train), rows(*heldout), **shape, **of_kind, fingerprint=Fingerprint("", "", "plain"))
+
+
+def train_prior(cache: EncodingCache, config: Config) -> Prior:
+    """Train the prior that `config.prior` describes on encodings in memory; returns it in evaluation mode, where they are.
 
     Raises:
-        ValueError: further encodings of each image (prior.augmented_copies), or a prior that cannot model the latent.
+        ValueError: further encodings of each image (prior.augmented_copies), gradient accumulation, or a prior that cannot
+            model the latent.
         FloatingPointError: the loss is not finite.
     """
-    settings, family, device = config.prior, prior_family(config), labels_N.device
-    if settings.augmented_copies:
-        raise ValueError("training in memory encodes each image once: set prior.augmented_copies=0")
+    settings, family = config.prior, FAMILIES[prior_family(config)]
+    if settings.augmented_copies or settings.gradient_accumulation_steps > 1:
+        raise ValueError(
+            "training in memory encodes each image once and accumulates no gradients: set prior.augmented_copies=0 and "
+            "prior.gradient_accumulation_steps=1"
+        )
     with _own_random_state():
-        _seed(config.seed, name)
-        if family == "ar":
-            tokens = {"vocab_size": config.autoencoder.vq.codebook_size, "sequence_length": autoencoder.latent_size**2}
-            prior = ARPrior(settings, **tokens, num_classes=num_classes).to(device)
-        else:
-            shape = {"latent_channels": config.autoencoder.latent_channels, "latent_size": autoencoder.latent_size}
-            kind = DiT if family == "dit" else GaussianMixturePrior
-            prior = kind(settings, **shape, num_classes=num_classes).to(device)
-        if family == "mixture":
-            everything = torch.arange(len(latents), device=device)
-            return prior.fit(latents.sample(everything), seed_for(config.seed, name, "fit") % 2**32).eval()
-        if family == "dit":  # the scale of this autoencoder's latent, whatever it is
-            variance = latents.log_variance.exp().mean((0, 2, 3)) + latents.mean.var((0, 2, 3))
-            prior.set_latent_statistics(latents.mean.mean((0, 2, 3)), variance.sqrt())
+        _seed(config.seed, "prior")
+        prior = family.build(settings, cache).to(cache.train.values_NC.device)
         choose_kernels(prior, config.kernels)
-        _train_by_steps(prior, latents, labels_N, config, name)
+        if family.loss is None:
+            fit_mixture(prior, cache, config)
+        else:
+            _train_by_steps(prior, family, cache.train, config)
     return prior.eval()
 
 
-def _train_by_steps(prior: ARPrior | DiT, latents: Latents, labels_N: Tensor, config: Config, name: str) -> None:
+def _train_by_steps(prior: Prior, family: Family, encoded: EncodedDataset, config: Config) -> None:
     settings = config.prior
     ema = EMA(prior, settings.ema_decay) if settings.use_ema else None
     optimizer = build_optimizer(prior, settings)
     scheduler = build_scheduler(optimizer, settings)
-    order = batches(len(latents), settings.train_batch_size, seed_for(config.seed, name, "order"))
+    order = batches(len(encoded), settings.train_batch_size, seed_for(config.seed, "prior", "order"))
     prior.train()
     for step in range(settings.max_train_steps):
-        _seed(config.seed, name, step, 0)
-        rows = next(order).to(labels_N.device)
-        x, labels = latents.sample(rows), prior.hide_classes(labels_N[rows])
-        if isinstance(prior, ARPrior):
-            loss = prior(labels, prior.corrupt(x[:, :-1]), targets_BT=x)
-        else:
-            loss = flow_matching_loss(prior, prior.normalise(x), labels)
+        _seed(config.seed, "prior", step, 0)
+        rows = next(order).to(encoded.labels_N.device)
+        batch = {encoded.name: encoded.values_NC[rows].to(encoded.given), "label": encoded.labels_N[rows]}
+        loss = family.loss(prior, prior, batch)
         loss.backward()
         if settings.max_grad_norm > 0:
             nn.utils.clip_grad_norm_(prior.parameters(), settings.max_grad_norm)

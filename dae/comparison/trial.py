@@ -13,9 +13,10 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, Subset
 
 from dae.comparison.arms import arm_config, parse_arms
-from dae.comparison.training import Latents, Prior, encode, prior_family, train_autoencoder, train_prior
+from dae.comparison.training import encode, train_autoencoder, train_prior
 from dae.config import Config, with_overrides
 from dae.data import evaluation_batches, load_data
+from dae.data.cache import EncodedDataset, EncodingCache
 from dae.data.pictures import to_uint8
 from dae.data.splits import hold_out
 from dae.metrics import (
@@ -23,7 +24,6 @@ from dae.metrics import (
     CodebookUsage,
     EqualCountFrechet,
     accuracy,
-    bits_back,
     code_entropy_rate,
     equal_count_frechet,
     extract_features,
@@ -38,14 +38,16 @@ from dae.metrics import (
     train_classifier,
     versions,
 )
-from dae.models import ARPrior, Autoencoder, DiT
-from dae.sampling import balanced_labels, log_likelihood, sample_latents, sample_tokens
+from dae.models import Autoencoder
+from dae.sampling import balanced_labels, generate
+from dae.sampling.chain import Prior, knows_classes
 from dae.training import plan_stages
 from dae.training.loop import seed_for
+from dae.training.priors import FAMILIES, prior_family
 
 JUDGE_SEED = 0  # of the classifier and of all subsets: the same for every trial, arm and seed
 SHOWN = 32  # samples kept as pictures
-IMAGES_FOR_BITS = 256  # held-out images whose code length is measured under a continuous prior
+IMAGES_FOR_BITS = 128  # held-out images whose code length is measured where that takes long
 
 
 @dataclass(frozen=True)
@@ -209,21 +211,24 @@ def run_trial(bench: Bench, config: Config, job: Job) -> tuple[dict, Tensor]:
     judged = bench.tune if job.purpose == "tune" else bench.measure
     autoencoder = train_autoencoder(judged.train, config)
     trained = time.monotonic()
-    latents, heldout = encode(autoencoder, judged.train), encode(autoencoder, judged.heldout)
+    pairs = (judged.train, judged.train_labels), (judged.heldout, judged.heldout_labels)
+    cache = encode(autoencoder, *pairs, bench.num_classes)
     record = dataclasses.asdict(job) | _reconstruction(bench, judged, autoencoder, config)
-    record |= {"rate_bits": _rate(latents, config), "codebook": _codebook(heldout, config)}
+    record |= {"rate_bits": _rate(cache.train, config), "codebook": _codebook(cache.validation, config)}
 
     priors, samples = [], None
     widths = [] if job.purpose == "tune" else config.compare.prior_widths
     for size in [None, *widths]:
         sized = config if size is None else _resized(config, size)
         begun = time.monotonic()
-        prior = train_prior(autoencoder, latents, judged.train_labels, bench.num_classes, sized, f"prior-{size or 'main'}")
+        prior = train_prior(cache, sized)
         generated, labels = _generate(autoencoder, prior, bench.num_classes, config)
         samples = generated[:SHOWN] if samples is None else samples
-        facts = {"size": _size(sized), "parameters": sum(p.numel() for p in prior.parameters())}
-        facts |= {"bits": _bits_an_image(prior, heldout, judged.heldout_labels, config)}
-        priors.append(facts | _generation(bench, judged, generated, labels, config) | {"seconds": time.monotonic() - begun})
+        facts = {"size": _size(sized), "parameters": sum(p.numel() for p in (*prior.parameters(), *prior.buffers()))}
+        facts |= {"bits": _bits_an_image(prior, cache, sized)}
+        priors.append(
+            facts | _generation(bench, judged, prior, generated, labels, config) | {"seconds": time.monotonic() - begun}
+        )
     record["priors"] = priors
     record["card"] = None
     if job.purpose == "measure":
@@ -256,78 +261,49 @@ def _reconstruction(bench: Bench, judged: Judged, autoencoder: Autoencoder, conf
     }
 
 
-def _rate(latents: Latents, config: Config) -> float:
+def _rate(encoded: EncodedDataset, config: Config) -> float:
     """Bits an image of the training set's latents, if a prior knew no more than the frequency of each code, or a Gaussian."""
-    if latents.tokens is not None:
-        return float(code_entropy_rate(latents.tokens, config.autoencoder.vq.codebook_size))
-    return float(gaussian_rate(latents.mean, latents.log_variance))
+    if config.autoencoder.bottleneck == "vq":
+        return code_entropy_rate(encoded.values_NC[:, 0], config.autoencoder.vq.codebook_size)
+    return gaussian_rate(*encoded.values_NC[:, 0].chunk(2, dim=1))
 
 
-def _codebook(heldout: Latents, config: Config) -> dict | None:
-    if heldout.tokens is None:
+def _codebook(encoded: EncodedDataset, config: Config) -> dict | None:
+    if config.autoencoder.bottleneck != "vq":
         return None
-    usage = CodebookUsage(config.autoencoder.vq.codebook_size).update(heldout.tokens.cpu())
+    usage = CodebookUsage(config.autoencoder.vq.codebook_size).update(encoded.values_NC.cpu())
     return {"usage": usage.usage, "perplexity": usage.perplexity}
 
 
-@torch.no_grad()
 def _generate(autoencoder: Autoencoder, prior: Prior, num_classes: int, config: Config) -> tuple[Tensor, Tensor]:
     """Images [N, C, H, W], clipped, and the classes that they were asked for."""
-    settings, device = config.sampling, next(autoencoder.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed_for(config.seed, "sampling"))
-    images, labels_N = [], balanced_labels(settings.num_samples, num_classes).to(device)
-    for labels in labels_N.split(settings.batch_size):
-        if isinstance(prior, ARPrior):
-            options = {"temperature": settings.temperature, "top_k": settings.top_k, "top_p": settings.top_p}
-            tokens = sample_tokens(prior, labels, cfg_scale=settings.cfg_scale, generator=generator, **options)
-            decoded = autoencoder.decode_indices(tokens)
-        else:
-            decoded = autoencoder.decode(_continuous(prior, labels, config, generator))
-        images.append(decoded.sample.clamp(-1, 1))
-    return torch.cat(images), labels_N
+    labels_N = balanced_labels(config.sampling.num_samples, num_classes)
+    parts = generate(autoencoder, prior, labels_N, config.sampling, seed_for(config.seed, "sampling"))
+    return torch.cat([part.clamp(-1, 1) for part in parts]), labels_N
 
 
-def _continuous(prior: Prior, labels: Tensor, config: Config, generator: torch.Generator) -> Tensor:
-    if isinstance(prior, DiT):
-        steps, cfg_scale = config.sampling.num_inference_steps, config.sampling.cfg_scale
-        return sample_latents(prior, labels, num_inference_steps=steps, cfg_scale=cfg_scale, generator=generator)
-    return prior.sample(len(labels), generator)
-
-
-def _generation(bench: Bench, judged: Judged, images: Tensor, labels: Tensor, config: Config) -> dict:
+def _generation(bench: Bench, judged: Judged, prior: Prior, images: Tensor, labels: Tensor, config: Config) -> dict:
     features = extract_features(bench.classifier, images)
     count = min(_count(judged), len(images))
     distance = equal_count_frechet(judged.heldout_features, features, count=count, seed=JUDGE_SEED)
     manifold = precision_recall(judged.heldout_features, features[:count], config.evaluation.neighbours)
-    right = (predict(bench.classifier, images) == labels.cpu()).double().mean().item() if bench.labelled else None
-    if prior_family(config) == "mixture":
-        right = None  # it was asked for no class
+    asked = bench.labelled and knows_classes(prior)
     return {
         "frechet": distance.mean,
         "frechet_std": distance.std,
-        "recognised": right,
+        "recognised": (predict(bench.classifier, images) == labels).double().mean().item() if asked else None,
         "precision": manifold.precision,
         "recall": manifold.recall,
         "copies": memorisation(images, judged.train, judged.heldout).share_samples,
     }
 
 
-@torch.no_grad()
-def _bits_an_image(prior: Prior, heldout: Latents, labels_N: Tensor, config: Config) -> float:
-    """Code length of the held-out latents under the prior: -log2 p(tokens | class), or E_q[log2 q(z|x) - log2 p(z | class)]."""
-    if isinstance(prior, ARPrior):
-        nats = 0.0
-        for tokens, labels in zip(heldout.tokens.split(500), labels_N.split(500), strict=True):
-            nats += prior(labels, tokens[:, :-1], targets_BT=tokens).item() * tokens.numel()
-        return nats / len(labels_N) / torch.tensor(2.0).log().item()
-    few = slice(0, IMAGES_FOR_BITS)
-    device = labels_N.device
-    generator = torch.Generator(device).manual_seed(JUDGE_SEED)
-
-    def log_prob(latents: Tensor) -> Tensor:
-        if not isinstance(prior, DiT):
-            return prior.log_prob(latents)
-        options = {"num_steps": config.sampling.num_inference_steps, "num_probes": 1, "generator": generator}
-        return log_likelihood(prior, latents, labels_N[few], **options)
-
-    return float(bits_back(heldout.mean[few], heldout.log_variance[few], log_prob, generator))
+def _bits_an_image(prior: Prior, cache: EncodingCache, config: Config) -> float:
+    """Held-out code length of the latent under the prior, in bits an image."""
+    family = FAMILIES[prior_family(config)]
+    if family.final_bits is not None:  # it solves an ODE for each image: the same few for every trial
+        few = slice(0, IMAGES_FOR_BITS)
+        validation = type(cache.validation)(cache.validation.values_NC[few], cache.validation.labels_N[few])
+        return family.final_bits(prior, validation, config)
+    score = family.score(prior, cache.validation, config)
+    return score * cache.latent_size**2 if family.criterion == "bits_per_token" else score
