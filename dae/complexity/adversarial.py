@@ -1,0 +1,347 @@
+"""Distances that are a supremum over critics: f-divergences (Nowozin et al. 2016) and Wasserstein-1 (Arjovsky et al. 2017).
+
+P is the law of the data x and Q that of the generated points y, in every name and formula of this file.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dae.complexity.critics import (
+    FOLDS,
+    Stack,
+    annealed,
+    critic_step,
+    gradient_norms,
+    logistic_loss,
+    of_rotations,
+    parts_of,
+    potential_candidates,
+    ratio_candidates,
+    rows_of,
+    standardised,
+)
+from dae.complexity.estimate import Estimate, check_cloud, check_seeds
+from dae.complexity.families import check_count
+
+if TYPE_CHECKING:
+    from dae.complexity.families import GeneratorFamily
+
+RATIO_PENALTY = 0.05  # on squared gradients of the density ratio that a generator is trained against
+LEAST_ROWS = 32  # eight to choose on and eight to measure on
+SHRINKAGE = (1.0, 0.9, 0.75, 0.5)  # of the logarithm of an overfitted density ratio
+
+
+def js_bound(l_P: Tensor, l_Q: Tensor) -> Tensor:
+    return math.log(2) + (F.logsigmoid(l_P).mean(dim=-1) + F.logsigmoid(-l_Q).mean(dim=-1)) / 2
+
+
+def kl_bound(l_P: Tensor, l_Q: Tensor) -> Tensor:
+    return l_P.mean(dim=-1) - l_Q.expm1().mean(dim=-1)
+
+
+def reverse_kl_bound(l_P: Tensor, l_Q: Tensor) -> Tensor:
+    return kl_bound(-l_Q, -l_P)
+
+
+def chi2_bound(l_P: Tensor, l_Q: Tensor) -> Tensor:
+    return 2 * l_P.expm1().mean(dim=-1) - (2 * l_Q).expm1().mean(dim=-1)
+
+
+def hellinger_bound(l_P: Tensor, l_Q: Tensor) -> Tensor:
+    return -(-l_P / 2).expm1().mean(dim=-1) - (l_Q / 2).expm1().mean(dim=-1)
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """E_P[T] - E_Q[f*(T)] at T = f'(e^l), from l at points of P and of Q; and what a generator of Q minimises, from its l.
+
+    The generator's losses have the direction of the gradient of -E_Q[f*(T)]; where that vanishes at points that the critic is
+    sure of, they are its logarithm over the batch, or Goodfellow's (2014) -log D.
+    """
+
+    bound: Callable[[Tensor, Tensor], Tensor]
+    generator_loss: Callable[[Tensor], Tensor]
+    convention: str
+
+
+TABLE = {
+    "js": Divergence(
+        js_bound,
+        lambda l_Q: F.softplus(-l_Q).mean(),
+        "1/2 KL(P|M) + 1/2 KL(Q|M), M = (P + Q)/2, natural logarithms, in [0, log 2]",
+    ),
+    "kl": Divergence(kl_bound, lambda l_Q: -torch.logsumexp(l_Q, dim=-1).mean(), "KL(P|Q) = int p log(p/q), natural logarithms"),
+    "reverse_kl": Divergence(reverse_kl_bound, lambda l_Q: -l_Q.mean(), "KL(Q|P) = int q log(q/p), natural logarithms"),
+    "chi2": Divergence(chi2_bound, lambda l_Q: -torch.logsumexp(2 * l_Q, dim=-1).mean(), "Pearson's: int (p - q)^2 / q"),
+    "hellinger": Divergence(
+        hellinger_bound, lambda l_Q: -torch.logsumexp(l_Q / 2, dim=-1).mean(), "squared: int (sqrt p - sqrt q)^2, in [0, 2]"
+    ),
+}
+DIVERGENCES = tuple(TABLE)
+WASSERSTEIN = ("wgan_gp", "wgan_sn")
+ADVERSARIAL = DIVERGENCES + WASSERSTEIN
+
+
+def adversarial_distance(
+    x_ND: Tensor, y_MD: Tensor, name: str, *, seeds: Sequence[int] = (0, 1, 2), steps: int = 200, batch_size: int = 256
+) -> Estimate:
+    """A lower bound of a divergence or Wasserstein-1 distance of two laws from samples, measured on rows no critic was fitted on.
+
+        f-divergence:  D_f(P|Q) >= E_P[T] - E_Q[f*(T)] for every T; here T = f'(e^l) with l an estimate of log p/q
+        Wasserstein-1: W1(P, Q) >= E_P[f] - E_Q[f] for every 1-Lipschitz f
+
+    The rows of each cloud are shuffled by the seed into three disjoint parts: on a half critics are fitted, on a quarter one is
+    chosen, and on the last quarter it is measured. Four rotations let every row be measured once, and their mean is the value of
+    that seed; so more seeds remove the randomness of splits and networks, but not that of the sample.
+
+    js, kl, reverse_kl, chi2, hellinger: l comes from logistic regression on monomials of degree 2, alone or with a network
+    added, whichever has the lower logistic loss on the second part. l is cut at 1/2 log(N E_P[p/q]), and likewise below, where
+    less than one point of the other cloud is to be expected. T = 0 gives 0, so 0 is the value where the second part says less
+    than 0, or the mean does.
+    wgan_sn: a network that is 1-Lipschitz by its weights (singular values clipped, units sorted). wgan_gp: a network under the
+    gradient penalty, divided by the longest gradient at held-out interpolates, which alone would prove nothing elsewhere; it is
+    therefore replaced by the 1-Lipschitz extension of its values at rows it was fitted on (`extended`), a true potential
+    everywhere. Both may fall back on the projection on the difference of means, W1 of a pure shift.
+
+    How loose: a critic that misses a difference makes the value too small, always. Heavy tails make it uncertain: kl needs
+    E_Q[p/q] and chi2 E_Q[(p/q)^2], which a few rows decide where the ratio is large. Between N(1, 1) and N(0, 1) the standard
+    error of the true critic is 3.7 % of kl and 14 % of chi2 at N = 8,000. Where E_Q[(p/q)^2] is infinite (s1^2 >= 2 s2^2 of two
+    Gaussians), so is that of kl.
+    No sample of N can certify a kl much above log N (McAllester & Stratos 2020): for disjoint supports, where kl and chi2 are
+    infinite, the value is finite and says only that.
+
+    Args:
+        x_ND: rows of P, the data [N, ...], floating, at least 32; flattened.
+        y_MD: rows of Q, the generated points [M, ...] of the same size a row, at least 32. If M = N both are shuffled alike, so
+            that a reconstruction falls in the same part as what it was made from.
+        name: "js", "kl", "reverse_kl", "chi2", "hellinger" (invariant to units and origin), "wgan_gp" or "wgan_sn" (in the
+            units of x).
+        seeds: of splits and networks; the global random state is neither read nor changed.
+        steps: of the networks.
+        batch_size: rows of each cloud in a step.
+
+    Returns:
+        `Estimate` with bound "lower", and counts of rows of x in a rotation.
+
+    Raises:
+        TypeError: no tensors, or not floating.
+        ValueError: an unknown name, NaN or infinity, fewer than 32 rows, rows of different sizes, no seed, or no steps.
+
+    Source: Nowozin et al. 2016, arXiv 1606.00709, section 2; Gulrajani et al. 2017, arXiv 1704.00028; Miyato et al. 2018, arXiv
+    1802.05957; Anil et al. 2019, arXiv 1811.05381.
+    """
+    check_name(name)
+    check_rows(x_ND, y_MD)
+    seeds = check_seeds(seeds)
+    check_count("steps", steps)
+    check_count("batch_size", batch_size)
+    # At most 1, so that no square overflows
+    unit = max(x_ND.abs().max().item(), y_MD.abs().max().item()) or 1.0
+    x_ND, y_MD = (cloud.detach().flatten(1).to(torch.promote_types(cloud.dtype, torch.float32)) / unit for cloud in (x_ND, y_MD))
+    options = {"steps": steps, "batch_size": batch_size}
+    if name in TABLE:
+        values = [divergence(x_ND, y_MD, TABLE[name], seed, options) for seed in seeds]
+        convention = TABLE[name].convention
+    else:
+        values = [unit * wasserstein(x_ND, y_MD, name == "wgan_gp", seed, options) for seed in seeds]
+        convention = "Wasserstein-1, the cost |x - y| not squared, in the units of the data"
+    return Estimate.over(
+        values,
+        seeds,
+        bound="lower",
+        distance=name,
+        convention=convention + "; P = data, Q = generated",
+        family=None,
+        capacity=None,
+        counts=(len(x_ND) - 2 * (len(x_ND) // FOLDS), len(x_ND) // FOLDS),
+    )
+
+
+def divergence(x_ND: Tensor, y_MD: Tensor, kind: Divergence, seed: int, options: dict) -> float:
+    generator = torch.Generator().manual_seed(seed)
+    parts, _ = standardised(parts_of(x_ND, y_MD, generator), isotropic=False)
+    logits_CKR = ratio_candidates(parts, width=64, generator=generator, **options)
+    logits_CKR = torch.cat([shrinkage * logits_CKR for shrinkage in SHRINKAGE])
+    # By logistic loss, which no single row decides; the own bound is too noisy to choose by where it has heavy tails
+    logits_KR = of_rotations(logits_CKR, logistic_loss(*parts.split(logits_CKR)[:2]).argmin(dim=0))
+    select_P, select_Q, _, _ = parts.split(logits_KR)
+    highest_K1 = (math.log(len(y_MD)) + log_mean_exp(select_P)) / 2
+    lowest_K1 = -(math.log(len(x_ND)) + log_mean_exp(-select_Q)) / 2
+    select_P, select_Q, measure_P, measure_Q = parts.split(logits_KR.clamp(lowest_K1, highest_K1))
+    measured_K = kind.bound(measure_P, measure_Q)
+    return max(0.0, torch.where(kind.bound(select_P, select_Q) > 0, measured_K, 0.0).mean().item())
+
+
+def log_mean_exp(values: Tensor) -> Tensor:
+    return torch.logsumexp(values, dim=-1, keepdim=True) - math.log(values.shape[-1])
+
+
+def wasserstein(x_ND: Tensor, y_MD: Tensor, penalty: bool, seed: int, options: dict) -> float:
+    generator = torch.Generator().manual_seed(seed)
+    parts, scale_K11 = standardised(parts_of(x_ND, y_MD, generator), isotropic=True)
+    values_CKR = scale_K11[..., 0] * potential_candidates(parts, penalty, width=32, generator=generator, **options)
+    select_P, select_Q, measure_P, measure_Q = (part.mean(dim=-1) for part in parts.split(values_CKR))
+    selected_K, best_K = (select_P - select_Q).max(dim=0)
+    measured_K = of_rotations(measure_P - measure_Q, best_K)
+    return max(0.0, torch.where(selected_K > 0, measured_K, 0.0).mean().item())
+
+
+def unit_scale(data_ND: Tensor, isotropic: bool) -> tuple[Tensor, Tensor]:
+    """Standard deviation of each column, or of all ([1, 1]), 1 where that is 0; and the mean."""
+    center_1D = data_ND.mean(dim=0, keepdim=True)
+    variance_1D = (data_ND - center_1D).square().mean(dim=0, keepdim=True)
+    scale = (variance_1D.mean(dim=1, keepdim=True) if isotropic else variance_1D).sqrt()
+    return torch.where(scale > 0, scale, 1.0), center_1D
+
+
+def check_name(name: str) -> None:
+    if name not in ADVERSARIAL:
+        near = difflib.get_close_matches(str(name), ADVERSARIAL, n=1, cutoff=0.0)[0]
+        raise ValueError(f"unknown distance {name!r}; did you mean {near!r}? There are {', '.join(ADVERSARIAL)}")
+
+
+def check_least(name: str, cloud: Tensor) -> None:
+    if len(cloud) < LEAST_ROWS:
+        raise ValueError(
+            f"{name}: expected at least {LEAST_ROWS} rows, of which a part is to fit a critic on, one to choose and one to "
+            f"measure, got {len(cloud)}; add rows, or use a distance without a critic (sinkhorn, energy)"
+        )
+
+
+def check_rows(x_ND: Tensor, y_MD: Tensor) -> None:
+    for name, cloud in (("x", x_ND), ("y", y_MD)):
+        check_cloud(name, cloud)
+        check_least(name, cloud)
+    if x_ND.shape[1:] != y_MD.shape[1:]:
+        raise ValueError(
+            f"expected rows of one size, got x {list(x_ND.shape)} and y {list(y_MD.shape)}; compare points of one space"
+        )
+    if x_ND.device != y_MD.device:
+        raise ValueError(f"expected x and y on one device, got {x_ND.device} and {y_MD.device}; move one with .to()")
+
+
+def train_adversarial(
+    family: GeneratorFamily,
+    latents: Tensor,
+    data: Tensor,
+    name: str,
+    *,
+    seed: int,
+    steps: int = 1000,
+    batch_size: int = 256,
+    learning_rates: tuple[float, float] = (2e-2, 1e-2),
+) -> nn.Module:
+    """A generator of a family trained against a critic: inf over g of sup over T, by alternating steps.
+
+    The critic of an f-divergence is a density ratio fitted by logistic loss with a penalty on its gradients (Mescheder et al.
+    2018), and the generator minimises the divergence's own loss (`Divergence.generator_loss`); that of a Wasserstein distance
+    is a network under the gradient penalty or spectral norm, three steps for each of the generator. Rates fall to 0 as a cosine.
+    Alternating steps may circle: of the start, the last generator and the mean of the weights over the second half of the
+    training, a fresh critic, on the rows trained on, chooses the one to return.
+
+    Args:
+        family: of generators; `family.constrain_` follows each of its steps.
+        latents: [N, ...], floating, finite.
+        data: [M, ...], floating, finite; rows are not paired.
+        name: as of `adversarial_distance`.
+        seed: of weights, batches and the generator's own randomness; the global random state is neither read nor changed.
+        steps: of the generator.
+        batch_size: rows of each kind in a step.
+        learning_rates: Adam's, of generator and critic, for data of unit scale.
+
+    Returns:
+        The generator in eval mode. Its distance is to be measured by `adversarial_distance`, whose critic is a fresh one.
+
+    Raises:
+        TypeError, ValueError: as `adversarial_distance`, or the family cannot map the shapes.
+        FloatingPointError: the training diverged.
+    """
+    check_name(name)
+    for role, cloud in (("latents", latents), ("data", data)):
+        check_cloud(role, cloud)
+        check_least(role, cloud)
+    check_count("steps", steps)
+    check_count("batch_size", batch_size)
+    scale_1D, center_1D = unit_scale(data.flatten(1).double(), isotropic=name in WASSERSTEIN)
+    real = ((data.flatten(1).double() - center_1D) / scale_1D).float()
+    with torch.random.fork_rng(devices=[data.device] if data.is_cuda else []):
+        torch.manual_seed(seed)
+        start = family.start(latents, data)
+        family.constrain_(start)
+        module = copy.deepcopy(start).train()
+        adversary = Adversary(name, real.shape[1], data.device, learning_rates[1], steps, torch.Generator().manual_seed(seed))
+        randomness = torch.Generator().manual_seed(seed + 1)
+        optimizer = torch.optim.Adam(module.parameters(), lr=learning_rates[0], betas=(0.5, 0.99))
+        schedule = annealed(optimizer, steps)
+        average = torch.optim.swa_utils.AveragedModel(module, use_buffers=True)
+
+        def draw() -> tuple[Tensor, Tensor]:
+            z = rows_of(latents[None], batch_size, randomness)[0]
+            fake = (module(z).flatten(1) - center_1D) / scale_1D
+            return rows_of(real[None], batch_size, randomness), fake[None].float()
+
+        for step in range(steps):
+            for _ in range(3 if name in WASSERSTEIN else 1):
+                with torch.no_grad():
+                    real_1BD, fake_1BD = draw()
+                adversary.step(real_1BD, fake_1BD)
+            _, fake_1BD = draw()
+            loss = adversary.generator_loss(fake_1BD)
+            if not torch.isfinite(loss):
+                raise FloatingPointError(f"{name}: the generator's loss is {loss.item()} at step {step}; lower learning_rates")
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            adversary.schedule.step()
+            family.constrain_(module)
+            if step >= steps // 2:
+                average.update_parameters(module)
+        family.constrain_(average.module)
+        candidates = [candidate.eval() for candidate in (average.module, module, start)]
+        return min(candidates, key=lambda candidate: quick_distance(candidate, latents, data, name, seed))
+
+
+def quick_distance(module: nn.Module, latents: Tensor, data: Tensor, name: str, seed: int, rows: int = 4096) -> float:
+    with torch.no_grad():
+        generated = module(latents[:rows])
+    return adversarial_distance(data[:rows], generated.to(data.dtype), name, seeds=(seed,), steps=100).value
+
+
+class Adversary:
+    """A critic in training: of a density ratio for the divergences, of Kantorovich's potential for the Wasserstein distances."""
+
+    def __init__(
+        self, name: str, inputs: int, device: torch.device, learning_rate: float, steps: int, generator: torch.Generator
+    ) -> None:
+        self.name, self.generator = name, generator
+        self.network = Stack(1, inputs, 64 if name in TABLE else 32, generator, device, maxmin=name == "wgan_sn")
+        self.optimizer = torch.optim.Adam(self.network.parameters, lr=learning_rate, betas=(0.5, 0.99))
+        self.schedule = annealed(self.optimizer, steps)
+
+    def step(self, real_1BD: Tensor, fake_1BD: Tensor) -> None:
+        if self.name in TABLE:
+            both = torch.cat([real_1BD, fake_1BD], dim=1)
+            loss = logistic_loss(*self.network(both).chunk(2, dim=1))
+            loss = loss + RATIO_PENALTY * gradient_norms(self.network, both, create_graph=True).square().mean(dim=1)
+        else:
+            loss = critic_step(self.network, real_1BD, fake_1BD, self.name == "wgan_gp", self.generator)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.sum().backward()
+        self.optimizer.step()
+        if self.name == "wgan_sn":
+            self.network.clip_norms_()
+
+    def generator_loss(self, fake_1BD: Tensor) -> Tensor:
+        values_1B = self.network(fake_1BD)
+        return TABLE[self.name].generator_loss(values_1B) if self.name in TABLE else -values_1B.mean()

@@ -1,0 +1,323 @@
+"""Critics of two clouds, fitted on one part of the rows: log-density ratios, and functions that are 1-Lipschitz.
+
+All rotations of the rows through the parts are fitted at once, as a stack of networks with a leading axis K: at these sizes
+a step costs the launching of its operations, not their arithmetic.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FOLDS = 4  # a rotation fits on two of them, chooses on one and measures on one
+SNAPSHOTS = 10  # of a network, spread over its training
+QUADRATIC_INPUTS = 12  # principal directions that the quadratic critic sees: 90 coefficients
+ANCHORS = 512  # rows of each cloud from which a potential is extended
+GRADIENT_PENALTY = 10.0  # Gulrajani et al. 2017
+RIDGES = (1e-1, 1e-2, 1e-3, 1e-5)  # strong to weak, so that each solution starts the next
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The rows of both clouds in K rotations: fitted on [K, n, D], chosen on [K, m, D], measured on [K, m, D]; P's and Q's."""
+
+    fit: tuple[Tensor, Tensor]
+    select: tuple[Tensor, Tensor]
+    measure: tuple[Tensor, Tensor]
+
+    def heldout(self) -> Tensor:
+        """[K, R, D]: the rows to choose on and to measure on, in the order that `split` takes apart."""
+        return torch.cat([*self.select, *self.measure], dim=1)
+
+    def split(self, values_R: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Values [..., R] of `heldout` as those of P's and Q's rows to choose on, then of P's and Q's to measure on."""
+        return values_R.split([part.shape[1] for part in (*self.select, *self.measure)], dim=-1)
+
+
+def parts_of(x_ND: Tensor, y_MD: Tensor, generator: torch.Generator) -> Parts:
+    """Shuffle the rows, cut them in `FOLDS` folds, and let every fold be measured on once.
+
+    Clouds of one length are shuffled alike: if row n of the one was made from row n of the other, both fall in one part, and
+    what a critic is measured on stays independent of what it was fitted on.
+    """
+    longest = max(len(x_ND), len(y_MD))
+    order = torch.randperm(longest, generator=generator)
+    rotations = []
+    for cloud_ND in (x_ND, y_MD):
+        rows = order[order < len(cloud_ND)].to(cloud_ND.device)
+        fold = len(rows) // FOLDS
+        rolled_KND = torch.stack([cloud_ND[rows.roll(-k * fold)] for k in range(FOLDS)])
+        rotations.append(rolled_KND.split([fold, fold, len(rows) - 2 * fold], dim=1))
+    measure, select, fit = zip(*rotations, strict=True)
+    return Parts(fit, select, measure)
+
+
+def standardised(parts: Parts, isotropic: bool) -> tuple[Parts, Tensor]:
+    """Subtract the mean and divide by the standard deviation of the rows to fit on, half P and half Q; and that scale [K, 1, D].
+
+    An isotropic scale, one number a rotation [K, 1, 1], keeps the distances but for this factor. Computed in float64, so that a
+    cloud far from the origin keeps what digits it has; the result is float32.
+    """
+    fit = [part.double() for part in parts.fit]
+    mean = sum(part.mean(dim=1, keepdim=True) for part in fit) / 2
+    variance = sum((part - mean).square().mean(dim=1, keepdim=True) for part in fit) / 2
+    rounding = 1e-14 * sum(part.abs().amax(dim=1, keepdim=True) for part in fit)
+    if isotropic:
+        variance, rounding = variance.mean(dim=2, keepdim=True), rounding.amax(dim=2, keepdim=True)
+    scale = variance.sqrt()
+    scale = torch.where(scale > rounding, scale, 1.0)  # a constant coordinate stays constant
+    moved = (tuple(((part - mean) / scale).float() for part in pair) for pair in (parts.fit, parts.select, parts.measure))
+    return Parts(*moved), scale
+
+
+def logistic_loss(logits_P: Tensor, logits_Q: Tensor) -> Tensor:
+    """[K]: mean of log(1 + e^-l) over P's rows plus that of log(1 + e^l) over Q's; smallest at l = log p/q."""
+    return F.softplus(-logits_P).mean(dim=-1) + F.softplus(logits_Q).mean(dim=-1)
+
+
+def quadratic_logits(parts: Parts) -> tuple[Tensor, Tensor]:
+    """Logistic regressions on all monomials of degree 1 and 2, one a ridge: at rows to fit on, [C, K, N], and held out, [C, K, R].
+
+    Exact for two Gaussians. From `QUADRATIC_INPUTS` dimensions on of the leading principal directions only.
+    """
+    fit_KND, heldout_KRD = torch.cat(parts.fit, dim=1), parts.heldout()
+    if fit_KND.shape[2] > QUADRATIC_INPUTS:
+        directions = torch.linalg.eigh(fit_KND.mT @ fit_KND).eigenvectors[..., -QUADRATIC_INPUTS:]
+        fit_KND, heldout_KRD = fit_KND @ directions, heldout_KRD @ directions
+    fit_KNF, heldout_KRF = monomials(fit_KND.double()), monomials(heldout_KRD.double())
+    mean, scale = fit_KNF.mean(dim=1, keepdim=True), fit_KNF.std(dim=1, keepdim=True)
+    scale = torch.where(scale > 1e-6, scale, 1.0)
+    fit_KNF, heldout_KRF = (F.pad((features - mean) / scale, (1, 0), value=1.0) for features in (fit_KNF, heldout_KRF))
+    counts = [part.shape[1] for part in parts.fit]
+    weights_N = torch.cat([torch.full((n,), 1 / n, dtype=fit_KNF.dtype, device=fit_KNF.device) for n in counts])
+    labels_N = torch.arange(sum(counts), device=fit_KNF.device) < counts[0]
+    coefficients_KF = fit_KNF.new_zeros(fit_KNF.shape[0], fit_KNF.shape[2])
+    candidates = []
+    for ridge in RIDGES:
+        coefficients_KF = logistic_regression(fit_KNF, labels_N, weights_N, ridge, coefficients_KF)
+        candidates.append([(features @ coefficients_KF[..., None])[..., 0] for features in (fit_KNF, heldout_KRF)])
+    fit_CKN, heldout_CKR = (torch.stack(logits) for logits in zip(*candidates, strict=True))
+    return fit_CKN, heldout_CKR
+
+
+def monomials(x_KND: Tensor) -> Tensor:
+    rows, columns = torch.triu_indices(x_KND.shape[2], x_KND.shape[2], device=x_KND.device)
+    return torch.cat([x_KND, x_KND[..., rows] * x_KND[..., columns]], dim=2)
+
+
+def logistic_regression(
+    features_KNF: Tensor, labels_N: Tensor, weights_N: Tensor, ridge: float, start_KF: Tensor, iterations: int = 12
+) -> Tensor:
+    """Newton's method with the best of a few step lengths; column 0 is the constant and is not shrunk. Returns [K, F]."""
+    penalty_F = torch.full_like(start_KF[0], ridge)
+    penalty_F[0] = 1e-9  # keeps the Hessian regular where all logits are large
+    signs_N = torch.where(labels_N, -1.0, 1.0).to(weights_N)
+    lengths = torch.tensor([1.0, 0.5, 0.25, 0.0625, 0.0], dtype=start_KF.dtype, device=start_KF.device)
+
+    def objective(coefficients_LKF: Tensor) -> Tensor:
+        logits = torch.einsum("knf,lkf->lkn", features_KNF, coefficients_LKF)
+        return F.softplus(signs_N * logits) @ weights_N + 0.5 * (penalty_F * coefficients_LKF.square()).sum(dim=-1)
+
+    coefficients_KF = start_KF
+    for _ in range(iterations):
+        probability_KN = torch.sigmoid((features_KNF @ coefficients_KF[..., None])[..., 0])
+        residual_KN = weights_N * (probability_KN - labels_N.to(weights_N))
+        gradient_KF = (residual_KN[:, None] @ features_KNF)[:, 0] + penalty_F * coefficients_KF
+        curvature_KN = weights_N * probability_KN * (1 - probability_KN)
+        hessian_KFF = features_KNF.mT @ (curvature_KN[..., None] * features_KNF) + torch.diag(penalty_F)
+        step_KF = torch.linalg.solve(hessian_KFF, gradient_KF)
+        trials_LKF = coefficients_KF - lengths[:, None, None] * step_KF
+        best_K = objective(trials_LKF).argmin(dim=0)
+        coefficients_KF = trials_LKF[best_K, torch.arange(len(best_K), device=best_K.device)]
+    return coefficients_KF
+
+
+class Stack:
+    """K multilayer perceptrons [D, width, width, 1] side by side: weights [K, in, out], biases [K, 1, out].
+
+    `maxmin` sorts pairs of units instead of bending them: it keeps the length of every gradient (Anil et al. 2019, "Sorting out
+    Lipschitz function approximation"), so that a network of weights of norm 1 comes near every 1-Lipschitz function.
+    """
+
+    def __init__(
+        self, count: int, inputs: int, width: int, generator: torch.Generator, device: torch.device, maxmin: bool = False
+    ) -> None:
+        sizes = [inputs, width, width, 1]
+        self.maxmin = maxmin
+        self.weights = [
+            (torch.randn(count, a, b, generator=generator) / math.sqrt(a)).to(device).requires_grad_()
+            for a, b in itertools.pairwise(sizes)
+        ]
+        self.biases = [torch.zeros(count, 1, b, device=device, requires_grad=True) for b in sizes[1:]]
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return self.weights + self.biases
+
+    def __call__(self, x_KND: Tensor) -> Tensor:
+        """[K, N, D] -> [K, N]."""
+        for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
+            x_KND = torch.baddbmm(bias, x_KND, weight)
+            x_KND = sort_pairs(x_KND) if self.maxmin else F.silu(x_KND)
+        return torch.baddbmm(self.biases[-1], x_KND, self.weights[-1])[..., 0]
+
+    @torch.no_grad()
+    def clip_norms_(self) -> None:
+        """Clip the singular values of all weights at 1, exactly: with `maxmin` the networks are then 1-Lipschitz."""
+        for weight in self.weights:
+            u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+            weight.copy_((u * s.clamp(max=1)[:, None]) @ vh)
+
+
+def sort_pairs(x: Tensor) -> Tensor:
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat([torch.maximum(a, b), torch.minimum(a, b)], dim=-1)
+
+
+def gradient_norms(critic: Stack, x_KND: Tensor, create_graph: bool = False) -> Tensor:
+    """[K, N]: length of the critic's gradient at every point."""
+    x_KND = x_KND.detach().requires_grad_()
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(critic(x_KND).sum(), x_KND, create_graph=create_graph)
+    return (gradient.square().sum(dim=-1) + 1e-12).sqrt()
+
+
+def interpolates(x_KND: Tensor, y_KND: Tensor, generator: torch.Generator) -> Tensor:
+    """Random points on the segments from row n of the one to row n of the other (Gulrajani et al. 2017, algorithm 1)."""
+    rows = min(x_KND.shape[1], y_KND.shape[1])
+    t = torch.rand(x_KND.shape[0], rows, 1, generator=generator).to(x_KND)
+    return x_KND[:, :rows] + t * (y_KND[:, :rows] - x_KND[:, :rows])
+
+
+def rows_of(part_KND: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """`size` random rows with replacement; one draw for all rotations, whose rows differ anyway."""
+    return part_KND[:, torch.randint(part_KND.shape[1], (size,), generator=generator).to(part_KND.device)]
+
+
+def annealed(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)))
+
+
+def snapshot_steps(steps: int) -> set[int]:
+    return {math.ceil(steps * i / SNAPSHOTS) for i in range(1, SNAPSHOTS + 1)}
+
+
+def ratio_candidates(parts: Parts, *, steps: int, batch_size: int, width: int, generator: torch.Generator) -> Tensor:
+    """Candidates for l = log p/q at `parts.heldout()`, float64 [C, K, R], all fitted by logistic loss on the rows to fit on.
+
+    The quadratic regressions; the best of them (by logistic loss on the rows to choose on) plus a network, at `SNAPSHOTS` of its
+    steps; and the mean of the later half of these, which strays less than each.
+    """
+    fit_CKN, heldout_CKR = quadratic_logits(parts)
+    best_K = logistic_loss(*parts.split(heldout_CKR)[:2]).argmin(dim=0)
+    # A network must be able to undo what a regression says of far points
+    base_KN, base_KR = (of_rotations(logits, best_K).clamp(-30, 30).float() for logits in (fit_CKN, heldout_CKR))
+    bases = base_KN.split([part.shape[1] for part in parts.fit], dim=1)
+    rows = [torch.cat([part, base[..., None]], dim=2) for part, base in zip(parts.fit, bases, strict=True)]
+    heldout_KRD = parts.heldout()
+    network = Stack(FOLDS, heldout_KRD.shape[2], width, generator, heldout_KRD.device)
+    with torch.no_grad():
+        network.weights[-1].zero_()
+    optimizer = torch.optim.AdamW(network.parameters, lr=3e-3, weight_decay=1e-2)
+    schedule = annealed(optimizer, steps)
+    snapshots = []
+    for step in range(1, steps + 1):
+        batch = torch.cat([rows_of(part, batch_size, generator) for part in rows], dim=1)
+        logits_P, logits_Q = (batch[..., -1] + network(batch[..., :-1])).chunk(2, dim=1)
+        optimizer.zero_grad(set_to_none=True)
+        logistic_loss(logits_P, logits_Q).sum().backward()
+        optimizer.step()
+        schedule.step()
+        if step in snapshot_steps(steps):
+            with torch.no_grad():
+                snapshots.append(base_KR + network(heldout_KRD))
+    snapshots_CKR = torch.stack(snapshots).double()
+    mean_1KR = snapshots_CKR[len(snapshots) // 2 :].mean(dim=0, keepdim=True)
+    return torch.cat([heldout_CKR, snapshots_CKR, mean_1KR])
+
+
+def of_rotations(values_CK: Tensor, choice_K: Tensor) -> Tensor:
+    """[C, K, ...] -> [K, ...]: of every rotation k the candidate choice_K[k]."""
+    return values_CK[choice_K, torch.arange(len(choice_K), device=choice_K.device)]
+
+
+def critic_step(network: Stack, x_KBD: Tensor, y_KBD: Tensor, penalty: bool, generator: torch.Generator) -> Tensor:
+    """[K]: E_Q f - E_P f, to be minimised, plus the penalty of a WGAN on gradients longer than 1 at interpolates.
+
+    One-sided (Petzka et al. 2018, arXiv 1709.08894): the two-sided one of Gulrajani et al. also forbids the short gradients that
+    the best potential has between two scales of one centre, and finds a fifth of that distance.
+    """
+    values_P, values_Q = network(torch.cat([x_KBD, y_KBD], dim=1)).chunk(2, dim=1)
+    loss_K = values_Q.mean(dim=1) - values_P.mean(dim=1)
+    if penalty:
+        norms_KB = gradient_norms(network, interpolates(x_KBD, y_KBD, generator), create_graph=True)
+        loss_K = loss_K + GRADIENT_PENALTY * F.relu(norms_KB - 1).square().mean(dim=1)
+    return loss_K
+
+
+def potential_candidates(
+    parts: Parts, penalty: bool, *, steps: int, batch_size: int, width: int, generator: torch.Generator
+) -> Tensor:
+    """Candidates for Kantorovich's potential at `parts.heldout()`, float64 [C, K, R], every one 1-Lipschitz.
+
+    The projection on the difference of means, and networks that maximise E_P f - E_Q f on the rows to fit on: with spectral
+    norm (not `penalty`), sorting networks whose singular values are clipped at 1 after every step, at `SNAPSHOTS` of them; or
+    with a gradient penalty, of which the best snapshot is made 1-Lipschitz by `extended`, as it is and divided by the longest
+    gradient at interpolates of the rows to choose on.
+    """
+    heldout_KRD = parts.heldout()
+    difference_KD = (parts.fit[0].mean(dim=1) - parts.fit[1].mean(dim=1)).double()
+    direction_KD = difference_KD / difference_KD.norm(dim=1, keepdim=True).clamp(min=1e-30)
+    linear_1KR = (heldout_KRD.double() @ direction_KD[..., None])[None, ..., 0]
+    network = Stack(FOLDS, heldout_KRD.shape[2], width, generator, heldout_KRD.device, maxmin=not penalty)
+    anchors_KAD = torch.cat([part[:, :ANCHORS] for part in parts.fit], dim=1)
+    optimizer = torch.optim.Adam(network.parameters, lr=1e-2, betas=(0.5, 0.9))
+    schedule = annealed(optimizer, steps)
+    snapshots, at_anchors, slopes = [], [], []
+    for step in range(1, steps + 1):
+        batch = [rows_of(part, batch_size, generator) for part in parts.fit]
+        optimizer.zero_grad(set_to_none=True)
+        critic_step(network, *batch, penalty, generator).sum().backward()
+        optimizer.step()
+        schedule.step()
+        if not penalty:
+            network.clip_norms_()
+        if step in snapshot_steps(steps):
+            with torch.no_grad():
+                snapshots.append(network(heldout_KRD).double())
+                at_anchors.append(network(anchors_KAD).double())
+            if penalty:
+                slopes.append(gradient_norms(network, interpolates(*parts.select, generator)).amax(dim=1).double())
+    snapshots_CKR = torch.stack(snapshots)
+    if not penalty:
+        return torch.cat([linear_1KR, snapshots_CKR])
+    slopes_CK = torch.stack(slopes)
+    select_P, select_Q, _, _ = parts.split(snapshots_CKR / slopes_CK[..., None])
+    best_K = (select_P.mean(dim=-1) - select_Q.mean(dim=-1)).argmax(dim=0)
+    values_KA, slopes_K1 = of_rotations(torch.stack(at_anchors), best_K), of_rotations(slopes_CK, best_K)[:, None]
+    return torch.cat([linear_1KR, extended(torch.stack([values_KA, values_KA / slopes_K1]), anchors_KAD, heldout_KRD)])
+
+
+def extended(values_CKA: Tensor, anchors_KAD: Tensor, x_KRD: Tensor) -> Tensor:
+    """Functions known at anchors as 1-Lipschitz functions of all points, [C, K, R].
+
+        1/2 (min_a (f(a) + |x - a|) + max_a (f(a) - |x - a|))
+
+    Each half is 1-Lipschitz whatever f is (McShane 1934). Where f is 1-Lipschitz, both are f at the anchors; between them the one
+    is too high and the other too low, and most of that cancels in the mean.
+    """
+    # In many dimensions by a product, whose rounding of small distances lifts the one half by what it lowers the other
+    mode = "donot_use_mm_for_euclid_dist" if x_KRD.shape[2] <= 32 else "use_mm_for_euclid_dist"
+    rotations = []
+    for values_CA, anchors_AD, x_RD in zip(values_CKA.unbind(dim=1), anchors_KAD, x_KRD, strict=True):
+        chunks = []
+        for chunk_RD in x_RD.split(4096):
+            distances_RA = torch.cdist(chunk_RD, anchors_AD, compute_mode=mode)
+            chunks.append(torch.stack([(f + distances_RA).amin(dim=1) + (f - distances_RA).amax(dim=1) for f in values_CA]) / 2)
+        rotations.append(torch.cat(chunks, dim=1))
+    return torch.stack(rotations, dim=1)

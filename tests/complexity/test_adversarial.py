@@ -1,0 +1,256 @@
+"""Distances by critics against closed forms: two points, Gaussians of a line, equal clouds, disjoint supports."""
+
+import itertools
+import math
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from dae.complexity.adversarial import ADVERSARIAL, DIVERGENCES, TABLE, WASSERSTEIN, adversarial_distance, train_adversarial
+from dae.complexity.critics import FOLDS, Stack, extended, gradient_norms, parts_of
+from dae.complexity.distances import ADVERSARIAL as NAMES
+from dae.complexity.families import GeneratorFamily
+
+
+def integral(name: str, log_p: torch.Tensor, log_q: torch.Tensor, weight: float) -> float:
+    """A divergence from densities in float64 at equal steps `weight`, or from masses with weight 1."""
+    p, q = log_p.exp(), log_q.exp()
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    integrand = {
+        "js": (p * (log_p - log_m) + q * (log_q - log_m)) / 2,
+        "kl": p * (log_p - log_q),
+        "reverse_kl": q * (log_q - log_p),
+        "chi2": (2 * log_p - log_q).exp() - 2 * p + q,
+        "hellinger": (p.sqrt() - q.sqrt()).square(),
+    }
+    return integrand[name].sum().item() * weight
+
+
+def of_gaussians(name: str, m1: float, s1: float, m2: float, s2: float) -> float:
+    width = 12 * max(s1, s2)
+    t = torch.linspace(min(m1, m2) - width, max(m1, m2) + width, 100_001, dtype=torch.float64)
+    log_p, log_q = (torch.distributions.Normal(m, s).log_prob(t) for m, s in ((m1, s1), (m2, s2)))
+    if name in WASSERSTEIN:  # int |F - G|
+        F, G = (torch.distributions.Normal(m, s).cdf(t) for m, s in ((m1, s1), (m2, s2)))
+        return ((F - G).abs().sum() * (t[1] - t[0])).item()
+    return integral(name, log_p, log_q, (t[1] - t[0]).item())
+
+
+def gaussian(seed: int, count: int, mean: float, std: float, dimensions: int = 1) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return mean + std * torch.randn(count, dimensions, generator=generator, dtype=torch.float64)
+
+
+def quantiles(seed: int, count: int, mean: float, std: float) -> torch.Tensor:
+    """A Gaussian's quantiles at equal steps, shuffled: no error of sampling is left but that of the splits."""
+    share = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return torch.distributions.Normal(mean, std).icdf(share)[order, None]
+
+
+def test_the_integrals_agree_with_closed_forms():
+    assert of_gaussians("kl", 1, 1, 0, 1) == pytest.approx(0.5, rel=1e-6)
+    assert of_gaussians("reverse_kl", 0, 1, 0, 2) == pytest.approx(-math.log(2) + 4 / 2 - 0.5, rel=1e-6)
+    assert of_gaussians("chi2", 1, 1, 0, 1) == pytest.approx(math.e - 1, rel=1e-6)
+    assert of_gaussians("hellinger", 1, 1, 0, 1) == pytest.approx(2 - 2 * math.exp(-1 / 8), rel=1e-6)
+    assert of_gaussians("wgan_gp", 0, 1, 0, 2) == pytest.approx(math.sqrt(2 / math.pi), rel=1e-6)
+
+
+PAIRS = ((1.0, 1.0, 0.0, 1.2), (100.0, 0.011, 100.01, 0.01))
+
+
+@pytest.mark.parametrize("name", ADVERSARIAL)
+@pytest.mark.parametrize("pair", PAIRS, ids=str)
+def test_gaussians(name, pair):
+    m1, s1, m2, s2 = pair
+    x, y = quantiles(1, 4000, m1, s1), quantiles(2, 4000, m2, s2)
+    estimate = adversarial_distance(x, y, name, seeds=(0,))
+    assert estimate.value == pytest.approx(of_gaussians(name, *pair), rel=0.1)
+    assert estimate.bound == "lower" and estimate.distance == name and estimate.counts == (2000, 1000)
+
+
+@pytest.mark.parametrize("name", WASSERSTEIN)
+def test_wasserstein_of_two_scales_needs_a_bent_critic(name):
+    x, y = quantiles(1, 3000, 0, 1), quantiles(2, 3000, 0, 2)
+    assert adversarial_distance(x, y, name, seeds=(0,)).value == pytest.approx(math.sqrt(2 / math.pi), rel=0.1)
+
+
+@pytest.mark.parametrize("name", WASSERSTEIN)
+def test_wasserstein_of_a_shift(name):
+    x, y = gaussian(1, 3000, 0, 1, dimensions=4), gaussian(2, 5000, 0, 1, dimensions=4)
+    shift = torch.tensor([1.0, -2.0, 0.0, 2.0])
+    assert adversarial_distance(x + shift, y, name, seeds=(0,)).value == pytest.approx(3.0, rel=0.1)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_shifted_gaussians_of_three_dimensions_and_different_counts(name):
+    x, y = gaussian(1, 6000, 0, 1, dimensions=3) * 0.7, gaussian(2, 9000, 0, 1, dimensions=3)
+    x[:, 0] += 0.7
+    log_p = torch.distributions.Normal(0.7, 0.7), torch.distributions.Normal(0.0, 0.7)
+    log_q = torch.distributions.Normal(0.0, 1.0)
+    ticks = torch.linspace(-9, 9, 91, dtype=torch.float64)
+    grid = torch.cartesian_prod(ticks, ticks, ticks)
+    truth = integral(name, sum(log_p[min(i, 1)].log_prob(grid[:, i]) for i in range(3)), log_q.log_prob(grid).sum(dim=1), 0.2**3)
+    assert adversarial_distance(x, y, name, seeds=(0,)).value == pytest.approx(truth, rel=0.1)
+
+
+@pytest.mark.parametrize("name, dimensions", [*((name, 3) for name in ADVERSARIAL), ("js", 1), ("wgan_sn", 1)])
+def test_two_points(name, dimensions):
+    """Shares of exactly 0.8 and 0.3, so that no error of sampling is left but that of the split."""
+    a, b = torch.full((dimensions,), 3.0), torch.full((dimensions,), -1.0)
+    share_x, share_y = (torch.arange(2000) < count for count in (1600, 600))
+    x, y = (torch.where(share[:, None], a, b) for share in (share_x, share_y))
+    if name in WASSERSTEIN:
+        truth = 0.5 * (a - b).norm().item()
+    else:
+        truth = integral(name, torch.tensor([0.8, 0.2]).log(), torch.tensor([0.3, 0.7]).log(), 1.0)
+    assert adversarial_distance(x, y, name, seeds=(0,), steps=100).value == pytest.approx(truth, rel=0.1)
+
+
+@pytest.mark.parametrize("name", ADVERSARIAL)
+def test_equal_clouds_have_no_distance(name):
+    x = gaussian(1, 1000, 0, 1, dimensions=2)
+    assert adversarial_distance(x, x.clone(), name, seeds=(0,), steps=50).value < 1e-12  # the rounding of 1 - 1
+    # Two draws: W1 errs like a mean of 2,000 values of scale 1, and the divergences like parameters over rows
+    small = 2 / math.sqrt(1000) if name in WASSERSTEIN else 20 / 1000
+    assert adversarial_distance(x, gaussian(2, 1000, 0, 1, dimensions=2), name, seeds=(0,), steps=50).value < small
+
+
+def test_disjoint_supports():
+    """Intervals beside each other, four in turn, which no quadric parts, and rings about each other."""
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.rand(2, 2000, 1, generator=generator)
+    alternate = 4.0 * (torch.arange(2000) % 2)[:, None]
+    angle = 2 * math.pi * torch.rand(2000, generator=generator)
+    ring = torch.stack([angle.cos(), angle.sin()], dim=1)
+    for p, q in ((x, y + 1.5), (x + alternate, y + 2 + alternate), (ring, 0.5 * ring)):
+        value = adversarial_distance(p, q, "js", seeds=(0,)).value
+        assert 0.95 * math.log(2) < value <= math.log(2)
+    assert 1.9 < adversarial_distance(ring, 0.5 * ring, "hellinger", seeds=(0,)).value <= 2
+
+
+def test_mixture_that_no_quadric_parts_from_a_gaussian():
+    """Two modes against a Gaussian of equal mean and variance: all of the distance is the network's to find."""
+    mode = torch.where(torch.arange(8000) % 2 == 0, 1.8, -1.8)[:, None]
+    x, y = gaussian(1, 8000, 0, 0.5) + mode, gaussian(2, 8000, 0, math.sqrt(0.25 + 1.8**2))
+    t = torch.linspace(-20, 20, 20_001, dtype=torch.float64)
+    normal = torch.distributions.Normal
+    log_p = torch.logaddexp(normal(1.8, 0.5).log_prob(t), normal(-1.8, 0.5).log_prob(t)) - math.log(2)
+    log_q = normal(0.0, math.sqrt(0.25 + 1.8**2)).log_prob(t)
+    truth = integral("js", log_p, log_q, (t[1] - t[0]).item())
+    assert adversarial_distance(x, y, "js", seeds=(0,)).value == pytest.approx(truth, rel=0.1)
+
+
+def test_units_and_exchange():
+    x, y = gaussian(1, 1500, 0.5, 1, dimensions=2), gaussian(2, 1500, 0, 1.5, dimensions=2)
+    moved = [cloud * torch.tensor([1e3, 1e-3]) + 50 for cloud in (x, y)]
+    plain, units = (adversarial_distance(*pair, "js", seeds=(3,), steps=20).value for pair in ((x, y), moved))
+    assert units == pytest.approx(plain, rel=0.02)  # the same up to rounding, which training magnifies
+    doubled = adversarial_distance(1e200 * x, 1e200 * y, "wgan_gp", seeds=(3,), steps=20).value
+    assert doubled == pytest.approx(1e200 * adversarial_distance(x, y, "wgan_gp", seeds=(3,), steps=20).value, rel=0.02)
+    kl = adversarial_distance(x, y, "kl", seeds=(3,)).value
+    assert adversarial_distance(y, x, "reverse_kl", seeds=(3,)).value == pytest.approx(kl, rel=0.05)
+
+
+def test_seeds_are_all_the_randomness():
+    x, y = gaussian(1, 200, 0.5, 1), gaussian(2, 240, 0, 1)
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    both = adversarial_distance(x, y, "hellinger", seeds=(0, 7), steps=10)
+    assert torch.equal(torch.get_rng_state(), state)
+    alone = adversarial_distance(x, y, "hellinger", seeds=(7,), steps=10)
+    assert alone.values == both.values[1:] and both.values[0] != both.values[1] and both.std > 0
+
+
+def test_parts_are_disjoint_and_measure_every_row():
+    x, y = torch.arange(42.0)[:, None], torch.arange(33.0)[:, None]
+    for cloud, parts in ((0, parts_of(x, y, torch.Generator().manual_seed(0))), (1, parts_of(x, y, torch.Generator()))):
+        rows = (x, y)[cloud]
+        measured = set()
+        for k in range(FOLDS):
+            pieces = [part[cloud][k].flatten().tolist() for part in (parts.fit, parts.select, parts.measure)]
+            assert sorted(itertools.chain(*pieces)) == rows.flatten().tolist()
+            assert not measured & set(pieces[2])
+            measured |= set(pieces[2])
+        assert len(measured) == len(rows) // FOLDS * FOLDS
+
+
+def test_critics_are_one_lipschitz():
+    generator = torch.Generator().manual_seed(0)
+    network = Stack(2, 3, 8, generator, torch.device("cpu"), maxmin=True)
+    for weight in network.weights:
+        weight.data *= 3
+    network.clip_norms_()
+    points = 4 * torch.randn(2, 500, 3, generator=generator)
+    assert gradient_norms(network, points).max() <= 1 + 1e-5
+    anchors, values = torch.randn(2, 40, 3, generator=generator), 5 * torch.randn(1, 2, 40, generator=generator)
+    f_KR = extended(values, anchors, points)[0]
+    slopes = (f_KR[:, :, None] - f_KR[:, None, :]).abs() - torch.cdist(points, points)
+    assert slopes.max() < 1e-4  # float32 rounding of values to 20
+    tame = extended(anchors[None, ..., 0], anchors, anchors)[0]
+    torch.testing.assert_close(tame, anchors[..., 0])  # 1-Lipschitz as it was given
+
+
+def test_names_and_conventions():
+    assert ADVERSARIAL == NAMES and tuple(TABLE) == DIVERGENCES
+    x = gaussian(0, 40, 0, 1)
+    for name in ADVERSARIAL:
+        assert "P = data, Q = generated" in adversarial_distance(x, x + 1, name, seeds=(0,), steps=1).convention
+
+
+def test_bad_input():
+    x, y = gaussian(1, 40, 0, 1), gaussian(2, 40, 0, 1)
+    with pytest.raises(ValueError, match=re.escape("did you mean 'hellinger'?")):
+        adversarial_distance(x, y, "helinger")
+    with pytest.raises(ValueError, match="y: expected finite values, got NaN"):
+        adversarial_distance(x, torch.where(y > 1, torch.nan, y), "js")
+    with pytest.raises(ValueError, match=r"x: expected at least 32 rows.*got 31"):
+        adversarial_distance(x[:31], y, "js")
+    with pytest.raises(ValueError, match="rows of one size"):
+        adversarial_distance(x, y.expand(40, 2), "js")
+    with pytest.raises(TypeError, match="floating"):
+        adversarial_distance(x.long(), y, "js")
+    with pytest.raises(ValueError, match="steps >= 1, got 0"):
+        adversarial_distance(x, y, "js", steps=0)
+    with pytest.raises(ValueError, match="at least one seed"):
+        adversarial_distance(x, y, "js", seeds=())
+
+
+class Affine(GeneratorFamily):
+    """z -> scale z + shift with any scale in [0, 1]."""
+
+    capacity, knob = 1.0, "scale"
+
+    def build(self, latent_shape, data_shape):
+        return nn.Linear(*latent_shape, *data_shape)
+
+    def constrain_(self, module):
+        with torch.no_grad():
+            module.weight.clamp_(0, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ADVERSARIAL)
+def test_training_learns_scale_and_shift(name):
+    z, x = gaussian(1, 2000, 0, 1).float(), gaussian(2, 2000, 2, 0.5).float()
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    module = train_adversarial(Affine(), z, x, name, seed=0, steps=300, learning_rates=(5e-2, 2e-2))
+    assert torch.equal(torch.get_rng_state(), state) and not module.training
+    assert module.weight.item() == pytest.approx(0.5, abs=0.1) and module.bias.item() == pytest.approx(2, abs=0.1)
+    with torch.no_grad():
+        generated = module(gaussian(3, 2000, 0, 1).float())
+    before = adversarial_distance(x, z, name, seeds=(0,), steps=50).value
+    assert adversarial_distance(x, generated, name, seeds=(0,), steps=50).value < 0.1 * before
+
+
+def test_training_stays_in_the_family():
+    z, x = gaussian(1, 100, 0, 1).float(), gaussian(2, 100, 0, 3).float()
+    module = train_adversarial(Affine(), z, x, "reverse_kl", seed=0, steps=20, batch_size=50, learning_rates=(0.1, 0.01))
+    assert 0 <= module.weight.item() <= 1
+    with pytest.raises(ValueError, match="did you mean 'wgan_sn'"):
+        train_adversarial(Affine(), z, x, "wgan_s", seed=0)
+    with pytest.raises(ValueError, match="latents: expected at least 32 rows"):
+        train_adversarial(Affine(), z[:4], x, "js", seed=0)
