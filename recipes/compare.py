@@ -64,8 +64,9 @@ def compare(config: Config, prepare: Callable[[Config], Any] = Bench.prepare, tr
     write_file(folder / "compare.json", json.dumps(summary, indent=1, allow_nan=False).encode())
     write_file(folder / "compare.md", markdown(summary).encode())
     path = write_page(config, summary, pictures(config, bench, measured), folder)
-    print("\n".join(headline(summary, summary["differences"]["frechet"])))
-    print("\n".join(f"At equal rate: {words}" for words in headline(summary, (summary["equal_rate"] or {}).get("frechet"))))
+    for title, rows in (("equal steps", summary["differences"]), ("equal rate", summary["equal_rate"])):
+        if rows:
+            print("\n".join([f"At {title}:", *headline(summary, rows["frechet"])]))
     print(f"saved {path}, with compare.png, compare.json and compare.md")
     if failed := [o for o in tuning + measured if o.failed]:
         listed = "; ".join(f"{name_of(o.job)}: {o.failed}" for o in failed)

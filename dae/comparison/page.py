@@ -19,7 +19,7 @@ from dae.charts import (
     interval_panel,
     save_png,
 )
-from dae.comparison.results import BY_KEY, MEASURES, Measure, headline, p_value, shown, verdict
+from dae.comparison.results import BY_KEY, MEASURES, Measure, adjustment, detail, grouped, in_short, p_value, shown, verdict
 from dae.config import Config, differing_keys
 from dae.report import Html, element, number, paragraph, percent
 
@@ -82,13 +82,22 @@ def lead(summary: dict) -> list[Html]:
     measured = (
         f"Here {len(summary['arms'])} ways were trained on “{Path(summary['data']).name}” with {_seeds(len(seeds))} each"
         + (", and compared seed by seed" if len(seeds) > 1 else "")
-        + f" (carrier: {summary['carrier']}). What is compared is the generation distance: how far new images are from real "
-        "images that no training saw, as a Fréchet distance in features of a small classifier"
+        + f" (latent and prior: {_carrier(summary)}). What is compared is the generation distance: how far new images are from "
+        "real images that no training saw, as a Fréchet distance in features of a small classifier"
         + (f", at {distance:,} images a side" if distance else "")
         + ". Lower is better; real training images themselves are at "
         + f"{number(summary['facts']['floor']['frechet'])}."
     )
     return [paragraph(what, " See ", PAPER, "."), paragraph(measured), *_notices(summary)]
+
+
+def _carrier(summary: dict) -> str:
+    words = {
+        "vq": "tokens of a codebook", "kl": "continuous numbers", "ar": "an autoregressive Transformer",
+        "dit": "a Diffusion Transformer with flow matching", "mixture": "a Gaussian mixture",
+        "gan": "with an adversarial loss of the decoder",
+    }  # fmt: skip
+    return ", ".join(words[part] for part in summary["carrier"].split(" + "))
 
 
 def _seeds(count: int) -> str:
@@ -106,32 +115,30 @@ def _notices(summary: dict) -> list[Html]:
 
 def answer(summary: dict) -> list[Html]:
     base, share = summary["baseline"], f"{100 * summary['level']:.0f}\u00a0%"
-    steps = headline(summary, summary["differences"]["frechet"])
-    parts = [element("h3", "With equally many training steps"), *(paragraph(words) for words in steps)]
-    parts.append(element("h3", "At equal rate"))
-    if not summary["equal_rate"]:
-        parts.append(
-            paragraph(
-                "Not measured. A latent with less information is easier to model, so an arm can win above by keeping less of "
-                f"the image. To tell, {base} must be trained at several rates (compare.rates)."
-            )
+    why = "A latent with less information is easier to model, so an arm can win above merely by keeping less of the image. "
+    if summary["equal_rate"]:
+        why += (
+            f"So each arm is held against what {base} reaches at the same rate (bits of the latent), read off between {base}’s "
+            "own trials of the same seed at several rates; never beyond them."
         )
+        at_rate = [paragraph(why), *_answer(summary, summary["equal_rate"]["frechet"])]
     else:
-        parts.append(
-            paragraph(
-                "A latent with less information is easier to model, so an arm can win above merely by keeping less of the image. "
-                f"So each arm is held against what {base} reaches at the same rate, read off between {base}’s own trials of the "
-                "same seed at several rates; never beyond them."
-            )
-        )
-        parts += [paragraph(words) for words in headline(summary, summary["equal_rate"]["frechet"])]
-    parts.append(
-        paragraph(
-            f"In brackets: the {share} interval of the difference to {base}, from the spread between the seeds. “No difference "
-            "shown” means that the interval holds 0; how wide it is says how large a difference may have been missed."
-        )
+        at_rate = [paragraph(f"Not measured. {why}To tell, {base} must be trained at several rates (compare.rates).")]
+    brackets = (
+        f"The numbers are differences in generation distance to {base}, negative is better; in brackets their {share} interval, "
+        "from the spread between the seeds. “No difference shown” means that the interval holds 0; how wide it is says how large "
+        "a difference may have been missed."
     )
-    return parts
+    steps = _answer(summary, summary["differences"]["frechet"])
+    titles = [element("h3", words) for words in ("With equally many training steps", "At equal rate")]
+    return [titles[0], *steps, titles[1], *at_rate, paragraph(brackets)]
+
+
+def _answer(summary: dict, rows: dict[str, dict]) -> list[Html]:
+    items = [element("li", f"{name}: {detail('frechet', row)}") for name, row in rows.items()]
+    caveat = adjustment(summary, rows)
+    parts = [paragraph(element("strong", in_short(summary, rows))), element("ul", *items)]
+    return parts + ([paragraph(caveat)] if caveat else [])
 
 
 def compared(config: Config, summary: dict) -> list[Html]:
@@ -173,13 +180,15 @@ def differences(summary: dict) -> list[Html]:
     parts = [_forest(summary, summary["differences"]["frechet"], "With equally many steps")]
     if summary["equal_rate"]:
         parts.append(_forest(summary, summary["equal_rate"]["frechet"], "At equal rate"))
-    header = ["arm", *(f"{BY_KEY[k].name}, minus {base}’s" for k in ("frechet", "bits", "psnr")), "p of the distance (Holm)"]
+    header = ["arm", "generation distance", "p (Holm)", "bits under the prior", "PSNR"]
     tables = []
     for title, found in (("With equally many steps", summary["differences"]), ("At equal rate", summary["equal_rate"])):
         if found:
-            rows = [[name, *(_cell(BY_KEY[k], found[k].get(name)) for k in ("frechet", "bits", "psnr")), p_value(row)]
-                    for name, row in found["frechet"].items()]  # fmt: skip
-            tables += [element("h3", title), web.table(header, rows)]
+            rows = []
+            for name, row in found["frechet"].items():
+                cells = [_cell(BY_KEY[key], found[key].get(name)) for key in ("frechet", "bits", "psnr")]
+                rows.append([name, cells[0], p_value(row), *cells[1:]])
+            tables += [element("h3", f"{title}: minus {base}’s"), web.table(header, rows)]
     how = (
         "The arms share their seeds: a seed fixes the images’ order, the first weights and all other chance. So the differences "
         f"are taken seed by seed, which removes what the seed does to both, and the interval is Student’s of {_seeds(seeds)}. "
@@ -331,12 +340,10 @@ def copies(summary: dict) -> list[Html]:
         "images are."
     )
     drawn = web.chart(interval_chart(bars, x=axis, level=level), _bars_in_words(axis, bars))
-    beyond = [BY_KEY["copies"], summary["differences"]["copies"]]
-    groups: dict[str, list[str]] = {}
-    for name, row in beyond[1].items():
-        groups.setdefault(verdict(beyond[0], row), []).append(f"{name} ({shown(beyond[0], row, sign=True)})")
+    rows = summary["differences"]["copies"]
     against = {"worse": "more", "better": "fewer", "no difference shown": "no difference shown", "not known": "not known"}
-    said = "; ".join(f"{against[key]}: {', '.join(names)}" for key, names in groups.items())
+    groups = {word: [f"{n} ({detail('copies', rows[n])})" for n in names] for word, names in grouped("copies", rows).items()}
+    said = "; ".join(f"{against[word]}: {', '.join(names)}" for word, names in groups.items())
     return [
         paragraph(words),
         web.figure(drawn, f"Means with {100 * summary['level']:.0f}\u00a0% intervals; the rule: real held-out images."),
@@ -371,7 +378,7 @@ def predictors(summary: dict) -> list[Html]:
         "whole seeds; with few seeds these are too narrow. It tells arms of this comparison apart; it says nothing about others."
     )
     drawn = web.chart(interval_chart(bars, x=axis, level=(0.0, "")), _bars_in_words(axis, bars))
-    return [paragraph(words), web.figure(drawn, note)]
+    return [web.side_by_side(web.figure(drawn, note), paragraph(words))]
 
 
 def tuning(summary: dict) -> list[Html]:

@@ -40,7 +40,7 @@ def _of_prior(key: str) -> Callable[[dict], float | None]:
 
 MEASURES = (
     Measure("frechet", "generation distance", -1, _of_prior("frechet")),
-    Measure("bits", "bits an image under the prior", -1, _of_prior("bits"), 1),
+    Measure("bits", "bits an image under the prior", 0, _of_prior("bits"), 1),  # a smaller latent has fewer, and is no better
     Measure("rate_bits", "rate, bits an image", 0, lambda r: r["rate_bits"], 1),
     Measure("psnr", "PSNR of reconstructions", 1, lambda r: r["psnr"], 2, "dB"),
     Measure("ssim", "SSIM of reconstructions", 1, lambda r: r["ssim"], 3),
@@ -84,7 +84,7 @@ def summarize(config: Config, facts: dict, outcomes: Sequence[Outcome]) -> dict:
     baseline, others = own[compare.baseline], [name for name in names if name != compare.baseline]
     summary = {
         "data": config.data.dataset_name,
-        "carrier": f"{config.autoencoder.bottleneck} + {prior_family(config)}",
+        "carrier": " + ".join(_carrier(config)),
         "baseline": compare.baseline,
         "seeds": list(compare.seeds),
         "level": LEVEL,
@@ -105,6 +105,11 @@ def summarize(config: Config, facts: dict, outcomes: Sequence[Outcome]) -> dict:
         ],
     }  # fmt: skip
     return _jsonable(summary)
+
+
+def _carrier(config: Config) -> list[str]:
+    adversarial = ["gan"] if config.stage2.loss.adversarial else []
+    return [config.autoencoder.bottleneck, prior_family(config), *adversarial]
 
 
 def value_of(measure: Measure, outcome: Outcome) -> float | None:
@@ -283,31 +288,50 @@ def shown(measure: Measure, row: dict | None, sign: bool = False) -> str:
     return f"{write(row['mean'])}{ends}{unit}"
 
 
-def headline(summary: dict, rows: dict[str, dict] | None, key: str = "frechet") -> list[str]:
-    """Sentences that answer, for one set of differences, which arms are better or worse than the baseline, and for which none
-    is shown; with what remains after Holm's adjustment. Empty if `rows` is None."""
+def grouped(key: str, rows: dict[str, dict]) -> dict[str, list[str]]:
+    """Names of arms by their `verdict`, in the order better, worse, no difference shown, not known."""
+    words = ("better", "worse", "higher", "lower", "no difference shown", "not known")
+    found = {word: [name for name, row in rows.items() if verdict(BY_KEY[key], row) == word] for word in words}
+    return {word: names for word, names in found.items() if names}
+
+
+def in_short(summary: dict, rows: dict[str, dict]) -> str:
+    """One sentence that answers, for one table of differences, which arms are better or worse than the baseline."""
+    base, groups = summary["baseline"], grouped("frechet", rows)
+    words = {
+        "better": f"better than {base}",
+        "worse": f"worse than {base}",
+        "no difference shown": "no difference shown",
+        "not known": "not known, for want of two seeds",
+    }
+    said = "; ".join(f"{words[word]}: {', '.join(names)}" for word, names in groups.items())
+    return f"{said[0].upper()}{said[1:]}." if said else f"No arm can be held against {base}."
+
+
+def detail(key: str, row: dict) -> str:
+    """A difference in figures: `−3.05 [−3.26, −2.84]; 4 of 5 seeds`."""
+    pairs = f"{row['n']} of {row['of']} seeds" if row["n"] < row["of"] else f"{row['n']} seed{'s' if row['n'] > 1 else ''}"
+    return f"{shown(BY_KEY[key], row, sign=True)}; {pairs}"
+
+
+def adjustment(summary: dict, rows: dict[str, dict]) -> str:
+    """What remains of the differences after Holm's adjustment for their number; empty where nothing was tested at once."""
+    tested = {name: row for name, row in rows.items() if row["p"] is not None}
+    if len(tested) < 2:
+        return ""
+    kept = [name for name, row in tested.items() if row["adjusted"] < 1 - summary["level"]]
+    return (
+        f"These are {len(tested)} comparisons at once, and one interval in twenty misses the truth by chance alone; allowing for "
+        f"that (Holm's adjustment), {'a difference remains for ' + ', '.join(kept) if kept else 'no difference remains'}."
+    )
+
+
+def headline(summary: dict, rows: dict[str, dict] | None) -> list[str]:
+    """The answer of one table of generation distances, for a terminal: in short, each arm's figures, and the adjustment."""
     if rows is None:
         return []
-    measure, baseline = BY_KEY[key], summary["baseline"]
-    groups: dict[str, list[str]] = {}
-    for name, row in rows.items():
-        pairs = f"{row['n']} of {row['of']} seeds" if row["n"] < row["of"] else f"{row['n']} seeds"
-        groups.setdefault(verdict(measure, row), []).append(f"{name} ({shown(measure, row, sign=True)}; {pairs})")
-    words = {
-        "better": f"Better than {baseline}",
-        "worse": f"Worse than {baseline}",
-        "no difference shown": f"No difference to {baseline} shown",
-        "not known": f"Against {baseline} not known, for want of two seeds",
-    }
-    sentences = [f"{start}: {', '.join(groups[key])}." for key, start in words.items() if key in groups]
-    tested = {name: row for name, row in rows.items() if row["p"] is not None}
-    if len(tested) > 1:
-        kept = [name for name, row in tested.items() if row["adjusted"] < 1 - summary["level"]]
-        sentences.append(
-            f"These are {len(tested)} comparisons at once, and one interval in twenty misses the truth by chance alone; allowing "
-            f"for that (Holm's adjustment), {'a difference remains for ' + ', '.join(kept) if kept else 'no difference remains'}."
-        )
-    return sentences
+    figures = [f"  {name}: {detail('frechet', row)}" for name, row in rows.items()]
+    return [in_short(summary, rows), *figures, *filter(None, [adjustment(summary, rows)])]
 
 
 COLUMNS = ("frechet", "bits", "rate_bits", "psnr", "copies", "recognised")

@@ -7,7 +7,18 @@ import math
 import pytest
 
 from dae.comparison.jobs import Outcome
-from dae.comparison.results import BY_KEY, headline, markdown, pool, pooled_markdown, pooled_predictors, shown, summarize, verdict
+from dae.comparison.results import (
+    BY_KEY,
+    headline,
+    in_short,
+    markdown,
+    pool,
+    pooled_markdown,
+    pooled_predictors,
+    shown,
+    summarize,
+    verdict,
+)
 from dae.comparison.statistics import paired_interval
 from dae.comparison.trial import Job
 from dae.config import load_config
@@ -56,12 +67,13 @@ def test_words_follow_the_intervals():
     summary = summarize(configure(), FACTS, three_arms())
     rows, frechet = summary["differences"]["frechet"], BY_KEY["frechet"]
     assert (verdict(frechet, rows["weak"]), verdict(frechet, rows["dae-linear"])) == ("better", "no difference shown")
-    better, none, adjusted = headline(summary, rows)
-    assert better.startswith("Better than joint: weak (−3.05 [−3.26, −2.84]; 4 seeds)")
-    assert none.startswith("No difference to joint shown: dae-linear (−0.0") and "remains for weak." in adjusted
+    assert in_short(summary, rows) == "Better than joint: weak; no difference shown: dae-linear."
+    first, weak, linear, adjusted = headline(summary, rows)
+    assert first == in_short(summary, rows) and weak == "  weak: −3.05 [−3.26, −2.84]; 4 seeds"
+    assert linear.startswith("  dae-linear: −0.0") and adjusted.endswith("a difference remains for weak.")
     worse = dict(rows["weak"], verdict=1)
     assert (verdict(frechet, worse), verdict(BY_KEY["psnr"], worse)) == ("worse", "better")
-    assert verdict(BY_KEY["rate_bits"], worse) == "higher"
+    assert verdict(BY_KEY["rate_bits"], worse) == verdict(BY_KEY["bits"], worse) == "higher"
     assert headline(summary, None) == []
 
 
@@ -80,7 +92,8 @@ def test_one_seed_has_no_interval():
     summary = summarize(configure("compare.seeds=[0]"), FACTS, [o for o in three_arms() if o.job.seed == 0])
     row = summary["differences"]["frechet"]["weak"]
     assert row["mean"] == pytest.approx(-3.1) and row["low"] is None and row["p"] is None
-    assert headline(summary, summary["differences"]["frechet"])[0].startswith("Against joint not known")
+    said = in_short(summary, summary["differences"]["frechet"])
+    assert said == "Not known, for want of two seeds: weak, dae-linear."
     assert "not known" in markdown(summary) and shown(BY_KEY["frechet"], row, sign=True) == "−3.10"
 
 
@@ -134,7 +147,7 @@ def test_an_arm_outside_of_all_rates_says_so():
     summary = summarize(configure("compare.rates=[16]"), FACTS, outcomes)
     row = summary["equal_rate"]["frechet"]["weak"]
     assert (row["n"], row["of"], row["mean"]) == (0, 4, None)
-    assert "0 of 4 seeds" in headline(summary, summary["equal_rate"]["frechet"])[0]
+    assert "0 of 4 seeds" in " ".join(headline(summary, summary["equal_rate"]["frechet"]))
     json.dumps(summary, allow_nan=False)
 
 
