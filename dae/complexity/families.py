@@ -140,7 +140,7 @@ class MLPs(GeneratorFamily):
     knob: str = "width"
 
     nested: ClassVar[bool] = True
-    learning_rate: ClassVar[float] = 5e-3
+    learning_rate: ClassVar[float] = 1e-2
 
     def __post_init__(self) -> None:
         check_count("width", self.width)
@@ -166,10 +166,11 @@ class MLPs(GeneratorFamily):
 class LipschitzNetworks(GeneratorFamily):
     """Networks with |g(z) - g(z')| <= constant |z - z'| for all z, z', in Euclidean norms of flattened latents and data.
 
-    g(z) = constant A_n(s(A_{n-1}(... s(A_1(z))))) with affine A_i of spectral norm <= 1 and s = MaxMin, which sorts pairs of
-    units: 1-Lipschitz, and it keeps the norm of the gradient, so that the bound can be reached. Exact in every member (to
-    rounding): the singular values are clipped, not estimated. Nested in the constant: a smaller one is a last weight of smaller
-    norm. The infimum is over these networks, so it is an upper bound of that over all functions with this constant.
+    g(z) = A_n(s(A_{n-1}(... s(A_1(z))))) with n affine A_i of spectral norm <= constant^(1/n) and s = MaxMin, which sorts pairs
+    of units: 1-Lipschitz, and it keeps the norm of the gradient, so that the bound can be reached. Exact in every member (to
+    rounding): the singular values are clipped, not estimated. Nested in the constant. Training starts from slope 1 or the
+    constant if that is less, as a function that is steep everywhere takes long to unfold. The infimum is over these networks, so
+    it is an upper bound of that over all functions with this constant.
 
     Source: Anil, Lucas and Grosse 2019, "Sorting out Lipschitz function approximation", arXiv 1811.05381.
 
@@ -184,7 +185,7 @@ class LipschitzNetworks(GeneratorFamily):
     depth: int = 2
 
     nested: ClassVar[bool] = True
-    learning_rate: ClassVar[float] = 1e-2
+    learning_rate: ClassVar[float] = 2e-2
     knob: ClassVar[str] = "Lipschitz constant"
 
     def __post_init__(self) -> None:
@@ -206,12 +207,16 @@ class LipschitzNetworks(GeneratorFamily):
     def build(self, latent_shape: Shape, data_shape: Shape) -> nn.Module:
         network = perceptron(latent_shape, data_shape, self.width, self.depth, MaxMin)
         for layer in affine_layers(network):
-            nn.init.orthogonal_(layer.weight)
-        return nn.Sequential(network, Scale(self.constant))
+            nn.init.orthogonal_(layer.weight, gain=min(1.0, self.norm_of_a_layer))
+        return network
+
+    @property
+    def norm_of_a_layer(self) -> float:
+        return self.constant ** (1 / (self.depth + 1))
 
     def constrain_(self, module: nn.Module) -> None:
         for layer in affine_layers(module):
-            clip_singular_values_(layer.weight, 1.0)
+            clip_singular_values_(layer.weight, self.norm_of_a_layer)
 
     def rescaled(self, ratio: float) -> Self:
         return self.at(self.constant * ratio)
@@ -298,7 +303,7 @@ class DropoutNetworks(GeneratorFamily):
     depth: int = 2
 
     nested: ClassVar[bool] = False
-    learning_rate: ClassVar[float] = 5e-3
+    learning_rate: ClassVar[float] = 1e-2
     knob: ClassVar[str] = "share of units kept"
 
     def __post_init__(self) -> None:
@@ -341,17 +346,6 @@ class NoisyReLU(nn.Module):
 
     def forward(self, x_BH: Tensor) -> Tensor:
         return F.dropout(F.relu(x_BH), self.p, training=True)
-
-
-class Scale(nn.Module):
-    """x times a constant that is not trained."""
-
-    def __init__(self, factor: float):
-        super().__init__()
-        self.factor = factor
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.factor
 
 
 def perceptron(latent_shape: Shape, data_shape: Shape, width: int, depth: int, activation) -> nn.Sequential:
