@@ -339,7 +339,9 @@ def measurements(run: Record) -> Html:
         ]
     distance, least = web.spread(g["frechet"], g["frechet_std"]), web.spread(floor["frechet"], floor["frechet_std"])
     right = percent(run.metrics["extractor"]["heldout_accuracy"])
-    task = "what “recognised” is to be held against" if run.labelled else "telling by how many quarter turns one was rotated"
+    task = "telling by how many quarter turns one was rotated"
+    if run.labelled or run.data.get("labelled"):
+        task = "what “recognised” is to be held against" if run.labelled else "telling their classes apart"
     rows += [
         *prior_measurements(run),
         ("Recognised", percent(g["recognised"]), "Samples that the classifier takes for the class they were sampled as."),

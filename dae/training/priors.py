@@ -28,6 +28,7 @@ from dae.training.loop import seed_for
 
 LIKELIHOOD_STEPS = 32  # of the ODE whose likelihood gives a DiT's bits an image
 LIKELIHOOD_IMAGES = 256  # held-out images of which it is taken at most
+SCORE_BATCH = 64  # latents at once where numbers are drawn for each batch: no setting may change the score
 
 
 def prior_family(config: Config) -> str:
@@ -105,12 +106,11 @@ def velocity_loss(model: nn.Module, prior: DiT, batch: dict[str, Tensor]) -> Ten
 def steady_velocity_loss(prior: DiT, encoded: PosteriorDataset, config: Config) -> float:
     """`flow_matching_loss` of the plain encodings, at the same posterior samples, times and noise whenever it is called."""
     prior.eval()
-    batch_size, device, total = config.evaluation.batch_size, prior.latent_mean.device, 0.0
+    device, total = prior.latent_mean.device, 0.0
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), each_for_itself():
         torch.manual_seed(seed_for(config.seed, "prior", "validation"))
-        for labels, moments in zip(
-            encoded.labels_N.split(batch_size), encoded.moments_NCEhw[:, 0].split(batch_size), strict=True
-        ):
+        plain = encoded.moments_NCEhw[:, 0]
+        for labels, moments in zip(encoded.labels_N.split(SCORE_BATCH), plain.split(SCORE_BATCH), strict=True):
             latents = prior.normalise(sample_posteriors(moments.to(device)))
             total += flow_matching_loss(prior, latents, labels.to(device)).item() * len(labels)
     return total / len(encoded)
@@ -120,12 +120,12 @@ def dit_bits_per_image(prior: DiT, encoded: PosteriorDataset, config: Config) ->
     """Code length of the latent given the class, see `dae.metrics.bits_back`; of `LIKELIHOOD_IMAGES` images at most."""
     prior.eval()
     order = torch.randperm(len(encoded), generator=torch.Generator().manual_seed(seed_for(config.seed, "prior", "bits")))
-    rows, device, batch_size = order[:LIKELIHOOD_IMAGES], prior.latent_mean.device, config.evaluation.batch_size
+    rows, device = order[:LIKELIHOOD_IMAGES], prior.latent_mean.device
     labels_N = encoded.labels_N[rows].to(device)
     generator = torch.Generator(device).manual_seed(seed_for(config.seed, "prior", "likelihood"))
 
     def log_prob(latents: Tensor) -> Tensor:
-        batches = zip(latents.split(batch_size), labels_N.split(batch_size), strict=True)
+        batches = zip(latents.split(SCORE_BATCH), labels_N.split(SCORE_BATCH), strict=True)
         return torch.cat([log_likelihood(prior, *batch, num_steps=LIKELIHOOD_STEPS, generator=generator) for batch in batches])
 
     mean, log_variance = encoded.moments_NCEhw[rows, 0].to(device).chunk(2, dim=1)

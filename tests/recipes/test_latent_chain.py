@@ -100,6 +100,7 @@ def test_gaussian_mixture(encoded, run, history):
     page = (encoded / "report.html").read_text()
     assert "a mixture of 3 Gaussians, the prior" in page and "10 classes, which this prior does not know" in page
     assert "fitted at once" in page and "recognised as their class" not in page
+    assert "telling their classes apart" in page and "quarter turns" not in page
     before = fingerprint(encoded / "prior")
     run("train_prior", encoded, *MIXTURE, "resume_from_checkpoint=latest")
     assert fingerprint(encoded / "prior") == before and history(encoded / "prior") == rows

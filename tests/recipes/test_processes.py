@@ -77,6 +77,27 @@ def test_two_processes_are_one(tmp_path, run, two, history, same_log, assert_fro
 
 
 @pytest.mark.slow
+def test_two_processes_are_one_over_a_continuous_latent(tmp_path, run, two, history, same_log):
+    """Posteriors in the cache, samples of them, times and noise of the flow: tolerance as above, in 8 steps."""
+    kl = ("autoencoder.bottleneck=kl", "prior.augmented_copies=1", "data.random_flip=true", "prior.dropout=0.2")
+    kl += ("stage1.max_train_steps=4", "stage2.max_train_steps=2", "prior.max_train_steps=8")
+    for name in ("train_dae", "encode", "train_prior"):
+        run(name, tmp_path / "one", *kl, *batch(16))
+    for folder in ("encoded", "trained"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "autoencoder").symlink_to(tmp_path / "one" / "autoencoder")
+    (tmp_path / "trained" / "latents").symlink_to(tmp_path / "one" / "latents")
+    two(
+        ("encode", [*kl, *batch(8), f"output_dir={tmp_path / 'encoded'}"]),
+        ("train_prior", [*kl, *batch(8), f"output_dir={tmp_path / 'trained'}"]),
+    )
+    one, other = (load_file(tmp_path / folder / "latents" / "moments.safetensors") for folder in ("one", "encoded"))
+    assert one.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in one.items())
+    rows, others = ([row for row in history(tmp_path / f / "prior") if row["split"] != "delivered"] for f in ("one", "trained"))
+    same_log(rows, others)
+
+
+@pytest.mark.slow
 def test_resumed_by_another_number_of_processes(tmp_path, run, two, history, same_log):
     """One process stops in the middle of a window of the log; two finish, and adversarial training of stage 2 with them."""
     options = [
