@@ -1,0 +1,476 @@
+"""The page of recipes/measure_latent.py, its charts and its JSON: what was measured, for a reader who does not know the paper."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Sequence
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from dae import report as web
+from dae.charts import Panel, Series, frontier_chart, frontier_panel, save_png
+from dae.complexity.curves import ComplexityCurve
+from dae.complexity.estimate import Estimate
+from dae.complexity.families import ConvDecoders, DropoutNetworks, GeneratorFamily, LinearMaps, LipschitzNetworks, MLPs
+from dae.complexity.latents import Latent
+from dae.config import Config
+from dae.data.pictures import grid, write_png
+from dae.metrics import versions
+from dae.report import Html, element, number, paragraph
+
+if TYPE_CHECKING:
+    import numpy as np
+
+PAPER = web.link("Hu et al., “Complexity Matters”, NeurIPS 2023", "https://arxiv.org/abs/2307.08283")
+GAP_CLOSED = 0.75  # the strength that a generator needs is stated for this share of the way from the average image to real ones
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A family of generators with the capacities to measure, and words for a reader."""
+
+    family: GeneratorFamily
+    capacities: tuple[float, ...]
+    name: str
+    knob: str
+    words: str
+
+
+FAMILIES = {
+    "linear": Choice(
+        LinearMaps(), (0.5, 1.0, 2.0), "linear maps", "largest stretch",
+        "each pixel is a weighted sum of the latent's numbers; no direction is stretched more than so many times",
+    ),
+    "mlp": Choice(
+        MLPs(width=64, depth=2), (8, 64), "small networks", "width",
+        "perceptrons with two hidden layers of so many units",
+    ),
+    "lipschitz": Choice(
+        LipschitzNetworks(), (0.5, 1.0, 2.0), "smooth networks", "Lipschitz constant",
+        "networks that move an image at most so many times as far as its latent is moved",
+    ),
+    "conv": Choice(
+        ConvDecoders(), (0.125, 0.5, 1.0), "convolutional decoders", "width factor",
+        "the decoders of this project's autoencoders, with this share of their channels",
+    ),
+    "dropout": Choice(
+        DropoutNetworks(), (0.5, 0.75, 1.0), "networks with dropout", "share of units kept",
+        "perceptrons of whose units only this share, drawn anew each time, is at work",
+    ),
+}  # fmt: skip
+DISTANCES = {
+    "reconstruction": ("Reconstruction error", "how far each held-out image is from what is made from its own code, as the "
+        "mean squared difference of the pixels (black and white are 2 apart)"),
+    "sinkhorn": ("Sinkhorn distance", "how far pixels must move to turn the images made, as a set, into the held-out ones "
+        "(optimal transport)"),
+    "frechet": ("Fréchet distance", "how far means and correlations of the pixels differ between the images made and held out"),
+    "sliced_wasserstein": ("Sliced Wasserstein distance", "optimal transport between the two sets of images, seen along random "
+        "directions"),
+    "mmd": ("MMD", "how well smooth functions of the pixels tell the images made from the held-out ones"),
+    "energy": ("Energy distance", "how much farther the images of the two sets are from each other than from their own kind"),
+    "js": ("Jensen–Shannon divergence", "how well a trained judge tells images made from held-out ones; at most log 2 = 0.69"),
+    "wgan_gp": ("Wasserstein-1 distance by a critic", "how far apart a smooth judge (gradient penalty) can pull the two sets"),
+    "wgan_sn": ("Wasserstein-1 distance by a critic", "how far apart a smooth judge (spectral norm) can pull the two sets"),
+    **{name: (f"{words} divergence", "a comparison of the two densities by a trained judge")
+       for name, words in {"kl": "KL", "reverse_kl": "Reverse KL", "chi2": "χ²", "hellinger": "Squared Hellinger"}.items()},
+}  # fmt: skip
+BOUNDS = {
+    "upper": "bounds the true distance from above, since training may have missed a better generator",
+    "neither": "bounds neither side: training may have missed a better generator, which makes it too large, or a better judge, "
+    "which makes it too small",
+    "exact": "is exact for the images measured on",
+    "lower": "bounds the true distance from below",
+}
+
+
+@dataclass
+class Measured:
+    """All of one measurement.
+
+    Args:
+        config, data: what was asked for, and `ImageData.describe`.
+        images: [N, C, H, W].
+        latents, scales: each latent, and what its codes were divided by.
+        curves: by (distance, family, latent).
+        yardsticks: by distance, that of "real" images and perhaps of the "average" image.
+        gromov: Gromov-Wasserstein by latent; None without POT.
+        pictures: by latent, rows of uint8 [n, H, W, C] with their labels.
+        at, seconds: when, and how long it took.
+    """
+
+    config: Config
+    data: dict
+    images: Tensor
+    latents: list[Latent]
+    scales: list[float]
+    curves: dict[tuple[str, str, str], ComplexityCurve]
+    yardsticks: dict[str, dict[str, Estimate]]
+    gromov: dict[str, Estimate] | None
+    pictures: dict[str, list[tuple[str, np.ndarray]]]
+    at: str
+    seconds: float
+
+    def of(self, distance: str, family: str) -> dict[str, ComplexityCurve]:
+        """Curves by latent."""
+        return {latent: curve for (d, f, latent), curve in self.curves.items() if (d, f) == (distance, family)}
+
+    def enough(self, distance: str) -> float | None:
+        """The distance at which `GAP_CLOSED` of the way from the average image to real ones is made; None if not known."""
+        marks = self.yardsticks[distance]
+        if "average" not in marks:
+            return None
+        return marks["average"].value + GAP_CLOSED * (marks["real"].value - marks["average"].value)
+
+    def title_of(self, name: str) -> str:
+        """A latent's name, without the folders of a path unless two would look the same."""
+        return shortened(name) if sum(shortened(a.name) == shortened(name) for a in self.latents) == 1 else name
+
+    def to_dict(self) -> dict:
+        """For JSON."""
+        settings = self.config.measure
+        return {
+            "latents": [
+                {"name": a.name, "description": a.description, "paired": a.paired, "divided_by": scale, **a.provenance}
+                for a, scale in zip(self.latents, self.scales, strict=True)
+            ],
+            "curves": [
+                {"distance": distance, "family": family, "latent": latent, "capacities": list(curve.capacities)} | curve.to_dict()
+                for (distance, family, latent), curve in self.curves.items()
+            ],
+            "yardsticks": {d: {name: e.to_dict() for name, e in marks.items()} for d, marks in self.yardsticks.items()},
+            "enough": {distance: self.enough(distance) for distance in self.yardsticks},
+            "gromov_wasserstein": self.gromov and {name: e.to_dict() for name, e in self.gromov.items()},
+            "data": self.data,
+            "images": len(self.images),
+            "seed": self.config.seed,
+            "seeds": list(settings.seeds),
+            "steps": settings.steps,
+            "versions": versions(),
+            "threads": torch.get_num_threads(),
+            "measured_at": self.at,
+            "seconds": self.seconds,
+        }
+
+
+def shortened(name: str) -> str:
+    kind, colon, path = name.partition(":")
+    if not colon or "/" not in path:
+        return name
+    parts = [part for part in Path(path).parts if part != "autoencoder"]
+    return f"{kind}: {parts[-1] if parts else path}"
+
+
+def file_name(name: str) -> str:
+    return re.sub(r"\W+", "-", name).strip("-")
+
+
+def build(measured: Measured) -> web.Page:
+    page = web.Page("Which latent needs the simplest generator?", lead(measured))
+    page.section("The answer", answer(measured), *(part for d in measured.yardsticks for part in table_of(measured, d)))
+    page.section("How strong must the generator be?", *strength(measured))
+    page.section("Pictures", *pictures(measured))
+    page.section("The latents", latents(measured))
+    page.section("Shape alone", *shape(measured))
+    page.section("What these numbers do not say", limits(measured))
+    page.section("How it was measured", *method(measured))
+    page.footer = [
+        paragraph("The quantity as publicly described in ", PAPER, "; all settings are ours, and no number here is the paper's. "
+                  "Written by recipes/measure_latent.py.")
+    ]  # fmt: skip
+    return page
+
+
+# ---- sections, in their order on the page ----
+
+
+def lead(measured: Measured) -> list[Html]:
+    _, C, H, W = measured.images.shape
+    names = sorted({FAMILIES[name].name for name in measured.config.measure.families})
+    fitted, held_out = next(iter(measured.curves.values())).estimates[0].counts
+    return [
+        paragraph(
+            "Most image generators work in two steps. First they produce a short list of numbers, the ", element("b", "latent"),
+            "; then a ", element("b", "generator"), " (or decoder) turns the list into pixels. Which numbers to use is a choice: "
+            "random noise, what an encoder network computes from images, or something else. A good choice leaves the generator "
+            "little to do."
+        ),
+        paragraph(
+            "This page compares latents by one question: ",
+            element("b", "how well can a generator of limited strength make the data from this latent?"),
+            f" For each latent, weak and stronger generators ({' and '.join(names)}) were trained to turn it into images of the "
+            f"data set “{measured.data['name']}”. The distance that remains between the images made and real images held out is "
+            "the answer, written D", element("sup", "G"), ". ", element("b", "Lower is better"),
+            ": a latent from which even a weak generator comes near is a good one to build on. The idea is from ", PAPER, "."
+        ),
+        paragraph(
+            f"Measured with {len(measured.images):,} images of {H} × {W} pixels, {'grey' if C == 1 else 'colour'}: generators "
+            f"were trained on {fitted:,} and judged on the other {held_out:,}, {times(measured)}. The whole took "
+            f"{web.duration(measured.seconds)}."
+        ),
+    ]  # fmt: skip
+
+
+def times(measured: Measured) -> str:
+    count = len(measured.config.measure.seeds)
+    return "once" if count == 1 else f"{count} times with another split and another start (seeds)"
+
+
+def answer(measured: Measured) -> Html:
+    """Tiles for the first distance that all latents have."""
+    distance = next((d for d in measured.yardsticks if d != "reconstruction"), next(iter(measured.yardsticks)))
+    entries = []
+    for name in measured.config.measure.families:
+        choice = FAMILIES[name]
+        for position, index in (("weakest", 0), ("strongest", -1)):
+            ranked = sorted(measured.of(distance, name).items(), key=lambda pair: pair[1].estimates[index].value)
+            found = [(measured.title_of(latent), curve.estimates[index]) for latent, curve in ranked]
+            words = f"nearest with the {position} {choice.name} ({choice.knob} {choice.capacities[index]:g})"
+            entries.append(tile(found, words))
+    note = f"By the {DISTANCES[distance][0]}; every latent and every distance follow below. A tie: not ahead with every seed."
+    return web.figure(web.tiles(entries), note)
+
+
+def tile(ranked: Sequence[tuple[str, Estimate]], words: str) -> tuple[str, str, str]:
+    """The best latent, or all that cannot be told from it: those that it is not ahead of with each seed."""
+    (first, best), *others = ranked
+    tied = [name for name, e in others if not all(a < b for a, b in zip(best.values, e.values, strict=True))]
+    places = decimals([e.value for _, e in ranked])
+    runner_up = f"; next {others[0][0]}, {spread(others[0][1], places)}" if others else "; the only latent"
+    if len(best.values) == 1:
+        return first, words, f"{spread(best, places)}{runner_up}; one seed, so how sure this is is not known"
+    if tied:
+        name = f"{first} or {tied[0]}" if len(tied) == 1 else "no clear winner"
+        return name, words, f"{first}, {spread(best, places)}; tied with {', '.join(tied)}"
+    return first, words, f"{spread(best, places)}{runner_up}; ahead with each of {len(best.values)} seeds"
+
+
+def table_of(measured: Measured, distance: str) -> list[Html]:
+    """Latents x families at the weakest and the strongest capacity, with what to hold them against."""
+    families, marks = measured.config.measure.families, measured.yardsticks[distance]
+    columns = [(name, index) for name in families for index in (0, -1)]
+    header = ["latent"] + [f"{FAMILIES[n].name}, {FAMILIES[n].knob} {FAMILIES[n].capacities[i]:g}" for n, i in columns]
+    curves = {name: measured.of(distance, name) for name in families}
+    shown = [curve.estimates[i] for n, i in columns for curve in curves[n].values()]
+    places = decimals([e.value for e in shown])
+    least = {(name, i): min(curve.estimates[i].value for curve in curves[name].values()) for name, i in columns}
+    rows = []
+    for latent in curves[families[0]]:
+        found = [(column, curves[column[0]][latent].estimates[column[1]]) for column in columns]
+        words = [(spread(e, places), e.value == least[column]) for column, e in found]
+        rows.append([measured.title_of(latent)] + [element("strong", each) if first else each for each, first in words])
+    for key, words in (("real", "real images instead, for comparison"), ("average", "the average image, again and again")):
+        if key in marks and (key, distance) != ("real", "reconstruction"):
+            rows.append([element("i", words)] + [spread(marks[key], places)] * len(columns))
+    title, meaning = DISTANCES[distance]
+    caption = f"{title}: {meaning}. Lower is better; the lowest of a column is bold. ± is the standard deviation over the seeds. "
+    caption += " ".join(f"Each number {BOUNDS[bound]}." for bound in sorted({e.bound for e in shown}))
+    if distance == "reconstruction":
+        caption += " Noise is left out: it belongs to no image, so nothing can be given back."
+    return [element("h3", title), web.figure(web.table(header, rows), caption)]
+
+
+def strength(measured: Measured) -> list[Html]:
+    parts = [
+        paragraph(
+            "Each line follows one latent from weak generators (left) to strong ones (right). A good latent starts low: weak "
+            "generators suffice. The dashed line is where real images are that are as many as the images made; with a finite "
+            "number of images, nothing can be expected far below it. Thin bars are ± one standard deviation over the seeds."
+        )
+    ]
+    charts = []
+    for distance in measured.yardsticks:
+        for name in measured.config.measure.families:
+            if series := series_of(measured, distance, name):
+                title, words = DISTANCES[distance][0], f"{FAMILIES[name].name}: {FAMILIES[name].words}"
+                svg = frontier_chart(series, **axes_of(measured, distance, name))
+                alt = f"{title} over {FAMILIES[name].knob}: " + "; ".join(
+                    f"{line.name} from {line.y[0]:.3g} to {line.y[-1]:.3g}" for line in series
+                )
+                charts.append(web.figure(web.chart(svg, alt), f"{title}, {words}."))
+    parts.append(web.side_by_side(*charts))
+    known = [d for d in measured.yardsticks if measured.enough(d) is not None]
+    if known:
+        parts += [element("h3", "Strength needed"), needed(measured, known)]
+    return parts
+
+
+def series_of(measured: Measured, distance: str, name: str) -> list[Series]:
+    found, order = [], [latent.name for latent in measured.latents]
+    for latent, curve in measured.of(distance, name).items():
+        ys = [e.value for e in curve.estimates]
+        ends = [[e.value + sign * e.std for e in curve.estimates] for sign in (-1, 1)]
+        found.append(Series(measured.title_of(latent), curve.capacities, ys, order.index(latent), True, *ends))
+    return found
+
+
+def axes_of(measured: Measured, distance: str, name: str) -> dict:
+    choice, mark = FAMILIES[name], (measured.yardsticks[distance]["real"].value, "real images")
+    return {
+        "x": f"{choice.knob} of {choice.name}",
+        "y": DISTANCES[distance][0],
+        "level": None if distance == "reconstruction" else mark,
+        "logarithmic": choice.capacities[-1] >= 4 * choice.capacities[0],
+    }
+
+
+def needed(measured: Measured, known: Sequence[str]) -> Html:
+    """C_eps of each latent."""
+    columns = [(d, f) for d in known for f in measured.config.measure.families]
+    rows = []
+    for latent in measured.latents:
+        cells: list[Any] = [measured.title_of(latent.name)]
+        for distance, name in columns:
+            curve = measured.of(distance, name).get(latent.name)
+            capacity = None if curve is None else curve.required_capacity(measured.enough(distance))
+            most = f"more than {FAMILIES[name].capacities[-1]:g}"
+            cells.append("–" if curve is None else most if capacity is None else f"{capacity:g}")
+        rows.append(cells)
+    header = ["latent"] + [f"{DISTANCES[d][0]}, {FAMILIES[f].knob} of {FAMILIES[f].name}" for d, f in columns]
+    levels = "; ".join(f"{DISTANCES[d][0]} of at most {measured.enough(d):.3g}" for d in known)
+    caption = (
+        f"The smallest strength measured at which {web.percent(GAP_CLOSED)} of the way from the average image to real images is "
+        f"made ({levels}). Only the strengths of the charts were tried, so a little less may do."
+    )
+    return web.figure(web.table(header, rows), caption)
+
+
+def pictures(measured: Measured) -> list[Html]:
+    parts = [
+        paragraph(
+            "Made from held-out codes, which no generator was trained on. “Given back” means: a generator was trained to return "
+            "each image from its own code, so each picture can be held against the one above it. “Made” means: a generator was "
+            "trained for the set of images as a whole, so single pictures have no original."
+        )
+    ]
+    for latent in measured.latents:
+        rows = [(label, web.strip(images, label)) for label, images in measured.pictures[latent.name]]
+        parts += [element("h3", measured.title_of(latent.name)), web.figure(web.strips(rows), latent.description)]
+    return parts
+
+
+def latents(measured: Measured) -> Html:
+    rows = []
+    for latent, scale in zip(measured.latents, measured.scales, strict=True):
+        shape = latent.codes.shape[1:]
+        count = f"{shape.numel():,}" + (f" ({' × '.join(map(str, shape))})" if len(shape) > 1 else "")
+        rows.append((latent.name, latent.description, count, f"{scale:.3g}"))
+    caption = (
+        "Before measuring, the codes of each latent were divided by one number, their typical deviation from the mean, so that "
+        "the strength of a generator means the same for all. The pixels of an image are "
+        f"{measured.images[0].numel():,} numbers, for comparison."
+    )
+    return web.figure(web.table(("latent", "what it is", "numbers a code", "divided by"), rows, prose=(0, 1)), caption)
+
+
+def shape(measured: Measured) -> list[Html]:
+    words = (
+        "A comparison that knows no generator. The Gromov–Wasserstein distance asks whether the codes lie to one another as the "
+        "images do: 0 if one cloud is the other, turned, mirrored or enlarged. It can disagree with the tables above, since a "
+        "generator may bend a latent of another shape into the images with ease."
+    )
+    if measured.gromov is None:
+        return [paragraph(words), paragraph("It was not measured: the package POT is not installed (pip install POT).")]
+    places = decimals([e.value for e in measured.gromov.values()])
+    rows = [(measured.title_of(name), spread(estimate, places)) for name, estimate in measured.gromov.items()]
+    points = next(iter(measured.gromov.values())).counts[0]
+    caption = (
+        f"Gromov–Wasserstein distance, squared, of {points} codes and as many images, distances within either divided by their "
+        "typical size. Lower is more alike. Each number bounds the true minimum for the points drawn from above."
+    )
+    return [paragraph(words), web.figure(web.table(("latent", "distance"), rows), caption)]
+
+
+def limits(measured: Measured) -> Html:
+    settings = measured.config.measure
+    held_out = next(iter(measured.curves.values())).estimates[0].counts[1]
+    points = [
+        ("The other half of the work.",
+         "A latent computed from images must itself be produced before anything can be generated, and how hard "
+         "that is does not enter here. The image itself, taken as a latent, would look perfect. Noise costs "
+         "nothing to produce; the codes of an encoder cost a second model, the prior."),
+        ("The best generator.",
+         f"What training finds in {settings.steps:,} steps may not be the best there is; so the numbers are upper "
+         "bounds, and close ranks may change with more steps (measure.steps)."),
+        ("Certainty.",
+         f"± is the deviation over {len(settings.seeds)} seeds of the split, the start and the batches. It does not "
+         "hold what another data set, another training of the encoder, or another family of generators would "
+         "change."),
+        ("Zero.",
+         f"With {held_out:,} images a side, even two sets of real images are at some distance. Hold the numbers "
+         "against the row of real images, not against 0."),
+        ("What people see.",
+         "All distances are taken on pixels. A small shift of a line counts as much as an ugly smear."),
+        ("Single images.",
+         "Only the reconstruction error asks whether a code gives back its own image, so it is measured only for "
+         "latents that are computed from one. All other distances compare whole sets: a generator may do well by "
+         "them and give back no single image."),
+        ("New images.",
+         "Held out means: not used to train the generators. What is fitted to images (pca, and autoencoders "
+         "trained here) has seen all images of this page, and a saved network may have."),
+        ("Equal size.",
+         "Latents with more numbers leave a generator more to choose from; their sizes are listed above and were "
+         "not made equal."),
+    ]  # fmt: skip
+    return element("ul", *(element("li", element("b", title), " ", words) for title, words in points))
+
+
+def method(measured: Measured) -> list[Html]:
+    settings, first = measured.config.measure, next(iter(measured.curves.values())).estimates[0]
+    rows = [
+        ("Question", "D^G(P_z, P_x) = the least distance D between g(z) and x over all generators g of a family G"),
+        ("Images", f"{len(measured.images):,} of the training split of {measured.data['name']}"),
+        ("Trained on, measured on", f"{first.counts[0]:,} and {first.counts[1]:,}, chosen at random for each seed"),
+        ("Seeds", ", ".join(map(str, settings.seeds))),
+        (
+            "Training",
+            f"{settings.steps:,} steps of Adam; computed, not trained: linear maps by Fréchet distance or reconstruction",
+        ),
+    ]
+    rows += [(f"Family: {FAMILIES[name].name}", FAMILIES[name].words) for name in settings.families]
+    for distance in measured.yardsticks:
+        convention = next(curve.estimates[0].convention for (d, _, _), curve in measured.curves.items() if d == distance)
+        rows.append((f"Distance: {DISTANCES[distance][0]}", convention))
+    rows += [("Time", f"{web.duration(measured.seconds)}, {torch.get_num_threads()} threads"), ("Day", measured.at[:10])]
+    rows += [(name, version) for name, version in versions().items()]
+    words = OmegaConf.to_yaml(OmegaConf.structured(measured.config))
+    return [
+        web.table(("what", "value"), rows, prose=(0, 1)),
+        paragraph("All values, one a seed, with conventions and fingerprints: latents.json beside this page."),
+        web.details("The resolved configuration", web.preformatted(words)),
+    ]
+
+
+# ---- pictures as files, numbers ----
+
+
+def draw(measured: Measured, folder: Path) -> None:
+    """curves-<distance>.png and pictures-<latent>.png."""
+    for distance in measured.yardsticks:
+        panels: list[Panel] = [
+            frontier_panel(series, **axes_of(measured, distance, name))
+            for name in measured.config.measure.families
+            if (series := series_of(measured, distance, name))
+        ]
+        save_png(panels, [3.6] * len(panels), folder / f"curves-{file_name(distance)}.png")
+    for latent, rows in measured.pictures.items():
+        sheets = [grid(images, len(images)) for _, images in rows]
+        factor = max(1, 64 // max(measured.images.shape[2:]))
+        sheet = torch.cat([torch.from_numpy(each) for each in sheets]).numpy().repeat(factor, 0).repeat(factor, 1)
+        write_png(folder / f"pictures-{file_name(latent)}.png", sheet)
+
+
+def decimals(values: Sequence[float]) -> int:
+    """As many as give the smallest value three digits, but at most 4."""
+    least = min(abs(value) for value in values)
+    return min(max(0, 2 - math.floor(math.log10(least))), 4) if least else 4
+
+
+def spread(estimate: Estimate, places: int) -> str:
+    """`value ± deviation`, the deviation left out where there is one seed."""
+    words = number(estimate.value, places)
+    return words if len(estimate.values) == 1 else f"{words} ± {number(estimate.std, places)}"

@@ -1,0 +1,219 @@
+"""Which latent needs the simplest generator? Measures the generator-induced distance D^G of latents, and writes a page on it.
+
+    python recipes/measure_latent.py --config recipes/configs/digits.yaml \\
+        'measure.latents=[gaussian,pca,autoencoder:runs/digits/autoencoder,my_module:encode]'
+
+For each latent, generators of growing strength are trained to make the training images from it, and the distance that remains
+on held-out rows is measured. A CPU will do. Writes <output_dir>/measure/latents.html, latents.json and *.png.
+"""
+
+from __future__ import annotations
+
+import datetime
+import difflib
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset, Subset
+from tqdm import tqdm
+
+from dae import report as web
+from dae.cli import main
+from dae.complexity.curves import complexity_curve
+from dae.complexity.distances import ADVERSARIAL, PLAIN, check_name, make_distance
+from dae.complexity.estimate import Estimate, check_seeds
+from dae.complexity.families import GeneratorFamily
+from dae.complexity.fitting import Fitting, fit, generate, measure, split_rows
+from dae.complexity.gromov_wasserstein import gromov_wasserstein
+from dae.complexity.latent_page import DISTANCES, FAMILIES, Measured, build, draw
+from dae.complexity.latents import Latent, load_latent
+from dae.config import Config
+from dae.data import evaluation_batches, load_data
+from dae.data.pictures import to_uint8
+from dae.files import write_file
+from dae.training import one_process
+
+BATCH_SIZE = 128  # rows a training step of a generator
+
+
+def measure_latent(config: Config) -> Path:
+    """Measure the latents and write the page; returns its path."""
+    started, device, settings = time.monotonic(), one_process(config), config.measure
+    check(config)
+    options = Fitting(steps=settings.steps, batch_size=BATCH_SIZE)
+
+    # Images, and one code of each latent for every image.
+    data = load_data(config.data, config.seed)
+    images, labels = collect(data.train, config)
+    labels = labels if data.labelled else None
+    latents = [load_latent(spec, images, labels, config, config.seed) for spec in tqdm(settings.latents, desc="latents")]
+
+    # All latents in one unit, so that a bound on a generator's stretch means the same for each. One number a latent: shapes stay.
+    scales = [(latent.codes - latent.codes.mean(0)).square().mean().sqrt().item() for latent in latents]
+    codes = {latent.name: (latent.codes / scale).to(device) for latent, scale in zip(latents, scales, strict=True)}
+    images = images.to(device)
+    for name in settings.families:
+        for latent in latents:
+            require_map(FAMILIES[name].family, name, latent, images)
+
+    # D^G: for each seed, generators are fitted on half of the rows and measured on the other half.
+    curves = {}
+    jobs = [(d, f, a) for d in settings.distances for f in settings.families for a in latents]
+    jobs = [(d, f, a) for d, f, a in jobs if a.paired or d != "reconstruction"]  # noise belongs to no image
+    if without := sorted({*settings.distances} - {d for d, _, _ in jobs}):
+        raise ValueError(
+            f"measure.distances: {without[0]} needs a latent that is computed from images, got {', '.join(settings.latents)}; "
+            "add one such as pca, or leave it out"
+        )
+    with tqdm(jobs, desc="curves", mininterval=0.5) as bar:
+        for distance, name, latent in bar:
+            bar.set_postfix_str(f"{distance}, {name}, {latent.name}")
+            curves[distance, name, latent.name] = complexity_curve(
+                codes[latent.name], images, FAMILIES[name].family, FAMILIES[name].capacities, distance,
+                seeds=settings.seeds, steps=settings.steps, batch_size=BATCH_SIZE,
+            )  # fmt: skip
+    measured = Measured(
+        config=config,
+        data=data.describe(),
+        images=images,
+        latents=latents,
+        scales=scales,
+        curves=curves,
+        yardsticks={d: yardsticks(images, d, settings.seeds, options) for d in tqdm(settings.distances, desc="yardsticks")},
+        gromov=gromov(codes, images, settings.seeds),
+        pictures={a.name: pictures(a, codes[a.name], images, config, options) for a in tqdm(latents, desc="pictures")},
+        at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        seconds=time.monotonic() - started,
+    )
+
+    folder = Path(config.output_dir) / "measure"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_file(folder / "latents.json", json.dumps(measured.to_dict(), indent=2).encode())
+    draw(measured, folder)
+    path = build(measured).write(folder / "latents.html")
+    show(measured)
+    print(f"saved {path} after {web.duration(measured.seconds)}")
+    return path
+
+
+def check(config: Config) -> None:
+    """ValueError for what is wrong in the section `measure`, before anything is loaded."""
+    settings = config.measure
+    for key in ("latents", "distances", "families"):
+        values = getattr(settings, key)
+        if not values or len(set(values)) < len(values):
+            raise ValueError(f"measure.{key}: expected at least one and none twice, got {values}")
+    check_seeds(settings.seeds)
+    for name in settings.distances:
+        check_name(name)
+    for name in settings.families:
+        if name not in FAMILIES:
+            near = difflib.get_close_matches(name, FAMILIES, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"measure.families: expected some of {', '.join(FAMILIES)}, got {name!r}{hint}")
+
+
+def collect(dataset, config: Config) -> tuple[Tensor, Tensor]:
+    """Images and labels of the training split in memory, or `measure.max_images` of them, chosen at random."""
+    limit = config.measure.max_images
+    if not isinstance(dataset, IterableDataset) and len(dataset) > limit:
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.seed))
+        dataset = Subset(dataset, order[:limit].tolist())
+    batches = list(evaluation_batches(dataset, config.evaluation.batch_size, limit=limit))
+    return torch.cat([b["image"] for b in batches]), torch.cat([b["label"] for b in batches])
+
+
+def require_map(family: GeneratorFamily, name: str, latent: Latent, images: Tensor) -> None:
+    try:
+        with torch.random.fork_rng(devices=[]):
+            family.build(tuple(latent.codes.shape[1:]), tuple(images.shape[1:]))
+    except ValueError as error:
+        raise ValueError(f"measure.families: {name!r} cannot map the latent {latent.name!r}: {error}") from error
+
+
+def yardsticks(images: Tensor, distance: str, seeds: list[int], options: Fitting) -> dict[str, Estimate]:
+    """What D^G is to be held against: real images and the average image in the place of those made, against the held-out ones."""
+    # Images in the place of latents: where rows are not paired, no image meets itself.
+    if distance in ADVERSARIAL:
+        from dae.complexity.adversarial import adversarial_distance
+
+        splits = [split_rows(images, images, seed, False, options).measure for seed in seeds]
+        found = [
+            adversarial_distance(rows.latents.flatten(1), rows.data.flatten(1), distance, seeds=(seed,))
+            for seed, rows in zip(seeds, splits, strict=True)
+        ]
+        facts = {key: getattr(found[0], key) for key in ("bound", "distance", "convention", "family", "capacity", "counts")}
+        return {"real": Estimate.over([each.value for each in found], seeds, **facts)}
+    plain = make_distance(distance, images)
+    values: dict[str, list[float]] = {"real": [], "average": []}
+    for seed in seeds:
+        split = split_rows(images, images, seed, plain.paired, options)
+        values["real"].append(measure(nn.Identity(), split.measure, plain, seed))
+        values["average"].append(measure(Average(split.fit.data.mean(0)), split.measure, plain, seed))
+    held_out = len(split.measure.data)
+    facts = {"bound": "exact", "distance": distance, "convention": plain.convention, "family": None, "capacity": None}
+    return {name: Estimate.over(found, seeds, counts=(held_out, held_out), **facts) for name, found in values.items()}
+
+
+class Average(nn.Module):
+    """One image, whatever the latent."""
+
+    def __init__(self, image_CHW: Tensor):
+        super().__init__()
+        self.image_CHW = image_CHW
+
+    def forward(self, latents: Tensor) -> Tensor:
+        return self.image_CHW.expand(len(latents), *self.image_CHW.shape)
+
+
+def gromov(codes: dict[str, Tensor], images: Tensor, seeds: list[int]) -> dict[str, Estimate] | None:
+    """Gromov-Wasserstein distance of each latent and the images; None without POT."""
+    try:
+        return {
+            name: gromov_wasserstein(latents, images, seeds=seeds, num_points=128, normalize=True)
+            for name, latents in tqdm(codes.items(), desc="Gromov-Wasserstein")
+        }
+    except ImportError:
+        return None
+
+
+def pictures(latent: Latent, codes: Tensor, images: Tensor, config: Config, options: Fitting) -> list[tuple[str, np.ndarray]]:
+    """Rows of pictures from held-out codes, by generators of the first seed."""
+    seed, shown = config.measure.seeds[0], web.per_row(max(images.shape[2:]))
+    last = FAMILIES[config.measure.families[-1]]
+    as_a_set = next((name for name in config.measure.distances if name in PLAIN[1:]), "sinkhorn")
+    jobs = [
+        (name, capacity, as_a_set)
+        for name in config.measure.families
+        for capacity in FAMILIES[name].capacities[:: len(FAMILIES[name].capacities) - 1]
+    ]
+    rows = []
+    if latent.paired:
+        held_out = split_rows(codes, images, seed, True, options).measure.data[:shown]
+        rows.append(("real images", to_uint8(held_out)))
+        jobs.insert(0, (config.measure.families[-1], last.capacities[-1], "reconstruction"))
+    for name, capacity, aim in jobs:
+        choice, distance = FAMILIES[name], make_distance(aim, images)
+        split = split_rows(codes, images, seed, distance.paired, options)
+        generator, _ = fit(choice.family.at(capacity), split, distance, seed, options)
+        strength = "strongest" if capacity == choice.capacities[-1] else "weakest"
+        label = f"{'given back' if distance.paired else 'made'} by the {strength} {choice.name}"
+        with torch.no_grad():
+            rows.append((label, to_uint8(generate(generator, split.measure.latents[:shown]))))
+    return rows
+
+
+def show(measured: Measured) -> None:
+    for (distance, name, latent), curve in measured.curves.items():
+        values = ", ".join(f"{c:g}: {e}" for c, e in zip(curve.capacities, curve.estimates, strict=True))
+        print(f"{DISTANCES[distance][0]}, {latent}, {FAMILIES[name].knob} of {FAMILIES[name].name}\n    {values}")
+    for distance, marks in measured.yardsticks.items():
+        print(f"{DISTANCES[distance][0]}, " + ", ".join(f"{name}: {estimate.value:.4g}" for name, estimate in marks.items()))
+
+
+if __name__ == "__main__":
+    main(measure_latent, __doc__)
