@@ -174,7 +174,8 @@ def generator_distance(
             `dae.complexity.distances.make_distance`); "js", "kl", "reverse_kl", "chi2", "hellinger", "wgan_gp", "wgan_sn" (see
             `dae.complexity.adversarial`); or a `Distance`.
         seeds: of splits, initial weights and batches; one estimate each.
-        steps, batch_size, learning_rate: of Adam; a learning rate of None is the family's own.
+        steps, batch_size, learning_rate: of Adam; a learning rate of None is the family's own. Against a critic, the rate of the
+            generator, and the critic's is half; None is `train_adversarial`'s own.
         heldout: share of the rows to measure on, in (0, 1/2]; 0 measures on the rows that were fitted on.
         measure_limit: at most so many rows are measured on.
         progress: show a bar over the seeds.
@@ -238,18 +239,20 @@ def run_adversarial_trial(
     split = split_rows(latents, data, seed, False, options)
     fitted = Rows(torch.cat([split.fit.latents, split.choose.latents]), torch.cat([split.fit.data, split.choose.data]))
     generator = Generator(nn.Identity(), fitted.latents, fitted.data)
-    with seeded(data.device, seed, "fit"):
-        generator.inner = train_adversarial(
-            family.rescaled(scale_ratio(fitted.latents, fitted.data)),
-            generator.standard_latents(fitted.latents),
-            generator.standard_data(fitted.data),
-            distance,
-            seed=seed,
-            steps=options.steps,
-        )
+    rates = {} if options.learning_rate is None else {"learning_rates": (options.learning_rate, options.learning_rate / 2)}
+    generator.inner = train_adversarial(
+        family.rescaled(scale_ratio(fitted.latents, fitted.data)),
+        generator.standard_latents(fitted.latents),
+        generator.standard_data(fitted.data),
+        distance,
+        seed=seed,
+        steps=options.steps,
+        batch_size=options.batch_size,
+        **rates,
+    )
     with seeded(data.device, seed, "measure"), torch.no_grad():
         generated = generate(generator, split.measure.latents)
-    measured = adversarial_distance(generated.flatten(1), split.measure.data.flatten(1), distance, seeds=(seed,))
+    measured = adversarial_distance(split.measure.data.flatten(1), generated.flatten(1), distance, seeds=(seed,))
     return Trial(generator, measured.value, None, False, measured.convention, (len(fitted.data), len(split.measure.data)))
 
 

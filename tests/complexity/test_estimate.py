@@ -283,6 +283,31 @@ def test_a_training_that_diverges_says_so():
         generator_distance(GOOD, GOOD, MLPs(4, 1), "reconstruction", learning_rate=1e30, steps=20)
 
 
+class Doubled(torch.nn.Module):
+    def forward(self, z):
+        return 2 * z
+
+
+def test_adversarial_distances_know_the_data_from_the_generated(monkeypatch):
+    """Data N(m, s^2) and generated N(m, 4 s^2): KL(data | generated) = log 2 + 1/8 - 1/2, the other way -log 2 + 2 - 1/2."""
+    from dae.complexity import adversarial
+
+    monkeypatch.setattr(adversarial, "train_adversarial", lambda *_, **__: Doubled())
+    z, x = gaussian(8000, torch.ones(1), 0), gaussian(8000, 9 * torch.ones(1), 1, mean=5.0)
+    kl, reverse = (generator_distance(z, x, LinearMaps(), name, seeds=(0,)) for name in ("kl", "reverse_kl"))
+    # 0.32 and 0.81: heavy tails make the values uncertain, but not which is which.
+    assert 0.2 < kl.value < 0.5 < reverse.value < 1.2
+    assert kl.bound == "neither" and kl.capacity == math.inf and kl.counts == (4000, 4000)
+
+
+@pytest.mark.slow
+def test_a_critic_tells_a_generator_that_is_too_weak():
+    z, x = gaussian(400, torch.ones(1), 0), gaussian(400, 9 * torch.ones(1), 1, mean=5.0)
+    weak, able = (generator_distance(z, x, LinearMaps(norm), "js", seeds=(0,), steps=30, batch_size=64) for norm in (0.3, 3.0))
+    assert able.value < 0.05 < weak.value <= math.log(2)
+    assert weak.convention and weak.bound == "neither"
+
+
 def test_adversarial_names_have_no_plain_form():
     for name in ADVERSARIAL:
         with pytest.raises(ValueError, match="critic"):

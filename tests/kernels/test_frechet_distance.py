@@ -116,6 +116,18 @@ def test_gradient_of_float32_moments_is_that_of_float64():
         close(g.double(), e, rtol=1e-6, atol=1e-6)  # computed in float64, rounded once
 
 
+@pytest.mark.parametrize(("k", "D"), [(1, 4), (2, 5), (5, 5)])
+def test_gradient_by_a_factor_of_a_singular_covariance(k, D):
+    """Of points of k < D dimensions mapped linearly: with S_a = A A^T the trace of the root is |S_b^1/2 A|_*, which is smooth."""
+    factor, b, zero = normal(D, k, seed=1).requires_grad_(), random_covariance(D, 2), torch.zeros(D, dtype=torch.float64)
+    (gradient,) = torch.autograd.grad(gaussian_w2(zero, factor @ factor.T, zero, b), factor)
+    values, vectors = torch.linalg.eigh(b)
+    nuclear = torch.linalg.svdvals((vectors * values.sqrt()) @ vectors.T @ factor).sum()
+    (expected,) = torch.autograd.grad(factor.square().sum() - 2 * nuclear, factor)
+    # Eigenvalues that are 0 to rounding have roots of 1e-8 instead of 0.
+    torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-6 if k < D else 1e-10)
+
+
 def test_singular_covariances_have_a_finite_gradient():
     x, y = normal(4, 9).requires_grad_(), normal(5, 9, seed=1).requires_grad_()
     for gradient in torch.autograd.grad(frechet_distance(x, y), (x, y)):
