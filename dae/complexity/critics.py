@@ -81,7 +81,7 @@ def logistic_loss(logits_P: Tensor, logits_Q: Tensor) -> Tensor:
 
 
 def quadratic_logits(parts: Parts) -> tuple[Tensor, Tensor]:
-    """Logistic regressions on all monomials of degree 1 and 2, one a ridge: at rows to fit on, [C, K, N], and held out, [C, K, R].
+    """Logistic regressions on all monomials of degree 1 and 2, one a ridge: at rows to fit on [C, K, N] and held out [C, K, R].
 
     Exact for two Gaussians. From `QUADRATIC_INPUTS` dimensions on of the leading principal directions only.
     """
