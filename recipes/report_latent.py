@@ -139,7 +139,7 @@ def compare_with(
         "spectrum_slope": "0: all directions alike",
         "effective_dimension": f"at most {number(math.prod(heldout.latents.shape[1:]), 0)}",
         "sensitivity": f"{percent(measure.PERTURBATION)}: passed on as it is",
-        "shift_error": "1: unrelated images", "flip_error": "1: unrelated images",
+        "shift_error": "100\u00a0%: unrelated images", "flip_error": "100\u00a0%: unrelated images",
         "interpolation_distance": f"training images: {percent(real)}",
         "linear_sliced_distance": f"training images: {number(sets, 3)}",
         **dict.fromkeys(
@@ -254,16 +254,17 @@ def card_table(run: Measured) -> Html:
             continue
         unit = "" if predictor.unit == "share" else predictor.unit
         value = value_of(name, run.card[name])
-        rows.append((predictor.title, f"{value} {unit}".strip(), run.yardsticks.get(name, ""), HOPED[predictor.direction],
-                     predictor.meaning))  # fmt: skip
+        measured = web.join([web.element("strong", predictor.title), web.element("div", predictor.meaning)])
+        rows.append((measured, f"{value} {unit}".strip(), HOPED[predictor.direction], run.yardsticks.get(name, "")))
     missing = [predictor.title for name, predictor in PREDICTORS.items() if run.card[name] is None]
     note = f"Does not apply here: {', '.join(missing)}." if missing else ""
     words = (
-        "“Hoped for” says in which direction a value should lie if its rule of thumb holds; “compare with” names an end of the "
-        "scale, or what one gets otherwise: from training images in place of made ones, or by always drawing the mean image. "
+        "“Hoped for” says in which direction a value should lie if its rule of thumb holds; “depends”, that more and less both "
+        "have their price. “Compare with” names an end of the scale, or what one gets otherwise: from training images in place "
+        "of made ones, or by always drawing the mean image. "
     )
-    header = ("measure", "value", "compare with", "hoped for", "what it means")
-    return web.join([paragraph(words + note), web.table(header, rows, prose=(0, 2, 3, 4))])
+    header = ("measure", "value", "hoped for", "compare with")
+    return web.join([paragraph(words + note), web.table(header, rows, prose=(0, 2, 3))])
 
 
 def reconstructions(run: Measured, folder: Path) -> Html:

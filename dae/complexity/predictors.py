@@ -115,18 +115,31 @@ def fit(
     batch_size: int,
     learning_rate: float,
     seed: int,
+    validate: Callable[[], float] | None = None,
 ) -> None:
-    """Minimise `loss(rows_B)` by AdamW, batches drawn with replacement from `count` rows; linear warm-up, then a cosine to 0."""
+    """Minimise `loss(rows_B)` by AdamW, batches drawn with replacement from `count` rows; linear warm-up, then a cosine to 0.
+
+    With `validate` the weights with its smallest value are kept, out of those at the start and after each tenth of the steps.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
     generator = torch.Generator().manual_seed(seed)
-    with torch.enable_grad():
-        for step in range(steps):
-            warmth = min(1.0, 10 * (step + 1) / steps)
-            optimizer.param_groups[0]["lr"] = learning_rate * warmth * (1 + math.cos(math.pi * step / steps)) / 2
-            optimizer.zero_grad()
+    best, kept = math.inf, {}
+    for step in range(steps + 1):
+        if validate is not None and (step % max(1, steps // 10) == 0 or step == steps):
+            with torch.no_grad():
+                value = validate()
+            if value < best:
+                best, kept = value, {name: x.clone() for name, x in model.state_dict().items()}
+        if step == steps:
+            break
+        warmth = min(1.0, 10 * (step + 1) / steps)
+        optimizer.param_groups[0]["lr"] = learning_rate * warmth * (1 + math.cos(math.pi * step / steps)) / 2
+        optimizer.zero_grad()
+        with torch.enable_grad():
             loss(torch.randint(count, (batch_size,), generator=generator)).backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    model.load_state_dict(kept or model.state_dict())
 
 
 def gaussian_prior_bits(
@@ -280,6 +293,7 @@ class Ridge:
 
     The error with image n left out is the residual over 1 - h_n, h_n its leverage, so one decomposition serves all `PENALTIES`.
     For one-hot targets the penalty is chosen by the same squared error. Latent values that never change have no influence.
+    `residuals` [N, Q] are the errors with each image left out: what is seen of new images.
 
     Args:
         latents: [N, ...]; flattened.
@@ -305,14 +319,14 @@ class Ridge:
         U_NR = x_NP @ V[:, kept] / values.sqrt() if x_NP.shape[1] <= N else U[:, kept]
         projected_RQ, leverage_NR = U_NR.T @ y_NQ, U_NR.square()
 
-        def left_out_error(penalty: float) -> float:
+        def left_out(penalty: float) -> Tensor:
             share_R = values / (values + N * penalty)
-            residual = y_NQ - U_NR @ (share_R[:, None] * projected_RQ)
-            rest = (1 - 1 / N - leverage_NR @ share_R).clamp(min=1e-9)
-            return (residual / rest[:, None]).square().mean().item()
+            residual_NQ = y_NQ - U_NR @ (share_R[:, None] * projected_RQ)
+            rest_N = (1 - 1 / N - leverage_NR @ share_R).clamp(min=1e-9)
+            return residual_NQ / rest_N[:, None]
 
-        self.penalty = min(PENALTIES, key=left_out_error)
-        self.left_out_error = left_out_error(self.penalty)
+        self.penalty = min(PENALTIES, key=lambda penalty: left_out(penalty).square().mean().item())
+        self.residuals = left_out(self.penalty)
         self.weight = x_NP.T @ (U_NR @ (projected_RQ / (values + N * self.penalty)[:, None]))
 
     def __call__(self, latents: Tensor) -> Tensor:
@@ -330,30 +344,36 @@ def probe_accuracy(train: Tensor, train_labels: Tensor, heldout: Tensor, heldout
     return (classes[scores.argmax(1)] == heldout_labels).double().mean().item()
 
 
-def mlp_distance(
-    linear: Ridge, train: Tensor, train_images: Tensor, heldout: Tensor, heldout_images: Tensor, *, seed: int
-) -> float:
+def mlp_distance(linear: Ridge, train: Tensor, heldout: Tensor, heldout_images: Tensor, *, seed: int) -> float:
     """D^G for the linear maps with one hidden layer beside them: held-out mean squared error a pixel value; lower is better.
 
         g(z) = a + z W + V silu(U z + b),   U: P -> 64,   trained from g = the ridge solution, on paired latents and images
 
-    So the family holds the linear maps, and the distance falls below theirs as far as a little nonlinearity helps.
+    So the family holds the linear maps, and the distance falls below theirs as far as a little nonlinearity helps. The hidden
+    layer learns what the ridge regression leaves over of each image when that is left out; a fifth of the images, chosen
+    at random, only says when it is best, which may be at the start.
 
     Args:
-        linear: fitted on the same training latents and images.
-        seed: of weights and batches.
+        linear: fitted on the same training latents and their images.
+        train, heldout: latents [N, ...] and [M, ...], N >= 5.
+        heldout_images: [M, ...].
+        seed: of weights, batches and the choice.
     """
-    x_NP, y_NQ = ((train.double().flatten(1) - linear.centre) / linear.scale).float(), train_images.float().flatten(1)
-    rest_NQ = y_NQ - linear(train).float()
+    rest_NQ, N = linear.residuals.float(), len(train)
+    x_NP, z_MP = (((x.double().flatten(1) - linear.centre) / linear.scale).float() for x in (train, heldout))
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        model = nn.Sequential(nn.Linear(x_NP.shape[1], MLP_WIDTH), nn.SiLU(), nn.Linear(MLP_WIDTH, y_NQ.shape[1]))
+        model = nn.Sequential(nn.Linear(x_NP.shape[1], MLP_WIDTH), nn.SiLU(), nn.Linear(MLP_WIDTH, rest_NQ.shape[1]))
     nn.init.zeros_(model[2].weight)
     nn.init.zeros_(model[2].bias)
-    fit(model, lambda rows_B: (model(x_NP[rows_B]) - rest_NQ[rows_B]).square().mean(), len(x_NP),
-        steps=MLP_STEPS, batch_size=MLP_BATCH, learning_rate=3e-3, seed=seed)  # fmt: skip
+    aside, rows = torch.randperm(N, generator=torch.Generator().manual_seed(seed)).split([N // 5, N - N // 5])
+
+    def loss(rows_B: Tensor) -> Tensor:
+        return (model(x_NP[rows_B]) - rest_NQ[rows_B]).square().mean()
+
+    fit(model, lambda chosen_B: loss(rows[chosen_B]), len(rows), steps=MLP_STEPS, batch_size=MLP_BATCH, learning_rate=3e-3,
+        seed=seed, validate=lambda: loss(aside).item())  # fmt: skip
     with torch.no_grad():
-        z_MP = ((heldout.double().flatten(1) - linear.centre) / linear.scale).float()
         made = linear(heldout) + model(z_MP).double()
     return mean_squared_error(made, heldout_images)
 

@@ -84,13 +84,13 @@ PREDICTORS = {
     ),
     "sensitivity": Predictor(
         "Sensitivity", "share",
-        "How much a decoded image changes, relative to how images differ, if each latent value is disturbed by 10 % of its usual "
-        "spread: how far a prior's small errors show.",
+        "How much a decoded image changes, relative to how images differ, if each latent value is disturbed by 10\u00a0% of its "
+        "usual spread: how far a prior's small errors show.",
         "lower",
     ),
     "shift_error": Predictor(
         "Error under a shift", "share",
-        "Whether the latent shifts along if the image is shifted by one latent position: 0, it does; 1, it "
+        "Whether the latent shifts along if the image is shifted by one latent position: 0\u00a0%, it does; 100\u00a0%, it "
         "becomes as different as that of another image.",
         "lower",
     ),
@@ -102,8 +102,8 @@ PREDICTORS = {
     ),
     "interpolation_distance": Predictor(
         "Distance of interpolations", "share",
-        "How far images decoded half-way between two latents are from real images as a set: 0, not to be told apart; 1, two "
-        "separate points.",
+        "How far images decoded half-way between two latents are from real images as a set: 0\u00a0%, not to be told apart; "
+        "100\u00a0%, two separate points.",
         "lower",
     ),
     "reconstruction_error": Predictor(
@@ -231,7 +231,7 @@ def readers(train: Encoded, heldout: Encoded, seed: int) -> dict[str, float]:
     made = linear(heldout.latents)
     return {
         "linear_distance": measure.mean_squared_error(made, heldout.images),
-        "mlp_distance": measure.mlp_distance(linear, train.latents, train.images, heldout.latents, heldout.images, seed=seed),
+        "mlp_distance": measure.mlp_distance(linear, train.latents, heldout.latents, heldout.images, seed=seed),
         "linear_sliced_distance": measure.sliced_distance(made, heldout.images, seed=seed),
     }
 

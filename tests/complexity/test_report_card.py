@@ -165,8 +165,8 @@ def test_ridge_leaves_one_out(features):
             errors.append((y[n] - weight[0] - z[n] @ weight[1:]).square().mean())
         return torch.stack(errors).mean().item()
 
-    assert fitted.left_out_error == pytest.approx(left_out(fitted.penalty), rel=1e-6)
-    assert fitted.left_out_error == pytest.approx(min(map(left_out, measure.PENALTIES)), rel=1e-6)
+    assert fitted.residuals.square().mean().item() == pytest.approx(left_out(fitted.penalty), rel=1e-6)
+    assert fitted.residuals.square().mean().item() == pytest.approx(min(map(left_out, measure.PENALTIES)), rel=1e-6)
 
 
 def test_ridge_of_pca_leaves_the_tail():
@@ -184,11 +184,20 @@ def test_mlp_distance_is_below_the_linear_one_where_the_relation_bends():
     x = torch.cat([z[:, :1].square(), z[:, 1:]], dim=1)  # the square is uncorrelated with z: a linear map makes its mean
     linear = measure.Ridge(z[:1000], x[:1000])
     straight = measure.mean_squared_error(linear(z[1000:]), x[1000:])
-    bent = measure.mlp_distance(linear, z[:1000], x[:1000], z[1000:], x[1000:], seed=0)
+    bent = measure.mlp_distance(linear, z[:1000], z[1000:], x[1000:], seed=0)
     assert straight == pytest.approx(x[1000:, 0].var().item() / 2, rel=0.05)
     assert bent < straight / 5
-    exact = measure.mlp_distance(measure.Ridge(z, z), z, z, z, z, seed=0)
+    exact = measure.mlp_distance(measure.Ridge(z, z), z, z, z, seed=0)
     assert exact < 1e-6, "it starts as the linear map and keeps to it"
+
+
+def test_mlp_distance_of_few_images_with_long_latents():
+    """More latent values than images: what a hidden layer would learn by heart does not make it worse than linear maps."""
+    z = normal(200, 300)
+    x = z[:, :20] + 0.5 * normal(200, 20, seed=1)
+    linear = measure.Ridge(z[:100], x[:100])
+    straight = measure.mean_squared_error(linear(z[100:]), x[100:])
+    assert measure.mlp_distance(linear, z[:100], z[100:], x[100:], seed=0) < 1.05 * straight
 
 
 def test_sliced_distance():
