@@ -344,11 +344,8 @@ def copies(summary: dict) -> list[Html]:
     against = {"worse": "more", "better": "fewer", "no difference shown": "no difference shown", "not known": "not known"}
     groups = {word: [f"{n} ({detail('copies', rows[n])})" for n in names] for word, names in grouped("copies", rows).items()}
     said = "; ".join(f"{against[word]}: {', '.join(names)}" for word, names in groups.items())
-    return [
-        paragraph(words),
-        web.figure(drawn, f"Means with {100 * summary['level']:.0f}\u00a0% intervals; the rule: real held-out images."),
-        paragraph(f"Near-copies against {summary['baseline']}’s: {said}."),
-    ]
+    chart = web.figure(drawn, f"Means with {100 * summary['level']:.0f}\u00a0% intervals; the rule: real held-out images.")
+    return [paragraph(words), web.side_by_side(chart, paragraph(f"Near-copies against {summary['baseline']}’s: {said}."))]
 
 
 def predictors(summary: dict) -> list[Html]:
@@ -366,7 +363,8 @@ def predictors(summary: dict) -> list[Html]:
     words = (
         f"Before a prior is trained, the latent can be measured. Over {best['n']} trials, “{best['name']}” orders the trials "
         f"most like the {DISTANCE} in the end: {number(best['rho'])} ({number(best['low'])} to {number(best['high'])}); 1 is the "
-        "same order, −1 the reverse, 0 none. "
+        "same order, −1 the reverse, 0 none. The strongest of "
+        f"{len(rows)} is chosen after the fact, which flatters it. "
         + (
             f"The intervals of {len(rivals)} others reach as far: which is best is not settled."
             if rivals

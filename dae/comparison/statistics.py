@@ -177,26 +177,30 @@ def rank_correlation(
         raise ValueError(f"groups: expected {len(a)} labels, one a pair, got {len(groups)}")
     if repeats < 1:
         raise ValueError(f"repeats: expected at least 1, got {repeats}")
-    rho, nan = _spearman(a, b), math.nan
+    rho, nan = _spearman(a[None], b[None]).item(), math.nan
     labels = list(range(len(a))) if groups is None else list(groups)
     members = [np.array([i for i, label in enumerate(labels) if label == g]) for g in dict.fromkeys(labels)]
     if len(members) < 2 or math.isnan(rho):
         return RankCorrelation(rho, nan, nan, len(a))
     random = np.random.default_rng(seed)
     draws = random.integers(len(members), size=(repeats, len(members)))
-    samples = [np.concatenate([members[g] for g in draw]) for draw in draws]
-    rhos = np.array([_spearman(a[i], b[i]) for i in samples])
+    by_length: dict[int, list[np.ndarray]] = {}  # all samples of one length at once: groups may differ in size
+    for draw in draws:
+        sample = np.concatenate([members[g] for g in draw])
+        by_length.setdefault(len(sample), []).append(sample)
+    rhos = np.concatenate([_spearman(a[np.stack(rows)], b[np.stack(rows)]) for rows in by_length.values()])
     rhos = rhos[~np.isnan(rhos)]  # samples in which one side is constant
     low, high = np.quantile(rhos, [(1 - level) / 2, (1 + level) / 2]) if len(rhos) else (nan, nan)
     return RankCorrelation(rho, float(low), float(high), len(a))
 
 
-def _spearman(x: np.ndarray, y: np.ndarray) -> float:
+def _spearman(x_BN: np.ndarray, y_BN: np.ndarray) -> np.ndarray:
+    """One rho for each row [B]; NaN where a row of either is constant."""
     from scipy.stats import rankdata
 
-    a, b = (r - r.mean() for r in (rankdata(x), rankdata(y)))
-    scale = math.sqrt((a @ a) * (b @ b))
-    return float(np.clip(a @ b / scale, -1, 1)) if scale else math.nan
+    a, b = (ranks - ranks.mean(axis=1, keepdims=True) for ranks in (rankdata(v, axis=1) for v in (x_BN, y_BN)))
+    scale = np.sqrt((a * a).sum(1) * (b * b).sum(1))
+    return np.divide((a * b).sum(1), scale, out=np.full(len(scale), np.nan), where=scale > 0).clip(-1, 1)
 
 
 def _finite(values: Sequence[float], name: str) -> np.ndarray:
