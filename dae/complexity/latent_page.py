@@ -171,10 +171,10 @@ def file_name(name: str) -> str:
 
 def build(measured: Measured) -> web.Page:
     page = web.Page("Which latent needs the simplest generator?", lead(measured))
+    page.section("What is compared", latents(measured))
     page.section("The answer", answer(measured), *(part for d in measured.yardsticks for part in table_of(measured, d)))
     page.section("How strong must the generator be?", *strength(measured))
     page.section("Pictures", *pictures(measured))
-    page.section("The latents", latents(measured))
     page.section("Shape alone", *shape(measured))
     page.section("What these numbers do not say", limits(measured))
     page.section("How it was measured", *method(measured))
@@ -231,7 +231,10 @@ def answer(measured: Measured) -> Html:
             found = [(measured.title_of(latent), curve.estimates[index]) for latent, curve in ranked]
             words = f"nearest with the {position} {choice.name} ({choice.knob} {choice.capacities[index]:g})"
             entries.append(tile(found, words))
-    note = f"By the {DISTANCES[distance][0]}; every latent and every distance follow below. A tie: not ahead with every seed."
+    note = (
+        f"By the {DISTANCES[distance][0]}; every latent and every distance follow below. “Tied” is what the nearest is "
+        "not ahead of with every seed."
+    )
     return web.figure(web.tiles(entries), note)
 
 
@@ -333,7 +336,7 @@ def needed(measured: Measured, known: Sequence[str]) -> Html:
     header = ["latent"] + [f"{DISTANCES[d][0]}, {FAMILIES[f].knob} of {FAMILIES[f].name}" for d, f in columns]
     levels = "; ".join(f"{DISTANCES[d][0]} of at most {measured.enough(d):.3g}" for d in known)
     caption = (
-        f"The smallest strength measured at which {web.percent(GAP_CLOSED)} of the way from the average image to real images is "
+        f"The smallest strength measured at which {100 * GAP_CLOSED:.0f} % of the way from the average image to real images is "
         f"made ({levels}). Only the strengths of the charts were tried, so a little less may do."
     )
     return web.figure(web.table(header, rows), caption)
