@@ -24,6 +24,7 @@ import numpy as np
 from dae.cli import main
 from dae.comparison.jobs import (
     Outcome,
+    Workers,
     check_comparison,
     chosen_learning_rates,
     load_samples,
@@ -50,16 +51,17 @@ def compare(config: Config, prepare: Callable[[Config], Any] = Bench.prepare, tr
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     bench = prepare(config)  # here first: its errors are the user's, and the workers find its classifier
-    save_config(config, folder / "compare.yaml")
-    work = {"prepare": prepare, "trial": trial}
     try:
-        tuning = run_jobs(config, tuning_jobs(config, arms), describe="tuning", **work)
-        learning_rates = chosen_learning_rates(config, arms, tuning)
-        measured = run_jobs(config, measuring_jobs(config, learning_rates), describe="measuring", **work)
+        with Workers(config.compare.processes) as workers:
+            work = {"prepare": prepare, "trial": trial, "workers": workers}
+            tuning = run_jobs(config, tuning_jobs(config, arms), describe="tuning", **work)
+            learning_rates = chosen_learning_rates(config, arms, tuning)
+            measured = run_jobs(config, measuring_jobs(config, learning_rates), describe="measuring", **work)
     except KeyboardInterrupt:
         print(f"\nstopped; finished trials are in {folder / 'trials'}, the same command goes on from there", file=sys.stderr)
         sys.exit(130)
 
+    save_config(config, folder / "compare.yaml")
     summary = summarize(config, bench.facts(), tuning + measured)
     write_file(folder / "compare.json", json.dumps(summary, indent=1, allow_nan=False).encode())
     write_file(folder / "compare.md", markdown(summary).encode())

@@ -237,6 +237,7 @@ def run_jobs(
     prepare: Callable[[Config], Any] = Bench.prepare,
     trial: Callable[[Any, Config, Job], tuple[dict, Any]] = run_trial,
     describe: str = "trials",
+    workers: Workers | None = None,
 ) -> list[Outcome]:
     """Run the trials that are not finished yet, `compare.processes` at a time, and return all outcomes in the order of `jobs`.
 
@@ -250,6 +251,7 @@ def run_jobs(
             new Python processes that import them.
         trial: returns a record (JSON) and samples, uint8 [n, H, W, C].
         describe: what the progress bar says.
+        workers: to be used again for other jobs of this comparison; None starts and ends some.
 
     Raises:
         ValueError: a trial in the folder belongs to another configuration; nothing was run.
@@ -261,8 +263,9 @@ def run_jobs(
     outcomes = {job: found for job in jobs if (found := load_trial(config, job))}
     waiting = [job for job in jobs if job not in outcomes]
     with contextlib.ExitStack() as stack:
+        workers = workers or stack.enter_context(Workers(config.compare.processes))
         bar = stack.enter_context(tqdm(total=len(jobs), initial=len(outcomes), desc=describe, unit="trial", smoothing=0))
-        idle = [stack.enter_context(_Worker()) for _ in range(min(config.compare.processes, len(waiting)))]
+        idle = list(workers.all)
         running: dict[Future, tuple[_Worker, Job]] = {}
         while waiting or running:
             while idle and waiting:
@@ -304,6 +307,20 @@ def _finish(config: Config, job: Job, future: Future) -> Outcome:
     return Outcome(job, failed=words)
 
 
+class Workers:
+    """Processes that run trials, started when they are needed; leaving the `with` block ends them, whatever they are doing."""
+
+    def __init__(self, count: int):
+        self.all = [_Worker() for _ in range(count)]
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for worker in self.all:
+            worker.end()
+
+
 class _Worker:
     """One process that runs one trial at a time, and is replaced should it die.
 
@@ -311,15 +328,14 @@ class _Worker:
     The process ends when the other end of `stop` is closed: by us, or by the system if we are killed.
     """
 
-    def __enter__(self) -> _Worker:
+    def __init__(self) -> None:
         self.executor: ProcessPoolExecutor | None = None
-        return self
 
     def submit(self, function: Callable, *operands: Any) -> Future:
         if self.executor is not None:
             with contextlib.suppress(BrokenProcessPool):
                 return self.executor.submit(function, *operands)
-            self._end()
+            self.end()
         context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads in whatever state they are
         listener, self.stop = context.Pipe(duplex=False)
         self.executor = ProcessPoolExecutor(1, mp_context=context, initializer=_start, initargs=(listener,))
@@ -327,13 +343,11 @@ class _Worker:
         listener.close()  # the process has its own
         return future
 
-    def _end(self) -> None:
-        self.stop.close()
-        self.executor.shutdown()
-
-    def __exit__(self, *error: object) -> None:
+    def end(self) -> None:
         if self.executor is not None:
-            self._end()
+            self.stop.close()
+            self.executor.shutdown()
+            self.executor = None
 
 
 _prepared: list = []  # in a worker: what `prepare` made, for all of its trials

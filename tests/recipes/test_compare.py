@@ -130,8 +130,8 @@ def test_a_whole_comparison(tmp_path, compare, capsys):
     assert len(page) < 2e6 and Image.open(tmp_path / "compare.png").size[0] == 1024
 
     summary = json.loads((tmp_path / "compare.json").read_text())
-    linear = summary["differences"]["frechet"]["dae-linear"]
-    assert linear["verdict"] == -1 and linear["n"] == 3
+    steps, rate = (summary[key]["frechet"]["dae-linear"] for key in ("differences", "equal_rate"))
+    assert (steps["verdict"], rate["verdict"], rate["n"]) == (0, -1, 3)
     assert summary["predictors"][0]["key"] == "mlp_distance"
     assert "| dae-linear |" in (tmp_path / "compare.md").read_text()
     assert "Better than joint: dae-linear" in capsys.readouterr().out
