@@ -438,7 +438,7 @@ def method(measured: Measured) -> list[Html]:
     for distance in measured.yardsticks:
         convention = next(curve.estimates[0].convention for (d, _, _), curve in measured.curves.items() if d == distance)
         rows.append((f"Distance: {DISTANCES[distance][0]}", convention))
-    rows += [("Time", f"{web.duration(measured.seconds)}, {torch.get_num_threads()} threads"), ("Day", measured.at[:10])]
+    rows += [("Time", f"{web.duration(measured.seconds)}; threads: {torch.get_num_threads()}"), ("Day", measured.at[:10])]
     rows += [(name, version) for name, version in versions().items()]
     words = OmegaConf.to_yaml(OmegaConf.structured(measured.config))
     return [
