@@ -27,7 +27,7 @@ from dae.charts import Bar, bar_chart, interval_chart
 from dae.cli import main
 from dae.comparison.statistics import RankCorrelation
 from dae.complexity import predictors as measure
-from dae.complexity.report_card import PREDICTORS, Encoded, decode_latents, encode_images, rank_predictors, report_card
+from dae.complexity.report_card import PREDICTORS, Encoded, decode_latents, encode_images, rank_predictors, report_card, some_of
 from dae.config import Config
 from dae.data import ImageData, evaluation_batches, load_data
 from dae.data.pictures import grid, to_uint8, write_png
@@ -132,8 +132,9 @@ def compare_with(
     """What each value is to be held against: its end of the scale, or what doing without the latent gives."""
     places = math.prod(heldout.latents.shape[2:])
     count = min(len(train.images), len(heldout.images))
+    some = some_of(heldout.images)[: len(train.images)]
     mean_image = measure.mean_squared_error(train.images.mean(0).expand_as(heldout.images), heldout.images)
-    real = measure.energy_coefficient(train.images[:count], heldout.images[:count])
+    real = measure.energy_coefficient(train.images[some_of(train.images)][: len(some)], heldout.images[some])
     sets = measure.sliced_distance(train.images[:count], heldout.images[:count], seed=seed)
     found = {
         "spectrum_slope": "0: all directions alike",

@@ -19,9 +19,9 @@ from dae.models.ar_prior import ARPrior
 PERTURBATION = 0.1  # of a latent channel's standard deviation
 CONCENTRATIONS = (1.0, 4.0, 16.0, 64.0, 256.0)  # of the n-gram's back-off
 SHRINKAGES = (1e-3, 1e-2, 1e-1, 0.5, 1.0)  # of a covariance towards its diagonal
-PENALTIES = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # of ridge regression, an image and a feature of variance 1
+PENALTIES = (1e-6, 1e-4, 1e-2, 1e-1, 1.0)  # of ridge regression, an image and a feature of variance 1
 PRIOR_STEPS, PRIOR_TOKENS, PRIOR_PASSES = 150, 1024, 8  # of the tiny Transformer: at most so many, and tokens a step
-MLP_STEPS, MLP_BATCH, MLP_WIDTH = 400, 256, 64
+MLP_STEPS, MLP_BATCH, MLP_WIDTH = 400, 128, 64
 
 
 # ---- how many bits the latent takes ----
