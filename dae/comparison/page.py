@@ -213,7 +213,8 @@ def _of(name: str, row: dict) -> str:
 def _forest(summary: dict, rows: dict[str, dict], title: str) -> Html:
     base, bars = summary["baseline"], _bars(rows)
     if not bars:
-        return paragraph(f"{title}: no arm has a rate within {base}’s rates, so nothing can be said.")
+        why = f"has a rate within {base}’s rates" if rows else "has a result"
+        return paragraph(f"{title}: no other arm {why}, so nothing can be said.")
     axis = f"{DISTANCE}, minus {base}’s"
     drawn = web.chart(interval_chart(bars, x=axis, ends=("better", "worse")), _bars_in_words(axis, bars))
     caption = (
