@@ -13,6 +13,7 @@ import pytest
 
 from dae.config import load_config, save_config
 from dae.record import Record, seconds_by_stage
+from dae.training import plan_stages
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "report.py"
 SECTIONS = [
@@ -174,6 +175,13 @@ def test_kinds_of_runs_differ_where_they_should(tmp_path, page_of):
     )
     assert "without classes" in pages["unlabelled"] and "3 classes" in pages["dae"]
     assert "No codes were counted" in pages["earlier"] and "What fidelity costs" not in pages["earlier"]
+
+
+@pytest.mark.parametrize("method", ["dae", "joint", "joint_dropout", "joint_finetuned", "weak"])
+def test_every_method_and_stage_has_words(report, method):
+    words, config = report.__globals__, load_config(None, [f"method={method}"])
+    assert "{" not in words["METHODS"][method][1].format(codes="tokens")
+    assert {stage.name for stage in plan_stages(config)} <= words["STAGES"].keys()
 
 
 def test_many_classes_show_the_first_twenty(tmp_path, page_of):
