@@ -25,6 +25,7 @@ class Distance:
         convention: one line: squared or root, the cost, parameters, bias.
         paired: row n of the generated belongs to row n of the data.
         full_batch: batches would bias it much, so all rows are taken in every step.
+        pairwise: its time grows with the number of pairs of points.
         solvable: a family may know its best member by this name (`GeneratorFamily.best`): not for a function of your own.
     """
 
@@ -33,6 +34,7 @@ class Distance:
     convention: str
     paired: bool = False
     full_batch: bool = False
+    pairwise: bool = False
     solvable: bool = False
 
     def __call__(self, generated: Tensor, data: Tensor, generator: torch.Generator) -> Tensor:
@@ -104,6 +106,7 @@ def make_distance(
             name,
             lambda x, y, _: sinkhorn_divergence(x, y, p=2, blur=blur),
             f"squared, cost |x - y|^2 / 2, blur {blur:.4g}, debiased; finite samples bias it upwards",
+            pairwise=True,
         )
     if name == "mmd":
         if bandwidths is None:
@@ -113,12 +116,14 @@ def make_distance(
             name,
             lambda x, y, _: mmd(x, y, bandwidths=bandwidths),
             f"squared, sum of Gaussian kernels of bandwidths {listed}; unbiased in finite samples, so it may be negative",
+            pairwise=True,
         )
     if name == "energy":
         return Distance(
             name,
             lambda x, y, _: energy_distance(x, y),
             "squared, cost |x - y|, 2 E|x - y| - E|x - x'| - E|y - y'|; finite samples bias it upwards",
+            pairwise=True,
         )
     return Distance(
         name,

@@ -28,21 +28,23 @@ class Fitting:
         batch_size: rows a step.
         learning_rate: at the start; None is the family's own, for latents and data of unit scale, to which they are brought.
         heldout: share of the rows to measure on, in (0, 1/2]; 0 measures on the rows that were fitted on.
-        measure_limit: at most so many rows are measured on.
+        measure_limit: at most so many rows are measured on; None is 4096 for a distance that compares all pairs of points, and
+            no limit for the others.
     """
 
     steps: int = 1000
     batch_size: int = 256
     learning_rate: float | None = None
     heldout: float = 0.5
-    measure_limit: int = 4096
+    measure_limit: int | None = None
 
     def __post_init__(self) -> None:
         check_count("steps", self.steps)
-        for name in ("batch_size", "measure_limit"):
-            check_count(name, getattr(self, name))
-            if getattr(self, name) < 2:
-                raise ValueError(f"expected {name} >= 2, as one point is no cloud, got {getattr(self, name)}")
+        limit = 2 if self.measure_limit is None else self.measure_limit
+        for name, rows in (("batch_size", self.batch_size), ("measure_limit", limit)):
+            check_count(name, rows)
+            if rows < 2:
+                raise ValueError(f"expected {name} >= 2, as one point is no cloud, got {rows}")
         if self.learning_rate is not None:
             check_positive("learning_rate", self.learning_rate)
         if isinstance(self.heldout, bool) or not isinstance(self.heldout, int | float):
@@ -68,8 +70,8 @@ class Split:
     measure: Rows
 
 
-def split_rows(latents: Tensor, data: Tensor, seed: int, paired: bool, options: Fitting) -> Split:
-    """The split of one seed: the same for every family and capacity.
+def split_rows(latents: Tensor, data: Tensor, seed: int, paired: bool, options: Fitting, limit: int | None = None) -> Split:
+    """The split of one seed, the same for every family and capacity; at most `limit` rows to measure on.
 
     Where the distance does not pair rows, a latent and the data point that it may be the code of never serve the same purpose
     (with heldout = 1/2; with less, never in measuring). Else codes would be measured against their own images, and be spared the
@@ -93,7 +95,7 @@ def split_rows(latents: Tensor, data: Tensor, seed: int, paired: bool, options: 
 
     fit = take(measured + choosing, N)
     choose = take(measured, measured + choosing) if choosing else fit
-    return Split(fit, choose, measure=take(0, min(measured, options.measure_limit)) if measured else fit)
+    return Split(fit, choose, measure=take(0, min(measured, limit or measured)) if measured else fit)
 
 
 class Generator(nn.Module):

@@ -38,7 +38,7 @@ def test_gaussians_under_linear_maps(k, norm):
     """W2^2 = sum_{i <= k} max(sqrt(l_i) - L, 0)^2 + sum_{i > k} l_i, to 5 % and what 8000 points a cloud miss."""
     expected = least(VARIANCES, torch.ones(k), norm)
     z, x = gaussian(16_000, torch.ones(k), 0, mean=3.0), gaussian(16_000, VARIANCES, 1, mean=-2.0)
-    found = generator_distance(z, x, LinearMaps(norm), "frechet", measure_limit=8000)
+    found = generator_distance(z, x, LinearMaps(norm), "frechet")
     # Where the distance is 0, two samples are apart by sum_ij l_i l_j / (n (l_i + l_j)) + 2 sum_i l_i / n in expectation. Here
     # are four, 6400 a cloud to fit on and 8000 to measure on. Twice that, as these few squares spread by nearly their mean.
     apart = ((VARIANCES[:, None] * VARIANCES / (VARIANCES[:, None] + VARIANCES)).sum() + 2 * VARIANCES.sum()).item()
@@ -49,9 +49,9 @@ def test_gaussians_under_linear_maps(k, norm):
 def test_the_latent_that_is_the_data_s_own_first_axes_leaves_the_tail():
     """Latent N(0, diag(l_1..l_k)), L = 1: the tail sum alone."""
     z, x = gaussian(16_000, VARIANCES[:3], 0), gaussian(16_000, VARIANCES, 1)
-    found = generator_distance(z, x, LinearMaps(1.0), "frechet", measure_limit=8000)
+    found = generator_distance(z, x, LinearMaps(1.0), "frechet")
     assert found.value == pytest.approx(VARIANCES[3:].sum().item(), rel=0.05)
-    narrow = generator_distance(torch.randn(16_000, 3), x, LinearMaps(1.0), "frechet", measure_limit=8000)
+    narrow = generator_distance(torch.randn(16_000, 3), x, LinearMaps(1.0), "frechet")
     assert narrow.value > 1.5 * found.value
 
 
@@ -186,6 +186,14 @@ def test_codes_bear_the_same_sampling_error_as_drawn_latents():
     assert own.value > 0.3 * fresh.value > 0
 
 
+def test_pairs_of_points_are_limited_and_nothing_else():
+    z, x = gaussian(9000, torch.ones(1), 0), gaussian(9000, torch.ones(1), 1)
+    options = {"seeds": (0,), "steps": 1}
+    assert generator_distance(z, x, LinearMaps(), "energy", **options).counts == (4500, 4096)
+    assert generator_distance(z, x, LinearMaps(), "energy", measure_limit=100, **options).counts == (4500, 100)
+    assert generator_distance(z, x, LinearMaps(), "sliced_wasserstein", **options).counts == (4500, 4500)
+
+
 def test_a_distance_of_your_own():
     def function(x, y, _):
         return (x.mean(dim=0) - y.mean(dim=0)).square().sum()
@@ -267,6 +275,8 @@ def test_bad_clouds(latents, data, error, message):
         ({"seeds": 3}, TypeError, "sequence of ints"),
         ({"steps": 0}, ValueError, "steps >= 1"),
         ({"batch_size": 1}, ValueError, "batch_size >= 2"),
+        ({"measure_limit": 1}, ValueError, "measure_limit >= 2"),
+        ({"measure_limit": 0}, ValueError, "measure_limit >= 1"),
         ({"learning_rate": -1.0}, ValueError, "learning_rate > 0"),
         ({"heldout": 0.9}, ValueError, "heldout in"),
         ({"heldout": "half"}, TypeError, "heldout as a number"),
