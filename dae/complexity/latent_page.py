@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Sequence
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor
 
 from dae import report as web
@@ -423,6 +422,8 @@ def limits(measured: Measured) -> Html:
 
 
 def method(measured: Measured) -> list[Html]:
+    from omegaconf import OmegaConf
+
     settings, first = measured.config.measure, next(iter(measured.curves.values())).estimates[0]
     rows = [
         ("Question", "D^G(P_z, P_x) = the least distance D between g(z) and x over all generators g of a family G"),
