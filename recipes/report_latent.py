@@ -43,7 +43,15 @@ from dae.training.loop import seed_for
 PAPER = web.link("Hu et al., “Complexity Matters”, NeurIPS 2023", "https://arxiv.org/abs/2307.08283")
 HOPED = {"lower": "lower", "higher": "higher", "either": "depends"}
 DISTURBANCES = (measure.PERTURBATION, 0.5, 1.0)
+FEWEST_SEEDS = 5  # of a bootstrap over seeds from which anything is concluded
 STEPS_BETWEEN, PAIRS = 9, 4  # pictures of an interpolation with both its ends, and interpolations
+
+
+class Ranking(NamedTuple):
+    """How well each predictor put the trials of one comparison into order, and over how many seeds."""
+
+    found: dict[str, RankCorrelation]
+    seeds: int
 
 
 class Measured(NamedTuple):
@@ -68,7 +76,7 @@ def report_latent(config: Config) -> Path:
         ValueError: the autoencoder was trained on other data, there are too few images, or a trial's file is damaged.
         FloatingPointError: the autoencoder gives NaN.
     """
-    rankings = {folder: rank_predictors(read_trials(folder), seed=config.seed) for folder in comparison_folders(config)}
+    rankings = {folder: rank(read_trials(folder), config.seed) for folder in comparison_folders(config)}
     run = measure_latent(config)
     folder = Path(config.output_dir) / "latent"
     folder.mkdir(parents=True, exist_ok=True)
@@ -79,7 +87,7 @@ def report_latent(config: Config) -> Path:
     page.section("The card", card_table(run))
     page.section("Pictures", reconstructions(run, folder), disturbances(run, folder), interpolations(run, folder))
     page.section("The latent", latent_map(run, folder), *code_usage(run))
-    page.section("Which line to trust?", *(trust(path, found) for path, found in rankings.items()), *no_trials(rankings))
+    page.section("Which line to trust?", *(trust(path, ranking) for path, ranking in rankings.items()), *no_trials(rankings))
     page.section("What was measured", provenance(run))
     page.footer = [paragraph("The distances for simple generators follow ", PAPER, "; no number here is the paper's. "
                              "Written by recipes/report_latent.py.")]  # fmt: skip
@@ -184,16 +192,25 @@ def read_trials(folder: Path) -> list[dict]:
     return records
 
 
-def facts(run: Measured, rankings: dict[Path, dict[str, RankCorrelation]]) -> dict:
+def rank(records: list[dict], seed: int) -> Ranking:
+    measured = {record["seed"] for record in records if record["purpose"] == "measure" and record["card"]}
+    return Ranking(rank_predictors(records, seed=seed), len(measured))
+
+
+def facts(run: Measured, rankings: dict[Path, Ranking]) -> dict:
     """All of it for other programs; JSON-able, with None for what does not apply or is not known."""
 
-    def finite(ranking: RankCorrelation) -> dict:
-        return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in ranking._asdict().items()}
+    def finite(r: RankCorrelation, seeds: int) -> dict:
+        known = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in r._asdict().items()}
+        return known | {"seeds": seeds}
 
     return {
         "card": run.card,
         "predictors": {name: dataclasses.asdict(predictor) for name, predictor in PREDICTORS.items()},
-        "rank_correlations": {str(f): {name: finite(r) for name, r in found.items()} for f, found in rankings.items()},
+        "rank_correlations": {
+            str(folder): {name: finite(r, ranking.seeds) for name, r in ranking.found.items()}
+            for folder, ranking in rankings.items()
+        },
         "autoencoder": fingerprint(Path(run.config.output_dir) / "autoencoder"),
         "method": run.method,
         "data": run.data.describe(),
@@ -354,8 +371,9 @@ def code_usage(run: Measured) -> list[Html]:
     return [web.side_by_side(web.figure(web.chart(svg, alt), caption), paragraph(meaning))]
 
 
-def trust(folder: Path, found: dict[str, RankCorrelation]) -> Html:
+def trust(folder: Path, ranking: Ranking) -> Html:
     """How well each predictor ranked the latents of one comparison."""
+    found, enough = ranking.found, ranking.seeds >= FEWEST_SEEDS
     if not found:
         return paragraph(f"The comparison in {folder} has fewer than three finished trials with a card: nothing can be ranked.")
     shown = {name: r for name, r in found.items() if math.isfinite(r.rho)}
@@ -367,20 +385,32 @@ def trust(folder: Path, found: dict[str, RankCorrelation]) -> Html:
         "it says nothing. So a line for which lower is hoped should lie on the right, one for which higher is hoped on the left."
     )
     caution = (
-        "The interval is a bootstrap over whole seeds: what the same ways of training might show with other seeds. With few "
-        "seeds it is too narrow, and it says nothing about other ways of training. Of seventeen lines, one or the other "
-        "looks good by chance."
+        "The interval is a bootstrap over whole seeds: what the same ways of training might show with other seeds. It is "
+        "somewhat too narrow, and it says nothing about other ways of training. Of so many lines, one or the other looks good by chance. "
+        f"There are trials of {ranking.seeds} seed(s)"
+        + ("." if enough else f"; from fewer than {FEWEST_SEEDS} nothing is concluded here, and no interval is drawn.")
     )
-    bars = [Bar(PREDICTORS[name].title, r.rho, *((r.low, r.high) if math.isfinite(r.low) else ())) for name, r in shown.items()]
+    bars = [
+        Bar(PREDICTORS[name].title, r.rho, *((r.low, r.high) if enough and math.isfinite(r.low) else ()))
+        for name, r in shown.items()
+    ]
     rows = [
-        (PREDICTORS[name].title, number(r.rho), interval(r), f"{r.n:,}", HOPED[PREDICTORS[name].direction], verdict(name, r))
+        (
+            PREDICTORS[name].title,
+            number(r.rho),
+            interval(r),
+            f"{r.n:,}",
+            HOPED[PREDICTORS[name].direction],
+            verdict(name, r) if enough else "too few seeds",
+        )
         for name, r in found.items()
     ]
     parts = [web.element("h3", f"Trials in {folder}")]
     if bars:
         svg = interval_chart(bars, x="rank correlation with the generation distance", ends=("lower is worse", "higher is worse"))
         alt = "; ".join(f"{bar.name} {bar.mean:.2f}" for bar in bars)
-        caption = "Rank correlation with its 95\u00a0% interval; in colour where the interval does not hold 0."
+        drawn_with = " with its 95\u00a0% interval; in colour where the interval does not hold 0" if enough else ""
+        caption = f"Rank correlation with the generation distance{drawn_with}."
         drawn = web.figure(web.chart(svg, f"Rank correlations: {alt}"), caption)
         parts.append(web.side_by_side(web.element("div", paragraph(words), paragraph(caution)), drawn))
     header = ("measure", "rank correlation", "95\u00a0% interval", "trials", "hoped for", "outcome")
@@ -396,7 +426,7 @@ def verdict(name: str, r: RankCorrelation) -> str:
     if not math.isfinite(r.rho):
         return "the same in all trials"
     if not math.isfinite(r.low):
-        return "one seed: no interval"
+        return "no interval"
     if r.low <= 0 <= r.high:
         return "cannot be told"
     if PREDICTORS[name].sign == 0:

@@ -45,7 +45,7 @@ def save_autoencoder(folder, configure, bottleneck="vq", *overrides):
     return folder
 
 
-def write_trials(folder, seeds=(0, 1, 2), arms=("joint", "dae-linear")):
+def write_trials(folder, seeds=(0, 1, 2, 3, 4), arms=("joint", "dae-linear")):
     (folder / "trials").mkdir(parents=True)
     for seed in seeds:
         for number, arm in enumerate(arms):
@@ -96,17 +96,20 @@ def test_rank_correlations(trained, run, tmp_path):
     written = run("report_latent", trained["vq"], FEW, f"measure.compare_folders=[{trials}]")
     found = json.loads((written / "card.json").read_text())["rank_correlations"][str(trials)]
     assert found["prior_bits"]["rho"] == pytest.approx(1) and found["linear_probe"]["rho"] == pytest.approx(-1)
-    assert found["prior_bits"]["n"] == 6 and found["codebook_usage"]["rho"] is None
+    assert found["prior_bits"]["n"] == 10 and found["prior_bits"]["seeds"] == 5 and found["codebook_usage"]["rho"] is None
     assert set(found) == {"prior_bits", "linear_probe", "codebook_usage"}
     page = (written / "card.html").read_text()
     assert page.count('<td class="prose">as hoped</td>') == 2 and "the same in all trials" in page
-    assert "6 autoencoders were trained" in page and "No comparison was given" not in page
+    assert "10 autoencoders were trained" in page and "No comparison was given" not in page
 
 
 def test_too_few_trials_and_trials_of_the_run_itself(trained, run, tmp_path):
     own = write_trials(shutil.copytree(trained["vq"], tmp_path / "own"), seeds=(0,))
     page = (run("report_latent", own, FEW) / "card.html").read_text()
     assert "fewer than three finished trials" in page
+    two_seeds = write_trials(tmp_path / "compare", seeds=(0, 1))
+    page = (run("report_latent", trained["vq"], FEW, f"measure.compare_folders=[{two_seeds}]") / "card.html").read_text()
+    assert page.count("too few seeds") == 3 and "as hoped" not in page
 
 
 def test_unlabelled_images(tmp_path, run, configure):
@@ -130,7 +133,7 @@ def test_verdicts(recipe):
     assert verdict("prior_bits", 0.5, 0.1, 0.9) == "as hoped" and verdict("prior_bits", -0.5, -0.9, -0.1) == "the opposite"
     assert verdict("linear_probe", -0.5, -0.9, -0.1) == "as hoped" and verdict("prior_bits", 0.5, -0.1, 0.9) == "cannot be told"
     assert verdict("code_entropy", 0.5, 0.1, 0.9) == "more is worse"
-    assert verdict("code_entropy", 0.5, math.nan, math.nan) == "one seed: no interval"
+    assert verdict("code_entropy", 0.5, math.nan, math.nan) == "no interval"
 
 
 # ---- bad input ----
