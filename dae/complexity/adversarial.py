@@ -325,7 +325,8 @@ class Adversary:
         self, name: str, inputs: int, device: torch.device, learning_rate: float, steps: int, generator: torch.Generator
     ) -> None:
         self.name, self.generator = name, generator
-        self.network = Stack(1, inputs, 64 if name in TABLE else 32, generator, device, maxmin=name == "wgan_sn")
+        potential = name in WASSERSTEIN
+        self.network = Stack(1, inputs, 32 if potential else 64, generator, device, radial=potential, maxmin=name == "wgan_sn")
         self.optimizer = torch.optim.Adam(self.network.parameters, lr=learning_rate, betas=(0.5, 0.99))
         self.schedule = annealed(self.optimizer, steps)
 

@@ -140,27 +140,40 @@ def logistic_regression(
 class Stack:
     """K multilayer perceptrons [D, width, width, 1] side by side: weights [K, in, out], biases [K, 1, out].
 
-    `maxmin` sorts pairs of units instead of bending them: it keeps the length of every gradient (Anil et al. 2019, "Sorting out
-    Lipschitz function approximation"), so that a network of weights of norm 1 comes near every 1-Lipschitz function.
+    With `radial` they see |x| besides x, which plane pieces approach slowly in many dimensions, turned by an angle t that is
+    trained, (x cos t, |x| sin t): the map from x to both is 1-Lipschitz. `maxmin` sorts pairs of units instead of bending them
+    and keeps the length of every gradient (Anil et al. 2019, "Sorting out Lipschitz function approximation"), so that a network
+    of weights of norm 1 comes near every 1-Lipschitz function.
     """
 
     def __init__(
-        self, count: int, inputs: int, width: int, generator: torch.Generator, device: torch.device, maxmin: bool = False
+        self,
+        count: int,
+        inputs: int,
+        width: int,
+        generator: torch.Generator,
+        device: torch.device,
+        radial: bool = False,
+        maxmin: bool = False,
     ) -> None:
-        sizes = [inputs, width, width, 1]
+        sizes = [inputs + radial, width, width, 1]
         self.maxmin = maxmin
         self.weights = [
             (torch.randn(count, a, b, generator=generator) / math.sqrt(a)).to(device).requires_grad_()
             for a, b in itertools.pairwise(sizes)
         ]
         self.biases = [torch.zeros(count, 1, b, device=device, requires_grad=True) for b in sizes[1:]]
+        self.angles = [torch.full((count, 1, 1), math.pi / 4, device=device, requires_grad=True)] if radial else []
 
     @property
     def parameters(self) -> list[Tensor]:
-        return self.weights + self.biases
+        return self.weights + self.biases + self.angles
 
     def __call__(self, x_KND: Tensor) -> Tensor:
         """[K, N, D] -> [K, N]."""
+        for angle in self.angles:
+            radius_KN1 = (x_KND.square().sum(dim=2, keepdim=True) + 1e-12).sqrt()
+            x_KND = torch.cat([angle.cos() * x_KND, angle.sin() * radius_KN1], dim=2)
         for weight, bias in zip(self.weights[:-1], self.biases[:-1], strict=True):
             x_KND = torch.baddbmm(bias, x_KND, weight)
             x_KND = sort_pairs(x_KND) if self.maxmin else F.silu(x_KND)
@@ -221,8 +234,10 @@ def ratio_candidates(parts: Parts, *, steps: int, batch_size: int, width: int, g
     rows = [torch.cat([part, base[..., None]], dim=2) for part, base in zip(parts.fit, bases, strict=True)]
     heldout_KRD = parts.heldout()
     network = Stack(FOLDS, heldout_KRD.shape[2], width, generator, heldout_KRD.device)
-    with torch.no_grad():
+    with torch.no_grad():  # starts at the regression, with units that bend at many places and sharply: densities have edges
         network.weights[-1].zero_()
+        network.weights[0].mul_(2)
+        network.biases[0].add_(2 * torch.randn(network.biases[0].shape, generator=generator).to(network.biases[0]))
     optimizer = torch.optim.AdamW(network.parameters, lr=3e-3, weight_decay=1e-2)
     schedule = annealed(optimizer, steps)
     snapshots = []
@@ -274,9 +289,9 @@ def potential_candidates(
     difference_KD = (parts.fit[0].mean(dim=1) - parts.fit[1].mean(dim=1)).double()
     direction_KD = difference_KD / difference_KD.norm(dim=1, keepdim=True).clamp(min=1e-30)
     linear_1KR = (heldout_KRD.double() @ direction_KD[..., None])[None, ..., 0]
-    network = Stack(FOLDS, heldout_KRD.shape[2], width, generator, heldout_KRD.device, maxmin=not penalty)
+    network = Stack(FOLDS, heldout_KRD.shape[2], width, generator, heldout_KRD.device, radial=True, maxmin=not penalty)
     anchors_KAD = torch.cat([part[:, :ANCHORS] for part in parts.fit], dim=1)
-    optimizer = torch.optim.Adam(network.parameters, lr=1e-2, betas=(0.5, 0.9))
+    optimizer = torch.optim.Adam(network.parameters, lr=1e-2 if penalty else 2e-2, betas=(0.5, 0.9))
     schedule = annealed(optimizer, steps)
     snapshots, at_anchors, slopes = [], [], []
     for step in range(1, steps + 1):
