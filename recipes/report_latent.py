@@ -386,7 +386,7 @@ def trust(folder: Path, ranking: Ranking) -> Html:
     )
     caution = (
         "The interval is a bootstrap over whole seeds: what the same ways of training might show with other seeds. It is "
-        "somewhat too narrow, and it says nothing about other ways of training. Of so many lines, one or the other looks good by chance. "
+        "somewhat too narrow, and it says nothing about other ways of training. Of so many lines, some look good by chance. "
         f"There are trials of {ranking.seeds} seed(s)"
         + ("." if enough else f"; from fewer than {FEWEST_SEEDS} nothing is concluded here, and no interval is drawn.")
     )
