@@ -33,7 +33,9 @@ class DataConfig:
     dataset_config_name: Optional[str] = knob(None, "configuration of a Hugging Face data set")
     train_split: str = knob("train", "split to train on")
     validation_split: Optional[str] = knob(
-        None, "held-out split; null takes `validation`, `test` or `val` if there is one, else holds rows out of training"
+        None,
+        "held-out split; null takes `validation`, `test` or `val` if there is one, else holds rows out of training, and `none` "
+        "holds rows out of training in any case",
     )
     validation_size: int = knob(1000, "rows to hold out where there is no held-out split (at most a tenth of the rows)", least=1)
     streaming: bool = knob(False, "read as a stream, never the whole set: for sets larger than the disk")

@@ -35,6 +35,7 @@ ABOUT = {
     "dae-dropout": "decoupled, with a decoder that drops channels at random in the first stage",
 }
 DISTANCE, RATE = "generation distance", "rate, bits an image"
+BITS, SIZE = "bits an image under the prior", "parameters of the prior"
 
 
 def write_page(config: Config, summary: dict, pictures: Mapping[str, np.ndarray], folder: Path) -> Path:
@@ -274,7 +275,7 @@ def _frontier(summary: dict, arms: Mapping[str, int], key: str) -> list[Series]:
 def rates(config: Config, summary: dict, arms: Mapping[str, int]) -> list[Html]:
     floor = (summary["facts"]["floor"]["frechet"], "training images")
     charts = []
-    for key, axis, level in (("frechet", DISTANCE, floor), ("bits", "bits an image under the prior", None)):
+    for key, axis, level in (("frechet", DISTANCE, floor), ("bits", BITS, None)):
         series = _frontier(summary, arms, key)
         drawn = web.chart(frontier_chart(series, x=RATE, y=axis, level=level), _series_in_words(f"{axis} over {RATE}", series))
         charts.append(web.figure(drawn, f"{axis[0].upper()}{axis[1:]} against {RATE}: means; the thin lines span the seeds."))
@@ -296,19 +297,22 @@ def _series_in_words(axis: str, series: Sequence[Series]) -> str:
     return f"Chart of {axis}: {'; '.join(pairs)}"
 
 
+def _by_size(summary: dict, arms: Mapping[str, int], key: str) -> list[Series]:
+    """One series an arm: the mean over the seeds at each size of the prior."""
+    series = []
+    for name, style in arms.items():
+        mine = [row for row in summary["prior_sizes"] if row["arm"] == name and row[key]]
+        if mine:
+            series.append(Series(name, [row["parameters"] for row in mine], [row[key]["mean"] for row in mine], style))
+    return series
+
+
 def sizes(summary: dict, arms: Mapping[str, int]) -> list[Html]:
-    rows = summary["prior_sizes"]
-    if not rows:
+    if not summary["prior_sizes"]:
         return [paragraph("One size of prior was trained (compare.prior_widths names further ones).")]
     charts = []
-    for key, axis in (("frechet", DISTANCE), ("bits", "bits an image under the prior")):
-        series = []
-        for name, style in arms.items():
-            mine = [row for row in rows if row["arm"] == name and row[key]]
-            if mine:
-                x, y = [row["parameters"] for row in mine], [row[key]["mean"] for row in mine]
-                series.append(Series(name, x, y, style))
-        x = "parameters of the prior"
+    for key, axis in (("frechet", DISTANCE), ("bits", BITS)):
+        series, x = _by_size(summary, arms, key), SIZE
         drawn = web.chart(frontier_chart(series, x=x, y=axis, logarithmic=True), _series_in_words(f"{axis} over {x}", series))
         charts.append(web.figure(drawn, f"{axis[0].upper()}{axis[1:]} by the size of the prior: means over the seeds."))
     words = "If a latent is simpler to model, a small prior should suffice for it: its line should start lower."
@@ -443,11 +447,15 @@ def configuration(config: Config, summary: dict) -> list[Html]:
 
 
 def pictures_of(summary: dict, arms: Mapping[str, int]) -> list[tuple[Panel, float]]:
-    """Panels of compare.png with their heights: the differences, and the distance against the rate."""
+    """Panels of compare.png with their heights: differences, distance and bits against the rate, distance by size of prior."""
     base, panels = summary["baseline"], []
     for rows, title in ((summary["differences"], "equal steps"), (summary["equal_rate"], "equal rate")):
         if rows and (bars := _bars(rows["frechet"])):
             axis = f"{DISTANCE}, minus {base}’s, at {title}"
             panels.append((interval_panel(bars, x=axis, ends=("better", "worse")), interval_height(bars)))
     floor = (summary["facts"]["floor"]["frechet"], "training images")
-    return [*panels, (frontier_panel(_frontier(summary, arms, "frechet"), x=RATE, y=DISTANCE, level=floor), 3.6)]
+    panels.append((frontier_panel(_frontier(summary, arms, "frechet"), x=RATE, y=DISTANCE, level=floor), 3.6))
+    panels.append((frontier_panel(_frontier(summary, arms, "bits"), x=RATE, y=BITS), 3.6))
+    if summary["prior_sizes"]:
+        panels.append((frontier_panel(_by_size(summary, arms, "frechet"), x=SIZE, y=DISTANCE, logarithmic=True), 3.6))
+    return panels

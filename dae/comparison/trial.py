@@ -201,7 +201,8 @@ def run_trial(bench: Bench, config: Config, job: Job) -> tuple[dict, Tensor]:
         config: of the comparison, not of the trial.
 
     Returns:
-        record: JSON-able, see README.md of the recipe's output; the distances are to held-out images at equal counts.
+        record: JSON-able: the job, rate and reconstruction, a list of `priors` (the main one first) with bits, generation
+            distance to held-out images at equal counts and copies, and the latent's report card.
         samples: uint8 [n, H, W, C], the first ones of the main prior.
 
     Raises:

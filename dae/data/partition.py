@@ -34,10 +34,12 @@ def choose_validation(splits: dict[str, Any], config: DataConfig) -> str | None:
     """
     for key in ("train_split", "validation_split"):
         name = getattr(config, key)
-        if name is not None and name not in splits:
+        if name is not None and name not in splits and (key, name) != ("validation_split", "none"):
             raise ValueError(f"{config.dataset_name}: no split {key}={name!r}; the splits are {sorted(splits)}")
     if config.validation_split == config.train_split:
         raise ValueError(f"train_split and validation_split are both {config.train_split!r}; null holds rows out of training")
+    if config.validation_split == "none" and "none" not in splits:
+        return None
     others = [name for name in HELD_OUT_NAMES if name in splits and name != config.train_split]
     return config.validation_split or next(iter(others), None)
 

@@ -180,6 +180,8 @@ def test_held_out_split_is_found_by_name(saved, table, streaming):
     rows = {"train": table(12), "test": table(3, start=50), "val": table(4, start=70), "extra": table(5, start=80)}
     assert len(images_of(load_data(saved(rows, streaming=streaming), 0).validation)) == 3
     assert len(images_of(load_data(saved(rows, streaming=streaming, validation_split="extra"), 0).validation)) == 5
+    none = load_data(saved(rows, streaming=streaming, validation_split="none", validation_size=1), 0)
+    assert (len(images_of(none.train)), len(images_of(none.validation))) == (11, 1)  # held out of training nevertheless
     rows["validation"] = table(2, start=90)
     assert len(images_of(load_data(saved(rows, streaming=streaming), 0).validation)) == 2
     assert len(images_of(load_data(saved(rows, streaming=streaming, train_split="validation"), 0).train)) == 2

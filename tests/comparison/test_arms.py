@@ -1,0 +1,58 @@
+"""Arms: by name, of one's own, and refused where they are not matched."""
+
+import pytest
+
+from dae.comparison.arms import STANDARD, Arm, arm_config, parse_arms, require_matched
+from dae.config import CompareConfig, Config
+from dae.training import plan_stages
+
+
+def test_standard_arms_train_for_equal_steps_with_the_decoders_they_name():
+    config = Config()
+    arms = parse_arms(config.compare)
+    assert [arm.name for arm in arms] == list(STANDARD)
+    require_matched(config, arms)
+    steps = {sum(s.config.max_train_steps for s in plan_stages(arm_config(config, arm))) for arm in arms}
+    assert len(steps) == 1
+    decoders = {arm.name: [s.decoder.family for s in plan_stages(arm_config(config, arm))] for arm in arms}
+    assert decoders["dae-linear"] == ["linear", "full"] and decoders["weak"] == [config.auxiliary_decoder.family]
+    assert decoders["joint"] == ["full"] and decoders["joint_finetuned"] == ["full", "full"]
+    assert config.method == "dae" and config.auxiliary_decoder.family == "narrow"  # the comparison's own is as it was
+
+
+def test_an_arm_of_ones_own():
+    (arm,) = parse_arms(
+        CompareConfig(arms=["tiny: method=dae auxiliary_decoder.family=narrow auxiliary_decoder.width_factor=0.1"])
+    )
+    config = arm_config(Config(), arm)
+    assert (arm.name, config.auxiliary_decoder.width_factor) == ("tiny", 0.1)
+    require_matched(Config(), [arm])
+
+
+@pytest.mark.parametrize(
+    "arms, words",
+    [
+        (["jiont"], "no arm 'jiont'; did you mean 'joint'"),
+        (["joint", "joint"], "different names"),
+        ([], "at least one"),
+        (["a b: method=dae"], "a name is made of"),
+    ],
+)
+def test_bad_names(arms, words):
+    with pytest.raises(ValueError, match=words):
+        parse_arms(CompareConfig(arms=arms))
+
+
+def test_unmatched_arms_are_refused_with_all_differences():
+    arms = [
+        Arm("long", ("method=joint", "stage1.max_train_steps=7", "autoencoder.vq.codebook_size=8")),
+        Arm("fine", ("method=weak",)),
+        Arm("other", ("prior.width=32",)),
+    ]
+    with pytest.raises(ValueError, match="not matched") as refused:
+        require_matched(Config(), arms)
+    words = str(refused.value)
+    assert "long in autoencoder.vq.codebook_size: 64 -> 8; stage1.max_train_steps: 1000 -> 7" in words
+    assert "other in prior.width: 128 -> 32" in words and "fine" not in words
+    with pytest.raises(ValueError, match="unknown key 'methd'"):
+        require_matched(Config(), [Arm("x", ("methd=dae",))])
