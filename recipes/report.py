@@ -116,7 +116,7 @@ def how_it_works(run: Record) -> str:
     if run.family == "dit":
         prior = "a Diffusion Transformer, the prior, learned to turn pure noise into such a latent, step by step"
     else:
-        prior = f"a mixture of {run.config.prior.num_components} Gaussians, the prior, was fitted to the latents of all images"
+        prior = f"a mixture of {run.config.prior.num_components} Gaussians, the prior, was fitted to such latents"
     return (
         f"An autoencoder learned to write an image as a latent: {channels * size**2:,} numbers ({channels} channels of {size} × "
         f"{size}), each with a little noise on it; {prior}. To make a new image, the prior draws a latent, and the decoder turns "
