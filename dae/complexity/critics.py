@@ -19,7 +19,7 @@ SNAPSHOTS = 10  # of a network, spread over its training
 QUADRATIC_INPUTS = 12  # principal directions that the quadratic critic sees: 90 coefficients
 ANCHORS = 512  # rows of each cloud from which a potential is extended
 GRADIENT_PENALTY = 10.0  # Gulrajani et al. 2017
-RIDGES = (1e-1, 1e-2, 1e-3, 1e-5)  # strong to weak, so that each solution starts the next
+RIDGES = (1e-1, 1e-2, 1e-3, 1e-5, 1e-8)  # strong to weak, so that each solution starts the next
 
 
 @dataclass(frozen=True)
@@ -85,11 +85,12 @@ def quadratic_logits(parts: Parts) -> tuple[Tensor, Tensor]:
 
     Exact for two Gaussians. From `QUADRATIC_INPUTS` dimensions on of the leading principal directions only.
     """
-    fit_KND, heldout_KRD = torch.cat(parts.fit, dim=1), parts.heldout()
-    if fit_KND.shape[2] > QUADRATIC_INPUTS:
-        directions = torch.linalg.eigh(fit_KND.mT @ fit_KND).eigenvectors[..., -QUADRATIC_INPUTS:]
-        fit_KND, heldout_KRD = fit_KND @ directions, heldout_KRD @ directions
-    fit_KNF, heldout_KRF = monomials(fit_KND.double()), monomials(heldout_KRD.double())
+    fit_KND, heldout_KRD = torch.cat(parts.fit, dim=1).double(), parts.heldout().double()
+    # Whitened: a difference in a direction of small variance is as easy to find as in any other
+    variances_KD, directions_KDD = torch.linalg.eigh(fit_KND.mT @ fit_KND / fit_KND.shape[1])
+    variances_KD = torch.where(variances_KD > 1e-10 * variances_KD[:, -1:], variances_KD, 1.0)  # less is rounding
+    directions_KDD = (directions_KDD / variances_KD[:, None].sqrt())[..., -QUADRATIC_INPUTS:]
+    fit_KNF, heldout_KRF = monomials(fit_KND @ directions_KDD), monomials(heldout_KRD @ directions_KDD)
     mean, scale = fit_KNF.mean(dim=1, keepdim=True), fit_KNF.std(dim=1, keepdim=True)
     scale = torch.where(scale > 1e-6, scale, 1.0)
     fit_KNF, heldout_KRF = (F.pad((features - mean) / scale, (1, 0), value=1.0) for features in (fit_KNF, heldout_KRF))

@@ -130,6 +130,15 @@ def test_disjoint_supports():
     assert 1.9 < adversarial_distance(ring, 0.5 * ring, "hellinger", seeds=(0,)).value <= 2
 
 
+def test_a_plane_in_a_volume():
+    """What a linear map makes of a narrower latent: no mass in common, but points of the volume lie as near as one likes."""
+    stretch = torch.tensor([3.0, 1.0, 0.2])
+    x, y = gaussian(1, 2000, 0, 1, dimensions=3) * stretch, gaussian(2, 2000, 0, 1, dimensions=3) * stretch
+    y[:, 2] = 0
+    turn = torch.linalg.qr(gaussian(3, 3, 0, 1, dimensions=3)).Q
+    assert 0.85 * math.log(2) < adversarial_distance(x @ turn, y @ turn, "js", seeds=(0,)).value <= math.log(2)
+
+
 def test_mixture_that_no_quadric_parts_from_a_gaussian():
     """Two modes against a Gaussian of equal mean and variance: all of the distance is the network's to find."""
     mode = torch.where(torch.arange(8000) % 2 == 0, 1.8, -1.8)[:, None]
