@@ -257,7 +257,7 @@ class TrainingStep:
         return {
             "weights": count(t for m in modules for t in itertools.chain(m.parameters(), m.buffers())),
             "optimisers": count(t for state in states for t in state.values() if isinstance(t, Tensor)),
-            "average": count(iter(self.ema.average.module.state_dict().values())) if self.ema else 0,
+            "average": count(iter(self.ema.state_dict().values())) if self.ema else 0,
         }
 
 

@@ -82,6 +82,7 @@ def _train_stage(config: Config, stage: Stage, autoencoder: Autoencoder, images_
     if learns_codebook:
         _initialize_codebook(config, stage, autoencoder, images_NCHW)
     trained = autoencoder.decoder if stage.latent_frozen else autoencoder
+    parameters = list(trained.parameters())  # to walk through the module at each step would take a twentieth of it
     ema = EMA(trained, settings.ema_decay) if settings.use_ema else None
     optimizer = build_optimizer(trained, settings)
     scheduler = build_scheduler(optimizer, settings)
@@ -110,7 +111,7 @@ def _train_stage(config: Config, stage: Stage, autoencoder: Autoencoder, images_
             critic.requires_grad_(True)
         loss.backward()
         if settings.max_grad_norm > 0:
-            nn.utils.clip_grad_norm_(trained.parameters(), settings.max_grad_norm)
+            nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         if critic is not None:
@@ -192,7 +193,7 @@ def train_prior(cache: EncodingCache, config: Config) -> Prior:
 
 
 def _train_by_steps(prior: Prior, family: Family, encoded: EncodedDataset, config: Config) -> None:
-    settings = config.prior
+    settings, parameters = config.prior, list(prior.parameters())
     ema = EMA(prior, settings.ema_decay) if settings.use_ema else None
     optimizer = build_optimizer(prior, settings)
     scheduler = build_scheduler(optimizer, settings)
@@ -205,7 +206,7 @@ def _train_by_steps(prior: Prior, family: Family, encoded: EncodedDataset, confi
         loss = family.loss(prior, prior, batch)
         loss.backward()
         if settings.max_grad_norm > 0:
-            nn.utils.clip_grad_norm_(prior.parameters(), settings.max_grad_norm)
+            nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()

@@ -218,7 +218,7 @@ def run_trial(bench: Bench, config: Config, job: Job) -> tuple[dict, Tensor]:
     record |= {"rate_bits": _rate(cache.train, config), "codebook": _codebook(cache.validation, config)}
 
     priors, samples = [], None
-    widths = [] if job.purpose == "tune" else config.compare.prior_widths
+    widths = config.compare.prior_widths if job.purpose == "measure" and job.rate is None else []
     for size in [None, *widths]:
         sized = config if size is None else _resized(config, size)
         begun = time.monotonic()

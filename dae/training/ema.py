@@ -1,41 +1,46 @@
-"""Exponential moving average of weights, by `torch.optim.swa_utils.AveragedModel`."""
+"""Exponential moving average of weights."""
 
 from __future__ import annotations
 
+import copy
 from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel
 
 
 class EMA:
     """average <- d * average + (1 - d) * weights, with d = min(decay, (1 + n) / (10 + n)) after n updates.
 
     The warm-up lets short runs forget their initial weights. Buffers (a codebook) are copied, not averaged.
+    `torch.optim.swa_utils.AveragedModel` would do, but it walks through both modules at each step, which in a small model costs
+    more than the optimiser does.
     """
 
     def __init__(self, module: nn.Module, decay: float):
         self.decay, self.updates = decay, 0
-        self.average = AveragedModel(module, multi_avg_fn=self._lerp)
-        self.average.requires_grad_(False)
-        self.average.n_averaged.fill_(1)  # the first update averages with the initial weights: no special case
+        self.average = copy.deepcopy(module).requires_grad_(False)
+        self._source: nn.Module | None = None
 
     @torch.no_grad()
-    def _lerp(self, averages: list, weights: list, _: object) -> None:
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(averages, weights, 1 - decay)
-
     def update(self, module: nn.Module) -> None:
-        self.average.update_parameters(module)
+        """Move towards the weights of `module`, whose tensors must stay the same objects from one update to the next."""
+        if self._source is not module:
+            self._source = module
+            self._weights = list(self.average.parameters()), list(module.parameters())
+            self._buffers = list(self.average.buffers()), list(module.buffers())
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_(*self._weights, 1 - decay)
+        for own, new in zip(*self._buffers, strict=True):
+            own.copy_(new)
         self.updates += 1
 
     def state_dict(self) -> dict:
         """Weights under the averaged module's own names."""
-        return self.average.module.state_dict()
+        return self.average.state_dict()
 
     def load_state_dict(self, weights: dict, updates: int) -> None:
-        self.average.module.load_state_dict(weights)
+        self.average.load_state_dict(weights)
         self.updates = updates
 
     @contextmanager
