@@ -17,6 +17,7 @@ from torch import Tensor
 FOLDS = 4  # a rotation fits on two of them, chooses on one and measures on one
 SNAPSHOTS = 10  # of a network, spread over its training
 QUADRATIC_INPUTS = 12  # principal directions that the quadratic critic sees: 90 coefficients
+LARGEST_LOGIT = 40.0  # of a regression: far beyond what samples show, within what a network can undo, and finite if squared
 ANCHORS = 512  # rows of each cloud from which a potential is extended
 GRADIENT_PENALTY = 10.0  # Gulrajani et al. 2017
 RIDGES = (1e-1, 1e-2, 1e-3, 1e-5, 1e-8)  # strong to weak, so that each solution starts the next
@@ -101,7 +102,8 @@ def quadratic_logits(parts: Parts) -> tuple[Tensor, Tensor]:
     candidates = []
     for ridge in RIDGES:
         coefficients_KF = logistic_regression(fit_KNF, labels_N, weights_N, ridge, coefficients_KF)
-        candidates.append([(features @ coefficients_KF[..., None])[..., 0] for features in (fit_KNF, heldout_KRF)])
+        logits = [(features @ coefficients_KF[..., None])[..., 0] for features in (fit_KNF, heldout_KRF)]
+        candidates.append([values.clamp(-LARGEST_LOGIT, LARGEST_LOGIT) for values in logits])
     fit_CKN, heldout_CKR = (torch.stack(logits) for logits in zip(*candidates, strict=True))
     return fit_CKN, heldout_CKR
 
@@ -229,8 +231,7 @@ def ratio_candidates(parts: Parts, *, steps: int, batch_size: int, width: int, g
     """
     fit_CKN, heldout_CKR = quadratic_logits(parts)
     best_K = logistic_loss(*parts.split(heldout_CKR)[:2]).argmin(dim=0)
-    # A network must be able to undo what a regression says of far points
-    base_KN, base_KR = (of_rotations(logits, best_K).clamp(-30, 30).float() for logits in (fit_CKN, heldout_CKR))
+    base_KN, base_KR = (of_rotations(logits, best_K).float() for logits in (fit_CKN, heldout_CKR))
     bases = base_KN.split([part.shape[1] for part in parts.fit], dim=1)
     rows = [torch.cat([part, base[..., None]], dim=2) for part, base in zip(parts.fit, bases, strict=True)]
     heldout_KRD = parts.heldout()
