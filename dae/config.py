@@ -168,15 +168,17 @@ class PriorConfig(OptimizationConfig):
     label_smoothing: float = knob(0.0, "share of each target spread over all tokens in training; at most 1", least=0)
     z_loss: float = knob(0.0, "weight of the squared log-normaliser of the logits in training: keeps them from drifting", least=0)
     augmented_copies: int = knob(
-        0, "further encodings of each training image in the token cache, made by the two knobs below", least=0
+        0, "further encodings of each training image in the cache, made by the two knobs below", least=0
     )
     code_temperature: float = knob(
         0.0,
-        "in the copies draw each code by exp(-distance / (this x mean distance to the nearest code)); 0 takes the nearest",
+        "vq: in the copies draw each code by exp(-distance / (this x mean distance to the nearest code)); 0 takes the nearest",
         least=0,
     )
     augment_images: bool = knob(True, "make the copies from augmented images (data.random_flip, data.random_affine)")
-    early_stopping: bool = knob(True, "deliver the weights of the validation with the fewest held-out bits, not the last ones")
+    early_stopping: bool = knob(
+        True, "deliver the weights of the best validation (ar: fewest held-out bits; dit: least loss), not the last ones"
+    )
 
 
 @dataclass
@@ -235,9 +237,9 @@ class CompareConfig:
     rates: List[float] = knob(
         [], "further rates for the arms of rate_arms: codebook sizes (vq) or KL weights (kl); none draws no frontier"
     )
-    rate_arms: List[str] = knob(["joint", "dae-linear"], "arms that are trained at the further rates too")
+    rate_arms: List[str] = knob(["joint", "dae-linear"], "arms that get the further rates and priors")
     prior_widths: List[int] = knob(
-        [], "further priors for each autoencoder: widths of ar and dit, numbers of components of a mixture", least=1
+        [], "further priors for the arms of rate_arms: widths of ar and dit, numbers of components of a mixture", least=1
     )
     processes: int = knob(2, "trials that run at the same time, one thread each", least=1)
 
@@ -293,7 +295,7 @@ class Config:
     )
     stage1: StageConfig = field(default_factory=StageConfig, metadata={"help": "encoder, quantizer and auxiliary decoder"})
     stage2: StageConfig = field(default_factory=StageConfig, metadata={"help": "the real decoder on the frozen latent"})
-    prior: PriorConfig = field(default_factory=PriorConfig, metadata={"help": "autoregressive Transformer over the tokens"})
+    prior: PriorConfig = field(default_factory=PriorConfig, metadata={"help": "prior over the latent"})
     kernels: KernelsConfig = field(
         default_factory=KernelsConfig, metadata={"help": "which implementation of an operation runs, where it runs"}
     )

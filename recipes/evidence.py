@@ -23,21 +23,28 @@ from dae.comparison.results import BY_KEY, headline, markdown, pool, pooled_mark
 RECIPES = Path(__file__).resolve().parent
 DATA = {
     "digits": "scikit-learn's digits, 8x8, grey, 10 classes",
-    "photos": "crops of the photographs inside the scikit-learn and scikit-image wheels, 16x16, colour, no labels",
+    "photos": "crops of the photographs inside the scikit-learn and scikit-image wheels, 8x8, colour, no labels",
 }
 KL = ("autoencoder.bottleneck=kl", "autoencoder.latent_channels=4")
-DIT = (*KL, "prior.family=dit", "prior.learning_rate=1e-2", "prior.dropout=0")
+DIT = (*KL, "prior.family=dit", "prior.learning_rate=2e-2", "prior.train_batch_size=64", "prior.dropout=0")
 GAN = (*KL, "prior.family=mixture", "compare.prior_widths=[4]", "stage2.loss.adversarial=0.1")
 GAN = (*GAN, "stage2.loss.discriminator_channels=16", "stage2.loss.discriminator_layers=1")
-DIGITS = ("autoencoder.kl.kl_weight=1e-3", "compare.rates=[3e-4,3e-3]")
-PHOTOS = ("autoencoder.kl.kl_weight=1e-4", "compare.rates=[3e-5,3e-4]")
-SMALL_LATENT = {"digits": "autoencoder.channel_multipliers=[1,2,2]", "photos": "autoencoder.channel_multipliers=[1,2,4,4]"}
+SMALL = "autoencoder.channel_multipliers=[1,2,2]"
 CARRIERS = {
     "vq": ("VQ + autoregressive Transformer", {"digits": (), "photos": ()}),
-    "kl": ("KL + Diffusion Transformer (flow matching)", {"digits": (*DIT, *DIGITS), "photos": (*DIT, *PHOTOS)}),
+    "kl": (
+        "KL + Diffusion Transformer (flow matching)",
+        {
+            "digits": (*DIT, "autoencoder.kl.kl_weight=1e-3", "compare.rates=[3e-4,3e-3]"),
+            "photos": (*DIT, "autoencoder.kl.kl_weight=3e-4", "compare.rates=[1e-4,1e-3]"),
+        },
+    ),
     "gan": (
         "GAN on a data-dependent latent + Gaussian mixture",
-        {"digits": (*GAN, *DIGITS, SMALL_LATENT["digits"]), "photos": (*GAN, *PHOTOS, SMALL_LATENT["photos"])},
+        {
+            "digits": (*GAN, SMALL, "autoencoder.kl.kl_weight=3e-4", "compare.rates=[1e-4,1e-3]"),
+            "photos": (*GAN, SMALL, "autoencoder.kl.kl_weight=1e-4", "compare.rates=[3e-5,3e-4]"),
+        },
     ),
 }
 
