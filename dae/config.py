@@ -167,9 +167,7 @@ class PriorConfig(OptimizationConfig):
     token_noise: float = knob(0.0, "probability that a token the prior reads in training is replaced by a random one", least=0)
     label_smoothing: float = knob(0.0, "share of each target spread over all tokens in training; at most 1", least=0)
     z_loss: float = knob(0.0, "weight of the squared log-normaliser of the logits in training: keeps them from drifting", least=0)
-    augmented_copies: int = knob(
-        0, "further encodings of each training image in the cache, made by the two knobs below", least=0
-    )
+    augmented_copies: int = knob(0, "further encodings of each training image in the cache, made by the two knobs below", least=0)
     code_temperature: float = knob(
         0.0,
         "vq: in the copies draw each code by exp(-distance / (this x mean distance to the nearest code)); 0 takes the nearest",
