@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from dae.comparison.results import BY_KEY, headline, markdown, pool, pooled_markdown, pooled_predictors, signed
+from dae.comparison.results import BY_KEY, adjustment, in_short, markdown, pool, pooled_markdown, pooled_predictors, signed
 
 RECIPES = Path(__file__).resolve().parent
 DATA = {
@@ -88,16 +88,16 @@ def document(summaries: dict[str, dict], overrides: list[str]) -> str:
         "",
         f"In every comparison {len(first['arms'])} ways to train the encoder (*arms*) were trained with the seeds",
         f"{', '.join(map(str, seeds))}: equal numbers of steps, equal decoder, prior, sampling and codebook size or KL weight.",
-        f"Each arm, the baseline *{first['baseline']}* too, was first tuned over the same learning rates, with another seed and",
-        "on training images set aside. *Generation distance* is the Frechet distance of samples to held-out images in features",
-        "of a small classifier trained on the training images (not Inception); less is better. *Rate* is the information in the",
-        "latent, in bits an image; *bits* is what the trained prior needs for the latent of a held-out image. Intervals are",
-        "Student's, over seeds, of differences between arms with the same seed. *At equal rate*: the arm against the baseline's",
-        "distance at that rate, read from baselines trained at three rates, never beyond them.",
+        tuned(first),
+        "*Generation distance* is the Frechet distance of samples to held-out images in features of a small classifier trained",
+        "on the training images (not Inception); less is better. *Rate* is the information in the latent, in bits an image;",
+        "*bits* is what the trained prior needs for the latent of a held-out image. Intervals are Student's, over seeds, of",
+        "differences between arms with the same seed. *At equal rate*: the arm against the baseline's distance at that rate,",
+        "read between baselines trained at several rates, never beyond them.",
         "",
         "## The answer",
         "",
-        *answers(summaries, pooled),
+        *answers(pooled, first["baseline"]),
         "",
         pooled_markdown(pooled).rstrip(),
         "",
@@ -111,7 +111,8 @@ def document(summaries: dict[str, dict], overrides: list[str]) -> str:
         "## Which number predicts generation best?",
         "",
         "Rank correlation (Spearman) with the generation distance over all trials of a comparison, averaged over the comparisons",
-        "with Student's interval. Near 1 or -1 is a good predictor; the sign is the direction.",
+        "with Student's interval (cut at -1 and 1). Near 1 or -1 is a good predictor; the sign is the direction. Each",
+        "comparison's own intervals, which resample the seeds, are on its page.",
         "",
         "| predictor | mean rank correlation | comparisons |",
         "|---|---|---|",
@@ -126,29 +127,53 @@ def document(summaries: dict[str, dict], overrides: list[str]) -> str:
         "- The images are tiny, the models have tens of thousands of parameters and train for seconds.",
         "- Distances are taken in features of one classifier a data set; another one could rank close arms differently.",
         "- Learning rates are tuned by one seed over a short list; nothing else is tuned, for any arm.",
-        "- A frontier of three rates is interpolated linearly; seeds whose rate lies outside it are left out of that column.",
+        "- A frontier of a few rates is interpolated linearly; seeds whose rate lies outside it are left out of that column.",
         "- Many intervals are shown: of twenty that hold nothing, one excludes zero by chance. Columns of p are adjusted (Holm).",
         "",
     ]
     return "\n".join(lines)
 
 
-def answers(summaries: dict[str, dict], pooled: dict) -> list[str]:
-    """One sentence for each question, counted from the intervals."""
+def tuned(summary: dict) -> str:
+    if not summary["tuning"]:
+        return "No arm was tuned: all trained with one learning rate."
+    return (
+        f"Each arm, the baseline *{summary['baseline']}* too, was first tuned over the same learning rates, with another seed and "
+        "on training images set aside."
+    )
+
+
+OUTCOMES = ("better", "worse", "no difference shown", "not known")
+
+
+def answers(pooled: dict, baseline: str) -> list[str]:
+    """The two questions, answered by counting intervals, then each decoupled arm."""
     lines = []
-    for title, key in (("At equal steps", "equal_steps"), ("At equal rate", "equal_rate")):
-        for arm, row in pooled[key].items():
-            ratio = row["ratio"]
-            if not arm.startswith("dae") or ratio is None:
-                continue
-            clear = ratio["high"] is not None and (ratio["high"] < 1 or ratio["low"] > 1)
-            word = ("nearer" if ratio["mean"] < 1 else "farther") if clear else "neither nearer nor farther by this evidence"
-            lines.append(
-                f"- {title}, {arm}: better in {row['better']}, worse in {row['worse']}, no difference shown in "
-                f"{row['no difference shown']} of {sum(row[w] for w in ('better', 'worse', 'no difference shown', 'not known'))} "
-                f"comparisons; over all of them {word}."
-            )
-    return lines
+    for title, key in (("equal steps", "equal_steps"), ("equal rate", "equal_rate")):
+        arms = {name: row for name, row in pooled[key].items() if name.startswith("dae")}
+        if not arms:
+            lines += [f"**At {title}** nothing can be said: no arm was trained for it.", ""]
+            continue
+        counts = {word: sum(row[word] for row in arms.values()) for word in OUTCOMES}
+        total, (better, worse, same, unknown) = sum(counts.values()), counts.values()
+        lines.append(
+            f"**Does decoupling help at {title}?** Of {total} pairs of a decoupled arm and a comparison, the decoupled arm's "
+            f"samples were nearer to the held-out images than {baseline}'s in {better}, farther in {worse}, and in {same} no "
+            "difference was shown" + (f"; {unknown} could not be judged." if unknown else ".")
+        )
+        lines += ["", *(f"- {name}: {over_all(row)}" for name, row in arms.items()), ""]
+    return lines[:-1]
+
+
+def over_all(row: dict) -> str:
+    """One arm over all comparisons, in words."""
+    ratio, counts = row["ratio"], ", ".join(f"{word} {row[word]}" for word in OUTCOMES if row[word])
+    if ratio is None or ratio["low"] is None:
+        return f"{counts}; too few comparisons for a mean."
+    word = "nearer" if ratio["high"] < 1 else "farther" if ratio["low"] > 1 else "neither nearer nor farther by this evidence"
+    return (
+        f"{counts}; over the comparisons {word} (distance {ratio['mean']:.2f} times, [{ratio['low']:.2f}, {ratio['high']:.2f}])."
+    )
 
 
 def costs(summaries: dict[str, dict]) -> list[str]:
@@ -178,16 +203,17 @@ def costs(summaries: dict[str, dict]) -> list[str]:
 
 
 def correlation(row: dict) -> str:
-    ends = "" if row["low"] is None else f" [{row['low']:.2f}, {row['high']:.2f}]"
+    ends = "" if row["low"] is None else f" [{max(row['low'], -1):.2f}, {min(row['high'], 1):.2f}]"
     return f"{row['mean']:.2f}{ends}"
 
 
 def section(name: str, summary: dict) -> list[str]:
     data, carrier = name.split("-")
     equal = summary["equal_rate"]
-    words = [f"At equal steps: {' '.join(headline(summary, summary['differences']['frechet']))}"]
-    if equal:
-        words += ["", f"At equal rate: {' '.join(headline(summary, equal['frechet']))}"]
+    words = []
+    for title, rows in (("equal steps", summary["differences"]["frechet"]), ("equal rate", equal and equal["frechet"])):
+        if rows:
+            words += [f"At {title}: {in_short(summary, rows)} {adjustment(summary, rows)}".rstrip(), ""]
     return [
         f"## {CARRIERS[carrier][0]} on {data}",
         "",
@@ -195,7 +221,6 @@ def section(name: str, summary: dict) -> list[str]:
         "images.",
         "",
         *words,
-        "",
         markdown(summary).rstrip(),
         "",
         f"![Differences and frontiers](evidence/{name}.png)",
