@@ -138,8 +138,8 @@ def tuned(summary: dict) -> str:
     if not summary["tuning"]:
         return "No arm was tuned: all trained with one learning rate."
     return (
-        f"Each arm, the baseline *{summary['baseline']}* too, was first tuned over the same learning rates, with another seed and "
-        "on training images set aside."
+        f"Each arm, the baseline *{summary['baseline']}* too, was first tuned over the same learning rates, with another seed "
+        "and on training images set aside."
     )
 
 
