@@ -171,10 +171,8 @@ def over_all(row: dict) -> str:
     if ratio is None or ratio["low"] is None:
         return f"{counts}; too few comparisons for a mean."
     word = "nearer" if ratio["high"] < 1 else "farther" if ratio["low"] > 1 else "neither nearer nor farther by this evidence"
-    return (
     ends = f"[{ratio['low']:.2f}, {ratio['high']:.2f}]"
     return f"{counts}; over the comparisons {word} ({ratio['mean']:.2f} times the distance, {ends})."
-    )
 
 
 def costs(summaries: dict[str, dict]) -> list[str]:
