@@ -19,16 +19,16 @@ from tqdm import tqdm
 
 from dae.cli import main
 from dae.config import Config
-from dae.data import augment, evaluation_batches, load_data
+from dae.data import evaluation_batches, load_data
 from dae.data.cache import Fingerprint, transform_fingerprint
 from dae.data.latents import LatentCache
 from dae.data.tokens import TokenCache
 from dae.distributed import each_for_itself
 from dae.hub import fingerprint, require_model
 from dae.models import Autoencoder, choose_kernels
-from dae.quantizers.encoding import Encoding
 from dae.training import make_accelerator
 from dae.training.loop import seed_for
+from dae.training.priors import encode_views
 
 
 @torch.inference_mode()
@@ -50,21 +50,6 @@ def encode(config: Config) -> Path:
     if cache_class is LatentCache and config.prior.augmented_copies and config.prior.code_temperature:
         accelerator.print("prior.code_temperature has no effect: the latent of a KL autoencoder has no codes to draw")
 
-    def stored(encoding: Encoding) -> torch.Tensor:
-        """What is kept of an encoding: tokens [B, T], or means and log-variances [B, 2D, h, w]."""
-        if cache_class is TokenCache:
-            return encoding.indices.flatten(1).int()
-        return torch.cat([encoding.features, encoding.log_variance], dim=1).float()
-
-    def further(images: torch.Tensor) -> torch.Tensor:
-        """Another encoding of the same images: augmented, with codes drawn rather than the nearest, or both."""
-        if config.prior.augment_images:
-            images = augment(images, random_flip=config.data.random_flip, random_affine=config.data.random_affine)
-        encoding = autoencoder.encode(images)
-        if cache_class is TokenCache and config.prior.code_temperature > 0:
-            encoding.indices = autoencoder.bottleneck.sample_indices(encoding.features, config.prior.code_temperature)
-        return stored(encoding)
-
     parts = {}
     for name, copies in {"train": config.prior.augmented_copies, "validation": 0}.items():
         mine: list[tuple[int, torch.Tensor, torch.Tensor]] = []
@@ -77,8 +62,8 @@ def encode(config: Config) -> Path:
             torch.manual_seed(seed_for(config.seed, "encode", name, number))
             images = batch["image"].to(accelerator.device)
             with each_for_itself():
-                views = [stored(autoencoder.encode(images))] + [further(images) for _ in range(copies)]
-            mine.append((number, torch.stack(views, dim=1).cpu(), batch["label"]))
+                views = encode_views(autoencoder, images, copies, config)
+            mine.append((number, views.cpu(), batch["label"]))
         bar.close()
         rows = sorted(gather_object(mine), key=lambda row: row[0])
         parts[name] = cache_class.dataset(torch.cat([row[1] for row in rows]), torch.cat([row[2] for row in rows]))

@@ -6,6 +6,7 @@ import difflib
 from dataclasses import dataclass
 
 from dae.config import CompareConfig, Config, differing_keys, with_overrides
+from dae.training import plan_stages
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ STANDARD = {
 }
 # What an arm is: the method, and the decoder that stage 1 trains with. Everything else must be equal.
 COMPARED = ("method", "auxiliary_decoder.")
+# In what the stages may differ: all methods train for the steps of both, and the adversarial loss belongs to the second.
+OF_ONE_STAGE = ("max_train_steps", "loss.adversarial", "loss.discriminator")
 
 
 def parse_arms(config: CompareConfig) -> list[Arm]:
@@ -45,6 +48,8 @@ def parse_arms(config: CompareConfig) -> list[Arm]:
                 f"compare.arms: no arm {name!r}; did you mean {near!r}? Known: {', '.join(STANDARD)}; "
                 "one of your own is `name: key=value key=value`"
             )
+        if colon and name in STANDARD:
+            raise ValueError(f"compare.arms: {name!r} is the name of a standard arm ({' '.join(STANDARD[name])}); choose another")
         if not name or any(not (c.isalnum() or c in "-_.") for c in name):
             raise ValueError(f"compare.arms: a name is made of letters, digits, '-', '_' and '.', got {name!r}")
         arms.append(Arm(name, tuple(overrides.split()) if colon else STANDARD[name]))
@@ -74,4 +79,11 @@ def require_matched(config: Config, arms: list[Arm]) -> None:
         raise ValueError(
             f"the arms are not matched: {'. '.join(problems)}. An arm may change {' and '.join(COMPARED)}*; change the rest for "
             "all arms alike, in the configuration"
+        )
+    # Methods of one stage take its optimisation from stage 1: what stage 2 does otherwise, only those of two stages would do.
+    between = [d for d in differing_keys(config.stage1, config.stage2) if not d.startswith(OF_ONE_STAGE)]
+    if between and len({len(plan_stages(arm_config(config, arm))) for arm in arms}) > 1:
+        raise ValueError(
+            f"the arms are not matched: stage1 and stage2 differ in {'; '.join(between)}, and arms of one stage train as stage1 "
+            "does from first to last. Give both stages the same"
         )

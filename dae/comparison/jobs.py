@@ -23,11 +23,12 @@ import numpy as np
 import torch
 
 from dae.comparison.arms import Arm, parse_arms, require_matched
-from dae.comparison.training import prior_family
+from dae.comparison.training import refuse_unsupported
 from dae.comparison.trial import Bench, Job, job_config, run_trial
 from dae.config import Config
 from dae.files import write_file
 from dae.metrics import versions
+from dae.training.priors import prior_family
 from dae.training.run import FREE_TO_CHANGE
 
 # What may change between two starts of one comparison: where trials run, and which others there are.
@@ -66,7 +67,8 @@ def check_comparison(config: Config) -> list[Arm]:
     compare, arms = config.compare, parse_arms(config.compare)
     names = [arm.name for arm in arms]
     require_matched(config, arms)
-    prior_family(config)  # refuses a prior that the bottleneck has no latent for
+    refuse_unsupported(config)
+    family = prior_family(config)  # refuses a prior that the bottleneck has no latent for
     _require_known("baseline", [compare.baseline], names)
     if len(arms) < 2:
         raise ValueError(f"compare.arms: expected the baseline and at least one other, got only {names[0]!r}")
@@ -81,9 +83,12 @@ def check_comparison(config: Config) -> list[Arm]:
         )
     if compare.rates:
         _check_rates(config, names)
-    heads = config.prior.num_heads
-    if prior_family(config) != "mixture" and (odd := [w for w in compare.prior_widths if w % heads]):
-        raise ValueError(f"compare.prior_widths: {odd} cannot be divided among prior.num_heads={heads} heads")
+    unit = {"ar": 2, "dit": 4}.get(family, 0) * config.prior.num_heads  # rotary positions turn pairs, in two axes for dit
+    if unit and (odd := [w for w in (config.prior.width, *compare.prior_widths) if w % unit]):
+        raise ValueError(
+            f"prior.width and compare.prior_widths: {odd} are no multiples of {unit}, which {family} needs for "
+            f"prior.num_heads={config.prior.num_heads}"
+        )
     return arms
 
 
@@ -111,8 +116,8 @@ def _check_rates(config: Config, names: Sequence[str]) -> None:
         )
     if config.autoencoder.bottleneck == "vq" and any(not r >= 2 or r != int(r) for r in rates):
         raise ValueError(f"compare.rates: expected codebook sizes (whole numbers from 2) for the vq bottleneck, got {rates}")
-    if config.autoencoder.bottleneck == "kl" and any(not 0 <= r < math.inf for r in rates):
-        raise ValueError(f"compare.rates: expected KL weights (from 0) for the kl bottleneck, got {rates}")
+    if config.autoencoder.bottleneck == "kl" and any(not 0 <= r < 1 for r in rates):
+        raise ValueError(f"compare.rates: expected KL weights from 0 to 1 for the kl bottleneck, got {rates}")
 
 
 def own_rate(config: Config) -> float:

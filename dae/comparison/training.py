@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections.abc import Iterator
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from dae.config import Config
 from dae.data.augmentation import augment
-from dae.data.cache import EncodedDataset, EncodingCache, Fingerprint
+from dae.data.cache import EncodedDataset, EncodingCache, Fingerprint, transform_fingerprint
 from dae.data.latents import LatentCache
 from dae.data.tokens import TokenCache
 from dae.losses import adaptive_weight, discriminator_loss, generator_loss, reconstruction_loss
@@ -24,7 +25,19 @@ from dae.quantizers import VectorQuantizer
 from dae.sampling.chain import Prior
 from dae.training import EMA, Stage, build_optimizer, build_scheduler, plan_stages
 from dae.training.loop import refuse_non_finite, seed_for
-from dae.training.priors import FAMILIES, Family, fit_mixture, prior_family
+from dae.training.priors import FAMILIES, Family, encode_views, fit_mixture, prior_family
+
+
+def refuse_unsupported(config: Config) -> None:
+    """ValueError if the configuration asks for what the recipes can do and training in memory cannot."""
+    sections = {"stage1": config.stage1, "stage2": config.stage2, "prior": config.prior}
+    found = [f"{name}.gradient_accumulation_steps=1" for name, part in sections.items() if part.gradient_accumulation_steps > 1]
+    found += [f"{name}.loss.perceptual=0" for name, part in sections.items() if name != "prior" and part.loss.perceptual]
+    if found:
+        raise ValueError(
+            f"training in memory has no perceptual loss and no gradient accumulation: set {' and '.join(found)}, or train with "
+            "the recipes"
+        )
 
 
 def batches(rows: int, batch_size: int, seed: int) -> Iterator[Tensor]:
@@ -53,13 +66,8 @@ def train_autoencoder(images_NCHW: Tensor, config: Config) -> Autoencoder:
         ValueError: a loss network (stage*.loss.perceptual), gradient accumulation, or a data set smaller than a batch.
         FloatingPointError: the loss is not finite.
     """
+    refuse_unsupported(config)
     stages = plan_stages(config)
-    for stage in stages:
-        if stage.config.loss.perceptual or stage.config.gradient_accumulation_steps > 1:
-            raise ValueError(
-                f"{stage.name}: training in memory has no perceptual loss and no gradient accumulation; set "
-                "loss.perceptual=0 and gradient_accumulation_steps=1, or train with recipes/train_dae.py"
-            )
     with _own_random_state():
         _seed(config.seed, "autoencoder")
         architecture = dataclasses.replace(config.autoencoder, decoder=stages[0].decoder)
@@ -145,9 +153,9 @@ def _initialize_codebook(config: Config, stage: Stage, autoencoder: Autoencoder,
 
 @torch.no_grad()
 def encode(
-    autoencoder: Autoencoder, train: tuple[Tensor, Tensor], heldout: tuple[Tensor, Tensor], num_classes: int
+    autoencoder: Autoencoder, train: tuple[Tensor, Tensor], heldout: tuple[Tensor, Tensor], num_classes: int, config: Config
 ) -> EncodingCache:
-    """What recipes/encode.py caches, without further copies: tokens of VQ, moments of the posteriors of KL.
+    """What recipes/encode.py caches: tokens of VQ, moments of the posteriors of KL, with `prior.augmented_copies`.
 
     Args:
         train, heldout: images [N, C, H, W] in [-1, 1] and their labels, int64 [N].
@@ -155,32 +163,34 @@ def encode(
     vq = autoencoder.config.bottleneck == "vq"
     kind = TokenCache if vq else LatentCache
 
-    def rows(images: Tensor, labels: Tensor) -> EncodedDataset:
-        encodings = [autoencoder.encode(part) for part in images.split(500)]
-        values = [e.indices.flatten(1) if vq else torch.cat([e.features, e.log_variance], 1) for e in encodings]
-        return kind.dataset(torch.cat(values)[:, None], labels)
+    def rows(name: str, images: Tensor, labels: Tensor, copies: int) -> EncodedDataset:
+        views = []
+        for number, part in enumerate(images.split(config.evaluation.batch_size)):
+            _seed(config.seed, "encode", name, number)
+            views.append(encode_views(autoencoder, part, copies, config))
+        return kind.dataset(torch.cat(views), labels)
 
-    of_kind = (
-        {"vocab_size": autoencoder.config.vq.codebook_size} if vq else {"latent_channels": autoencoder.config.latent_channels}
-    )
     shape = {"num_classes": num_classes, "latent_size": autoencoder.latent_size}
-    return kind(rows(*train), rows(*heldout), **shape, **of_kind, fingerprint=Fingerprint("", "", "plain"))
+    if vq:
+        shape["vocab_size"] = autoencoder.config.vq.codebook_size
+    else:
+        shape["latent_channels"] = autoencoder.config.latent_channels
+    with _own_random_state():
+        parts = rows("train", *train, config.prior.augmented_copies), rows("validation", *heldout, 0)
+    return kind(*parts, **shape, fingerprint=Fingerprint("", "", transform_fingerprint(config)))
 
 
 def train_prior(cache: EncodingCache, config: Config) -> Prior:
     """Train the prior that `config.prior` describes on encodings in memory; returns it in evaluation mode, where they are.
 
+    With `prior.early_stopping` it is the one of the best validation, every `validation_steps`, as the recipe delivers it.
+
     Raises:
-        ValueError: further encodings of each image (prior.augmented_copies), gradient accumulation, or a prior that cannot
-            model the latent.
+        ValueError: gradient accumulation, or a prior that cannot model the latent.
         FloatingPointError: the loss is not finite.
     """
+    refuse_unsupported(config)
     settings, family = config.prior, FAMILIES[prior_family(config)]
-    if settings.augmented_copies or settings.gradient_accumulation_steps > 1:
-        raise ValueError(
-            "training in memory encodes each image once and accumulates no gradients: set prior.augmented_copies=0 and "
-            "prior.gradient_accumulation_steps=1"
-        )
     with _own_random_state():
         _seed(config.seed, "prior")
         prior = family.build(settings, cache).to(cache.train.values_NC.device)
@@ -188,18 +198,19 @@ def train_prior(cache: EncodingCache, config: Config) -> Prior:
         if family.loss is None:
             fit_mixture(prior, cache, config)
         else:
-            _train_by_steps(prior, family, cache.train, config)
+            _train_by_steps(prior, family, cache, config)
     return prior.eval()
 
 
-def _train_by_steps(prior: Prior, family: Family, encoded: EncodedDataset, config: Config) -> None:
-    settings, parameters = config.prior, list(prior.parameters())
+def _train_by_steps(prior: Prior, family: Family, cache: EncodingCache, config: Config) -> None:
+    settings, parameters, encoded = config.prior, list(prior.parameters()), cache.train
     ema = EMA(prior, settings.ema_decay) if settings.use_ema else None
     optimizer = build_optimizer(prior, settings)
     scheduler = build_scheduler(optimizer, settings)
     order = batches(len(encoded), settings.train_batch_size, seed_for(config.seed, "prior", "order"))
-    prior.train()
+    best, delivered = math.inf, None
     for step in range(settings.max_train_steps):
+        prior.train()
         _seed(config.seed, "prior", step, 0)
         rows = next(order).to(encoded.labels_N.device)
         batch = {encoded.name: encoded.values_NC[rows].to(encoded.given), "label": encoded.labels_N[rows]}
@@ -212,10 +223,16 @@ def _train_by_steps(prior: Prior, family: Family, encoded: EncodedDataset, confi
         scheduler.step()
         if ema:
             ema.update(prior)
-        if (step + 1) % config.logging_steps == 0 or step + 1 == settings.max_train_steps:
-            refuse_non_finite(loss.item(), "prior", step + 1)
-    if ema:
-        prior.load_state_dict(ema.state_dict())
+        done, last = step + 1, step + 1 == settings.max_train_steps
+        if done % config.logging_steps == 0 or last:
+            refuse_non_finite(loss.item(), "prior", done)
+        if settings.early_stopping and (done % config.validation_steps == 0 or last):
+            with ema.swapped_in(prior) if ema else contextlib.nullcontext():
+                if (score := family.score(prior, cache.validation, config)) < best:
+                    best, delivered = score, {k: v.clone() for k, v in prior.state_dict().items()}
+    if delivered is None:
+        delivered = ema.state_dict() if ema else prior.state_dict()
+    prior.load_state_dict(delivered)
 
 
 def _seed(*names: object) -> None:

@@ -50,7 +50,7 @@ JUDGE_SEED = 0  # of the classifier and of all subsets: the same for every trial
 SHOWN = 32  # samples kept as pictures
 IMAGES_FOR_BITS = 64  # held-out images whose code length is measured where that takes long
 IMAGES_FOR_SSIM = 128
-IMAGES_FOR_CARD = 1500  # training images that the report card is made from, spread over all of them
+IMAGES_FOR_CARD = 1500  # training images that the report card is made from
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ def run_trial(bench: Bench, config: Config, job: Job) -> tuple[dict, Tensor]:
     autoencoder = train_autoencoder(judged.train, config)
     trained = time.monotonic()
     pairs = (judged.train, judged.train_labels), (judged.heldout, judged.heldout_labels)
-    cache = encode(autoencoder, *pairs, bench.num_classes)
+    cache = encode(autoencoder, *pairs, bench.num_classes, config)
     record = dataclasses.asdict(job) | _reconstruction(bench, judged, autoencoder, config)
     record |= {"rate_bits": _rate(cache.train, config), "codebook": _codebook(cache.validation, config)}
 
@@ -242,8 +242,13 @@ def run_trial(bench: Bench, config: Config, job: Job) -> tuple[dict, Tensor]:
     return json.loads(json.dumps(record)), torch.from_numpy(to_uint8(samples))
 
 
+def _some(count: int, limit: int) -> Tensor:
+    """At most `limit` of `count` row numbers: the same for every trial, and not the first ones, which may be of one kind."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(JUDGE_SEED))[:limit]
+
+
 def _card(bench: Bench, judged: Judged, autoencoder: Autoencoder, job: Job) -> dict[str, float | None]:
-    rows = slice(None, None, -(-len(judged.train) // IMAGES_FOR_CARD))  # not the first ones, which may be of one kind
+    rows = _some(len(judged.train), IMAGES_FOR_CARD)
     train_labels, heldout_labels = (judged.train_labels[rows], judged.heldout_labels) if bench.labelled else (None, None)
     return report_card(autoencoder, judged.train[rows], train_labels, judged.heldout, heldout_labels, seed=job.seed)
 
@@ -259,11 +264,11 @@ def _resized(config: Config, size: int) -> Config:
 
 @torch.no_grad()
 def _reconstruction(bench: Bench, judged: Judged, autoencoder: Autoencoder, config: Config) -> dict:
-    parts = judged.heldout.split(config.evaluation.batch_size)
+    parts, some = judged.heldout.split(config.evaluation.batch_size), _some(len(judged.heldout), IMAGES_FOR_SSIM)
     rebuilt = torch.cat([autoencoder(part).sample.clamp(-1, 1) for part in parts])
     return {
         "psnr": psnr(rebuilt, judged.heldout).mean().item(),
-        "ssim": ssim(rebuilt[:IMAGES_FOR_SSIM], judged.heldout[:IMAGES_FOR_SSIM]).mean().item(),
+        "ssim": ssim(rebuilt[some], judged.heldout[some]).mean().item(),
         "reconstruction_frechet": frechet_distance(judged.heldout_features, extract_features(bench.classifier, rebuilt)),
     }
 
@@ -309,7 +314,7 @@ def _bits_an_image(prior: Prior, cache: EncodingCache, config: Config) -> float:
     """Held-out code length of the latent under the prior, in bits an image."""
     family = FAMILIES[prior_family(config)]
     if family.final_bits is not None:  # it solves an ODE for each image: the same few for every trial
-        few = slice(0, IMAGES_FOR_BITS)
+        few = _some(len(cache.validation), IMAGES_FOR_BITS)
         validation = type(cache.validation)(cache.validation.values_NC[few], cache.validation.labels_N[few])
         return family.final_bits(prior, validation, config)
     score = family.score(prior, cache.validation, config)

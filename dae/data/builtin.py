@@ -66,8 +66,9 @@ def load_digits() -> dict[str, Dataset]:
 def load_photos(resolution: int) -> dict[str, Dataset]:
     """Crops of the photographs inside the scikit-learn and scikit-image wheels, split by photograph.
 
-    Crops have twice the side `resolution`, lie on a grid with steps of `resolution`, and are halved. Where there are more
-    than `MAX_CROPS`, every n-th is kept. The column `photograph` numbers the source; there is no label column.
+    Crops have twice the side `resolution` and are halved. They lie side by side; where that gives fewer than `MAX_CROPS`
+    they lie on a grid of half their side, so that neighbours overlap. Where there are more, every n-th is kept.
+    The column `photograph` numbers the source; there is no label column.
 
     Raises:
         ImportError: a package is missing.
@@ -78,7 +79,10 @@ def load_photos(resolution: int) -> dict[str, Dataset]:
     splits = {}
     for split, paths in PHOTOS.items():
         photos = [decode_image(_inside_package(path), 3) for path in paths]
-        places = [(i, corner) for i, photo in enumerate(photos) for corner in _corners(photo, resolution)]
+        for overlap in (1, 2):
+            places = [(i, corner) for i, photo in enumerate(photos) for corner in _corners(photo, resolution, overlap)]
+            if len(places) >= MAX_CROPS[split]:
+                break
         kept = np.unique(np.linspace(0, len(places) - 1, min(len(places), MAX_CROPS[split])).round().astype(int))
         images = [_png(_crop(photos[i], corner, resolution)) for i, corner in (places[k] for k in kept)]
         labels = [names.index(Path(paths[places[k][0]]).stem) for k in kept]
@@ -90,9 +94,9 @@ def _side(photo: Image.Image, resolution: int) -> int:
     return min(2 * resolution, *photo.size)
 
 
-def _corners(photo: Image.Image, resolution: int) -> list[tuple[int, int]]:
+def _corners(photo: Image.Image, resolution: int, overlap: int) -> list[tuple[int, int]]:
     side = _side(photo, resolution)
-    step = max(side // 2, 1)
+    step = max(side // overlap, 1)
     return [(x, y) for y in range(0, photo.height - side + 1, step) for x in range(0, photo.width - side + 1, step)]
 
 

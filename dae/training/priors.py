@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dae.config import Config, PriorConfig
+from dae.data.augmentation import augment
 from dae.data.cache import EncodedDataset, EncodingCache, choose_copies
 from dae.data.latents import LatentCache, PosteriorDataset, latent_statistics, sample_posteriors
 from dae.data.tokens import TokenCache, TokenDataset
@@ -22,7 +23,8 @@ from dae.distributed import draw_rows, each_for_itself
 from dae.hub import PretrainedModel
 from dae.losses import flow_matching_loss
 from dae.metrics import bits_back
-from dae.models import ARPrior, DiT, GaussianMixturePrior
+from dae.models import ARPrior, Autoencoder, DiT, GaussianMixturePrior
+from dae.quantizers import Encoding
 from dae.sampling import log_likelihood
 from dae.training.loop import seed_for
 
@@ -47,6 +49,32 @@ def prior_family(config: Config) -> str:
             "train an autoencoder with the other bottleneck"
         )
     return family
+
+
+# ---- what priors read ----
+
+
+def encode_views(autoencoder: Autoencoder, images: Tensor, copies: int, config: Config) -> Tensor:
+    """Encodings [B, 1 + copies, ...] of images: the plain one, then others of augmented images, with codes drawn, or both.
+
+    Tokens [T] of VQ, means and log-variances [2D, h, w] of a KL posterior. Draws from the global generator; the caller decides
+    how processes share the draws.
+    """
+    vq = autoencoder.config.bottleneck == "vq"
+
+    def stored(encoding: Encoding) -> Tensor:
+        return encoding.indices.flatten(1).int() if vq else torch.cat([encoding.features, encoding.log_variance], dim=1).float()
+
+    def further() -> Tensor:
+        changed = images
+        if config.prior.augment_images:
+            changed = augment(images, random_flip=config.data.random_flip, random_affine=config.data.random_affine)
+        encoding = autoencoder.encode(changed)
+        if vq and config.prior.code_temperature > 0:
+            encoding.indices = autoencoder.bottleneck.sample_indices(encoding.features, config.prior.code_temperature)
+        return stored(encoding)
+
+    return torch.stack([stored(autoencoder.encode(images)), *(further() for _ in range(copies))], dim=1)
 
 
 # ---- ar ----

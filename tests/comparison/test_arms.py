@@ -3,7 +3,7 @@
 import pytest
 
 from dae.comparison.arms import STANDARD, Arm, arm_config, parse_arms, require_matched
-from dae.config import CompareConfig, Config
+from dae.config import CompareConfig, Config, load_config
 from dae.training import plan_stages
 
 
@@ -36,6 +36,7 @@ def test_an_arm_of_ones_own():
         (["joint", "joint"], "different names"),
         ([], "at least one"),
         (["a b: method=dae"], "a name is made of"),
+        (["joint: method=dae"], "'joint' is the name of a standard arm"),
     ],
 )
 def test_bad_names(arms, words):
@@ -56,3 +57,13 @@ def test_unmatched_arms_are_refused_with_all_differences():
     assert "other in prior.width: 128 -> 32" in words and "fine" not in words
     with pytest.raises(ValueError, match="unknown key 'methd'"):
         require_matched(Config(), [Arm("x", ("methd=dae",))])
+
+
+@pytest.mark.parametrize("override", ["stage2.train_batch_size=256", "stage1.loss.l1=1", "stage2.ema_decay=0.5"])
+def test_stages_that_only_some_arms_would_have_are_refused(override):
+    config = load_config(None, [override])
+    with pytest.raises(ValueError, match=f"not matched: stage1 and stage2 differ in {override[7:].split('=')[0]}"):
+        require_matched(config, parse_arms(config.compare))
+    require_matched(config, parse_arms(CompareConfig(arms=["dae-linear", "dae-narrow"])))  # both do the same
+    steps = load_config(None, ["stage1.max_train_steps=7", "stage2.loss.adversarial=0.1"])
+    require_matched(steps, parse_arms(steps.compare))

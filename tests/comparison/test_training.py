@@ -32,13 +32,16 @@ def load_all(dataset):
     return torch.cat([b["image"] for b in rows]), torch.cat([b["label"] for b in rows])
 
 
-@pytest.mark.parametrize("overrides", [["autoencoder.decoder.family=full"], KL], ids=["vq-dae-ar", "kl-finetuned-gan-dit"])
+VQ = ["prior.augmented_copies=2", "prior.code_temperature=0.5", "data.random_affine=0.5", "prior.early_stopping=false"]
+
+
+@pytest.mark.parametrize("overrides", [VQ, KL], ids=["vq-dae-ar", "kl-finetuned-gan-dit"])
 def test_memory_and_recipes_train_the_same_weights(tmp_path, overrides):
-    config = load_config(TINY, [f"output_dir={tmp_path}", "prior.early_stopping=false", *overrides])
+    config = load_config(TINY, [f"output_dir={tmp_path}", *overrides])
     data = load_data(config.data, config.seed)
     train, heldout = load_all(data.train), load_all(data.validation)
     autoencoder = train_autoencoder(train[0], config)
-    cache = encode(autoencoder, train, heldout, data.num_classes)
+    cache = encode(autoencoder, train, heldout, data.num_classes, config)
     prior = train_prior(cache, config)
 
     recipe("train_dae").train(config)
@@ -77,9 +80,10 @@ def test_refusals_and_random_state():
     ):
         with pytest.raises(ValueError, match=words):
             train_autoencoder(images, load_config(TINY, [override]))
-    cache = encode(first, (images, torch.zeros(32).long()), (images, torch.zeros(32).long()), 1)
-    with pytest.raises(ValueError, match="augmented_copies=0"):
-        train_prior(cache, load_config(TINY, ["prior.augmented_copies=2"]))
+    rows = images, torch.zeros(32).long()
+    cache = encode(first, rows, rows, 1, config)
+    with pytest.raises(ValueError, match=r"prior\.gradient_accumulation_steps=1"):
+        train_prior(cache, load_config(TINY, ["prior.gradient_accumulation_steps=2"]))
     with pytest.raises(ValueError, match=r"prior\.family=dit"):
         train_prior(cache, load_config(TINY, ["prior.family=dit"]))
     with pytest.raises(FloatingPointError, match="stage1: the loss is nan"):
