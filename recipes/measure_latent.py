@@ -12,6 +12,7 @@ from __future__ import annotations
 import datetime
 import difflib
 import json
+import math
 import time
 from pathlib import Path
 
@@ -52,9 +53,12 @@ def measure_latent(config: Config) -> Path:
     labels = labels if data.labelled else None
     latents = [load_latent(spec, images, labels, config, config.seed) for spec in tqdm(settings.latents, desc="latents")]
 
-    # All latents in one unit, so that a bound on a generator's stretch means the same for each. One number a latent: shapes stay.
-    scales = [(latent.codes - latent.codes.mean(0)).square().mean().sqrt().item() for latent in latents]
-    codes = {latent.name: (latent.codes / scale).to(device) for latent, scale in zip(latents, scales, strict=True)}
+    # Divided by one number, each latent varies as much as the images, summed over a code's values: a bound on the stretch of a
+    # generator then means the same for all, and a latent gains nothing by repeating itself.
+    scales = [math.sqrt(total_variance(latent.codes) / total_variance(images)) for latent in latents]
+    codes = {
+        latent.name: (latent.codes.double() / scale).float().to(device) for latent, scale in zip(latents, scales, strict=True)
+    }
     images = images.to(device)
     for name in settings.families:
         for latent in latents:
@@ -125,6 +129,12 @@ def collect(dataset, config: Config) -> tuple[Tensor, Tensor]:
         dataset = Subset(dataset, order[:limit].tolist())
     batches = list(evaluation_batches(dataset, config.evaluation.batch_size, limit=limit))
     return torch.cat([b["image"] for b in batches]), torch.cat([b["label"] for b in batches])
+
+
+def total_variance(cloud: Tensor) -> float:
+    """E|z - mean|^2 of [N, ...]: the variances of the values of a row, summed."""
+    cloud = cloud.flatten(1).double()  # squares of small codes are 0 in float32
+    return (cloud - cloud.mean(0)).square().sum(1).mean().item()
 
 
 def require_map(family: GeneratorFamily, name: str, latent: Latent, images: Tensor) -> None:
@@ -208,6 +218,8 @@ def pictures(latent: Latent, codes: Tensor, images: Tensor, config: Config, opti
 
 
 def show(measured: Measured) -> None:
+    if len(measured.config.measure.seeds) == 1:
+        print("one seed tells no spread: how sure these numbers are is not known (measure.seeds)")
     for (distance, name, latent), curve in measured.curves.items():
         values = ", ".join(f"{c:g}: {e}" for c, e in zip(curve.capacities, curve.estimates, strict=True))
         print(f"{DISTANCES[distance][0]}, {latent}, {FAMILIES[name].knob} of {FAMILIES[name].name}\n    {values}")

@@ -76,7 +76,8 @@ class Estimate:
 
     def __str__(self) -> str:
         seeds = f"{len(self.seeds)} seed" + "s" * (len(self.seeds) != 1)
-        return f"{self.value:.4g} ± {self.std:.2g} ({BOUNDS[self.bound]}, {seeds})"
+        spread = f" ± {self.std:.2g}" if len(self.seeds) > 1 else ""  # one seed tells none
+        return f"{self.value:.4g}{spread} ({BOUNDS[self.bound]}, {seeds})"
 
 
 def check_cloud(name: str, cloud: Tensor) -> None:

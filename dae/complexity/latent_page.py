@@ -31,19 +31,20 @@ GAP_CLOSED = 0.75  # the strength that a generator needs is stated for this shar
 
 @dataclass(frozen=True)
 class Choice:
-    """A family of generators with the capacities to measure, and words for a reader."""
+    """A family with the capacities to measure, words for a reader, and whether it bounds how much a generator stretches."""
 
     family: GeneratorFamily
     capacities: tuple[float, ...]
     name: str
     knob: str
     words: str
+    stretch: bool = False
 
 
 FAMILIES = {
     "linear": Choice(
         LinearMaps(), (0.5, 1.0, 2.0), "linear maps", "largest stretch",
-        "each pixel is a weighted sum of the latent's numbers; no direction is stretched more than so many times",
+        "each pixel is a weighted sum of the latent's numbers; no direction is stretched more than so many times", True,
     ),
     "mlp": Choice(
         MLPs(width=64, depth=2), (8, 64), "small networks", "width",
@@ -51,7 +52,7 @@ FAMILIES = {
     ),
     "lipschitz": Choice(
         LipschitzNetworks(), (0.5, 1.0, 2.0), "smooth networks", "Lipschitz constant",
-        "networks that move an image at most so many times as far as its latent is moved",
+        "networks that move an image at most so many times as far as its latent is moved", True,
     ),
     "conv": Choice(
         ConvDecoders(), (0.125, 0.5, 1.0), "convolutional decoders", "width factor",
@@ -214,6 +215,11 @@ def lead(measured: Measured) -> list[Html]:
     ]  # fmt: skip
 
 
+def certainty(measured: Measured, mark: str = "± is the") -> str:
+    many = len(measured.config.measure.seeds) > 1
+    return f"{mark} standard deviation over the seeds." if many else "Measured with one seed, which tells no spread."
+
+
 def times(measured: Measured) -> str:
     count = len(measured.config.measure.seeds)
     return "once" if count == 1 else f"{count} times with another split and another start (seeds)"
@@ -234,7 +240,25 @@ def answer(measured: Measured) -> Html:
         f"By the {DISTANCES[distance][0]}; every latent and every distance follow below. “Tied” is what the nearest is "
         "not ahead of with every seed."
     )
-    return web.figure(web.tiles(entries), note)
+    return web.join([web.figure(web.tiles(entries), note), *unequal(measured)])
+
+
+def unequal(measured: Measured) -> list[Html]:
+    """A warning where codes have different numbers of values, with what that does to each kind of family."""
+    sizes = sorted({latent.codes[0].numel() for latent in measured.latents})
+    if len(sizes) == 1:
+        return []
+    families = [FAMILIES[name] for name in measured.config.measure.families]
+    bounded, unbounded = ([each.name for each in families if each.stretch is kind] for kind in (True, False))
+    words = [f"These latents have from {sizes[0]:,} to {sizes[-1]:,} numbers a code. More numbers can hold more of an image."]
+    if bounded:
+        words.append(f"With {' and '.join(bounded)}, whose stretch is limited, a latent gains nothing by repeating its numbers.")
+    if unbounded:
+        words.append(
+            f"In {' and '.join(unbounded)} no stretch is limited, and the first layer has more weights the longer the code is: "
+            "the longer code then has the stronger generator, and may be nearest for that alone."
+        )
+    return [paragraph(element("b", "Codes of different lengths. "), " ".join(words))]
 
 
 def tile(ranked: Sequence[tuple[str, Estimate]], words: str) -> tuple[str, str, str]:
@@ -269,7 +293,7 @@ def table_of(measured: Measured, distance: str) -> list[Html]:
         if key in marks and (key, distance) != ("real", "reconstruction"):
             rows.append([element("i", words)] + [spread(marks[key], places)] * len(columns))
     title, meaning = DISTANCES[distance]
-    caption = f"{title}: {meaning}. Lower is better; the lowest of a column is bold. ± is the standard deviation over the seeds. "
+    caption = f"{title}: {meaning}. Lower is better; the lowest of a column is bold. {certainty(measured)} "
     caption += " ".join(f"Each number {BOUNDS[bound]}." for bound in sorted({e.bound for e in shown}))
     if distance == "reconstruction":
         caption += " Noise is left out: it belongs to no image, so nothing can be given back."
@@ -281,7 +305,7 @@ def strength(measured: Measured) -> list[Html]:
         paragraph(
             "Each line follows one latent from weak generators (left) to strong ones (right). A good latent starts low: weak "
             "generators suffice. The dashed line is where real images are that are as many as the images made; with a finite "
-            "number of images, nothing can be expected far below it. Thin bars are ± one standard deviation over the seeds."
+            "number of images, nothing can be expected far below it. " + certainty(measured, "Thin bars are ± one")
         )
     ]
     charts = []
@@ -305,7 +329,7 @@ def series_of(measured: Measured, distance: str, name: str) -> list[Series]:
     found, order = [], [latent.name for latent in measured.latents]
     for latent, curve in measured.of(distance, name).items():
         ys = [e.value for e in curve.estimates]
-        ends = [[e.value + sign * e.std for e in curve.estimates] for sign in (-1, 1)]
+        ends = [[e.value + sign * e.std for e in curve.estimates if len(e.values) > 1] or None for sign in (-1, 1)]
         found.append(Series(measured.title_of(latent), curve.capacities, ys, order.index(latent), True, *ends))
     return found
 
@@ -362,8 +386,9 @@ def latents(measured: Measured) -> Html:
         count = f"{shape.numel():,}" + (f" ({' × '.join(map(str, shape))})" if len(shape) > 1 else "")
         rows.append((latent.name, latent.description, count, f"{scale:.3g}"))
     caption = (
-        "Before measuring, the codes of each latent were divided by one number, their typical deviation from the mean, so that "
-        "the strength of a generator means the same for all. The pixels of an image are "
+        "Before measuring, the codes of each latent were divided by one number, so that they lie as far from their mean as the "
+        "images from theirs (root mean square of the distance, all numbers of a code together). So a limit on a generator's "
+        "stretch means the same for all, and no latent gets around it by repeating its numbers. The pixels of an image are "
         f"{measured.images[0].numel():,} numbers, for comparison."
     )
     return web.figure(web.table(("latent", "what it is", "numbers a code", "divided by"), rows, prose=(0, 1)), caption)
@@ -388,7 +413,6 @@ def shape(measured: Measured) -> list[Html]:
 
 
 def limits(measured: Measured) -> Html:
-    settings = measured.config.measure
     held_out = next(iter(measured.curves.values())).estimates[0].counts[1]
     points = [
         ("The other half of the work.",
@@ -396,12 +420,11 @@ def limits(measured: Measured) -> Html:
          "that is does not enter here. The image itself, taken as a latent, would look perfect. Noise costs "
          "nothing to produce; the codes of an encoder cost a second model, the prior."),
         ("The best generator.",
-         f"What training finds in {settings.steps:,} steps may not be the best there is; so the numbers are upper "
+         f"What training finds in {measured.config.measure.steps:,} steps may not be the best there is; so the numbers are upper "
          "bounds, and close ranks may change with more steps (measure.steps)."),
         ("Certainty.",
-         f"± is the deviation over {len(settings.seeds)} seeds of the split, the start and the batches. It does not "
-         "hold what another data set, another training of the encoder, or another family of generators would "
-         "change."),
+         f"{certainty(measured)} A seed draws the split, the start and the batches. What another data set, another training of "
+         "the encoder, or another family of generators would change is not in it."),
         ("Zero.",
          f"With {held_out:,} images a side, even two sets of real images are at some distance. Hold the numbers "
          "against the row of real images, not against 0."),
@@ -414,9 +437,6 @@ def limits(measured: Measured) -> Html:
         ("New images.",
          "Held out means: not used to train the generators. What is fitted to images (pca, and autoencoders "
          "trained here) has seen all images of this page, and a saved network may have."),
-        ("Equal size.",
-         "Latents with more numbers leave a generator more to choose from; their sizes are listed above and were "
-         "not made equal."),
     ]  # fmt: skip
     return element("ul", *(element("li", element("b", title), " ", words) for title, words in points))
 

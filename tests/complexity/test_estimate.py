@@ -222,7 +222,8 @@ def test_estimate():
     assert str(ESTIMATE) == "2 ± 1.4 (upper bound, 2 seeds)"
     read = json.loads(json.dumps(ESTIMATE.to_dict(), allow_nan=False))
     assert read["capacity"] == "infinity" and read["values"] == [1.0, 3.0] and read["counts"] == [5, 6]
-    assert dataclasses.replace(ESTIMATE, values=(1.0,), seeds=(0,)).to_dict()["seeds"] == [0]
+    one = dataclasses.replace(ESTIMATE, value=1.0, std=0.0, values=(1.0,), seeds=(0,))
+    assert one.to_dict()["seeds"] == [0] and str(one) == "1 (upper bound, 1 seed)"
     rest = {"bound": "lower", "distance": "js", "convention": "", "family": None, "capacity": None, "counts": (1, 1)}
     assert Estimate.over([1.0], (0,), **rest).std == 0
     with pytest.raises(ValueError, match="bound out of"):

@@ -24,6 +24,8 @@ def missing(x): return torch.full((len(x), 3), float("nan"))
 def one(x): return x.flatten(1)[:1]
 def constant(x): return torch.ones(len(x), 3)
 def shorter(x): return x.flatten(1)[1:]
+def four(x): return x[:, 0, 2:6:2, 3:7:2].flatten(1)
+def four_repeated(x): return four(x).repeat(1, 16)
 """
 
 
@@ -113,7 +115,7 @@ def test_page_pictures_and_json(measured, own, configure):
         assert np.asarray(Image.open(folder / f"{name}.png")).std() > 0
 
 
-def test_same_seed_same_numbers_and_without_POT(measured, monkeypatch):
+def test_same_seed_same_numbers_without_POT_and_no_spread_of_one_seed(measured, monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "ot", None)
     overrides = (
         "measure.latents=[gaussian,uniform]",
@@ -125,7 +127,30 @@ def test_same_seed_same_numbers_and_without_POT(measured, monkeypatch):
     (_, a, page), (_, b, _) = measured(*overrides), measured(*overrides)
     assert a["curves"] == b["curves"] and a["latents"] == b["latents"] and torch.equal(state, torch.get_rng_state())
     assert a["gromov_wasserstein"] is None and "POT is not installed" in " ".join(page.words)
-    assert "one seed" in " ".join(page.words)
+    words = " ".join(page.words)
+    assert "Measured with one seed, which tells no spread" in words and "±" not in words
+    assert "±" not in capsys.readouterr().out
+
+
+def test_a_latent_gains_nothing_by_repeating_itself(measured):
+    """The same information in 4 and in 64 numbers, for families whose stretch is bounded."""
+    _, found, page = measured(
+        "measure.latents=[own_encoders:four,own_encoders:four_repeated]", "measure.distances=[frechet,reconstruction]",
+        "measure.families=[linear,lipschitz]", "data.max_train_samples=200", "measure.steps=60",
+    )  # fmt: skip
+    curves = {(c["distance"], c["family"], c["latent"]): c["estimates"] for c in found["curves"]}
+    for distance in ("frechet", "reconstruction"):
+        for family in ("linear", "lipschitz"):
+            of = [curves[distance, family, f"own_encoders:{name}"] for name in ("four", "four_repeated")]
+            for once, often in zip(*of, strict=True):
+                if (distance, family) == ("reconstruction", "linear"):  # unique, and computed, not trained
+                    assert often["values"] == pytest.approx(once["values"], rel=1e-4)
+                # twice the deviation of a difference; many times that where each value, not each code, has variance 1
+                assert abs(once["value"] - often["value"]) <= 2 * math.hypot(once["std"], often["std"])
+    words = re.sub(r"\s+", " ", "".join(page.words))
+    assert "from 4 to 64 numbers" in words and "linear maps and smooth networks, whose stretch is limited" in words
+    once, often = (a["divided_by"] for a in found["latents"])
+    assert often == pytest.approx(4 * once), "of 16 times the values, the summed variance is 16 times as large"
 
 
 @pytest.mark.slow
