@@ -75,10 +75,11 @@ weight 0, KL and VQ trained jointly, and the configured bottleneck by method dae
         seed: of whatever is random; the global random state stays as it was.
 
     Raises:
-        ValueError: an unknown specification; codes with NaN, of another length than the images, constant; images that an
-            autoencoder was not made for; more principal components than there are.
-        TypeError: a function that is none, or that returns no floating tensor or array.
-        ImportError: a module or function that cannot be imported, or timm, which is not installed.
+        ValueError: an unknown specification; codes with NaN, of another length than the images, constant, or that float32
+            cannot hold or tell apart; images that an autoencoder was not made for; more principal components than there are.
+        TypeError: a function that is none, or that returns no dense floating tensor or array.
+        RuntimeError: a function that raises; its own error is the cause.
+        ImportError: a module or function that cannot be imported, whatever its code raises, or timm, which is not installed.
         FileNotFoundError: no such model.
     """
     check_cloud("images", images_NCHW)
@@ -103,12 +104,27 @@ weight 0, KL and VQ trained jointly, and the configured bottleneck by method dae
     codes, paired, description, facts = found
     try:
         check_pair(codes, images_NCHW)
+        codes = _in_float32(codes)
     except (ValueError, TypeError) as error:
         raise type(error)(f"latent {spec!r}: {error}") from error
-    codes = codes.detach().cpu().float().contiguous()
     digest = hashlib.sha256(codes.numpy().tobytes()).hexdigest()
     provenance = {"spec": spec, "seed": seed, "shape": list(codes.shape), "codes_sha256": digest, **facts}
     return Latent(spec, codes, paired, description, provenance)
+
+
+def _in_float32(codes: Tensor) -> Tensor:
+    """Codes as generators are trained on them. ValueError: float32 cannot hold them, or rounds 1 % of what differs away."""
+    exact = codes.detach().cpu().double()
+    rounded, largest = exact.float().contiguous(), exact.abs().max().item()
+    if not rounded.isfinite().all():
+        raise ValueError(f"values of up to {largest:.3g} do not fit into float32 (3.4e38); divide the codes by their deviation")
+    deviation = (exact - exact.mean(0)).abs().max()
+    if (exact - rounded).abs().max() > 0.01 * deviation:
+        raise ValueError(
+            f"expected codes that differ in float32, got values of up to {largest:.3g} that differ from their mean by at most "
+            f"{deviation:.3g}; subtract their mean and divide by their deviation"
+        )
+    return rounded
 
 
 Found = tuple[Tensor, bool, str, dict[str, Any]]  # codes, paired, description, provenance
@@ -291,7 +307,10 @@ def _from_function(spec: str, images: Tensor, config: Config, seed: int) -> Foun
     with _importable(Path.cwd()), torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.random.default_generator.manual_seed(seed_for(seed, "latent", spec))
         module, function = _import_function(spec, module_name, function_name)
-        codes = function(images.clone())  # its own copy: what it does to it is not done to ours
+        try:
+            codes = function(images.clone())  # its own copy: what it does to it is not done to ours
+        except (Exception, SystemExit) as error:  # whatever the user's code raises
+            raise RuntimeError(f"latent {spec!r}: the function failed: {_cause(error)}; DAE_TRACEBACK=1 shows where") from error
     if not isinstance(codes, Tensor):
         if not hasattr(codes, "__array__"):
             raise TypeError(
@@ -301,9 +320,12 @@ def _from_function(spec: str, images: Tensor, config: Config, seed: int) -> Foun
         import numpy
 
         array = numpy.asarray(codes)
-        if array.dtype.kind not in "fiub":
+        if array.dtype.kind not in "fiub" or array.dtype.itemsize > 8:
             raise TypeError(f"latent {spec!r}: expected an array of floating point numbers, got one of {array.dtype}")
-        codes = torch.from_numpy(array.copy())
+        codes = torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
+    if codes.layout is not torch.strided or codes.is_nested:
+        kind = "a nested tensor" if codes.is_nested else f"layout {codes.layout}"
+        raise TypeError(f"latent {spec!r}: expected a dense tensor [N, ...], got {kind}; of a sparse one return .to_dense()")
     if not codes.dim() or len(codes) != len(images):
         raise ValueError(
             f"latent {spec!r}: expected one code an image, {len(images)} in all, got shape {list(codes.shape)}; "
@@ -316,22 +338,32 @@ def _from_function(spec: str, images: Tensor, config: Config, seed: int) -> Foun
     return codes, True, f"What the function {function_name} of the module {module_name} computes from each image.", facts
 
 
+def _cause(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
 def _import_function(spec: str, module_name: str, function_name: str) -> tuple[Any, Callable]:
+    file, hint = Path(module_name), ""
+    if file.suffix == ".py":
+        folder = f" with PYTHONPATH={file.parent}" if file.parent != Path() else ""
+        hint = f"; a module is named without .py: {file.stem}:{function_name}{folder}"
     if not function_name or not all(part.isidentifier() for part in [*module_name.split("."), *function_name.split(".")]):
         loaders = ", ".join(f"{name}:" for name in LOADERS)
-        raise ValueError(f"latent {spec!r}: expected package.module:function, or one of {loaders} and what to load")
+        raise ValueError(f"latent {spec!r}: expected package.module:function, or one of {loaders} and what to load{hint}")
     try:
         module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            raise ImportError(f"latent {spec!r}: the module {module_name} was found, but its import failed: {error}") from error
-        where = "the current directory" if error.name == module_name.split(".")[0] else f"{module_name.rpartition('.')[0]}"
+    except (Exception, SystemExit) as error:  # whatever the user's code raises
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        if missing is None or not f"{module_name}.".startswith(f"{missing}."):
+            raise ImportError(
+                f"latent {spec!r}: the module {module_name} was found, but its import failed: {_cause(error)}; "
+                "DAE_TRACEBACK=1 shows where"
+            ) from error
+        where = "the current directory" if missing == module_name.split(".")[0] else f"{module_name.rpartition('.')[0]}"
+        remedy = hint or "; start in the folder that holds it, or add that folder: PYTHONPATH=<folder>"
         raise ImportError(
-            f"latent {spec!r}: no module {error.name!r} in {where} ({Path.cwd()}) or elsewhere on sys.path; start in the folder "
-            f"that holds it, or add that folder: PYTHONPATH=<folder>"
+            f"latent {spec!r}: no module {missing!r} in {where} ({Path.cwd()}) or elsewhere on sys.path{remedy}"
         ) from error
-    except (ImportError, SyntaxError) as error:
-        raise ImportError(f"latent {spec!r}: the module {module_name} was found, but its import failed: {error}") from error
     found: Any = module
     for part in function_name.split("."):
         if not hasattr(found, part):
@@ -340,6 +372,11 @@ def _import_function(spec: str, module_name: str, function_name: str) -> tuple[A
             hint = f"; it has {', '.join(near)}" if near else ""
             raise ImportError(f"latent {spec!r}: {getattr(found, '__name__', found)} has no {part!r}{hint}")
         found = getattr(found, part)
+    if isinstance(found, type):
+        raise TypeError(
+            f"latent {spec!r}: expected a function or an instance, got the class {found.__name__}; write "
+            f"`encode = {found.__name__}(...)` in {module_name} and give {module_name}:encode"
+        )
     if not callable(found):
         raise TypeError(f"latent {spec!r}: expected a function of images [N, C, H, W], got {type(found).__name__}, not callable")
     return module, found

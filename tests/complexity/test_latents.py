@@ -159,7 +159,13 @@ TRAINED = [f"{stage}.{key}" for stage in ("stage1", "stage2") for key in ("max_t
 
 
 @pytest.mark.parametrize(
-    ("spec", "what"), [("vae", "means of the posteriors of a variational"), ("dae", "code vectors.*Decoupled")]
+    ("spec", "what"),
+    [
+        ("ae", "means of the posteriors of an autoencoder without a bottleneck"),
+        ("vae", "means of the posteriors of a variational"),
+        ("vq", "code vectors.*of a VQ autoencoder"),
+        ("dae", "code vectors.*Decoupled"),
+    ],
 )
 def test_autoencoder_trained_here(load, spec, what):
     pytest.importorskip("dae.comparison.training")
@@ -274,8 +280,24 @@ def tokens(x): return (x > 0).flatten(1).long()
 def nothing(x): pass
 def words(x): return np.array(["a"] * len(x))
 def empty(x): return x.flatten(1)[:, :0]
+def huge(x): return x.flatten(1).double() * 1e300
+def nearly_constant(x): return 1 + 1e-12 * x.flatten(1).double()
+def vanishing(x): return 1e-60 * x.flatten(1).double()
+def sparse(x): return x.flatten(1).to_sparse()
+def raises(x): return x.flatten(1) @ torch.ones(3, 3)
+def interrupted(x): raise ValueError("give me\\nother images")
+def exits(x): raise SystemExit(0)
+class Network(torch.nn.Module): pass
 """
 BAD = {
+    "huge": (ValueError, r"values of up to 1e\+300 do not fit into float32 .* divide the codes"),
+    "nearly_constant": (ValueError, "expected codes that differ in float32, .* subtract their mean"),
+    "vanishing": (ValueError, "expected codes that differ in float32, .* subtract their mean"),
+    "sparse": (TypeError, r"expected a dense tensor .*, got layout torch.sparse_coo; .* return .to_dense\(\)"),
+    "raises": (RuntimeError, r"the function failed: RuntimeError: mat1 and mat2 .*; DAE_TRACEBACK=1 shows where"),
+    "interrupted": (RuntimeError, "the function failed: ValueError: give me other images; DAE_TRACEBACK"),
+    "exits": (RuntimeError, "the function failed: SystemExit: 0"),
+    "Network": (TypeError, "expected a function or an instance, got the class Network; write `encode = Network"),
     "missing": (ValueError, "NaN or infinity in 1 of 60 points, first in point 7"),
     "infinite": (ValueError, "NaN or infinity in 60 of 60"),
     "constant": (ValueError, "expected latents that differ, got 60 equal ones"),
@@ -294,8 +316,14 @@ BAD = {
 def test_wrong_functions(load, module, name):
     module("functions", FUNCTIONS)
     kind, words = BAD[name]
-    with pytest.raises(kind, match=f"^latent 'functions:{name}': .*{words}"):
+    with pytest.raises(kind, match=f"^latent 'functions:{name}': .*{words}") as caught:
         load(f"functions:{name}")
+    assert "\n" not in str(caught.value) and ("failed" not in words or caught.value.__cause__ is not None)
+
+
+def test_small_codes_are_codes(load, module, images):
+    module("functions", "def encode(x): return 1e-25 * x.flatten(1)")
+    assert torch.equal(load("functions:encode").codes, 1e-25 * images.flatten(1))
 
 
 @pytest.mark.parametrize(
@@ -306,10 +334,18 @@ def test_wrong_functions(load, module, name):
         (
             "import no_such_package_at_all",
             "functions:encode",
-            "was found, but its import failed: No module named 'no_such",
+            "was found, but its import failed: ModuleNotFoundError: No module named 'no_such",
         ),
-        ("from math import no_such_name", "functions:encode", "its import failed: cannot import name 'no_such_name'"),
-        ("def encode(x:", "functions:encode", "its import failed: .*line 1"),
+        (
+            "from math import no_such_name",
+            "functions:encode",
+            "its import failed: ImportError: cannot import name",
+        ),
+        ("def encode(x:", "functions:encode", "its import failed: SyntaxError: .*line 1"),
+        ("raise ValueError('no weights\\nhere')", "functions:encode", "its import failed: ValueError: no weights here"),
+        ("import sys; sys.exit(0)", "functions:encode", "its import failed: SystemExit: 0"),
+        ("1 / 0", "functions:encode", "its import failed: ZeroDivisionError"),
+        ("def encode(x): return x", "functions.py:encode", "; a module is named without .py: functions:encode"),
     ],
 )
 def test_functions_that_do_not_import(load, module, source, spec, words):
@@ -327,6 +363,10 @@ def test_functions_that_do_not_import(load, module, source, spec, words):
         ("", "expected one of gaussian"),
         ("autoencoder:", "`autoencoder:<what to load>`, got nothing"),
         ("my file.py:encode", "expected package.module:function"),
+        (
+            "./code/own.py:encode",
+            "; a module is named without .py: own:encode with PYTHONPATH=code",
+        ),
         ("module:", "expected package.module:function"),
     ],
 )

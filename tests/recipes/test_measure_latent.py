@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from dae.cli import main
 from dae.complexity import latent_page
 from dae.complexity.estimate import Estimate
 from dae.models import Autoencoder
@@ -24,6 +25,11 @@ def missing(x): return torch.full((len(x), 3), float("nan"))
 def one(x): return x.flatten(1)[:1]
 def constant(x): return torch.ones(len(x), 3)
 def shorter(x): return x.flatten(1)[1:]
+def huge(x): return x.flatten(1).double() * 1e300
+def nearly_constant(x): return 1 + 1e-12 * x.flatten(1).double()
+def sparse(x): return x.flatten(1).to_sparse()
+def raises(x): return x.flatten(1) @ torch.ones(3, 3)
+class Network(torch.nn.Module): pass
 def four(x): return x[:, 0, 2:6:2, 3:7:2].flatten(1)
 def four_repeated(x): return four(x).repeat(1, 16)
 """
@@ -227,6 +233,32 @@ def test_refusals(run, own, what):
     with pytest.raises((ValueError, TypeError, ImportError, FileNotFoundError), match=re.escape(words)):
         run("measure_latent", own / "run", *SMALL, *latents, override, *dim)
     assert not (own / "run" / "measure").exists()
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("own_encoders:huge", "latent 'own_encoders:huge': values of up to 1e+300 do not fit into float32"),
+        ("own_encoders:nearly_constant", "latent 'own_encoders:nearly_constant': expected codes that differ in float32"),
+        ("broken:encode", "latent 'broken:encode': the module broken was found, but its import failed: ValueError: no weights"),
+        ("own_encoders:Network", "latent 'own_encoders:Network': expected a function or an instance, got the class Network"),
+        ("own_encoders:sparse", "latent 'own_encoders:sparse': expected a dense tensor"),
+        ("own_encoders:raises", "latent 'own_encoders:raises': the function failed: RuntimeError: mat1 and mat2"),
+        ("own_encoders.py:four", "a module is named without .py: own_encoders:four"),
+        ("own_encoders:missing", "latent 'own_encoders:missing': latents: expected finite values, got NaN"),
+    ],
+)
+def test_whatever_is_wrong_with_an_own_latent_is_one_line(recipe, tiny, own, monkeypatch, capsys, spec, words):
+    """Of the command line, in this process."""
+    (own / "broken.py").write_text("raise ValueError('no\\nweights')")
+    module = recipe("measure_latent")
+    monkeypatch.setattr(
+        "sys.argv", [module.__file__, *tiny, f"output_dir={own / 'run'}", *SMALL, f"measure.latents=[gaussian,{spec}]"]
+    )
+    with pytest.raises(SystemExit) as done:
+        main(module.measure_latent, module.__doc__)
+    *_, message = capsys.readouterr().err.splitlines()
+    assert done.value.code == 2 and message.startswith("measure_latent.py: error: ") and words in message
 
 
 def test_a_refusal_is_one_line(script, tiny, own):
