@@ -17,8 +17,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Callable
 
-from dae.comparison.results import BY_KEY, adjustment, in_short, markdown, pool, pooled_markdown, pooled_predictors, signed
+from dae.comparison.pooling import OUTCOMES, pool, pooled_markdown, pooled_predictors, ratio_in_figures
+from dae.comparison.results import BY_KEY, budgets, caveats, in_short, markdown, meanings, signed
 
 RECIPES = Path(__file__).resolve().parent
 DATA = {
@@ -77,6 +79,7 @@ def document(summaries: dict[str, dict], overrides: list[str]) -> str:
     first, pooled = next(iter(summaries.values())), pool(summaries)
     seeds, trials = first["seeds"], sum(s["trials"]["finished"] for s in summaries.values())
     command = " ".join(["python recipes/evidence.py", *(f"'{o}'" for o in overrides)]) if overrides else "make evidence"
+    finetuned = next((s["equal_encoder"]["baseline"] for s in summaries.values() if s["equal_encoder"]), None)
     core_hours = sum(s["seconds"] for s in summaries.values()) / 3600
     versions = ", ".join(f"{name} {version}" for name, version in first["facts"]["versions"].items())
     lines = [
@@ -87,22 +90,29 @@ def document(summaries: dict[str, dict], overrides: list[str]) -> str:
         "small images show need not hold for large ones.",
         "",
         f"In every comparison {len(first['arms'])} ways to train the encoder (*arms*) were trained with the seeds",
-        f"{', '.join(map(str, seeds))}: equal numbers of steps, equal decoder, prior, sampling and codebook size or KL weight.",
+        f"{', '.join(map(str, seeds))}: steps, prior, sampling and codebook size or KL weight are equal.",
+        *in_all(budgets, summaries),
         tuned(first),
         "*Generation distance* is the Frechet distance of samples to held-out images in features of a small classifier trained",
-        "on the training images (not Inception); less is better. *Rate* is the information in the latent, in bits an image;",
-        "*bits* is what the trained prior needs for the latent of a held-out image. Intervals are Student's, over seeds, of",
-        "differences between arms with the same seed. *At equal rate*: the arm against the baseline's distance at that rate,",
-        "read between baselines trained at several rates, never beyond them.",
+        "on the training images (not Inception); less is better.",
+        *in_all(meanings, summaries),
+        "Rate and bits are counted an image. Intervals are Student's, over seeds, of differences between arms with the same",
+        "seed. *At equal rate*: the arm against the baseline's distance at that rate, read between baselines trained at several",
+        "rates, never beyond them. A difference counts as shown if its p is below 0.05 after Holm's adjustment for the number of",
+        "arms in a comparison; the intervals themselves are not adjusted.",
         "",
         "## The answer",
         "",
-        *answers(pooled, first["baseline"]),
+        "The comparisons share seeds, code and two data sets: they are not independent evidence, and the means over them, with",
+        "Student's intervals, describe these comparisons and no others. The ratio is the geometric mean over the comparisons of",
+        "the arm's distance to the other's; below 1 is better. A comparison enters it with at least two seeds and half of",
+        "its own.",
         "",
-        pooled_markdown(pooled).rstrip(),
+        *answers(
+            pooled, first["baseline"], {a["name"] for s in summaries.values() for a in s["arms"] if a["decoupled"]}, finetuned
+        ),
         "",
-        "The ratio is the geometric mean over the comparisons of the arm's distance to the baseline's, with its interval over",
-        "them; below 1 is better. The comparisons share seeds, code and two data sets: they are not independent evidence.",
+        pooled_markdown(pooled, finetuned).rstrip(),
         "",
         "## What the decoupled latents cost and save",
         "",
@@ -110,14 +120,7 @@ def document(summaries: dict[str, dict], overrides: list[str]) -> str:
         "",
         "## Which number predicts generation best?",
         "",
-        "Rank correlation (Spearman) with the generation distance over all trials of a comparison, averaged over the comparisons",
-        "with Student's interval (cut at -1 and 1). Near 1 or -1 is a good predictor; the sign is the direction. Each",
-        "comparison's own intervals, which resample the seeds, are on its page.",
-        "",
-        "| predictor | mean rank correlation | comparisons |",
-        "|---|---|---|",
-        *(f"| {row['name']} | {correlation(row)} | {row['n']} |" for row in pooled_predictors(summaries)),
-        "",
+        *predictors(pooled_predictors(summaries)),
     ]
     for name, summary in summaries.items():
         lines += section(name, summary)
@@ -128,7 +131,8 @@ def document(summaries: dict[str, dict], overrides: list[str]) -> str:
         "- Distances are taken in features of one classifier a data set; another one could rank close arms differently.",
         "- Learning rates are tuned by one seed over a short list; nothing else is tuned, for any arm.",
         "- A frontier of a few rates is interpolated linearly; seeds whose rate lies outside it are left out of that column.",
-        "- Many intervals are shown: of twenty that hold nothing, one excludes zero by chance. Columns of p are adjusted (Holm).",
+        "- p is adjusted within one table of one comparison, not over all tables and comparisons together.",
+        "- Where trials diverged, intervals know only the others.",
         "",
     ]
     return "\n".join(lines)
@@ -143,22 +147,38 @@ def tuned(summary: dict) -> str:
     )
 
 
-OUTCOMES = ("better", "worse", "no difference shown", "not known")
+def in_all(says: Callable[[dict], str], summaries: dict[str, dict]) -> list[str]:
+    """What is said of each comparison: once where it is the same for all, else each time with their names."""
+    said: dict[str, list[str]] = {}
+    for name, summary in summaries.items():
+        said.setdefault(says(summary), []).append(name)
+    return list(said) if len(said) == 1 else [f"In {', '.join(names)}: {words}" for words, names in said.items()]
 
 
-def answers(pooled: dict, baseline: str) -> list[str]:
-    """The two questions, answered by counting intervals, then each decoupled arm."""
+def answers(pooled: dict, baseline: str, decoupled: set[str], finetuned: str | None = None) -> list[str]:
+    """The questions, answered by counting what is shown after Holm's adjustment, then each decoupled arm."""
     lines = []
-    for title, key in (("equal steps", "equal_steps"), ("equal rate", "equal_rate")):
-        arms = {name: row for name, row in pooled[key].items() if name.startswith("dae")}
+    for key, title, other, untrained in (
+        ("equal_steps", "equal steps", baseline, ""),
+        (
+            "equal_encoder",
+            "equal steps of the encoder",
+            finetuned,
+            "no arm trains its encoder for as many steps and goes on with its decoder",
+        ),
+        ("equal_rate", "equal rate", baseline, "no frontier of several rates was trained"),
+    ):
+        arms = {name: row for name, row in (pooled[key] or {}).items() if name in decoupled}
         if not arms:
-            lines += [f"**At {title}** nothing can be said: no arm was trained for it.", ""]
+            why = untrained if pooled[key] is None else "no decoupled arm has a result"
+            why = why if decoupled else "no arm is decoupled"
+            lines += [f"**At {title}** nothing can be said: {why}.", ""]
             continue
         counts = {word: sum(row[word] for row in arms.values()) for word in OUTCOMES}
         total, (better, worse, same, unknown) = sum(counts.values()), counts.values()
         lines.append(
             f"**Does decoupling help at {title}?** Of {total} pairs of a decoupled arm and a comparison, the decoupled arm's "
-            f"samples were nearer to the held-out images than {baseline}'s in {better}, farther in {worse}, and in {same} no "
+            f"samples were nearer to the held-out images than {other}'s in {better}, farther in {worse}, and in {same} no "
             "difference was shown" + (f"; {unknown} could not be judged." if unknown else ".")
         )
         lines += ["", *(f"- {name}: {over_all(row)}" for name, row in arms.items()), ""]
@@ -168,11 +188,46 @@ def answers(pooled: dict, baseline: str) -> list[str]:
 def over_all(row: dict) -> str:
     """One arm over all comparisons, in words."""
     ratio, counts = row["ratio"], ", ".join(f"{word} {row[word]}" for word in OUTCOMES if row[word])
+    inside = f"{row['seeds']} of {row['of']} seeds have a difference"
     if ratio is None or ratio["low"] is None:
-        return f"{counts}; too few comparisons for a mean."
-    word = "nearer" if ratio["high"] < 1 else "farther" if ratio["low"] > 1 else "neither nearer nor farther by this evidence"
-    ends = f"[{ratio['low']:.2f}, {ratio['high']:.2f}]"
-    return f"{counts}; over the comparisons {word} ({ratio['mean']:.2f} times the distance, {ends})."
+        return f"{counts}; too few comparisons for a mean ({inside})."
+    return f"{counts}; {ratio_in_figures(row)} times the distance in the mean of {ratio['n']} comparisons ({inside})."
+
+
+def predictors(rows: list[dict]) -> list[str]:
+    """Which number ranks best, if that can be told, and the tables: known in all comparisons, and in fewer."""
+    if not rows:
+        return ["No report cards were made, or too few trials finished.", ""]
+    best, most = rows[0], rows[0]["n"]
+    ranked = [row for row in rows if row["n"] == most]
+    if best["low"] is None:
+        found = f"One comparison cannot tell: *{best['name']}* has the strongest correlation, {correlation(best)}."
+    else:
+        found = f"*{best['name']}* has the strongest mean correlation, {correlation(best)}, of {len(ranked)} numbers known in "
+        found += f"{most} comparisons"
+        found += "" if best["low"] > 0 or best["high"] < 0 else ", an interval that holds 0: by this evidence no number predicts"
+        found += f"; it cannot be told from {len(best['rivals'])} of the others" if best["rivals"] else ""
+        next_one = ranked[1]["name"] if len(ranked) > 1 else None
+        found += f", the next one, *{next_one}*, among them" if next_one in best["rivals"] else ""
+        found += " (paired differences over the comparisons, p after Holm's adjustment). As the strongest it is chosen after the "
+        found += "fact, which flatters it."
+    lines = [
+        found,
+        "",
+        "Rank correlation (Spearman) with the generation distance over the trials of a comparison that have a report card: every",
+        "arm and seed at the comparison's own rate, the same trials for every number. Averaged over the comparisons in Fisher's",
+        "z, with Student's interval. Near 1 or -1 is a good predictor; the sign is the direction. The reconstruction error",
+        "stands for PSNR, too, and a code's entropy for its perplexity: they give the same order. Each comparison's own intervals,",
+        "which resample the seeds, are on its page.",
+        "",
+    ]
+    for group in (ranked, rows[len(ranked) :]):
+        if group:
+            if group is not ranked:
+                lines += ["Known in fewer comparisons, and so not ranked beside those above:", ""]
+            lines += ["| predictor | mean rank correlation | comparisons |", "|---|---|---|"]
+            lines += [*(f"| {row['name']} | {correlation(row)} | {row['n']} |" for row in group), ""]
+    return lines
 
 
 def costs(summaries: dict[str, dict]) -> list[str]:
@@ -192,8 +247,8 @@ def costs(summaries: dict[str, dict]) -> list[str]:
             )
         table.append(f"| {arm} | {' | '.join(cells)} |")
     return [
-        f"Each arm minus *{baseline}* at equal steps: in how many comparisons its interval lies above or below zero, and the",
-        "range of the mean differences.",
+        f"Each arm minus *{baseline}* at equal steps: in how many comparisons it is shown to be higher or lower (adjusted as",
+        "above), and the range of the mean differences.",
         "",
         "| arm | rate, bits | bits under the prior | PSNR, dB | near-copies, percentage points |",
         "|---|---|---|---|---|",
@@ -202,17 +257,19 @@ def costs(summaries: dict[str, dict]) -> list[str]:
 
 
 def correlation(row: dict) -> str:
-    ends = "" if row["low"] is None else f" [{max(row['low'], -1):.2f}, {min(row['high'], 1):.2f}]"
-    return f"{row['mean']:.2f}{ends}"
+    return f"{row['mean']:.2f}" + ("" if row["low"] is None else f" [{row['low']:.2f}, {row['high']:.2f}]")
 
 
 def section(name: str, summary: dict) -> list[str]:
     data, carrier = name.split("-")
-    equal = summary["equal_rate"]
+    tables = {"equal steps": (summary["differences"], None), "equal rate": (summary["equal_rate"], None)}
+    if encoder := summary["equal_encoder"]:
+        tables["equal steps of the encoder"] = encoder, encoder["baseline"]
     words = []
-    for title, rows in (("equal steps", summary["differences"]["frechet"]), ("equal rate", equal and equal["frechet"])):
-        if rows:
-            words += [f"At {title}: {in_short(summary, rows)} {adjustment(summary, rows)}".rstrip(), ""]
+    for title, (table, other) in tables.items():
+        if table:
+            said = [in_short(summary, table["frechet"], other), caveats(summary, table["frechet"])]
+            words += [f"At {title}: {' '.join(said)}".rstrip(), ""]
     return [
         f"## {CARRIERS[carrier][0]} on {data}",
         "",

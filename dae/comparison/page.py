@@ -19,7 +19,23 @@ from dae.charts import (
     interval_panel,
     save_png,
 )
-from dae.comparison.results import BY_KEY, MEASURES, Measure, adjustment, detail, grouped, in_short, p_value, shown, verdict
+from dae.comparison.results import (
+    BY_KEY,
+    DETAILS,
+    MEASURES,
+    Measure,
+    budgets,
+    caveats,
+    detail,
+    grouped,
+    in_figures,
+    in_short,
+    meanings,
+    p_value,
+    shown,
+    verdict,
+    yardsticks,
+)
 from dae.config import Config, differing_keys
 from dae.report import Html, element, number, paragraph, percent
 
@@ -126,19 +142,27 @@ def answer(summary: dict) -> list[Html]:
     else:
         at_rate = [paragraph(f"Not measured. {why}To tell, {base} must be trained at several rates (compare.rates).")]
     brackets = (
-        f"The numbers are differences in generation distance to {base}, negative is better; in brackets their {share} interval, "
-        "from the spread between the seeds. “No difference shown” means that the interval holds 0; how wide it is says how large "
-        "a difference may have been missed."
+        f"The numbers are differences in generation distance, negative is better; in brackets their {share} interval, from the "
+        "spread between the seeds. “No difference shown” does not mean that there is none: how wide the interval is says how "
+        "large a difference may have been missed."
     )
-    steps = _answer(summary, summary["differences"]["frechet"])
+    steps = [*_answer(summary, summary["differences"]["frechet"]), paragraph(budgets(summary))]
+    encoder = []
+    if equal := summary["equal_encoder"]:
+        about = (
+            f"The decoupled ways train the encoder for {equal['steps']:,} steps only. So does {equal['baseline']}, which spends "
+            f"the rest on the decoder that it has; here they are held against it instead of {base}."
+        )
+        encoder = [element("h3", "With equally many steps of the encoder"), paragraph(about)]
+        encoder += _answer(summary, equal["frechet"], equal["baseline"])
     titles = [element("h3", words) for words in ("With equally many training steps", "At equal rate")]
-    return [titles[0], *steps, titles[1], *at_rate, paragraph(brackets)]
+    return [titles[0], *steps, *encoder, titles[1], *at_rate, paragraph(brackets)]
 
 
-def _answer(summary: dict, rows: dict[str, dict]) -> list[Html]:
-    items = [element("li", f"{name}: {detail('frechet', row)}") for name, row in rows.items()]
-    caveat = adjustment(summary, rows)
-    parts = [paragraph(element("strong", in_short(summary, rows))), element("ul", *items)]
+def _answer(summary: dict, rows: dict[str, dict], base: str | None = None) -> list[Html]:
+    items = [element("li", f"{name}: {in_figures(summary, row)}") for name, row in rows.items()]
+    caveat = caveats(summary, rows)
+    parts = [paragraph(element("strong", in_short(summary, rows, base))), element("ul", *items)]
     return parts + ([paragraph(caveat)] if caveat else [])
 
 
@@ -150,8 +174,7 @@ def compared(config: Config, summary: dict) -> list[Html]:
         own = next((words for words in config.compare.arms if words.partition(":")[0].strip() == arm["name"]), "")
         about = ABOUT.get(arm["name"], own) if ":" not in own else own.partition(":")[2].strip()
         rows.append((arm["name"], about, stages or "–", "–" if arm["learning_rate"] is None else f"{arm['learning_rate']:g}"))
-    totals = {sum(steps for *_, steps in arm["stages"]) for arm in summary["arms"] if arm["stages"]}
-    steps = f"{min(totals):,} training steps in all" if len(totals) == 1 else f"steps ({', '.join(f'{t:,}' for t in totals)})"
+    total = config.stage1.max_train_steps + config.stage2.max_train_steps
     vq = config.autoencoder.bottleneck == "vq"
     bottleneck = (
         f"a codebook of {config.autoencoder.vq.codebook_size:,} codes"
@@ -161,9 +184,9 @@ def compared(config: Config, summary: dict) -> list[Html]:
     tried = len(config.compare.learning_rates)
     tuned = f"{tried} tuning trials for each" if tried > 1 else "one learning rate for all, not tuned"
     equal = (
-        f"Equal for all arms: the images and their order, {steps}, {bottleneck}, the real decoder (an arm without it says so "
-        f"in the table), the prior ({config.prior.max_train_steps:,} steps), how it is sampled, the features that judge, and "
-        f"{tuned}."
+        f"Equal for all arms: the training images, {total:,} steps of the autoencoder in all, {bottleneck}, the prior "
+        f"({config.prior.max_train_steps:,} steps), how it is sampled, the features that judge, and {tuned}. "
+        "How the steps are shared out between encoder and decoder is not equal: see “The answer”."
     )
     return [web.table(header, rows, prose=(0, 1, 2), marked=_marked(summary, [r[0] for r in rows])), paragraph(equal)]
 
@@ -181,19 +204,28 @@ def differences(summary: dict) -> list[Html]:
     parts = [_forest(summary, summary["differences"]["frechet"], "With equally many steps")]
     if summary["equal_rate"]:
         parts.append(_forest(summary, summary["equal_rate"]["frechet"], "At equal rate"))
-    header = ["arm", "generation distance", "p (Holm)", "bits under the prior", "PSNR"]
-    tables = []
-    for title, found in (("With equally many steps", summary["differences"]), ("At equal rate", summary["equal_rate"])):
-        if found:
-            rows = []
-            for name, row in found["frechet"].items():
-                cells = [_cell(BY_KEY[key], found[key].get(name)) for key in ("frechet", "bits", "psnr")]
-                rows.append([name, cells[0], p_value(row), *cells[1:]])
-            tables += [element("h3", f"{title}: minus {base}’s"), web.table(header, rows)]
+    tables, found = [], {"With equally many steps": (summary["differences"], base)}
+    if equal := summary["equal_encoder"]:
+        found["With equally many steps of the encoder"] = equal, equal["baseline"]
+    if summary["equal_rate"]:
+        found["At equal rate"] = summary["equal_rate"], base
+    for title, (table, other) in found.items():
+        header = ["arm", f"{DISTANCE}, minus {other}’s", "so it is", "p (Holm)", f"in % of {other}’s", "in % of training images’"]
+        rows = [
+            [name, shown(BY_KEY["frechet"], row, sign=True), verdict(BY_KEY["frechet"], row), p_value(row),
+             *yardsticks(summary, row)]
+            for name, row in table["frechet"].items()
+        ]  # fmt: skip
+        also = [[name, *(_cell(BY_KEY[key], table[key].get(name)) for key in DETAILS)] for name in table["frechet"]]
+        tables += [element("h3", f"{title}: minus {other}’s"), web.table(header, rows, prose=(0, 2))]
+        tables += [web.table(["arm", *(BY_KEY[key].name for key in DETAILS)], also)]
     how = (
-        "The arms share their seeds: a seed fixes the images’ order, the first weights and all other chance. So the differences "
-        f"are taken seed by seed, which removes what the seed does to both, and the interval is Student’s of {_seeds(seeds)}. "
-        "Holm’s adjustment raises p for the number of arms compared."
+        "The arms share their seeds. With one seed, every arm’s encoder starts from the same weights and sees the same images in "
+        "the same order, step by step through the whole training; every prior starts from the same weights and sees the images "
+        "in the same order. Not shared: the first weights of a decoder that is of another kind or comes in later, and the noise "
+        "inside the training of the autoencoder. The differences are taken seed by seed, which removes what the seed does to "
+        f"both alike; the interval is Student’s of {_seeds(seeds)}. Holm’s adjustment raises p for the number of arms in a "
+        f"table; a difference counts as shown if the adjusted p is below {1 - summary['level']:.2f}."
     )
     return [web.side_by_side(*parts), paragraph(how), *tables]
 
@@ -220,7 +252,7 @@ def _forest(summary: dict, rows: dict[str, dict], title: str) -> Html:
     drawn = web.chart(interval_chart(bars, x=axis, ends=("better", "worse")), _bars_in_words(axis, bars))
     caption = (
         f"{title}: {DISTANCE} of each arm minus {base}’s. Dot and line: mean and {100 * summary['level']:.0f}\u00a0% interval, "
-        "in colour where it leaves out 0; ticks: the single seeds."
+        "in colour where it leaves out 0 (before Holm’s adjustment); ticks: the single seeds."
     )
     missing = [name for name, row in rows.items() if row["mean"] is None]
     return web.figure(drawn, caption + (f" Outside of {base}’s rates with every seed: {', '.join(missing)}." if missing else ""))
@@ -249,10 +281,9 @@ def measurements(summary: dict) -> list[Html]:
     if facts.get("labelled"):
         yardsticks += f"; {percent(facts['heldout_accuracy'])} of them are recognised as their class"
     how = (
-        f"Means over the seeds with their {100 * summary['level']:.0f}\u00a0% intervals; ↓ less is better, ↑ more is better. "
-        "Bits an image under the prior: what the prior needs to write down the latent of a held-out image; such bits compare "
-        "only latents of equal rate. Rate: the bits if only the frequency of each code (or variance) were known. The row in "
-        "bold is the baseline."
+        f"Means over the seeds with their {100 * summary['level']:.0f}\u00a0% intervals, cut at what is possible (a share lies "
+        f"between 0 and 100\u00a0%); ↓ less is better, ↑ more is better. {meanings(summary)} Such bits compare only latents of "
+        "equal rate. The row in bold is the baseline."
     )
     return [web.table(header, rows, marked=_marked(summary, [r[0] for r in rows])), paragraph(yardsticks, ". ", how)]
 
@@ -357,28 +388,35 @@ def predictors(summary: dict) -> list[Html]:
     rows = [row for row in summary["predictors"] if row["rho"] is not None]
     if not rows:
         return [paragraph("No report cards were made, or too few trials finished.")]
-    bars = [Bar(row["name"], row["rho"], row["low"], row["high"]) for row in rows]
-    axis = f"rank correlation with the {DISTANCE}"
-    best, bound = rows[0], rows[0]["low"] if rows[0]["rho"] > 0 else rows[0]["high"]
-    rivals = [
-        r["name"]
-        for r in rows[1:]
-        if bound is not None and r["low"] is not None and max(abs(r["low"]), abs(r["high"])) >= abs(bound)
-    ]
+    best, axis = rows[0], f"rank correlation with the {DISTANCE}"
+    bars = [Bar(r["name"] + ("" if r["n"] == best["n"] else f" ({r['n']} trials)"), r["rho"], r["low"], r["high"]) for r in rows]
+    ranked = [row for row in rows if row["n"] == best["n"]]
     words = (
-        f"Before a prior is trained, the latent can be measured. Over {best['n']} trials, “{best['name']}” orders the trials "
-        f"most like the {DISTANCE} in the end: {number(best['rho'])} ({number(best['low'])} to {number(best['high'])}); 1 is the "
-        "same order, −1 the reverse, 0 none. The strongest of "
-        f"{len(rows)} is chosen after the fact, which flatters it. "
-        + (
-            f"The intervals of {len(rivals)} others reach as far: which is best is not settled."
+        f"Before a prior is trained, the latent can be measured. Over the {best['n']} trials that have such a report card (arms "
+        f"and seeds at the configuration’s own rate; none of further rates), “{best['name']}” orders the trials most like the "
+        f"{DISTANCE} in the end: {number(best['rho'])}"
+    )
+    if best["low"] is None:
+        words += "; but one seed cannot tell which number is best. "
+    else:
+        nearest = max(0.0, best["low"] if best["rho"] > 0 else -best["high"])  # the end of its interval that lies next to 0
+        rivals = [r for r in ranked[1:] if r["low"] is not None and max(-r["low"], r["high"]) >= nearest]
+        words += f" ({number(best['low'])} to {number(best['high'])}). "
+        words += (
+            f"The intervals of {len(rivals)} of {len(ranked) - 1} others reach as far: which is best is not settled. "
             if rivals
-            else "No other reaches as far."
+            else "The interval of no other reaches as far. "
         )
+    words += (
+        f"1 is the same order, −1 the reverse, 0 none. The strongest of {len(ranked)} is chosen after the fact, which flatters "
+        "it. Of numbers that give the same order only one is here: the reconstruction error stands for PSNR, too, and the "
+        "entropy of a code for the perplexity."
     )
     note = (
-        "Spearman’s correlation over all measured trials (arms, seeds and rates together), with bootstrap intervals that draw "
-        "whole seeds; with few seeds these are too narrow. It tells arms of this comparison apart; it says nothing about others."
+        "Spearman’s correlation over the same trials for all"
+        + ("" if len(ranked) == len(rows) else " but the last ones, which some trials lack and which are not ranked beside them")
+        + ", with bootstrap intervals that draw whole seeds; with few seeds these are too narrow. It tells arms of this "
+        "comparison apart; it says nothing about others."
     )
     drawn = web.chart(interval_chart(bars, x=axis, level=(0.0, "")), _bars_in_words(axis, bars))
     return [web.side_by_side(web.figure(drawn, note), paragraph(words))]

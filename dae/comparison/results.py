@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Callable, Mapping, Sequence
 
+from dae.comparison.arms import arm_config, parse_arms
 from dae.comparison.jobs import Outcome, name_of, own_rate
 from dae.comparison.statistics import (
     Interval,
     difference_at_equal_rate,
     holm,
     mean_interval,
-    paired_interval,
     paired_p_value,
     rank_correlation,
 )
-from dae.comparison.training import prior_family
 from dae.config import Config
+from dae.training import Stage, plan_stages
+from dae.training.priors import prior_family
 
 LEVEL = 0.95
 
@@ -32,6 +33,8 @@ class Measure:
     of: Callable[[dict], float | None]
     digits: int = 2
     unit: str = ""
+    least: float = -math.inf  # what it can be: intervals are cut there
+    most: float = math.inf
 
 
 def _of_prior(key: str) -> Callable[[dict], float | None]:
@@ -39,28 +42,29 @@ def _of_prior(key: str) -> Callable[[dict], float | None]:
 
 
 MEASURES = (
-    Measure("frechet", "generation distance", -1, _of_prior("frechet")),
+    Measure("frechet", "generation distance", -1, _of_prior("frechet"), least=0),
     Measure("bits", "bits an image under the prior", 0, _of_prior("bits"), 1),  # a smaller latent has fewer, and is no better
-    Measure("rate_bits", "rate, bits an image", 0, lambda r: r["rate_bits"], 1),
+    Measure("rate_bits", "rate, bits an image", 0, lambda r: r["rate_bits"], 1, least=0),
     Measure("psnr", "PSNR of reconstructions", 1, lambda r: r["psnr"], 2, "dB"),
-    Measure("ssim", "SSIM of reconstructions", 1, lambda r: r["ssim"], 3),
-    Measure("reconstruction_frechet", "distance of reconstructions", -1, lambda r: r["reconstruction_frechet"]),
-    Measure("copies", "near-copies of training images", -1, _of_prior("copies"), 1, "%"),
-    Measure("recognised", "samples recognised as their class", 1, _of_prior("recognised"), 1, "%"),
-    Measure("precision", "precision", 1, _of_prior("precision"), 3),
-    Measure("recall", "recall", 1, _of_prior("recall"), 3),
-    Measure("perplexity", "perplexity of the codebook", 0, lambda r: r["codebook"] and r["codebook"]["perplexity"], 1),
+    Measure("ssim", "SSIM of reconstructions", 1, lambda r: r["ssim"], 3, least=-1, most=1),
+    Measure("reconstruction_frechet", "distance of reconstructions", -1, lambda r: r["reconstruction_frechet"], least=0),
+    Measure("copies", "near-copies of training images", -1, _of_prior("copies"), 1, "%", 0, 1),
+    Measure("recognised", "samples recognised as their class", 1, _of_prior("recognised"), 1, "%", 0, 1),
+    Measure("precision", "precision", 1, _of_prior("precision"), 3, least=0, most=1),
+    Measure("recall", "recall", 1, _of_prior("recall"), 3, least=0, most=1),
+    Measure("perplexity", "perplexity of the codebook", 0, lambda r: r["codebook"] and r["codebook"]["perplexity"], 1, least=1),
 )
 BY_KEY = {measure.key: measure for measure in MEASURES}
-AT_EQUAL_RATE = ("frechet", "bits", "psnr")
+DETAILS = ("bits", "psnr")  # what is told of a difference beside the distance
 
 
 def summarize(config: Config, facts: dict, outcomes: Sequence[Outcome]) -> dict:
     """All that a comparison found, as JSON-able data.
 
     Differences are arm minus baseline, seed by seed, at the configuration's own rate ("equal steps"), and against the
-    baseline's frontier of the same seed at the arm's rate ("equal rate"). What diverged or failed has no value: its pairs are
-    missing from the intervals, and it is listed.
+    baseline's frontier of the same seed at the arm's rate ("equal rate"). Decoupled arms are also held against an arm that
+    trains its encoder for as many steps and then goes on with its decoder ("equal encoder steps"). What diverged or failed has
+    no value: its pairs are missing from the intervals, and it is listed.
 
     Args:
         config: of the comparison.
@@ -70,7 +74,8 @@ def summarize(config: Config, facts: dict, outcomes: Sequence[Outcome]) -> dict:
     Raises:
         ValueError: no trial has a result, or none of the baseline has.
     """
-    compare = config.compare
+    compare, outcomes = config.compare, [_settled(o) for o in outcomes]
+    plans = {arm.name: plan_stages(arm_config(config, arm)) for arm in parse_arms(compare)}
     tuning = [o for o in outcomes if o.job.purpose == "tune"]
     measured = [o for o in outcomes if o.job.purpose == "measure"]
     names = list(dict.fromkeys(o.job.arm for o in outcomes))
@@ -90,9 +95,10 @@ def summarize(config: Config, facts: dict, outcomes: Sequence[Outcome]) -> dict:
         "level": LEVEL,
         "facts": facts,
         "tuning": _tuning(config, tuning),
-        "arms": [_arm(name, own[name]) for name in names],
+        "arms": [_arm(name, own[name], plans[name]) for name in names],
         "differences": {m.key: _differences(m, baseline, own, others) for m in MEASURES},
         "equal_rate": _equal_rate(config, measured, own, others),
+        "equal_encoder": _equal_encoder({name: own[name] for name in others}, plans),
         "frontier": [_point(config, o) for o in measured if o.record],
         "prior_sizes": _prior_sizes(names, own),
         "predictors": _predictors(measured),
@@ -105,6 +111,13 @@ def summarize(config: Config, facts: dict, outcomes: Sequence[Outcome]) -> dict:
         ],
     }  # fmt: skip
     return _jsonable(summary)
+
+
+def _settled(outcome: Outcome) -> Outcome:
+    """A trial whose samples have no finite distance diverged, too: no number of it is used."""
+    if outcome.record is None or outcome.distance is not None:
+        return outcome
+    return replace(outcome, record=None, diverged="the generation distance of its samples is not finite")
 
 
 def _carrier(config: Config) -> list[str]:
@@ -134,46 +147,83 @@ def _tuning(config: Config, tuning: Sequence[Outcome]) -> dict | None:
     return {"seed": config.compare.tuning_seed, "learning_rates": list(config.compare.learning_rates), "trials": trials}
 
 
-def _arm(name: str, outcomes: Sequence[Outcome]) -> dict:
+def decoupled(plan: Sequence[Stage]) -> bool:
+    """Whether a new decoder is trained on a latent that was trained with another one."""
+    return any(stage.latent_frozen and not stage.keeps_decoder for stage in plan)
+
+
+def _finetuned(plan: Sequence[Stage]) -> bool:
+    """Whether the decoder that the latent was trained with goes on alone."""
+    return any(stage.latent_frozen and stage.keeps_decoder for stage in plan)
+
+
+def _encoder_steps(plan: Sequence[Stage]) -> int:
+    return sum(stage.config.max_train_steps for stage in plan if not stage.latent_frozen)
+
+
+def _arm(name: str, outcomes: Sequence[Outcome], plan: Sequence[Stage]) -> dict:
     values = {m.key: [v for o in outcomes if (v := value_of(m, o)) is not None] for m in MEASURES}
+    new = max((i for i, stage in enumerate(plan) if not stage.keeps_decoder), default=0)  # here the last decoder begins
     return {
         "name": name,
         "learning_rate": outcomes[0].job.learning_rate if outcomes else None,
         "stages": next((o.record["stages"] for o in outcomes if o.record), None),
+        "decoupled": decoupled(plan),
+        "decoder": plan[-1].decoder.family,
+        "encoder_steps": _encoder_steps(plan),
+        "decoder_steps": sum(stage.config.max_train_steps for stage in plan[new:]),
         "trials": len(outcomes),
         "finished": sum(o.record is not None for o in outcomes),
         "diverged": sum(o.diverged is not None for o in outcomes),
         "failed": sum(o.failed is not None for o in outcomes),
-        "measures": {key: _interval(mean_interval(v, LEVEL)) if v else None for key, v in values.items()},
+        "measures": {m.key: _mean(m, values[m.key]) if values[m.key] else None for m in MEASURES},
         "values": values,
     }
 
 
-def _interval(interval: Interval) -> dict:
-    return {**interval._asdict(), "verdict": interval.verdict}
+def _mean(measure: Measure, values: Sequence[float]) -> dict:
+    return _interval(mean_interval(values, LEVEL), measure.least, measure.most)
+
+
+def _interval(interval: Interval, least: float = -math.inf, most: float = math.inf) -> dict:
+    """As a dict, cut at what is possible: Student's interval of few shares reaches beyond 0 and 1."""
+    row = interval._asdict() | {"verdict": interval.verdict}
+    return row if interval.low is None else row | {"low": max(interval.low, least), "high": min(interval.high, most)}
 
 
 def _differences(measure: Measure, baseline: Sequence[Outcome], own: Mapping[str, Sequence[Outcome]], others: list[str]) -> dict:
     """For each other arm the paired differences, their interval, p, and p adjusted for the number of arms."""
     theirs = {o.job.seed: v for o in baseline if (v := value_of(measure, o)) is not None}
-    found = {}
+    width, found = measure.most - measure.least, {}
     for name in others:
         ours = {o.job.seed: v for o in own[name] if (v := value_of(measure, o)) is not None and o.job.seed in theirs}
         if ours:
             pair = list(ours.values()), [theirs[seed] for seed in ours]
             differences = [x - y for x, y in zip(*pair, strict=True)]
-            interval = paired_interval(*pair, LEVEL) if len(ours) > 1 else mean_interval(differences, LEVEL)
             p = paired_p_value(*pair) if len(ours) > 1 else None
-            found[name] = _interval(interval) | {"values": differences, "seeds": list(ours), "of": len(own[name]), "p": p}
-            found[name]["baseline"] = pair[1]
+            row = _interval(mean_interval(differences, LEVEL), -width, width)
+            found[name] = row | {"values": differences, "seeds": list(ours), "of": len(own[name]), "p": p, "baseline": pair[1]}
     return _adjusted(found)
 
 
 def _adjusted(found: dict[str, dict]) -> dict[str, dict]:
+    """With p after Holm's adjustment, by which alone a difference counts as shown: `verdict` is 0 if it is not."""
     tested = [name for name, row in found.items() if row["p"] is not None]
     for name, p in zip(tested, holm([found[name]["p"] for name in tested]), strict=True):
-        found[name]["adjusted"] = p
+        found[name] |= {"adjusted": p, "alone": found[name]["verdict"]}
+        found[name]["verdict"] *= p < 1 - LEVEL
     return found
+
+
+def _equal_encoder(own: Mapping[str, Sequence[Outcome]], plans: Mapping[str, Sequence[Stage]]) -> dict | None:
+    """Decoupled arms minus an arm with as many steps of the encoder whose decoder goes on; None where there are no such arms."""
+    for base in (name for name in own if _finetuned(plans[name])):
+        steps = _encoder_steps(plans[base])
+        arms = [name for name in own if decoupled(plans[name]) and _encoder_steps(plans[name]) == steps]
+        if arms:
+            keys = ("frechet", *DETAILS)
+            return {"baseline": base, "steps": steps} | {k: _differences(BY_KEY[k], own[base], own, arms) for k in keys}
+    return None
 
 
 def _equal_rate(
@@ -183,7 +233,7 @@ def _equal_rate(
     if not config.compare.rates:
         return None
     trained = [o for o in measured if o.job.arm == config.compare.baseline and o.record]
-    return {key: _at_equal_rate(BY_KEY[key], trained, own, others) for key in AT_EQUAL_RATE}
+    return {key: _at_equal_rate(BY_KEY[key], trained, own, others) for key in ("frechet", *DETAILS)}
 
 
 def _at_equal_rate(measure: Measure, trained: Sequence[Outcome], own: Mapping[str, Sequence[Outcome]], others: list[str]) -> dict:
@@ -225,28 +275,31 @@ def _prior_sizes(names: Sequence[str], own: Mapping[str, Sequence[Outcome]]) -> 
             row = {"arm": name, "size": size, "parameters": priors[0]["parameters"]}
             for key in ("frechet", "bits", "copies"):
                 values = [p[key] for p in priors if p[key] is not None and math.isfinite(p[key])]
-                row[key] = _interval(mean_interval(values, LEVEL)) if values else None
+                row[key] = _mean(BY_KEY[key], values) if values else None
             rows.append(row)
     return rows if len({row["size"] for row in rows}) > 1 else []
 
 
 def _predictors(measured: Sequence[Outcome]) -> list[dict]:
-    """The rank correlation of each number of the report card with the generation distance over all trials, strongest first.
+    """The rank correlation of each number of the report card with the generation distance, strongest first.
 
-    The rate, PSNR and the main prior's bits stand beside the card's numbers as yardsticks, under the names of `MEASURES`.
+    All over the same trials, those with a card; a number that some of these lack comes after those that all have. The rate and
+    the main prior's bits stand beside the card's numbers as yardsticks, under the names of `MEASURES`. A number that orders
+    trials as another one does is left out: PSNR, which is the reconstruction error, and a code's perplexity, its entropy.
     """
     from dae.complexity.report_card import PREDICTORS, rank_predictors
 
-    usable = [o for o in measured if o.distance is not None]
-    found = rank_predictors([o.record | {"card": o.record.get("card")} for o in usable])
-    for measure in (BY_KEY["rate_bits"], BY_KEY["psnr"], BY_KEY["bits"]):
+    usable = [o for o in measured if o.record and o.record.get("card")]
+    found = rank_predictors([o.record for o in usable])
+    found.pop("codebook_perplexity", None)
+    for measure in (BY_KEY["rate_bits"], BY_KEY["bits"]):
         rows = [(value, o.distance, o.job.seed) for o in usable if (value := value_of(measure, o)) is not None]
         if len(rows) > 2:
             x, y, seeds = zip(*rows, strict=True)
             found[measure.key] = rank_correlation(x, y, groups=seeds, level=LEVEL, seed=0)
     titles = {key: PREDICTORS[key].title if key in PREDICTORS else BY_KEY[key].name for key in found}
     rows = [{"key": key, "name": titles[key], **found[key]._asdict()} for key in found]
-    return sorted(rows, key=lambda row: -1 if math.isnan(row["rho"]) else abs(row["rho"]), reverse=True)
+    return sorted(rows, key=lambda row: (math.isnan(row["rho"]), -row["n"], -abs(row["rho"])))
 
 
 def _jsonable(value: Any) -> Any:
@@ -262,7 +315,7 @@ def _jsonable(value: Any) -> Any:
 
 
 def verdict(measure: Measure, row: dict) -> str:
-    """`better`, `worse` or `no difference shown` by the interval of a difference; `not known` without one."""
+    """`better`, `worse` or `no difference shown` by a difference's p after Holm's adjustment; `not known` without one."""
     if row["low"] is None:
         return "not known"
     if row["verdict"] == 0 or measure.better == 0:
@@ -295,17 +348,28 @@ def grouped(key: str, rows: dict[str, dict]) -> dict[str, list[str]]:
     return {word: names for word, names in found.items() if names}
 
 
-def in_short(summary: dict, rows: dict[str, dict]) -> str:
-    """One sentence that answers, for one table of differences, which arms are better or worse than the baseline."""
-    base, groups = summary["baseline"], grouped("frechet", rows)
+def in_short(summary: dict, rows: dict[str, dict], base: str | None = None) -> str:
+    """One sentence that answers, for one table of differences, which arms are better or worse than `base`, the baseline.
+
+    Arms without any result are named, too, and those of which trials diverged are marked.
+    """
+    base, arms = base or summary["baseline"], {arm["name"]: arm for arm in summary["arms"]}
     words = {
         "better": f"better than {base}",
         "worse": f"worse than {base}",
         "no difference shown": "no difference shown",
         "not known": "not known, for want of two seeds",
     }
-    said = "; ".join(f"{words[word]}: {', '.join(names)}" for word, names in groups.items())
-    return f"{said[0].upper()}{said[1:]}." if said else f"No arm can be held against {base}."
+    groups = {words[word]: names for word, names in grouped("frechet", rows).items()}
+    lost = [name for name, arm in arms.items() if arm["diverged"] and not arm["finished"] and name != base]
+    groups |= {"no result": lost} if lost else {}
+    said = "; ".join(f"{word}: {', '.join(_flagged(arms[name]) for name in names)}" for word, names in groups.items())
+    itself = f" {_flagged(arms[base])} itself." if arms[base]["diverged"] else ""
+    return (f"{said[0].upper()}{said[1:]}." if said else f"No arm can be held against {base}.") + itself
+
+
+def _flagged(arm: dict) -> str:
+    return arm["name"] + (f" ({arm['diverged']} of {arm['trials']} diverged)" if arm["diverged"] else "")
 
 
 def detail(key: str, row: dict) -> str:
@@ -314,24 +378,74 @@ def detail(key: str, row: dict) -> str:
     return f"{shown(BY_KEY[key], row, sign=True)}; {pairs}"
 
 
-def adjustment(summary: dict, rows: dict[str, dict]) -> str:
-    """What remains of the differences after Holm's adjustment for their number; empty where nothing was tested at once."""
-    tested = {name: row for name, row in rows.items() if row["p"] is not None}
-    if len(tested) < 2:
-        return ""
-    kept = [name for name, row in tested.items() if row["adjusted"] < 1 - summary["level"]]
-    return (
-        f"These are {len(tested)} comparisons at once, and one interval in twenty misses the truth by chance alone; allowing for "
-        f"that (Holm's adjustment), {'a difference remains for ' + ', '.join(kept) if kept else 'no difference remains'}."
-    )
+def yardsticks(summary: dict, row: dict) -> tuple[str, str]:
+    """A difference of distances in % of the baseline's own distance, and of that of training images; dashes without one."""
+    wholes = sum(row["baseline"]) / len(row["baseline"]) if row["baseline"] else None, summary["facts"]["floor"]["frechet"]
+    found = [None if row["mean"] is None or not whole else 100 * row["mean"] / whole for whole in wholes]
+    return tuple("–" if share is None else f"{signed(round(share), 0)}\u00a0%" for share in found)
+
+
+def in_figures(summary: dict, row: dict) -> str:
+    """`detail` of a generation distance, with its yardsticks."""
+    ours, floor = yardsticks(summary, row)
+    scale = "" if ours == "–" else f" ({ours} of its distance; {floor} of that of training images)"
+    return detail("frechet", row) + scale
+
+
+def caveats(summary: dict, rows: dict[str, dict]) -> str:
+    """How a difference came to count as shown, and what the intervals do not know; empty where there is nothing to say."""
+    words, tested = [], {name: row for name, row in rows.items() if row["p"] is not None}
+    if len(tested) > 1:
+        words.append(
+            f"These are {len(tested)} comparisons at once: a difference counts as shown if its p is below "
+            f"{1 - summary['level']:.2f} after Holm's adjustment for that. The intervals are each arm's own, not adjusted."
+        )
+        if alone := [name for name, row in tested.items() if row["alone"] != row["verdict"]]:
+            words.append(f"By its own interval, which leaves out 0, {' and '.join(alone)} would count, too.")
+    if any(arm["diverged"] for arm in summary["arms"]):
+        words.append("The figures know only the trials that did not diverge, and so flatter an arm of which some did.")
+    return " ".join(words)
 
 
 def headline(summary: dict, rows: dict[str, dict] | None) -> list[str]:
-    """The answer of one table of generation distances, for a terminal: in short, each arm's figures, and the adjustment."""
+    """The answer of one table of generation distances, for a terminal: in short, each arm's figures, and the caveats."""
     if rows is None:
         return []
-    figures = [f"  {name}: {detail('frechet', row)}" for name, row in rows.items()]
-    return [in_short(summary, rows), *figures, *filter(None, [adjustment(summary, rows)])]
+    figures = [f"  {name}: {in_figures(summary, row)}" for name, row in rows.items()]
+    return [in_short(summary, rows), *figures, *filter(None, [caveats(summary, rows)])]
+
+
+def budgets(summary: dict) -> str:
+    """What equal numbers of steps mean for encoder and decoder, and which arms' images another decoder makes."""
+    by_steps: dict[tuple[int, int], list[str]] = {}
+    for arm in summary["arms"]:
+        by_steps.setdefault((arm["encoder_steps"], arm["decoder_steps"]), []).append(arm["name"])
+    parts = [f"{', '.join(names)}: encoder {e:,}, decoder {d:,}" for (e, d), names in by_steps.items()]
+    words = "Steps are equal in sum only"
+    if len(parts) > 1:
+        words += "; the encoder and the decoder that makes the images are not trained equally long"
+    else:
+        words = "The encoder and the decoder that makes the images are trained equally long in all arms"
+    words += f" (steps of {'; of '.join(parts)})."
+    usual = next(arm["decoder"] for arm in summary["arms"] if arm["name"] == summary["baseline"])
+    others = [f"{arm['name']} ({arm['decoder']})" for arm in summary["arms"] if arm["decoder"] != usual]
+    return words + (f" The decoder is that of {summary['baseline']} in all but {', '.join(others)}." if others else "")
+
+
+def meanings(summary: dict) -> str:
+    """What rate and bits are, for the carrier of this comparison."""
+    if "vq" in summary["carrier"]:
+        rate = "the entropy of the codes as if the tokens of an image were independent"
+    else:
+        rate = (
+            "the mean Kullback-Leibler divergence of an image's latent distribution from the Gaussian that has the moments of "
+            "all of them together"
+        )
+    words = f"Rate: {rate}, an upper bound of the information that the latent has of the image, not that information itself."
+    words += " Bits under the prior: what the trained prior needs to write down the latent of a held-out image"
+    if summary["facts"].get("labelled"):
+        words += ", not told its class" if "mixture" in summary["carrier"] else ", told the image's class"
+    return words + "."
 
 
 COLUMNS = ("frechet", "bits", "rate_bits", "psnr", "copies", "recognised")
@@ -343,7 +457,7 @@ def markdown(summary: dict) -> str:
     frechet, equal = BY_KEY["frechet"], summary["equal_rate"]
     header = ["arm", *(m.name for m in measures), f"distance minus {summary['baseline']}'s", "p (Holm)"]
     header += [f"the same at equal rate (seeds inside {summary['baseline']}'s rates)"] if equal else []
-    lines = [_line(header), _line(["---"] * len(header))]
+    lines = [line(header), line(["---"] * len(header))]
     for arm in summary["arms"]:
         row = summary["differences"]["frechet"].get(arm["name"])
         cells = [_named(arm), *(shown(m, arm["measures"][m.key]) for m in measures)]
@@ -351,16 +465,20 @@ def markdown(summary: dict) -> str:
         if equal:
             at = equal["frechet"].get(arm["name"])
             cells.append(f"{shown(frechet, at, True)} {verdict(frechet, at)} ({at['n']} of {at['of']})" if at else "–")
-        lines.append(_line(cells))
+        lines.append(line(cells))
     floor, copies = summary["facts"]["floor"]["frechet"], summary["facts"].get("copies_floor")
-    lines.append(f"\nMeans over {len(summary['seeds'])} seeds with their {100 * summary['level']:.0f} % intervals. ")
-    lines[-1] += f"Training images are {floor:,.2f} from the held-out ones"
+    lines.append(
+        f"\nMeans over {len(summary['seeds'])} seeds with their {100 * summary['level']:.0f} % intervals, cut at what is "
+    )
+    lines[-1] += (
+        f"possible; what a difference is said to be goes by p (Holm). Training images are {floor:,.2f} from the held-out ones"
+    )
     lines[-1] += f"; of the held-out images themselves {100 * copies:.1f} % count as near-copies." if copies is not None else "."
     lines += [f"- Left out: {lost['trial']} {lost['kind']}: {lost['why']}" for lost in summary["left_out"]]
     return "\n".join(lines) + "\n"
 
 
-def _line(cells: Sequence[str]) -> str:
+def line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(str(cell).replace("|", "\\|") for cell in cells) + " |"
 
 
@@ -372,78 +490,3 @@ def _named(arm: dict) -> str:
 def p_value(row: dict) -> str:
     """p after Holm's adjustment; a dash where there is none."""
     return "–" if row["p"] is None else f"{row['adjusted']:.3f}" if row["adjusted"] >= 0.001 else "< 0.001"
-
-
-# ---- over several comparisons ----
-
-
-def pool(summaries: Mapping[str, dict]) -> dict[str, dict]:
-    """For each arm, over several comparisons: in how many it was better, worse or neither, and its mean ratio of distances.
-
-    Distances of different data and features have different scales, so each comparison gives the mean over its seeds of
-    log(distance of the arm / distance of its baseline); the pooled ratio is the exponential of their mean, with Student's
-    interval over the comparisons, each of which counts once. At equal rate the baseline's distance is its frontier's.
-
-    Args:
-        summaries: name of the comparison -> `summarize`.
-
-    Returns:
-        {"equal_steps": {arm: row}, "equal_rate": {arm: row}}, row = {"better", "worse", "no difference shown", "not known",
-        "ratios": {comparison: ratio}, "ratio": {"mean", "low", "high", "n"}}.
-
-    Raises:
-        ValueError: no comparison, or different baselines.
-    """
-    baselines = {summary["baseline"] for summary in summaries.values()}
-    if len(baselines) != 1:
-        raise ValueError(f"expected comparisons with one baseline, got {sorted(baselines)} of {len(summaries)} comparisons")
-    differences = {name: s["differences"]["frechet"] for name, s in summaries.items()}
-    at_rate = {name: s["equal_rate"]["frechet"] for name, s in summaries.items() if s["equal_rate"]}
-    return {"equal_steps": _pooled(differences), "equal_rate": _pooled(at_rate)}
-
-
-def _pooled(tables: Mapping[str, dict[str, dict]]) -> dict[str, dict]:
-    measure, pooled = BY_KEY["frechet"], {}
-    for name in dict.fromkeys(arm for table in tables.values() for arm in table):
-        rows = {comparison: table[name] for comparison, table in tables.items() if name in table}
-        verdicts = [verdict(measure, row) for row in rows.values()]
-        counts = {word: verdicts.count(word) for word in ("better", "worse", "no difference shown", "not known")}
-        logs = {}
-        for comparison, row in rows.items():
-            pairs = [(b + d, b) for d, b in zip(row["values"], row["baseline"], strict=True) if b > 0 and b + d > 0]
-            if pairs:
-                logs[comparison] = sum(math.log(x / y) for x, y in pairs) / len(pairs)
-        ratio = None
-        if logs:
-            interval = mean_interval(list(logs.values()), LEVEL)
-            ends = {k: None if v is None else math.exp(v) for k, v in interval._asdict().items() if k != "n"}
-            ratio = ends | {"n": interval.n}
-        pooled[name] = counts | {"ratios": {c: math.exp(v) for c, v in logs.items()}, "ratio": ratio}
-    return pooled
-
-
-def pooled_markdown(pooled: dict[str, dict]) -> str:
-    """The table of `pool`: one row for each arm, at equal steps and, where a frontier was trained, at equal rate."""
-    header = ["arm", "better", "worse", "no difference shown", "not known", "distance / baseline's", "comparisons"]
-    lines = []
-    for title, table in (("At equal steps", pooled["equal_steps"]), ("At equal rate", pooled["equal_rate"])):
-        if table:
-            lines += [f"{title}:", "", _line(header), _line(["---"] * len(header))]
-        for name, row in table.items():
-            r = row["ratio"]
-            ends = f" [{r['low']:.2f}, {r['high']:.2f}]" if r and r["low"] is not None else ""
-            ratio = f"{r['mean']:.2f}{ends}" if r else "–"
-            lines.append(_line([name, *(row[word] for word in header[1:5]), ratio, r["n"] if r else 0]))
-        lines += [""] if table else []
-    return "\n".join(lines)
-
-
-def pooled_predictors(summaries: Mapping[str, dict]) -> list[dict]:
-    """Each predictor's rank correlation averaged over the comparisons, strongest first, with Student's interval over them."""
-    found: dict[str, list[float]] = {}
-    for summary in summaries.values():
-        for row in summary["predictors"]:
-            if row["rho"] is not None:
-                found.setdefault(row["name"], []).append(row["rho"])
-    rows = [{"name": name, **mean_interval(rhos, LEVEL)._asdict()} for name, rhos in found.items()]
-    return sorted(rows, key=lambda row: abs(row["mean"]), reverse=True)

@@ -194,6 +194,37 @@ def rank_correlation(
     return RankCorrelation(rho, float(low), float(high), len(a))
 
 
+def fisher_z(rho: float, n: int) -> float:
+    """atanh(rho) of a rank correlation over n pairs, whose spread hardly depends on rho, and which has no ends to cut at.
+
+    -1 and 1, which have no z, count as half-way to the next value there is: 1 - 12 / (n^3 - n), two neighbours exchanged.
+
+    Raises:
+        ValueError: rho outside [-1, 1], or fewer than 3 pairs.
+
+    Source: Fisher 1915, "Frequency distribution of the values of the correlation coefficient".
+    """
+    if not -1 <= rho <= 1 or n < 3:
+        raise ValueError(f"expected a correlation from -1 to 1 over at least 3 pairs, got {rho} over {n}")
+    most = 1 - 6 / (n**3 - n)
+    return math.atanh(min(max(rho, -most), most))
+
+
+def mean_correlation(rhos: Sequence[float], counts: Sequence[int], level: float = 0.95) -> Interval:
+    """The mean of rank correlations and its Student's interval, both taken in `fisher_z`: inside (-1, 1).
+
+    Args:
+        rhos: one a comparison.
+        counts: pairs behind each.
+        level: coverage.
+
+    Raises:
+        ValueError: different lengths, or as `fisher_z` and `mean_interval`.
+    """
+    mean, low, high, n = mean_interval([fisher_z(rho, count) for rho, count in zip(rhos, counts, strict=True)], level)
+    return Interval(math.tanh(mean), *(None if z is None else math.tanh(z) for z in (low, high)), n)
+
+
 def _spearman(x_BN: np.ndarray, y_BN: np.ndarray) -> np.ndarray:
     """One rho for each row [B]; NaN where a row of either is constant."""
     from scipy.stats import rankdata

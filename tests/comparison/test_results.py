@@ -1,4 +1,4 @@
-"""Summaries of made-up trials with known answers; in words, as a table, and over several comparisons."""
+"""Summaries of made-up trials with known answers; in words and as a table."""
 
 import dataclasses
 import json
@@ -9,12 +9,11 @@ import pytest
 from dae.comparison.jobs import Outcome
 from dae.comparison.results import (
     BY_KEY,
+    budgets,
     headline,
     in_short,
     markdown,
-    pool,
-    pooled_markdown,
-    pooled_predictors,
+    meanings,
     shown,
     summarize,
     verdict,
@@ -69,8 +68,10 @@ def test_words_follow_the_intervals():
     assert (verdict(frechet, rows["weak"]), verdict(frechet, rows["dae-linear"])) == ("better", "no difference shown")
     assert in_short(summary, rows) == "Better than joint: weak; no difference shown: dae-linear."
     first, weak, linear, adjusted = headline(summary, rows)
-    assert first == in_short(summary, rows) and weak == "  weak: −3.05 [−3.26, −2.84]; 4 seeds"
-    assert linear.startswith("  dae-linear: −0.0") and adjusted.endswith("a difference remains for weak.")
+    assert first == in_short(summary, rows) and weak == (
+        "  weak: −3.05 [−3.26, −2.84]; 4 seeds (−30\u00a0% of its distance; −152\u00a0% of that of training images)"
+    )
+    assert linear.startswith("  dae-linear: −0.0") and "2 comparisons at once" in adjusted and "not adjusted" in adjusted
     worse = dict(rows["weak"], verdict=1)
     assert (verdict(frechet, worse), verdict(BY_KEY["psnr"], worse)) == ("worse", "better")
     assert verdict(BY_KEY["rate_bits"], worse) == verdict(BY_KEY["bits"], worse) == "higher"
@@ -85,7 +86,11 @@ def test_chance_findings_are_adjusted():
     summary = summarize(configure(), FACTS, outcomes)
     row = summary["differences"]["frechet"]["weak"]
     assert row["low"] > 0 and row["p"] == pytest.approx(0.0394, abs=2e-3) and row["adjusted"] == pytest.approx(2 * row["p"])
-    assert headline(summary, summary["differences"]["frechet"])[-1].endswith("no difference remains.")
+    rows = summary["differences"]["frechet"]
+    assert verdict(BY_KEY["frechet"], row) == "no difference shown"
+    assert in_short(summary, rows) == "No difference shown: dae-linear, weak."
+    assert headline(summary, rows)[-1].endswith("By its own interval, which leaves out 0, weak would count, too.")
+    assert "no difference shown | 0.079" in markdown(summary) and "worse" not in markdown(summary)
 
 
 def test_one_seed_has_no_interval():
@@ -111,7 +116,72 @@ def test_what_diverged_or_failed_is_shown_and_its_pair_is_missing():
     assert (weak["trials"], weak["finished"], weak["diverged"]) == (4, 3, 1)
     table = markdown(summary)
     assert "weak (1 diverged of 4)" in table and "joint (1 failed of 4)" in table and "diverged: loss is nan" in table
-    assert "2 of 4 seeds" in " ".join(headline(summary, summary["differences"]["frechet"]))
+    said = " ".join(headline(summary, summary["differences"]["frechet"]))
+    assert "2 of 4 seeds" in said and "weak (1 of 4 diverged)" in said and "only the trials that did not diverge" in said
+
+
+def test_an_arm_that_diverged_throughout_and_a_baseline_that_did_once_are_in_the_answer():
+    outcomes = [o for o in three_arms() if o.job.arm != "weak" and (o.job.arm, o.job.seed) != ("joint", 0)]
+    lost = [("joint", 0), *(("weak", s) for s in SEEDS)]
+    outcomes += [Outcome(Job(arm, seed, 0.001), diverged="nan") for arm, seed in lost]
+    summary = summarize(configure(), FACTS, outcomes)
+    said = in_short(summary, summary["differences"]["frechet"])
+    assert said.endswith("no result: weak (4 of 4 diverged). joint (1 of 4 diverged) itself.")
+
+
+def test_a_trial_without_a_finite_distance_is_left_out():
+    outcomes = three_arms()
+    outcomes[4] = make("weak", 0, math.nan)  # its PSNR is finite, and is not used either
+    summary = summarize(configure(), FACTS, outcomes)
+    assert [(x["arm"], x["seed"], x["kind"]) for x in summary["left_out"]] == [("weak", 0, "diverged")]
+    assert "not finite" in summary["left_out"][0]["why"] and summary["trials"] == {"planned": 12, "finished": 11}
+    weak = summary["arms"][1]
+    assert (weak["finished"], weak["diverged"], len(weak["values"]["psnr"])) == (3, 1, 3)
+    assert "weak (1 of 4 diverged)" in in_short(summary, summary["differences"]["frechet"])
+
+
+def test_intervals_stay_where_values_can_be():
+    outcomes = three_arms()
+    for o, share in zip(outcomes[:4], (0.0, 0.01, 0.0, 0.02), strict=True):
+        o.record["priors"][0] |= {"copies": share, "recognised": 1 - share, "frechet": 100 * share + 0.1}
+    joint = summarize(configure(), FACTS, outcomes)["arms"][0]["measures"]
+    assert paired_interval([0.0, 0.01, 0.0, 0.02], [0] * 4).low < 0
+    assert (joint["copies"]["low"], joint["recognised"]["high"], joint["frechet"]["low"]) == (0, 1, 0)
+    assert 0 < joint["copies"]["high"] < 1
+
+
+def test_arms_know_how_they_were_trained():
+    """From the stages of each arm's configuration, whatever its name."""
+    overrides = ["compare.arms=[joint,joint_finetuned,weak,'own: method=dae auxiliary_decoder.family=narrow']"]
+    config = configure(*overrides, "stage1.max_train_steps=30", "stage2.max_train_steps=50")
+    shift = {"joint": 0, "joint_finetuned": -1, "weak": 1, "own": -3}
+    outcomes = [make(a, s, 10 + d + NOISE[s] * (1 + 0.1 * d)) for a, d in shift.items() for s in SEEDS]
+    summary = summarize(config, FACTS, outcomes)
+    assert {a["name"]: (a["decoupled"], a["encoder_steps"], a["decoder_steps"]) for a in summary["arms"]} == {
+        "joint": (False, 80, 80), "joint_finetuned": (False, 30, 80), "weak": (False, 80, 80), "own": (True, 30, 50),
+    }  # fmt: skip
+    words = budgets(summary)
+    assert "Steps are equal in sum only" in words and "of joint, weak: encoder 80, decoder 80" in words
+    assert "of own: encoder 30, decoder 50" in words and "in all but weak (" in words
+    equal = summary["equal_encoder"]
+    assert (equal["baseline"], equal["steps"], list(equal["frechet"])) == ("joint_finetuned", 30, ["own"])
+    assert equal["frechet"]["own"]["mean"] == pytest.approx(-2)
+    assert in_short(summary, equal["frechet"], equal["baseline"]) == "Better than joint_finetuned: own."
+    assert summarize(configure(), FACTS, three_arms())["equal_encoder"] is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "rate", "labelled"),
+    [
+        ([], "tokens of an image were independent", ", told the image's class."),
+        (["autoencoder.bottleneck=kl"], "Gaussian that has the moments", ", told the image's class."),
+        (["autoencoder.bottleneck=kl", "prior.family=mixture"], "Gaussian that has the moments", ", not told its class."),
+    ],
+)
+def test_rate_and_bits_are_named_for_the_carrier(overrides, rate, labelled):
+    summary = summarize(configure(*overrides), FACTS | {"labelled": True}, three_arms())
+    assert rate in meanings(summary) and "upper bound" in meanings(summary) and meanings(summary).endswith(labelled)
+    assert "class" not in meanings(summarize(configure(*overrides), FACTS, three_arms()))
 
 
 def test_without_a_baseline_there_is_nothing_to_compare():
@@ -162,8 +232,10 @@ def test_predictors_are_ranked_by_their_strength():
     outcomes = []
     for number, o in enumerate(three_arms()):
         card = {"sensitivity": -o.distance, "shift_error": float(number % 3), "code_entropy": 1.0, "flip_error": None}
+        card |= {"codebook_perplexity": 2.0, "linear_probe": o.distance if number else None}
         outcomes.append(Outcome(o.job, o.record | {"card": card}))
-    rows = summarize(configure(), FACTS, outcomes)["predictors"]
+    outcomes += [make("joint", s, 100 + s, 200, rate=128) for s in SEEDS]  # of a further rate, which has no card
+    rows = summarize(configure("compare.rates=[128]"), FACTS, outcomes)["predictors"]
     by_key = {row["key"]: row for row in rows}
     assert (
         (rows[0]["key"], rows[0]["name"]) == ("sensitivity", "Sensitivity")
@@ -172,7 +244,10 @@ def test_predictors_are_ranked_by_their_strength():
     )
     assert rows[0]["low"] == pytest.approx(-1) and abs(by_key["shift_error"]["rho"]) < 0.9
     assert by_key["code_entropy"]["rho"] is None and "flip_error" not in by_key
-    assert {"rate_bits", "psnr", "bits"} < set(by_key)  # yardsticks
+    assert {"rate_bits", "bits"} < set(by_key)  # yardsticks
+    assert {row["n"] for row in rows if row["key"] != "linear_probe"} == {12}  # all over the same trials
+    assert by_key["linear_probe"]["n"] == 11 and [r["key"] for r in rows if r["rho"] is not None][-1] == "linear_probe"
+    assert not {"psnr", "codebook_perplexity"} & set(by_key)  # the order of the reconstruction error, and of the entropy
 
 
 def test_tuning_shows_every_trial():
@@ -191,31 +266,3 @@ def test_markdown_has_a_row_an_arm():
     assert len({line.count("|") for line in lines[:5]}) == 1
     assert "10.00 [9.71, 10.29]" in lines[2] and "2.0 [2.0, 2.0]\u00a0%" in lines[2]
     assert "2.00 from the held-out ones" in lines[-1] and "1.0 %" in lines[-1]
-
-
-def test_pooling_counts_each_comparison_once():
-    base = summarize(configure(), FACTS, three_arms())
-    scaled = [
-        Outcome(o.job, o.record | {"priors": [dict(o.record["priors"][0], frechet=100 * o.distance)]}) for o in three_arms()
-    ]
-    pooled = pool({"digits": base, "photos": summarize(configure(), FACTS, scaled)})
-    weak = pooled["equal_steps"]["weak"]
-    assert (weak["better"], weak["worse"], weak["no difference shown"]) == (2, 0, 0)
-    assert pooled["equal_steps"]["dae-linear"]["no difference shown"] == 2 and pooled["equal_rate"] == {}
-    assert weak["ratios"]["digits"] == pytest.approx(weak["ratios"]["photos"])  # a ratio knows no scale
-    expected = math.exp(sum(math.log((10 + n + d) / (10 + n)) for n, d in zip(NOISE, (-3.1, -2.9, -3.0, -3.2), strict=True)) / 4)
-    assert weak["ratio"]["mean"] == pytest.approx(expected) and weak["ratio"]["n"] == 2
-    table = pooled_markdown(pooled)
-    assert f"| weak | 2 | 0 | 0 | 0 | {expected:.2f} [" in table and "At equal rate" not in table
-    other = dict(base, baseline="weak")
-    for wrong in ({}, {"a": base, "b": other}):
-        with pytest.raises(ValueError, match="one baseline"):
-            pool(wrong)
-
-
-def test_pooled_predictors():
-    rows = {"rho": 0.5, "low": 0, "high": 1, "n": 9}
-    first = {"predictors": [{"name": "x", **rows}, {"name": "y", **rows, "rho": -0.9}]}
-    second = {"predictors": [{"name": "x", **rows, "rho": 0.7}, {"name": "z", **rows, "rho": None}]}
-    found = pooled_predictors({"a": first, "b": second})
-    assert [(r["name"], round(r["mean"], 6), r["n"]) for r in found] == [("y", -0.9, 1), ("x", 0.6, 2)]

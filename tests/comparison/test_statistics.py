@@ -8,7 +8,9 @@ from scipy import stats
 
 from dae.comparison.statistics import (
     difference_at_equal_rate,
+    fisher_z,
     holm,
+    mean_correlation,
     mean_interval,
     paired_interval,
     paired_p_value,
@@ -156,3 +158,19 @@ def test_rank_correlation_repeats_and_leaves_the_random_state():
 def test_bad_rank_correlations(x, y, options, words):
     with pytest.raises(ValueError, match=words):
         rank_correlation(x, y, **options)
+
+
+def test_means_of_correlations_stay_inside():
+    """z = atanh; a perfect order of 4 counts as half-way between 1 and 0.8, that of one exchanged pair of neighbours."""
+    assert fisher_z(0.5, 10) == pytest.approx(math.atanh(0.5)) and fisher_z(-1, 4) == -math.atanh(0.9)
+    assert stats.spearmanr([1, 2, 3, 4], [1, 2, 4, 3]).statistic == pytest.approx(0.8)
+    alone = mean_correlation([0.3], [9])
+    assert alone == pytest.approx((0.3, None, None, 1))
+    found, z = mean_correlation([1, 0.2, 0.9], [20, 20, 20]), [fisher_z(r, 20) for r in (1, 0.2, 0.9)]
+    assert found == pytest.approx((*np.tanh(mean_interval(z)[:3]), 3)) and -1 < found.low < found.mean < found.high < 1
+
+
+@pytest.mark.parametrize(("rho", "n"), [(1.1, 5), (math.nan, 5), (0.5, 2)])
+def test_bad_correlations(rho, n):
+    with pytest.raises(ValueError, match="from -1 to 1 over at least 3"):
+        fisher_z(rho, n)

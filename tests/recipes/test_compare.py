@@ -22,7 +22,7 @@ from dae.comparison.results import summarize
 from dae.comparison.trial import Job
 from dae.complexity.report_card import PREDICTORS
 
-GAIN = {"joint": 0.0, "weak": 4.0, "dae-linear": -3.0, "dae-narrow": -0.5, "own": 0.2}
+GAIN = {"joint": 0.0, "joint_finetuned": 1.0, "weak": 4.0, "dae-linear": -3.0, "dae-narrow": -0.5, "own": 0.2}
 
 
 def prepare(config):
@@ -63,7 +63,8 @@ def trial(bench, config, job):
     card = {name: float(random.normal()) for name in PREDICTORS} | {"mlp_distance": distance, "linear_probe": None}
     record = dataclasses.asdict(job) | {
         "rate_bits": rate, "psnr": 25 - GAIN[job.arm] / 10, "ssim": 0.9, "reconstruction_frechet": 1.0, "priors": priors,
-        "codebook": {"usage": 1.0, "perplexity": 40.0}, "card": card, "stages": [["joint", "full", 1600]], "seconds": 60.0,
+        "codebook": {"usage": 1.0, "perplexity": 40.0}, "card": card if job.rate is None else None,
+        "stages": [["joint", "full", 1600]], "seconds": 60.0,
     }  # fmt: skip
     images = random.integers(0, 256, (16, 8, 8, 1)).astype(np.uint8)
     return record, torch.from_numpy(images)
@@ -122,7 +123,11 @@ def test_a_whole_comparison(tmp_path, compare, capsys):
         assert heading in words, heading
     assert "all 37 trials have a result" in words and "each had" not in words
     assert "At the edge of the tried rates" in words  # 0.002 is the largest
+    assert "Over the 15 trials that have such a report card" in words
     assert "“Distance for slightly richer generators” orders the trials most" in words
+    assert "Steps are equal in sum only" in words and "sees the same images in the same order" in words
+    assert "as if the tokens of an image were independent" in words and "told the image’s class" in words.replace("'", "’")
+    assert "of its distance" in words and "all other chance" not in words
     for svg in re.findall('data:image/svg\\+xml;base64,([^"]*)', page):
         ElementTree.fromstring(base64.b64decode(svg).decode())
     assert page.count("data:image/svg") == 8 and page.count("data:image/png") == 6
@@ -151,7 +156,7 @@ def test_failures_and_divergence_are_on_the_page(tmp_path, compare):
     page, words = read(tmp_path / "compare.html")
     assert "2 of 9 trials have no result" in words and "loss is nan at step 3" in words
     assert "made to fail <b>" in words and "<b>" not in page
-    assert "2 of 3 seeds" in words and "2 (1 diverged)" in words
+    assert "2 of 3 seeds" in words and "2 (1 diverged)" in words and "dae-narrow (1 of 3 diverged)" in words
     assert "Not measured. A latent with less information" in words  # no frontier was trained
     assert "Nothing was tuned" in words and "One size of prior" in words
 
@@ -167,6 +172,23 @@ def test_one_seed_has_no_interval(tmp_path, configure):
     _, words = read(write_page(config, summary, {}, tmp_path))
     assert "One seed shows no spread" in words and "Not known, for want of two seeds: weak." in words
     assert "etter than" not in words and "orse than" not in words and "No pictures were kept" in words
+    assert "No report cards were made" in words  # of two trials
+
+
+def test_one_seed_cannot_tell_the_best_predictor(tmp_path, configure):
+    config = configure(tmp_path, FULL[0], "compare.seeds=[4]", "autoencoder.vq.codebook_size=64")
+    jobs = [Job(arm, 4, 0.002) for arm in ("joint", "weak", "dae-linear", "dae-narrow", "own")]
+    summary = summarize(config, prepare(config).facts(), [Outcome(job, trial(None, config, job)[0]) for job in jobs])
+    _, words = read(write_page(config, summary, {}, tmp_path))
+    assert "one seed cannot tell which number is best" in words and "reaches as far" not in words and "nan" not in words
+
+
+def test_decoupled_arms_are_held_against_one_with_as_many_encoder_steps(tmp_path, compare):
+    arms = "compare.arms=[joint,joint_finetuned,dae-linear]"
+    _, words = read(compare(tmp_path, arms, "compare.seeds=[0,1,2]", "compare.learning_rates=[0.002]", "compare.processes=1"))
+    assert "With equally many steps of the encoder" in words
+    assert "here they are held against it instead of joint" in words
+    assert "generation distance, minus joint_finetuned’s" in words
 
 
 @pytest.mark.parametrize("overrides", [["compare.baseline=join"], ["compare.arms=[joint,'a: prior.width=64']"]])

@@ -41,17 +41,46 @@ def test_smoke_of_all_carriers(evidence, tmp_path, monkeypatch):
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "runs").glob("*/trials/*.json")} == trials
 
 
-def test_words_follow_the_intervals(evidence):
-    def row(better, worse, same, low, high):
-        ratio = {"mean": (low * high) ** 0.5, "low": low, "high": high, "n": 6}
-        return {"better": better, "worse": worse, "no difference shown": same, "not known": 0, "ratio": ratio}
+def row(better, worse, same, low=None, high=None):
+    ratio = low and {"mean": (low * high) ** 0.5, "low": low, "high": high, "n": 6}
+    counts = {"better": better, "worse": worse, "no difference shown": same, "not known": 0}
+    return counts | {"ratio": ratio, "seeds": 28, "of": 30}
 
-    pooled = {"equal_steps": {"dae-linear": row(5, 0, 1, 0.5, 0.8), "weak": row(0, 6, 0, 2.0, 3.0)}, "equal_rate": {}}
-    said = "\n".join(evidence.answers(pooled, "joint"))
+
+def test_words_follow_the_counts_and_not_the_names(evidence):
+    pooled = {"equal_steps": {"own": row(5, 0, 1, 0.5, 0.8), "dae-like": row(0, 6, 0, 2.0, 3.0)}}
+    pooled |= {"equal_encoder": None, "equal_rate": None}
+    said = "\n".join(evidence.answers(pooled, "joint", {"own"}))
     assert "Of 6 pairs" in said and "than joint's in 5, farther in 0, and in 1 no difference was shown." in said
-    assert "over the comparisons nearer (0.63 times the distance, [0.50, 0.80])" in said
-    assert "weak" not in said and "**At equal rate** nothing can be said" in said
-    pooled["equal_rate"] = {"dae-linear": row(1, 1, 4, 0.8, 1.25), "dae-narrow": row(0, 3, 3, 1.1, 1.3)}
-    said = "\n".join(evidence.answers(pooled, "joint"))
-    assert "Of 12 pairs" in said and "neither nearer nor farther by this evidence (1.00 times" in said
-    assert "dae-narrow: worse 3, no difference shown 3; over the comparisons farther" in said
+    assert "- own: better 5, no difference shown 1; 0.63 [0.50, 0.80] times the distance in the mean of 6 comparisons (28" in said
+    assert "dae-like" not in said and "equal rate** nothing can be said: no frontier" in said
+    pooled |= {"equal_rate": {"own": row(1, 1, 4, 0.8, 1.25), "two": row(0, 3, 3)}, "equal_encoder": {"own": row(2, 0, 4)}}
+    said = "\n".join(evidence.answers(pooled, "joint", {"own", "two"}, "tuned"))
+    assert "Of 12 pairs" in said and "than tuned's in 2" in said and "two: worse 3, no difference shown 3; too few" in said
+    assert "over the comparisons nearer" not in said and "farther by this evidence" not in said
+    none = evidence.answers(pooled, "joint", set())
+    assert sum("nothing can be said: no arm is decoupled" in line for line in none) == 3
+    assert "no decoupled arm has a result" in "\n".join(evidence.answers(pooled, "joint", {"lost"}))
+
+
+def predictor(name, mean, low=None, high=None, n=6, rivals=None):
+    return {"name": name, "mean": mean, "low": low, "high": high, "n": n, "rivals": rivals}
+
+
+def test_the_best_predictor_is_said_with_its_interval_or_that_it_cannot_be_told(evidence):
+    two = [predictor("A", 0.8, 0.6, 0.9, rivals=[]), predictor("B", -0.5, -0.7, -0.2), predictor("C", 0.9, 0.8, 0.95, n=2)]
+    said = evidence.predictors(two)
+    assert said[0].startswith("*A* has the strongest mean correlation, 0.80 [0.60, 0.90], of 2 numbers known in 6 comparisons (")
+    assert said.index("Known in fewer comparisons, and so not ranked beside those above:") < said.index(
+        "| C | 0.90 [0.80, 0.95] | 2 |"
+    )
+    close = [two[0] | {"rivals": ["B"], "low": -0.1}, *two[1:]]
+    assert "holds 0: by this evidence no number predicts" in evidence.predictors(close)[0]
+    assert "cannot be told from 1 of the others, the next one, *B*, among them" in evidence.predictors(close)[0]
+    assert evidence.predictors([predictor("A", 0.8, n=1)])[0].startswith("One comparison cannot tell")
+    assert "No report cards" in evidence.predictors([])[0]
+
+
+def test_what_holds_for_all_comparisons_is_said_once(evidence):
+    assert evidence.in_all(lambda s: s["x"], {"a": {"x": "1"}, "b": {"x": "1"}}) == ["1"]
+    assert evidence.in_all(lambda s: s["x"], {"a": {"x": "1"}, "b": {"x": "2"}, "c": {"x": "1"}}) == ["In a, c: 1", "In b: 2"]
