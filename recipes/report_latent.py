@@ -73,11 +73,14 @@ def report_latent(config: Config) -> Path:
 
     Raises:
         FileNotFoundError: the run has no trained autoencoder, or a folder of `measure.compare_folders` holds no trials.
-        ValueError: the autoencoder was trained on other data, there are too few images, or a trial's file is damaged.
+        ValueError: the autoencoder was trained on other data, there are too few images, or a trial's file is damaged or is of
+            other data or another carrier than the autoencoder.
         FloatingPointError: the autoencoder gives NaN.
     """
-    rankings = {folder: rank(read_trials(folder), config.seed) for folder in comparison_folders(config)}
-    run = measure_latent(config)
+    require_model(Path(config.output_dir) / "autoencoder", "train_dae")
+    trained = trained_configuration(config)
+    rankings = {folder: rank(read_trials(folder, trained), config.seed) for folder in comparison_folders(config)}
+    run = measure_latent(config, trained)
     folder = Path(config.output_dir) / "latent"
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / "card.json", json.dumps(facts(run, rankings), indent=2).encode())
@@ -99,11 +102,9 @@ def report_latent(config: Config) -> Path:
 # ---- measuring ----
 
 
-def measure_latent(config: Config) -> Measured:
+def measure_latent(config: Config, trained: Config) -> Measured:
     """Load the autoencoder and its data, and measure the card."""
-    device = one_process(config)
-    folder = require_model(Path(config.output_dir) / "autoencoder", "train_dae")
-    trained = trained_configuration(config)
+    device, folder = one_process(config), Path(config.output_dir) / "autoencoder"
     if trained.data.dataset_name != config.data.dataset_name:
         raise ValueError(
             f"the autoencoder in {folder} was trained on data.dataset_name={trained.data.dataset_name!r}, "
@@ -179,21 +180,36 @@ def comparison_folders(config: Config) -> list[Path]:
     return folders + ([own] if (own / "trials").is_dir() and own not in folders else [])
 
 
-def read_trials(folder: Path) -> list[dict]:
-    """The records of the trials that finished; those that diverged have none. ValueError: a damaged file."""
+def read_trials(folder: Path, latent: Config) -> list[dict]:
+    """The records of the trials that finished; those that diverged have none.
+
+    ValueError: a damaged file, or trials of other data or another carrier than the latent's, of which they say nothing.
+    """
     records = []
+    ours = {
+        "data.dataset_name": latent.data.dataset_name,
+        "data.resolution": latent.data.resolution,
+        "autoencoder.bottleneck": latent.autoencoder.bottleneck,
+    }
     for path in sorted((folder / "trials").glob("*.json")):
         try:
-            record = json.loads(path.read_text())["record"]
+            saved = json.loads(path.read_text())
+            record, theirs = saved["record"], {key: saved["settings"][key] for key in ours}
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}): delete it and run recipes/compare.py again") from error
+        differences = [f"{k} is {theirs[k]!r} there and {ours[k]!r} of the latent" for k in ours if theirs[k] != ours[k]]
+        if differences:
+            raise ValueError(
+                f"the trials in {folder} cannot tell which line of this card to trust: {'; '.join(differences)}; "
+                "give a comparison of the same data and bottleneck"
+            )
         if record is not None:
             records.append(record)
     return records
 
 
 def rank(records: list[dict], seed: int) -> Ranking:
-    measured = {record["seed"] for record in records if record["purpose"] == "measure" and record["card"]}
+    measured = {r["seed"] for r in records if r["purpose"] == "measure" and r["rate"] is None and r["card"]}
     return Ranking(rank_predictors(records, seed=seed), len(measured))
 
 
@@ -379,17 +395,19 @@ def trust(folder: Path, ranking: Ranking) -> Html:
     shown = {name: r for name, r in found.items() if math.isfinite(r.rho)}
     trials = max(r.n for r in found.values())
     words = (
-        f"In {folder}, {trials:,} autoencoders were trained in different ways, a prior on each, and the distance of the "
-        "generated images to held-out ones was measured. The rank correlation says how well a line of the card, known before, "
-        "put them into order: +1, a larger value always meant a larger (worse) distance; -1, always a smaller (better) one; 0, "
+        f"In {folder}, {trials:,} autoencoders were trained in different ways, a prior on each, and the distance of the images "
+        f"generated to held-out ones was measured (n = {trials:,}; only trials at the comparison's own codebook size or KL "
+        "weight count). The rank correlation says how well a line of the card, known before, put them "
+        "into order: +1, a larger value always meant a larger (worse) distance; -1, always a smaller (better) one; 0, "
         "it says nothing. So a line for which lower is hoped should lie on the right, one for which higher is hoped on the left."
     )
     caution = (
         "The interval is a bootstrap over whole seeds: what the same ways of training might show with other seeds. It is "
-        "somewhat too narrow, and it says nothing about other ways of training. Of so many lines, some look good by chance. "
-        f"There are trials of {ranking.seeds} seed(s)"
-        + ("." if enough else f"; from fewer than {FEWEST_SEEDS} nothing is concluded here, and no interval is drawn.")
+        "somewhat too narrow, and it says nothing about other ways of training. "
+        if enough
+        else f"From fewer than {FEWEST_SEEDS} seeds nothing is concluded here, and no interval is given. "
     )
+    caution += f"There are trials of {ranking.seeds} seed(s). Of so many lines, some look good by chance."
     bars = [
         Bar(PREDICTORS[name].title, r.rho, *((r.low, r.high) if enough and math.isfinite(r.low) else ()))
         for name, r in shown.items()
@@ -398,7 +416,7 @@ def trust(folder: Path, ranking: Ranking) -> Html:
         (
             PREDICTORS[name].title,
             number(r.rho),
-            interval(r),
+            *([interval(r)] if enough else []),
             f"{r.n:,}",
             HOPED[PREDICTORS[name].direction],
             verdict(name, r) if enough else "too few seeds",
@@ -413,8 +431,8 @@ def trust(folder: Path, ranking: Ranking) -> Html:
         caption = f"Rank correlation with the generation distance{drawn_with}."
         drawn = web.figure(web.chart(svg, f"Rank correlations: {alt}"), caption)
         parts.append(web.side_by_side(web.element("div", paragraph(words), paragraph(caution)), drawn))
-    header = ("measure", "rank correlation", "95\u00a0% interval", "trials", "hoped for", "outcome")
-    return web.join([*parts, web.table(header, rows, prose=(0, 4, 5))])
+    header = ["measure", "rank correlation", *(["95\u00a0% interval"] if enough else []), "trials", "hoped for", "outcome"]
+    return web.join([*parts, web.table(header, rows, prose=(0, len(header) - 2, len(header) - 1))])
 
 
 def interval(r: RankCorrelation) -> str:

@@ -250,8 +250,9 @@ def readers(train: Encoded, heldout: Encoded, seed: int) -> dict[str, float]:
 def rank_predictors(records: Sequence[dict], *, seed: int = 0) -> dict[str, RankCorrelation]:
     """How well each predictor ranks the latents of finished trials by the generation distance that was reached with them.
 
-    Spearman's rank correlation over the trials that measure (not those that tune), with its bootstrap interval over whole
-    seeds (`dae.comparison.statistics.rank_correlation`). 1: the larger the value, the larger the distance, without exception.
+    Spearman's rank correlation over the trials that measure (not those that tune) at the configuration's own rate (else what
+    a predictor says would follow the rate), with its bootstrap interval over whole seeds
+    (`dae.comparison.statistics.rank_correlation`). 1: the larger the value, the larger the distance, without exception.
 
     Args:
         records: of one comparison, one data set and one carrier: distances of two do not compare.
@@ -268,8 +269,9 @@ def rank_predictors(records: Sequence[dict], *, seed: int = 0) -> dict[str, Rank
         rows = [
             (value, distance, record["seed"])
             for record in records
-            if record["purpose"] == "measure" and (value := (record["card"] or {}).get(name)) is not None
-            and math.isfinite(value) and math.isfinite(distance := record["priors"][0]["frechet"])
+            if record["purpose"] == "measure" and record["rate"] is None
+            and (value := (record["card"] or {}).get(name)) is not None and math.isfinite(value)
+            and math.isfinite(distance := record["priors"][0]["frechet"])
         ]  # fmt: skip
         if len(rows) >= 3:
             x, y, groups = zip(*rows, strict=True)

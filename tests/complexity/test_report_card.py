@@ -327,8 +327,10 @@ def test_every_predictor_says_what_it_means():
 # ---- which predictor to trust ----
 
 
-def trial(arm, seed, distance, purpose="measure", **card):
-    return {"arm": arm, "seed": seed, "purpose": purpose, "priors": [{"frechet": distance}], "card": card or None}
+def trial(arm, seed, distance, purpose="measure", rate=None, **card):
+    return {
+        "arm": arm, "seed": seed, "purpose": purpose, "rate": rate, "priors": [{"frechet": distance}], "card": card or None,
+    }  # fmt: skip
 
 
 def test_rank_predictors():
@@ -337,7 +339,7 @@ def test_rank_predictors():
               codebook_usage=1.0, gaussian_rate=None, flip_error=distance if arm == "a" and seed == 0 else math.nan)
         for seed in (0, 1, 2) for arm, distance in (("a", 1.0), ("b", 2.0), ("c", 3.0))
     ]  # fmt: skip
-    trials += [trial("a", 9, 0.0, "tune", prior_bits=1e9), trial("a", 3, 50.0)]
+    trials += [trial("a", 9, 0.0, "tune", prior_bits=1e9), trial("a", 3, 50.0), trial("a", 0, 0.0, rate=64.0, prior_bits=1e9)]
     found = rank_predictors(trials)
     assert set(found) == {"prior_bits", "linear_probe", "sensitivity", "codebook_usage"}
     assert list(found)[-1] == "codebook_usage" and math.isnan(found["codebook_usage"].rho)

@@ -45,15 +45,23 @@ def save_autoencoder(folder, configure, bottleneck="vq", *overrides):
     return folder
 
 
-def write_trials(folder, seeds=(0, 1, 2, 3, 4), arms=("joint", "dae-linear")):
+SETTINGS = {"data.dataset_name": "digits", "data.resolution": 8, "autoencoder.bottleneck": "vq", "seed": 7}
+
+
+def write_trials(folder, seeds=(0, 1, 2, 3, 4), arms=("joint", "dae-linear"), **other):
+    """`other` settings by the last part of their key."""
+    settings = {key: other.get(key.rpartition(".")[2], value) for key, value in SETTINGS.items()}
     (folder / "trials").mkdir(parents=True)
     for seed in seeds:
         for number, arm in enumerate(arms):
             distance = 10.0 - 3 * number + seed / 10
             card = dict.fromkeys(PREDICTORS) | {"prior_bits": 3 * distance, "linear_probe": -distance, "codebook_usage": 1.0}
-            record = {"arm": arm, "seed": seed, "purpose": "measure", "card": card, "priors": [{"frechet": distance}]}
-            (folder / "trials" / f"{arm}-{seed}.json").write_text(json.dumps({"diverged": None, "record": record}))
-    (folder / "trials" / "other.json").write_text(json.dumps({"diverged": "the loss is nan", "record": None}))
+            record = {"arm": arm, "seed": seed, "purpose": "measure", "rate": None, "priors": [{"frechet": distance}]}
+            for name, rest in ((f"{arm}-{seed}", {"card": card}), (f"{arm}-{seed}-rate", {"card": None, "rate": 64.0})):
+                content = {"settings": settings, "diverged": None, "record": record | rest}
+                (folder / "trials" / f"{name}.json").write_text(json.dumps(content))
+    content = {"settings": settings, "diverged": "the loss is nan", "record": None}
+    (folder / "trials" / "other.json").write_text(json.dumps(content))
     return folder
 
 
@@ -100,7 +108,12 @@ def test_rank_correlations(trained, run, tmp_path):
     assert set(found) == {"prior_bits", "linear_probe", "codebook_usage"}
     page = (written / "card.html").read_text()
     assert page.count('<td class="prose">as hoped</td>') == 2 and "the same in all trials" in page
-    assert "10 autoencoders were trained" in page and "No comparison was given" not in page
+    assert (
+        "10 autoencoders were trained" in page
+        and "n = 10" in page
+        and page.count(" to ") > 3
+        and "No comparison was given" not in page
+    )
 
 
 def test_too_few_trials_and_trials_of_the_run_itself(trained, run, tmp_path):
@@ -110,6 +123,7 @@ def test_too_few_trials_and_trials_of_the_run_itself(trained, run, tmp_path):
     two_seeds = write_trials(tmp_path / "compare", seeds=(0, 1))
     page = (run("report_latent", trained["vq"], FEW, f"measure.compare_folders=[{two_seeds}]") / "card.html").read_text()
     assert page.count("too few seeds") == 3 and "as hoped" not in page
+    assert "no interval is given" in page and "95\u00a0% interval" not in page
 
 
 def test_unlabelled_images(tmp_path, run, configure):
@@ -165,6 +179,22 @@ def test_diverged(tmp_path, configure, run):
     model.save_pretrained(folder / "autoencoder")
     with pytest.raises(FloatingPointError, match="the encoder gives NaN"):
         run("report_latent", folder)
+
+
+@pytest.mark.parametrize(
+    ("other", "words"),
+    [
+        ({"dataset_name": "faces"}, "data.dataset_name is 'faces' there and 'digits' of the latent"),
+        ({"resolution": 16}, "data.resolution is 16 there and 8 of the latent"),
+        ({"bottleneck": "kl"}, "autoencoder.bottleneck is 'kl' there and 'vq' of the latent"),
+    ],
+)
+def test_trials_of_something_else(tmp_path, run, configure, other, words):
+    folder = save_autoencoder(tmp_path / "run", configure)
+    trials = write_trials(tmp_path / "compare", **other)
+    with pytest.raises(ValueError, match=re.escape(f"the trials in {trials} ") + ".*" + re.escape(words)):
+        run("report_latent", folder, f"measure.compare_folders=[{trials}]")
+    assert not (folder / "latent").exists()
 
 
 def test_folders_without_trials(tmp_path, run, configure):
