@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from dae.complexity.distances import Distance
 from dae.complexity.estimate import Estimate, Trial, check_pair, check_seeds, run_trial, shown, summarize
-from dae.complexity.families import GeneratorFamily
+from dae.complexity.families import GeneratorFamily, check_family
 from dae.complexity.fitting import Fitting
 
 
@@ -36,17 +37,31 @@ class ComplexityCurve:
     def required_capacity(self, eps: float) -> float | None:
         """C_eps: the smallest capacity of the curve whose estimate is at most eps; None where none is.
 
-        Between two capacities nothing is known, so nothing is interpolated: with upper bounds C_eps is one too.
+        Between two capacities nothing is known, so nothing is interpolated, and C_eps is too great by up to a step of these.
+        Apart from that and from sampling error it is on the side of the curve: with "exact" estimates it is the first of these
+        capacities that suffices; with "upper" ones it is an upper bound too, as a better training could reach eps sooner, and None
+        says only that no such generator was found; with critics ("neither") it bounds nothing. Where the curve is flat about eps,
+        small errors of the estimates move it far: `required_capacity_of_seeds` shows how far.
 
         Raises:
             TypeError: eps is not a number. ValueError: it is not finite.
         """
+        return self._first(eps, [estimate.value for estimate in self.estimates])
+
+    def required_capacity_of_seeds(self, eps: float) -> tuple[float | None, ...]:
+        """C_eps of each seed's own curve, in the order of the seeds; None where it does not reach eps. Errors as above.
+
+        They tell what splits and trainings change; that the data are a finite sample is in `Estimate.standard_error`.
+        """
+        values_SC = zip(*(estimate.values for estimate in self.estimates), strict=True)
+        return tuple(self._first(eps, values) for values in values_SC)
+
+    def _first(self, eps: float, values: Sequence[float]) -> float | None:
         if isinstance(eps, bool) or not isinstance(eps, int | float):
             raise TypeError(f"expected eps as a number, got {type(eps).__name__}")
         if not math.isfinite(eps):
             raise ValueError(f"expected a finite eps, a distance in the unit of the estimates, got {eps}")
-        reached = (c for c, estimate in zip(self.capacities, self.estimates, strict=True) if estimate.value <= eps)
-        return next(reached, None)
+        return next((c for c, value in zip(self.capacities, values, strict=True) if value <= eps), None)
 
     def to_dict(self) -> dict:
         """For JSON."""
@@ -75,7 +90,8 @@ def complexity_curve(
     generators alone. Where the family is nested, G_c in G_c' for c <= c', what was fitted at a smaller capacity is a member of
     the greater one too, so an unlucky training need not be reported: each estimate is that of the generator that is best, among
     those of this and the smaller capacities, on the rows to choose on. The rows to measure on take no part, so the curve falls
-    but for the error of finite samples. `raw` has what was fitted at each capacity alone. With an adversarial distance nothing is
+    but for the error of finite samples. (Of linear maps with "frechet", which take the moments of all rows, the least value so
+    far is kept.) `raw` has what was fitted at each capacity alone. With an adversarial distance nothing is
     chosen, as every score would need a critic of its own.
 
     Args:
@@ -91,6 +107,7 @@ def complexity_curve(
         TypeError: likewise.
     """
     check_pair(latents, data)
+    check_family("family", family)
     capacities, seeds = check_capacities(capacities), check_seeds(seeds)
     fitting = Fitting(**options)
     families = [family.at(capacity) for capacity in capacities]
@@ -101,7 +118,7 @@ def complexity_curve(
     best_CS = best_so_far(trials_CS) if chosen else trials_CS
 
     def estimates(rows: list[list[Trial]]) -> tuple[Estimate, ...]:
-        return tuple(summarize(row, seeds, member, distance, fitting) for row, member in zip(rows, families, strict=True))
+        return tuple(summarize(row, seeds, member, distance) for row, member in zip(rows, families, strict=True))
 
     return ComplexityCurve(capacities, estimates(best_CS), estimates(trials_CS), family.knob, chosen)
 
@@ -116,8 +133,8 @@ def best_so_far(trials_CS: list[list[Trial]]) -> list[list[Trial]]:
 
 def check_capacities(capacities: Sequence[float]) -> tuple[float, ...]:
     """TypeError or ValueError unless they are numbers that increase."""
-    numbers = not isinstance(capacities, str) and isinstance(capacities, Sequence)
-    if not numbers or any(isinstance(c, bool) or not isinstance(c, int | float) for c in capacities):
+    listed = hasattr(capacities, "__len__") and hasattr(capacities, "__getitem__")
+    if not listed or any(isinstance(c, bool) or not isinstance(c, numbers.Real) for c in capacities):
         raise TypeError(f"expected capacities as a sequence of numbers, such as (1, 2, 4), got {capacities!r}")
     if len(capacities) == 0:
         raise ValueError("expected at least one capacity, got none")

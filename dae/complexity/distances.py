@@ -27,6 +27,7 @@ class Distance:
         full_batch: batches would bias it much, so all rows are taken in every step.
         pairwise: its time grows with the number of pairs of points.
         solvable: a family may know its best member by this name (`GeneratorFamily.best`): not for a function of your own.
+        of_moments: a smooth function of means and covariances, whose bias in finite samples a jackknife takes away.
     """
 
     name: str
@@ -36,6 +37,7 @@ class Distance:
     full_batch: bool = False
     pairwise: bool = False
     solvable: bool = False
+    of_moments: bool = False
 
     def __call__(self, generated: Tensor, data: Tensor, generator: torch.Generator) -> Tensor:
         """Of [N, ...] and [M, ...], which are flattened."""
@@ -128,9 +130,10 @@ def make_distance(
     return Distance(
         name,
         lambda x, y, _: frechet_distance(x, y),
-        "squared, W_2^2 of Gaussians, cost |x - y|^2; finite samples bias it upwards",
+        "squared, W_2^2 of Gaussians, cost |x - y|^2",
         full_batch=True,
         solvable=True,
+        of_moments=True,
     )
 
 

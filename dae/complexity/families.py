@@ -267,6 +267,8 @@ class ConvDecoders(GeneratorFamily):
                 f"convolutional decoders map [D, h, w] to [C, H, W], {got}; reshape them, or take LinearMaps, MLPs or "
                 "LipschitzNetworks, which map vectors"
             )
+        if min(*latent_shape, *data_shape) < 1:
+            raise ValueError(f"convolutional decoders need at least one value along every axis, {got}")
         (D, h, w), (C, H, W) = latent_shape, data_shape
         factor = H // h
         if factor < 1 or factor & (factor - 1) or (h * factor, w * factor) != (H, W):
@@ -320,6 +322,8 @@ class DropoutNetworks(GeneratorFamily):
 
     def at(self, capacity: float) -> Self:
         check_positive("share of units kept", capacity)
+        if capacity > 1:
+            raise ValueError(f"expected a share of units kept in (0, 1], got {capacity}")
         return dataclasses.replace(self, dropout=1 - capacity)
 
     def build(self, latent_shape: Shape, data_shape: Shape) -> nn.Module:
@@ -370,6 +374,17 @@ def clip_singular_values_(weight: Tensor, largest: float) -> None:
     left, values, right = torch.linalg.svd(weight, full_matrices=False)
     if values[0] > largest:
         weight.copy_((left * values.clamp_max(largest)) @ right)
+
+
+def check_family(name: str, family: GeneratorFamily) -> None:
+    """TypeError unless it is a member of a class of families."""
+    if isinstance(family, type) and issubclass(family, GeneratorFamily):
+        raise TypeError(f"expected {name} as a GeneratorFamily, got the class {family.__name__}; call it: {family.__name__}()")
+    if not isinstance(family, GeneratorFamily):
+        raise TypeError(
+            f"expected {name} as a GeneratorFamily, such as LinearMaps(max_norm=1.0) or MLPs(width=64), got {family!r}; "
+            "dae.complexity has LinearMaps, MLPs, LipschitzNetworks, ConvDecoders and DropoutNetworks"
+        )
 
 
 def check_positive(name: str, number: float) -> None:

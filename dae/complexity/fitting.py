@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
+import statistics
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from dae.complexity.families import GeneratorFamily, check_count, check_positive
 from dae.training.loop import seed_for
 
 CHECKS = 10  # how often in a training its state is compared with the best before
+GROUPS = 10  # of rows, that a jackknife leaves out in turn
 ROWS_AT_ONCE = 4096  # that a network makes, or that a distance without batches takes
 
 
@@ -28,8 +30,8 @@ class Fitting:
         batch_size: rows a step.
         learning_rate: at the start; None is the family's own, for latents and data of unit scale, to which they are brought.
         heldout: share of the rows to measure on, in (0, 1/2]; 0 measures on the rows that were fitted on.
-        measure_limit: at most so many rows are measured on; None is 4096 for a distance that compares all pairs of points, and
-            no limit for the others.
+        measure_limit: at most so many rows are measured on, and chosen on; None is 4096 for a distance that compares all pairs of
+            points, and no limit for the others.
     """
 
     steps: int = 1000
@@ -71,11 +73,11 @@ class Split:
 
 
 def split_rows(latents: Tensor, data: Tensor, seed: int, paired: bool, options: Fitting, limit: int | None = None) -> Split:
-    """The split of one seed, the same for every family and capacity; at most `limit` rows to measure on.
+    """The split of one seed, the same for every family and capacity; at most `limit` rows to measure on, and to choose on.
 
     Where the distance does not pair rows, a latent and the data point that it may be the code of never serve the same purpose
     (with heldout = 1/2; with less, never in measuring). Else codes would be measured against their own images, and be spared the
-    error of finite samples that a drawn latent has to bear.
+    error of finite samples that a drawn latent has to bear. With heldout = 0 all rows serve all purposes.
     """
     N = len(data)
     measured = round(options.heldout * N)
@@ -86,7 +88,7 @@ def split_rows(latents: Tensor, data: Tensor, seed: int, paired: bool, options: 
         )
     order = torch.randperm(N, generator=torch.Generator().manual_seed(seed_for(seed, "rows")))
     z_rows, x_rows = order, order if paired else order.roll(-measured)
-    choosing = (N - measured) // 5 if options.heldout else 0
+    choosing = min((N - measured) // 5, limit or N) if options.heldout else 0
     if choosing < 2:
         choosing = 0
 
@@ -94,8 +96,11 @@ def split_rows(latents: Tensor, data: Tensor, seed: int, paired: bool, options: 
         return Rows(latents[z_rows[start:end].to(latents.device)], data[x_rows[start:end].to(data.device)])
 
     fit = take(measured + choosing, N)
+    if not measured:
+        part = fit if limit is None or limit >= N else take(0, limit)
+        return Split(fit, choose=part, measure=part)
     choose = take(measured, measured + choosing) if choosing else fit
-    return Split(fit, choose, measure=take(0, min(measured, limit or measured)) if measured else fit)
+    return Split(fit, choose, measure=take(0, min(measured, limit or measured)))
 
 
 class Generator(nn.Module):
@@ -142,18 +147,33 @@ def seeded(device: torch.device, *names: object) -> Iterator[torch.Generator]:
         yield torch.Generator().manual_seed(seed_for(*names, "distance"))
 
 
+def closed_form(family: GeneratorFamily, rows: Rows, distance: Distance, seed: int) -> Generator | None:
+    """The best generator of the family for these rows, where the family knows it."""
+    if not distance.solvable:
+        return None
+    generator = Generator(nn.Identity(), rows.latents, rows.data)
+    with seeded(rows.data.device, seed, "fit"):
+        best = family.rescaled(scale_ratio(rows.latents, rows.data)).best(
+            generator.standard_latents(rows.latents), generator.standard_data(rows.data), distance.name
+        )
+    if best is None:
+        return None
+    generator.inner = best
+    return generator
+
+
 def fit(family: GeneratorFamily, split: Split, distance: Distance, seed: int, options: Fitting) -> tuple[Generator, bool]:
     """A generator of the family, fitted on the rows to fit on; and whether it is exactly the best for these."""
+    solved = closed_form(family, split.fit, distance, seed)
+    if solved is not None:
+        return solved, True
     latents, data = split.fit.latents, split.fit.data
     units = family.rescaled(scale_ratio(latents, data))
     generator = Generator(nn.Identity(), latents, data)
-    standard = generator.standard_latents(latents), generator.standard_data(data)
     with seeded(data.device, seed, "fit") as randomness:
-        best = units.best(*standard, distance.name) if distance.solvable else None
-        generator.inner = units.start(*standard) if best is None else best
-        if best is None:
-            train(generator, units, split, distance, randomness, seed, options)
-    return generator, best is not None
+        generator.inner = units.start(generator.standard_latents(latents), generator.standard_data(data))
+        train(generator, units, split, distance, randomness, seed, options)
+    return generator, False
 
 
 def train(
@@ -203,6 +223,38 @@ def measure(generator: nn.Module, rows: Rows, distance: Distance, seed: int) -> 
     """The distance of what it generates to the data; the same randomness for whatever is measured with this seed."""
     with seeded(rows.data.device, seed, "measure") as randomness:
         return distance(generate(generator, rows.latents), rows.data, randomness).item()
+
+
+@torch.no_grad()
+def measure_by_jackknife(generator: nn.Module, rows: Rows, distance: Distance, seed: int) -> tuple[float, float | None]:
+    """As `measure`, less the bias of a distance of moments, and the standard error that comes of these rows if it is known."""
+    with seeded(rows.data.device, seed, "measure"):
+        made = Rows(generate(generator, rows.latents), rows.data)
+    if distance.pairwise or len(made.data) < 2 * GROUPS:
+        return measure(nn.Identity(), made, distance, seed), None
+    value, corrected, error = jackknife(lambda kept: measure(nn.Identity(), kept, distance, seed), made, seed)
+    return corrected if distance.of_moments else value, error
+
+
+def jackknife(statistic: Callable[[Rows], float], rows: Rows, seed: int) -> tuple[float, float, float]:
+    """A statistic of rows; the same less its bias of order 1 / rows, and not below 0; and its standard error.
+
+    With s of all rows and s_j of all but those of the j-th of g random groups, and m the mean of the s_j:
+
+        s,    max(0, g s - (g - 1) m),    root of (g - 1) / g sum_j (s_j - m)^2
+
+    Source: Quenouille 1956, "Notes on bias in estimation"; Efron 1982, "The Jackknife, the Bootstrap and Other Resampling Plans".
+    """
+    N = len(rows.data)
+    group_N = torch.randperm(N, generator=torch.Generator().manual_seed(seed_for(seed, "groups"))) % GROUPS
+    everything = statistic(rows)
+    left = []
+    for group in range(GROUPS):
+        kept_N = group_N != group
+        left.append(statistic(Rows(rows.latents[kept_N.to(rows.latents.device)], rows.data[kept_N.to(rows.data.device)])))
+    mean = statistics.fmean(left)
+    error = math.sqrt((GROUPS - 1) / GROUPS * sum((value - mean) ** 2 for value in left))
+    return everything, max(0.0, GROUPS * everything - (GROUPS - 1) * mean), error
 
 
 def generate(generator: nn.Module, latents: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from dae.complexity.distances import Distance
-from dae.complexity.estimate import Estimate, check_pair, check_seeds, run_trial, shown, summarize
-from dae.complexity.families import GeneratorFamily, LinearMaps, MLPs, Shape, check_count
+from dae.complexity.estimate import Estimate, check_cloud, check_seeds, run_trial, shown, summarize
+from dae.complexity.families import GeneratorFamily, LinearMaps, MLPs, Shape, check_count, check_family
 from dae.complexity.fitting import Fitting, Generator, generate
 from dae.complexity.linear import principal_axes
 
@@ -25,7 +25,8 @@ class OptimalLatent:
         encoder: data [B, ...] -> codes [B, *latent_shape], of the seed that was best on the rows to choose on.
         generator: codes -> data, of the same seed.
         codes: [N, *latent_shape], of all rows of the data, in their order.
-        estimate: of D^G(P_z, P_x) with z = f(x), on rows that neither was fitted on; one value a seed.
+        estimate: of D^G(P_z, P_x) with z = f(x), on rows that neither was fitted on; one value a seed. (Of linear maps with
+            "frechet" by the moments of all rows, see `generator_distance`.)
     """
 
     encoder: nn.Module
@@ -71,9 +72,16 @@ def optimal_latent(
 
     Source: Hu et al. 2023, arXiv 2307.08283.
     """
-    check_pair(data, data)
+    check_cloud("data", data)
+    if (data == data[:1]).all():
+        raise ValueError(f"data: expected points that differ, got {len(data)} equal ones: there is nothing to encode")
+    check_family("family", family)
+    if encoder is not None:
+        check_family("encoder", encoder)
     seeds = check_seeds(seeds)
     latent_shape = tuple(latent_dim) if isinstance(latent_dim, Sequence) else (latent_dim,)
+    if not latent_shape:
+        raise ValueError("expected latent_dim as an int or the shape of a code with at least one axis, such as (4, 8, 8), got ()")
     for size in latent_shape:
         check_count("latent_dim", size)
     if encoder is None:
@@ -85,7 +93,7 @@ def optimal_latent(
     found = Encoder(best)
     with torch.no_grad():
         codes = generate(found, data.to(best.latent_scale.dtype))
-    return OptimalLatent(found, Decoder(best), codes, summarize(trials, seeds, both, distance, fitting))
+    return OptimalLatent(found, Decoder(best), codes, summarize(trials, seeds, both, distance))
 
 
 @dataclass(frozen=True)

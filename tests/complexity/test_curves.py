@@ -40,7 +40,7 @@ def test_nested_families_fall(family, capacities, distance):
     assert curve.estimates[-1].value < 0.8 * curve.estimates[0].value, "a curve that is flat would fall too"
     assert curve.capacities == tuple(capacities)
     assert [estimate.capacity for estimate in curve.estimates] == list(capacities)
-    assert {estimate.bound for estimate in curve.estimates} == {"upper"}
+    assert {estimate.bound for estimate in curve.estimates} == {"exact" if distance == "frechet" else "upper"}
 
 
 def test_the_raw_estimates_are_those_of_generator_distance():
@@ -82,15 +82,24 @@ def test_two_modes_need_a_steep_generator_from_a_gaussian_and_none_from_two_mode
     assert required == {("gaussian", 2.0): 4.0, ("gaussian", 8.0): 16.0, ("modes", 2.0): 1.0, ("modes", 8.0): 1.0}
 
 
+REST = {"bound": "upper", "distance": "mmd", "convention": "", "family": "f", "capacity": 1.0, "counts": (2, 2)}
+
+
 def curve_of(*values: float) -> ComplexityCurve:
-    rest = {"bound": "upper", "distance": "mmd", "convention": "", "family": "f", "capacity": 1.0, "counts": (2, 2)}
-    estimates = tuple(Estimate.over([value], (0,), **rest) for value in values)
+    estimates = tuple(Estimate.over([value], (0,), **REST) for value in values)
     return ComplexityCurve(tuple(float(2**n) for n in range(len(values))), estimates, estimates, "width", True)
 
 
 def test_required_capacity():
     curve = curve_of(3.0, 2.0, 2.0, 0.5)
     assert [curve.required_capacity(eps) for eps in (4, 3.0, 2.0, 1.9, 0.5, 0.4)] == [1.0, 1.0, 2.0, 8.0, 8.0, None]
+    estimates = tuple(
+        Estimate.over(values, (0, 1), **REST)
+        for values in ((3.0, 3.2), (2.0, 0.9), (0.8, 0.7))  # means 3.1, 1.45, 0.75
+    )
+    two = ComplexityCurve((1.0, 2.0, 4.0), estimates, estimates, "width", True)
+    assert two.required_capacity(1.0) == 4.0 and two.required_capacity_of_seeds(1.0) == (4.0, 2.0)
+    assert two.required_capacity_of_seeds(0.75) == (None, 4.0)
     for eps in (math.nan, math.inf):
         with pytest.raises(ValueError, match="finite eps"):
             curve.required_capacity(eps)

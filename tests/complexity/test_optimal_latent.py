@@ -77,7 +77,7 @@ def test_a_curve_needs_one_value():
     able = optimal_latent(x, MLPs(32, 1), latent_dim=1, steps=200, seeds=(0, 1))
     assert able.estimate.value < 0.2 * linear.value
     assert len(able.estimate.values) == 2 and able.codes.shape == (500, 1)
-    assert "MLPs" in able.estimate.family and able.estimate.counts == (250, 250)
+    assert "MLPs" in able.estimate.family and able.estimate.counts == (200, 250)
 
 
 def test_unpaired_and_bounded():
@@ -111,7 +111,12 @@ def test_the_same_seeds_give_the_same_latent():
         ({"family": ConvDecoders()}, ValueError, "convolutional decoders map"),
         ({"distance": "reconstrution"}, ValueError, "did you mean 'reconstruction'"),
         ({"data": torch.full((5, 2), torch.nan)}, ValueError, "NaN"),
-        ({"data": torch.ones(5, 2)}, ValueError, "equal ones"),
+        ({"data": torch.ones(5, 2)}, ValueError, "data: expected points that differ, got 5 equal ones"),
+        ({"data": torch.ones(1, 2)}, ValueError, "data: expected at least 2 points"),
+        ({"latent_dim": ()}, ValueError, r"latent_dim .* got \(\)"),
+        ({"family": "linear"}, TypeError, "family as a GeneratorFamily.* got 'linear'"),
+        ({"family": LinearMaps}, TypeError, r"got the class LinearMaps; call it: LinearMaps\(\)"),
+        ({"encoder": "x"}, TypeError, "encoder as a GeneratorFamily.* got 'x'"),
     ],
 )
 def test_bad_input(changes, error, message):
