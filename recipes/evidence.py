@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Callable
 
 from dae.comparison.pooling import OUTCOMES, pool, pooled_markdown, pooled_predictors, ratio_in_figures
-from dae.comparison.results import BY_KEY, budgets, caveats, in_short, markdown, meanings, signed
+from dae.comparison.results import BY_KEY, bits_mean, budgets, caveats, in_figures, in_short, markdown, rate_means, signed
 
 RECIPES = Path(__file__).resolve().parent
 DATA = {
@@ -95,7 +95,8 @@ def document(summaries: dict[str, dict], overrides: list[str]) -> str:
         tuned(first),
         "*Generation distance* is the Frechet distance of samples to held-out images in features of a small classifier trained",
         "on the training images (not Inception); less is better.",
-        *in_all(meanings, summaries),
+        *in_all(rate_means, summaries),
+        *in_all(bits_mean, summaries),
         "Rate and bits are counted an image. Intervals are Student's, over seeds, of differences between arms with the same",
         "seed. *At equal rate*: the arm against the baseline's distance at that rate, read between baselines trained at several",
         "rates, never beyond them. A difference counts as shown if its p is below 0.05 after Holm's adjustment for the number of",
@@ -203,11 +204,12 @@ def predictors(rows: list[dict]) -> list[str]:
     if best["low"] is None:
         found = f"One comparison cannot tell: *{best['name']}* has the strongest correlation, {correlation(best)}."
     else:
-        found = f"*{best['name']}* has the strongest mean correlation, {correlation(best)}, of {len(ranked)} numbers known in "
+        next_one = ranked[1]["name"] if len(ranked) > 1 else None
+        found = "Which is best cannot be told: " if next_one in best["rivals"] else ""
+        found += f"*{best['name']}* has the strongest mean correlation, {correlation(best)}, of {len(ranked)} numbers known in "
         found += f"{most} comparisons"
         found += "" if best["low"] > 0 or best["high"] < 0 else ", an interval that holds 0: by this evidence no number predicts"
-        found += f"; it cannot be told from {len(best['rivals'])} of the others" if best["rivals"] else ""
-        next_one = ranked[1]["name"] if len(ranked) > 1 else None
+        found += f"; it does not differ by more than chance from {len(best['rivals'])} of the others" if best["rivals"] else ""
         found += f", the next one, *{next_one}*, among them" if next_one in best["rivals"] else ""
         found += " (paired differences over the comparisons, p after Holm's adjustment). As the strongest it is chosen after the "
         found += "fact, which flatters it."
@@ -217,8 +219,8 @@ def predictors(rows: list[dict]) -> list[str]:
         "Rank correlation (Spearman) with the generation distance over the trials of a comparison that have a report card: every",
         "arm and seed at the comparison's own rate, the same trials for every number. Averaged over the comparisons in Fisher's",
         "z, with Student's interval. Near 1 or -1 is a good predictor; the sign is the direction. The reconstruction error",
-        "stands for PSNR, too, and a code's entropy for its perplexity: they give the same order. Each comparison's own intervals,",
-        "which resample the seeds, are on its page.",
+        "stands for PSNR, too, and a code's entropy for its perplexity: they give the same order. Each comparison's own",
+        "intervals, which resample the seeds, are on its page.",
         "",
     ]
     for group in (ranked, rows[len(ranked) :]):
@@ -270,6 +272,8 @@ def section(name: str, summary: dict) -> list[str]:
         if table:
             said = [in_short(summary, table["frechet"], other), caveats(summary, table["frechet"])]
             words += [f"At {title}: {' '.join(said)}".rstrip(), ""]
+        if table and other:  # what the table below does not hold
+            words += [*(f"- {name}: {in_figures(summary, row, other)}" for name, row in table["frechet"].items()), ""]
     return [
         f"## {CARRIERS[carrier][0]} on {data}",
         "",

@@ -24,14 +24,15 @@ from dae.comparison.results import (
     DETAILS,
     MEASURES,
     Measure,
+    bits_mean,
     budgets,
     caveats,
     detail,
     grouped,
     in_figures,
     in_short,
-    meanings,
     p_value,
+    rate_means,
     shown,
     verdict,
     yardsticks,
@@ -160,7 +161,7 @@ def answer(summary: dict) -> list[Html]:
 
 
 def _answer(summary: dict, rows: dict[str, dict], base: str | None = None) -> list[Html]:
-    items = [element("li", f"{name}: {in_figures(summary, row)}") for name, row in rows.items()]
+    items = [element("li", f"{name}: {in_figures(summary, row, base)}") for name, row in rows.items()]
     caveat = caveats(summary, rows)
     parts = [paragraph(element("strong", in_short(summary, rows, base))), element("ul", *items)]
     return parts + ([paragraph(caveat)] if caveat else [])
@@ -282,8 +283,8 @@ def measurements(summary: dict) -> list[Html]:
         yardsticks += f"; {percent(facts['heldout_accuracy'])} of them are recognised as their class"
     how = (
         f"Means over the seeds with their {100 * summary['level']:.0f}\u00a0% intervals, cut at what is possible (a share lies "
-        f"between 0 and 100\u00a0%); ↓ less is better, ↑ more is better. {meanings(summary)} Such bits compare only latents of "
-        "equal rate. The row in bold is the baseline."
+        f"between 0 and 100\u00a0%); ↓ less is better, ↑ more is better. {rate_means(summary)} {bits_mean(summary)} Such bits "
+        "compare only latents of equal rate. The row in bold is the baseline."
     )
     return [web.table(header, rows, marked=_marked(summary, [r[0] for r in rows])), paragraph(yardsticks, ". ", how)]
 

@@ -385,10 +385,10 @@ def yardsticks(summary: dict, row: dict) -> tuple[str, str]:
     return tuple("–" if share is None else f"{signed(round(share), 0)}\u00a0%" for share in found)
 
 
-def in_figures(summary: dict, row: dict) -> str:
+def in_figures(summary: dict, row: dict, base: str | None = None) -> str:
     """`detail` of a generation distance, with its yardsticks."""
     ours, floor = yardsticks(summary, row)
-    scale = "" if ours == "–" else f" ({ours} of its distance; {floor} of that of training images)"
+    scale = "" if ours == "–" else f" ({ours} of {base or summary['baseline']}'s distance, {floor} of training images')"
     return detail("frechet", row) + scale
 
 
@@ -432,17 +432,20 @@ def budgets(summary: dict) -> str:
     return words + (f" The decoder is that of {summary['baseline']} in all but {', '.join(others)}." if others else "")
 
 
-def meanings(summary: dict) -> str:
-    """What rate and bits are, for the carrier of this comparison."""
+def rate_means(summary: dict) -> str:
+    """What the rate is, for the bottleneck of this comparison."""
     if "vq" in summary["carrier"]:
         rate = "the entropy of the codes as if the tokens of an image were independent"
     else:
         rate = (
-            "the mean Kullback-Leibler divergence of an image's latent distribution from the Gaussian that has the moments of "
-            "all of them together"
+            "the mean Kullback-Leibler divergence of an image's latent distribution from a Gaussian with the moments of them all"
         )
-    words = f"Rate: {rate}, an upper bound of the information that the latent has of the image, not that information itself."
-    words += " Bits under the prior: what the trained prior needs to write down the latent of a held-out image"
+    return f"Rate: {rate}, an upper bound of the information that the latent has of the image, not that information itself."
+
+
+def bits_mean(summary: dict) -> str:
+    """What the bits under the prior are; only some priors are told the class, and only of labelled images."""
+    words = "Bits under the prior: what the trained prior needs to write down the latent of a held-out image"
     if summary["facts"].get("labelled"):
         words += ", not told its class" if "mixture" in summary["carrier"] else ", told the image's class"
     return words + "."

@@ -9,11 +9,12 @@ import pytest
 from dae.comparison.jobs import Outcome
 from dae.comparison.results import (
     BY_KEY,
+    bits_mean,
     budgets,
     headline,
     in_short,
     markdown,
-    meanings,
+    rate_means,
     shown,
     summarize,
     verdict,
@@ -69,7 +70,7 @@ def test_words_follow_the_intervals():
     assert in_short(summary, rows) == "Better than joint: weak; no difference shown: dae-linear."
     first, weak, linear, adjusted = headline(summary, rows)
     assert first == in_short(summary, rows) and weak == (
-        "  weak: −3.05 [−3.26, −2.84]; 4 seeds (−30\u00a0% of its distance; −152\u00a0% of that of training images)"
+        "  weak: −3.05 [−3.26, −2.84]; 4 seeds (−30\u00a0% of joint's distance, −152\u00a0% of training images')"
     )
     assert linear.startswith("  dae-linear: −0.0") and "2 comparisons at once" in adjusted and "not adjusted" in adjusted
     worse = dict(rows["weak"], verdict=1)
@@ -174,14 +175,14 @@ def test_arms_know_how_they_were_trained():
     ("overrides", "rate", "labelled"),
     [
         ([], "tokens of an image were independent", ", told the image's class."),
-        (["autoencoder.bottleneck=kl"], "Gaussian that has the moments", ", told the image's class."),
-        (["autoencoder.bottleneck=kl", "prior.family=mixture"], "Gaussian that has the moments", ", not told its class."),
+        (["autoencoder.bottleneck=kl"], "Gaussian with the moments", ", told the image's class."),
+        (["autoencoder.bottleneck=kl", "prior.family=mixture"], "Gaussian with the moments", ", not told its class."),
     ],
 )
 def test_rate_and_bits_are_named_for_the_carrier(overrides, rate, labelled):
     summary = summarize(configure(*overrides), FACTS | {"labelled": True}, three_arms())
-    assert rate in meanings(summary) and "upper bound" in meanings(summary) and meanings(summary).endswith(labelled)
-    assert "class" not in meanings(summarize(configure(*overrides), FACTS, three_arms()))
+    assert rate in rate_means(summary) and "upper bound" in rate_means(summary) and bits_mean(summary).endswith(labelled)
+    assert "class" not in bits_mean(summarize(configure(*overrides), FACTS, three_arms()))
 
 
 def test_without_a_baseline_there_is_nothing_to_compare():

@@ -127,7 +127,7 @@ def test_a_whole_comparison(tmp_path, compare, capsys):
     assert "“Distance for slightly richer generators” orders the trials most" in words
     assert "Steps are equal in sum only" in words and "sees the same images in the same order" in words
     assert "as if the tokens of an image were independent" in words and "told the image’s class" in words.replace("'", "’")
-    assert "of its distance" in words and "all other chance" not in words
+    assert "of joint's distance" in words and "all other chance" not in words
     for svg in re.findall('data:image/svg\\+xml;base64,([^"]*)', page):
         ElementTree.fromstring(base64.b64decode(svg).decode())
     assert page.count("data:image/svg") == 8 and page.count("data:image/png") == 6
