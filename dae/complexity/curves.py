@@ -39,9 +39,9 @@ class ComplexityCurve:
 
         Between two capacities nothing is known, so nothing is interpolated, and C_eps is too great by up to a step of these.
         Apart from that and from sampling error it is on the side of the curve: with "exact" estimates it is the first of these
-        capacities that suffices; with "upper" ones it is an upper bound too, as a better training could reach eps sooner, and None
-        says only that no such generator was found; with critics ("neither") it bounds nothing. Where the curve is flat about eps,
-        small errors of the estimates move it far: `required_capacity_of_seeds` shows how far.
+        capacities that suffices; with "upper" ones it is an upper bound too, as a better training could reach eps sooner, and
+        None says only that no such generator was found; with critics ("neither") it bounds nothing. Where the curve is flat about
+        eps, small errors of the estimates move it far: `required_capacity_of_seeds` shows how far.
 
         Raises:
             TypeError: eps is not a number. ValueError: it is not finite.

@@ -104,7 +104,7 @@ class Estimate:
 def pooled_error(errors: Sequence[float | None]) -> float | None:
     """Root of the mean square of the standard errors, one a seed; None if one is not known."""
     known = [error for error in errors if error is not None]
-    return math.sqrt(statistics.fmean(error**2 for error in known)) if len(known) == len(errors) else None
+    return math.hypot(*known) / math.sqrt(len(known)) if len(known) == len(errors) else None
 
 
 def check_cloud(name: str, cloud: Tensor) -> None:
