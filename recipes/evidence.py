@@ -219,7 +219,7 @@ def predictors(rows: list[dict]) -> list[str]:
         "Rank correlation (Spearman) with the generation distance over the trials of a comparison that have a report card: every",
         "arm and seed at the comparison's own rate, the same trials for every number. Averaged over the comparisons in Fisher's",
         "z, with Student's interval. Near 1 or -1 is a good predictor; the sign is the direction. The reconstruction error",
-        "stands for PSNR, too, and a code's entropy for its perplexity: they give the same order. Each comparison's own",
+        "stands for PSNR, too, and a code's entropy for its perplexity: they measure the same. Each comparison's own",
         "intervals, which resample the seeds, are on its page.",
         "",
     ]

@@ -284,8 +284,8 @@ def _predictors(measured: Sequence[Outcome]) -> list[dict]:
     """The rank correlation of each number of the report card with the generation distance, strongest first.
 
     All over the same trials, those with a card; a number that some of these lack comes after those that all have. The rate and
-    the main prior's bits stand beside the card's numbers as yardsticks, under the names of `MEASURES`. A number that orders
-    trials as another one does is left out: PSNR, which is the reconstruction error, and a code's perplexity, its entropy.
+    the main prior's bits stand beside the card's numbers as yardsticks, under the names of `MEASURES`. A number that
+    measures the same as another one is left out: PSNR, which is the reconstruction error, and a code's perplexity, its entropy.
     """
     from dae.complexity.report_card import PREDICTORS, rank_predictors
 

@@ -125,7 +125,7 @@ def test_a_whole_comparison(tmp_path, compare, capsys):
     assert "At the edge of the tried rates" in words  # 0.002 is the largest
     assert "Over the 15 trials that have such a report card" in words
     assert "“Distance for slightly richer generators” orders the trials most" in words
-    assert "Steps are equal in sum only" in words and "sees the same images in the same order" in words
+    assert "Steps are equal in sum only" in words and "every arm’s encoder starts from the same weights" in words
     assert "as if the tokens of an image were independent" in words and "told the image’s class" in words.replace("'", "’")
     assert "of joint's distance" in words and "all other chance" not in words
     for svg in re.findall('data:image/svg\\+xml;base64,([^"]*)', page):
