@@ -221,12 +221,13 @@ def differences(summary: dict) -> list[Html]:
         tables += [element("h3", f"{title}: minus {other}’s"), web.table(header, rows, prose=(0, 2))]
         tables += [web.table(["arm", *(BY_KEY[key].name for key in DETAILS)], also)]
     how = (
-        "The arms share their seeds. With one seed, every arm’s encoder starts from the same weights, every prior starts from the "
-        "same weights and sees the images in the same order, and samples are drawn with the same random numbers. Not shared: the "
-        "first weights of a decoder that is of another kind or comes in later, the noise inside the training of the autoencoder, "
-        "and the order of its images, which only arms with stages of the same kind have in common. The differences are taken seed "
-        f"by seed, which removes what the seed does to both alike; the interval is Student’s of {_seeds(seeds)}. Holm’s adjustment "
-        f"raises p for the number of arms in a table; a difference counts as shown if it is below {1 - summary['level']:.2f} then."
+        "The arms share their seeds. With one seed, every arm’s encoder starts from the same weights, every prior starts from "
+        "the same weights and sees the images in the same order, and samples are drawn with the same random numbers. Not shared: "
+        "the first weights of a decoder that is of another kind or comes in later, the noise inside the training of the "
+        "autoencoder, and the order of its images, which only arms with stages of the same kind have in common. The differences "
+        "are taken seed by seed, which removes what the seed does to both alike; the interval is Student’s of "
+        f"{_seeds(seeds)}. Holm’s adjustment raises p for the number of arms in a table; a difference counts as shown if it is "
+        f"below {1 - summary['level']:.2f} then."
     )
     return [web.side_by_side(*parts), paragraph(how), *tables]
 
