@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[2]
 TINY = [
     "compare.seeds=[0,1]", "compare.arms=[joint,dae-linear]", "compare.learning_rates=[1e-3,2e-3]", "compare.processes=2",
-    "stage1.max_train_steps=2", "stage2.max_train_steps=2", "prior.max_train_steps=2", "prior.width=16", "prior.depth=1",
+    "stage1.max_train_steps=2", "stage2.max_train_steps=2", "prior.max_train_steps=2", "prior.width=32", "prior.depth=1",
     "prior.num_components=2", "evaluation.classifier_steps=10", "sampling.num_samples=40", "sampling.num_inference_steps=1",
 ]  # fmt: skip
 
