@@ -13,6 +13,7 @@ import datetime
 import difflib
 import json
 import math
+import re
 import time
 from pathlib import Path
 
@@ -23,18 +24,19 @@ from torch.utils.data import IterableDataset, Subset
 from tqdm import tqdm
 
 from dae import report as web
+from dae.charts import Panel, frontier_panel, save_png
 from dae.cli import main
 from dae.complexity.curves import complexity_curve
 from dae.complexity.distances import ADVERSARIAL, PLAIN, check_name, make_distance
-from dae.complexity.estimate import Estimate, check_seeds
+from dae.complexity.estimate import Estimate, check_seeds, pooled_error
 from dae.complexity.families import GeneratorFamily
-from dae.complexity.fitting import Fitting, fit, generate, measure, split_rows
+from dae.complexity.fitting import Fitting, fit, generate, measure_by_jackknife, split_rows
 from dae.complexity.gromov_wasserstein import gromov_wasserstein
-from dae.complexity.latent_page import DISTANCES, FAMILIES, Measured, build, draw
+from dae.complexity.latent_page import DISTANCES, FAMILIES, Measured, axes_of, build, series_of
 from dae.complexity.latents import Latent, load_latent
 from dae.config import Config
 from dae.data import evaluation_batches, load_data
-from dae.data.pictures import to_uint8
+from dae.data.pictures import grid, to_uint8, write_png
 from dae.files import write_file
 from dae.training import one_process
 
@@ -157,16 +159,22 @@ def yardsticks(images: Tensor, distance: str, seeds: list[int], options: Fitting
             for seed, rows in zip(seeds, splits, strict=True)
         ]
         facts = {key: getattr(found[0], key) for key in ("bound", "distance", "convention", "family", "capacity", "counts")}
+        facts["standard_error"] = pooled_error([each.standard_error for each in found])
         return {"real": Estimate.over([each.value for each in found], seeds, **facts)}
     plain = make_distance(distance, images)
-    values: dict[str, list[float]] = {"real": [], "average": []}
+    values: dict[str, list[tuple[float, float | None]]] = {"real": [], "average": []}
     for seed in seeds:
         split = split_rows(images, images, seed, plain.paired, options)
-        values["real"].append(measure(nn.Identity(), split.measure, plain, seed))
-        values["average"].append(measure(Average(split.fit.data.mean(0)), split.measure, plain, seed))
+        values["real"].append(measure_by_jackknife(nn.Identity(), split.measure, plain, seed))
+        values["average"].append(measure_by_jackknife(Average(split.fit.data.mean(0)), split.measure, plain, seed))
     held_out = len(split.measure.data)
     facts = {"bound": "exact", "distance": distance, "convention": plain.convention, "family": None, "capacity": None}
-    return {name: Estimate.over(found, seeds, counts=(held_out, held_out), **facts) for name, found in values.items()}
+    return {
+        name: Estimate.over(
+            [v for v, _ in found], seeds, counts=(held_out, held_out), standard_error=pooled_error([e for _, e in found]), **facts
+        )
+        for name, found in values.items()
+    }
 
 
 class Average(nn.Module):
@@ -215,6 +223,26 @@ def pictures(latent: Latent, codes: Tensor, images: Tensor, config: Config, opti
         with torch.no_grad():
             rows.append((label, to_uint8(generate(generator, split.measure.latents[:shown]))))
     return rows
+
+
+def draw(measured: Measured, folder: Path) -> None:
+    """curves-<distance>.png and pictures-<latent>.png."""
+    for distance in measured.yardsticks:
+        panels: list[Panel] = [
+            frontier_panel(series, **axes_of(measured, distance, name))
+            for name in measured.config.measure.families
+            if (series := series_of(measured, distance, name))
+        ]
+        save_png(panels, [3.6] * len(panels), folder / f"curves-{file_name(distance)}.png")
+    for latent, rows in measured.pictures.items():
+        sheets = [grid(images, len(images)) for _, images in rows]
+        factor = max(1, 64 // max(measured.images.shape[2:]))
+        sheet = torch.cat([torch.from_numpy(each) for each in sheets]).numpy().repeat(factor, 0).repeat(factor, 1)
+        write_png(folder / f"pictures-{file_name(latent)}.png", sheet)
+
+
+def file_name(name: str) -> str:
+    return re.sub(r"\W+", "-", name).strip("-")
 
 
 def show(measured: Measured) -> None:

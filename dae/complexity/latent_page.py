@@ -1,9 +1,8 @@
-"""The page of recipes/measure_latent.py, its charts and its JSON: what was measured, for a reader who does not know the paper."""
+"""The page of recipes/measure_latent.py and its JSON: what was measured, for a reader who does not know the paper."""
 
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Sequence
@@ -12,13 +11,12 @@ import torch
 from torch import Tensor
 
 from dae import report as web
-from dae.charts import Panel, Series, frontier_chart, frontier_panel, save_png
+from dae.charts import Series, frontier_chart
 from dae.complexity.curves import ComplexityCurve
 from dae.complexity.estimate import Estimate
 from dae.complexity.families import ConvDecoders, DropoutNetworks, GeneratorFamily, LinearMaps, LipschitzNetworks, MLPs
 from dae.complexity.latents import Latent
 from dae.config import Config
-from dae.data.pictures import grid, write_png
 from dae.metrics import versions
 from dae.report import Html, element, number, paragraph
 
@@ -83,7 +81,7 @@ BOUNDS = {
     "upper": "bounds the true distance from above, since training may have missed a better generator",
     "neither": "bounds neither side: training may have missed a better generator, which makes it too large, or a better judge, "
     "which makes it too small",
-    "exact": "is exact for the images measured on",
+    "exact": "is exact but for the sampling error",
     "lower": "bounds the true distance from below",
 }
 
@@ -165,10 +163,6 @@ def shortened(name: str) -> str:
     return f"{kind}: {parts[-1] if parts else path}"
 
 
-def file_name(name: str) -> str:
-    return re.sub(r"\W+", "-", name).strip("-")
-
-
 def build(measured: Measured) -> web.Page:
     page = web.Page("Which latent needs the simplest generator?", lead(measured))
     page.section("What is compared", latents(measured))
@@ -191,7 +185,10 @@ def build(measured: Measured) -> web.Page:
 def lead(measured: Measured) -> list[Html]:
     _, C, H, W = measured.images.shape
     names = sorted({FAMILIES[name].name for name in measured.config.measure.families})
-    fitted, held_out = next(iter(measured.curves.values())).estimates[0].counts
+    fitted, judged = counts(measured)
+    use = f"trained on {fitted:,} and judged on {judged:,} others"
+    if judged == len(measured.images):
+        use = "computed from and judged on all of them"
     return [
         paragraph(
             "Most image generators work in two steps. First they produce a short list of numbers, the ", element("b", "latent"),
@@ -209,15 +206,24 @@ def lead(measured: Measured) -> list[Html]:
         ),
         paragraph(
             f"Measured with {len(measured.images):,} images of {H} × {W} pixels, {'grey' if C == 1 else 'colour'}: generators "
-            f"were trained on {fitted:,} and judged on the other {held_out:,}, {times(measured)}. The whole took "
-            f"{web.duration(measured.seconds)}."
+            f"were {use}, {times(measured)}. The whole took {web.duration(measured.seconds)}."
         ),
     ]  # fmt: skip
 
 
 def certainty(measured: Measured, mark: str = "± is the") -> str:
     many = len(measured.config.measure.seeds) > 1
-    return f"{mark} standard deviation over the seeds." if many else "Measured with one seed, which tells no spread."
+    words = "standard deviation over the seeds, or the sampling error (what other images of the kind would change) if larger."
+    return f"{mark} {words}" if many else "Measured with one seed, which tells no spread."
+
+
+def margin(estimate: Estimate) -> float:
+    return max(estimate.std, estimate.standard_error or 0.0)
+
+
+def counts(measured: Measured) -> tuple[int, int]:
+    """Rows that generators were fitted on and judged on; all rows where every distance was computed from moments."""
+    return min(e.counts for curve in measured.curves.values() for e in curve.estimates)
 
 
 def times(measured: Measured) -> str:
@@ -238,7 +244,7 @@ def answer(measured: Measured) -> Html:
             entries.append(tile(found, words))
     note = (
         f"By the {DISTANCES[distance][0]}; every latent and every distance follow below. “Tied” is what the nearest is "
-        "not ahead of with every seed."
+        "not ahead of with every seed, or by less than twice the sampling error."
     )
     return web.join([web.figure(web.tiles(entries), note), *unequal(measured)])
 
@@ -262,9 +268,13 @@ def unequal(measured: Measured) -> list[Html]:
 
 
 def tile(ranked: Sequence[tuple[str, Estimate]], words: str) -> tuple[str, str, str]:
-    """The best latent, or all that cannot be told from it: those that it is not ahead of with each seed."""
+    """The best latent, or all that cannot be told from it: not ahead of with each seed, or within twice the sampling error."""
     (first, best), *others = ranked
-    tied = [name for name, e in others if not all(a < b for a, b in zip(best.values, e.values, strict=True))]
+    tied = [
+        name for name, e in others
+        if not all(a < b for a, b in zip(best.values, e.values, strict=True))
+        or e.value - best.value < 2 * math.hypot(best.standard_error or 0, e.standard_error or 0)
+    ]  # fmt: skip
     places = decimals([e.value for _, e in ranked])
     runner_up = f"; next {others[0][0]}, {spread(others[0][1], places)}" if others else "; the only latent"
     if len(best.values) == 1:
@@ -294,9 +304,11 @@ def table_of(measured: Measured, distance: str) -> list[Html]:
             rows.append([element("i", words)] + [spread(marks[key], places)] * len(columns))
     title, meaning = DISTANCES[distance]
     caption = f"{title}: {meaning}. Lower is better; the lowest of a column is bold. {certainty(measured)} "
-    caption += " ".join(f"Each number {BOUNDS[bound]}." for bound in sorted({e.bound for e in shown}))
+    of = {name: next(iter(curves[name].values())).estimates[0].bound for name in families}
+    for bound in sorted(set(of.values())):
+        caption += f"With {' and '.join(FAMILIES[n].name for n in of if of[n] == bound)} each number {BOUNDS[bound]}. "
     if distance == "reconstruction":
-        caption += " Noise is left out: it belongs to no image, so nothing can be given back."
+        caption += "Noise is left out: it belongs to no image, so nothing can be given back."
     return [element("h3", title), web.figure(web.table(header, rows), caption)]
 
 
@@ -329,7 +341,7 @@ def series_of(measured: Measured, distance: str, name: str) -> list[Series]:
     found, order = [], [latent.name for latent in measured.latents]
     for latent, curve in measured.of(distance, name).items():
         ys = [e.value for e in curve.estimates]
-        ends = [[e.value + sign * e.std for e in curve.estimates if len(e.values) > 1] or None for sign in (-1, 1)]
+        ends = [[e.value + sign * margin(e) for e in curve.estimates if len(e.values) > 1] or None for sign in (-1, 1)]
         found.append(Series(measured.title_of(latent), curve.capacities, ys, order.index(latent), True, *ends))
     return found
 
@@ -413,7 +425,6 @@ def shape(measured: Measured) -> list[Html]:
 
 
 def limits(measured: Measured) -> Html:
-    held_out = next(iter(measured.curves.values())).estimates[0].counts[1]
     points = [
         ("The other half of the work.",
          "A latent computed from images must itself be produced before anything can be generated, and how hard "
@@ -426,7 +437,7 @@ def limits(measured: Measured) -> Html:
          f"{certainty(measured)} A seed draws the split, the start and the batches. What another data set, another training of "
          "the encoder, or another family of generators would change is not in it."),
         ("Zero.",
-         f"With {held_out:,} images a side, even two sets of real images are at some distance. Hold the numbers "
+         f"With {counts(measured)[1]:,} images a side, even two sets of real images are at some distance. Hold the numbers "
          "against the row of real images, not against 0."),
         ("What people see.",
          "All distances are taken on pixels. A small shift of a line counts as much as an ugly smear."),
@@ -444,15 +455,16 @@ def limits(measured: Measured) -> Html:
 def method(measured: Measured) -> list[Html]:
     from omegaconf import OmegaConf
 
-    settings, first = measured.config.measure, next(iter(measured.curves.values())).estimates[0]
+    settings, (fitted, judged) = measured.config.measure, counts(measured)
     rows = [
         ("Question", "D^G(P_z, P_x) = the least distance D between g(z) and x over all generators g of a family G"),
         ("Images", f"{len(measured.images):,} of the training split of {measured.data['name']}"),
-        ("Trained on, measured on", f"{first.counts[0]:,} and {first.counts[1]:,}, chosen at random for each seed"),
+        ("Trained on, measured on", f"{fitted:,} and {judged:,}, chosen at random for each seed"),
         ("Seeds", ", ".join(map(str, settings.seeds))),
         (
             "Training",
-            f"{settings.steps:,} steps of Adam; computed, not trained: linear maps by Fréchet distance or reconstruction",
+            f"{settings.steps:,} steps of Adam; computed, not trained: linear maps by reconstruction, and by Fréchet distance "
+            "(there from the moments of all images)",
         ),
     ]
     rows += [(f"Family: {FAMILIES[name].name}", FAMILIES[name].words) for name in settings.families]
@@ -469,32 +481,16 @@ def method(measured: Measured) -> list[Html]:
     ]
 
 
-# ---- pictures as files, numbers ----
-
-
-def draw(measured: Measured, folder: Path) -> None:
-    """curves-<distance>.png and pictures-<latent>.png."""
-    for distance in measured.yardsticks:
-        panels: list[Panel] = [
-            frontier_panel(series, **axes_of(measured, distance, name))
-            for name in measured.config.measure.families
-            if (series := series_of(measured, distance, name))
-        ]
-        save_png(panels, [3.6] * len(panels), folder / f"curves-{file_name(distance)}.png")
-    for latent, rows in measured.pictures.items():
-        sheets = [grid(images, len(images)) for _, images in rows]
-        factor = max(1, 64 // max(measured.images.shape[2:]))
-        sheet = torch.cat([torch.from_numpy(each) for each in sheets]).numpy().repeat(factor, 0).repeat(factor, 1)
-        write_png(folder / f"pictures-{file_name(latent)}.png", sheet)
+# ---- numbers ----
 
 
 def decimals(values: Sequence[float]) -> int:
-    """As many as give the smallest value three digits, but at most 4."""
-    least = min(abs(value) for value in values)
-    return min(max(0, 2 - math.floor(math.log10(least))), 4) if least else 4
+    """As many as give the smallest value but 0 three digits, but at most 4."""
+    least = min((abs(value) for value in values if value), default=1.0)
+    return min(max(0, 2 - math.floor(math.log10(least))), 4)
 
 
 def spread(estimate: Estimate, places: int) -> str:
     """`value ± deviation`, the deviation left out where there is one seed."""
     words = number(estimate.value, places)
-    return words if len(estimate.values) == 1 else f"{words} ± {number(estimate.std, places)}"
+    return words if len(estimate.values) == 1 else f"{words} ± {number(margin(estimate), places)}"

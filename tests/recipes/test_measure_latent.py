@@ -91,7 +91,9 @@ def test_page_pictures_and_json(measured, own, configure):
     for curve in curves.values():
         assert curve["capacities"] == sorted(curve["capacities"]) and len(curve["capacities"]) > 1
         for estimate in curve["estimates"]:
-            assert estimate["bound"] == "upper" and estimate["seeds"] == [0, 1] and estimate["counts"] == [30, 30]
+            computed = (curve["distance"], curve["family"]) == ("frechet", "linear")
+            assert estimate["bound"] == ("exact" if computed else "upper") and estimate["seeds"] == [0, 1]
+            assert estimate["counts"] == ([60, 60] if computed else [24, 30]), "6 rows choose"
             assert all(math.isfinite(v) for v in estimate["values"]) and estimate["std"] == pytest.approx(
                 np.std(estimate["values"], ddof=1)
             )
@@ -111,7 +113,11 @@ def test_page_pictures_and_json(measured, own, configure):
         assert section in words
     for curve in curves.values():
         if curve["distance"] == "frechet":
-            assert f"{curve['estimates'][0]['value']:.1f} ± {curve['estimates'][0]['std']:.1f}" in words
+            first = curve["estimates"][0]
+            value, margin = first["value"], max(first["std"], first["standard_error"])
+            assert any(f"{value:.{places}f} ± {margin:.{places}f}" in words for places in range(5))
+    assert "trained on 24 and judged on 30 others" in words
+    assert "With linear maps each number is exact" in words and "With small networks each number bounds" in words
     assert "autoencoder: trained" in words and "encode of the module own_encoders" in words
     assert all(p["src"].startswith("data:") and p["alt"] for p in page.pictures)
     assert sum(p["src"].startswith("data:image/svg") for p in page.pictures) == 4
@@ -186,8 +192,16 @@ def test_the_other_families(measured, own, configure):
     assert all(latent_page.FAMILIES[name].words in "".join(page.words) for name in families)
 
 
-def estimate(*values):
-    facts = {"bound": "upper", "distance": "sinkhorn", "convention": "", "family": None, "capacity": None, "counts": (9, 9)}
+def estimate(*values, error=None):
+    facts = {
+        "standard_error": error,
+        "bound": "upper",
+        "distance": "sinkhorn",
+        "convention": "",
+        "family": None,
+        "capacity": None,
+        "counts": (9, 9),
+    }
     return Estimate.over(values, range(len(values)), **facts)
 
 
@@ -196,6 +210,8 @@ def test_a_winner_is_ahead_with_every_seed():
     assert latent_page.tile([a, b], "x")[0] == "a" and "ahead with each of 2 seeds" in latent_page.tile([a, b], "x")[2]
     assert latent_page.tile([a, c], "x")[0] == "a or c", "c is better with the first seed"
     assert latent_page.tile([a, c, c], "x")[0] == "no clear winner"
+    near = [("a", estimate(1.0, 2.0, error=0.1)), ("b", estimate(1.1, 2.1, error=0.1))]
+    assert latent_page.tile(near, "x")[0] == "a or b", "ahead by less than the sampling error"
     assert "one seed, so how sure" in latent_page.tile([("a", estimate(1.0)), ("b", estimate(2.0))], "x")[2]
 
 
