@@ -235,7 +235,7 @@ nav{display:flex;flex-wrap:wrap;gap:.2rem 1.1rem;margin-top:1.4rem;font-size:.92
 .tile dt{font-weight:600;font-size:.9rem;line-height:1.3}
 .tile dt{margin-bottom:.25rem}
 .tile dd{margin:0;color:var(--soft);font-size:.85rem;line-height:1.4}
-.tile .number{order:-1;color:var(--ink);
+.tile .number{order:-1;overflow-wrap:anywhere;color:var(--ink);
  font-size:1.9rem;font-weight:650;letter-spacing:-.02em;line-height:1.3;font-variant-numeric:tabular-nums}
 figure{margin:1.2rem 0;min-width:0}
 figcaption{color:var(--soft);font-size:.88rem;line-height:1.45;max-width:75ch;margin-top:.5rem}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Sequence
@@ -213,7 +214,7 @@ def lead(measured: Measured) -> list[Html]:
 
 def certainty(measured: Measured, mark: str = "± is the") -> str:
     many = len(measured.config.measure.seeds) > 1
-    words = "standard deviation over the seeds, or the sampling error (what other images of the kind would change) if larger."
+    words = "larger of two: the standard deviation over the seeds, and the sampling error (what other such images would change)."
     return f"{mark} {words}" if many else "Measured with one seed, which tells no spread."
 
 
@@ -244,7 +245,7 @@ def answer(measured: Measured) -> Html:
             entries.append(tile(found, words))
     note = (
         f"By the {DISTANCES[distance][0]}; every latent and every distance follow below. “Tied” is what the nearest is "
-        "not ahead of with every seed, or by less than twice the sampling error."
+        "not ahead of with every seed and by twice the error of the difference."
     )
     return web.join([web.figure(web.tiles(entries), note), *unequal(measured)])
 
@@ -268,13 +269,9 @@ def unequal(measured: Measured) -> list[Html]:
 
 
 def tile(ranked: Sequence[tuple[str, Estimate]], words: str) -> tuple[str, str, str]:
-    """The best latent, or all that cannot be told from it: not ahead of with each seed, or within twice the sampling error."""
+    """The best latent, or all that cannot be told from it: not ahead with each seed, or by less than twice the error of that."""
     (first, best), *others = ranked
-    tied = [
-        name for name, e in others
-        if not all(a < b for a, b in zip(best.values, e.values, strict=True))
-        or e.value - best.value < 2 * math.hypot(best.standard_error or 0, e.standard_error or 0)
-    ]  # fmt: skip
+    tied = [name for name, e in others if not ahead(best, e)]
     places = decimals([e.value for _, e in ranked])
     runner_up = f"; next {others[0][0]}, {spread(others[0][1], places)}" if others else "; the only latent"
     if len(best.values) == 1:
@@ -283,6 +280,13 @@ def tile(ranked: Sequence[tuple[str, Estimate]], words: str) -> tuple[str, str, 
         name = f"{first} or {tied[0]}" if len(tied) == 1 else "no clear winner"
         return name, words, f"{first}, {spread(best, places)}; tied with {', '.join(tied)}"
     return first, words, f"{spread(best, places)}{runner_up}; ahead with each of {len(best.values)} seeds"
+
+
+def ahead(best: Estimate, other: Estimate) -> bool:
+    leads = [b - a for a, b in zip(best.values, other.values, strict=True)]
+    of_seeds = statistics.stdev(leads) / math.sqrt(len(leads)) if len(leads) > 1 else 0.0
+    error = max(of_seeds, math.hypot(best.standard_error or 0.0, other.standard_error or 0.0))
+    return min(leads) > 0 and statistics.fmean(leads) >= 2 * error
 
 
 def table_of(measured: Measured, distance: str) -> list[Html]:
@@ -317,7 +321,7 @@ def strength(measured: Measured) -> list[Html]:
         paragraph(
             "Each line follows one latent from weak generators (left) to strong ones (right). A good latent starts low: weak "
             "generators suffice. The dashed line is where real images are that are as many as the images made; with a finite "
-            "number of images, nothing can be expected far below it. " + certainty(measured, "Thin bars are ± one")
+            "number of images, nothing can be expected far below it. " + certainty(measured, "Thin bars are ± the")
         )
     ]
     charts = []
@@ -437,8 +441,8 @@ def limits(measured: Measured) -> Html:
          f"{certainty(measured)} A seed draws the split, the start and the batches. What another data set, another training of "
          "the encoder, or another family of generators would change is not in it."),
         ("Zero.",
-         f"With {counts(measured)[1]:,} images a side, even two sets of real images are at some distance. Hold the numbers "
-         "against the row of real images, not against 0."),
+         f"With {counts(measured)[1]:,} images a side, even two sets of real images are at some distance (but of Fréchet this is "
+         "taken away). Hold the numbers against the row of real images, not against 0."),
         ("What people see.",
          "All distances are taken on pixels. A small shift of a line counts as much as an ugly smear."),
         ("Single images.",
@@ -459,12 +463,12 @@ def method(measured: Measured) -> list[Html]:
     rows = [
         ("Question", "D^G(P_z, P_x) = the least distance D between g(z) and x over all generators g of a family G"),
         ("Images", f"{len(measured.images):,} of the training split of {measured.data['name']}"),
-        ("Trained on, measured on", f"{fitted:,} and {judged:,}, chosen at random for each seed"),
+        ("Trained on, measured on", f"{fitted:,} and {judged:,}, at random for each seed; the rest chose the best state"),
         ("Seeds", ", ".join(map(str, settings.seeds))),
+        ("Training", f"{settings.steps:,} steps of Adam, from whose states the best is chosen"),
         (
-            "Training",
-            f"{settings.steps:,} steps of Adam; computed, not trained: linear maps by reconstruction, and by Fréchet distance "
-            "(there from the moments of all images)",
+            "Not trained",
+            "linear maps by reconstruction, and by Fréchet distance (there from the moments of all images): computed",
         ),
     ]
     rows += [(f"Family: {FAMILIES[name].name}", FAMILIES[name].words) for name in settings.families]
