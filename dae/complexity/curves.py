@@ -109,7 +109,7 @@ def complexity_curve(
     check_pair(latents, data)
     check_family("family", family)
     capacities, seeds = check_capacities(capacities), check_seeds(seeds)
-    fitting = Fitting(**options)
+    fitting = Fitting.of(options)
     families = [family.at(capacity) for capacity in capacities]
     jobs = [(member, seed) for member in families for seed in seeds]
     done = [run_trial(latents, data, member, distance, seed, fitting) for member, seed in shown(jobs, "curve", progress)]

@@ -10,6 +10,8 @@ import torch
 from dae_kernels import energy_distance, frechet_distance, mmd, sinkhorn_divergence, sliced_wasserstein
 from torch import Tensor
 
+from dae.complexity.families import check_count, check_positive
+
 PLAIN = ("reconstruction", "sliced_wasserstein", "sinkhorn", "mmd", "energy", "frechet")
 ADVERSARIAL = ("js", "kl", "reverse_kl", "chi2", "hellinger", "wgan_gp", "wgan_sn")
 POINTS_FOR_SCALE = 512
@@ -82,10 +84,20 @@ def make_distance(
         bandwidths: of mmd, in the unit of the data.
 
     Raises:
-        ValueError: an unknown name, or an adversarial one, which has no such form.
-        TypeError: a name that is not a string.
+        ValueError: an unknown name, or an adversarial one, which has no such form; a length that is not positive.
+        TypeError: a name that is not a string, data that are not floating, or a length that is no number.
     """
     check_name(name)
+    if not isinstance(data, Tensor) or not data.is_floating_point():
+        got = data.dtype if isinstance(data, Tensor) else type(data).__name__
+        raise TypeError(f"expected data as a floating torch.Tensor [N, ...], got {got}; torch.as_tensor(data).float() makes one")
+    check_count("num_projections", num_projections)
+    for what, lengths in (("blur", (blur,)), ("a bandwidth", bandwidths or ())):
+        for length in lengths:
+            if length is not None:
+                check_positive(what, length)
+    if bandwidths is not None and len(bandwidths) == 0:
+        raise ValueError("expected at least one bandwidth, or None to take them from the data, got none")
     if name in ADVERSARIAL:
         raise ValueError(f"{name} is a critic's: call dae.complexity.adversarial.adversarial_distance, or generator_distance")
     if name == "reconstruction":

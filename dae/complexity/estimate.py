@@ -178,7 +178,7 @@ def generator_distance(
     distance: str | Distance,
     *,
     seeds: Sequence[int] = (0, 1, 2),
-    steps: int = 1000,
+    steps: int = 400,
     batch_size: int = 256,
     learning_rate: float | None = None,
     heldout: float = 0.5,
@@ -232,6 +232,11 @@ def generator_distance(
             family that cannot map these shapes, an unknown distance, or options out of range.
         FloatingPointError: a training diverged.
 
+    Time at these defaults, of N = 1000 points of 16 values from latents of 4 by linear maps, on one CPU core: "frechet" and
+    "reconstruction" below 1 s, which are computed; "energy" 7 s, "mmd" 11 s, "sliced_wasserstein" and "sinkhorn" 13 s, "js" 11 s,
+    "wgan_sn" and "wgan_gp" 23 s. It grows with `steps`, which 1000 instead of 300 bettered by less than the spread of seeds but
+    for Lipschitz networks ("energy", two modes: 0.24 instead of 0.30); `progress=True` shows a bar.
+
     Source: Hu et al. 2023, "Complexity Matters: Rethinking the Latent Space for Generative Modeling", arXiv 2307.08283.
     """
     check_pair(latents, data)
@@ -252,7 +257,7 @@ def fit_generator(
     check_pair(latents, data)
     check_family("family", family)
     check_seeds((seed,))
-    return run_trial(latents, data, family, distance, seed, Fitting(**options)).generator
+    return run_trial(latents, data, family, distance, seed, Fitting.of(options)).generator
 
 
 def run_trial(
@@ -260,6 +265,8 @@ def run_trial(
 ) -> Trial:
     dtype = torch.promote_types(torch.promote_types(latents.dtype, data.dtype), torch.float32)
     latents, data = latents.detach().to(dtype), data.detach().to(dtype)
+    for role, cloud in (("latents", latents), ("data", data)):
+        check_range(role, cloud)
     if not isinstance(distance, Distance):
         check_name(distance)
         if distance in ADVERSARIAL:
@@ -287,6 +294,16 @@ def run_trial(
         counts=(len(split.fit.data), len(split.measure.data)),
         error=error,
     )
+
+
+def check_range(name: str, cloud: Tensor) -> None:
+    """ValueError where squared distances between points could overflow."""
+    largest, limit = cloud.abs().max().item(), math.sqrt(torch.finfo(cloud.dtype).max / cloud[0].numel()) / 4
+    if largest > limit:
+        raise ValueError(
+            f"{name}: expected values up to {limit:.1e}, as squared distances overflow {cloud.dtype} beyond, got {largest:.1e}; "
+            "divide by their scale, or call .double()"
+        )
 
 
 def trial_by_moments(latents: Tensor, data: Tensor, family: GeneratorFamily, distance: Distance, seed: int) -> Trial | None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import difflib
 import math
 import statistics
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -34,11 +37,22 @@ class Fitting:
             points, and no limit for the others.
     """
 
-    steps: int = 1000
+    steps: int = 400
     batch_size: int = 256
     learning_rate: float | None = None
     heldout: float = 0.5
     measure_limit: int | None = None
+
+    @classmethod
+    def of(cls, options: dict) -> Self:
+        """From options by name. TypeError: one that there is not."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in options:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+                hint = f"did you mean {near[0]!r}? " if near else ""
+                raise TypeError(f"unknown option {name!r}: {hint}known are {', '.join(known)}")
+        return cls(**options)
 
     def __post_init__(self) -> None:
         check_count("steps", self.steps)
@@ -130,9 +144,10 @@ class Generator(nn.Module):
 
 def center_and_scale(cloud: Tensor) -> tuple[Tensor, Tensor]:
     """Mean of each channel [1, C, 1, ...] and the root mean square deviation from it of all values []; 1 where that is 0."""
-    center = cloud.mean(dim=[0, *range(2, cloud.dim())], keepdim=True)
-    scale = (cloud - center).square().mean().sqrt()
-    return center, torch.where(scale > 0, scale, 1.0)
+    exact = cloud.double()  # squares of small values are 0 in float32
+    center = exact.mean(dim=[0, *range(2, cloud.dim())], keepdim=True)
+    scale = (exact - center).square().mean().sqrt().to(cloud.dtype)
+    return center.to(cloud.dtype), torch.where(scale > 0, scale, 1.0)
 
 
 def scale_ratio(latents: Tensor, data: Tensor) -> float:

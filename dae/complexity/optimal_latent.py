@@ -86,7 +86,7 @@ def optimal_latent(
         check_count("latent_dim", size)
     if encoder is None:
         encoder = LinearMaps() if isinstance(family, LinearMaps) else MLPs(width=128)
-    both, fitting = Autoencoders(encoder, family, latent_shape), Fitting(**options)
+    both, fitting = Autoencoders(encoder, family, latent_shape), Fitting.of(options)
     trials = [run_trial(data, data, both, distance, seed, fitting) for seed in shown(seeds, str(both), progress)]
     # Critics give no score: then the first.
     best = min(trials, key=lambda trial: 0.0 if trial.score is None else trial.score).generator

@@ -9,9 +9,9 @@ import torch
 
 from dae.complexity import adversarial, estimate
 from dae.complexity.curves import complexity_curve
-from dae.complexity.distances import Distance
+from dae.complexity.distances import Distance, make_distance
 from dae.complexity.estimate import fit_generator, generator_distance
-from dae.complexity.families import LinearMaps, MLPs
+from dae.complexity.families import ConvDecoders, DropoutNetworks, LinearMaps, MLPs
 from dae.complexity.fitting import Fitting, Rows, jackknife, split_rows
 
 TAIL = torch.tensor([9.0, 5.0, 3.0, 2.0, 1.0, 0.6, 0.3, 0.1])
@@ -78,6 +78,46 @@ def test_training_by_each_distance_tears_a_gaussian_in_two(distance):
         made = generator(normal(2000, 1, 2)).flatten()
     assert (made.abs() < 2).float().mean() < 0.25  # half of what a linear map leaves
     assert 0.35 < (made > 0).float().mean() < 0.65
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda z, x: fit_generator(z, x, MLPs(4), "energy", stepz=3), TypeError, "unknown option 'stepz': did you mean 'steps'"),
+        (
+            lambda z, x: complexity_curve(z, x, MLPs(4), [1], "energy", rate=3),
+            TypeError,
+            "unknown option 'rate': known are steps,",
+        ),
+        (lambda z, x: complexity_curve(z, x, "linear", [1], "energy"), TypeError, "family as a GeneratorFamily"),
+        (lambda z, x: make_distance("sinkhorn", x, blur=0), ValueError, "blur > 0, got 0"),
+        (lambda z, x: make_distance("mmd", x, bandwidths=(1.0, -1.0)), ValueError, "a bandwidth > 0, got -1"),
+        (lambda z, x: make_distance("mmd", x, bandwidths=()), ValueError, "at least one bandwidth"),
+        (lambda z, x: make_distance("mmd", x.tolist()), TypeError, "data as a floating torch.Tensor .* got list"),
+        (lambda z, x: make_distance("mmd", x.long()), TypeError, "got torch.int64"),
+        (lambda z, x: make_distance("sliced_wasserstein", x, num_projections=0), ValueError, "num_projections >= 1"),
+        (lambda z, x: DropoutNetworks().at(1.5), ValueError, r"share of units kept in \(0, 1\], got 1.5"),
+        (lambda z, x: ConvDecoders().build((3, 0, 0), (3, 4, 4)), ValueError, "at least one value along every axis"),
+        (
+            lambda z, x: generator_distance(z, 1e20 * x, LinearMaps(), "reconstruction"),
+            ValueError,
+            "data: .* overflow torch.float32",
+        ),
+    ],
+)
+def test_what_is_refused_says_what_is_expected(call, error, message):
+    with pytest.raises(error, match=message):
+        call(normal(40, 2, 0), normal(40, 2, 1))
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1e17])
+def test_small_and_large_units_are_no_matter(scale):
+    z, x = normal(100, 1, 0), normal(100, 2, 1)
+    plain, scaled = (generator_distance(z, x, LinearMaps(), "reconstruction").value for x in (x.double(), scale * x.double()))
+    assert scaled == pytest.approx(scale**2 * plain, rel=1e-9)
+    module = fit_generator(z, scale * x, MLPs(8, 1), "sliced_wasserstein", steps=20)
+    with torch.no_grad():  # 20 steps from about 0: the size of the data at most some times over
+        assert 0.01 * scale < module(z).std() < 10 * scale
 
 
 class Recorder:
