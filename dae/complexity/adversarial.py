@@ -124,8 +124,9 @@ def adversarial_distance(
     shift.
 
     That the value is a lower bound holds in the mean over samples (but for the cut of a negative mean at 0), as every critic is
-    fixed before it meets the rows that it is measured on; a single value may lie above the truth by its sampling error. `standard_error` is that of the measured terms,
-    T and f*(T) or f, over the rows. With heavy tails (kl, chi2) it is too small itself, as rows that decide may be missing.
+    fixed before it meets the rows that it is measured on; a single value may lie above the truth by its sampling error.
+    `standard_error` is that of the measured terms, T and f*(T) or f, over the rows. With heavy tails (kl, chi2) it is too small
+    itself, as rows that decide may be missing.
 
     How loose: a critic that misses a difference makes the value too small, always. Heavy tails make it uncertain: kl needs
     E_Q[p/q] and chi2 E_Q[(p/q)^2], which a few rows decide where the ratio is large. Between N(1, 1) and N(0, 1) the standard
