@@ -87,3 +87,12 @@ def test_the_best_predictor_is_said_with_its_interval_or_that_it_cannot_be_told(
 def test_what_holds_for_all_comparisons_is_said_once(evidence):
     assert evidence.in_all(lambda s: s["x"], {"a": {"x": "1"}, "b": {"x": "1"}}) == ["1"]
     assert evidence.in_all(lambda s: s["x"], {"a": {"x": "1"}, "b": {"x": "2"}, "c": {"x": "1"}}) == ["In a, c: 1", "In b: 2"]
+
+
+def test_some_comparisons_alone(evidence, tmp_path):
+    with pytest.raises(ValueError, match="no comparison 'digits-ar'; there are digits-vq, digits-kl"):
+        evidence.evidence(tmp_path, tmp_path, [], only=["digits-ar"])
+    assert (
+        "photos-gan" in evidence.incomplete({"digits-vq": {}})[0] and "digits-vq" not in evidence.incomplete({"digits-vq": {}})[0]
+    )
+    assert evidence.incomplete({f"{data}-{carrier}": {} for data in evidence.DATA for carrier in evidence.CARRIERS}) == []
