@@ -228,6 +228,8 @@ TINY = {
     "imagenet256": ("data.resolution=32", "autoencoder.base_channels=4", "autoencoder.attention_resolutions=[2]"),
     "photos": ("data.resolution=16", "autoencoder.base_channels=4"),
     "digits": ("autoencoder.base_channels=8",),
+    "evidence-digits": ("autoencoder.base_channels=8",),
+    "evidence-photos": ("autoencoder.base_channels=8",),
     **{f"digits-{kind}": ("autoencoder.base_channels=8",) for kind in ("kl", "gan")},
     **{f"photos-{kind}": ("data.resolution=16", "autoencoder.base_channels=4") for kind in ("kl", "gan")},
 }

@@ -232,7 +232,7 @@ def test_measuring_jobs():
         (["compare.rates=[16.5]"], "codebook sizes"),
         (["compare.rates=[1]"], "codebook sizes"),
         (["compare.rates=[-1]", "autoencoder.bottleneck=kl"], "KL weights"),
-        (["compare.prior_widths=[33]"], r"\[33\] cannot be divided among prior.num_heads=4"),
+        (["compare.prior_widths=[33]"], r"\[33\] are no multiples of 8, which ar needs for prior.num_heads=4"),
         (["prior.family=dit"], "dit"),
     ],
 )

@@ -32,5 +32,5 @@ def test_the_example_of_a_measurement_runs():
     latents = torch.randn(4000, 2, generator=torch.Generator().manual_seed(0))
     names = {"latents": latents, "data": latents @ torch.tensor([[2.0, 0.0], [0.0, 0.5]])}
     exec(example, names)
-    assert names["distance"].bound == "upper" and names["distance"].value > names["curve"].estimates[-1].value
+    assert names["distance"].bound == "exact" and names["distance"].value > names["curve"].estimates[-1].value
     assert names["curve"].required_capacity(0.1) in (2.0, 4.0)
