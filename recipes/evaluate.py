@@ -20,12 +20,11 @@ import numpy as np
 import torch
 from scipy.stats import binomtest
 from torch import Tensor
-from torch.utils.data import IterableDataset, Subset
 from tqdm import tqdm
 
 from dae.cli import main
 from dae.config import Config
-from dae.data import evaluation_batches, load_data
+from dae.data import in_memory, load_data
 from dae.data.pictures import from_uint8, to_uint8
 from dae.files import write_file
 from dae.hub import fingerprint
@@ -189,12 +188,8 @@ def load_samples(output: Path) -> tuple[dict[str, np.ndarray], dict]:
 
 def collect(dataset, config: Config) -> tuple[Tensor, Tensor]:
     """All images and labels of a split in memory, or `evaluation.max_images` of them."""
-    limit = config.evaluation.max_images
-    if not isinstance(dataset, IterableDataset) and len(dataset) > limit:
-        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.seed))
-        dataset = Subset(dataset, order[:limit].tolist())
-    batches = list(evaluation_batches(dataset, config.evaluation.batch_size, limit=limit, num_workers=config.data.num_workers))
-    return torch.cat([b["image"] for b in batches]), torch.cat([b["label"] for b in batches])
+    settings, workers = config.evaluation, config.data.num_workers
+    return in_memory(dataset, settings.max_images, seed=config.seed, batch_size=settings.batch_size, num_workers=workers)
 
 
 def task(images: Tensor, labels: Tensor, labelled: bool, device: torch.device) -> tuple[Tensor, Tensor]:

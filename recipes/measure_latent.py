@@ -20,7 +20,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset, Subset
 from tqdm import tqdm
 
 from dae import report as web
@@ -35,7 +34,7 @@ from dae.complexity.gromov_wasserstein import gromov_wasserstein
 from dae.complexity.latent_page import DISTANCES, FAMILIES, Measured, axes_of, build, series_of
 from dae.complexity.latents import Latent, load_latent
 from dae.config import Config
-from dae.data import evaluation_batches, load_data
+from dae.data import in_memory, load_data
 from dae.data.pictures import grid, to_uint8, write_png
 from dae.files import write_file
 from dae.training import one_process
@@ -125,12 +124,7 @@ def check(config: Config) -> None:
 
 def collect(dataset, config: Config) -> tuple[Tensor, Tensor]:
     """Images and labels of the training split in memory, or `measure.max_images` of them, chosen at random."""
-    limit = config.measure.max_images
-    if not isinstance(dataset, IterableDataset) and len(dataset) > limit:
-        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(config.seed))
-        dataset = Subset(dataset, order[:limit].tolist())
-    batches = list(evaluation_batches(dataset, config.evaluation.batch_size, limit=limit))
-    return torch.cat([b["image"] for b in batches]), torch.cat([b["label"] for b in batches])
+    return in_memory(dataset, config.measure.max_images, seed=config.seed, batch_size=config.evaluation.batch_size)
 
 
 def total_variance(cloud: Tensor) -> float:

@@ -20,7 +20,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset, Subset
 
 from dae import report as web
 from dae.charts import Bar, bar_chart, interval_chart
@@ -29,7 +28,7 @@ from dae.comparison.statistics import RankCorrelation
 from dae.complexity import predictors as measure
 from dae.complexity.report_card import PREDICTORS, Encoded, decode_latents, encode_images, rank_predictors, report_card, some_of
 from dae.config import Config
-from dae.data import ImageData, evaluation_batches, load_data
+from dae.data import ImageData, in_memory, load_data
 from dae.data.pictures import grid, to_uint8, write_png
 from dae.files import write_file
 from dae.hub import fingerprint, require_model
@@ -114,8 +113,8 @@ def measure_latent(config: Config, trained: Config) -> Measured:
     choose_kernels(autoencoder, config.kernels)
     autoencoder.refuse_other_data(config.data.channels, config.data.resolution)
     data = load_data(config.data, config.seed)
-    train, train_labels = in_memory(data.train, config)
-    heldout, heldout_labels = in_memory(data.validation, config)
+    train, train_labels = collect(data.train, config)
+    heldout, heldout_labels = collect(data.validation, config)
     labels = (train_labels, heldout_labels) if data.labelled else (None, None)
     started = time.monotonic()
     card = report_card(autoencoder, train, labels[0], heldout, labels[1], seed=config.seed)
@@ -125,14 +124,10 @@ def measure_latent(config: Config, trained: Config) -> Measured:
     return Measured(config, trained.method, autoencoder, data, *encoded, card, yardsticks, seconds)
 
 
-def in_memory(dataset, config: Config) -> tuple[Tensor, Tensor]:
-    """Images and labels of a split, or `measure.max_images` of them, chosen by the seed (of a stream the first)."""
-    limit = config.measure.max_images
-    if not isinstance(dataset, IterableDataset) and len(dataset) > limit:
-        generator = torch.Generator().manual_seed(seed_for(config.seed, "report card"))
-        dataset = Subset(dataset, torch.randperm(len(dataset), generator=generator)[:limit].tolist())
-    batches = list(evaluation_batches(dataset, config.evaluation.batch_size, limit, config.data.num_workers))
-    return torch.cat([batch["image"] for batch in batches]), torch.cat([batch["label"] for batch in batches])
+def collect(dataset, config: Config) -> tuple[Tensor, Tensor]:
+    """Images and labels of a split, or `measure.max_images` of them."""
+    seed, limit, workers = seed_for(config.seed, "report card"), config.measure.max_images, config.data.num_workers
+    return in_memory(dataset, limit, seed=seed, batch_size=config.evaluation.batch_size, num_workers=workers)
 
 
 def compare_with(

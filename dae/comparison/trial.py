@@ -10,13 +10,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import IterableDataset, Subset
+from torch.utils.data import Dataset
 
 from dae.comparison.arms import arm_config, parse_arms
 from dae.comparison.training import encode, train_autoencoder, train_prior
 from dae.complexity.report_card import report_card
 from dae.config import Config, with_overrides
-from dae.data import evaluation_batches, load_data
+from dae.data import in_memory, load_data
 from dae.data.cache import EncodedDataset, EncodingCache
 from dae.data.pictures import to_uint8
 from dae.data.splits import hold_out
@@ -175,13 +175,10 @@ class Bench:
         }
 
 
-def _collect(dataset, config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
-    limit = config.evaluation.max_images
-    if not isinstance(dataset, IterableDataset) and len(dataset) > limit:
-        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(JUDGE_SEED))
-        dataset = Subset(dataset, order[:limit].tolist())
-    found = list(evaluation_batches(dataset, config.evaluation.batch_size, limit=limit))
-    return torch.cat([b["image"] for b in found]).to(device), torch.cat([b["label"] for b in found]).to(device)
+def _collect(dataset: Dataset, config: Config, device: torch.device) -> tuple[Tensor, Tensor]:
+    settings = config.evaluation
+    images, labels = in_memory(dataset, settings.max_images, seed=JUDGE_SEED, batch_size=settings.batch_size)
+    return images.to(device), labels.to(device)
 
 
 def _judged(classifier: Classifier, train: Tensor, train_labels: Tensor, heldout: Tensor, heldout_labels: Tensor) -> Judged:

@@ -3,6 +3,16 @@
 from dae.data.augmentation import augment
 from dae.data.images import decode_image, to_square, to_tensor
 from dae.data.load import ImageData, load_data
-from dae.data.loader import TrainLoader, evaluation_batches
+from dae.data.loader import TrainLoader, evaluation_batches, in_memory
 
-__all__ = ["ImageData", "TrainLoader", "augment", "decode_image", "evaluation_batches", "load_data", "to_square", "to_tensor"]
+__all__ = [
+    "ImageData",
+    "TrainLoader",
+    "augment",
+    "decode_image",
+    "evaluation_batches",
+    "in_memory",
+    "load_data",
+    "to_square",
+    "to_tensor",
+]

@@ -231,6 +231,17 @@ def evaluation_batches(dataset: Dataset, batch_size: int, limit: int | None = No
     return iter(DataLoader(dataset, batch_size, num_workers=num_workers, generator=torch.Generator()))
 
 
+def in_memory(
+    dataset: Dataset, limit: int, *, seed: int, batch_size: int, num_workers: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images [N, C, H, W] and labels [N] of a data set, or `limit` rows of it chosen by the seed (of a stream the first)."""
+    if not isinstance(dataset, IterableDataset) and len(dataset) > limit:
+        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
+        dataset = Subset(dataset, order[:limit].tolist())
+    batches = list(evaluation_batches(dataset, batch_size, limit=limit, num_workers=num_workers))
+    return torch.cat([b["image"] for b in batches]), torch.cat([b["label"] for b in batches])
+
+
 class _Head(IterableDataset):
     def __init__(self, dataset: IterableDataset, limit: int):
         self.dataset, self.limit = dataset, limit

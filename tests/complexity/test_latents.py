@@ -168,7 +168,6 @@ TRAINED = [f"{stage}.{key}" for stage in ("stage1", "stage2") for key in ("max_t
     ],
 )
 def test_autoencoder_trained_here(load, spec, what):
-    pytest.importorskip("dae.comparison.training")
     state = torch.get_rng_state()
     a, b, c = load(spec, *TRAINED), load(spec, *TRAINED), load(spec, *TRAINED, seed=1)
     assert torch.equal(state, torch.get_rng_state())
