@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,32 @@ def load_recipe(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+class Page(HTMLParser):
+    """Fails where tags do not close in order; collects tags with their attributes, and words."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.html, self.open, self.tags, self.texts = html, [], [], []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+        self.words = "".join(self.texts)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+    def values(self, tag, attribute):
+        return [a[attribute] for t, a in self.tags if t == tag and attribute in a]
 
 
 def make_config(output_dir, *overrides):
@@ -56,6 +83,12 @@ def configure():
 def tiny():
     """Arguments of a script."""
     return ["--config", str(TINY)]
+
+
+@pytest.fixture(scope="session")
+def read_page():
+    """`read_page(path)`: .html, .words, .tags, .values(tag, attribute) of a page whose tags close in order."""
+    return lambda path: Page(Path(path).read_text())
 
 
 @pytest.fixture

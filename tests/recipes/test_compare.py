@@ -6,7 +6,6 @@ import json
 import os
 import re
 import xml.etree.ElementTree as ElementTree
-from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -70,26 +69,6 @@ def trial(bench, config, job):
     return record, torch.from_numpy(images)
 
 
-class Reader(HTMLParser):
-    """Fails where tags do not close in order."""
-
-    def __init__(self, page):
-        super().__init__()
-        self.open, self.words = [], []
-        self.feed(page)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        if tag not in ("meta", "img"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.words.append(data)
-
-
 ARMS = "compare.arms=[joint,weak,dae-linear,dae-narrow,'own: method=dae auxiliary_decoder.width_factor=0.5']"
 FULL = (
     ARMS, "compare.seeds=[0,1,2]", "compare.learning_rates=[0.001,0.002]", "compare.rates=[16,128]",
@@ -106,14 +85,10 @@ def compare(recipe, configure):
     return run
 
 
-def read(path):
-    page = path.read_text()
-    return page, "".join(Reader(page).words)
-
-
-def test_a_whole_comparison(tmp_path, compare, capsys):
+def test_a_whole_comparison(tmp_path, compare, capsys, read_page):
     path = compare(tmp_path, *FULL)
-    page, words = read(path)
+    found = read_page(path)
+    page, words = found.html, found.words
     ran = (tmp_path / "ran.txt").read_text().split()
     assert len(ran) == 5 * 2 + 5 * 3 + 2 * 2 * 3 and all("lr0.002" in key for key in ran if key.startswith("measure"))
     # The made-up truth: what an arm wins at equal steps by its lower rate, or loses, it does not at equal rate, but for GAIN.
@@ -148,12 +123,13 @@ def test_a_whole_comparison(tmp_path, compare, capsys):
         compare(tmp_path, *FULL, "prior.width=48")
 
 
-def test_failures_and_divergence_are_on_the_page(tmp_path, compare):
+def test_failures_and_divergence_are_on_the_page(tmp_path, compare, read_page):
     (tmp_path / "broken").touch()
     (tmp_path / "diverging").touch()
     with pytest.raises(RuntimeError, match=r"1 of 9 trials failed \(weak, seed 1.*made to fail"):
         compare(tmp_path, *SMALL)
-    page, words = read(tmp_path / "compare.html")
+    found = read_page(tmp_path / "compare.html")
+    page, words = found.html, found.words
     assert "2 of 9 trials have no result" in words and "loss is nan at step 3" in words
     assert "made to fail <b>" in words and "<b>" not in page
     assert "2 of 3 seeds" in words and "2 (1 diverged)" in words and "dae-narrow (1 of 3 diverged)" in words
@@ -161,31 +137,33 @@ def test_failures_and_divergence_are_on_the_page(tmp_path, compare):
     assert "Nothing was tuned" in words and "One size of prior" in words
 
     (tmp_path / "broken").unlink()
-    _, words = read(compare(tmp_path, *SMALL))
+    words = read_page(compare(tmp_path, *SMALL)).words
     assert "made to fail" not in words and "1 of 9 trials have no result" in words
 
 
-def test_one_seed_has_no_interval(tmp_path, configure):
+def test_one_seed_has_no_interval(tmp_path, configure, read_page):
     config = configure(tmp_path, *SMALL, "compare.seeds=[4]", "autoencoder.vq.codebook_size=64")
     outcomes = [Outcome(Job(arm, 4, 0.002), trial(None, config, Job(arm, 4, 0.002))[0]) for arm in ("joint", "weak")]
     summary = summarize(config, prepare(config).facts(), outcomes)
-    _, words = read(write_page(config, summary, {}, tmp_path))
+    words = read_page(write_page(config, summary, {}, tmp_path)).words
     assert "One seed shows no spread" in words and "Not known, for want of two seeds: weak." in words
     assert "etter than" not in words and "orse than" not in words and "No pictures were kept" in words
     assert "No report cards were made" in words  # of two trials
 
 
-def test_one_seed_cannot_tell_the_best_predictor(tmp_path, configure):
+def test_one_seed_cannot_tell_the_best_predictor(tmp_path, configure, read_page):
     config = configure(tmp_path, FULL[0], "compare.seeds=[4]", "autoencoder.vq.codebook_size=64")
     jobs = [Job(arm, 4, 0.002) for arm in ("joint", "weak", "dae-linear", "dae-narrow", "own")]
     summary = summarize(config, prepare(config).facts(), [Outcome(job, trial(None, config, job)[0]) for job in jobs])
-    _, words = read(write_page(config, summary, {}, tmp_path))
+    words = read_page(write_page(config, summary, {}, tmp_path)).words
     assert "one seed cannot tell which number is best" in words and "reaches as far" not in words and "nan" not in words
 
 
-def test_decoupled_arms_are_held_against_one_with_as_many_encoder_steps(tmp_path, compare):
+def test_decoupled_arms_are_held_against_one_with_as_many_encoder_steps(tmp_path, compare, read_page):
     arms = "compare.arms=[joint,joint_finetuned,dae-linear]"
-    _, words = read(compare(tmp_path, arms, "compare.seeds=[0,1,2]", "compare.learning_rates=[0.002]", "compare.processes=1"))
+    words = read_page(
+        compare(tmp_path, arms, "compare.seeds=[0,1,2]", "compare.learning_rates=[0.002]", "compare.processes=1")
+    ).words
     assert "With equally many steps of the encoder" in words
     assert "here they are held against it instead of joint" in words
     assert "generation distance, minus joint_finetuned’s" in words

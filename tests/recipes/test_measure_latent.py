@@ -4,7 +4,6 @@ import base64
 import json
 import math
 import re
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -35,29 +34,6 @@ def four_repeated(x): return four(x).repeat(1, 16)
 """
 
 
-class Reader(HTMLParser):
-    """Fails where tags do not close in order; collects words and addresses."""
-
-    def __init__(self, page):
-        super().__init__()
-        self.open, self.words, self.pictures = [], [], []
-        self.feed(page)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        if tag == "img":
-            self.pictures.append(dict(attributes))
-        if tag not in ("meta", "img"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.words.append(data)
-
-
 @pytest.fixture
 def own(tmp_path, monkeypatch):
     (tmp_path / "own_encoders.py").write_text(OWN)
@@ -67,12 +43,12 @@ def own(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def measured(own, run):
+def measured(own, run, read_page):
     """`measured(*overrides)`: the folder that the recipe wrote, its JSON and its page."""
 
     def call(*overrides):
         path = run("measure_latent", own / "run", *SMALL, *overrides)
-        return path.parent, json.loads((path.parent / "latents.json").read_text()), Reader(path.read_text())
+        return path.parent, json.loads((path.parent / "latents.json").read_text()), read_page(path)
 
     return call
 
@@ -102,7 +78,7 @@ def test_page_pictures_and_json(measured, own, configure):
     assert given["estimates"][-1]["value"] < 0.75 * average["value"]
     assert found["yardsticks"]["reconstruction"]["real"]["value"] == 0 < found["yardsticks"]["frechet"]["real"]["value"]
 
-    words = re.sub(r"\s+", " ", "".join(page.words))
+    words = re.sub(r"\s+", " ", page.words)
     for section in (
         "The answer",
         "Pictures",
@@ -119,9 +95,10 @@ def test_page_pictures_and_json(measured, own, configure):
     assert "trained on 24 and judged on 30 others" in words
     assert "With linear maps each number is exact" in words and "With small networks each number bounds" in words
     assert "autoencoder: trained" in words and "encode of the module own_encoders" in words
-    assert all(p["src"].startswith("data:") and p["alt"] for p in page.pictures)
-    assert sum(p["src"].startswith("data:image/svg") for p in page.pictures) == 4
-    strips = [p for p in page.pictures if p["src"].startswith("data:image/png")]
+    pictures = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert all(p["src"].startswith("data:") and p["alt"] for p in pictures)
+    assert sum(p["src"].startswith("data:image/svg") for p in pictures) == 4
+    strips = [p for p in pictures if p["src"].startswith("data:image/png")]
     assert len(strips) == 4 + 3 * 6 and all(base64.b64decode(p["src"].split(",")[1]) for p in strips)
     for name in ("curves-frechet", "curves-reconstruction", "pictures-gaussian", "pictures-own_encoders-encode"):
         assert np.asarray(Image.open(folder / f"{name}.png")).std() > 0
@@ -138,8 +115,8 @@ def test_same_seed_same_numbers_without_POT_and_no_spread_of_one_seed(measured, 
     state = torch.get_rng_state()
     (_, a, page), (_, b, _) = measured(*overrides), measured(*overrides)
     assert a["curves"] == b["curves"] and a["latents"] == b["latents"] and torch.equal(state, torch.get_rng_state())
-    assert a["gromov_wasserstein"] is None and "POT is not installed" in " ".join(page.words)
-    words = " ".join(page.words)
+    assert a["gromov_wasserstein"] is None and "POT is not installed" in page.words
+    words = page.words
     assert "Measured with one seed, which tells no spread" in words and "±" not in words
     assert "±" not in capsys.readouterr().out
 
@@ -159,7 +136,7 @@ def test_a_latent_gains_nothing_by_repeating_itself(measured):
                     assert often["values"] == pytest.approx(once["values"], rel=1e-4)
                 # twice the deviation of a difference; many times that where each value, not each code, has variance 1
                 assert abs(once["value"] - often["value"]) <= 2 * math.hypot(once["std"], often["std"])
-    words = re.sub(r"\s+", " ", "".join(page.words))
+    words = re.sub(r"\s+", " ", page.words)
     assert "from 4 to 64 numbers" in words and "linear maps and smooth networks, whose stretch is limited" in words
     once, often = (a["divided_by"] for a in found["latents"])
     assert often == pytest.approx(4 * once), "of 16 times the values, the summed variance is 16 times as large"
@@ -177,7 +154,7 @@ def test_an_adversarial_distance_bounds_neither_side(measured):
     estimates = [e for c in found["curves"] for e in c["estimates"]]
     assert {e["bound"] for e in estimates} == {"neither"} and found["enough"] == {"js": None}
     assert all(e["value"] <= math.log(2) for e in estimates), "of held-out rows too: its estimate is never above its supremum"
-    assert "bounds neither side" in " ".join(page.words)
+    assert "bounds neither side" in page.words
 
 
 def test_the_other_families(measured, own, configure):
@@ -189,7 +166,7 @@ def test_the_other_families(measured, own, configure):
         f"measure.families=[{','.join(families)}]", "measure.seeds=[0]",
     )  # fmt: skip
     assert [c["family"] for c in found["curves"]] == families
-    assert all(latent_page.FAMILIES[name].words in "".join(page.words) for name in families)
+    assert all(latent_page.FAMILIES[name].words in page.words for name in families)
 
 
 def estimate(*values, error=None):

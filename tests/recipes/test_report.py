@@ -5,7 +5,6 @@ import importlib.util
 import json
 import re
 import xml.etree.ElementTree as ElementTree
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -28,31 +27,6 @@ def report():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.report
-
-
-class Reader(HTMLParser):
-    """Fails where tags do not close in order; collects tags, attributes and words."""
-
-    def __init__(self, page: str):
-        super().__init__()
-        self.open, self.tags, self.words = [], [], []
-        self.feed(page)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, dict(attributes)))
-        if tag not in ("meta", "img"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.words.append(data)
-
-    def values(self, tag, attribute):
-        return [a[attribute] for t, a in self.tags if t == tag and attribute in a]
 
 
 def make_run(folder: Path, *, method="dae", classes=3, shape=(8, 8, 1), samples=24, overrides=(), **changed) -> Path:
@@ -111,12 +85,8 @@ def write_rows(folder: Path, rows: list[dict]) -> None:
 
 
 @pytest.fixture
-def page_of(report):
-    def read(folder: Path) -> tuple[str, Reader]:
-        page = report(load_config(None, [f"output_dir={folder}"])).read_text()
-        return page, Reader(page)
-
-    return read
+def page_of(report, read_page):
+    return lambda folder: read_page(report(load_config(None, [f"output_dir={folder}"])))
 
 
 KINDS = {
@@ -132,7 +102,8 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_page_is_complete_well_formed_and_self_contained(tmp_path, page_of, kind):
-    page, reader = page_of(make_run(tmp_path / "run", **KINDS[kind]))
+    reader = page_of(make_run(tmp_path / "run", **KINDS[kind]))
+    page = reader.html
     assert [re.sub("<.*?>", "", h) for h in re.findall("<h2>(.*?)</h2>", page)] == SECTIONS
     targets = {a["id"] for _, a in reader.tags if "id" in a}
     for address in reader.values("a", "href"):
@@ -151,7 +122,7 @@ def test_page_is_complete_well_formed_and_self_contained(tmp_path, page_of, kind
 
 
 def test_numbers_stand_beside_their_yardsticks(tmp_path, page_of):
-    page, _ = page_of(make_run(tmp_path / "run"))
+    page = page_of(make_run(tmp_path / "run")).html
     text = re.sub("<.*?>", " ", page).replace("\u00a0", " ")
     for words in (
         "Samples recognised as their class  75.0 %", "real held-out images: 87.5 %", "5.00 × that of real training images (2.50)",
@@ -166,7 +137,7 @@ def test_numbers_stand_beside_their_yardsticks(tmp_path, page_of):
 
 
 def test_kinds_of_runs_differ_where_they_should(tmp_path, page_of):
-    pages = {kind: page_of(make_run(tmp_path / kind, **KINDS[kind]))[0] for kind in ("dae", "joint", "unlabelled", "earlier")}
+    pages = {kind: page_of(make_run(tmp_path / kind, **KINDS[kind])).html for kind in ("dae", "joint", "unlabelled", "earlier")}
     assert "Decoupled Autoencoder on digits" in pages["dae"] and "Jointly trained autoencoder on digits" in pages["joint"]
     assert "weak decoder (narrow)" in pages["dae"] and "weak decoder (narrow)" not in pages["joint"]
     assert "marks the switch" in pages["dae"] and "marks the switch" not in pages["joint"]
@@ -185,8 +156,8 @@ def test_every_method_and_stage_has_words(report, method):
 
 
 def test_many_classes_show_the_first_twenty(tmp_path, page_of):
-    page, reader = page_of(make_run(tmp_path / "run", **KINDS["thousand classes"]))
-    assert "(20 of 1,000 classes)" in page
+    reader = page_of(make_run(tmp_path / "run", **KINDS["thousand classes"]))
+    assert "(20 of 1,000 classes)" in reader.html
     assert sum(alt.startswith("2 samples of class") for alt in reader.values("img", "alt")) == 20
 
 
@@ -198,9 +169,9 @@ def test_names_and_settings_are_escaped(tmp_path, page_of):
         "class_names": ["<script>x</script>", "b", "c"],
         "fingerprint": "f",
     }
-    _, reader = page_of(make_run(tmp_path / "run", data=data, overrides=["hub_model_id='<img src=x>'"]))
+    reader = page_of(make_run(tmp_path / "run", data=data, overrides=["hub_model_id='<img src=x>'"]))
     assert "script" not in {tag for tag, _ in reader.tags} and "x" not in reader.values("img", "src")
-    words = "".join(reader.words)
+    words = reader.words
     assert "<script>x</script>" in words and "a<b>&\"c'" in words and "<img src=x>" in words
     assert "a stream of training images" in words
 
@@ -216,7 +187,7 @@ def test_missing_optional_files(tmp_path, page_of):
         (folder / name).unlink()
     for name in ("", "autoencoder", "prior"):
         (folder / name / "config.yaml").unlink()
-    page, _ = page_of(folder)
+    page = page_of(folder).html
     assert "no evaluation/pictures.npz" in page and "no prior/logs" in page and "Training took" not in page
 
 
@@ -229,9 +200,9 @@ def test_missing_files_name_the_recipe(tmp_path, report, name, recipe):
 
 def test_samples_newer_than_the_measurements_are_announced(tmp_path, page_of):
     folder = make_run(tmp_path / "run")
-    assert 'class="notice"' not in page_of(folder)[0]
+    assert 'class="notice"' not in page_of(folder).html
     (folder / "samples" / "sampling.json").write_text('{"seed": 1}')
-    assert "drawn after the measurements" in page_of(folder)[0]
+    assert "drawn after the measurements" in page_of(folder).html
 
 
 def test_record_tells_what_each_part_was_trained_with(tmp_path):
