@@ -231,13 +231,16 @@ class CompareConfig:
     learning_rates: List[float] = knob(
         [1e-3, 2e-3, 4e-3], "learning rates among which each arm is tuned, all arms by as many trials; one value tunes none"
     )
+    prior_learning_rates: List[float] = knob(
+        [], "learning rates of the prior (ar, dit) tried with each of the above; none trains all priors with prior.learning_rate"
+    )
     tuning_seed: int = knob(1000, "seed of the tuning trials, on images held out of the training set; not among the seeds")
     rates: List[float] = knob(
         [], "further rates for the arms of rate_arms: codebook sizes (vq) or KL weights (kl); none draws no frontier"
     )
     rate_arms: List[str] = knob(["joint", "dae-linear"], "arms that get the further rates and priors")
     prior_widths: List[int] = knob(
-        [], "further priors for the arms of rate_arms: widths of ar and dit, numbers of components of a mixture", least=1
+        [], "further priors of the rate_arms: widths of ar and dit (learning rate ~ 1 / width), components of a mixture", least=1
     )
     processes: int = knob(2, "trials that run at the same time, one thread each", least=1)
 

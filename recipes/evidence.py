@@ -28,7 +28,7 @@ DATA = {
     "photos": "crops of the photographs inside the scikit-learn and scikit-image wheels, 8x8, colour, no labels",
 }
 KL = ("autoencoder.bottleneck=kl", "autoencoder.latent_channels=4")
-DIT = (*KL, "prior.family=dit", "prior.learning_rate=2e-2", "prior.train_batch_size=64", "prior.dropout=0")
+DIT = (*KL, "prior.family=dit", "prior.train_batch_size=64", "prior.dropout=0", "compare.prior_learning_rates=[5e-3,1e-2]")
 GAN = (*KL, "prior.family=mixture", "compare.prior_widths=[4]", "stage2.loss.adversarial=0.1")
 GAN = (*GAN, "stage2.loss.discriminator_channels=16", "stage2.loss.discriminator_layers=1")
 SMALL = "autoencoder.channel_multipliers=[1,2,2]"
@@ -107,7 +107,7 @@ def document(summaries: dict[str, dict], overrides: list[str]) -> str:
         f"In every comparison {len(first['arms'])} ways to train the encoder (*arms*) were trained with the seeds",
         f"{', '.join(map(str, seeds))}: steps, prior, sampling and codebook size or KL weight are equal.",
         *in_all(budgets, summaries),
-        tuned(first),
+        *in_all(tuned, summaries),
         "*Generation distance* is the Frechet distance of samples to held-out images in features of a small classifier trained",
         "on the training images (not Inception); less is better.",
         *in_all(rate_means, summaries),
@@ -145,7 +145,8 @@ def document(summaries: dict[str, dict], overrides: list[str]) -> str:
         "",
         "- The images are tiny, the models have tens of thousands of parameters and train for seconds.",
         "- Distances are taken in features of one classifier a data set; another one could rank close arms differently.",
-        "- Learning rates are tuned by one seed over a short list; nothing else is tuned, for any arm.",
+        "- Learning rates are tuned by one seed over a short list, at the comparison's own rate and size of the prior. Other",
+        "  rates use them as they are, other widths of the prior in inverse proportion. Nothing else is tuned, for any arm.",
         "- A frontier of a few rates is interpolated linearly; seeds whose rate lies outside it are left out of that column.",
         "- p is adjusted within one table of one comparison, not over all tables and comparisons together.",
         "- Where trials diverged, intervals know only the others.",
@@ -157,9 +158,10 @@ def document(summaries: dict[str, dict], overrides: list[str]) -> str:
 def tuned(summary: dict) -> str:
     if not summary["tuning"]:
         return "No arm was tuned: all trained with one learning rate."
+    of = "the autoencoder and of the prior" if summary["tuning"]["prior_learning_rates"] else "the autoencoder"
     return (
-        f"Each arm, the baseline *{summary['baseline']}* too, was first tuned over the same learning rates, with another seed "
-        "and on training images set aside."
+        f"Each arm, the baseline *{summary['baseline']}* too, was first tuned over the same learning rates of {of}, with another "
+        "seed and on training images set aside."
     )
 
 
@@ -223,11 +225,12 @@ def predictors(rows: list[dict]) -> list[str]:
         found = "Which is best cannot be told: " if next_one in best["rivals"] else ""
         found += f"*{best['name']}* has the strongest mean correlation, {correlation(best)}, of {len(ranked)} numbers known in "
         found += f"{most} comparisons"
-        found += "" if best["low"] > 0 or best["high"] < 0 else ", an interval that holds 0: by this evidence no number predicts"
+        clear = sum(row["low"] > 0 or row["high"] < 0 for row in ranked)
         found += f"; it does not differ by more than chance from {len(best['rivals'])} of the others" if best["rivals"] else ""
         found += f", the next one, *{next_one}*, among them" if next_one in best["rivals"] else ""
         found += " (paired differences over the comparisons, p after Holm's adjustment). As the strongest it is chosen after the "
-        found += "fact, which flatters it."
+        found += f"fact, which flatters it. The intervals of {clear} of the {len(ranked)} leave out 0; they are not adjusted for "
+        found += f"there being {len(ranked)}."
     lines = [
         found,
         "",

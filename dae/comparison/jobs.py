@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import difflib
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -73,10 +74,12 @@ def check_comparison(config: Config) -> list[Arm]:
     if len(arms) < 2:
         raise ValueError(f"compare.arms: expected the baseline and at least one other, got only {names[0]!r}")
     _require_different("seeds", compare.seeds)
-    _require_different("learning_rates", compare.learning_rates)
-    if any(not 0 < rate < math.inf for rate in compare.learning_rates):
-        raise ValueError(f"compare.learning_rates: expected positive numbers, got {compare.learning_rates}")
-    if len(compare.learning_rates) > 1 and compare.tuning_seed in compare.seeds:
+    _require_learning_rates("learning_rates", compare.learning_rates)
+    if compare.prior_learning_rates:
+        _require_learning_rates("prior_learning_rates", compare.prior_learning_rates)
+        if family == "mixture":
+            raise ValueError("compare.prior_learning_rates: a mixture is fitted without a learning rate; leave them empty")
+    if len(_tried(config)) > 1 and compare.tuning_seed in compare.seeds:
         raise ValueError(
             f"compare.tuning_seed={compare.tuning_seed} is among compare.seeds={compare.seeds}: a learning rate chosen on a seed "
             "favours it; take another"
@@ -104,6 +107,12 @@ def _require_different(key: str, values: Sequence[float]) -> None:
         raise ValueError(f"compare.{key}: expected different values, at least one, got {values}")
 
 
+def _require_learning_rates(key: str, values: Sequence[float]) -> None:
+    _require_different(key, values)
+    if any(not 0 < rate < math.inf for rate in values):
+        raise ValueError(f"compare.{key}: expected positive numbers, got {values}")
+
+
 def _check_rates(config: Config, names: Sequence[str]) -> None:
     rates = config.compare.rates
     _require_different("rates", rates)
@@ -126,36 +135,47 @@ def own_rate(config: Config) -> float:
     return float(config.autoencoder.vq.codebook_size if vq else config.autoencoder.kl.kl_weight)
 
 
+LearningRates = tuple[float, float | None]  # of the autoencoder, and of the prior if it is not the configuration's
+
+
+def _tried(config: Config) -> list[LearningRates]:
+    return list(itertools.product(config.compare.learning_rates, config.compare.prior_learning_rates or [None]))
+
+
 def tuning_jobs(config: Config, arms: Sequence[Arm]) -> list[Job]:
-    """Every arm at every learning rate, with the tuning seed; none if there is one learning rate only."""
-    rates, seed = config.compare.learning_rates, config.compare.tuning_seed
-    return [Job(arm.name, seed, rate, "tune") for rate in rates for arm in arms] if len(rates) > 1 else []
+    """Every arm at every pair of learning rates, with the tuning seed; none if there is one pair only."""
+    tried, seed = _tried(config), config.compare.tuning_seed
+    return [Job(a.name, seed, rate, "tune", None, prior) for rate, prior in tried for a in arms] if len(tried) > 1 else []
 
 
-def chosen_learning_rates(config: Config, arms: Sequence[Arm], tuning: Sequence[Outcome]) -> dict[str, float]:
-    """For each arm the learning rate with the smallest generation distance in tuning (of equals, the smaller rate).
+def chosen_learning_rates(config: Config, arms: Sequence[Arm], tuning: Sequence[Outcome]) -> dict[str, LearningRates]:
+    """For each arm the learning rates with the smallest generation distance in tuning (of equals, the smaller ones).
 
     An arm of which a tuning trial failed is not in the answer, since it would have had fewer trials than the others; nor
     is one of which all diverged.
     """
-    if len(config.compare.learning_rates) == 1:
-        return {arm.name: config.compare.learning_rates[0] for arm in arms}
+    if len(tried := _tried(config)) == 1:
+        return {arm.name: tried[0] for arm in arms}
     chosen = {}
     for arm in arms:
         mine = [o for o in tuning if o.job.arm == arm.name]
-        finite = [(o.distance, o.job.learning_rate) for o in mine if o.distance is not None]
+        finite = [(o.distance, o.job.learning_rate, o.job.prior_learning_rate) for o in mine if o.distance is not None]
         if finite and not any(o.failed for o in mine):
-            chosen[arm.name] = min(finite)[1]
+            chosen[arm.name] = min(finite)[1:]
     return chosen
 
 
-def measuring_jobs(config: Config, learning_rates: dict[str, float]) -> list[Job]:
+def measuring_jobs(config: Config, learning_rates: dict[str, LearningRates]) -> list[Job]:
     """Every arm with every seed, then the rate arms at the further rates; seed by seed, so that early results are paired."""
     compare = config.compare
-    jobs = [Job(arm, seed, rate) for seed in compare.seeds for arm, rate in learning_rates.items()]
+
+    def job(arm: str, seed: int, rate: float | None = None) -> Job:
+        return Job(arm, seed, learning_rates[arm][0], rate=rate, prior_learning_rate=learning_rates[arm][1])
+
     further = [float(rate) for rate in compare.rates if rate != own_rate(config)]
     arms = [arm for arm in compare.rate_arms if arm in learning_rates] if further else []
-    return jobs + [Job(a, seed, learning_rates[a], rate=rate) for seed in compare.seeds for rate in further for a in arms]
+    own = [job(arm, seed) for seed in compare.seeds for arm in learning_rates]
+    return own + [job(arm, seed, rate) for seed in compare.seeds for rate in further for arm in arms]
 
 
 # ---- their files ----
@@ -289,7 +309,13 @@ def run_jobs(
 def name_of(job: Job) -> str:
     """A trial in words."""
     rate = "" if job.rate is None else f", rate {job.rate:g}"
-    return f"{'tuning of ' if job.purpose == 'tune' else ''}{job.arm}, seed {job.seed}, learning rate {job.learning_rate:g}{rate}"
+    rates = f"learning rate {learning_rates_in_words(job.learning_rate, job.prior_learning_rate)}{rate}"
+    return f"{'tuning of ' if job.purpose == 'tune' else ''}{job.arm}, seed {job.seed}, {rates}"
+
+
+def learning_rates_in_words(autoencoder: float | None, prior: float | None) -> str:
+    """The learning rate of the autoencoder, and that of the prior if it has one of its own."""
+    return "–" if autoencoder is None else f"{autoencoder:g}" + ("" if prior is None else f", of the prior {prior:g}")
 
 
 def _finish(config: Config, job: Job, future: Future) -> Outcome:

@@ -19,6 +19,7 @@ from dae.charts import (
     interval_panel,
     save_png,
 )
+from dae.comparison.jobs import learning_rates_in_words
 from dae.comparison.results import (
     BY_KEY,
     DETAILS,
@@ -174,15 +175,11 @@ def compared(config: Config, summary: dict) -> list[Html]:
         stages = "; ".join(f"{steps:,} steps with {_decoder(family)}" for _, family, steps in arm["stages"] or [])
         own = next((words for words in config.compare.arms if words.partition(":")[0].strip() == arm["name"]), "")
         about = ABOUT.get(arm["name"], own) if ":" not in own else own.partition(":")[2].strip()
-        rows.append((arm["name"], about, stages or "–", "–" if arm["learning_rate"] is None else f"{arm['learning_rate']:g}"))
+        rows.append((arm["name"], about, stages or "–", _rates(arm)))
     total = config.stage1.max_train_steps + config.stage2.max_train_steps
-    vq = config.autoencoder.bottleneck == "vq"
-    bottleneck = (
-        f"a codebook of {config.autoencoder.vq.codebook_size:,} codes"
-        if vq
-        else f"a KL weight of {config.autoencoder.kl.kl_weight:g}"
-    )
-    tried = len(config.compare.learning_rates)
+    codebook = f"a codebook of {config.autoencoder.vq.codebook_size:,} codes"
+    bottleneck = codebook if config.autoencoder.bottleneck == "vq" else f"a KL weight of {config.autoencoder.kl.kl_weight:g}"
+    tried = len(config.compare.learning_rates) * len(config.compare.prior_learning_rates or [None])
     tuned = f"{tried} tuning trials for each" if tried > 1 else "one learning rate for all, not tuned"
     equal = (
         f"Equal for all arms: the training images, {total:,} steps of the autoencoder in all, {bottleneck}, the prior "
@@ -348,7 +345,7 @@ def sizes(summary: dict, arms: Mapping[str, int]) -> list[Html]:
         series, x = _by_size(summary, arms, key), SIZE
         drawn = web.chart(frontier_chart(series, x=x, y=axis, logarithmic=True), _series_in_words(f"{axis} over {x}", series))
         charts.append(web.figure(drawn, f"{axis[0].upper()}{axis[1:]} by the size of the prior: means over the seeds."))
-    words = "If a latent is simpler to model, a small prior should suffice for it: its line should start lower."
+    words = "If a latent is simpler to model, its line should start lower. The learning rate of a network goes as 1 / width."
     return [paragraph(words), web.side_by_side(*charts)]
 
 
@@ -426,24 +423,27 @@ def predictors(summary: dict) -> list[Html]:
 def tuning(summary: dict) -> list[Html]:
     found = summary["tuning"]
     if not found:
-        return [
-            paragraph("Nothing was tuned: one learning rate was given, and all arms, the baseline too, were trained with it.")
-        ]
-    rates = found["learning_rates"]
+        return [paragraph("Nothing was tuned: all arms, the baseline too, trained with the one learning rate that was given.")]
+    tried = list(dict.fromkeys(_rates(t) for t in found["trials"]))
     rows = []
     for arm in summary["arms"]:
-        trials = {t["learning_rate"]: t for t in found["trials"] if t["arm"] == arm["name"]}
-        chosen = "–" if arm["learning_rate"] is None else f"{arm['learning_rate']:g}"
-        rows.append([arm["name"], *(_tuned(trials.get(rate)) for rate in rates), chosen])
+        trials = {_rates(t): t for t in found["trials"] if t["arm"] == arm["name"]}
+        rows.append([arm["name"], *(_tuned(trials.get(rates)) for rates in tried), _rates(arm)])
+    of = "its autoencoder with each of its prior" if found["prior_learning_rates"] else "its autoencoder"
     words = (
-        f"Each arm, the baseline too, had {len(rates)} trials, one for each learning rate of its autoencoder, with seed "
-        f"{found['seed']}, which is none of the seeds above, and judged on images held out of the training set, so not on those "
-        f"that the results are measured on. The learning rate with the smallest {DISTANCE} was taken."
+        f"Each arm, the baseline too, had {len(tried)} trials, one for each learning rate of {of}, with seed {found['seed']}, "
+        "which is none of the seeds above, and judged on images held out of the training set, so not on those that the results "
+        f"are measured on. What had the smallest {DISTANCE} was taken."
     )
-    header = ["arm", *(f"{DISTANCE} at {rate:g}" for rate in rates), "taken"]
-    edge = [a["name"] for a in summary["arms"] if a["learning_rate"] in (min(rates), max(rates)) and len(rates) > 1]
+    header = ["arm", *(f"{DISTANCE} at {rates}" for rates in tried), "taken"]
+    lists = {key: found[f"{key}s"] for key in ("learning_rate", "prior_learning_rate") if len(found[f"{key}s"]) > 1}
+    edge = [a["name"] for a in summary["arms"] if any(a[key] in (min(v), max(v)) for key, v in lists.items())]
     at_edge = f"At the edge of the tried rates, so that a better one may lie beyond: {', '.join(edge)}." if edge else ""
     return [paragraph(words), web.table(header, rows), *([paragraph(at_edge)] if at_edge else [])]
+
+
+def _rates(row: dict) -> str:
+    return learning_rates_in_words(row["learning_rate"], row["prior_learning_rate"])
 
 
 def _tuned(trial: dict | None) -> str:

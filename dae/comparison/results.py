@@ -138,13 +138,15 @@ def _tuning(config: Config, tuning: Sequence[Outcome]) -> dict | None:
         {
             "arm": o.job.arm,
             "learning_rate": o.job.learning_rate,
+            "prior_learning_rate": o.job.prior_learning_rate,
             "frechet": o.distance,
             "diverged": o.diverged,
             "failed": o.failed,
         }
         for o in tuning
     ]
-    return {"seed": config.compare.tuning_seed, "learning_rates": list(config.compare.learning_rates), "trials": trials}
+    rates = {key: list(getattr(config.compare, key)) for key in ("learning_rates", "prior_learning_rates")}
+    return {"seed": config.compare.tuning_seed, **rates, "trials": trials}
 
 
 def decoupled(plan: Sequence[Stage]) -> bool:
@@ -167,6 +169,7 @@ def _arm(name: str, outcomes: Sequence[Outcome], plan: Sequence[Stage]) -> dict:
     return {
         "name": name,
         "learning_rate": outcomes[0].job.learning_rate if outcomes else None,
+        "prior_learning_rate": outcomes[0].job.prior_learning_rate if outcomes else None,
         "stages": next((o.record["stages"] for o in outcomes if o.record), None),
         "decoupled": decoupled(plan),
         "decoder": plan[-1].decoder.family,

@@ -58,8 +58,10 @@ class Job:
     """One trial of a comparison.
 
     Args:
+        learning_rate: of both stages of the autoencoder.
         purpose: "measure" on the held-out images, or "tune" on images held out of the training set.
         rate: another rate than the configuration's: the codebook size (vq) or the KL weight (kl); None is its own.
+        prior_learning_rate: another one than the configuration's; None is its own.
     """
 
     arm: str
@@ -67,11 +69,13 @@ class Job:
     learning_rate: float
     purpose: str = "measure"
     rate: float | None = None
+    prior_learning_rate: float | None = None
 
     @property
     def key(self) -> str:
+        prior = "" if self.prior_learning_rate is None else f"-prior{self.prior_learning_rate:g}"
         rate = "" if self.rate is None else f"-rate{self.rate:g}"
-        return f"{self.purpose}-{self.arm}-seed{self.seed}-lr{self.learning_rate:g}{rate}"
+        return f"{self.purpose}-{self.arm}-seed{self.seed}-lr{self.learning_rate:g}{prior}{rate}"
 
 
 def job_config(config: Config, job: Job) -> Config:
@@ -80,6 +84,8 @@ def job_config(config: Config, job: Job) -> Config:
     if job.arm not in arms:
         raise ValueError(f"no arm {job.arm!r} in this comparison; it has {', '.join(arms)}")
     overrides = [f"seed={job.seed}", *(f"{stage}.learning_rate={job.learning_rate!r}" for stage in ("stage1", "stage2"))]
+    if job.prior_learning_rate is not None:
+        overrides.append(f"prior.learning_rate={job.prior_learning_rate!r}")
     if job.rate is not None:
         vq = config.autoencoder.bottleneck == "vq"
         overrides.append(f"autoencoder.vq.codebook_size={int(job.rate)}" if vq else f"autoencoder.kl.kl_weight={job.rate!r}")
@@ -227,6 +233,7 @@ def run_trial(bench: Bench, config: Config, job: Job) -> tuple[dict, Tensor]:
         generated, labels = _generate(autoencoder, prior, bench.num_classes, config)
         samples = generated[:SHOWN] if samples is None else samples
         facts = {"size": _size(chosen), "parameters": sum(p.numel() for p in (*prior.parameters(), *prior.buffers()))}
+        facts |= {"learning_rate": None if prior_family(config) == "mixture" else chosen.prior.learning_rate}
         facts |= {"bits": _bits_an_image(prior, cache, chosen)}
         priors.append(
             facts | _generation(bench, judged, prior, generated, labels, config) | {"seconds": time.monotonic() - begun}
@@ -255,8 +262,12 @@ def _size(config: Config) -> int:
 
 
 def _resized(config: Config, size: int) -> Config:
-    key = "num_components" if prior_family(config) == "mixture" else "width"
-    return with_overrides(config, [f"prior.{key}={size}"])
+    """With a prior of another size. Adam's best step falls as 1 / width (Yang et al. 2022, arXiv 2203.03466), so the rate tuned
+    for one width goes over to the other as that says."""
+    if prior_family(config) == "mixture":
+        return with_overrides(config, [f"prior.num_components={size}"])
+    rate = config.prior.learning_rate * config.prior.width / size
+    return with_overrides(config, [f"prior.width={size}", f"prior.learning_rate={rate!r}"])
 
 
 @torch.no_grad()

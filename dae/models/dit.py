@@ -119,7 +119,8 @@ class DiT(ClassConditional, ContinuousPrior):
                 else:
                     nn.init.xavier_uniform_(module.weight)
             elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
+                # a class weighs as much as the time beside it: with 0.02 small models take hundreds of steps to see it at all
+                nn.init.normal_(module.weight, std=0.5 if name == "class_embedding" else 0.02)
 
     def set_latent_statistics(self, mean_D: Tensor, std_D: Tensor) -> None:
         """Take mean and standard deviation of each channel of the latents, in the autoencoder's own scale.

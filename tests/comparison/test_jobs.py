@@ -27,7 +27,7 @@ from dae.comparison.jobs import (
     trial_path,
     tuning_jobs,
 )
-from dae.comparison.trial import Job
+from dae.comparison.trial import Job, job_config
 from dae.config import load_config
 
 ROOT = Path(__file__).parents[2]
@@ -179,38 +179,53 @@ def test_every_arm_is_tuned_by_as_many_trials():
     assert {(j.arm, j.learning_rate) for j in jobs} == {(a.name, r) for a in arms for r in (0.001, 0.004)} and len(jobs) == 6
     assert {(j.seed, j.purpose, j.rate) for j in jobs} == {(9, "tune", None)}
     assert tuning_jobs(configure("x", "compare.learning_rates=[0.002]"), arms) == []
+    config = configure("x", "compare.learning_rates=[0.002]", "compare.prior_learning_rates=[0.001,0.003]")
+    jobs = tuning_jobs(config, arms)
+    assert {(j.arm, j.learning_rate, j.prior_learning_rate) for j in jobs} == {
+        (a.name, 0.002, r) for a in arms for r in (0.001, 0.003)
+    }
+    assert len({j.key for j in jobs}) == len(jobs) == 6
+    assert {job_config(config, j).prior.learning_rate for j in jobs} == {0.001, 0.003}
+    assert job_config(config, Job("joint", 0, 0.002)).prior.learning_rate == config.prior.learning_rate
 
 
 def test_learning_rates_are_chosen_by_the_smallest_distance():
     config = configure("x", "compare.learning_rates=[0.001,0.004]")
     arms = parse_arms(config.compare)
 
-    def outcome(arm, rate, distance):
+    def outcome(arm, rate, distance, prior=None):
         record = {"priors": [{"frechet": distance}]}
-        job = Job(arm, 9, rate, "tune")
+        job = Job(arm, 9, rate, "tune", prior_learning_rate=prior)
         return Outcome(job, failed="died") if distance == "failed" else Outcome(job, record if distance else None)
 
     table = {"joint": (3.0, 2.0), "weak": (None, 5.0), "dae-linear": (1.0, 1.0)}
     tuning = [outcome(a, r, d) for a, ds in table.items() for r, d in zip((0.001, 0.004), ds, strict=True)]
-    assert chosen_learning_rates(config, arms, tuning) == {"joint": 0.004, "weak": 0.004, "dae-linear": 0.001}
+    assert chosen_learning_rates(config, arms, tuning) == {
+        "joint": (0.004, None), "weak": (0.004, None), "dae-linear": (0.001, None),
+    }  # fmt: skip
     lost = [outcome("joint", 0.001, "failed"), outcome("weak", 0.001, float("nan")), *tuning[1::2]]
     lost = [o for o in lost if (o.job.arm, o.job.learning_rate) != ("weak", 0.004)]
-    assert chosen_learning_rates(config, arms, lost) == {"dae-linear": 0.004}  # one failed; all diverged
+    assert chosen_learning_rates(config, arms, lost) == {"dae-linear": (0.004, None)}  # one failed; all diverged
     alone = configure("x", "compare.learning_rates=[0.003]")
-    assert chosen_learning_rates(alone, arms, []) == {"joint": 0.003, "weak": 0.003, "dae-linear": 0.003}
+    assert chosen_learning_rates(alone, arms, []) == dict.fromkeys(["joint", "weak", "dae-linear"], (0.003, None))
+    config = configure("x", "compare.learning_rates=[0.001,0.004]", "compare.prior_learning_rates=[0.002,0.008]")
+    grid = {(0.001, 0.002): 3.0, (0.001, 0.008): 2.0, (0.004, 0.002): 2.0, (0.004, 0.008): None}
+    tuning = [outcome("weak", rate, distance, prior) for (rate, prior), distance in grid.items()]
+    assert chosen_learning_rates(config, arms, tuning) == {"weak": (0.001, 0.008)}
 
 
 def test_measuring_jobs():
     config = configure("x", "compare.rates=[16,64]", "autoencoder.vq.codebook_size=64")
-    rates = {"joint": 0.004, "dae-linear": 0.001}
+    rates = {"joint": (0.004, None), "dae-linear": (0.001, 0.02)}
     jobs = measuring_jobs(config, rates)
     assert own_rate(config) == 64
-    assert jobs[:2] == [Job("joint", 0, 0.004), Job("dae-linear", 0, 0.001)]
+    assert jobs[:2] == [Job("joint", 0, 0.004), Job("dae-linear", 0, 0.001, prior_learning_rate=0.02)]
+    assert {(j.arm, j.learning_rate, j.prior_learning_rate) for j in jobs} == {(arm, *pair) for arm, pair in rates.items()}
     assert [(j.arm, j.seed, j.rate) for j in jobs if j.rate is not None] == [
         (arm, seed, 16.0) for seed in (0, 1) for arm in ("joint", "dae-linear")
     ]  # 64 is the configuration's own
     assert len({j.key for j in jobs}) == len(jobs) == 8
-    assert name_of(jobs[-1]) == "dae-linear, seed 1, learning rate 0.001, rate 16"
+    assert name_of(jobs[-1]) == "dae-linear, seed 1, learning rate 0.001, of the prior 0.02, rate 16"
 
 
 @pytest.mark.parametrize(
@@ -226,6 +241,9 @@ def test_measuring_jobs():
         (["compare.learning_rates=[]"], "learning_rates"),
         (["compare.learning_rates=[0.001,0.0]"], "positive"),
         (["compare.learning_rates=[.nan]"], "positive"),
+        (["compare.prior_learning_rates=[0.001,0.001]"], "prior_learning_rates: expected different"),
+        (["compare.prior_learning_rates=[-1]"], "prior_learning_rates: expected positive"),
+        (["compare.prior_learning_rates=[1]", "autoencoder.bottleneck=kl", "prior.family=mixture"], "without a learning rate"),
         (["compare.rates=[16]", "compare.rate_arms=[joint,dae-liner]"], "'dae-liner'.*nearest one is 'dae-linear'"),
         (["compare.rates=[16]", "compare.rate_arms=[weak]"], "lacks the baseline 'joint'"),
         (["compare.rates=[16]", "compare.rate_arms=[]"], "rate_arms: expected different"),

@@ -57,6 +57,9 @@ def test_a_trial_of_each_carrier(bench, tmp_path, overrides):
     assert (record["codebook"] is None) == bool(overrides)
     main, small = record["priors"]
     assert small["size"] == 8 and main["size"] == (2 if overrides == GAN else 16)
+    # Adam's best step falls as 1 / width; a mixture has none.
+    rates = [prior["learning_rate"] for prior in (main, small)]
+    assert rates == [None, None] if overrides == GAN else rates == [config.prior.learning_rate, 2 * config.prior.learning_rate]
     for prior in record["priors"]:
         assert all(math.isfinite(prior[k]) for k in ("bits", "frechet", "precision", "recall", "copies"))
         assert prior["frechet"] > 0 and (prior["recognised"] is None) == (overrides == GAN)

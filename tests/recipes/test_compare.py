@@ -36,7 +36,7 @@ def prepare(config):
 
 
 def trial(bench, config, job):
-    """joint's distance falls with its rate; the arms differ by GAIN, and the best learning rate is 0.002."""
+    """joint's distance falls with its rate; the arms differ by GAIN; the best learning rates are 0.002 and 0.006 (prior)."""
     with open(Path(config.output_dir) / "ran.txt", "a") as file:
         file.write(f"{job.key}\n")
     if (Path(config.output_dir) / "broken").exists() and (job.arm, job.seed) == ("weak", 1):
@@ -46,7 +46,8 @@ def trial(bench, config, job):
     random = np.random.default_rng([job.seed, *job.arm.encode()])
     shared, own = np.random.default_rng(job.seed).normal(), 0.2 * random.normal()
     rate = 6.0 * np.log2(job.rate or 64) + GAIN[job.arm]
-    distance = 46 - rate + GAIN[job.arm] + shared + own + 1000 * abs(job.learning_rate - 0.002)
+    mistuned = abs(job.learning_rate - 0.002) + abs((job.prior_learning_rate or 0.006) - 0.006)
+    distance = 46 - rate + GAIN[job.arm] + shared + own + 1000 * mistuned
     widths = [128] if job.purpose == "tune" else [128, *config.compare.prior_widths]
     quality = {
         "recognised": 0.95,
@@ -71,7 +72,8 @@ def trial(bench, config, job):
 
 ARMS = "compare.arms=[joint,weak,dae-linear,dae-narrow,'own: method=dae auxiliary_decoder.width_factor=0.5']"
 FULL = (
-    ARMS, "compare.seeds=[0,1,2]", "compare.learning_rates=[0.001,0.002]", "compare.rates=[16,128]",
+    ARMS, "compare.seeds=[0,1,2]", "compare.learning_rates=[0.001,0.002]", "compare.prior_learning_rates=[0.003,0.006]",
+    "compare.rates=[16,128]",
     "compare.prior_widths=[32,64]", "compare.processes=1",
 )  # fmt: skip
 SMALL = ("compare.arms=[joint,weak,dae-narrow]", "compare.seeds=[0,1,2]", "compare.learning_rates=[0.002]", "compare.processes=1")
@@ -90,14 +92,17 @@ def test_a_whole_comparison(tmp_path, compare, capsys, read_page):
     found = read_page(path)
     page, words = found.html, found.words
     ran = (tmp_path / "ran.txt").read_text().split()
-    assert len(ran) == 5 * 2 + 5 * 3 + 2 * 2 * 3 and all("lr0.002" in key for key in ran if key.startswith("measure"))
+    assert len(ran) == 5 * 2 * 2 + 5 * 3 + 2 * 2 * 3
+    assert all("lr0.002-prior0.006" in key for key in ran if key.startswith("measure"))
     # The made-up truth: what an arm wins at equal steps by its lower rate, or loses, it does not at equal rate, but for GAIN.
     assert "worse than joint: weak" in words and "Better than joint: dae-linear" in words
     assert "own" in words and "method=dae auxiliary_decoder.width_factor=0.5" in words
     for heading in ("The answer", "At equal rate", "Tuning", "Left out", "Copies?", "Samples", "Size of the prior"):
         assert heading in words, heading
-    assert "all 37 trials have a result" in words and "each had" not in words
+    assert "all 47 trials have a result" in words and "each had" not in words
     assert "At the edge of the tried rates" in words  # 0.002 is the largest
+    assert "had 4 trials, one for each learning rate of its autoencoder with each of its prior" in words
+    assert "0.002, of the prior 0.006" in words
     assert "Over the 15 trials that have such a report card" in words
     assert "“Distance for slightly richer generators” orders the trials most" in words
     assert "Steps are equal in sum only" in words and "every arm’s encoder starts from the same weights" in words
