@@ -20,7 +20,18 @@ from pathlib import Path
 from typing import Callable
 
 from dae.comparison.pooling import OUTCOMES, pool, pooled_markdown, pooled_predictors, ratio_in_figures
-from dae.comparison.results import BY_KEY, bits_mean, budgets, caveats, in_figures, in_short, markdown, rate_means, signed
+from dae.comparison.results import (
+    BY_KEY,
+    bits_mean,
+    budgets,
+    caveats,
+    in_figures,
+    in_short,
+    markdown,
+    rate_means,
+    signed,
+    verdict,
+)
 
 RECIPES = Path(__file__).resolve().parent
 DATA = {
@@ -128,6 +139,7 @@ def document(summaries: dict[str, dict], overrides: list[str]) -> str:
             pooled, first["baseline"], {a["name"] for s in summaries.values() for a in s["arms"] if a["decoupled"]}, finetuned
         ),
         "",
+        *by_comparison(summaries, pooled, finetuned),
         pooled_markdown(pooled, finetuned).rstrip(),
         "",
         "## What the decoupled latents cost and save",
@@ -201,6 +213,25 @@ def answers(pooled: dict, baseline: str, decoupled: set[str], finetuned: str | N
         )
         lines += ["", *(f"- {name}: {over_all(row)}" for name, row in arms.items()), ""]
     return lines[:-1]
+
+
+def by_comparison(summaries: dict[str, dict], pooled: dict, finetuned: str | None = None) -> list[str]:
+    """Every arm in every comparison: what is shown, and its distance in multiples of the other's."""
+    lines = ["In each comparison, with the arm's distance in multiples of the other's:", ""]
+    lines += [f"| arm | against | {' | '.join(summaries)} |", "|" + "---|" * (len(summaries) + 2)]
+    baseline = next(iter(summaries.values()))["baseline"]
+    against = {"equal_steps": baseline, "equal_encoder": f"{finetuned}, equal steps of the encoder"}
+    for key, other in (against | {"equal_rate": f"{baseline}, equal rate"}).items():
+        for arm, pooled_row in (pooled[key] or {}).items():
+            tables = [(s["differences"] if key == "equal_steps" else s[key]) for s in summaries.values()]
+            rows = [table["frechet"].get(arm) if table else None for table in tables]
+            ratios = [pooled_row["ratios"].get(name) for name in summaries]
+            cells = [
+                ("–" if row is None else verdict(BY_KEY["frechet"], row)) + ("" if ratio is None else f", {ratio:.2f}")
+                for row, ratio in zip(rows, ratios, strict=True)
+            ]
+            lines.append(f"| {arm} | {other} | {' | '.join(cells)} |")
+    return [*lines, ""]
 
 
 def over_all(row: dict) -> str:
