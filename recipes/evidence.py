@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Iterable
 
 from dae.comparison.pooling import OUTCOMES, pool, pooled_markdown, pooled_predictors, ratio_in_figures
 from dae.comparison.results import (
@@ -27,10 +27,10 @@ from dae.comparison.results import (
     caveats,
     in_figures,
     in_short,
+    line,
     markdown,
     rate_means,
     signed,
-    verdict,
 )
 
 RECIPES = Path(__file__).resolve().parent
@@ -139,7 +139,7 @@ def document(summaries: dict[str, dict], overrides: list[str]) -> str:
             pooled, first["baseline"], {a["name"] for s in summaries.values() for a in s["arms"] if a["decoupled"]}, finetuned
         ),
         "",
-        *by_comparison(summaries, pooled, finetuned),
+        *by_comparison(summaries, pooled, first["baseline"], finetuned),
         pooled_markdown(pooled, finetuned).rstrip(),
         "",
         "## What the decoupled latents cost and save",
@@ -215,22 +215,21 @@ def answers(pooled: dict, baseline: str, decoupled: set[str], finetuned: str | N
     return lines[:-1]
 
 
-def by_comparison(summaries: dict[str, dict], pooled: dict, finetuned: str | None = None) -> list[str]:
+def by_comparison(names: Iterable[str], pooled: dict, baseline: str, finetuned: str | None = None) -> list[str]:
     """Every arm in every comparison: what is shown, and its distance in multiples of the other's."""
-    lines = ["In each comparison, with the arm's distance in multiples of the other's:", ""]
-    lines += [f"| arm | against | {' | '.join(summaries)} |", "|" + "---|" * (len(summaries) + 2)]
-    baseline = next(iter(summaries.values()))["baseline"]
+    header = ["arm", "against", *names]
+    lines = [
+        "In each comparison, with the arm's distance in multiples of the other's:",
+        "",
+        line(header),
+        line(["---"] * len(header)),
+    ]
     against = {"equal_steps": baseline, "equal_encoder": f"{finetuned}, equal steps of the encoder"}
     for key, other in (against | {"equal_rate": f"{baseline}, equal rate"}).items():
-        for arm, pooled_row in (pooled[key] or {}).items():
-            tables = [(s["differences"] if key == "equal_steps" else s[key]) for s in summaries.values()]
-            rows = [table["frechet"].get(arm) if table else None for table in tables]
-            ratios = [pooled_row["ratios"].get(name) for name in summaries]
-            cells = [
-                ("–" if row is None else verdict(BY_KEY["frechet"], row)) + ("" if ratio is None else f", {ratio:.2f}")
-                for row, ratio in zip(rows, ratios, strict=True)
-            ]
-            lines.append(f"| {arm} | {other} | {' | '.join(cells)} |")
+        for arm, row in (pooled[key] or {}).items():
+            ratios = {name: f", {ratio:.2f}" for name, ratio in row["ratios"].items()}
+            cells = [row["verdicts"].get(name, "–") + ratios.get(name, "") for name in header[2:]]
+            lines.append(line([arm, other, *cells]))
     return [*lines, ""]
 
 

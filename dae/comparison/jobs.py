@@ -79,7 +79,7 @@ def check_comparison(config: Config) -> list[Arm]:
         _require_learning_rates("prior_learning_rates", compare.prior_learning_rates)
         if family == "mixture":
             raise ValueError("compare.prior_learning_rates: a mixture is fitted without a learning rate; leave them empty")
-    if len(_tried(config)) > 1 and compare.tuning_seed in compare.seeds:
+    if len(tried_learning_rates(config)) > 1 and compare.tuning_seed in compare.seeds:
         raise ValueError(
             f"compare.tuning_seed={compare.tuning_seed} is among compare.seeds={compare.seeds}: a learning rate chosen on a seed "
             "favours it; take another"
@@ -138,13 +138,14 @@ def own_rate(config: Config) -> float:
 LearningRates = tuple[float, float | None]  # of the autoencoder, and of the prior if it is not the configuration's
 
 
-def _tried(config: Config) -> list[LearningRates]:
+def tried_learning_rates(config: Config) -> list[LearningRates]:
+    """The pairs that each arm is tuned over; a single one tunes nothing."""
     return list(itertools.product(config.compare.learning_rates, config.compare.prior_learning_rates or [None]))
 
 
 def tuning_jobs(config: Config, arms: Sequence[Arm]) -> list[Job]:
     """Every arm at every pair of learning rates, with the tuning seed; none if there is one pair only."""
-    tried, seed = _tried(config), config.compare.tuning_seed
+    tried, seed = tried_learning_rates(config), config.compare.tuning_seed
     return [Job(a.name, seed, rate, "tune", None, prior) for rate, prior in tried for a in arms] if len(tried) > 1 else []
 
 
@@ -154,7 +155,7 @@ def chosen_learning_rates(config: Config, arms: Sequence[Arm], tuning: Sequence[
     An arm of which a tuning trial failed is not in the answer, since it would have had fewer trials than the others; nor
     is one of which all diverged.
     """
-    if len(tried := _tried(config)) == 1:
+    if len(tried := tried_learning_rates(config)) == 1:
         return {arm.name: tried[0] for arm in arms}
     chosen = {}
     for arm in arms:

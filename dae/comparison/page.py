@@ -19,7 +19,7 @@ from dae.charts import (
     interval_panel,
     save_png,
 )
-from dae.comparison.jobs import learning_rates_in_words
+from dae.comparison.jobs import learning_rates_in_words, tried_learning_rates
 from dae.comparison.results import (
     BY_KEY,
     DETAILS,
@@ -179,7 +179,7 @@ def compared(config: Config, summary: dict) -> list[Html]:
     total = config.stage1.max_train_steps + config.stage2.max_train_steps
     codebook = f"a codebook of {config.autoencoder.vq.codebook_size:,} codes"
     bottleneck = codebook if config.autoencoder.bottleneck == "vq" else f"a KL weight of {config.autoencoder.kl.kl_weight:g}"
-    tried = len(config.compare.learning_rates) * len(config.compare.prior_learning_rates or [None])
+    tried = len(tried_learning_rates(config))
     tuned = f"{tried} tuning trials for each" if tried > 1 else "one learning rate for all, not tuned"
     equal = (
         f"Equal for all arms: the training images, {total:,} steps of the autoencoder in all, {bottleneck}, the prior "

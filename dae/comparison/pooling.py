@@ -29,8 +29,8 @@ def pool(summaries: Mapping[str, dict]) -> dict[str, dict]:
 
     Returns:
         {"equal_steps": {arm: row}, "equal_encoder": ..., "equal_rate": ...}, row = {"better", "worse", "no difference shown",
-        "not known", "ratios": {comparison: ratio}, "ratio": {"mean", "low", "high", "n"}, "seeds": those that have a
-        difference, "of": all}. A table is None if no comparison made it.
+        "not known", "verdicts": {comparison: one of these}, "ratios": {comparison: ratio}, "ratio": {"mean", "low", "high",
+        "n"}, "seeds": those that have a difference, "of": all}. A table is None if no comparison made it.
 
     Raises:
         ValueError: no comparison, or different baselines.
@@ -47,7 +47,7 @@ def _pooled(tables: Mapping[str, dict[str, dict]]) -> dict[str, dict]:
     measure, pooled = BY_KEY["frechet"], {}
     for name in dict.fromkeys(arm for table in tables.values() for arm in table):
         rows = {comparison: table[name] for comparison, table in tables.items() if name in table}
-        verdicts = [verdict(measure, row) for row in rows.values()]
+        verdicts = {comparison: verdict(measure, row) for comparison, row in rows.items()}
         logs = {}
         for comparison, row in rows.items():
             pairs = [(b + d, b) for d, b in zip(row["values"], row["baseline"], strict=True) if b > 0 and b + d > 0]
@@ -58,7 +58,8 @@ def _pooled(tables: Mapping[str, dict[str, dict]]) -> dict[str, dict]:
             interval = mean_interval(list(logs.values()), LEVEL)
             ends = {k: None if v is None else math.exp(v) for k, v in interval._asdict().items() if k != "n"}
             ratio = ends | {"n": interval.n}
-        pooled[name] = {word: verdicts.count(word) for word in OUTCOMES} | {
+        pooled[name] = {word: list(verdicts.values()).count(word) for word in OUTCOMES} | {
+            "verdicts": verdicts,
             "ratios": {c: math.exp(v) for c, v in logs.items()},
             "ratio": ratio,
             "seeds": sum(row["n"] for row in rows.values()),

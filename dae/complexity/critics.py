@@ -282,8 +282,8 @@ def potential_candidates(
     """Candidates for Kantorovich's potential at `parts.heldout()`, float64 [C, K, R], every one 1-Lipschitz.
 
     The projection on the difference of means, and sorting networks that maximise E_P f - E_Q f on the rows to fit on, with their
-    singular values clipped at 1 after every step; with `penalty`, clipped in the second half of the training only, after a first
-    half under a gradient penalty, which proves nothing away from the points that it is taken at.
+    singular values clipped at 1 after every step; with `penalty`, clipped after the first quarter of the training only, which is
+    under a gradient penalty, as that proves nothing away from the points that it is taken at.
     """
     heldout_KRD = parts.heldout()
     difference_KD = (parts.fit[0].mean(dim=1) - parts.fit[1].mean(dim=1)).double()

@@ -66,21 +66,14 @@ def test_words_follow_the_counts_and_not_the_names(evidence):
 
 
 def test_each_comparison_has_its_verdict_beside_its_ratio(evidence):
-    def found(verdict, p):
-        return {"own": {"n": 5, "of": 5, "mean": verdict, "low": -1.0, "high": 1.0, "verdict": verdict, "p": p, "adjusted": p}}
-
-    first = {"baseline": "joint", "differences": {"frechet": found(-1, 0.01)}, "equal_encoder": None, "equal_rate": None}
-    second = first | {"differences": {"frechet": {}}, "equal_rate": {"frechet": found(0, 0.5)}}
-    pooled = {
-        "equal_steps": {"own": {"ratios": {"a": 0.5}}},
-        "equal_encoder": None,
-        "equal_rate": {"own": {"ratios": {"b": 1.2}}},
-    }
-    table = evidence.by_comparison({"a": first, "b": second}, pooled)
+    steps = {"own": {"verdicts": {"a": "better"}, "ratios": {"a": 0.5}}}
+    rate = {"own": {"verdicts": {"a": "not known", "b": "no difference shown"}, "ratios": {"b": 1.2}}}
+    pooled = {"equal_steps": steps, "equal_encoder": None, "equal_rate": rate}
+    table = evidence.by_comparison(["a", "b"], pooled, "joint")
     assert table[2] == "| arm | against | a | b |"
     assert table[4:-1] == [
         "| own | joint | better, 0.50 | – |",
-        "| own | joint, equal rate | – | no difference shown, 1.20 |",
+        "| own | joint, equal rate | not known | no difference shown, 1.20 |",
     ]
 
 
