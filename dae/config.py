@@ -360,7 +360,7 @@ def _merge(base: Any, layers: list[tuple[str, Any]]) -> Config:
         if layer.get("mixed_precision") is False:  # YAML 1.1 reads a bare `no` as false
             layer.mixed_precision = "no"
         try:
-            config = OmegaConf.merge(config, layer)
+            config.merge_with(layer)
         except OmegaConfBaseException as error:
             key = getattr(error, "full_key", None) or "?"
             raise ValueError(f"{source}: wrong type at {key}: {str(error).splitlines()[0]}") from error

@@ -59,9 +59,9 @@ def parse_arms(config: CompareConfig) -> list[Arm]:
     return arms
 
 
-def arm_config(config: Config, arm: Arm) -> Config:
-    """The configuration that trains `arm`. ValueError: an override that the configuration does not have."""
-    return with_overrides(config, arm.overrides)
+def arm_config(config: Config, arm: Arm, *further: str) -> Config:
+    """The configuration that trains `arm`, with `further` overrides. ValueError: one that the configuration does not have."""
+    return with_overrides(config, [*arm.overrides, *further])
 
 
 def require_matched(config: Config, arms: list[Arm]) -> None:

@@ -89,7 +89,7 @@ def job_config(config: Config, job: Job) -> Config:
     if job.rate is not None:
         vq = config.autoencoder.bottleneck == "vq"
         overrides.append(f"autoencoder.vq.codebook_size={int(job.rate)}" if vq else f"autoencoder.kl.kl_weight={job.rate!r}")
-    return with_overrides(arm_config(config, arms[job.arm]), overrides)
+    return arm_config(config, arms[job.arm], *overrides)
 
 
 @dataclass

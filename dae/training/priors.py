@@ -123,24 +123,30 @@ def latent_shape(cache: LatentCache) -> dict:
     return shape | {"tokenizer": cache.fingerprint.tokenizer}
 
 
+def normalised_posteriors(prior: DiT, moments_BEhw: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance [B, D, h, w] of cached posteriors, in the prior's scale."""
+    mean, log_variance = moments_BEhw.chunk(2, dim=1)
+    return prior.normalise(mean), log_variance.exp() / prior.latent_std.square()
+
+
 def velocity_loss(model: nn.Module, prior: DiT, batch: dict[str, Tensor]) -> Tensor:
-    """`flow_matching_loss` of a new posterior sample of each image, with hidden classes."""
+    """`flow_matching_loss` of each image's posterior, with hidden classes."""
     moments = choose_copies(batch["moments"], draw_rows(torch.rand, batch["label"].shape, device=batch["label"].device))
-    latents = prior.normalise(sample_posteriors(moments))
-    return flow_matching_loss(model, latents, prior.hide_classes(batch["label"]))
+    mean, variance = normalised_posteriors(prior, moments)
+    return flow_matching_loss(model, mean, prior.hide_classes(batch["label"]), variance_BDhw=variance)
 
 
 @torch.no_grad()
 def steady_velocity_loss(prior: DiT, encoded: PosteriorDataset, config: Config) -> float:
-    """`flow_matching_loss` of the plain encodings, at the same posterior samples, times and noise whenever it is called."""
+    """`flow_matching_loss` of the plain encodings, at the same times and noise whenever it is called."""
     prior.eval()
     device, total = prior.latent_mean.device, 0.0
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), each_for_itself():
         torch.manual_seed(seed_for(config.seed, "prior", "validation"))
         plain = encoded.moments_NCEhw[:, 0]
         for labels, moments in zip(encoded.labels_N.split(SCORE_BATCH), plain.split(SCORE_BATCH), strict=True):
-            latents = prior.normalise(sample_posteriors(moments.to(device)))
-            total += flow_matching_loss(prior, latents, labels.to(device)).item() * len(labels)
+            mean, variance = normalised_posteriors(prior, moments.to(device))
+            total += flow_matching_loss(prior, mean, labels.to(device), variance_BDhw=variance).item() * len(labels)
     return total / len(encoded)
 
 

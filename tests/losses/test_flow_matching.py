@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import dae.distributed
+import dae.losses.flow_matching
 from dae.losses.flow_matching import flow_matching_loss
 
 
@@ -59,6 +60,39 @@ def test_it_is_the_minimum():
     for offset in (-0.5, 0.5):
         other = flow_matching_loss(GaussianVelocity(1.0, offset), x, labels, generator=generator(1))
         torch.testing.assert_close(other - floor, torch.tensor(0.25 + offset * best.offset.grad.item()).double())
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.3, 1.0, 2.0])
+def test_posteriors_add_no_noise_of_their_own(spread):
+    """For means ~ N(0, m^2) and posteriors N(mean, v) the best velocity is that of N(0, m^2 + v), as for latents drawn from
+    them, and only what the means leave open remains: E Var[noise - x | x_t] - E Var[noise - x | x_t, mean] = (s - sqrt v) pi / 2.
+    """
+    means, variance = latents(40000, spread), 0.64
+    s, labels = math.sqrt(spread**2 + variance), torch.zeros(len(means), dtype=torch.int64)
+    given = {"variance_BDhw": torch.full_like(means, variance), "generator": generator(1)}
+    best = GaussianVelocity(s)
+    loss = flow_matching_loss(best, means, labels, **given)
+    error = math.sqrt(2 / means.numel()) * (1 + s**2)
+    assert abs(loss.item() - (s - math.sqrt(variance)) * math.pi / 2) < 4 * error * spread + 1e-12
+    loss.backward()
+    assert abs(best.offset.grad.item()) < 4 * 2 * error * spread + 1e-12
+
+
+def test_a_variance_of_zero_is_a_latent_that_is_known():
+    x, labels = latents(64), torch.zeros(64, dtype=torch.int64)
+    model = GaussianVelocity(1.0)
+    known = flow_matching_loss(model, x, labels, generator=generator(3))
+    for variance in (0.0, 1e-30):
+        given = {"variance_BDhw": torch.full_like(x, variance), "generator": generator(3)}
+        torch.testing.assert_close(flow_matching_loss(model, x, labels, **given), known, rtol=1e-12, atol=0)
+
+
+def test_a_known_latent_at_time_zero_is_finite(monkeypatch):
+    """There the noise is not seen at all: E[noise - x | x] = -x."""
+    monkeypatch.setattr(dae.losses.flow_matching, "even_times", lambda shape, dtype, **_: torch.zeros(shape, dtype=dtype))
+    x, labels = latents(8), torch.zeros(8, dtype=torch.int64)
+    loss = flow_matching_loss(Recorder(), x, labels, variance_BDhw=torch.zeros_like(x), generator=generator(0))
+    torch.testing.assert_close(loss, x.square().mean())
 
 
 def test_paths_are_straight_and_times_even():
@@ -132,3 +166,8 @@ def test_the_error_is_of_float32_where_the_velocity_is_not():
 def test_refusals(x, labels, error, message):
     with pytest.raises(error, match=message):
         flow_matching_loss(Recorder(), x, torch.tensor(labels, dtype=torch.int64))
+
+
+def test_a_variance_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match=r"variance for each of \[2, 1, 1, 1\] latents, got \[2, 1\]"):
+        flow_matching_loss(Recorder(), torch.zeros(2, 1, 1, 1), torch.zeros(2, dtype=torch.int64), variance_BDhw=torch.ones(2, 1))
