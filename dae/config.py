@@ -239,6 +239,9 @@ class CompareConfig:
         [], "further rates for the arms of rate_arms: codebook sizes (vq) or KL weights (kl); none draws no frontier"
     )
     rate_arms: List[str] = knob(["joint", "dae-linear"], "arms that get the further rates and priors")
+    other_rates: List[float] = knob(
+        [], "those of `rates` that rate_arms other than the baseline get, whose frontier alone others are held against; none: all"
+    )
     prior_widths: List[int] = knob(
         [], "further priors of the rate_arms: widths of ar and dit (learning rate ~ 1 / width), components of a mixture", least=1
     )

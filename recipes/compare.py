@@ -5,7 +5,8 @@
         compare.arms=[joint,dae-linear] compare.seeds=[0,1,2] compare.learning_rates=[4e-3] compare.rates=[16,32,128]
 
 First every arm, the baseline too, tries each of compare.learning_rates once, with compare.tuning_seed and on images held out of
-the training set. Then every arm is trained with every seed at the best of them, and compare.rate_arms at compare.rates too. Each
+the training set. Then every arm is trained with every seed at the best of them, and compare.rate_arms at compare.rates too (of
+these only compare.other_rates for those that are not the baseline, if given). Each
 trial trains autoencoder and prior, draws samples and measures; compare.processes of them run at a time, on a CPU as they stand.
 Each is saved when it is finished: the same command goes on where it was stopped. Another configuration is refused.
 Writes <output_dir>: compare.html (the answer, in words and pictures), compare.png, compare.json, compare.md (the table of all

@@ -39,24 +39,25 @@ DATA = {
     "photos": "crops of the photographs inside the scikit-learn and scikit-image wheels, 8x8, colour, no labels",
 }
 KL = ("autoencoder.bottleneck=kl", "autoencoder.latent_channels=4")
-DIT = (*KL, "prior.family=dit", "prior.train_batch_size=64", "prior.dropout=0", "compare.prior_learning_rates=[5e-3,1e-2]")
+DIT = (*KL, "prior.family=dit", "prior.width=32", "prior.max_train_steps=240", "prior.train_batch_size=64", "prior.dropout=0")
+DIT = (*DIT, "compare.prior_learning_rates=[1e-2,2e-2]")
 GAN = (*KL, "prior.family=mixture", "compare.prior_widths=[4]", "stage2.loss.adversarial=0.1")
-GAN = (*GAN, "stage2.loss.discriminator_channels=16", "stage2.loss.discriminator_layers=1")
+GAN = (*GAN, "stage2.loss.discriminator_channels=8", "stage2.loss.discriminator_layers=1")
 SMALL = "autoencoder.channel_multipliers=[1,2,2]"
 CARRIERS = {
     "vq": ("VQ + autoregressive Transformer", {"digits": (), "photos": ()}),
     "kl": (
         "KL + Diffusion Transformer (flow matching)",
         {
-            "digits": (*DIT, "autoencoder.kl.kl_weight=1e-3", "compare.rates=[3e-4,3e-3]"),
-            "photos": (*DIT, "autoencoder.kl.kl_weight=3e-4", "compare.rates=[1e-4,1e-3]"),
+            "digits": (*DIT, "autoencoder.kl.kl_weight=1e-3", "compare.rates=[3e-4,3e-3]", "compare.other_rates=[3e-3]"),
+            "photos": (*DIT, "autoencoder.kl.kl_weight=3e-4", "compare.rates=[1e-4,1e-3]", "compare.other_rates=[1e-3]"),
         },
     ),
     "gan": (
         "GAN on a data-dependent latent + Gaussian mixture",
         {
-            "digits": (*GAN, SMALL, "autoencoder.kl.kl_weight=3e-4", "compare.rates=[1e-4,1e-3]"),
-            "photos": (*GAN, SMALL, "autoencoder.kl.kl_weight=1e-4", "compare.rates=[3e-5,3e-4]"),
+            "digits": (*GAN, SMALL, "autoencoder.kl.kl_weight=3e-4", "compare.rates=[1e-4,1e-3]", "compare.other_rates=[1e-3]"),
+            "photos": (*GAN, SMALL, "autoencoder.kl.kl_weight=1e-4", "compare.rates=[3e-5,3e-4]", "compare.other_rates=[3e-4]"),
         },
     ),
 }

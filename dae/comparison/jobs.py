@@ -127,6 +127,8 @@ def _check_rates(config: Config, names: Sequence[str]) -> None:
         raise ValueError(f"compare.rates: expected codebook sizes (whole numbers from 2) for the vq bottleneck, got {rates}")
     if config.autoencoder.bottleneck == "kl" and any(not 0 <= r < 1 for r in rates):
         raise ValueError(f"compare.rates: expected KL weights from 0 to 1 for the kl bottleneck, got {rates}")
+    if strange := [rate for rate in config.compare.other_rates if rate not in rates]:
+        raise ValueError(f"compare.other_rates: {strange[0]:g} is not among compare.rates={rates}")
 
 
 def own_rate(config: Config) -> float:
@@ -173,10 +175,17 @@ def measuring_jobs(config: Config, learning_rates: dict[str, LearningRates]) -> 
     def job(arm: str, seed: int, rate: float | None = None) -> Job:
         return Job(arm, seed, learning_rates[arm][0], rate=rate, prior_learning_rate=learning_rates[arm][1])
 
-    further = [float(rate) for rate in compare.rates if rate != own_rate(config)]
-    arms = [arm for arm in compare.rate_arms if arm in learning_rates] if further else []
     own = [job(arm, seed) for seed in compare.seeds for arm in learning_rates]
-    return own + [job(arm, seed, rate) for seed in compare.seeds for rate in further for arm in arms]
+    further = [(rate, arm) for rate in compare.rates for arm in arms_at_rate(config, rate) if arm in learning_rates]
+    return own + [job(arm, seed, float(rate)) for seed in compare.seeds for rate, arm in further]
+
+
+def arms_at_rate(config: Config, rate: float) -> list[str]:
+    """The arms trained at one of `compare.rates`: all rate arms, or the baseline alone, or none if it is their own rate."""
+    compare = config.compare
+    if rate == own_rate(config):
+        return []
+    return [a for a in compare.rate_arms if a == compare.baseline or not compare.other_rates or rate in compare.other_rates]
 
 
 # ---- their files ----

@@ -19,7 +19,7 @@ from dae.charts import (
     interval_panel,
     save_png,
 )
-from dae.comparison.jobs import learning_rates_in_words, tried_learning_rates
+from dae.comparison.jobs import arms_at_rate, learning_rates_in_words, tried_learning_rates
 from dae.comparison.results import (
     BY_KEY,
     DETAILS,
@@ -311,8 +311,8 @@ def rates(config: Config, summary: dict, arms: Mapping[str, int]) -> list[Html]:
         charts.append(web.figure(drawn, f"{axis[0].upper()}{axis[1:]} against {RATE}: means; the thin lines span the seeds."))
     setting = "codebook sizes" if config.autoencoder.bottleneck == "vq" else "KL weights"
     if config.compare.rates:
-        further = ", ".join(f"{rate:g}" for rate in config.compare.rates)
-        words = f"{' and '.join(config.compare.rate_arms)} were trained at further {setting}, too: {further}."
+        at = {rate: " and ".join(arms) for rate in config.compare.rates if (arms := arms_at_rate(config, rate))}
+        words = f"Trained at further {setting}, too: {'; '.join(f'{names} at {rate:g}' for rate, names in at.items())}."
     else:
         words = f"No arm was trained at further {setting}, so each has one point."
     means = (

@@ -228,6 +228,13 @@ def test_measuring_jobs():
     assert name_of(jobs[-1]) == "dae-linear, seed 1, learning rate 0.001, of the prior 0.02, rate 16"
 
 
+def test_the_baseline_alone_gets_the_whole_frontier():
+    config = configure("x", "compare.rates=[16,32,128]", "compare.other_rates=[128]", "compare.seeds=[0]")
+    jobs = measuring_jobs(check_comparison(config) and config, dict.fromkeys(["joint", "weak", "dae-linear"], (0.004, None)))
+    further = [("joint", 16), ("joint", 32), ("joint", 128), ("dae-linear", 128)]
+    assert [(j.arm, j.rate) for j in jobs if j.rate is not None] == further
+
+
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
@@ -247,6 +254,7 @@ def test_measuring_jobs():
         (["compare.rates=[16]", "compare.rate_arms=[joint,dae-liner]"], "'dae-liner'.*nearest one is 'dae-linear'"),
         (["compare.rates=[16]", "compare.rate_arms=[weak]"], "lacks the baseline 'joint'"),
         (["compare.rates=[16]", "compare.rate_arms=[]"], "rate_arms: expected different"),
+        (["compare.rates=[16]", "compare.other_rates=[32]"], r"other_rates: 32 is not among compare.rates=\[16"),
         (["compare.rates=[16.5]"], "codebook sizes"),
         (["compare.rates=[1]"], "codebook sizes"),
         (["compare.rates=[-1]", "autoencoder.bottleneck=kl"], "KL weights"),
