@@ -1,6 +1,6 @@
 """The latent cache: what a KL autoencoder makes of a data set, as the mean and log-variance of each posterior.
 
-The posteriors are kept rather than samples of them, so that a prior sees a new sample of each image at every step.
+The posteriors are kept rather than samples of them: a prior learns all of each (`dae.losses.flow_matching_loss`), not one draw.
 """
 
 from __future__ import annotations
