@@ -1,6 +1,6 @@
 # make demo        from nothing to a page of images made by a Decoupled Autoencoder and a Transformer prior
 # make demo-joint  the same with the one-stage baseline
-# make evidence    docs/evidence.md: the comparisons of the method with its baselines, about an hour on 2 cores
+# make evidence    docs/evidence.md: the comparisons of the method with its baselines, under 45 minutes on 2 cores
 # make test        lint and tests
 # Each works alone on a fresh machine with Python >= 3.11: it creates .venv, installs, runs. A second run needs no network.
 

@@ -282,29 +282,37 @@ def predictors(rows: list[dict]) -> list[str]:
 
 
 def costs(summaries: dict[str, dict]) -> list[str]:
-    """Bits under the prior, rate and PSNR: arm minus baseline, in how many comparisons each way."""
-    baseline, table = next(iter(summaries.values()))["baseline"], []
-    arms = dict.fromkeys(arm for s in summaries.values() for arm in s["differences"]["frechet"])
-    for arm in arms:
-        cells = []
-        for key in ("rate_bits", "bits", "psnr", "copies"):
-            rows = [s["differences"][key][arm] for s in summaries.values() if arm in s["differences"][key]]
-            ways = [0 if row["low"] is None else row["verdict"] for row in rows]
-            factor, digits = (100, 2) if key == "copies" else (1, 1)
-            means = [factor * row["mean"] for row in rows]
-            cells.append(
-                f"{ways.count(1)} higher, {ways.count(-1)} lower, {ways.count(0)} neither "
-                f"({signed(min(means), digits)} to {signed(max(means), digits)})"
-            )
-        table.append(f"| {arm} | {' | '.join(cells)} |")
-    return [
-        f"Each arm minus *{baseline}* at equal steps: in how many comparisons it is shown to be higher or lower (adjusted as",
-        "above), and the range of the mean differences.",
+    """Bits under the prior, rate, PSNR and copies: arm minus baseline, in how many comparisons each way."""
+    baseline = next(iter(summaries.values()))["baseline"]
+    columns = {
+        "rate_bits": "rate, bits",
+        "bits": "bits under the prior",
+        "psnr": "PSNR, dB",
+        "copies": "near-copies, percentage points",
+    }
+    lines = [
+        f"Each arm minus *{baseline}*: in how many comparisons it is shown to be higher or lower (adjusted as above), and the",
+        "range of the mean differences.",
         "",
-        "| arm | rate, bits | bits under the prior | PSNR, dB | near-copies, percentage points |",
-        "|---|---|---|---|---|",
-        *table,
     ]
+    for title, key in (("equal steps", "differences"), ("equal rate", "equal_rate")):
+        tables = [s[key] for s in summaries.values() if s[key]]
+        arms = dict.fromkeys(arm for table in tables for arm in table["frechet"])
+        shown = {name: words for name, words in columns.items() if any(name in table for table in tables)}
+        if arms:
+            lines += [f"| at {title} | {' | '.join(shown.values())} |", "|---" * (len(shown) + 1) + "|"]
+            lines += [f"| {arm} | {' | '.join(ways(tables, arm, name) for name in shown)} |" for arm in arms]
+            lines.append("")
+    return lines[:-1]
+
+
+def ways(tables: list[dict], arm: str, key: str) -> str:
+    rows = [row for table in tables if (row := table[key].get(arm)) and row["mean"] is not None]
+    verdicts = [0 if row["low"] is None else row["verdict"] for row in rows]
+    factor, digits = (100, 2) if key == "copies" else (1, 1)
+    means = [factor * row["mean"] for row in rows]
+    between = f" ({signed(min(means), digits)} to {signed(max(means), digits)})" if means else ""
+    return f"{verdicts.count(1)} higher, {verdicts.count(-1)} lower, {verdicts.count(0)} neither{between}"
 
 
 def correlation(row: dict) -> str:
