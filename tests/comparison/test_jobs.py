@@ -102,7 +102,8 @@ def wait_for(condition, seconds=60):
 
 
 SCRIPT = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs inherit as ignored
 sys.path[:0] = {path!r}
 from tests.comparison.test_jobs import *
 if __name__ == "__main__":
