@@ -307,6 +307,7 @@ def costs(summaries: dict[str, dict]) -> list[str]:
 
 
 def ways(tables: list[dict], arm: str, key: str) -> str:
+    """In how many tables one measure of an arm is shown to be higher or lower, and between what its mean differences lie."""
     rows = [row for table in tables if (row := table[key].get(arm)) and row["mean"] is not None]
     verdicts = [0 if row["low"] is None else row["verdict"] for row in rows]
     factor, digits = (100, 2) if key == "copies" else (1, 1)

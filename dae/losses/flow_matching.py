@@ -42,7 +42,7 @@ def flow_matching_loss(
         generator: on the latents' device; None draws from the global one. Drawn for the global batch (`draw_rows`).
 
     Returns:
-        A scalar of at least float32; it does not reach 0, because noise and latent cannot both be read off x_t.
+        A scalar of at least float32; for known latents it does not reach 0, as noise and latent cannot both be read off x_t.
 
     Raises:
         TypeError: latents that are not floating.
