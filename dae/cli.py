@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
 import traceback
@@ -12,7 +13,7 @@ import dae_kernels
 from tqdm import tqdm
 
 import dae
-from dae.config import Config, config_from_command_line
+from dae.config import Config, describe, load_config
 
 MESSAGES = (ValueError, TypeError, OSError, ImportError, RuntimeError, FloatingPointError)
 ENVIRONMENT = "\nOf an error that tells what to do, only the message is shown; DAE_TRACEBACK=1 shows where it arose.\n"
@@ -47,3 +48,26 @@ def is_message(error: BaseException, script: Path) -> bool:
     ours = [Path(dae.__file__).parent, Path(dae_kernels.__file__).parent, script.resolve().parent]
     on_purpose = bool(frames) and (frames[-1].line or "").startswith("raise")  # and not an operation that failed in our code
     return on_purpose and any(folder in Path(frames[-1].filename).resolve().parents for folder in ours)
+
+
+def config_from_command_line(doc: str, argv: list[str] | None = None) -> Config:
+    """Parse `--config file.yaml key=value ...`; `--help` prints `doc` and every key with type, default and meaning.
+
+    Without `--config` the digits chain is configured, so that each recipe runs as it stands.
+    """
+    if argv is None:
+        argv = sys.argv[1:]
+    rows = describe()
+    width = max(len(r.key) for r in rows)
+    keys = "\n".join(f"  {r.key:<{width}}  {r.type} = {'null' if r.default is None else r.default}\n      {r.help}" for r in rows)
+    parser = argparse.ArgumentParser(
+        description=doc, epilog=f"keys (type = default):\n{keys}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    digits = Path(sys.argv[0]).resolve().parent / "configs" / "digits.yaml"
+    parser.add_argument("--config", default=digits if digits.is_file() else None, help="YAML file (default: %(default)s)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override, for example stage1.learning_rate=3e-4")
+    arguments = parser.parse_args(argv)
+    try:
+        return load_config(arguments.config, arguments.overrides)
+    except (ValueError, FileNotFoundError) as error:
+        parser.exit(2, f"{parser.prog}: error: {error}\n")

@@ -13,7 +13,7 @@ LIBRARY = sorted((ROOT / "dae").rglob("*.py"))
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
 SCRIPTS = sorted(p for folder in ("recipes", "profiling") for p in (ROOT / folder).rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
-TORCH_ALONE = ("models", "quantizers", "losses", "sampling", "complexity", "config.py", "distributed.py", "hub.py", "files.py")
+TORCH_ALONE = ("models", "quantizers", "losses", "sampling", "complexity", "config", "distributed.py", "hub.py", "files.py")
 HEAVY = {
     *("datasets", "accelerate", "omegaconf", "torchdata", "torchmetrics", "sklearn", "skimage", "scipy", "matplotlib"),
     *("huggingface_hub", "safetensors", "pyarrow", "PIL", "tqdm", "numpy", "triton"),
@@ -105,11 +105,11 @@ def test_the_library_never_imports_scripts():
 
 def test_rooms_of_the_library():
     """Arrow 4."""
-    assert not offences([ROOT / "dae" / "config.py"], names("dae", "dae_kernels"))
+    assert not offences(below("config"), lambda name: top(name) in ("dae", "dae_kernels") and not name.startswith("dae.config."))
     assert not offences(below("models", "quantizers", "losses", "sampling", "metrics", "data"), names("dae.training"))
     assert not offences(below("models", "quantizers", "losses"), names("dae.data", "dae.sampling", "dae.metrics"))
     assert not offences(below("training"), names("argparse"))
-    assert not offences([p for p in LIBRARY if p.name not in ("config.py", "cli.py")], names("argparse"))
+    assert not offences([p for p in LIBRARY if p.name != "cli.py"], names("argparse"))
 
 
 def test_nothing_heavy_at_module_level():
@@ -192,7 +192,7 @@ def test_no_name_shadows_a_package():
 
 # Used without an import of ours: by the name of a tracker, or by other packages on our behalf.
 INDIRECT = {
-    "tensorboard": ("dae/config.py", '"tensorboard"'),  # accelerate's tracker
+    "tensorboard": ("dae/config/schema.py", '"tensorboard"'),  # accelerate's tracker
 }
 
 # The storage of datasets; flash-attn 3, which no registry has; and peers that the benchmarks measure where somebody has them.

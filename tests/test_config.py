@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from dae.cli import config_from_command_line
 from dae.config import (
     Config,
     PriorConfig,
-    config_from_command_line,
     describe,
     differing_keys,
     from_dict,
