@@ -57,8 +57,9 @@ class VectorQuantizer(nn.Module):
         """Draw a code for each feature instead of taking the nearest (Lee et al. 2022, "RQ-VAE Transformer", section 3.2.2).
 
         p(k) = softmax_k(-|z - code_k|^2 / (temperature * m)), with m the mean over the batch of the squared distance to the
-        nearest code: at 0.5, a code that is as far again as the nearest is chosen e^2 times less often. Other encodings of
-        the same image: a prior trained on them learns which codes are alike and copies less.
+        nearest code: at 0.5, a code whose squared distance is larger by m is chosen e^2 times less often. Other encodings of
+        the same image: a prior trained on them learns which codes are alike and copies less. Where all features are codes,
+        m = 0, each gets a nearest code.
 
         Args:
             features: [B, D, h, w], the encoder's output.
@@ -68,18 +69,23 @@ class VectorQuantizer(nn.Module):
             Indices [B, h, w]; draws from the global generator.
 
         Raises:
-            ValueError: the temperature is not positive.
+            ValueError: the temperature is not positive, or features or codebook hold NaN or infinity.
         """
         if not temperature > 0:
             raise ValueError(f"the temperature must be positive, got {temperature}; the nearest code is `forward`'s")
-        z_BhwD = features.float().movedim(1, -1)
-        _, nearest = nearest_code(z_BhwD, self.codebook, impl=self.impl)
-        scale = temperature * nearest.mean().clamp(min=1e-12)
-        rows = []
-        for z_ND in z_BhwD.flatten(0, -2).split(max(1, 2**24 // len(self.codebook))):  # 64 MiB of distances at once
-            distances_NK = torch.cdist(z_ND, self.codebook).square()
-            rows.append(torch.multinomial((-distances_NK / scale).softmax(-1), 1))
-        return torch.cat(rows).view(z_BhwD.shape[:-1])
+        z_BhwD, codebook_KD = features.movedim(1, -1).double(), self.codebook.double()
+        nearest_Bhw, _ = nearest_code(features.float().movedim(1, -1), self.codebook, impl=self.impl)
+        least_N = (z_BhwD - codebook_KD[nearest_Bhw]).square().sum(-1).flatten()
+        if not least_N.isfinite().all():
+            raise ValueError("sample_indices needs finite features and codes, got NaN or infinity; look for a diverged encoder")
+        scale = (temperature * least_N.mean()).clamp(min=torch.finfo(torch.float64).tiny)
+        rows = max(1, 2**23 // len(codebook_KD))  # 64 MiB of distances at once
+        drawn = []
+        for z_ND, least_n in zip(z_BhwD.flatten(0, -2).split(rows), least_N.split(rows), strict=True):
+            # From differences in float64: products would cancel away from the origin.
+            square_NK = torch.cdist(z_ND, codebook_KD, compute_mode="donot_use_mm_for_euclid_dist").square_()
+            drawn.append(torch.multinomial(((least_n[:, None] - square_NK) / scale).softmax(-1), 1))
+        return torch.cat(drawn).view(nearest_Bhw.shape)
 
     @torch.no_grad()
     def initialize_codebook(self, features_NDhw: Tensor, generator: torch.Generator) -> None:
