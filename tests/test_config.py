@@ -75,7 +75,9 @@ def test_unknown_keys_name_the_nearest(yaml, key, nearest):
         ("seed=null", "wrong type at seed"),
         ("seed=true", "wrong type at seed"),
         ("seed={a: 1}", "wrong type at seed"),
-        ("output_dir=[1]", "wrong type at output_dir"),
+        ("output_dir=", "output_dir: expected text, got ''"),
+        ("measure.latents=[a, {b: c}]", "measure.latents: expected text"),
+        ("measure.latents=[autoencoder:run[12]]", "cannot be parsed"),
         ("output_dir=${nowhere", "cannot be parsed"),
         ("output_dir=${nowhere}", "nowhere"),
         ("data=5", "data is a section"),
@@ -86,7 +88,15 @@ def test_unknown_keys_name_the_nearest(yaml, key, nearest):
         ("autoencoder.decoder.family=narow", "autoencoder.decoder.family: expected one of .* did you mean 'narrow'"),
         ("logging_steps=0", "logging_steps: expected at least 1, got 0"),
         ("stage2.gradient_accumulation_steps=0", "stage2.gradient_accumulation_steps: expected at least 1"),
-        ("stage1.learning_rate=nan", "stage1.learning_rate: expected at least 0"),
+        ("stage1.learning_rate=nan", "stage1.learning_rate: expected a finite number"),
+        ("stage1.learning_rate=.inf", "stage1.learning_rate: expected a finite number"),
+        ("data.random_affine=.inf", "data.random_affine: expected a finite number"),
+        ("evaluation.cfg_scales=[1,.inf]", "evaluation.cfg_scales: expected a finite number"),
+        ("seed=-1", "seed: expected at least 0 and at most 9223372036854775807"),
+        ("seed=9223372036854775808", "seed: expected at least 0 and at most"),
+        ("compare.seeds=[0,-1]", "compare.seeds: expected at least 0"),
+        ("autoencoder.attention_resolutions=[0]", "attention_resolutions: expected at least 1"),
+        ("sampling.top_p=0", "sampling.top_p: expected more than 0 and at most 1"),
         ("evaluation.cfg_scales=[1,-1]", "evaluation.cfg_scales: expected at least 0"),
         ("push_to_hub=true", "needs hub_model_id"),
         ("seed", "expected an override `key=value`"),
@@ -96,6 +106,76 @@ def test_unknown_keys_name_the_nearest(yaml, key, nearest):
 def test_wrong_values_are_refused(override, message):
     with pytest.raises(ValueError, match=message):
         load_config(None, [override])
+
+
+UNIT_INTERVAL = [  # probabilities, shares and decays, by whether 1 has a meaning
+    *((row.key, False) for row in describe() if row.key.endswith(("ema_decay", "adam_beta1", "adam_beta2", "dropout", ".decay"))),
+    *((f"prior.{name}", True) for name in ("class_dropout", "token_noise", "label_smoothing")),
+    *((f"{decoder}.width_factor", True) for decoder in ("autoencoder.decoder", "auxiliary_decoder")),
+    ("autoencoder.vq.revive_threshold", False),
+    ("sampling.top_p", True),
+]
+UNIT_INTERVAL = dict(UNIT_INTERVAL)  # class_dropout ends with dropout, too: the later entry counts
+
+
+@pytest.mark.parametrize("key, one_is_allowed", UNIT_INTERVAL.items(), ids=list(UNIT_INTERVAL))
+def test_probabilities_and_decays_lie_between_0_and_1(key, one_is_allowed):
+    for value in (-0.1, 1.5) if one_is_allowed else (-0.1, 1.0, 1.5):
+        with pytest.raises(ValueError, match=f"{key}: expected .* and .*, got {value}"):
+            load_config(None, [f"{key}={value}"])
+    load_config(None, [f"{key}={1 if one_is_allowed else 0.5}"])
+
+
+def fields(section, prefix=""):
+    for f in dataclasses.fields(section):
+        value = getattr(section, f.name)
+        yield from fields(value, f"{prefix}{f.name}.") if dataclasses.is_dataclass(value) else [(f"{prefix}{f.name}", f)]
+
+
+def test_every_number_has_a_least_value():
+    numbers = [(key, f.metadata) for key, f in fields(Config()) if any(kind in str(f.type) for kind in ("int", "float"))]
+    assert len(numbers) > 50
+    assert not [key for key, knob in numbers if not knob["choices"] and not {"least", "above"} & set(knob["bounds"])]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["2024_01_15", "0123", "1e3", "12:30", "a #2", "no", "true", "[1]", "{a}", "a: b", "a=b", "run[12]", "x,y", "*", "ü x"],
+)
+def test_text_is_taken_as_it_stands(yaml, text):
+    """From the command line in any case; from a file where YAML reads a scalar at all, quoted or not."""
+    for key in ("output_dir", "data.dataset_name", "hub_model_id", "data.image_column"):
+        assert dict(leaves(load_config(None, [f"{key}={text}"])))[key] == text
+    assert load_config(None, [f"measure.compare_folders=['{text}', 0123]"]).measure.compare_folders == [text, "0123"]
+    if not text.startswith("["):
+        assert load_config(None, [f"measure.compare_folders={text}"]).measure.compare_folders == [text]
+    assert load_config(yaml(f"output_dir: '{text}'\ndata: {{dataset_name: '{text}'}}")).output_dir == text
+    if not set(text) & set("#[{*:"):
+        config = load_config(yaml(f"output_dir: {text}\ndata:\n  dataset_name: {text}\nmeasure:\n  compare_folders: [{text}]"))
+        assert config.output_dir == config.data.dataset_name == text
+        assert config.measure.compare_folders == text.split(",")
+
+
+def test_null_is_null_and_home_is_home(yaml, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert load_config(None, ["resume_from_checkpoint=null"]).resume_from_checkpoint is None
+    assert load_config(yaml("resume_from_checkpoint: null\nhub_model_id: ~")).hub_model_id is None
+    with pytest.raises(ValueError, match="wrong type at output_dir"):
+        load_config(yaml("output_dir: ~"))
+    for config in (
+        load_config(None, ["output_dir=~/r", "data.dataset_name=~/d", "measure.compare_folders=[~/c, d]"]),
+        load_config(yaml("output_dir: ~/r\ndata: {dataset_name: ~/d}\nmeasure: {compare_folders: [~/c, d]}")),
+    ):
+        assert config.output_dir == f"{tmp_path}/r" and config.data.dataset_name == f"{tmp_path}/d"
+        assert config.measure.compare_folders == [f"{tmp_path}/c", "d"]
+
+
+def test_missing_files_name_the_nearest(tmp_path):
+    (tmp_path / "digits.yaml").touch()
+    with pytest.raises(FileNotFoundError, match=r"digit\.yaml'; did you mean '.*/digits\.yaml'\?"):
+        load_config(tmp_path / "digit.yaml")
+    with pytest.raises(FileNotFoundError, match=r"nothing/like/it'$"):
+        load_config(tmp_path / "nothing/like/it")
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
 """The configuration of the chain: every knob (schema.py), and reading, checking and writing it (load.py)."""
 
-from dae.config.load import describe, differing_keys, from_dict, load_config, save_config, with_overrides
+from dae.config.load import describe, differing_keys, from_dict, load_config, nearest_sibling, save_config, with_overrides
 from dae.config.schema import (
     AutoencoderConfig,
     CompareConfig,
@@ -39,6 +39,7 @@ __all__ = [
     "differing_keys",
     "from_dict",
     "load_config",
+    "nearest_sibling",
     "save_config",
     "with_overrides",
 ]

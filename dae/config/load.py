@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
+import math
+import operator
+import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 from dae.config.schema import Config
 
 
 def load_config(path: str | Path | None = None, overrides: list[str] | tuple = ()) -> Config:
-    """Defaults, then the YAML file, then `a.b=c` overrides, checked for names, types, choices and least values.
+    """Defaults, then the YAML file, then `a.b=c` overrides, checked for names, types, choices and bounds.
+
+    A knob whose type is text takes what is written as it stands: `output_dir=2024_01_15` and `0123` are no numbers, `#` starts no
+    comment in an override, and quotes around a whole override are taken off. `~` at the start of a path is the home directory.
 
     Raises:
-        FileNotFoundError: the file does not exist.
+        FileNotFoundError: the file does not exist; the message names the file of the nearest name.
         ValueError: an unknown key (the message names the nearest one), a wrong type, or a value that is not allowed.
     """
-    from omegaconf import OmegaConf
-
     layers = []
     if path is not None:
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"no configuration file {str(path)!r}")
-        try:
-            layers.append((str(path), OmegaConf.load(path)))
-        except Exception as error:  # as in _parsed
-            raise ValueError(f"{path} is not valid YAML: {error}") from error
+        path = Path(path).expanduser()
+        if not path.is_file():
+            raise FileNotFoundError(f"no configuration file {str(path)!r}{nearest_sibling(path)}")
+        layers.append((str(path), _read_yaml(path)))
     loaded = _merge(Config, layers + _parsed(overrides))
     if loaded.push_to_hub and not loaded.hub_model_id:  # it would fail after the training
         raise ValueError("push_to_hub=true needs hub_model_id=<user>/<name>")
@@ -39,18 +42,86 @@ def with_overrides(config: Config, overrides: list[str] | tuple) -> Config:
     return _merge(config, _parsed(overrides))
 
 
+def nearest_sibling(path: Path) -> str:
+    """For messages on a missing `path`: `; did you mean '<path>'?` with the nearest name in its folder, or nothing.
+
+    Of a path whose folder is missing as well, the first missing part is compared.
+    """
+    missing = path
+    while missing.parent != missing and not missing.parent.is_dir():
+        missing = missing.parent
+    try:
+        names = sorted(entry.name for entry in missing.parent.iterdir())
+    except OSError:
+        return ""
+    near = difflib.get_close_matches(missing.name, names, 1)
+    return f"; did you mean {str(missing.with_name(near[0]))!r}?" if near else ""
+
+
+def _read_yaml(path: Path) -> Any:
+    from omegaconf import OmegaConf
+
+    try:
+        layer = OmegaConf.load(path)
+        texts = yaml_texts(path.read_text(encoding="utf-8"))
+    except Exception as error:  # PyYAML's family of errors has no common public base with OmegaConf's
+        raise ValueError(f"{path} is not valid YAML: {error}") from error
+    for key in _text_knobs():
+        value = texts
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if isinstance(value, str) or (isinstance(value, list) and all(isinstance(each, str) for each in value)):
+            OmegaConf.update(layer, key, value)
+    return layer
+
+
 def _parsed(overrides: list[str] | tuple) -> list[tuple[str, Any]]:
     from omegaconf import OmegaConf
 
-    layers = []
+    layers, text_knobs = [], _text_knobs()
     for override in overrides:
-        if "=" not in override or override.startswith("-"):
+        key, equals, value = override.partition("=")
+        if not equals or override.startswith("-"):
             raise ValueError(f"expected an override `key=value`, got {override!r}")
         try:
-            layers.append((f"override {override!r}", OmegaConf.from_dotlist([override])))
-        except Exception as error:  # PyYAML's family of errors has no common public base with OmegaConf's
+            if (type_ := text_knobs.get(key)) is not None:
+                layer = OmegaConf.create()
+                OmegaConf.update(layer, key, _as_texts(value) if type_ == "List[str]" else _as_text(value, type_))
+            else:
+                layer = OmegaConf.from_dotlist([override])
+        except Exception as error:  # as in _read_yaml
             raise ValueError(f"override {override!r} cannot be parsed: {str(error).splitlines()[0]}") from error
+        layers.append((f"override {override!r}", layer))
     return layers
+
+
+@functools.cache
+def _text_knobs() -> dict[str, str]:
+    """Types of the knobs that hold text, by key."""
+    return {row.key: row.type for row in describe() if row.type in ("str", "Optional[str]", "List[str]")}
+
+
+def _as_text(value: str, type_: str) -> str | None:
+    if type_ == "Optional[str]" and value in ("", "null"):
+        return None
+    return value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" else value
+
+
+def _as_texts(value: str) -> list[str]:
+    """`[a, b]` in YAML's notation, or one element as it stands."""
+    if not value.startswith("["):
+        return [] if value == "" else [_as_text(value, "str")]
+    return yaml_texts(value)
+
+
+def yaml_texts(text: str) -> Any:
+    """The YAML document `text` with every scalar as it is written; only null and merge keys keep their meaning."""
+    import yaml
+
+    kept = ("tag:yaml.org,2002:null", "tag:yaml.org,2002:merge")
+    resolvers = {first: [r for r in each if r[0] in kept] for first, each in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+    loader = type("TextLoader", (yaml.SafeLoader,), {"yaml_implicit_resolvers": resolvers})
+    return yaml.load(text, Loader=loader)
 
 
 def _merge(base: Any, layers: list[tuple[str, Any]]) -> Config:
@@ -62,8 +133,6 @@ def _merge(base: Any, layers: list[tuple[str, Any]]) -> Config:
         if not OmegaConf.is_dict(layer):
             raise ValueError(f"{source}: expected `key: value` pairs at the top level")
         _reject_unknown_keys(layer, Config, source)
-        if layer.get("mixed_precision") is False:  # YAML 1.1 reads a bare `no` as false
-            layer.mixed_precision = "no"
         try:
             config.merge_with(layer)
         except OmegaConfBaseException as error:
@@ -74,6 +143,7 @@ def _merge(base: Any, layers: list[tuple[str, Any]]) -> Config:
     except OmegaConfBaseException as error:
         raise ValueError(f"{source}: {str(error).splitlines()[0]}") from error
     _reject_wrong_values(loaded)
+    _expand_home(loaded)
     return loaded
 
 
@@ -95,19 +165,42 @@ def _reject_unknown_keys(layer: Any, schema: type, source: str, prefix: str = ""
             _reject_unknown_keys(value, type(section), source, f"{name}.")
 
 
+BOUNDS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
+    "least": ("at least {}", operator.ge),
+    "most": ("at most {}", operator.le),
+    "above": ("more than {}", operator.gt),
+    "below": ("less than {}", operator.lt),
+}
+
+
 def _reject_wrong_values(section: Any, prefix: str = "") -> None:
+    for f in dataclasses.fields(section):
+        name, value, bounds = f"{prefix}{f.name}", getattr(section, f.name), f.metadata.get("bounds", {})
+        if dataclasses.is_dataclass(value):
+            _reject_wrong_values(value, f"{name}.")
+            continue
+        elements = value if isinstance(value, list) else [] if value is None else [value]
+        if (choices := f.metadata["choices"]) and value not in choices:
+            near = difflib.get_close_matches(str(value), map(str, choices), 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{name}: expected one of {list(choices)}, got {value!r}{hint}")
+        if any(isinstance(each, float) and not math.isfinite(each) for each in elements):
+            raise ValueError(f"{name}: expected a finite number, got {value!r}")
+        if any(not BOUNDS[kind][1](each, bound) for each in elements for kind, bound in bounds.items()):
+            expected = " and ".join(BOUNDS[kind][0].format(bound) for kind, bound in bounds.items())
+            raise ValueError(f"{name}: expected {expected}, got {value!r}")
+        if str(f.type) in ("str", "List[str]") and not all(isinstance(each, str) and each for each in elements):
+            raise ValueError(f"{name}: expected text, got {value!r}")
+
+
+def _expand_home(section: Any) -> None:
     for f in dataclasses.fields(section):
         value = getattr(section, f.name)
         if dataclasses.is_dataclass(value):
-            _reject_wrong_values(value, f"{prefix}{f.name}.")
-        elif (choices := f.metadata.get("choices")) and value not in choices:
-            near = difflib.get_close_matches(str(value), map(str, choices), 1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"{prefix}{f.name}: expected one of {list(choices)}, got {value!r}{hint}")
-        elif (least := f.metadata.get("least")) is not None and value is not None:
-            values = value if isinstance(value, list) else [value]
-            if any(not v >= least for v in values):  # so written, it refuses NaN
-                raise ValueError(f"{prefix}{f.name}: expected at least {least}, got {value!r}")
+            _expand_home(value)
+        elif f.metadata["path"] and value:
+            expanded = [os.path.expanduser(each) for each in value] if isinstance(value, list) else os.path.expanduser(value)
+            setattr(section, f.name, expanded)
 
 
 def save_config(config: Config, path: str | Path) -> None:

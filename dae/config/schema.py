@@ -10,9 +10,17 @@ from dataclasses import dataclass, field
 from typing import Any, List, Optional
 
 
-def knob(default: Any, help: str, choices: tuple = (), least: float | None = None) -> Any:
-    """A dataclass field that carries its meaning (shown by `--help`), and its choices or least value (checked on loading)."""
-    metadata = {"help": help, "choices": choices, "least": least}
+def knob(default: Any, help: str, choices: tuple = (), path: bool = False, **bounds: float) -> Any:
+    """A dataclass field that carries its meaning (shown by `--help`) and which values it takes (checked on loading).
+
+    Args:
+        default: value where nothing is configured.
+        help: meaning and unit.
+        choices: the values it takes; empty for any.
+        path: whether it may name a file or folder, so that a leading `~` is the home directory.
+        bounds: `least` and `most` (inclusive), `above` and `below` (exclusive), of each element of a list.
+    """
+    metadata = {"help": help, "choices": choices, "path": path, "bounds": bounds}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -24,6 +32,7 @@ class DataConfig:
         "digits",
         "`digits`, `photos`, a Hugging Face id, a folder saved by `save_to_disk`, a folder of images, or a file, folder "
         "or glob of .parquet or WebDataset .tar files",
+        path=True,
     )
     dataset_config_name: Optional[str] = knob(None, "configuration of a Hugging Face data set")
     train_split: str = knob("train", "split to train on")
@@ -63,21 +72,21 @@ class DecoderConfig:
         "full; or weaker: linear (one linear map a latent position), narrow, shallow, dropout",
         choices=("full", "linear", "narrow", "shallow", "dropout"),
     )
-    width_factor: float = knob(0.25, "narrow: channels relative to the full decoder")
+    width_factor: float = knob(0.25, "narrow: channels relative to the full decoder", above=0, most=1)
     num_blocks: int = knob(0, "shallow: residual blocks a level, where the full decoder has num_blocks + 1", least=0)
-    dropout: float = knob(0.5, "dropout: probability that Dropout2d zeroes a channel after a residual block")
+    dropout: float = knob(0.5, "dropout: probability that Dropout2d zeroes a channel after a residual block", least=0, below=1)
 
 
 @dataclass
 class VQConfig:
     codebook_size: int = knob(64, "number of codes K", least=1)
-    ema_decay: float = knob(0.99, "decay of the moving average that carries the codebook")
+    ema_decay: float = knob(0.99, "decay of the moving average that carries the codebook", least=0, below=1)
     commitment_weight: float = knob(0.25, "weight of |z - sg(code)|^2 that keeps the encoder near its codes", least=0)
     kmeans_iterations: int = knob(
         10, "Lloyd iterations that place the codebook on the first batches; 0 starts at random", least=0
     )
     revive_threshold: float = knob(
-        0.1, "a code used less than this share of the average is moved onto a latent; 0 never", least=0
+        0.1, "a code used less than this share of the average is moved onto a latent; 0 never", least=0, below=1
     )
 
 
@@ -93,7 +102,7 @@ class AutoencoderConfig:
         [1, 2], "channels of each level relative to base_channels; each level after the first halves the resolution", least=1
     )
     num_blocks: int = knob(1, "residual blocks a level in the encoder; a full decoder has one more", least=0)
-    attention_resolutions: List[int] = knob([], "feature-map sizes at which self-attention is added")
+    attention_resolutions: List[int] = knob([], "feature-map sizes at which self-attention is added", least=1)
     latent_channels: int = knob(16, "channels of the latent", least=1)
     bottleneck: str = knob("vq", "vq (tokens) or kl (continuous)", choices=("vq", "kl"))
     vq: VQConfig = field(default_factory=VQConfig, metadata={"help": "vector quantization"})
@@ -111,6 +120,7 @@ class LossConfig:
     perceptual_weights: str = knob(
         "timm/vgg16.tv_in1k",
         "its weights by torchvision's names, and LPIPS's `lin0.weight` ... if there: a .safetensors file, a folder, a Hub id",
+        path=True,
     )
     adversarial: float = knob(0.0, "weight of the hinge loss of a patch discriminator; 0 trains none", least=0)
     adversarial_start: int = knob(0, "step of the stage at which the adversarial loss is switched on", least=0)
@@ -131,13 +141,13 @@ class OptimizationConfig:
     learning_rate: float = knob(1e-3, "peak learning rate of AdamW", least=0)
     lr_scheduler: str = knob("cosine", "shape after the warm-up", choices=("constant", "linear", "cosine"))
     lr_warmup_steps: int = knob(50, "steps of linear warm-up", least=0)
-    adam_beta1: float = knob(0.9, "AdamW's beta_1")
-    adam_beta2: float = knob(0.99, "AdamW's beta_2")
+    adam_beta1: float = knob(0.9, "AdamW's beta_1", least=0, below=1)
+    adam_beta2: float = knob(0.99, "AdamW's beta_2", least=0, below=1)
     adam_weight_decay: float = knob(0.0, "AdamW's decoupled weight decay of matrices and kernels", least=0)
     max_grad_norm: float = knob(1.0, "gradients are clipped to this norm; 0 does not clip", least=0)
     gradient_checkpointing: bool = knob(False, "recompute activations in the backward pass: less memory, more time")
     use_ema: bool = knob(True, "keep an exponential moving average of the weights and deliver that")
-    ema_decay: float = knob(0.999, "its decay, after a warm-up")
+    ema_decay: float = knob(0.999, "its decay, after a warm-up", least=0, below=1)
 
 
 @dataclass
@@ -157,10 +167,12 @@ class PriorConfig(OptimizationConfig):
     width: int = knob(128, "channels of the residual stream", least=1)
     depth: int = knob(4, "number of Transformer blocks", least=1)
     num_heads: int = knob(4, "attention heads; width / num_heads is the head dimension", least=1)
-    dropout: float = knob(0.0, "dropout of embeddings and residual branches")
-    class_dropout: float = knob(0.1, "probability of hiding the class, which classifier-free guidance needs", least=0)
-    token_noise: float = knob(0.0, "probability that a token the prior reads in training is replaced by a random one", least=0)
-    label_smoothing: float = knob(0.0, "share of each target spread over all tokens in training; at most 1", least=0)
+    dropout: float = knob(0.0, "dropout of embeddings and residual branches", least=0, below=1)
+    class_dropout: float = knob(0.1, "probability of hiding the class, which classifier-free guidance needs", least=0, most=1)
+    token_noise: float = knob(
+        0.0, "probability that a token the prior reads in training is replaced by a random one", least=0, most=1
+    )
+    label_smoothing: float = knob(0.0, "share of each target spread over all tokens in training", least=0, most=1)
     z_loss: float = knob(0.0, "weight of the squared log-normaliser of the logits in training: keeps them from drifting", least=0)
     augmented_copies: int = knob(0, "further encodings of each training image in the cache, made by the two knobs below", least=0)
     code_temperature: float = knob(
@@ -199,7 +211,7 @@ class SamplingConfig:
     cfg_scale: float = knob(1.0, "classifier-free guidance: 1 samples the model, more trades variety for fidelity", least=0)
     temperature: float = knob(1.0, "divides the logits; below 1 is safer, above 1 more varied", least=0)
     top_k: Optional[int] = knob(None, "keep only the k likeliest tokens", least=1)
-    top_p: Optional[float] = knob(None, "keep only the likeliest tokens that together have this probability")
+    top_p: Optional[float] = knob(None, "keep only the likeliest tokens that together have this probability", above=0, most=1)
 
 
 @dataclass
@@ -222,20 +234,28 @@ class CompareConfig:
         "arms by name (recipes/compare.py --help lists them), or `name: key=value key=value` for one of your own",
     )
     baseline: str = knob("joint", "the arm that the others are held against, pair by pair of seeds")
-    seeds: List[int] = knob([0, 1, 2, 3, 4], "seeds; each trains every arm once")
+    seeds: List[int] = knob([0, 1, 2, 3, 4], "seeds; each trains every arm once", least=0)
     learning_rates: List[float] = knob(
-        [1e-3, 2e-3, 4e-3], "learning rates among which each arm is tuned, all arms by as many trials; one value tunes none"
+        [1e-3, 2e-3, 4e-3],
+        "learning rates among which each arm is tuned, all arms by as many trials; one value tunes none",
+        above=0,
     )
     prior_learning_rates: List[float] = knob(
-        [], "learning rates of the prior (ar, dit) tried with each of the above; none trains all priors with prior.learning_rate"
+        [],
+        "learning rates of the prior (ar, dit) tried with each of the above; none trains all priors with prior.learning_rate",
+        above=0,
     )
-    tuning_seed: int = knob(1000, "seed of the tuning trials, on images held out of the training set; not among the seeds")
+    tuning_seed: int = knob(
+        1000, "seed of the tuning trials, on images held out of the training set; not among the seeds", least=0
+    )
     rates: List[float] = knob(
-        [], "further rates for the arms of rate_arms: codebook sizes (vq) or KL weights (kl); none draws no frontier"
+        [], "further rates for the arms of rate_arms: codebook sizes (vq) or KL weights (kl); none draws no frontier", above=0
     )
     rate_arms: List[str] = knob(["joint", "dae-linear"], "arms that get the further rates and priors")
     other_rates: List[float] = knob(
-        [], "those of `rates` that rate_arms other than the baseline get, whose frontier alone others are held against; none: all"
+        [],
+        "those of `rates` that rate_arms other than the baseline get, whose frontier alone others are held against; none: all",
+        above=0,
     )
     prior_widths: List[int] = knob(
         [], "further priors of the rate_arms: widths of ar and dit (learning rate ~ 1 / width), components of a mixture", least=1
@@ -255,11 +275,13 @@ class MeasureConfig:
     latent_dim: int = knob(16, "dimensions of gaussian, uniform, mixture and pca", least=1)
     distances: List[str] = knob(["sinkhorn", "frechet"], "distances D of D^G, by the names of dae.complexity")
     families: List[str] = knob(["linear", "mlp"], "generator families G: linear, mlp, lipschitz, conv, dropout")
-    seeds: List[int] = knob([0, 1, 2], "seeds of the estimators")
+    seeds: List[int] = knob([0, 1, 2], "seeds of the estimators", least=0)
     steps: int = knob(500, "training steps of a generator", least=1)
     max_images: int = knob(2000, "images measured on, chosen at random where there are more", least=2)
     compare_folders: List[str] = knob(
-        [], "report card: output folders of recipes/compare.py, the trials of which say how well each predictor ranks latents"
+        [],
+        "report card: output folders of recipes/compare.py, the trials of which say how well each predictor ranks latents",
+        path=True,
     )
 
 
@@ -272,8 +294,8 @@ class Config:
         "weak: one stage with the auxiliary decoder",
         choices=("dae", "joint", "joint_dropout", "joint_finetuned", "weak"),
     )
-    output_dir: str = knob("runs/digits", "folder of the run")
-    seed: int = knob(0, "seed of everything random; one seed, one result")
+    output_dir: str = knob("runs/digits", "folder of the run", path=True)
+    seed: int = knob(0, "seed of everything random; one seed, one result", least=0, most=2**63 - 1)
     mixed_precision: Optional[str] = knob(
         None, "no, fp16 or bf16; null leaves it to `accelerate launch --mixed_precision`", choices=(None, "no", "fp16", "bf16")
     )
@@ -284,7 +306,9 @@ class Config:
     validation_steps: int = knob(200, "steps between two validations", least=1)
     checkpointing_steps: int = knob(500, "steps between two checkpoints", least=1)
     checkpoints_total_limit: int = knob(2, "checkpoints to keep", least=1)
-    resume_from_checkpoint: Optional[str] = knob(None, "`latest`, or the path of a checkpoint folder; null starts a new run")
+    resume_from_checkpoint: Optional[str] = knob(
+        None, "`latest`, or the path of a checkpoint folder; null starts a new run", path=True
+    )
     push_to_hub: bool = knob(False, "upload the trained model")
     hub_model_id: Optional[str] = knob(None, "repository to upload to")
     data: DataConfig = field(default_factory=DataConfig, metadata={"help": "images"})

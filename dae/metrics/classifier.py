@@ -182,7 +182,9 @@ def train_classifier(
         optimizer = torch.optim.AdamW(
             [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}], lr=peak
         )
-        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=max(steps, 2), pct_start=0.2)
+        total = max(steps, 3)
+        warm_up = max(0.2, 2 / total)  # the two phases end one step apart: OneCycleLR divides by their lengths
+        scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=total, pct_start=warm_up)
         order = torch.empty(0, dtype=torch.int64)
         for _ in tqdm(range(steps), desc=f"{name} classifier", disable=not progress):
             if len(order) < batch_size:

@@ -24,7 +24,23 @@ def plan_stages(config: Config) -> list[Stage]:
     joint: one stage with the real decoder; optimised as stage 1 is, with the losses of stage 2 (an adversarial loss starts
     when it would start in stage 2). joint_dropout: the same with channel dropout in the decoder. joint_finetuned: joint for
     the steps of stage 1, then its decoder goes on alone, on the frozen latent. weak: joint, but with the auxiliary decoder.
+
+    Raises:
+        ValueError: a stage has no reconstruction loss, or attention is asked for at a resolution that no level has.
     """
+    stages = _stages(config)
+    for stage in stages:
+        loss = stage.config.loss
+        if loss.l1 == loss.l2 == loss.perceptual == 0:  # the adversarial weight follows the reconstruction's gradient: also 0
+            section = "stage2" if stage.name != "stage1" else "stage1"
+            raise ValueError(f"{section}.loss: l1, l2 and perceptual are all 0, which trains nothing; give one of them a weight")
+    levels = [config.data.resolution >> level for level in range(len(config.autoencoder.channel_multipliers))]
+    if unknown := sorted(set(config.autoencoder.attention_resolutions) - set(levels)):
+        raise ValueError(f"autoencoder.attention_resolutions: no level has {unknown}; the feature maps' sizes are {levels}")
+    return stages
+
+
+def _stages(config: Config) -> list[Stage]:
     one, two = config.stage1, config.stage2
     decoder = config.autoencoder.decoder
     if config.method == "dae":

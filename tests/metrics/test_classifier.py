@@ -34,6 +34,14 @@ def same_weights(a, b):
     return all(torch.equal(tensor, b[name]) for name, tensor in a.state_dict().items())
 
 
+@pytest.mark.parametrize("steps", range(1, 12))
+def test_any_number_of_steps(steps):
+    """Five steps once divided by zero: a fifth of them is a warm-up of one step, from its start to its start."""
+    images = torch.zeros(4, 1, 8, 8)
+    classifier = train_classifier(images, torch.arange(4) % 2, 2, steps=steps, seed=0, progress=False)
+    assert all(tensor.isfinite().all() for tensor in classifier.state_dict().values())
+
+
 def test_held_out_accuracy(trained, digits):
     # A quarter of the steps of the shipped configuration; chance is 0.1.
     assert accuracy(trained, *digits[2:]) >= 0.97

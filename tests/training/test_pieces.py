@@ -174,3 +174,23 @@ def test_a_loss_that_is_not_finite_stops_the_run(loss):
     with pytest.raises(FloatingPointError, match=r"stage1: the loss is .* at step 7.*stage1\.learning_rate"):
         refuse_non_finite(loss, "stage1", 7)
     refuse_non_finite(0.5, "stage1", 7)
+
+
+@pytest.mark.parametrize("method", ["dae", "joint", "joint_dropout", "joint_finetuned", "weak"])
+def test_stages_that_train_nothing_are_refused(method):
+    def config(*overrides):
+        return load_config(None, [f"method={method}", *overrides])
+
+    nothing = ["loss.l1=0", "loss.l2=0", "loss.perceptual=0", "loss.adversarial=1"]
+    with pytest.raises(ValueError, match=r"stage2\.loss: l1, l2 and perceptual are all 0"):
+        plan_stages(config(*(f"stage2.{weight}" for weight in nothing)))
+    only_stage1 = config(*(f"stage1.{weight}" for weight in nothing))
+    if method == "dae":
+        with pytest.raises(ValueError, match=r"stage1\.loss: l1, l2 and perceptual are all 0"):
+            plan_stages(only_stage1)
+    else:
+        plan_stages(only_stage1)  # stage 1's losses are not used
+    levels = ["data.resolution=32", "autoencoder.channel_multipliers=[1,2,2]"]
+    plan_stages(config(*levels, "autoencoder.attention_resolutions=[8,32]"))
+    with pytest.raises(ValueError, match=r"no level has \[7\]; the feature maps' sizes are \[32, 16, 8\]"):
+        plan_stages(config(*levels, "autoencoder.attention_resolutions=[8,7]"))
