@@ -205,7 +205,7 @@ def test_every_dependency_is_used_and_every_import_declared():
     optional = {name_of(d) for extra in project["optional-dependencies"].values() for d in extra}
     modules = {
         **{"scikit-learn": "sklearn", "pillow": "PIL", "scikit-image": "skimage", "flash-attn": "flash_attn", "pot": "ot"},
-        "vector-quantize-pytorch": "vector_quantize_pytorch",
+        **{"vector-quantize-pytorch": "vector_quantize_pytorch", "pyyaml": "yaml"},
     }
     imported = {top(name) for path in LIBRARY + KERNELS + SCRIPTS for name, _ in imports(path)}
     unused = {d for d in declared if modules.get(d, d) not in imported}
