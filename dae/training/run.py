@@ -16,6 +16,7 @@ from dae.config import Config, describe, differing_keys, from_dict, save_config
 from dae.distributed import rank, run_on_first_process, world_size
 from dae.files import append_line, write_file
 from dae.training.checkpoint import Checkpoint, Checkpoints
+from dae.training.stages import plan_stages
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -134,6 +135,7 @@ class Run:
         then = from_dict(Config, checkpoint.state["config"])
         differences = [d for d in differing_keys(then, self.config) if not d.startswith(self.free)]
         differences = [d for d in differences if not d.split(":")[0].endswith(".train_batch_size")]
+        differences = [d for d in differences if d.split(":")[0] not in self._may_change_length(checkpoint)]
         processes = checkpoint.state["processes"]
         for section in ("stage1", "stage2", "prior"):
             if f"{section}." in self.free:
@@ -148,6 +150,18 @@ class Run:
                 f"{checkpoint.path} was trained with another configuration: {'; '.join(differences)}. Restore these, or start "
                 "a new run in another output_dir"
             )
+
+    def _may_change_length(self, checkpoint: Checkpoint) -> tuple[str, ...]:
+        """The numbers of steps that may differ from the checkpoint's: of the stage it stands in, and of later ones."""
+        stage, done = checkpoint.state["stage"], checkpoint.state["stage_step"]
+        if self.name == "prior":
+            keys, steps = ("prior.max_train_steps",), self.config.prior.max_train_steps
+        else:
+            keys = ("stage1.max_train_steps", "stage2.max_train_steps") if stage == "stage1" else ("stage2.max_train_steps",)
+            steps = next((s.config.max_train_steps for s in plan_stages(self.config) if s.name == stage), done)
+        if steps < done:
+            raise ValueError(f"{checkpoint.path} stands at step {done} of {stage}, {keys[0]} now ends it at {steps}")
+        return keys
 
     def save(self, step: int, tensors: dict, state: dict, **where: Any) -> None:
         """Write a checkpoint; configuration, number of processes and `where` the run stands are added to `state`."""

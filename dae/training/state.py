@@ -74,6 +74,13 @@ class TrainingState:
         if self.scaler:
             self.scaler.load_state_dict(state["scaler"])
         self.scheduler.load_state_dict(state["scheduler"])
+        # The rates of this configuration's schedule: after a change of its length they are others than the saved ones.
+        self.scheduler._last_lr = [
+            base * factor(self.scheduler.last_epoch)
+            for base, factor in zip(self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True)
+        ]
+        for group, rate in zip(self.scheduler.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
         positions = state["loaders"]
         if len(positions) != world_size() and "micro_step" not in positions[0]:
             raise ValueError(

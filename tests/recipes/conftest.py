@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from dae.config import load_config
+from dae.hub import PretrainedModel
 from dae.models import Autoencoder
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -94,6 +95,39 @@ def read_page():
 @pytest.fixture
 def run():
     return call
+
+
+class Killed(BaseException):
+    """The power cable. No handler of errors may catch it."""
+
+
+@pytest.fixture
+def kill(monkeypatch):
+    """`kill(before_update=n)` or `kill(saving=folder)`: the next recipe dies there, once."""
+
+    def arm(before_update=None, saving=None):
+        if before_update is not None:
+            count = iter(range(before_update))
+
+            def step(self, *args, original=torch.optim.AdamW.step, **kwargs):
+                if next(count, None) is None:
+                    monkeypatch.undo()
+                    raise Killed
+                return original(self, *args, **kwargs)
+
+            monkeypatch.setattr(torch.optim.AdamW, "step", step)
+        else:
+
+            def save(self, folder, *args, original=PretrainedModel.save_pretrained, **kwargs):
+                if Path(folder).name == saving:
+                    monkeypatch.undo()
+                    raise Killed
+                return original(self, folder, *args, **kwargs)
+
+            monkeypatch.setattr(PretrainedModel, "save_pretrained", save)
+
+    arm.Killed = Killed
+    return arm
 
 
 @pytest.fixture(autouse=True)
