@@ -41,11 +41,13 @@ from dae.comparison.trial import Bench, run_trial
 from dae.config import Config, save_config
 from dae.data.pictures import to_uint8
 from dae.files import write_file
+from dae.lock import writes
 
 ARMS = "\narms of compare.arms:\n" + "".join(f"  {name:<16} {words}\n" for name, words in ABOUT.items())
 SHOWN = 12
 
 
+@writes("comparison", makes_folder=True)
 def compare(config: Config, prepare: Callable[[Config], Any] = Bench.prepare, trial: Callable = run_trial) -> Path:
     """Run the comparison and write its page; returns the path of the page. `prepare` and `trial` as in `run_jobs`."""
     arms = check_comparison(config)

@@ -25,12 +25,14 @@ from dae.data.latents import LatentCache
 from dae.data.tokens import TokenCache
 from dae.distributed import each_for_itself
 from dae.hub import fingerprint, require_model
+from dae.lock import writes
 from dae.models import Autoencoder, choose_kernels
 from dae.training import make_accelerator
 from dae.training.loop import seed_for
 from dae.training.priors import encode_views
 
 
+@writes("encodings")
 @torch.inference_mode()
 def encode(config: Config) -> Path:
     """Make the cache; returns its folder."""

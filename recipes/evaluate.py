@@ -28,6 +28,7 @@ from dae.data import in_memory, load_data
 from dae.data.pictures import from_uint8, to_uint8
 from dae.files import write_file
 from dae.hub import fingerprint
+from dae.lock import writes
 from dae.metrics import (
     Classifier,
     CodebookUsage,
@@ -53,6 +54,7 @@ from dae.training.loop import seed_for
 from dae.training.priors import FAMILIES
 
 
+@writes("evaluation")
 def evaluate(config: Config) -> dict:
     """Measure, write and return metrics.json."""
     started, device, output, seed = time.monotonic(), one_process(config), Path(config.output_dir), config.seed

@@ -37,11 +37,13 @@ from dae.config import Config
 from dae.data import in_memory, load_data
 from dae.data.pictures import grid, to_uint8, write_png
 from dae.files import write_file
+from dae.lock import writes
 from dae.training import one_process
 
 BATCH_SIZE = 128  # rows a training step of a generator
 
 
+@writes("measure", makes_folder=True)
 def measure_latent(config: Config) -> Path:
     """Measure the latents and write the page; returns its path."""
     started, device, settings = time.monotonic(), one_process(config), config.measure

@@ -18,6 +18,7 @@ from dae import report as web
 from dae.charts import Line, bar_chart, in_words, line_chart
 from dae.cli import main
 from dae.config import Config, differing_keys
+from dae.lock import writes
 from dae.record import Record, seconds_by_stage
 from dae.report import Html, number, paragraph, percent, strip
 
@@ -55,6 +56,7 @@ DECODERS = {"stage 1": "stage 1, weak decoder", "final": "final decoder"}
 CLASSES_SHOWN = 20
 
 
+@writes("report")
 def report(config: Config) -> Path:
     """Write the page; returns its path. FileNotFoundError: the run has no samples or no metrics.json yet."""
     run = Record.load(config)

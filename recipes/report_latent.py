@@ -32,6 +32,7 @@ from dae.data import ImageData, in_memory, load_data
 from dae.data.pictures import grid, to_uint8, write_png
 from dae.files import write_file
 from dae.hub import fingerprint, require_model
+from dae.lock import writes
 from dae.metrics import versions
 from dae.models import Autoencoder, choose_kernels
 from dae.record import trained_configuration
@@ -67,6 +68,7 @@ class Measured(NamedTuple):
     seconds: float
 
 
+@writes("latent")
 def report_latent(config: Config) -> Path:
     """Measure, write card.json and card.html, return the folder.
 

@@ -22,12 +22,14 @@ from dae.cli import main
 from dae.config import Config
 from dae.data.pictures import grid, to_uint8, write_png
 from dae.hub import fingerprint
+from dae.lock import writes
 from dae.sampling import balanced_labels, generate, load_chain
 from dae.sampling.chain import knows_classes
 from dae.training import one_process
 from dae.training.loop import seed_for
 
 
+@writes("samples")
 def sample(config: Config) -> Path:
     """Write samples; returns their folder."""
     settings = config.sampling

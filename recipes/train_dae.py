@@ -24,6 +24,7 @@ from dae.cli import main
 from dae.config import Config
 from dae.data import ImageData, TrainLoader, augment, evaluation_batches, load_data
 from dae.distributed import in_global_order, rank, sum_over_processes, world_size
+from dae.lock import writes
 from dae.losses import PerceptualLoss, adaptive_weight, discriminator_loss, generator_loss, reconstruction_loss
 from dae.metrics import CodebookUsage, psnr
 from dae.models import Autoencoder, PatchDiscriminator, choose_kernels
@@ -43,6 +44,7 @@ from dae.training import (
 from dae.training.loop import global_mean, progress_bar, refuse_non_finite, seed_for, synchronize_gradients
 
 
+@writes("autoencoder", makes_folder=True)
 def train(config: Config) -> Path:
     """Train, save, and return the folder of the trained autoencoder."""
     run = Run(config, "autoencoder", without_influence=("prior.",))

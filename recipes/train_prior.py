@@ -29,12 +29,14 @@ from dae.config import Config
 from dae.data import TrainLoader, load_data
 from dae.data.cache import EncodingCache, Fingerprint, transform_fingerprint
 from dae.hub import PretrainedModel, fingerprint, load_weights, require_model
+from dae.lock import writes
 from dae.models import choose_kernels
 from dae.training import EMA, Run, TrainingState, build_optimizer, build_scheduler, make_accelerator
 from dae.training.loop import global_mean, progress_bar, refuse_non_finite, seed_for, synchronize_gradients
 from dae.training.priors import FAMILIES, Family, fit_mixture, prior_family
 
 
+@writes("prior")
 def train(config: Config) -> Path:
     """Train, save, and return the folder of the trained prior."""
     family = FAMILIES[prior_family(config)]

@@ -207,7 +207,10 @@ def save_config(config: Config, path: str | Path) -> None:
     """Write the resolved configuration as YAML; `load_config` of the file gives the same configuration."""
     from omegaconf import OmegaConf
 
-    Path(path).write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # whoever reads the folder finds the old file or the new one
+    temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    os.replace(temporary, path)
 
 
 def from_dict(schema: type, values: dict) -> Any:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ import torch
 from dae.config import Config, describe, differing_keys, from_dict, save_config
 from dae.distributed import rank, run_on_first_process, world_size
 from dae.files import append_line, write_file
+from dae.lock import require_lock
 from dae.training.checkpoint import Checkpoint, Checkpoints
 from dae.training.stages import plan_stages
 
@@ -122,6 +124,8 @@ class Run:
 
     def _prepare_folder(self, checkpoint: Checkpoint | None) -> None:
         self.history_file.parent.mkdir(parents=True, exist_ok=True)
+        for stale in self.folder.glob(".*.tmp"):  # of a run that was killed while it wrote: under our lock nobody else does
+            stale.unlink() if stale.is_file() else shutil.rmtree(stale)
         save_config(self.config, self.folder / "config.yaml")
         save_config(self.config, self.folder.parent / "config.yaml")
         kept = []
@@ -167,18 +171,23 @@ class Run:
         """Write a checkpoint; configuration, number of processes and `where` the run stands are added to `state`."""
         own = {"run": self.name, "step": step, "processes": world_size(), "inputs": self.inputs}
         own["config"] = dataclasses.asdict(self.config)
+        run_on_first_process(self._require_lock)
         self.checkpoints.save(step, tensors, own | where | state)
 
     def record(self, accelerator: Accelerator, step: int, values: dict[str, Any], **labels: Any) -> None:
         """Append one line to `logs/history.jsonl` and send the numbers to the trackers (first process only)."""
         if rank() != 0:
             return
+        self._require_lock()
         values = {k: float(v) for k, v in values.items()}
         row = {"step": step, "seconds": round(time.monotonic() - self.started, 2)} | labels | values
         append_line(self.history_file, json.dumps(row))
         if self.config.report_to != "none":
             prefix = "/".join(map(str, labels.values()))
             accelerator.log({f"{prefix}/{k}": v for k, v in values.items()}, step=step)
+
+    def _require_lock(self) -> None:
+        require_lock(self.folder.parent, self.name)
 
     def history(self) -> list[dict]:
         """All that `record` wrote, oldest first; half a line, which a crash may leave, is left out."""

@@ -1,0 +1,250 @@
+"""One writer at a time for each part of an output folder.
+
+`<output_dir>/.<part>.lock` names its holder as JSON: host, process id, when that process was started, command. The kernel's lock
+on that file decides (POSIX `fcntl`; NFS, Lustre, GPFS and the containers of a machine share it). It ends with its process, so a
+file that a killed run left is in nobody's way. Where a file system has no locks, the file's existence decides, and whether the
+process it names still lives.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import functools
+import json
+import logging
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+log = logging.getLogger(__name__)
+_HELD: dict[Path, FolderLock] = {}  # by this process; closing a second descriptor of such a file would end the kernel's lock
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
+
+
+def writes(part: str, *, makes_folder: bool = False) -> Callable:
+    """Decorator of a recipe `f(config, ...)`: it alone writes this part of `config.output_dir` while it runs.
+
+    Only the first of several processes takes the lock. A missing folder is made if `makes_folder`, and deleted if it stays empty;
+    a recipe that reads what others left there says itself what is missing.
+    """
+
+    def decorate(recipe: Callable) -> Callable:
+        @functools.wraps(recipe)
+        def locked(config: Any, *args: Any, **options: Any) -> Any:
+            folder = Path(config.output_dir)
+            with contextlib.ExitStack() as stack:
+                if _launched_first() and (makes_folder or folder.is_dir()):
+                    stack.enter_context(FolderLock(folder, part))
+                return recipe(config, *args, **options)
+
+        return locked
+
+    return decorate
+
+
+def require_lock(folder: Path, part: str) -> None:
+    """Before writing: is a lock that this process took still its own? Without such a lock nothing is required.
+
+    Raises:
+        FileExistsError: its file was deleted, with the folder perhaps, and another run may have begun there.
+    """
+    if (lock := _HELD.get(_path(folder, part))) and not lock.is_own():
+        raise FileExistsError(
+            f"{lock.path} was deleted while this run was writing {folder}: another run may write there now, so this one stops"
+        )
+
+
+class FolderLock:
+    """Context manager: this process is the only one to write `<folder>/<part>`.
+
+    Raises:
+        FileExistsError: another process is; the message names it, since when, and what to do.
+        OSError: the folder cannot be made or written.
+    """
+
+    def __init__(self, folder: Path, part: str):
+        self.folder, self.part, self.path = Path(folder), part, _path(folder, part)
+        self.made: list[Path] = []  # folders that were missing, innermost first
+        self.descriptor, self.holder = -1, {}
+
+    def __enter__(self) -> FolderLock:
+        if other := _HELD.get(self.path):
+            self._refuse(other.holder)
+        self.made = [p for p in (self.path.parent, *self.path.parent.parents) if not p.exists()]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            while not self._take():
+                pass
+        except BaseException:
+            self._remove_empty_folders()
+            raise
+        _HELD[self.path] = self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.holder["pid"] != os.getpid():
+            return  # a forked worker that unwinds the stack of its parent
+        del _HELD[self.path]
+        if self.is_own():
+            self.path.unlink(missing_ok=True)  # while it is locked: who opened it meanwhile sees that it is gone, see `_take`
+        os.close(self.descriptor)
+        self._remove_empty_folders()
+
+    def is_own(self) -> bool:
+        """Whether the path is still the file that this process opened."""
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(self.descriptor))
+        except FileNotFoundError:
+            return False
+
+    def _take(self) -> bool:
+        """Lock the file and sign it; False if it changed under our hands: try again."""
+        try:
+            self.descriptor, new = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), True
+        except FileExistsError:
+            try:
+                self.descriptor, new = os.open(self.path, os.O_RDWR), False
+            except FileNotFoundError:
+                return False
+        taken = False
+        try:
+            before = self._read()
+            try:
+                fcntl.lockf(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno in (errno.EACCES, errno.EAGAIN):
+                    self._refuse(before)
+                if error.errno not in _NO_LOCKS:
+                    raise
+                if not new:
+                    self._take_away(before)
+                    return False
+            if not self.is_own():  # its holder ended, and deleted it after we had opened it
+                return False
+            if lives(before := self._read()):  # it lost the kernel's lock, which ends when any descriptor of the file is closed
+                self._refuse(before)
+            if before:
+                log.info("%s: taking over its %s from %s, which has ended", self.folder, self.part, describe(before))
+            self.holder = _myself()
+            os.ftruncate(self.descriptor, 0)
+            os.pwrite(self.descriptor, json.dumps(self.holder).encode(), 0)
+            taken = True
+        finally:
+            if not taken:
+                os.close(self.descriptor)
+        return True
+
+    def _take_away(self, found: dict) -> None:
+        """Where there are no locks: delete a file whose holder has ended; of several processes that found it, one does."""
+        if found.get("machine") != machine():
+            self._refuse(found, known=False)
+        if lives(found):
+            self._refuse(found)
+        stale = self.path.with_name(f"{self.path.name}.{os.getpid()}")
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(self.path, stale)
+            if os.path.samestat(os.stat(stale), os.fstat(self.descriptor)):
+                stale.unlink()
+            else:  # not the one that was found: another process was faster, and this is its own
+                os.rename(stale, self.path)
+
+    def _read(self) -> dict:
+        """The holder that the open file names; {} if it is not signed. By descriptor: closing another would end our lock."""
+        try:
+            holder = json.loads(os.pread(self.descriptor, 1 << 16, 0))
+        except ValueError:
+            return {}
+        return holder if isinstance(holder, dict) and isinstance(holder.get("pid"), int) else {}
+
+    def _refuse(self, holder: dict, known: bool = True) -> None:
+        same = holder.get("machine") == machine()
+        orphaned = same and parent_of(holder["pid"]) not in (None, holder.get("parent"))
+        told = f", whose launcher is gone: end it with `kill {holder['pid']}`" if orphaned else ": wait for it or end it"
+        if not known:
+            told += f"; if that process is gone, delete {self.path}"
+        raise FileExistsError(
+            f"{self.folder}: its {self.part} is being written by {describe(holder)}{told}, or choose another output_dir"
+        )
+
+    def _remove_empty_folders(self) -> None:
+        for folder in self.made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def _launched_first() -> bool:
+    """Whether this is the first process of its launch; there is no process group yet that would know."""
+    ranks = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # torchrun and accelerate, MPI's launchers
+    return next((os.environ[name] for name in ranks if name in os.environ), "0") == "0"
+
+
+def _path(folder: Path, part: str) -> Path:
+    where = (Path(folder) / part).resolve()  # a link to a folder elsewhere is locked there
+    return where.with_name(f".{where.name}.lock")
+
+
+def _myself() -> dict:
+    return {
+        "host": platform.node(),
+        "machine": machine(),
+        "pid": os.getpid(),
+        "parent": os.getppid(),
+        "process": process_start(os.getpid()),
+        "since": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+        "command": " ".join(sys.argv),
+    }
+
+
+def describe(holder: dict) -> str:
+    """A holder in words."""
+    if not holder:
+        return "a process that has just begun"
+    command = f" ({holder['command']})" if holder.get("command") else ""
+    return f"process {holder['pid']}{command} on {holder.get('host')}, since {holder.get('since')}"
+
+
+# ---- processes ----
+
+
+def machine() -> str:
+    """Where a process id means the same process: one boot of one machine, and one namespace of its containers."""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return platform.node()  # not Linux
+
+
+def lives(holder: dict) -> bool:
+    """Whether a holder is a process of this machine that still runs: the same number and the same start."""
+    here = holder.get("machine") == machine() and holder.get("process") is not None
+    return here and process_start(holder["pid"]) == holder["process"]
+
+
+def process_start(pid: int) -> str | None:
+    """When process `pid` of this machine was started, in the system's own words; None if there is no such process."""
+    if Path("/proc/self/stat").exists():
+        fields = _stat(pid)
+        return None if not fields or fields[0] == "Z" else fields[19]  # clock ticks since boot; a zombie has ended
+    shown = subprocess.run(["ps", "-o", "lstart=", "-p", str(pid)], capture_output=True, text=True)
+    return shown.stdout.strip() or None
+
+
+def parent_of(pid: int) -> int | None:
+    """The parent of process `pid`; None if that cannot be told."""
+    fields = _stat(pid)
+    return int(fields[1]) if fields else None
+
+
+def _stat(pid: int) -> list[str]:
+    """/proc/<pid>/stat from the third field on (the second, a name, may hold spaces); [] if there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
