@@ -41,6 +41,7 @@ from dae.training import (
     make_accelerator,
     plan_stages,
 )
+from dae.training.initialization import load_decoder, load_latent
 from dae.training.loop import global_mean, progress_bar, refuse_non_finite, seed_for, synchronize_gradients
 
 
@@ -65,6 +66,8 @@ def train(config: Config) -> Path:
         if stage is not stages[0] and not stage.keeps_decoder:
             torch.manual_seed(seed_for(config.seed, stage.name, "decoder"))
             autoencoder.replace_decoder(stage.decoder)
+            if config.init_from:
+                load_decoder(autoencoder, config.init_from)
         if stage.latent_frozen:
             autoencoder.freeze_latent()
         if resumed is None or resumed.state["stage"] == stage.name:
@@ -86,7 +89,11 @@ def train(config: Config) -> Path:
 def build_autoencoder(config: Config, stage: Stage) -> Autoencoder:
     torch.manual_seed(seed_for(config.seed, "autoencoder"))
     architecture = dataclasses.replace(config.autoencoder, decoder=stage.decoder)
-    return Autoencoder(architecture, config.data.channels, config.data.resolution)
+    autoencoder = Autoencoder(architecture, config.data.channels, config.data.resolution)
+    if config.init_from:
+        load_latent(autoencoder, config.init_from)
+        load_decoder(autoencoder, config.init_from)
+    return autoencoder
 
 
 def build_perceptual_loss(config: Config, stage: Stage) -> PerceptualLoss | None:
@@ -113,7 +120,7 @@ def train_stage(
     choose_kernels(autoencoder.to(memory_format=layout), config.kernels)
     learns_codebook = isinstance(autoencoder.bottleneck, VectorQuantizer) and not stage.latent_frozen
     loader = make_loader(config, stage, data, "order")
-    if learns_codebook and not resumed:
+    if learns_codebook and not resumed and not config.init_from:
         initialize_codebook(config, stage, autoencoder, data, device)
 
     # What is trained: everything, or the decoder alone on latents that the frozen encoder computes without gradient.

@@ -32,6 +32,7 @@ from dae.hub import PretrainedModel, fingerprint, load_weights, require_model
 from dae.lock import writes
 from dae.models import choose_kernels
 from dae.training import EMA, Run, TrainingState, build_optimizer, build_scheduler, make_accelerator
+from dae.training.initialization import load_prior
 from dae.training.loop import global_mean, progress_bar, refuse_non_finite, seed_for, synchronize_gradients
 from dae.training.priors import FAMILIES, Family, fit_mixture, prior_family
 
@@ -50,6 +51,8 @@ def train(config: Config) -> Path:
 
     torch.manual_seed(seed_for(config.seed, "prior"))
     prior = family.build(settings, cache).to(accelerator.device)
+    if settings.init_from:
+        load_prior(prior, settings.init_from)
     choose_kernels(prior, config.kernels)
 
     def card() -> str:

@@ -33,10 +33,12 @@ def refuse_unsupported(config: Config) -> None:
     sections = {"stage1": config.stage1, "stage2": config.stage2, "prior": config.prior}
     found = [f"{name}.gradient_accumulation_steps=1" for name, part in sections.items() if part.gradient_accumulation_steps > 1]
     found += [f"{name}.loss.perceptual=0" for name, part in sections.items() if name != "prior" and part.loss.perceptual]
+    given = {"init_from": config.init_from, "prior.init_from": config.prior.init_from}
+    found += [f"{key}=null" for key, source in given.items() if source]
     if found:
         raise ValueError(
-            f"training in memory has no perceptual loss and no gradient accumulation: set {' and '.join(found)}, or train with "
-            "the recipes"
+            "training in memory has no perceptual loss, no gradient accumulation and no given weights: set "
+            f"{' and '.join(found)}, or train with the recipes"
         )
 
 

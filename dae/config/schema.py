@@ -163,6 +163,12 @@ class PriorConfig(OptimizationConfig):
         "Gaussian mixture over a KL latent; auto: ar for vq, dit for kl",
         choices=("auto", "ar", "dit", "mixture"),
     )
+    init_from: Optional[str] = knob(
+        None,
+        "ar, dit: start from the weights of a trained prior: output folder of a run, folder of a saved prior, or Hub id; classes "
+        "start new if their number differs",
+        path=True,
+    )
     num_components: int = knob(16, "mixture: Gaussians", least=1)
     width: int = knob(128, "channels of the residual stream", least=1)
     depth: int = knob(4, "number of Transformer blocks", least=1)
@@ -308,6 +314,12 @@ class Config:
     checkpoints_total_limit: int = knob(2, "checkpoints to keep", least=1)
     resume_from_checkpoint: Optional[str] = knob(
         None, "`latest`, or the path of a checkpoint folder; null starts a new run", path=True
+    )
+    init_from: Optional[str] = knob(
+        None,
+        "start the autoencoder from trained weights: output folder of a run, folder of a saved autoencoder, or Hub id; encoder, "
+        "bottleneck, and the decoder of each stage if one of that architecture is there",
+        path=True,
     )
     push_to_hub: bool = knob(False, "upload the trained model")
     hub_model_id: Optional[str] = knob(None, "repository to upload to")

@@ -76,6 +76,7 @@ def test_refusals_and_random_state():
     for override, words in (
         ("stage2.loss.perceptual=1", "no perceptual loss"),
         ("stage1.gradient_accumulation_steps=2", "no gradient accumulation"),
+        ("init_from=runs/x", "init_from=null"),
         ("data.resolution=16", "images of 16 pixels|16 are asked for|8 pixels|of 16"),
     ):
         with pytest.raises(ValueError, match=words):

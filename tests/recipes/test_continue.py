@@ -84,3 +84,108 @@ def test_what_is_over_cannot_change(finished, copied, run, contents, recipe, ove
     with pytest.raises(ValueError, match=message):
         run(recipe, folder, *CONSTANT, LATEST, override)
     assert contents(folder) == before
+
+
+# ---- new data from given weights ----
+
+
+def starts_from(model, other, parts):
+    """Which of these parts of two autoencoders hold the same weights."""
+    same = []
+    for part in parts:
+        a, b = getattr(model, part).state_dict(), getattr(other, part).state_dict()
+        same += [part] if a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a) else []
+    return same
+
+
+PARTS = ("encoder", "bottleneck", "decoder")
+
+
+def test_an_autoencoder_starts_from_given_weights(chain, recipe, configure, tmp_path):
+    from dae.models import Autoencoder
+    from dae.training import plan_stages
+
+    build = recipe("train_dae").build_autoencoder
+    final, switch = (Autoencoder.from_pretrained(chain / "autoencoder" / part) for part in ("", "stage1"))
+    for source in (chain, chain / "autoencoder"):
+        config = configure(tmp_path, f"init_from={source}", "seed=5")
+        one, two = (build(config, stage) for stage in plan_stages(config))
+        assert starts_from(one, switch, PARTS) == list(PARTS) and starts_from(two, final, PARTS) == list(PARTS)
+    config = configure(tmp_path, f"init_from={chain}", "auxiliary_decoder.family=linear")
+    linear = build(config, plan_stages(config)[0])
+    assert starts_from(linear, final, PARTS) == ["encoder", "bottleneck"]
+    new = configure(tmp_path, "auxiliary_decoder.family=linear")
+    assert starts_from(linear, build(new, plan_stages(new)[0]), PARTS) == ["decoder"]  # as it would be without `init_from`
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("init_from=nowhere", "'nowhere' is neither a folder nor a repository"),
+        ("autoencoder.base_channels=16", "the encoder of init_from=.* is a checkpoint of another architecture"),
+        (
+            "autoencoder.vq.codebook_size=8",
+            "the bottleneck of init_from=.*codebook is .16, 4., expected .8, 4.",
+        ),
+        ("autoencoder.bottleneck=kl", "of init_from=.* another architecture"),
+        ("data.channels=3", r"the encoder of init_from=.*conv_in.weight is .8, 1, 3, 3., expected .8, 3, 3, 3."),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_before_training(chain, tmp_path, run, override, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        run("train_dae", tmp_path / "new", f"init_from={chain}", override)
+    assert not list((tmp_path / "new").rglob("checkpoint-*"))
+
+
+def test_training_on_new_data_from_given_weights(chain, copied, run, history, kill):
+    """k-means does not place the codebook anew, and a resumed run ends as one that nothing interrupted."""
+    settings = [f"init_from={chain}", "data.max_train_samples=200", "seed=3"]
+    run("train_dae", first := copied(None), *settings)
+    kill(before_update=12)
+    with pytest.raises(kill.Killed):
+        run("train_dae", second := copied(None), *settings)
+    run("train_dae", second, *settings, LATEST)
+    assert same_tensors(first / "autoencoder", second / "autoencoder")
+    run("train_dae", anew := copied(None), *settings[1:])
+    first_losses = [next(r["loss"] for r in history(f / "autoencoder") if r["step"] == 1) for f in (first, anew)]
+    assert first_losses[0] < 0.9 * first_losses[1]
+
+
+def test_a_prior_starts_from_given_weights(chain, copied, run):
+    from dae.models import ARPrior
+    from dae.training.initialization import load_prior
+
+    given = ARPrior.from_pretrained(chain / "prior")
+    shape = {"vocab_size": given.vocab_size, "sequence_length": given.sequence_length}
+    for classes in (given.num_classes, 3):
+        prior = ARPrior(given.config, **shape, num_classes=classes)
+        own = prior.class_embedding.weight.clone()
+        load_prior(prior, str(chain))
+        assert starts_from(prior, given, ("blocks", "token_embedding", "head")) == ["blocks", "token_embedding", "head"]
+        assert prior.class_embedding.weight.equal(given.class_embedding.weight if classes == given.num_classes else own)
+    folder = copied(chain)
+    (folder / "prior").rename(folder / "old")
+    with pytest.raises(ValueError, match="another architecture"):
+        run("train_prior", folder, f"prior.init_from={chain}", "prior.width=32")
+    run("train_prior", folder, f"prior.init_from={folder / 'old'}", "prior.max_train_steps=1", "prior.learning_rate=0")
+    assert same_tensors(folder / "prior", chain / "prior")
+
+
+def test_a_diffusion_transformer_keeps_the_scale_of_its_own_latent():
+    import torch
+
+    from dae.config import PriorConfig
+    from dae.models import DiT, GaussianMixturePrior
+    from dae.training import initialization
+
+    settings, shape = PriorConfig(width=16, depth=1, num_heads=2), {"latent_channels": 2, "latent_size": 4, "num_classes": 3}
+    given, prior = (DiT(settings, **shape) for _ in range(2))
+    given.set_latent_statistics(torch.ones(2), torch.ones(2))
+    prior.set_latent_statistics(torch.zeros(2), torch.full((2,), 5.0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(initialization, "load_trained", lambda *_: given)
+        initialization.load_prior(prior, "given")
+        assert starts_from(prior, given, ("blocks", "class_embedding")) == ["blocks", "class_embedding"]
+        assert prior.latent_std.flatten().tolist() == [5.0, 5.0] and prior.latent_mean.flatten().tolist() == [0.0, 0.0]
+        with pytest.raises(ValueError, match="a Gaussian mixture is fitted at once"):
+            initialization.load_prior(GaussianMixturePrior(settings, **shape), "given")

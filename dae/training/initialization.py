@@ -1,0 +1,76 @@
+"""Start training from the weights of a trained model: `init_from` and `prior.init_from`."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TypeVar
+
+from dae.hub import CONFIG, PretrainedModel, load_weights
+from dae.models import Autoencoder, GaussianMixturePrior
+
+log = logging.getLogger(__name__)
+Model = TypeVar("Model", bound=PretrainedModel)
+
+
+def load_latent(autoencoder: Autoencoder, source: str) -> None:
+    """Give `autoencoder` the encoder and the bottleneck, codebook included, of the one at `source`.
+
+    Args:
+        source: output folder of a run, folder of a saved autoencoder, or repository of the Hub.
+
+    Raises:
+        FileNotFoundError: there is no saved autoencoder.
+        ValueError: it has another architecture; the message names the tensors.
+    """
+    given = load_trained(Autoencoder, source)
+    for part in ("encoder", "bottleneck"):
+        load_weights(getattr(autoencoder, part), getattr(given, part).state_dict(), f"the {part} of init_from={source}")
+
+
+def load_decoder(autoencoder: Autoencoder, source: str) -> bool:
+    """Give `autoencoder` the decoder at `source` that has its architecture: of the saved model, or of its stage 1.
+
+    Returns:
+        Whether there is one; without, the decoder stays as it was and the log says so.
+    """
+    own = autoencoder.decoder.state_dict()
+    stage1 = Path(source) / "autoencoder" / "stage1"
+    if not stage1.is_dir():
+        stage1 = Path(source) / "stage1"
+    for place in (source, str(stage1)) if stage1.is_dir() else (source,):
+        weights = load_trained(Autoencoder, place).decoder.state_dict()
+        if {name: w.shape for name, w in weights.items()} == {name: w.shape for name, w in own.items()}:
+            load_weights(autoencoder.decoder, weights, place)
+            return True
+    log.info(
+        "init_from=%s has no %s decoder of this size: training starts with a new one", source, autoencoder.config.decoder.family
+    )
+    return False
+
+
+def load_prior(prior: PretrainedModel, source: str) -> None:
+    """Give `prior` the weights of the one at `source`, as `load_latent` does.
+
+    Buffers stay: they hold the scale of this run's latent. So does the embedding of the classes where their number differs.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_latent`; a Gaussian mixture is fitted and starts from nothing.
+    """
+    if isinstance(prior, GaussianMixturePrior):
+        raise ValueError(f"prior.init_from={source}: a Gaussian mixture is fitted at once, whatever it starts from; leave it out")
+    given = load_trained(type(prior), source, "prior")
+    own, weights = prior.state_dict(), given.state_dict()
+    kept = {name for name, _ in prior.named_buffers()} & own.keys()
+    if given.num_classes != prior.num_classes:
+        kept |= {name for name in own if name.startswith("class_embedding.")}
+        log.info(
+            "prior.init_from=%s knows %d classes, the data have %d: they start new", source, given.num_classes, prior.num_classes
+        )
+    load_weights(prior, {name: own[name] if name in kept else w for name, w in weights.items()}, f"prior.init_from={source}")
+
+
+def load_trained(model: type[Model], source: str, name: str = "autoencoder") -> Model:
+    """The `model` in the folder of a run, in a folder of its own, or in a repository of the Hub."""
+    inside = Path(source) / name
+    return model.from_pretrained(str(inside) if (inside / CONFIG).is_file() else source)
