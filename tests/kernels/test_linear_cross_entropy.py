@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from dae_kernels import linear_cross_entropy
 from dae_kernels.dispatch import TRITON_INSTALLED
-from dae_kernels.linear_cross_entropy import api, chunked
+from dae_kernels.linear_cross_entropy import api, autograd, chunked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -213,8 +213,8 @@ def test_only_the_gradients_that_are_wanted(impl, train, monkeypatch):
     hidden.requires_grad_(train in ("hidden", "no_grad"))
     weight.requires_grad_(train in ("weight", "no_grad"))
     needs = []
-    operator = api.chunked_sum
-    monkeypatch.setattr(api, "chunked_sum", lambda *o: needs.append(o[6:8]) or operator(*o))
+    operator = autograd.chunked_losses
+    monkeypatch.setattr(autograd, "chunked_losses", lambda *o: needs.append(o[10:12]) or operator(*o))
     with torch.set_grad_enabled(train != "no_grad"):
         loss = linear_cross_entropy(hidden, weight, targets, impl=impl)
     torch.testing.assert_close(loss, plain(hidden, weight, targets), rtol=1e-6, atol=0)
@@ -296,7 +296,9 @@ def test_compiles_whole_with_backward(impl):
 @pytest.mark.parametrize("needs", [(True, True), (False, False)])
 def test_operator_passes_torch_checks(kernel, needs):
     hidden, weight, targets = (t.detach() for t in operands(9, 7, 3))
-    torch.library.opcheck(chunked.chunked_sum.op, (hidden, weight, targets, 0.1, 0.01, torch.float32, *needs, kernel))
+    bias, classes, factor = weight[:, 0].clone(), weight[:, 1].abs(), hidden[:, 0].clone()
+    tensors = hidden, weight, bias, classes, targets, torch.tensor(0.01, device=DEVICE), factor
+    torch.library.opcheck(chunked.chunked_losses.op, (*tensors, 0.1, 5.0, torch.float32, *needs, needs[0], kernel))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -316,23 +318,27 @@ def test_bad_input(impl):
     hidden, weight, targets = operands(9, 7, 3)
     for change, error, message in (
         ({"hidden": hidden.long()}, TypeError, "floating point tensor hidden, got torch.int64"),
-        ({"weight": [1.0]}, TypeError, "floating point tensor weight, got <class 'list'>"),
+        ({"linear_weight": [1.0]}, TypeError, "floating point tensor linear_weight, got <class 'list'>"),
         ({"hidden": hidden.to(torch.float8_e4m3fn)}, TypeError, "tensor hidden, got torch.float8_e4m3fn; it takes float16"),
-        ({"weight": weight.to(torch.float8_e5m2)}, TypeError, "tensor weight, got torch.float8_e5m2; .* float32, float64"),
+        (
+            {"linear_weight": weight.to(torch.float8_e5m2)},
+            TypeError,
+            "tensor linear_weight, got torch.float8_e5m2; .* float32, float64",
+        ),
         ({"ignore_index": None}, TypeError, "an int ignore_index, got None"),
         ({"ignore_index": 2.5}, TypeError, "an int ignore_index, got 2.5"),
         ({"targets": targets.int()}, TypeError, "int64 targets, got torch.int32"),
-        ({"targets": targets[:8]}, ValueError, r"targets \[...\], got hidden \[9, 3\], weight \[7, 3\], targets \[8\]"),
-        ({"weight": weight[:, :2]}, ValueError, r"got hidden \[9, 3\], weight \[7, 2\]"),
-        ({"weight": weight[:0]}, ValueError, "V >= 1 and D >= 1"),
-        ({"weight": weight.half()}, ValueError, "one dtype, got torch.float32 and torch.float16"),
-        ({"weight": weight.to("meta")}, ValueError, "one device"),
+        ({"targets": targets[:8]}, ValueError, r"targets \[...\], got hidden \[9, 3\], linear_weight \[7, 3\], targets \[8\]"),
+        ({"linear_weight": weight[:, :2]}, ValueError, r"got hidden \[9, 3\], linear_weight \[7, 2\]"),
+        ({"linear_weight": weight[:0]}, ValueError, "V >= 1 and D >= 1"),
+        ({"linear_weight": weight.half()}, ValueError, "one dtype, got torch.float32 and torch.float16"),
+        ({"linear_weight": weight.to("meta")}, ValueError, "one device"),
         ({"label_smoothing": 1.5}, ValueError, r"label_smoothing must lie in \[0, 1\], got 1.5"),
         ({"z_loss": math.nan}, ValueError, "z_loss must be finite and not negative, got nan"),
-        ({"reduction": "none"}, ValueError, "reduction must be one of 'mean', 'sum', got 'none'"),
+        ({"reduction": "max"}, ValueError, "reduction must be one of 'mean', 'sum', 'none', got 'max'"),
         ({"impl": "cut"}, ValueError, "impl must be one of 'auto', 'reference', 'torch', 'chunked', 'triton', got 'cut'"),
     ):
-        call = {"hidden": hidden, "weight": weight, "targets": targets, "impl": impl} | change
+        call = {"hidden": hidden, "linear_weight": weight, "targets": targets, "impl": impl} | change
         with pytest.raises(error, match=message):
             linear_cross_entropy(**call)
 
@@ -340,7 +346,7 @@ def test_bad_input(impl):
 def test_torch_is_obeyed_or_refused(monkeypatch):
     hidden, weight, targets = operands(9, 7, 3)
     if hasattr(torch.nn, "LinearCrossEntropyOptions"):
-        with pytest.raises(ValueError, match=r"both must be 0, got 0\.1 and 0"):
+        with pytest.raises(ValueError, match=r"must be 0, 0 and None, got 0\.1, 0\.0 and None"):
             linear_cross_entropy(hidden, weight, targets, impl="torch", label_smoothing=0.1)
         monkeypatch.delattr(torch.nn, "LinearCrossEntropyOptions")
     with pytest.raises(ValueError, match=r"needs torch 2\.13 or later, got"):
@@ -351,8 +357,8 @@ def test_torch_is_obeyed_or_refused(monkeypatch):
 def test_auto_on_a_cpu_goes_by_the_number_of_logits(monkeypatch):
     hidden, weight, targets = operands(16, 8, 3)
     calls = []
-    operator = api.chunked_sum
-    monkeypatch.setattr(api, "chunked_sum", lambda *o: calls.append(1) or operator(*o))
+    operator = autograd.chunked_losses
+    monkeypatch.setattr(autograd, "chunked_losses", lambda *o: calls.append(1) or operator(*o))
     for few, expected in ((128, 0), (127, 1)):
         monkeypatch.setattr(api, "FEW_LOGITS", few)
         linear_cross_entropy(hidden, weight, targets)
@@ -383,32 +389,40 @@ def test_chunks_are_the_whole(N, V, D, smoothing, z_loss, reduction, seed):
 @pytest.mark.skipif(not TRITON_INSTALLED, reason="needs triton")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("n, V", [(3, 5), (2, 2048), (2, 2049), (1, 1)])
-@pytest.mark.parametrize("options", [(0.0, 0.0), (0.1, 0.02)])
-def test_kernel_stays_inside_its_buffers(dtype, n, V, options):
+@pytest.mark.parametrize("smoothing, z_loss, softcap, vectors", [(0.0, None, None, False), (0.1, 0.02, 5.0, True)])
+def test_kernel_stays_inside_its_buffers(dtype, n, V, smoothing, z_loss, softcap, vectors):
     """NaN and 7 lie around the operands: NaN would show in every sum, and what lies around the results must survive."""
     from dae_kernels.linear_cross_entropy import fused
 
     torch.manual_seed(V)
-    padded = torch.full((n + 2, V + 40), 7.0, device=DEVICE, dtype=dtype)
-    logits = padded[1:-1, 20:-20]
+    padded = torch.full((n + 2, V + 40), 7.0, device=DEVICE)
+    gradients = padded.to(dtype, copy=True)
+    logits, gradient = (t[1:-1, 20:-20] for t in (padded, gradients))
     logits.copy_(torch.randn(n, V) * 3)
     targets = torch.randint(V, (n + 2,), device=DEVICE)
     targets[2] = -1 if n > 1 else targets[2]
     losses = torch.full((n + 2,), math.nan, device=DEVICE)
-    expected_d, expected = logits.double(), torch.empty(n, device=DEVICE, dtype=torch.float64)
-    chunked.softmax_step(expected_d, targets[1:-1], expected, *options, True)
-    alone = losses.clone()
-    fused.launch(logits, targets[1:-1], alone[1:-1], *options, False)
-    assert torch.equal(padded[1:-1, 20:-20], logits)
-    fused.launch(logits, targets[1:-1], losses[1:-1], *options, True)
-    assert torch.equal(alone[1:-1], losses[1:-1])
+    z = None if z_loss is None else torch.tensor(z_loss, device=DEVICE)
+    bias, weight = (torch.rand(V + 2, device=DEVICE).index_fill_(0, torch.tensor([0, V + 1]), math.nan) for _ in range(2))
+    bias, weight = (bias[1:-1], weight[1:-1]) if vectors else (None, None)
+    wide = [None if t is None else t.double() for t in (logits, bias, weight)]
+    expected_d, expected = wide[0], torch.empty(n, device=DEVICE, dtype=torch.float64)
+    chunked.softmax_step(expected_d, *wide[1:], targets[1:-1], expected, z, smoothing, softcap, True)
+    before, alone = padded.clone(), losses.clone()
+    fused.launch(logits, gradient, bias, weight, targets[1:-1], alone[1:-1], z, smoothing, softcap, False)
+    assert (gradient == 7).all()
+    fused.launch(logits, gradient, bias, weight, targets[1:-1], losses[1:-1], z, smoothing, softcap, True)
+    assert torch.equal(padded, before) and torch.equal(alone[1:-1], losses[1:-1])
+    if dtype == torch.float32:  # in place
+        fused.launch(logits, logits, bias, weight, targets[1:-1], alone[1:-1], z, smoothing, softcap, True)
+        assert torch.equal(logits, gradient) and torch.equal(alone[1:-1], losses[1:-1])
     assert losses[0].isnan() and losses[-1].isnan()
     around = torch.ones_like(padded, dtype=torch.bool)
     around[1:-1, 20:-20] = False
-    assert (padded[around] == 7).all()
+    assert (padded[around] == 7).all() and (gradients[around] == 7).all()
     # float32 sums of up to 2049 terms of the order of 1; the gradient is rounded to its dtype once
     torch.testing.assert_close(losses[1:-1].double(), expected, rtol=2e-6, atol=2e-6)
-    torch.testing.assert_close(logits.double(), expected_d, rtol=torch.finfo(dtype).eps + 2e-6, atol=1e-6)
+    torch.testing.assert_close(gradient.double(), expected_d, rtol=torch.finfo(dtype).eps + 2e-6, atol=1e-6)
 
 
 MEMORY = """
@@ -440,11 +454,13 @@ def test_cuda_path_on_fake_tensors():
     """The operator's own code without a GPU: 16-bit products, float32 sums; and no value of a target is read."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    expected = [([], torch.float32), ([70, 8], torch.bfloat16), ([40, 8], torch.float32)]
+    expected = [([70], torch.float32), ([70, 8], torch.bfloat16), ([40, 8], torch.float32), ([40], torch.float32)]
     with FakeTensorMode(), torch.no_grad():
         hidden, weight = torch.empty(70, 8, device="cuda"), torch.empty(40, 8, device="cuda")
         targets = torch.zeros(70, dtype=torch.int64, device="cuda")
-        results = chunked.chunked_launcher(hidden, weight, targets, 0.1, 0.1, torch.bfloat16, True, True, False)
+        class_vector, row_vector = torch.empty(40, device="cuda"), torch.empty(70, device="cuda")
+        tensors = hidden, weight, class_vector, class_vector, targets, torch.empty((), device="cuda"), row_vector
+        results = chunked.chunked_launcher(*tensors, 0.1, 5.0, torch.bfloat16, True, True, True, False)
         for result, (shape, dtype) in zip(results, expected, strict=True):
             assert (list(result.shape), result.dtype, result.device.type) == (shape, dtype, "cuda")
         for impl in ("reference", "chunked"):

@@ -1,10 +1,13 @@
-"""The loss and its gradients by chunks of rows, as one operator: no more than a chunk of logits is ever there.
+"""Losses and gradients by chunks of rows, as one operator: no more than a chunk of logits is ever there.
 
-The loss is one number, so its gradients are known but for one factor as soon as a chunk's logits are: they are made in the same
-pass, unscaled. The operator returns them beside the sum, and the backward pass only multiplies.
+The gradients of a sum of losses are known but for one factor as soon as a chunk's logits are: they are made in the same pass,
+unscaled, and the backward pass only multiplies. Where every row has its own factor (reduction="none"), the backward pass calls
+the operator again, with these factors.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,9 +15,8 @@ from torch import Tensor
 from dae_kernels.dispatch import register_op
 from dae_kernels.linear_cross_entropy.reference import NOT_COUNTED, counted_rows, without_autocast
 
-# Elements of a chunk of logits. CPU: 4 MiB in float32, about what the caches hold. GPU: 32 MiB in 16 bits, which stays in the L2
-# cache between product and softmax, and at V = 16384 makes 1024 rows, so that adding a chunk's weight gradient to the float32
-# sum costs no more than the product it comes from.
+# Elements of a chunk of logits, which are float32. CPU: 4 MiB, about what the caches hold. GPU: 64 MiB, which at V = 16384 makes
+# 1024 rows, so that adding a chunk's weight gradient to the float32 sum costs no more than the product it comes from.
 CPU_CHUNK, GPU_CHUNK = 1 << 20, 1 << 24
 MIN_ROWS = 64  # fewer make slow products
 WEIGHT_BLOCK = 1 << 22  # elements of the weight gradient added at once where the product's dtype is not the sum's
@@ -25,32 +27,65 @@ def chunk_rows(V: int, device: torch.device) -> int:
 
 
 def softmax_step(
-    logits_nV: Tensor, target_n: Tensor, loss_n: Tensor, label_smoothing: float, z_loss: float, gradient: bool
+    logits_nV: Tensor,
+    bias_V: Tensor | None,
+    weight_V: Tensor | None,
+    target_n: Tensor,
+    loss_n: Tensor,
+    z_loss: Tensor | None,
+    label_smoothing: float,
+    softcap: float | None,
+    gradient: bool,
 ) -> None:
-    """Write the losses of a chunk of float32 or float64 logits, and with `gradient` their gradient over the logits.
+    """Write the losses of a chunk of float32 or float64 products, and with `gradient` their gradient over the products.
 
-    d loss / d logit_v = softmax_v (1 + 2 z lse) - (1 - s) [v = target] - s / V, and 0 in rows that do not count.
+    With x the logits, which are the products plus the bias, capped, w the class weights, t the target and s the smoothing:
+
+        loss         = a lse - (1 - s) w_t x_t - s / V sum_v w_v x_v + z lse^2,  a = (1 - s) w_t + s / V sum_v w_v
+        d loss / d x = softmax (a + 2 z lse) - (1 - s) w_t [v = t] - s / V w_v
+
+    and 0 in rows that do not count. logits_nV is overwritten in any case.
     """
-    V = logits_nV.shape[1]
     counts_n1 = (target_n != NOT_COUNTED).unsqueeze(1)
-    one_n1 = counts_n1.to(logits_nV.dtype)
     safe_n1 = target_n.clamp(min=0).unsqueeze(1)
-    value_n1 = logits_nV.gather(1, safe_n1) * (1 - label_smoothing)
-    if label_smoothing:
-        value_n1 += logits_nV.mean(dim=1, keepdim=True) * label_smoothing
+    if bias_V is not None:
+        logits_nV.add_(bias_V)
+    slope_nV = None
+    if softcap is not None:
+        logits_nV.div_(softcap).tanh_()
+        slope_nV = 1 - logits_nV.square() if gradient else None
+        logits_nV.mul_(softcap)
+    share = label_smoothing / logits_nV.shape[1]
+    if weight_V is None:
+        mass_n1 = torch.ones_like(loss_n).unsqueeze(1)
+        target_mass_n1 = mass_n1 * (1 - label_smoothing)
+    else:
+        target_mass_n1 = (1 - label_smoothing) * weight_V.unsqueeze(1).gather(0, safe_n1)
+        mass_n1 = target_mass_n1 + share * weight_V.sum()
+    # Less the largest before anything is summed: large logits that differ little keep their digits.
     largest_n1 = logits_nV.amax(dim=1, keepdim=True)
-    sum_n1 = logits_nV.sub_(largest_n1).exp_().sum(dim=1, keepdim=True)
-    lse_n1 = largest_n1 + sum_n1.log()
-    loss_n1 = lse_n1 - value_n1
-    if z_loss:  # 0 times a square that overflows is NaN
+    logits_nV.sub_(largest_n1)
+    value_n1 = logits_nV.gather(1, safe_n1) * target_mass_n1
+    if label_smoothing:
+        total_n1 = logits_nV.sum(dim=1, keepdim=True) if weight_V is None else (logits_nV @ weight_V).unsqueeze(1)
+        value_n1 += total_n1 * share
+    sum_n1 = logits_nV.exp_().sum(dim=1, keepdim=True)
+    log_n1 = sum_n1.log()
+    loss_n1 = mass_n1 * log_n1 - value_n1
+    if z_loss is not None:  # 0 times a square that overflows is NaN
+        lse_n1 = largest_n1 + log_n1
         loss_n1 += z_loss * lse_n1.square()
-    if gradient:
-        factor_n1 = (1 + 2 * z_loss * lse_n1) / sum_n1
-        logits_nV.mul_(factor_n1.where(counts_n1, 0.0))
-        logits_nV.scatter_add_(1, safe_n1, (label_smoothing - 1) * one_n1)
-        if label_smoothing:
-            logits_nV.sub_(label_smoothing / V * one_n1)
+        mass_n1 = mass_n1 + 2 * z_loss * lse_n1
     torch.where(counts_n1.squeeze(1), loss_n1.squeeze(1), loss_n1.new_zeros(()), out=loss_n)
+    if not gradient:
+        return
+    logits_nV.mul_((mass_n1 / sum_n1).where(counts_n1, 0.0))
+    logits_nV.scatter_add_(1, safe_n1, -target_mass_n1.where(counts_n1, 0.0))
+    if label_smoothing:
+        share_n1 = counts_n1.to(logits_nV.dtype) * share
+        logits_nV.sub_(share_n1 if weight_V is None else share_n1 * weight_V)
+    if slope_nV is not None:
+        logits_nV.mul_(slope_nV)
 
 
 def product(a: Tensor, b: Tensor, out: Tensor) -> None:
@@ -77,72 +112,82 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
 
 def chunked_launcher(
     hidden_ND: Tensor,
-    weight_VD: Tensor,
+    linear_weight_VD: Tensor,
+    bias_V: Tensor | None,
+    weight_V: Tensor | None,
     target_N: Tensor,
+    z_loss: Tensor | None,
+    factor_N: Tensor | None,
     label_smoothing: float,
-    z_loss: float,
+    softcap: float | None,
     dtype: torch.dtype,
     need_hidden: bool,
     need_weight: bool,
+    need_bias: bool,
     kernel: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum of the losses, and its gradients by hidden (in `dtype`) and weight (at least float32), empty where not needed."""
-    N, V = len(hidden_ND), len(weight_VD)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """[N] losses, their own gradients by hidden (in `dtype`), and the sum's by linear_weight and bias (at least float32).
+
+    Gradients are empty where not needed. `factor_N`, of at most 1 in absolute value, multiplies the rows of that sum.
+    """
+    N, V = len(hidden_ND), len(linear_weight_VD)
     wide = torch.promote_types(dtype, torch.float32)
-    # CPUs multiply 16 bits slowly; the kernel takes the logits as a GPU makes them.
+    # CPUs multiply 16 bits slowly; the kernel writes gradients as a GPU takes them.
     operand = wide if hidden_ND.device.type == "cpu" and not kernel else dtype
-    _, d_hidden_ND, d_weight_VD = chunked_empty(
-        hidden_ND, weight_VD, target_N, label_smoothing, z_loss, dtype, need_hidden, need_weight, kernel
-    )
-    if need_weight and N == 0:
+    needs = need_hidden, need_weight, need_bias
+    loss_N, d_hidden_ND, d_weight_VD, d_bias_V = chunked_empty(hidden_ND, linear_weight_VD, dtype, *needs, kernel)
+    d_bias_V.zero_()
+    if N == 0:
         d_weight_VD.zero_()
     rows = max(1, min(chunk_rows(V, hidden_ND.device), N))
     with without_autocast(hidden_ND.device):
-        w_VD = weight_VD.to(dtype).to(operand)
-        loss_N = hidden_ND.new_empty(N, dtype=wide)
-        buffer_nV = hidden_ND.new_empty(rows, V, dtype=operand)
-        chunks = zip(hidden_ND.split(rows), target_N.split(rows), loss_N.split(rows), strict=True)
-        for start, (h_nD, target_n, loss_n) in zip(range(0, N, rows), chunks, strict=False):  # without rows there is one of none
-            h_nD = counted_rows(h_nD, target_n).to(dtype).to(operand)
-            logits_nV = buffer_nV.narrow(0, 0, len(h_nD))
-            torch.mm(h_nD, w_VD.T, out=logits_nV)
+        w_VD = linear_weight_VD.to(dtype).to(operand)
+        b_V = None if bias_V is None else bias_V.to(wide).contiguous()
+        buffer_nV = hidden_ND.new_empty(rows, V, dtype=wide)
+        # In place for float32, where the rows of both are equal.
+        narrow_nV = hidden_ND.new_empty(rows, V, dtype=dtype) if kernel and any(needs) and dtype != wide else buffer_nV
+        for start in range(0, N, rows):
+            n = min(rows, N - start)
+            target_n, loss_n = target_N.narrow(0, start, n), loss_N.narrow(0, start, n)
+            h_nD = counted_rows(hidden_ND.narrow(0, start, n), target_n).to(dtype).to(operand)
+            logits_nV, gradient_nV = buffer_nV.narrow(0, 0, n), narrow_nV.narrow(0, 0, n)
+            product(h_nD, w_VD.T, logits_nV)
+            step = b_V, weight_V, target_n, loss_n, z_loss, label_smoothing, softcap, any(needs)
             if kernel:
                 from dae_kernels.linear_cross_entropy.fused import launch
 
-                launch(logits_nV, target_n, loss_n, label_smoothing, z_loss, need_hidden or need_weight)
+                launch(logits_nV, gradient_nV, *step)
             else:
-                wide_nV = logits_nV.to(wide)
-                softmax_step(wide_nV, target_n, loss_n, label_smoothing, z_loss, need_hidden or need_weight)
-                logits_nV = wide_nV.to(operand)
+                softmax_step(logits_nV, *step)
+                gradient_nV = logits_nV.to(operand)
             if need_hidden:
-                d_hidden_nD = d_hidden_ND.narrow(0, start, len(h_nD))
+                d_hidden_nD = d_hidden_ND.narrow(0, start, n)
                 if operand == dtype:
-                    torch.mm(logits_nV, w_VD, out=d_hidden_nD)
+                    torch.mm(gradient_nV, w_VD, out=d_hidden_nD)
                 else:
-                    d_hidden_nD.copy_(logits_nV @ w_VD)
-            if need_weight and start == 0:
-                product(logits_nV.T, h_nD, d_weight_VD)
-            elif need_weight:
-                add_product(d_weight_VD, logits_nV.T, h_nD)
-    return loss_N.sum(), d_hidden_ND, d_weight_VD
+                    d_hidden_nD.copy_(gradient_nV @ w_VD)
+            factor_n = torch.ones_like(loss_n) if factor_N is None else factor_N.narrow(0, start, n)
+            factor_1n = factor_n.to(operand).unsqueeze(0)
+            if need_bias:
+                add_product(d_bias_V.unsqueeze(0), factor_1n, gradient_nV)
+            if need_weight:
+                if factor_N is not None:
+                    h_nD = h_nD * factor_1n.T
+                if start == 0:
+                    product(gradient_nV.T, h_nD, d_weight_VD)
+                else:
+                    add_product(d_weight_VD, gradient_nV.T, h_nD)
+    return loss_N, d_hidden_ND, d_weight_VD, d_bias_V
 
 
-def chunked_empty(
-    hidden_ND: Tensor,
-    weight_VD: Tensor,
-    target_N: Tensor,
-    label_smoothing: float,
-    z_loss: float,
-    dtype: torch.dtype,
-    need_hidden: bool,
-    need_weight: bool,
-    kernel: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def chunked_empty(hidden_ND: Tensor, linear_weight_VD: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *_, dtype, need_hidden, need_weight, need_bias, _ = rest
     wide = torch.promote_types(dtype, torch.float32)
+    loss_N = hidden_ND.new_empty(len(hidden_ND), dtype=wide)
     d_hidden_ND = hidden_ND.new_empty(hidden_ND.shape if need_hidden else (0, 0), dtype=dtype)
-    d_weight_VD = weight_VD.new_empty(weight_VD.shape if need_weight else (0, 0), dtype=wide)
-    return hidden_ND.new_empty((), dtype=wide), d_hidden_ND, d_weight_VD
+    d_weight_VD = hidden_ND.new_empty(linear_weight_VD.shape if need_weight else (0, 0), dtype=wide)
+    return loss_N, d_hidden_ND, d_weight_VD, hidden_ND.new_empty(len(linear_weight_VD) if need_bias else 0, dtype=wide)
 
 
 # Opaque also without the interpreter: its products are cuBLAS's, and a compiler that saw the loop would unroll it.
-chunked_sum = register_op("dae_kernels::linear_cross_entropy", chunked_launcher, chunked_empty)
+chunked_losses = register_op("dae_kernels::linear_cross_entropy", chunked_launcher, chunked_empty)

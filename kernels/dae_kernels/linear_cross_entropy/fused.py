@@ -1,18 +1,17 @@
-"""The step between the products in Triton: a chunk of logits becomes its own gradient in place, and one loss a row is written.
+"""The step between the products in Triton: of a chunk of logits the gradient and one loss per row are written.
 
 Roofline (counts, with the measured floors of an H100: 3.0 TB/s of copy, 798 TFLOP/s in bf16, 132 SMs; not yet measured).
-- The kernel is bound by memory: n V logits of b bytes are read and written, 2 n V b; the eager steps it stands for move about
-  8 n V float32 and cast twice. A program reads its row once for the maximum and the sum and once more for the gradient; the
-  rows at work at once (8 warps a program, at most 8 programs an SM, 32 KB a row at V = 16384 in bf16: 35 MB) lie in the L2
-  cache (50 MB) by then, as may the whole chunk as it comes from the product (32 MB). From memory, [1024, 16384] in bf16 would
-  take 22 us.
+- The kernel is bound by memory: n V float32 logits are read, twice where there is a gradient, and n V gradients of b bytes are
+  written; the eager steps it stands for move about 8 n V float32 and cast. Logits are float32 because sums in 16 bits round them
+  to 3 digits (bfloat16) or overflow at 65504 (float16). From memory, [1024, 16384] in bf16 would take 53 us; the rows at work at
+  once (64 KB a row at V = 16384) do not all fit into the L2 cache (50 MB) for the second reading.
 - The three products around it are 6 n V D flop, 129 us for that chunk and D = 1024: the whole operation is bound by them.
-- Memory of the operation by count, at N = 8192, V = 16384, D = 1024 in bf16: a chunk of logits 32 MiB, the weight's gradient in
-  float32 64 and the block that is added to it 16, hidden's gradient 16: 128 MiB forward; 176 backward. All logits, their
-  logarithmic softmax and the gradients of both are 768 MiB.
-- Arithmetic: two exponentials a logit; an SM does 16 a cycle and at 3.0 TB/s meets 3.2 bf16 logits a cycle (2 b bytes each), so
-  the exponentials take less than half of the time of the traffic.
-- A tile is one row of at most 2048 logits over 8 warps: 8 a thread, one load of 16 bytes in bf16. With 16 a thread ptxas spilled
+- Memory of the operation by count, at N = 8192, V = 16384, D = 1024 in bf16: a chunk of logits 64 MiB and its gradient 32, the
+  weight's gradient in float32 64 and the block that is added to it 16, hidden's gradient 16: 192 MiB forward; 240 backward. All
+  logits, their logarithmic softmax and the gradients of both are 768 MiB.
+- Arithmetic: two exponentials a logit (four with a soft cap); an SM does 16 a cycle and at 3.0 TB/s meets 1.3 logits a cycle
+  (10 bytes each), so the exponentials take less than half of the time of the traffic.
+- A tile is one row of at most 2048 logits over 8 warps: 8 a thread, two loads of 16 bytes. With 16 a thread ptxas spilled
   a few registers on sm_80, sm_90 and sm_100. The loop keeps a maximum and a sum for each lane (online softmax) and merges lanes
   once, so nothing is reduced over threads inside it; a short row gets fewer warps.
 """
@@ -28,62 +27,127 @@ MAX_BLOCK = 2048
 
 
 @triton.jit
+def tanh_and_slope(u):
+    """tanh u and its derivative, from one exponential; below 0.35 from its series, as 1 - exp cancels there."""
+    e = tl.exp(-2.0 * tl.abs(u))
+    large = (1.0 - e) / (1.0 + e)
+    s = u * u
+    # The series of tanh u / u: the first term left out, 0.0036 u^12, is 1.2e-8 at 0.35 (the unit roundoff is 6e-8).
+    small = 1.0 + s * (-1.0 / 3 + s * (2.0 / 15 + s * (-17.0 / 315 + s * (62.0 / 2835 + s * (-1382.0 / 155925)))))
+    return tl.where(tl.abs(u) < 0.35, u * small, tl.where(u < 0, -large, large)), 4.0 * e / ((1.0 + e) * (1.0 + e))
+
+
+@triton.jit
 def softmax_step_kernel(
     logits_ptr,
+    gradient_ptr,
+    bias_ptr,
+    weight_ptr,
     target_ptr,
     loss_ptr,
+    z_loss_ptr,
     stride_n,
+    gradient_stride_n,
     V,
     label_smoothing,
-    z_loss,
+    softcap,
     GRADIENT: tl.constexpr,
     SMOOTH: tl.constexpr,
     Z_LOSS: tl.constexpr,
+    BIAS: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """loss = lse - (1 - s) x_t - s mean x + z lse^2, and d loss / d x over x; a negative target: 0 and zeros. Grid (rows)."""
+    """`chunked.softmax_step` of one row: its loss and gradient; a negative target: 0 and zeros. Grid (rows).
+
+    gradient_ptr may be logits_ptr, and bias, weight and z_loss anything where they are not used.
+    """
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(target_ptr + row)
     counts = target >= 0
+    target = tl.maximum(target, 0)
     lane = tl.arange(0, BLOCK_V)
-    x_ptrs = logits_ptr + row * stride_n + lane
+    logits_ptr += row * stride_n
     # Read before the row is overwritten, and by every thread.
-    x_target = tl.load(logits_ptr + row * stride_n + tl.maximum(target, 0)).to(tl.float32)
+    x_target = tl.load(logits_ptr + target)
+    if BIAS:
+        x_target += tl.load(bias_ptr + target)
+    if SOFTCAP:
+        x_target = tanh_and_slope(x_target / softcap)[0] * softcap
+    target_mass = 1.0 - label_smoothing
+    if WEIGHT:
+        target_mass *= tl.load(weight_ptr + target)
 
     # A lane without a finite logit so far has the maximum -inf, from which nothing may be subtracted.
     largest = tl.full([BLOCK_V], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_V], tl.float32)
     plain = tl.zeros([BLOCK_V], tl.float32)
+    mass = tl.zeros([BLOCK_V], tl.float32)
     for v0 in range(0, V, BLOCK_V):
-        inside = v0 + lane < V
-        x = tl.load(x_ptrs + v0, mask=inside, other=float("-inf")).to(tl.float32)
+        v = v0 + lane
+        inside = v < V
+        x = tl.load(logits_ptr + v, mask=inside, other=float("-inf"))
+        if BIAS:
+            x += tl.load(bias_ptr + v, mask=inside, other=0.0)
+        if SOFTCAP:
+            x = tl.where(inside, tanh_and_slope(x / softcap)[0] * softcap, float("-inf"))
         larger = tl.maximum(largest, x)
         # One of the two exponents is 0: one exponential does for both.
         e = tl.exp(tl.where(larger == float("-inf"), 0.0, -tl.abs(x - largest)))
         total = tl.where(x > largest, total * e + 1.0, total + tl.where(inside, e, 0.0))
         largest = larger
         if SMOOTH:
-            plain += tl.where(inside, x, 0.0)
+            if WEIGHT:
+                w = tl.load(weight_ptr + v, mask=inside, other=0.0)
+                mass += w
+                plain += tl.where(inside, w * x, 0.0)
+            else:
+                plain += tl.where(inside, x, 0.0)
     top = tl.max(largest, axis=0)
     away = tl.exp(tl.where(largest == float("-inf"), float("-inf"), largest - top))
-    lse = top + tl.log(tl.sum(total * away, axis=0))
-    loss = lse - (1.0 - label_smoothing) * x_target
-    if Z_LOSS:  # 0 times a square that overflows is NaN
-        loss += z_loss * lse * lse
+    total_sum = tl.sum(total * away, axis=0)
+    log_sum = tl.log(total_sum)
+    row_mass = target_mass
+    loss = target_mass * (top - x_target)
+    share = 0.0
     if SMOOTH:
-        loss -= label_smoothing * (tl.sum(plain, axis=0) / V)
+        share = label_smoothing / V
+        smoothed = label_smoothing
+        if WEIGHT:
+            smoothed = share * tl.sum(mass, axis=0)
+        row_mass += smoothed
+        loss += smoothed * top - share * tl.sum(plain, axis=0)
+    loss += row_mass * log_sum
+    if Z_LOSS:  # 0 times a square that overflows is NaN
+        lse = top + log_sum
+        z_loss = tl.load(z_loss_ptr)
+        loss += z_loss * lse * lse
+        row_mass += 2.0 * z_loss * lse
     tl.store(loss_ptr + row, tl.where(counts, loss, 0.0))
 
     if GRADIENT:
         tl.debug_barrier()  # every thread has read its target's logit
-        factor = 1.0 + 2.0 * z_loss * lse
+        factor = row_mass / total_sum
+        gradient_ptr += row * gradient_stride_n
         for v0 in range(0, V, BLOCK_V):
             v = v0 + lane
-            x = tl.load(x_ptrs + v0, mask=v < V, other=0.0).to(tl.float32)
-            d = tl.exp(x - lse) * factor - tl.where(v == target, 1.0 - label_smoothing, 0.0)
+            inside = v < V
+            x = tl.load(logits_ptr + v, mask=inside, other=0.0)
+            if BIAS:
+                x += tl.load(bias_ptr + v, mask=inside, other=0.0)
+            if SOFTCAP:
+                x, slope = tanh_and_slope(x / softcap)
+                x *= softcap
+            d = tl.exp(x - top) * factor - tl.where(v == target, target_mass, 0.0)
             if SMOOTH:
-                d -= label_smoothing / V
-            tl.store(x_ptrs + v0, tl.where(counts, d, 0.0).to(logits_ptr.dtype.element_ty), mask=v < V)
+                if WEIGHT:
+                    d -= share * tl.load(weight_ptr + v, mask=inside, other=0.0)
+                else:
+                    d -= share
+            if SOFTCAP:
+                d *= slope
+            tl.store(gradient_ptr + v, tl.where(counts, d, 0.0).to(gradient_ptr.dtype.element_ty), mask=inside)
 
 
 def tile(V: int) -> dict[str, int]:
@@ -92,21 +156,45 @@ def tile(V: int) -> dict[str, int]:
     return {"BLOCK_V": block, "num_warps": max(1, block // 256)}
 
 
-def launch(logits_nV: Tensor, target_n: Tensor, loss_n: Tensor, label_smoothing: float, z_loss: float, gradient: bool) -> None:
-    """Write loss_n, and with `gradient` the gradient over logits_nV, whose rows are contiguous."""
-    if len(logits_nV) == 0:
+def launch(
+    logits_nV: Tensor,
+    gradient_nV: Tensor,
+    bias_V: Tensor | None,
+    weight_V: Tensor | None,
+    target_n: Tensor,
+    loss_n: Tensor,
+    z_loss: Tensor | None,
+    label_smoothing: float,
+    softcap: float | None,
+    gradient: bool,
+) -> None:
+    """`chunked.softmax_step`, but with its gradient into gradient_nV, of any dtype or logits_nV itself.
+
+    Rows are contiguous, vectors too; all but the gradient is float32. gradient_nV is not touched unless `gradient`.
+    """
+    n, V = logits_nV.shape
+    if n == 0:
         return
+    bias, weight, z = (logits_nV if vector is None else vector for vector in (bias_V, weight_V, z_loss))  # not read if None
     with torch.cuda.device_of(logits_nV):
-        softmax_step_kernel[(len(logits_nV),)](
+        softmax_step_kernel[(n,)](
             logits_nV,
+            gradient_nV,
+            bias,
+            weight,
             target_n,
             loss_n,
+            z,
             logits_nV.stride(0),
-            logits_nV.shape[1],
+            gradient_nV.stride(0),
+            V,
             label_smoothing,
-            z_loss,
+            1.0 if softcap is None else softcap,
             GRADIENT=gradient,
             SMOOTH=label_smoothing > 0,
-            Z_LOSS=z_loss > 0,
-            **tile(logits_nV.shape[1]),
+            Z_LOSS=z_loss is not None,
+            BIAS=bias_V is not None,
+            WEIGHT=weight_V is not None,
+            SOFTCAP=softcap is not None,
+            **tile(V),
         )

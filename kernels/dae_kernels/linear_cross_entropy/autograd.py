@@ -1,0 +1,133 @@
+"""The gradients of the chunked implementations, as Functions: what `register_autograd` makes does not support torch.func.
+
+Gradients made in a forward pass are results too: what differentiates them is then seen, and refused.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dae_kernels.dispatch import differentiated
+from dae_kernels.linear_cross_entropy.chunked import chunked_losses
+from dae_kernels.linear_cross_entropy.reference import NOT_COUNTED
+
+
+class SumOfLosses(torch.autograd.Function):
+    """Sum of the losses; its gradients are made in the forward pass."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(hidden_ND, linear_weight_VD, bias_V, weight_V, target_N, z_loss, label_smoothing, softcap, dtype, needs, kernel):
+        tensors = hidden_ND, linear_weight_VD, bias_V, weight_V, target_N, z_loss, None
+        loss_N, *gradients = chunked_losses(*tensors, label_smoothing, softcap, dtype, *needs, kernel)
+        return loss_N.sum(), *gradients
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.dtypes, ctx.needs = [None if t is None else t.dtype for t in inputs[:3]], inputs[9]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, d_sum: Tensor | None, *d_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_second(d_gradients)
+        if d_sum is None:
+            return (None,) * 11
+        gradients, made = ctx.saved_tensors, [None, None, None]
+        for i in (1, 0, 2):  # the weight's first: its product in float32 is the largest tensor here
+            if ctx.needs[i]:
+                made[i] = (gradients[i] * d_sum).to(ctx.dtypes[i])
+        return *made, *[None] * 8
+
+
+class Losses(torch.autograd.Function):
+    """[N] losses; their gradients are made in the backward pass, where the factor of each row is known."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(hidden_ND, linear_weight_VD, bias_V, weight_V, target_N, z_loss, label_smoothing, softcap, dtype, needs, kernel):
+        tensors = hidden_ND, linear_weight_VD, bias_V, weight_V, target_N, z_loss, None
+        return chunked_losses(*tensors, label_smoothing, softcap, dtype, False, False, False, kernel)[0]
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:6])
+        ctx.options = inputs[6:]
+
+    @staticmethod
+    def backward(ctx: Any, d_loss_N: Tensor) -> tuple[Tensor | None, ...]:
+        gradients = GradientsOfLosses.apply(*ctx.saved_tensors, d_loss_N, *ctx.options)
+        needs = ctx.options[3]
+        return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), *[None] * 8
+
+
+class GradientsOfLosses(torch.autograd.Function):
+    """The gradients of `Losses`, which has no second ones."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        hidden_ND,
+        linear_weight_VD,
+        bias_V,
+        weight_V,
+        target_N,
+        z_loss,
+        d_loss_N,
+        label_smoothing,
+        softcap,
+        dtype,
+        needs,
+        kernel,
+    ):
+        d_loss_N = d_loss_N.masked_fill(target_N == NOT_COUNTED, 0.0)
+        # Less a power of two, rows have factors of at most 1: such as 16 bits can hold.
+        scale = torch.exp2(torch.frexp(d_loss_N.abs().amax() if len(d_loss_N) else d_loss_N.new_ones(())).exponent)
+        scale = scale.to(d_loss_N.dtype)
+        tensors = hidden_ND, linear_weight_VD, bias_V, weight_V, target_N, z_loss, d_loss_N / scale
+        _, d_hidden_ND, d_weight_VD, d_bias_V = chunked_losses(*tensors, label_smoothing, softcap, dtype, *needs, kernel)
+        if needs[0]:
+            d_hidden_ND = d_hidden_ND * d_loss_N.unsqueeze(1)
+        d_weight_VD, d_bias_V = d_weight_VD * scale, d_bias_V * scale
+        dtypes = hidden_ND.dtype, linear_weight_VD.dtype, None if bias_V is None else bias_V.dtype
+        return tuple(t.to(d) for t, d in zip((d_hidden_ND, d_weight_VD, d_bias_V), dtypes, strict=True))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *d_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_second(d_gradients)
+        return (None,) * 12
+
+
+def refuse_second(d_gradients: tuple[Tensor | None, ...]) -> None:
+    if any(d is not None for d in d_gradients):
+        raise RuntimeError("linear_cross_entropy by chunks has no second derivatives: use impl='reference'")
+
+
+def apply_chunked_losses(
+    hidden_ND: Tensor,
+    linear_weight_VD: Tensor,
+    bias_V: Tensor | None,
+    weight_V: Tensor | None,
+    target_N: Tensor,
+    z_loss: Tensor | None,
+    label_smoothing: float,
+    softcap: float | None,
+    dtype: torch.dtype,
+    kernel: bool,
+    summed: bool,
+) -> Tensor:
+    """The [N] losses, or their sum if `summed`."""
+    needs = tuple(t is not None and differentiated(t) for t in (hidden_ND, linear_weight_VD, bias_V))
+    tensors = hidden_ND, linear_weight_VD, bias_V, weight_V, target_N, z_loss
+    options = label_smoothing, softcap, dtype, needs, kernel
+    return SumOfLosses.apply(*tensors, *options)[0] if summed else Losses.apply(*tensors, *options)
