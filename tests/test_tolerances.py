@@ -58,7 +58,7 @@ def test_what_is_no_rounding_fails(operands):
 
 def test_an_operation_of_unknown_roundings_is_refused():
     x = torch.eye(3, dtype=torch.float64)
-    with pytest.raises(AssertionError, match="how does aten.linalg_inv_ex.default round"):
+    with pytest.raises(AssertionError, match=r"how does aten\.linalg_inv_ex\.default round"):
         rounding_error(lambda: [torch.linalg.inv(x)], torch.float32)
 
 

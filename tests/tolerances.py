@@ -41,60 +41,17 @@ def variance(x: Tensor, dims: Sequence[int] | None = None, correction: float = 1
 # Of what else there is, how it is made of sums and operations by elements.
 TAKEN_APART = decomposition_table | {aten.mean.default: mean, aten.mean.dim: mean, aten.var.correction: variance}
 # Operations that copy, choose or create values.
-EXACT = set(
-    [
-        "_to_copy",
-        "_unsafe_view",
-        "abs",
-        "alias",
-        "amax",
-        "amin",
-        "arange",
-        "cat",
-        "clone",
-        "constant_pad_nd",
-        "copy_",
-        "detach",
-        "empty",
-        "empty_like",
-        "expand",
-        "eye",
-        "fill",
-        "fill_",
-        "full",
-        "full_like",
-        "gather",
-        "index",
-        "index_put",
-        "index_select",
-        "lift_fresh",
-        "masked_fill",
-        "masked_fill_",
-        "max",
-        "min",
-        "neg",
-        "new_empty",
-        "new_full",
-        "new_zeros",
-        "ones",
-        "ones_like",
-        "scalar_tensor",
-        "scatter",
-        "select_backward",
-        "sign",
-        "slice_backward",
-        "sort",
-        "stack",
-        "where",
-        "zero_",
-        "zeros",
-        "zeros_like",
-    ]
-)
+EXACT = {
+    "_to_copy", "_unsafe_view", "abs", "alias", "amax", "amin", "arange", "cat", "clone", "constant_pad_nd", "copy_", "detach",
+    "empty", "empty_like", "expand", "eye", "fill", "fill_", "full", "full_like", "gather", "index", "index_put",
+    "index_select", "lift_fresh", "masked_fill", "masked_fill_", "max", "min", "neg", "new_empty", "new_full", "new_zeros",
+    "ones", "ones_like", "scalar_tensor", "scatter", "select_backward", "sign", "slice_backward", "sort", "stack", "where",
+    "zero_", "zeros", "zeros_like",
+}  # fmt: skip
 
 
 def rounding_bound(roundings: float | Tensor, magnitude: float | Tensor, dtype: torch.dtype) -> float | Tensor:
-    """n u / (1 - n u) * magnitude: the most that n roundings to `dtype` change a sum whose terms' absolute values sum to `magnitude`.
+    """n u / (1 - n u) * magnitude: the most that n roundings to `dtype` change a sum whose terms' sizes sum to `magnitude`.
 
     u = eps / 2. In a sum of n products, in any order, each term goes through n roundings at most (Higham 2002, "Accuracy and
     Stability of Numerical Algorithms", section 3.1).
