@@ -43,6 +43,7 @@ from dae.training import (
 )
 from dae.training.initialization import load_decoder, load_latent
 from dae.training.loop import global_mean, progress_bar, refuse_non_finite, seed_for, synchronize_gradients
+from dae.training.pictures import reconstruction_sheet
 
 
 @writes("autoencoder", makes_folder=True)
@@ -207,6 +208,9 @@ def train_stage(
         if done % config.validation_steps == 0 or last:
             with ema.swapped_in(trained) if ema else contextlib.nullcontext(), accelerator.autocast():
                 values = validate(config, autoencoder, data, device)
+                if run.shows_images():
+                    shown = next(evaluation_batches(data.validation, config.logged_images, limit=config.logged_images))["image"]
+                    run.record_picture(accelerator, step_of_run, "reconstructions", reconstruction_sheet(autoencoder, shown))
             run.record(accelerator, step_of_run, values, stage=stage.name, split="validation")
         if step_of_run % config.checkpointing_steps == 0 or last:
             run.save(step_of_run, *parts.pack(), stage=stage.name, stage_step=done)

@@ -30,10 +30,11 @@ from dae.data import TrainLoader, load_data
 from dae.data.cache import EncodingCache, Fingerprint, transform_fingerprint
 from dae.hub import PretrainedModel, fingerprint, load_weights, require_model
 from dae.lock import writes
-from dae.models import choose_kernels
+from dae.models import Autoencoder, choose_kernels
 from dae.training import EMA, Run, TrainingState, build_optimizer, build_scheduler, make_accelerator
 from dae.training.initialization import load_prior
 from dae.training.loop import global_mean, progress_bar, refuse_non_finite, seed_for, synchronize_gradients
+from dae.training.pictures import sample_sheet
 from dae.training.priors import FAMILIES, Family, fit_mixture, prior_family
 
 
@@ -89,6 +90,10 @@ def train_by_steps(
     model, optimizer = accelerator.prepare(torch.compile(prior) if config.compile else prior, optimizer)
     parts = TrainingState({"model": prior}, {"optimizer": optimizer}, scheduler, loader, ema, accelerator.scaler)
     start = parts.restore(resumed)
+    autoencoder = None
+    if run.shows_images():
+        autoencoder = Autoencoder.from_pretrained(run.folder.parent / "autoencoder", device=device)
+        choose_kernels(autoencoder, config.kernels)
 
     batches = iter(loader)
     accumulation = settings.gradient_accumulation_steps
@@ -123,6 +128,8 @@ def train_by_steps(
             with ema.swapped_in(prior) if ema else contextlib.nullcontext():
                 values = {family.criterion: family.score(prior, cache.validation, config)}
                 run.record(accelerator, done, values, stage="prior", split="validation")
+                if autoencoder is not None:
+                    run.record_picture(accelerator, done, "samples", sample_sheet(autoencoder, prior, config))
                 if accelerator.is_main_process and (is_best(run, family.criterion) if settings.early_stopping else last):
                     prior.save_pretrained(run.folder, card=card())
         if last and family.final_bits is not None and accelerator.is_main_process:

@@ -308,6 +308,7 @@ class Config:
     compile: bool = knob(False, "compile the models with torch.compile")
     channels_last: bool = knob(False, "keep feature maps of the autoencoder in memory as NHWC, which convolutions on GPUs prefer")
     report_to: str = knob("tensorboard", "tracker of accelerate", choices=("none", "tensorboard", "wandb", "trackio"))
+    logged_images: int = knob(8, "reconstructions and samples that each validation shows in the tracker; 0 shows none", least=0)
     logging_steps: int = knob(10, "steps between two entries of the training log", least=1)
     validation_steps: int = knob(200, "steps between two validations", least=1)
     checkpointing_steps: int = knob(500, "steps between two checkpoints", least=1)

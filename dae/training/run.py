@@ -21,13 +21,14 @@ from dae.training.checkpoint import Checkpoint, Checkpoints
 from dae.training.stages import plan_stages
 
 if TYPE_CHECKING:
+    import numpy as np
     from accelerate import Accelerator
 
 log = logging.getLogger(__name__)
 
 # What may change between a checkpoint and its resumption without changing what is computed; batch sizes are compared globally.
 FREE_TO_CHANGE = (
-    "output_dir", "compile", "report_to", "logging_steps", "checkpointing_steps", "checkpoints_total_limit",
+    "output_dir", "compile", "report_to", "logged_images", "logging_steps", "checkpointing_steps", "checkpoints_total_limit",
     "resume_from_checkpoint", "push_to_hub", "hub_model_id", "kernels.",
     "data.num_workers", "data.verify_rows", "sampling.", "evaluation.", "measure.", "compare.",
 )  # fmt: skip
@@ -188,6 +189,18 @@ class Run:
 
     def _require_lock(self) -> None:
         require_lock(self.folder.parent, self.name)
+
+    def shows_images(self) -> bool:
+        """Whether this process has pictures to make for a tracker."""
+        return rank() == 0 and self.config.logged_images > 0 and self.config.report_to != "none"
+
+    def record_picture(self, accelerator: Accelerator, step: int, name: str, picture_HWC: np.ndarray) -> None:
+        """Send a picture (uint8) to the trackers that take pictures: tensorboard and wandb."""
+        for tracker in accelerator.trackers:
+            if tracker.name == "tensorboard":
+                tracker.log_images({name: picture_HWC[None]}, step=step, dataformats="NHWC")
+            elif tracker.name == "wandb":
+                tracker.log_images({name: [picture_HWC]}, step=step)
 
     def history(self) -> list[dict]:
         """All that `record` wrote, oldest first; half a line, which a crash may leave, is left out."""
