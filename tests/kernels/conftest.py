@@ -6,7 +6,13 @@ holds it against torch bit by bit. Loads, stores and moves copy bits and were ri
 its end. Atomics on bfloat16 still raise.
 """
 
+import functools
+import importlib.util
+import sys
+from pathlib import Path
+
 import numpy as np
+import pytest
 from dae_kernels.dispatch import TRITON_INSTALLED, interpreting
 
 
@@ -95,3 +101,24 @@ def patch_interpreter():
 
 if TRITON_INSTALLED and interpreting():
     patch_interpreter()
+
+
+@functools.cache
+def operations():
+    """The list in operations.py, loaded by its path: tests import no tests."""
+    spec = importlib.util.spec_from_file_location("kernel_operations", Path(__file__).with_name("operations.py"))
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return list(module.OPERATIONS.values())
+
+
+def pytest_generate_tests(metafunc):
+    """A test that asks for an `operation` runs with each in the list, one that asks for a `differentiable` with each of those."""
+    for name in {"operation", "differentiable"} & set(metafunc.fixturenames):
+        chosen = [operation for operation in operations() if name == "operation" or operation.leaves]
+        metafunc.parametrize(name, chosen, ids=[operation.name for operation in chosen])
+
+
+@pytest.fixture(scope="session", name="operations")
+def all_operations():
+    return operations()

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from dae.config import AutoencoderConfig, DecoderConfig, KLConfig, OptimizationConfig, VQConfig
-from dae.models import Autoencoder
+from dae.config import AutoencoderConfig, DecoderConfig, KernelsConfig, KLConfig, OptimizationConfig, VQConfig
+from dae.models import Autoencoder, choose_kernels
 from dae.training import build_optimizer
 
 FAMILIES = ("full", "linear", "narrow", "shallow", "dropout")
@@ -136,12 +136,14 @@ def test_kl_encodes_the_mean_or_a_sample():
     assert not torch.equal(model(images).encoding.latents, mean.latents)
 
 
-@pytest.mark.parametrize("family", ["full", "dropout", "linear"])
-def test_gradient_checkpointing_gives_equal_gradients(family):
+@pytest.mark.parametrize("family, kernels", [("full", "auto"), ("dropout", "auto"), ("linear", "auto"), ("linear", "triton")])
+def test_gradient_checkpointing_gives_equal_gradients(family, kernels):
     """Also of random layers: the recomputation draws the same mask."""
     gradients = []
     for enabled in (False, True):
-        model = make(train=True, bottleneck="kl", attention_resolutions=[4], decoder=DecoderConfig(family))
+        size = {"channel_multipliers": [1], "num_blocks": 1} if kernels == "triton" else {"attention_resolutions": [4]}
+        model = make(train=True, bottleneck="kl", decoder=DecoderConfig(family), **size)
+        choose_kernels(model, KernelsConfig(group_norm_silu=kernels))
         model.enable_gradient_checkpointing(enabled)
         torch.manual_seed(3)
         output = model(pictures())

@@ -13,9 +13,9 @@ from dae_kernels.attention.reference import causal_mask, document_mask, length_m
 def dense(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, causal: bool, scale: float) -> Tensor:
     """Its `is_causal` is aligned top-left, so it serves only where Lq == Lk. A single query sees every key and needs no mask.
 
-    Otherwise the bias class of torch carries the alignment to the flash and the memory-efficient kernel; Dynamo cannot
-    build that class inside a graph, so under torch.compile the mask is a [Lq, Lk] bool tensor. Key lengths are a mask of
-    [B, 1, 1, Lk], or [B, 1, Lq, Lk] where it is causal.
+    Otherwise the mask is a [Lq, Lk] bool tensor. torch's own bias class would spare it the flash kernel, but is a subclass of
+    Tensor, which neither Dynamo nor a dispatch mode (fake tensors, counting, selective checkpointing) can build: for long keys
+    on CUDA there is impl="flash_attn". Key lengths are a mask of [B, 1, 1, Lk], or [B, 1, Lq, Lk] where it is causal.
     """
     num_queries, num_keys = q.shape[2], k.shape[2]
     mask, is_causal = None, False
@@ -24,12 +24,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, causal: b
     elif causal and num_queries == num_keys:
         is_causal = True
     elif causal and num_queries != 1:
-        if torch.compiler.is_compiling():
-            mask = causal_mask(num_queries, num_keys, q.device)
-        else:
-            from torch.nn.attention.bias import causal_lower_right  # here, because this module of torch imports triton
-
-            mask = causal_lower_right(num_queries, num_keys)
+        mask = causal_mask(num_queries, num_keys, q.device)
     return call(q, k, v, mask, is_causal, scale)
 
 

@@ -147,8 +147,9 @@ class GroupNormSiLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, _d_mean, _d_rstd):
-        _, weight, bias, scale, shift, *_ = ctx.saved_tensors
-        dx, sum_BC, sum_n_BC = FirstDerivative.apply(dy, *ctx.saved_tensors, ctx.num_groups, ctx.silu)
+        saved = ctx.saved_tensors  # read once: torch.utils.checkpoint unpacks a tensor no second time
+        _, weight, bias, scale, shift, *_ = saved
+        dx, sum_BC, sum_n_BC = FirstDerivative.apply(dy, *saved, ctx.num_groups, ctx.silu)
         # sum is d out / d h summed over positions, sum_n that times n; they hold the gradients of all parameters.
         d_scale = d_shift = None
         if scale is not None:

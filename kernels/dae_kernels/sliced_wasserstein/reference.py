@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,17 +50,32 @@ class Recomputed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: FunctionCtx, d_cost_L: Tensor) -> tuple[Tensor | None, ...]:
-        positions = [i for i, tensor in enumerate(ctx.saved_tensors) if tensor is not None]
+        saved = ctx.saved_tensors  # read once: torch.utils.checkpoint unpacks a tensor no second time
+        needs = [need for i, need in enumerate(ctx.needs_input_grad) if i != 3]  # without p
+        positions = [i for i, need in enumerate(needs) if need]
 
         def cost(*given: Tensor) -> Tensor:
-            operands = dict(zip(positions, given, strict=True))
-            x_ND, y_MD, projections_DL, wx_N, wy_M = (operands.get(i) for i in range(5))
+            operands = [*saved]
+            for i, operand in zip(positions, given, strict=True):
+                operands[i] = operand
+            x_ND, y_MD, projections_DL, wx_N, wy_M = operands
             return projected_cost(x_ND, y_MD, projections_DL, ctx.p, wx_N, wy_M)
 
-        _, pull = torch.func.vjp(cost, *(ctx.saved_tensors[i] for i in positions))
-        gradients = dict(zip(positions, pull(d_cost_L), strict=True))
-        d_x_ND, d_y_MD, d_projections_DL, d_wx_N, d_wy_M = (gradients.get(i) for i in range(5))
-        return d_x_ND, d_y_MD, d_projections_DL, None, d_wx_N, d_wy_M
+        gradients: list[Tensor | None] = [None] * 5
+        for i, gradient in zip(positions, pull_back(cost, [saved[i] for i in positions], d_cost_L), strict=True):
+            gradients[i] = gradient
+        return *gradients[:3], None, *gradients[3:]
+
+
+def pull_back(function: Callable[..., Tensor], operands: list[Tensor], cotangent: Tensor) -> tuple[Tensor, ...]:
+    """The gradients of `function` by its operands for a cotangent of its result; differentiable if gradients are recorded."""
+    if torch._C._are_functorch_transforms_active():
+        return torch.func.vjp(function, *operands)[1](cotangent)
+    # torch.func refuses to work under hooks of saved tensors, such as those of save_on_cpu around a backward pass.
+    twice = torch.is_grad_enabled()
+    with torch.enable_grad():
+        given = [operand.view_as(operand) if twice else operand.detach().requires_grad_() for operand in operands]
+        return torch.autograd.grad(function(*given), given, cotangent, create_graph=twice)
 
 
 def greatest_cost(
