@@ -52,6 +52,7 @@ def encode(config: Config) -> Path:
     if cache_class is LatentCache and config.prior.augmented_copies and config.prior.code_temperature:
         accelerator.print("prior.code_temperature has no effect: the latent of a KL autoencoder has no codes to draw")
 
+    data.list_skipped(output)
     parts = {}
     for name, copies in {"train": config.prior.augmented_copies, "validation": 0}.items():
         mine: list[tuple[int, torch.Tensor, torch.Tensor]] = []
@@ -83,7 +84,7 @@ def encode(config: Config) -> Path:
             fingerprint=Fingerprint(fingerprint(trained), data.fingerprint, transform_fingerprint(config)),
         )
         cache.save(folder)
-        print(f"saved {folder}: {len(cache.train)} training and {len(cache.validation)} held-out images")
+        print(f"saved {folder}: {len(cache.train)} training and {len(cache.validation)} held-out images{data.skipped_note()}")
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return folder

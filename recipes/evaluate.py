@@ -62,6 +62,7 @@ def evaluate(config: Config) -> dict:
     samples, sampling = load_samples(output)
     data = load_data(config.data, seed)
     autoencoder.refuse_other_data(config.data.channels, config.data.resolution)
+    data.list_skipped(output)
     train, train_labels = collect(data.train, config)
     heldout, heldout_labels = collect(data.validation, config)
 

@@ -52,6 +52,7 @@ def measure_latent(config: Config) -> Path:
 
     # Images, and one code of each latent for every image.
     data = load_data(config.data, config.seed)
+    data.list_skipped(config.output_dir)
     images, labels = collect(data.train, config)
     labels = labels if data.labelled else None
     latents = [load_latent(spec, images, labels, config, config.seed) for spec in tqdm(settings.latents, desc="latents")]

@@ -115,6 +115,7 @@ def measure_latent(config: Config, trained: Config) -> Measured:
     choose_kernels(autoencoder, config.kernels)
     autoencoder.refuse_other_data(config.data.channels, config.data.resolution)
     data = load_data(config.data, config.seed)
+    data.list_skipped(config.output_dir)
     train, train_labels = collect(data.train, config)
     heldout, heldout_labels = collect(data.validation, config)
     labels = (train_labels, heldout_labels) if data.labelled else (None, None)

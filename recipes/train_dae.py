@@ -60,6 +60,7 @@ def train(config: Config) -> Path:
         build_autoencoder(config, stage)
         build_perceptual_loss(config, stage)
     resumed = run.open(accelerator, {"data set": data.fingerprint})
+    data.list_skipped(config.output_dir)
 
     autoencoder = build_autoencoder(config, stages[0]).to(accelerator.device)
     steps_before = 0
@@ -80,7 +81,7 @@ def train(config: Config) -> Path:
 
     if accelerator.is_main_process:
         autoencoder.save_pretrained(run.folder, card=autoencoder_card(config, data.describe(), run.history()))
-        accelerator.print(f"saved {run.folder}")
+        accelerator.print(f"saved {run.folder}{data.skipped_note()}")
         if config.push_to_hub:
             accelerator.print(autoencoder.push_to_hub(config.hub_model_id, folder=run.folder))
     accelerator.end_training()

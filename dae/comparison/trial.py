@@ -129,6 +129,7 @@ class Bench:
         """
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         data = load_data(config.data, JUDGE_SEED)
+        data.list_skipped(config.output_dir)
         train, train_labels = _collect(data.train, config, device)
         heldout, heldout_labels = _collect(data.validation, config, device)
         task = (lambda x, y: (x, y)) if data.labelled else (lambda x, _: rotation_task(x))

@@ -61,6 +61,13 @@ class DataConfig:
     verify_rows: int = knob(
         10000, "rows whose image bytes and label are checked before training; -1 checks all, 0 none", least=-1
     )
+    on_error: str = knob(
+        "raise",
+        "a row that cannot be decoded: raise stops; skip lists it in <output_dir>/skipped.jsonl and leaves it out, in training "
+        "replaced by the next good row of the data set",
+        choices=("raise", "skip"),
+    )
+    max_skipped: float = knob(0.1, "skip: how many such rows stop the run after all: a share below 1, else a number", least=0)
 
 
 @dataclass

@@ -106,7 +106,7 @@ def decode_image(source: Any, channels: int, folder: Path | None = None) -> Imag
         image.load()
         image = _over_white(_eight_bit(_upright(image)))
         return image.convert("L" if channels == 1 else "RGB")
-    except _BROKEN as error:
+    except (*_BROKEN, Image.DecompressionBombError) as error:
         kind = f"{image.format or 'Pillow'} image of {image.width} x {image.height} pixels, mode {image.mode}"
         raise ValueError(f"cannot decode the {kind}: {error}") from error
 

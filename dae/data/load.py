@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from dae.config import DataConfig
@@ -29,6 +30,15 @@ class ImageData:
     @property
     def num_classes(self) -> int:
         return len(self.class_names)
+
+    def list_skipped(self, folder: str | Path) -> None:
+        """With `data.on_error=skip`: from now on list the rows that are left out in `folder`/skipped.jsonl."""
+        if self.train.skipped is not None:
+            self.train.skipped.list_in(folder)
+
+    def skipped_note(self) -> str:
+        """What the last line of a recipe says about rows that were left out; empty if there are none."""
+        return "" if self.train.skipped is None else self.train.skipped.describe()
 
     def describe(self) -> dict:
         """What a model card or a report says about the data; JSON-able. Sizes of streams are None."""
@@ -94,12 +104,15 @@ def load_data(config: DataConfig, seed: int) -> ImageData:
     split = split_stream if config.streaming else split_table
     train, validation, contents = split(wanted, decoders, config, seed)
     recipe = [contents, names, used, labels.class_names, config.resolution, config.channels, config.center_crop]
+    fingerprint = hashlib.blake2b(json.dumps(recipe).encode(), digest_size=16).hexdigest()
+    if train.skipped is not None:
+        train.skipped.fingerprint = fingerprint
     return ImageData(
         train=train,
         validation=validation,
         class_names=labels.class_names,
         labelled=labels.column is not None,
-        fingerprint=hashlib.blake2b(json.dumps(recipe).encode(), digest_size=16).hexdigest(),
+        fingerprint=fingerprint,
         name=config.dataset_name,
         columns=used,
     )

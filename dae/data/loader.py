@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
 
-from dae.data.rows import ImageStream
+from dae.data.rows import ImageDataset, ImageStream
+from dae.data.skipping import BadRow, RowError, SkippedRows
 from dae.distributed import rank, world_size
 
 
@@ -80,6 +81,85 @@ class TrainLoader:
         self._order.load_state_dict(state)
 
 
+Item = tuple[dict | None, list[BadRow]]  # a row, and the bad ones that were met before it
+
+
+class _Rows(Dataset):
+    """What a loader fetches of map-style data. Bad rows come as values: an exception from a worker is a page of tracebacks.
+
+    With `replaced`, for training, a good row stands in for each bad one, so that batches stay full.
+    """
+
+    def __init__(self, dataset: Dataset, replaced: bool):
+        self.dataset, self.replaced = dataset, replaced
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, indices: list[int]) -> list[Item]:
+        if not isinstance(self.dataset, ImageDataset):
+            return [(self.dataset[i], []) for i in indices]
+        try:
+            return [(row, []) for row in self.dataset.__getitems__(indices)]
+        except RowError:  # at least one is bad
+            return [self._item(int(i)) for i in indices]
+
+    def _item(self, index: int) -> Item:
+        row = self.dataset.read(index)
+        if isinstance(row, dict):
+            return row, []
+        if not self.replaced or self.dataset.skipped is None or not row.of_content:
+            return None, [row]
+        good, bad = self.dataset.replace(index)
+        return good, [row, *bad]
+
+
+class _Stream(IterableDataset):
+    """The same of a stream, which goes on to the next good row. With `forever` a failure fills the batch, which is delivered."""
+
+    def __init__(self, stream: ImageStream, forever: bool):
+        self.stream, self.forever = stream, forever
+
+    def state_dict(self) -> dict[str, int]:
+        return self.stream.state_dict()
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.stream.load_state_dict(state)
+
+    def __iter__(self) -> Iterator[Item]:
+        bad: list[BadRow] = []
+        for row in self.stream.read():
+            if isinstance(row, dict):
+                yield row, bad
+                bad = []
+            elif self.stream.skipped is not None and row.of_content:
+                bad.append(row)
+            else:
+                yield None, [row]
+                while self.forever:
+                    yield None, [row]
+        if bad and not self.forever:
+            yield None, bad
+
+
+def _collate(items: list[Item]) -> tuple[dict | None, list[BadRow]]:
+    rows = [row for row, _ in items if row is not None]
+    return default_collate(rows) if rows else None, [each for _, bad in items for each in bad]
+
+
+def _usable(batches: Iterable, skipped: SkippedRows | None, full: bool) -> Iterator[dict]:
+    """The batches without the bad rows, which are counted or raised here, in the process of the user."""
+    for batch, bad in batches:
+        if bad and skipped is None:
+            raise RowError(bad[0])
+        if bad:
+            skipped.add(bad)
+        if batch is not None:
+            yield batch
+        elif full:
+            raise ValueError(f"not one row of the training set can be decoded. The first one: {bad[0]}")
+
+
 def _stateful_loader(dataset: Dataset, batch_size: int, num_workers: int, **options) -> Any:
     from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -89,6 +169,7 @@ def _stateful_loader(dataset: Dataset, batch_size: int, num_workers: int, **opti
             dataset,
             batch_size,
             drop_last=True,
+            collate_fn=_collate,
             num_workers=num_workers,
             pin_memory=torch.cuda.is_available(),
             generator=torch.Generator(),  # else the loader draws from torch's global generator at each epoch
@@ -117,11 +198,11 @@ class _MapOrder:
         while True:
             if self.micro_step != expected:  # at the start, or somebody called `seek`: let no prefetched batch through
                 options = {"sampler": self.sampler, "persistent_workers": self.num_workers > 0}
-                loader = _stateful_loader(self.dataset, self.batch_size, self.num_workers, **options)
+                loader = _stateful_loader(_Rows(self.dataset, True), self.batch_size, self.num_workers, **options)
             epoch, consumed = divmod(self.micro_step, self.batches_per_epoch)
             self.sampler.set_epoch(epoch)
             self.sampler.load_state_dict({"yielded": consumed * self.batch_size})
-            for batch in loader:
+            for batch in _usable(loader, getattr(self.dataset, "skipped", None), full=True):
                 self.micro_step = expected = self.micro_step + 1
                 yield batch
                 if self.micro_step != expected:
@@ -162,12 +243,12 @@ class _StreamOrder:
         self._stop()
         while True:
             self.stream.set_epoch(self.epoch)
-            loader = _stateful_loader(self.stream, self.settings["batch_size"], self.settings["num_workers"])
+            loader = _stateful_loader(_Stream(self.stream, True), self.settings["batch_size"], self.settings["num_workers"])
             if self.position is not None:
                 loader.load_state_dict(self.position)
             self.running, before = loader, self.micro_step
             try:
-                for batch in loader:
+                for batch in _usable(loader, self.stream.skipped, full=True):
                     self.micro_step += 1
                     yield batch
                     if self.running is not loader:  # somebody called `load_state_dict`
@@ -211,6 +292,8 @@ class _StreamOrder:
 def evaluation_batches(dataset: Dataset, batch_size: int, limit: int | None = None, num_workers: int = 0) -> Iterator[Any]:
     """All rows, or the first `limit`, in order and on each process; the last batch may be short.
 
+    With `data.on_error=skip` bad rows are left out and not replaced: nothing is measured or encoded twice.
+
     Args:
         dataset: map-style data set or `ImageStream`, which is read by at most one worker to keep its order.
         batch_size: rows a batch.
@@ -223,12 +306,15 @@ def evaluation_batches(dataset: Dataset, batch_size: int, limit: int | None = No
     if batch_size < 1 or (limit is not None and limit < 1):
         raise ValueError(f"expected batch_size and limit of at least 1, got {batch_size} and {limit}")
     if isinstance(dataset, IterableDataset):
-        num_workers = min(num_workers, 1)
-        if limit is not None:
-            dataset = _Head(dataset, limit)
-    elif limit is not None and limit < len(dataset):
-        dataset = Subset(dataset, range(limit))
-    return iter(DataLoader(dataset, batch_size, num_workers=num_workers, generator=torch.Generator()))
+        rows = _Stream(dataset, False) if limit is None else _Head(_Stream(dataset, False), limit)
+        return _once(rows, dataset, batch_size, min(num_workers, 1))
+    rows = _Rows(dataset, False) if limit is None or limit >= len(dataset) else Subset(_Rows(dataset, False), range(limit))
+    return _once(rows, dataset, batch_size, num_workers)
+
+
+def _once(rows: Dataset, dataset: Dataset, batch_size: int, num_workers: int) -> Iterator[dict]:
+    loader = DataLoader(rows, batch_size, num_workers=num_workers, generator=torch.Generator(), collate_fn=_collate)
+    return _usable(loader, getattr(dataset, "skipped", None), full=False)
 
 
 def in_memory(
@@ -237,8 +323,9 @@ def in_memory(
     """Images [N, C, H, W] and labels [N] of a data set, or `limit` rows of it chosen by the seed (of a stream the first)."""
     if not isinstance(dataset, IterableDataset) and len(dataset) > limit:
         order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
-        dataset = Subset(dataset, order[:limit].tolist())
-    batches = list(evaluation_batches(dataset, batch_size, limit=limit, num_workers=num_workers))
+        batches = list(_once(Subset(_Rows(dataset, False), order[:limit].tolist()), dataset, batch_size, num_workers))
+    else:
+        batches = list(evaluation_batches(dataset, batch_size, limit=limit, num_workers=num_workers))
     return torch.cat([b["image"] for b in batches]), torch.cat([b["label"] for b in batches])
 
 

@@ -14,7 +14,8 @@ import numpy as np
 from dae.config import DataConfig
 from dae.data.columns import label_values
 from dae.data.images import decode_image, open_image
-from dae.data.rows import ImageDataset, ImageStream, RowDecoder, digest_bytes
+from dae.data.rows import ImageDataset, ImageStream, RowDecoder
+from dae.data.skipping import BadRow, RowError, SkippedRows
 from dae.data.splits import hold_out
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ HELD_OUT_NAMES = ("validation", "test", "val")
 STREAM_VERIFY_ROWS = 64  # rows of a stream that are checked: each is read twice
 WHOLE_DIGEST_BYTES = 1 << 28  # up to this size all bytes are digested, above it all sizes and DIGEST_ROWS rows
 DIGEST_ROWS = 2048
+STREAM_ROWS = 1000  # of a stream whose rows are not counted, for the share of them that may be bad, until more were read
 
 
 def choose_validation(splits: dict[str, Any], config: DataConfig) -> str | None:
@@ -58,13 +60,12 @@ def split_table(
     Raises:
         ValueError: no rows, too few rows to hold some out, or a bad row, which is named.
     """
-    contents = []
+    contents, bad = [], []
     for part, rows in parts.items():
         if len(rows) == 0:
             raise ValueError(f"{decoders[part].origin} is empty")
         _verify_labels(rows, decoders[part])
-        for i, row in _first_rows(rows, len(rows) if config.verify_rows < 0 else config.verify_rows):
-            _verify_image(row, decoders[part], f"row {i}")
+        bad += _verify(_first_rows(rows, len(rows) if config.verify_rows < 0 else config.verify_rows), decoders[part], config)
         contents.append(_table_digest(rows, decoders[part]))
     indices = {part: np.arange(len(rows)) for part, rows in parts.items()}
     if "validation" not in parts:
@@ -75,10 +76,10 @@ def split_table(
     if config.max_train_samples is not None:
         order = np.random.default_rng(seed).permutation(indices["train"])
         indices["train"] = np.sort(order[: config.max_train_samples])
-    made = {}
+    made, skipped = {}, _skipped_rows(config, sum(map(len, parts.values())), bad)
     for part, kept in indices.items():
         rows = parts.get(part, parts["train"])
-        made[part] = ImageDataset(rows if len(kept) == len(rows) else rows.select(kept), decoders[part], kept)
+        made[part] = ImageDataset(rows if len(kept) == len(rows) else rows.select(kept), decoders[part], kept, skipped)
         contents.append(hashlib.blake2b(kept.astype(np.int64).tobytes(), digest_size=16).hexdigest())
     return made["train"], made["validation"], contents
 
@@ -98,7 +99,10 @@ def _verify_labels(rows: Dataset, decoder: RowDecoder) -> None:
     values = label_values(rows, labels.column, decoder.origin)
     bad = np.flatnonzero((values < 0) | (values >= labels.num_classes))
     if bad.size:
-        decoder.label({labels.column: values[bad[0]]}, f"row {bad[0]}")
+        try:
+            labels.number(values[bad[0]])
+        except ValueError as error:
+            raise ValueError(f"{decoder.origin}, row {bad[0]}: {error}") from error
 
 
 def _first_rows(rows: Dataset, limit: int) -> Iterator[tuple[int, dict]]:
@@ -109,12 +113,32 @@ def _first_rows(rows: Dataset, limit: int) -> Iterator[tuple[int, dict]]:
             yield i, dict(zip(batch, values, strict=True))
 
 
-def _verify_image(row: dict, decoder: RowDecoder, where: str) -> None:
-    with decoder.naming(row, where):
-        if isinstance(row[decoder.image_column], list):
-            decode_image(row[decoder.image_column], decoder.channels)
-        else:
-            open_image(row[decoder.image_column], decoder.folder)
+def _verify(rows: Iterable[tuple[int, dict]], decoder: RowDecoder, config: DataConfig, labels: bool = False) -> list[BadRow]:
+    """Which rows are bad, as far as their headers tell. RowError: one is, and bad rows are not to be skipped."""
+    bad = []
+    for number, row in rows:
+        try:
+            with decoder.naming(row, number, f"row {number}"):
+                if labels:
+                    decoder.label(row)
+                if isinstance(row[decoder.image_column], list):
+                    decode_image(row[decoder.image_column], decoder.channels)
+                else:
+                    open_image(row[decoder.image_column], decoder.folder)
+        except RowError as error:
+            if config.on_error == "raise":
+                raise
+            bad.append(error.bad)
+    return bad
+
+
+def _skipped_rows(config: DataConfig, rows: int, bad: list[BadRow]) -> SkippedRows | None:
+    """Where bad rows are counted, if they are to be skipped: first those that are known already."""
+    if config.on_error == "raise":
+        return None
+    skipped = SkippedRows(config.max_skipped, rows)
+    skipped.add(bad)
+    return skipped
 
 
 def _table_digest(rows: Dataset, decoder: RowDecoder) -> str:
@@ -167,14 +191,13 @@ def split_stream(
     `skip`, which skips other rows as soon as the stream is dealt out to several workers. `seed` is not used: of a stream
     `max_train_samples` keeps the first rows.
     """
-    train, digests = parts["train"], frozenset()
+    train, digests, bad = parts["train"], frozenset(), []
     heads = {part: list(islice(rows, STREAM_VERIFY_ROWS)) for part, rows in parts.items()}
     for part, head in heads.items():
         if not head:
             raise ValueError(f"{decoders[part].origin} is empty")
-        for i, row in enumerate(head if config.verify_rows < 0 else head[: config.verify_rows]):
-            decoders[part].label(row, f"row {i}")
-            _verify_image(row, decoders[part], f"row {i}")
+        verified = enumerate(head if config.verify_rows < 0 else head[: config.verify_rows])
+        bad += _verify(verified, decoders[part], config, labels=True)
     contents = [_digests(head, decoders[part]) for part, head in heads.items()]
     if "validation" in parts:
         validation = parts["validation"]
@@ -186,14 +209,18 @@ def split_stream(
     if config.max_train_samples is not None:
         train = train.take(config.max_train_samples + len(digests))
         contents.append(config.max_train_samples)
-    return ImageStream(train, decoders["train"], digests), ImageStream(validation, decoders["validation"]), contents
+    skipped = _skipped_rows(config, STREAM_ROWS, bad)
+    train = ImageStream(train, decoders["train"], digests, skipped)
+    return train, ImageStream(validation, decoders["validation"], skipped=skipped), contents
 
 
 def _digests(rows: Iterable[dict], decoder: RowDecoder) -> list[int]:
     digests = []
     for i, row in enumerate(rows):
-        with decoder.naming(row, f"row {i}"):
-            digests.append(digest_bytes(decoder.encoded(row)))
+        try:
+            digests.append(decoder.digest(row, f"row {i}"))
+        except RowError as error:  # verification or decoding names it
+            digests.append(error.bad.key)
     return digests
 
 

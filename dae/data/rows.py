@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+import tarfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from dae.data.columns import Labels
 from dae.data.images import decode_image, read_bytes, to_square, to_tensor
+from dae.data.skipping import BadRow, RowError, SkippedRows
 
 if TYPE_CHECKING:
     import datasets
@@ -31,39 +33,42 @@ class RowDecoder:
     center_crop: bool
     folder: Path | None = None
 
-    def label(self, row: dict, where: str) -> int:
-        if self.labels.column is None:
-            return 0
-        try:
-            return self.labels.number(row[self.labels.column])
-        except ValueError as error:
-            raise ValueError(f"{self.origin}, {where}: {error}") from error
-
     def decode(self, row: dict, number: int, where: str) -> dict:
-        label = self.label(row, where)
-        with self.naming(row, where):
+        """Raises RowError."""
+        with self.naming(row, number, where):
+            label = self.label(row)
             image = to_square(decode_image(row[self.image_column], self.channels, self.folder), self.resolution, self.center_crop)
         return {"image": to_tensor(image), "label": label, "row": number}
 
+    def label(self, row: dict) -> int:
+        return 0 if self.labels.column is None else self.labels.number(row[self.labels.column])
+
     @contextlib.contextmanager
-    def naming(self, row: dict, where: str) -> Iterator[None]:
-        """Errors about the image of a row name the data set, the split, the row and, if there is one, the file."""
+    def naming(self, row: dict, number: int, where: str) -> Iterator[None]:
+        """Errors about a row become a RowError that names the data set, the split, the row and, if there is one, the file."""
         try:
             yield
         except (ValueError, OSError) as error:
             source = row[self.image_column]
             path = source.get("path") if isinstance(source, dict) else None
-            kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
-            raise kind(f"{self.origin}, {where}{f' ({path})' if path else ''}: {error}") from error
+            of_content = not isinstance(error, OSError) or isinstance(error, FileNotFoundError)
+            raise RowError(BadRow(self.origin, number, where, path, " ".join(str(error).split()), of_content)) from error
 
     def encoded(self, row: dict) -> bytes:
         """The bytes of the image of a row; of an array something that identifies it."""
         source = row[self.image_column]
         return repr(source).encode() if isinstance(source, list) else read_bytes(source, self.folder)
 
+    def digest(self, row: dict, where: str) -> int:
+        """63 bits that identify the image of a row wherever it stands. RowError: its bytes cannot be had."""
+        source = row[self.image_column]
+        named = source.get("path") if isinstance(source, dict) else None
+        with self.naming(row, digest_bytes(repr(named or where).encode()), where):
+            return digest_bytes(self.encoded(row))
+
 
 def digest_bytes(data: bytes) -> int:
-    """63 bits that identify the image of a row wherever it stands in a stream."""
+    """63 bits of BLAKE2."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big") >> 1
 
 
@@ -74,17 +79,26 @@ class ImageDataset(Dataset):
         rows: the encoded rows.
         decoder: how to read a row.
         source_rows: for each row its number in the split it was taken from, which messages name.
+        skipped: where bad rows are counted that loaders leave out; None raises at the first one.
 
     Raises:
-        ValueError: the image or the label of the row is bad; the message names data set, split and row.
+        RowError: the image or the label of the row is bad; the message names data set, split and row.
     """
 
-    def __init__(self, rows: datasets.Dataset, decoder: RowDecoder, source_rows: np.ndarray | None = None):
-        self.rows, self.decoder, self.source_rows = rows, decoder, source_rows
+    def __init__(
+        self,
+        rows: datasets.Dataset,
+        decoder: RowDecoder,
+        source_rows: np.ndarray | None = None,
+        skipped: SkippedRows | None = None,
+    ):
+        self.rows, self.decoder, self.skipped = rows, decoder, skipped
+        self.source_rows = np.arange(len(rows)) if source_rows is None else source_rows
+        self._bad: dict[int, BadRow] = {}  # that this process has met
 
     def _decode(self, row: dict, index: int) -> dict:
-        source = index if self.source_rows is None else int(self.source_rows[index])
-        return self.decoder.decode(row, index, f"row {source}")
+        source = int(self.source_rows[index])
+        return self.decoder.decode(row, source, f"row {source}") | {"row": index}
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -96,10 +110,34 @@ class ImageDataset(Dataset):
         index %= len(self)
         return self._decode(self.rows[index], index)
 
-    def __getitems__(self, indices: list[int]) -> list[dict]:
+    def __getitems__(self, indices: Sequence[int]) -> list[dict]:
         columns = self.rows[[int(i) for i in indices]]
         rows = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
         return [self._decode(row, int(i)) for i, row in zip(indices, rows, strict=True)]
+
+    def read(self, index: int) -> dict | BadRow:
+        """Row `index`, or what is wrong with it."""
+        if index not in self._bad:
+            try:
+                return self[index]
+            except RowError as error:
+                if not error.bad.of_content:
+                    return error.bad
+                self._bad[index] = error.bad
+        return self._bad[index]
+
+    def replace(self, index: int) -> tuple[dict | None, list[BadRow]]:
+        """The first good row after the bad row `index`, the first row following the last; and the bad ones on the way.
+
+        It depends on the rows alone: not on the seed, the batch, the process, the worker or what was read before.
+        """
+        bad = []
+        for step in range(1, len(self)):
+            row = self.read((index + step) % len(self))
+            if isinstance(row, dict):
+                return row, bad
+            bad.append(row)
+        return None, bad
 
 
 class ImageStream(IterableDataset):
@@ -112,10 +150,20 @@ class ImageStream(IterableDataset):
         rows: the stream.
         decoder: how to read a row.
         held_out: digests of rows that belong to another split and are left out.
+        skipped: where bad rows are counted that loaders leave out; None raises at the first one.
+
+    Raises:
+        RowError: the image or the label of a row is bad, or the stream breaks off.
     """
 
-    def __init__(self, rows: datasets.IterableDataset, decoder: RowDecoder, held_out: frozenset[int] = frozenset()):
-        self.rows, self.decoder, self.held_out = rows, decoder, held_out
+    def __init__(
+        self,
+        rows: datasets.IterableDataset,
+        decoder: RowDecoder,
+        held_out: frozenset[int] = frozenset(),
+        skipped: SkippedRows | None = None,
+    ):
+        self.rows, self.decoder, self.held_out, self.skipped = rows, decoder, held_out, skipped
         self._used = self._to_skip = 0
 
     @property
@@ -132,7 +180,7 @@ class ImageStream(IterableDataset):
         from datasets.distributed import split_dataset_by_node
 
         rows = self.rows.shuffle(seed=seed, buffer_size=buffer_size)
-        return ImageStream(split_dataset_by_node(rows, rank, world_size), self.decoder, self.held_out)
+        return ImageStream(split_dataset_by_node(rows, rank, world_size), self.decoder, self.held_out, self.skipped)
 
     def set_epoch(self, epoch: int) -> None:
         self.rows.set_epoch(epoch)
@@ -146,14 +194,38 @@ class ImageStream(IterableDataset):
         self._used = self._to_skip = state["used"]
 
     def __iter__(self) -> Iterator[dict]:
+        for row in self.read():
+            if isinstance(row, BadRow):
+                raise RowError(row)
+            yield row
+
+    def read(self) -> Iterator[dict | BadRow]:
+        """All rows; in the place of a bad one what is wrong with it."""
         to_skip, self._to_skip = self._to_skip, 0
         self._used = 0
-        for row in self.rows:
+        for row in self._encoded():
             self._used += 1
             if self._used <= to_skip:
                 continue
+            if isinstance(row, BadRow):
+                yield row
+                return
             where = f"row {self._used - 1} of the stream of this process and worker"
-            with self.decoder.naming(row, where):
-                digest = digest_bytes(self.decoder.encoded(row))
-            if digest not in self.held_out:
-                yield self.decoder.decode(row, digest, where)
+            try:
+                digest = self.decoder.digest(row, where)
+                if digest not in self.held_out:
+                    yield self.decoder.decode(row, digest, where)
+            except RowError as error:
+                yield error.bad
+
+    def _encoded(self) -> Iterator[dict | BadRow]:
+        """The encoded rows, and if the stream breaks off a last one that says why."""
+        import pyarrow
+
+        number = 0
+        try:
+            for number, row in enumerate(self.rows, 1):
+                yield row
+        except (OSError, ValueError, tarfile.TarError, pyarrow.ArrowException) as error:
+            reason = f"the stream breaks off: {type(error).__name__}: {' '.join(str(error).split())}"
+            yield BadRow(self.decoder.origin, number, f"after {number} rows", None, reason, of_content=False)

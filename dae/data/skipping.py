@@ -1,0 +1,119 @@
+"""Rows that cannot be decoded: what is known of each, and the list, the count and the budget of those that are left out."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from dae.files import append_line
+
+LISTED_AS = "skipped.jsonl"  # in the output folder
+SHOWN = 5  # of the rows left out, in the log; the list has all
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row without a usable image or label. A value and no exception, because it comes out of loader workers.
+
+    Attributes:
+        origin: data set and split.
+        key: what tells it from other rows of the origin: its number, in a stream the digest of its image.
+        where: its place in the words of a message.
+        path: of its file, if it has one.
+        reason: one line.
+        of_content: the row itself is bad; otherwise it could not be read this time (a disk, a network), and is never skipped.
+    """
+
+    origin: str
+    key: int
+    where: str
+    path: str | None
+    reason: str
+    of_content: bool = True
+
+    def __str__(self) -> str:
+        return f"{self.origin}, {self.where}{f' ({self.path})' if self.path else ''}: {self.reason}"
+
+
+class RowError(ValueError):
+    """The image or the label of a row is bad; the message names data set, split, row, file and reason."""
+
+    def __init__(self, bad: BadRow):
+        self.bad = bad
+        remedy = "; repair or remove it, or leave such rows out by data.on_error=skip" if bad.of_content else ""
+        super().__init__(f"{bad}{remedy}")
+
+
+class SkippedRows:
+    """The rows that `data.on_error=skip` has left out so far, by all processes of a run.
+
+    Args:
+        max_skipped: how many there may be: a share of `rows` if below 1, else a number.
+        rows: rows of the data set; of a stream, which does not know, at least the rows that were read: see `read`.
+    """
+
+    def __init__(self, max_skipped: float, rows: int):
+        self.max_skipped, self.rows = max_skipped, rows
+        self.fingerprint: str | None = None  # of the data; lines of the list with another one say nothing about it
+        self.file: Path | None = None
+        self._found: dict[tuple[str, int], BadRow] = {}
+
+    def __len__(self) -> int:
+        return len(self._found)
+
+    def list_in(self, folder: str | Path) -> None:
+        """From now on list the rows in `folder`/skipped.jsonl, and count those that are listed there already."""
+        self.file = Path(folder) / LISTED_AS
+        before, known = dict(self._found), self._listed()
+        self._found = known
+        self.add(before.values())
+
+    def add(self, rows: Iterable[BadRow]) -> None:
+        """Count and list what is new among `rows`.
+
+        Raises:
+            RowError: a row that could not be read for reasons that are not its own.
+            ValueError: more rows than the budget allows.
+        """
+        new = []
+        for row in rows:
+            if not row.of_content:
+                raise RowError(row)
+            if (key := (row.origin, row.key)) not in self._found:
+                self._found[key] = row
+                new.append(row)
+        if not new:
+            return
+        if self.file is not None:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            for row in new:
+                line = {"data": self.fingerprint, "split": row.origin, "row": row.key, "path": row.path, "reason": row.reason}
+                append_line(self.file, json.dumps(line))
+                if len(self) <= SHOWN:
+                    log.info("left out: %s%s", row, " (further ones only in the list)" if len(self) == SHOWN else "")
+            self._found = self._listed() | self._found  # by other processes
+        allowed = self.max_skipped * self.rows if self.max_skipped < 1 else self.max_skipped
+        if len(self) > allowed:
+            limit = f"data.max_skipped={self.max_skipped:g}" + (f" of {self.rows:,} rows" if self.max_skipped < 1 else "")
+            listed = f"; all are listed in {self.file}" if self.file else ""
+            raise ValueError(f"{len(self)} rows cannot be decoded, {limit} may be left out. The last one: {new[-1]}{listed}")
+
+    def describe(self) -> str:
+        """For the last line of a recipe: empty if no row was left out."""
+        if not self._found:
+            return ""
+        rows = "1 row that cannot be decoded was" if len(self) == 1 else f"{len(self)} rows that cannot be decoded were"
+        return f"; {rows} left out ({self.file})"
+
+    def _listed(self) -> dict[tuple[str, int], BadRow]:
+        found = {}
+        lines = self.file.read_text().splitlines() if self.file.is_file() else []
+        for row in (json.loads(line) for line in lines if line.endswith("}")):  # half a line, which a crash may leave, is left out
+            if row["data"] == self.fingerprint:
+                bad = BadRow(row["split"], row["row"], f"row {row['row']}", row["path"], row["reason"])
+                found[bad.origin, bad.key] = bad
+        return found
