@@ -16,6 +16,11 @@ import dae
 from dae.config import Config, describe, load_config
 
 MESSAGES = (ValueError, TypeError, OSError, ImportError, RuntimeError, FloatingPointError)
+# torch raises it in a signal handler, wherever the main process happens to be.
+WORKER_DIED = (
+    "A process that decodes images died: if memory ran out, lower data.num_workers; then continue with "
+    "resume_from_checkpoint=latest"
+)
 ENVIRONMENT = "\nOf an error that tells what to do, only the message is shown; DAE_TRACEBACK=1 shows where it arose.\n"
 
 
@@ -32,11 +37,13 @@ def main(recipe: Callable[[Config], Any], doc: str) -> None:
         for bar in list(getattr(tqdm, "_instances", ())):  # else they are drawn again below the message
             bar.close()
         script = Path(sys.argv[0])
-        if os.environ.get("DAE_TRACEBACK") or not is_message(error, script):
+        died = isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
+        if os.environ.get("DAE_TRACEBACK") or not (died or is_message(error, script)):
             raise
         processes = int(os.environ.get("WORLD_SIZE", 1))
         where = f" in process {os.environ.get('RANK', '?')} of {processes}" if processes > 1 else ""
-        print(f"{script.name}: error{where}: {error}", file=sys.stderr)
+        message = f"{str(error).strip()} {WORKER_DIED}" if died else error
+        print(f"{script.name}: error{where}: {message}", file=sys.stderr)
         sys.exit(2)
 
 

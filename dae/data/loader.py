@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any
 
@@ -147,9 +147,22 @@ def _collate(items: list[Item]) -> tuple[dict | None, list[BadRow]]:
     return default_collate(rows) if rows else None, [each for _, bad in items for each in bad]
 
 
-def _usable(batches: Iterable, skipped: SkippedRows | None, full: bool) -> Iterator[dict]:
-    """The batches without the bad rows, which are counted or raised here, in the process of the user."""
-    for batch, bad in batches:
+def _usable(loader: DataLoader, skipped: SkippedRows | None, full: bool) -> Iterator[dict]:
+    """The batches without the bad rows, which are counted or raised here, in the process of the user.
+
+    Raises:
+        RuntimeError: a worker died.
+    """
+    batches = iter(loader)
+    while True:
+        try:
+            batch, bad = next(batches)
+        except StopIteration:
+            return
+        except (OSError, EOFError) as error:
+            if loader.num_workers == 0:
+                raise
+            raise RuntimeError(f"DataLoader worker lost ({type(error).__name__}: {error}).") from error
         if bad and skipped is None:
             raise RowError(bad[0])
         if bad:

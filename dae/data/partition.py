@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -113,13 +114,13 @@ def _first_rows(rows: Dataset, limit: int) -> Iterator[tuple[int, dict]]:
             yield i, dict(zip(batch, values, strict=True))
 
 
-def _verify(rows: Iterable[tuple[int, dict]], decoder: RowDecoder, config: DataConfig, labels: bool = False) -> list[BadRow]:
+def _verify(rows: Iterable[tuple[int, dict]], decoder: RowDecoder, config: DataConfig) -> list[BadRow]:
     """Which rows are bad, as far as their headers tell. RowError: one is, and bad rows are not to be skipped."""
     bad = []
     for number, row in rows:
         try:
             with decoder.naming(row, number, f"row {number}"):
-                if labels:
+                if config.streaming:  # of a table all are verified
                     decoder.label(row)
                 if isinstance(row[decoder.image_column], list):
                     decode_image(row[decoder.image_column], decoder.channels)
@@ -128,7 +129,8 @@ def _verify(rows: Iterable[tuple[int, dict]], decoder: RowDecoder, config: DataC
         except RowError as error:
             if config.on_error == "raise":
                 raise
-            bad.append(error.bad)
+            key = decoder.key(row) if config.streaming else number
+            bad.append(dataclasses.replace(error.bad, key=key))
     return bad
 
 
@@ -197,7 +199,7 @@ def split_stream(
         if not head:
             raise ValueError(f"{decoders[part].origin} is empty")
         verified = enumerate(head if config.verify_rows < 0 else head[: config.verify_rows])
-        bad += _verify(verified, decoders[part], config, labels=True)
+        bad += _verify(verified, decoders[part], config)
     contents = [_digests(head, decoders[part]) for part, head in heads.items()]
     if "validation" in parts:
         validation = parts["validation"]
@@ -219,8 +221,8 @@ def _digests(rows: Iterable[dict], decoder: RowDecoder) -> list[int]:
     for i, row in enumerate(rows):
         try:
             digests.append(decoder.digest(row, f"row {i}"))
-        except RowError as error:  # verification or decoding names it
-            digests.append(error.bad.key)
+        except RowError:  # verification or decoding names it
+            digests.append(decoder.key(row))
     return digests
 
 

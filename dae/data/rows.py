@@ -6,9 +6,9 @@ import contextlib
 import hashlib
 import tarfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch.utils.data import Dataset, IterableDataset
@@ -49,8 +49,7 @@ class RowDecoder:
         try:
             yield
         except (ValueError, OSError) as error:
-            source = row[self.image_column]
-            path = source.get("path") if isinstance(source, dict) else None
+            path = _path(row[self.image_column])
             of_content = not isinstance(error, OSError) or isinstance(error, FileNotFoundError)
             raise RowError(BadRow(self.origin, number, where, path, " ".join(str(error).split()), of_content)) from error
 
@@ -61,10 +60,19 @@ class RowDecoder:
 
     def digest(self, row: dict, where: str) -> int:
         """63 bits that identify the image of a row wherever it stands. RowError: its bytes cannot be had."""
-        source = row[self.image_column]
-        named = source.get("path") if isinstance(source, dict) else None
-        with self.naming(row, digest_bytes(repr(named or where).encode()), where):
+        with self.naming(row, -1, where):
             return digest_bytes(self.encoded(row))
+
+    def key(self, row: dict) -> int:
+        """63 bits that tell a bad row of a stream from others, wherever it stands: of its path and its bytes."""
+        data = b""
+        with contextlib.suppress(ValueError, OSError):
+            data = self.encoded(row)
+        return digest_bytes(repr(_path(row[self.image_column])).encode() + data)
+
+
+def _path(source: Any) -> str | None:
+    return source.get("path") if isinstance(source, dict) else None
 
 
 def digest_bytes(data: bytes) -> int:
@@ -216,7 +224,7 @@ class ImageStream(IterableDataset):
                 if digest not in self.held_out:
                     yield self.decoder.decode(row, digest, where)
             except RowError as error:
-                yield error.bad
+                yield replace(error.bad, key=self.decoder.key(row))
 
     def _encoded(self) -> Iterator[dict | BadRow]:
         """The encoded rows, and if the stream breaks off a last one that says why."""
@@ -224,7 +232,8 @@ class ImageStream(IterableDataset):
 
         number = 0
         try:
-            for number, row in enumerate(self.rows, 1):
+            for row in self.rows:
+                number += 1
                 yield row
         except (OSError, ValueError, tarfile.TarError, pyarrow.ArrowException) as error:
             reason = f"the stream breaks off: {type(error).__name__}: {' '.join(str(error).split())}"

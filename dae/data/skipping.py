@@ -21,7 +21,7 @@ class BadRow:
 
     Attributes:
         origin: data set and split.
-        key: what tells it from other rows of the origin: its number, in a stream the digest of its image.
+        key: what tells it from other rows of the origin: its number, in a stream a digest of its path and its bytes.
         where: its place in the words of a message.
         path: of its file, if it has one.
         reason: one line.
@@ -68,9 +68,9 @@ class SkippedRows:
     def list_in(self, folder: str | Path) -> None:
         """From now on list the rows in `folder`/skipped.jsonl, and count those that are listed there already."""
         self.file = Path(folder) / LISTED_AS
-        before, known = dict(self._found), self._listed()
-        self._found = known
+        before, self._found = self._found, {}
         self.add(before.values())
+        self._found |= self._listed()
 
     def add(self, rows: Iterable[BadRow]) -> None:
         """Count and list what is new among `rows`.
@@ -79,28 +79,29 @@ class SkippedRows:
             RowError: a row that could not be read for reasons that are not its own.
             ValueError: more rows than the budget allows.
         """
-        new = []
-        for row in rows:
-            if not row.of_content:
-                raise RowError(row)
-            if (key := (row.origin, row.key)) not in self._found:
-                self._found[key] = row
-                new.append(row)
+        rows = list(rows)
+        if passing := [row for row in rows if not row.of_content]:
+            raise RowError(passing[0])
+        new = {key: row for row in rows if (key := (row.origin, row.key)) not in self._found}
+        if new and self.file is not None:
+            self._found |= self._listed()  # by other processes
+            new = {key: row for key, row in new.items() if key not in self._found}
         if not new:
             return
-        if self.file is not None:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            for row in new:
+        for number, row in enumerate(new.values(), len(self) + 1):
+            if self.file is not None:
+                self.file.parent.mkdir(parents=True, exist_ok=True)
                 line = {"data": self.fingerprint, "split": row.origin, "row": row.key, "path": row.path, "reason": row.reason}
                 append_line(self.file, json.dumps(line))
-                if len(self) <= SHOWN:
-                    log.info("left out: %s%s", row, " (further ones only in the list)" if len(self) == SHOWN else "")
-            self._found = self._listed() | self._found  # by other processes
-        allowed = self.max_skipped * self.rows if self.max_skipped < 1 else self.max_skipped
-        if len(self) > allowed:
-            limit = f"data.max_skipped={self.max_skipped:g}" + (f" of {self.rows:,} rows" if self.max_skipped < 1 else "")
+            if number <= SHOWN:
+                log.info("left out: %s%s", row, "; further ones only in the list" if number == SHOWN else "")
+        self._found |= new
+        share = self.max_skipped < 1
+        if len(self) > (self.max_skipped * self.rows if share else self.max_skipped):
+            limit = f"data.max_skipped={self.max_skipped:g}" + (f" of {self.rows:,} rows" if share else "")
             listed = f"; all are listed in {self.file}" if self.file else ""
-            raise ValueError(f"{len(self)} rows cannot be decoded, {limit} may be left out. The last one: {new[-1]}{listed}")
+            last = list(new.values())[-1]
+            raise ValueError(f"{len(self)} rows cannot be decoded, {limit} may be left out. The last one: {last}{listed}")
 
     def describe(self) -> str:
         """For the last line of a recipe: empty if no row was left out."""
@@ -112,7 +113,9 @@ class SkippedRows:
     def _listed(self) -> dict[tuple[str, int], BadRow]:
         found = {}
         lines = self.file.read_text().splitlines() if self.file.is_file() else []
-        for row in (json.loads(line) for line in lines if line.endswith("}")):  # half a line, which a crash may leave, is left out
+        for row in (
+            json.loads(line) for line in lines if line.endswith("}")
+        ):  # half a line, which a crash may leave, is left out
             if row["data"] == self.fingerprint:
                 bad = BadRow(row["split"], row["row"], f"row {row['row']}", row["path"], row["reason"])
                 found[bad.origin, bad.key] = bad

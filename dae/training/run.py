@@ -30,7 +30,8 @@ log = logging.getLogger(__name__)
 FREE_TO_CHANGE = (
     "output_dir", "compile", "report_to", "logged_images", "logging_steps", "checkpointing_steps", "checkpoints_total_limit",
     "resume_from_checkpoint", "push_to_hub", "hub_model_id", "kernels.",
-    "data.num_workers", "data.verify_rows", "data.on_error", "data.max_skipped", "sampling.", "evaluation.", "measure.", "compare.",
+    "data.num_workers", "data.verify_rows", "data.on_error", "data.max_skipped",
+    "sampling.", "evaluation.", "measure.", "compare.",
 )  # fmt: skip
 
 
