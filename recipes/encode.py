@@ -30,6 +30,7 @@ from dae.models import Autoencoder, choose_kernels
 from dae.training import make_accelerator
 from dae.training.loop import seed_for
 from dae.training.priors import encode_views
+from dae.training.run import refuse_other_data
 
 
 @writes("encodings")
@@ -40,6 +41,7 @@ def encode(config: Config) -> Path:
     output = Path(config.output_dir)
     data = load_data(config.data, config.seed)
     trained = require_model(output / "autoencoder", "train_dae")
+    refuse_other_data(trained, config.data, data.fingerprint)
     autoencoder = Autoencoder.from_pretrained(trained, device=accelerator.device)
     choose_kernels(autoencoder, config.kernels)
     autoencoder.refuse_other_data(config.data.channels, config.data.resolution)

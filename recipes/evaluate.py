@@ -52,6 +52,7 @@ from dae.sampling.chain import Prior, knows_classes
 from dae.training import Run, one_process
 from dae.training.loop import seed_for
 from dae.training.priors import FAMILIES
+from dae.training.run import refuse_other_data
 
 
 @writes("evaluation")
@@ -61,6 +62,7 @@ def evaluate(config: Config) -> dict:
     autoencoder, prior = load_chain(output, device, config.kernels)
     samples, sampling = load_samples(output)
     data = load_data(config.data, seed)
+    refuse_other_data(output / "autoencoder", config.data, data.fingerprint)
     autoencoder.refuse_other_data(config.data.channels, config.data.resolution)
     data.list_skipped(output)
     train, train_labels = collect(data.train, config)

@@ -32,13 +32,14 @@ from dae.complexity.families import GeneratorFamily
 from dae.complexity.fitting import Fitting, fit, generate, measure_by_jackknife, split_rows
 from dae.complexity.gromov_wasserstein import gromov_wasserstein
 from dae.complexity.latent_page import DISTANCES, FAMILIES, Measured, axes_of, build, series_of
-from dae.complexity.latents import Latent, load_latent
+from dae.complexity.latents import Latent, load_latent, saved_autoencoder
 from dae.config import Config
 from dae.data import in_memory, load_data
 from dae.data.pictures import grid, to_uint8, write_png
 from dae.files import write_file
 from dae.lock import writes
 from dae.training import one_process
+from dae.training.run import refuse_other_data
 
 BATCH_SIZE = 128  # rows a training step of a generator
 
@@ -52,6 +53,9 @@ def measure_latent(config: Config) -> Path:
 
     # Images, and one code of each latent for every image.
     data = load_data(config.data, config.seed)
+    for spec in settings.latents:
+        if (folder := saved_autoencoder(spec)) is not None:
+            refuse_other_data(folder, config.data, data.fingerprint)
     data.list_skipped(config.output_dir)
     images, labels = collect(data.train, config)
     labels = labels if data.labelled else None

@@ -39,6 +39,7 @@ from dae.record import trained_configuration
 from dae.report import Html, number, paragraph, percent, strip
 from dae.training import one_process
 from dae.training.loop import seed_for
+from dae.training.run import refuse_other_data
 
 PAPER = web.link("Hu et al., “Complexity Matters”, NeurIPS 2023", "https://arxiv.org/abs/2307.08283")
 HOPED = {"lower": "lower", "higher": "higher", "either": "depends"}
@@ -106,15 +107,11 @@ def report_latent(config: Config) -> Path:
 def measure_latent(config: Config, trained: Config) -> Measured:
     """Load the autoencoder and its data, and measure the card."""
     device, folder = one_process(config), Path(config.output_dir) / "autoencoder"
-    if trained.data.dataset_name != config.data.dataset_name:
-        raise ValueError(
-            f"the autoencoder in {folder} was trained on data.dataset_name={trained.data.dataset_name!r}, "
-            f"{config.data.dataset_name!r} is asked for: its card says nothing about other images; give the same data set"
-        )
     autoencoder = Autoencoder.from_pretrained(folder, device=device)
     choose_kernels(autoencoder, config.kernels)
     autoencoder.refuse_other_data(config.data.channels, config.data.resolution)
     data = load_data(config.data, config.seed)
+    refuse_other_data(folder, config.data, data.fingerprint)
     data.list_skipped(config.output_dir)
     train, train_labels = collect(data.train, config)
     heldout, heldout_labels = collect(data.validation, config)

@@ -250,10 +250,17 @@ def _as_the_model_expects(images: Tensor, settings: dict[str, Any]) -> Tensor:
     return ((images + 1) / 2 - mean) / std
 
 
+def saved_autoencoder(spec: str) -> Path | None:
+    """Folder of the autoencoder that `autoencoder:<folder>` or `posterior:<folder>` names, which may be that of a whole run."""
+    kind, _, folder = spec.partition(":")
+    if kind not in ("autoencoder", "posterior"):
+        return None
+    path = Path(folder).expanduser()
+    return path / "autoencoder" if not (path / "config.json").is_file() and (path / "autoencoder").is_dir() else path
+
+
 def _saved_autoencoder(folder: str, images: Tensor, config: Config, seed: int, sample: bool = False) -> Found:
-    path = Path(folder)
-    if not (path / "config.json").is_file() and (path / "autoencoder").is_dir():  # the folder of a whole run
-        path = path / "autoencoder"
+    path = saved_autoencoder(f"autoencoder:{folder}")
     autoencoder = Autoencoder.from_pretrained(path)
     if sample and autoencoder.config.bottleneck != "kl":
         raise ValueError(f"latent 'posterior:{folder}': a VQ autoencoder has no posterior; use autoencoder:{folder}")

@@ -144,6 +144,7 @@ def _merge(base: Any, layers: list[tuple[str, Any]]) -> Config:
         raise ValueError(f"{source}: {str(error).splitlines()[0]}") from error
     _reject_wrong_values(loaded)
     _expand_home(loaded)
+    _reject_output_inside_input(loaded)
     return loaded
 
 
@@ -201,6 +202,15 @@ def _expand_home(section: Any) -> None:
         elif f.metadata["path"] and value:
             expanded = [os.path.expanduser(each) for each in value] if isinstance(value, list) else os.path.expanduser(value)
             setattr(section, f.name, expanded)
+
+
+def _reject_output_inside_input(config: Config) -> None:
+    folder, output = Path(config.data.dataset_name), Path(config.output_dir).resolve()
+    if folder.is_dir() and folder.resolve() in (output, *output.parents):
+        raise ValueError(
+            f"output_dir={config.output_dir!r} lies in the folder of the images, data.dataset_name={config.data.dataset_name!r}: "
+            "samples would become training images; choose an output_dir outside"
+        )
 
 
 def save_config(config: Config, path: str | Path) -> None:

@@ -58,6 +58,7 @@ class DataConfig:
         least=0,
     )
     num_workers: int = knob(0, "processes that decode images, for each training process", least=0)
+    allow_other: bool = knob(False, "let encode, evaluate and measurements read other data than the autoencoder was trained on")
     verify_rows: int = knob(
         10000, "rows whose image bytes and label are checked before training; -1 checks all, 0 none", least=-1
     )

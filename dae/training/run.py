@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dae.config import Config, describe, differing_keys, from_dict, save_config
+from dae.config import Config, DataConfig, describe, differing_keys, from_dict, load_config, save_config
 from dae.distributed import rank, run_on_first_process, world_size
 from dae.files import append_line, write_file
 from dae.lock import require_lock
-from dae.training.checkpoint import Checkpoint, Checkpoints
+from dae.training.checkpoint import STATE, Checkpoint, Checkpoints
 from dae.training.stages import plan_stages
 
 if TYPE_CHECKING:
@@ -25,12 +25,13 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 log = logging.getLogger(__name__)
+INPUTS = "inputs.json"  # in a run's folder: fingerprints of what it read
 
 # What may change between a checkpoint and its resumption without changing what is computed; batch sizes are compared globally.
 FREE_TO_CHANGE = (
     "output_dir", "compile", "report_to", "logged_images", "logging_steps", "checkpointing_steps", "checkpoints_total_limit",
     "resume_from_checkpoint", "push_to_hub", "hub_model_id", "kernels.",
-    "data.num_workers", "data.verify_rows", "data.on_error", "data.max_skipped",
+    "data.num_workers", "data.verify_rows", "data.allow_other", "data.on_error", "data.max_skipped",
     "sampling.", "evaluation.", "measure.", "compare.",
 )  # fmt: skip
 
@@ -130,6 +131,7 @@ class Run:
             stale.unlink() if stale.is_file() else shutil.rmtree(stale)
         save_config(self.config, self.folder / "config.yaml")
         save_config(self.config, self.folder.parent / "config.yaml")
+        write_file(self.folder / INPUTS, json.dumps(self.inputs, indent=1).encode())
         kept = []
         if checkpoint and self.history_file.exists():  # forget what was logged after the checkpoint
             kept = [row for row in self.history() if row["step"] <= checkpoint.state["step"]]
@@ -212,3 +214,32 @@ def _look_up(config: Any, key: str) -> Any:
     for part in key.split("."):
         config = getattr(config, part)
     return config
+
+
+def refuse_other_data(folder: Path, config: DataConfig, fingerprint: str) -> None:
+    """ValueError if the run in `folder` was trained on other data than those of `fingerprint` (`ImageData.fingerprint`).
+
+    Without effect under `data.allow_other`. For a folder without record, the name of the data set counts.
+    """
+    file, trained_on = folder / "config.yaml", recorded_inputs(folder).get("data set")
+    if config.allow_other or trained_on == fingerprint:
+        return
+    trained = load_config(file).data if file.is_file() else config
+    if trained_on is None and trained.dataset_name == config.dataset_name:
+        return
+    changed = differing_keys(trained, config, "data.")
+    raise ValueError(
+        f"{folder} was trained on another data set than the one asked for "
+        f"({'; '.join(changed) or 'the files have changed since'}): take the configuration of the run, {file}, or set "
+        "data.allow_other=true"
+    )
+
+
+def recorded_inputs(folder: Path) -> dict[str, str]:
+    """Fingerprints of what the run in `folder` read; of a run from before they were recorded, those of its newest checkpoint."""
+    if (file := folder / INPUTS).is_file():
+        return json.loads(file.read_text())
+    for checkpoint in Checkpoints(folder).all():
+        if (file := checkpoint / STATE).is_file():
+            return json.loads(file.read_text()).get("inputs", {})
+    return {}

@@ -160,7 +160,7 @@ def test_no_autoencoder(run, tmp_path):
 
 def test_other_data(tmp_path, run, configure):
     folder = save_autoencoder(tmp_path, configure)
-    with pytest.raises(ValueError, match=r"trained on data\.dataset_name='digits', 'photos' is asked for"):
+    with pytest.raises(ValueError, match=r"another data set than the one asked for \(data\.dataset_name: 'digits' -> 'photos'"):
         run("report_latent", folder, "data.dataset_name=photos")
     with pytest.raises(ValueError, match=r"data\.resolution=16"):
         run("report_latent", folder, "data.resolution=16")
