@@ -17,6 +17,7 @@ import torch
 from dae_kernels.sliced_wasserstein import api, max_sliced_wasserstein, reference, sliced_wasserstein
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tolerances import rounding_bound
 
 DISTANCES = {"mean": sliced_wasserstein, "max": max_sliced_wasserstein}
 POT = {"mean": ot.sliced_wasserstein_distance, "max": ot.max_sliced_wasserstein_distance}
@@ -168,13 +169,29 @@ def test_gradients_of_float32_and_strided_clouds(kind):
 @both
 @pytest.mark.parametrize("p", [1, 2, 3])
 def test_zero_between_equal_clouds_with_gradient_zero(kind, p):
+    """Exactly where the points come in one order: both clouds then go through the same operations on the same numbers."""
+    x = cloud(9, 3).requires_grad_()
+    distance = DISTANCES[kind](x, x.detach().clone(), p=p, num_projections=10)
+    assert distance == 0
+    (gradient,) = torch.autograd.grad(distance, x)
+    assert not gradient.any()
+
+
+@both
+@pytest.mark.parametrize("p", [1, 2, 3])
+def test_equal_clouds_in_another_order_are_a_rounding_apart(kind, p):
+    """A product of matrices may round one point in two ways, by its row, so that the distance is not 0 on every processor."""
     x = cloud(9, 3).requires_grad_()
     order = torch.randperm(9, generator=torch.Generator().manual_seed(0))
+    # A projection has D products, of unit directions and points that are moved by a median of theirs: as large as 2 max |x| at
+    # most. The greatest difference of two bounds their p-mean, which is off by some roundings of itself.
+    allowed = rounding_bound(2 * 3 + 8, 2 * x.detach().norm(dim=1).max(), torch.float64)
     for y in (x.detach()[order], torch.cat([x.detach(), x.detach()])):
         distance = DISTANCES[kind](x, y, p=p, num_projections=10)
-        assert distance == 0
+        assert 0 <= distance <= allowed
         (gradient,) = torch.autograd.grad(distance, x)
-        assert not gradient.any()
+        # W_p moves by (mean |dx_i|^p)^(1/p) at most: no row of a gradient is longer than N^(-1/p).
+        assert (gradient.norm(dim=1) <= 9 ** (-1 / p) * (1 + 1e-9)).all()
 
 
 @pytest.mark.parametrize("weighted", [False, True])
