@@ -14,6 +14,7 @@ from dae_kernels.sinkhorn_divergence import api, reference, sinkhorn_divergence
 from dae_kernels.sinkhorn_divergence.solver import epsilon_schedule
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tolerances import assert_errors
 from torch import Tensor
 
 with warnings.catch_warnings():
@@ -112,10 +113,12 @@ def test_equals_geomloss_in_float32_with_its_own_cost(debias):
     x, y = clouds(200, 150, 2, torch.float32)
     got = value_and_gradients(lambda x, y: sinkhorn_divergence(x, y, debias=debias), x, y)
     loss = geomloss.SamplesLoss("sinkhorn", backend="tensorized", debias=debias)
-    expected = value_and_gradients(loss, x, y)
-    truth = value_and_gradients(loss, x.double(), y.double())
-    for k in range(3):  # geomloss does not centre its clouds, so its error is the larger one
-        assert relative(got[k], truth[k]) <= 2 * max(relative(expected[k], truth[k]), torch.finfo(torch.float32).eps)
+    theirs = value_and_gradients(loss, x, y)
+
+    def exact():
+        return value_and_gradients(loss, x.double(), y.double())
+
+    assert_errors(got, exact(), theirs, results=exact)
 
 
 @pytest.mark.parametrize("p", [1, 2])
@@ -236,17 +239,14 @@ def test_float32_against_float64(impl, p, N, M, D):
     def ours(impl):
         return lambda x, y, a, b: sinkhorn_divergence(x, y, weights_x=a, weights_y=b, impl=impl, **options)
 
-    got = value_and_gradients(ours(impl), x, y, a, b)
-    truth = value_and_gradients(ours("reference"), *(t.double() for t in (x, y, a, b)))
-    torch_own = value_and_gradients(geomloss_divergence(**options), x, y, a, b)
+    def theirs(*operands):
+        value, *d_points, d_a, d_b = value_and_gradients(geomloss_divergence(**options), *operands)
+        return [value, *d_points, *(d - (w * d).sum() for d, w in zip((d_a, d_b), operands[2:], strict=True))]
+
+    wide = [t.double() for t in (x, y, a, b)]
+    got, truth = value_and_gradients(ours(impl), x, y, a, b), value_and_gradients(ours("reference"), *wide)
     assert got[0].dtype == torch.float32
-    for k in range(3):
-        # A score is C / epsilon and errs by some roundings of it, which the plan, hence the gradient, then errs by.
-        rounding = 4 * torch.finfo(torch.float32).eps * (1 + torch.cdist(x, y).max().item() ** p / p / 0.5**p)
-        assert relative(got[k], truth[k]) <= 2 * max(relative(torch_own[k], truth[k]), rounding)
-    # (derivatives by one weight alone are 0: normalised, it is 1)
-    for k in (3, 4):
-        assert (got[k] - truth[k]).abs().max() <= rounding * truth[0].abs().max().clamp_min(1)
+    assert_errors(got, truth, theirs(x, y, a, b), results=lambda: theirs(*wide))
 
 
 @pytest.mark.parametrize("impl", IMPLS)

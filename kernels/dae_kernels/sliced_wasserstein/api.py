@@ -54,8 +54,8 @@ def sliced_wasserstein(
     time, and with weights, whose levels are sorted too, 63 to 80 %.
 
     Differentiable with respect to both clouds and both weights (almost everywhere: ties are kinks). At distance 0, where
-    the root has no derivative, the gradient is 0. A cloud is at distance 0 from itself; in another order of its points, a product
-    of matrices may round one point in two ways, and what is left is the rounding of a projection, with a gradient of any direction.
+    the root has no derivative, the gradient is 0. A cloud is at distance 0 from itself; in another order of its points, which a
+    product of matrices may round in another way, at the rounding of a projection, with a gradient of any direction.
 
     Args:
         x, y: [N, D] and [M, D], N, M, D >= 1, floating, of one dtype. 16-bit clouds are projected in float32; autocast
