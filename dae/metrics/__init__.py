@@ -6,6 +6,7 @@ Importing this package needs torch alone; torchmetrics and the data pipeline are
 from dae.metrics.classifier import Classifier, accuracy, extract_features, predict, rotation_task, train_classifier
 from dae.metrics.codebook import CodebookUsage
 from dae.metrics.frechet import EqualCountFrechet, FeatureStatistics, equal_count_frechet, frechet_distance
+from dae.metrics.kernel import KernelDistance, kernel_distance
 from dae.metrics.manifolds import PrecisionRecall, precision_recall
 from dae.metrics.memory import Memorisation, memorisation
 from dae.metrics.provenance import versions
@@ -18,6 +19,7 @@ __all__ = [
     "CodebookUsage",
     "EqualCountFrechet",
     "FeatureStatistics",
+    "KernelDistance",
     "Memorisation",
     "PrecisionRecall",
     "accuracy",
@@ -27,6 +29,7 @@ __all__ = [
     "extract_features",
     "frechet_distance",
     "gaussian_rate",
+    "kernel_distance",
     "memorisation",
     "precision_recall",
     "predict",

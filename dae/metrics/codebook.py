@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dae.distributed import sum_over_processes
+from dae.metrics.reduction import summed
 
 
 class CodebookUsage:
@@ -46,7 +46,7 @@ class CodebookUsage:
 
     def all_reduce(self) -> CodebookUsage:
         """Make these the counts of all processes; returns itself. Every process must call it, once."""
-        self.counts = sum_over_processes(self.counts.clone())
+        self.counts = summed(self.counts)
         return self
 
     @property

@@ -11,7 +11,7 @@ from dae_kernels.mmd import mmd
 from dae_kernels.nearest_code import nearest_code
 from dae_kernels.perceptual_tap import perceptual_tap
 from dae_kernels.precision_recall_density_coverage import k_nearest_distances, precision_recall_density_coverage
-from dae_kernels.sinkhorn_divergence import sinkhorn_divergence
+from dae_kernels.sinkhorn_divergence import barycentric_map, sinkhorn_divergence, sinkhorn_transport
 from dae_kernels.sliced_wasserstein import max_sliced_wasserstein, sliced_wasserstein
 from dae_kernels.transformer_layers import (
     gated_residual,
@@ -30,6 +30,7 @@ __all__ = [
     "GaussianStatistics",
     "attention",
     "attention_varlen",
+    "barycentric_map",
     "codebook_statistics",
     "energy_distance",
     "frechet_distance",
@@ -50,6 +51,7 @@ __all__ = [
     "rotary_table_2d",
     "rotate",
     "sinkhorn_divergence",
+    "sinkhorn_transport",
     "sliced_wasserstein",
     "swiglu",
     "vector_quantize",

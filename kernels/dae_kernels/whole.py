@@ -14,11 +14,12 @@ from dae_kernels.group_norm_silu.api import apply_group_norm_silu
 from dae_kernels.linear_cross_entropy.autograd import apply_chunked_losses
 from dae_kernels.pairwise.sums import apply_pair_sums
 from dae_kernels.perceptual_tap.api import apply_perceptual_tap
-from dae_kernels.sinkhorn_divergence.api import apply_envelope
+from dae_kernels.sinkhorn_divergence.autograd import apply_envelope, apply_plan_means
 
 group_norm_silu_function = torch.compiler.allow_in_graph(apply_group_norm_silu)
 chunked_losses_function = torch.compiler.allow_in_graph(apply_chunked_losses)
 pair_sums_function = torch.compiler.allow_in_graph(apply_pair_sums)
 perceptual_tap_function = torch.compiler.allow_in_graph(apply_perceptual_tap)
 envelope_function = torch.compiler.allow_in_graph(apply_envelope)
+plan_means_function = torch.compiler.allow_in_graph(apply_plan_means)
 square_root_function = torch.compiler.allow_in_graph(apply_square_root)

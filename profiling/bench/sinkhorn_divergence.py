@@ -23,7 +23,7 @@ def cases(Case, shape, dtype, device):
     x_ND = (torch.randn(N, D, device=device) / D**0.5).to(dtype).requires_grad_()
     y_MD = ((torch.randn(M, D, device=device) + 0.5) / D**0.5).to(dtype).requires_grad_()
     clouds = [x_ND, y_MD]
-    steps = len(epsilon_schedule(box(x_ND.detach(), y_MD.detach())[1].item(), BLUR, SCALING, 2)) + 2
+    steps = len(epsilon_schedule(box(x_ND.detach(), y_MD.detach())[1], BLUR, SCALING, 2)) + 2
     moved = (N + M) * (D * x_ND.element_size() + 8)
     pairs = 2 * N * M + N * N + M * M
     flops = 2 * pairs * D * steps + 2 * pairs * D

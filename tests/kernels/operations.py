@@ -115,6 +115,15 @@ for impl in ("reference", "triton"):
             *(X, Y, W),
         )
     case(
+        f"transport {impl}",
+        "sinkhorn_transport",
+        lambda x, y, v, w, i=impl: k.sinkhorn_transport(
+            x, y, v, blur=3.0, diameter=3.0, reach=5.0, max_iter=1, tolerance=None, weights_x=w, impl=i
+        ),
+        *(X, Y, normal(9, 2), W),
+        leaves=(2,),
+    )
+    case(
         f"group norm {impl}",
         "group_norm_silu",
         lambda x, w, b, i=impl: k.group_norm_silu(x, 2, w, b, impl=i),
@@ -146,6 +155,9 @@ case("mmd", "mmd", lambda x, y: k.mmd(x, y, bandwidths=(1.0,), unbiased=False), 
 case("sinkhorn", "sinkhorn_divergence", lambda x, y: k.sinkhorn_divergence(x, y), X, Y)
 case("sinkhorn p=1", "sinkhorn_divergence", lambda x, y: k.sinkhorn_divergence(x, y, p=1), X, Y)
 case("sinkhorn potentials", "sinkhorn_divergence", lambda x, y: k.sinkhorn_divergence(x, y, potentials=True), X, Y)
+case("sinkhorn reach", "sinkhorn_divergence", lambda x, y: k.sinkhorn_divergence(x, y, blur=1.0, reach=2.0, tolerance=0.1), X, Y)
+case("barycentric", "barycentric_map", lambda x, y: k.barycentric_map(x, y, blur=1.0, tolerance=0.1), X, Y, leaves=())
+case("mmd polynomial", "mmd", lambda x, y, w: k.mmd(x, y, kernel="polynomial", weights_x=w), X, Y, W)
 case("quantize", "vector_quantize", lambda x, c: k.vector_quantize(x, c), X, normal(11, 4), leaves=(0,))
 case("group norm bare", "group_norm_silu", lambda x: k.group_norm_silu(x, 2), CHANNELS_LAST)
 case("group norm contiguous", "group_norm_silu", lambda x, w, b: k.group_norm_silu(x, 2, w, b), MAP, positive(8), normal(8))
@@ -160,6 +172,13 @@ for impl in ("reference", "chunked", "triton"):
         lambda h, w, t, i=impl: k.linear_cross_entropy(h, w, t, label_smoothing=0.1, z_loss=1e-3, ignore_index=4, impl=i),
         *(ROWS, WEIGHT, TARGETS),
         leaves=(0, 1),
+    )
+    case(
+        f"cross-entropy rows {impl}",
+        "linear_cross_entropy",
+        lambda h, w, t, b, c, i=impl: k.linear_cross_entropy(h, w, t, bias=b, weight=c, softcap=3.0, reduction="none", impl=i),
+        *(ROWS, WEIGHT, TARGETS, normal(11), positive(11)),
+        leaves=(0, 1, 3),
     )
 case(
     "cross-entropy sum",
@@ -194,12 +213,6 @@ for impl in ("reference", "sdpa"):
         lambda q, key, v, i=impl: k.attention(q, key, v, causal=True, impl=i),
         *(normal(2, 4, 1, 8), KV, KV),
     )
-    case(
-        f"attention bias window values {impl}",
-        "attention",
-        lambda q, key, v, b, i=impl: k.attention(q, key, v, bias=b, window=(1, 1), impl=i),
-        *(Q, KV, normal(2, 2, 5, 6), normal(4, 3, 5)),
-    )
     for causal in (False, True):
         case(
             f"attention lengths causal={causal} {impl}",
@@ -215,8 +228,6 @@ for impl in ("reference", "sdpa"):
             *(normal(6, 4, 8), normal(9, 2, 8), normal(9, 2, 8), numbers(0, 2, 4, 6), numbers(0, 2, 5, 9)),
             leaves=(0, 1, 2),
         )
-
-case("attention softcap", "attention", lambda q, key, v: k.attention(q, key, v, softcap=2.0), Q, KV, KV)
 
 for p in (1, 2, 3.0):
     case(

@@ -10,7 +10,7 @@ import warnings
 
 import pytest
 import torch
-from dae_kernels.sinkhorn_divergence import api, reference, sinkhorn_divergence
+from dae_kernels.sinkhorn_divergence import autograd, reference, sinkhorn_divergence
 from dae_kernels.sinkhorn_divergence.solver import epsilon_schedule
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -351,8 +351,8 @@ def test_autocast_does_not_touch_the_products():
 def test_operator(impl):
     x, y = clouds(6, 5, 2, torch.float32)
     a, b = simplex(6, torch.float32), simplex(5, torch.float32)
-    arguments = (x, y, a, b, 2, 1.0, 0.5, None, True, impl == "triton")
-    torch.library.opcheck(api.sinkhorn_potentials.op, arguments)
+    arguments = (x, y, a, b, 2, 1.0, 0.5, None, None, None, None, True, False, impl == "triton")
+    torch.library.opcheck(autograd.sinkhorn_potentials.op, arguments)
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -424,16 +424,14 @@ ERRORS = {
     "p": ({"p": 3}, ValueError, "p must be 1 or 2, got 3"),
     "p none": ({"p": None}, TypeError, "p must be a number, got None"),
     "p true": ({"p": True}, TypeError, "p must be a number, got True"),
-    "blur": ({"blur": 0.0}, ValueError, "blur must be positive and finite, .*, got 0.0"),
+    "blur": ({"blur": 0.0}, ValueError, "blur must be positive and finite, got 0.0"),
     "blur none": ({"blur": None}, TypeError, "blur must be a number, got None"),
-    "blur small": ({"blur": 1e-20}, ValueError, "for p=2 in torch.float32 between 1.08e-19 and 9.22e.18, got 1e-20"),
-    "blur large": ({"blur": 1e39, "p": 1}, ValueError, "for p=1 in torch.float32 between 1.18e-38 and 8.51e.37, got 1e.39"),
+    "blur infinite": ({"blur": math.inf}, ValueError, "blur must be positive and finite, got inf"),
     "scaling": ({"scaling": 1.0}, ValueError, "scaling must be between 0 and 1"),
     "scaling text": ({"scaling": "a"}, TypeError, "scaling must be a number, got 'a'"),
-    "diameter": ({"diameter": -1.0}, ValueError, "diameter must be positive and finite, .*, got -1.0"),
+    "diameter": ({"diameter": -1.0}, ValueError, "diameter must be positive and finite, got -1.0"),
     "diameter text": ({"diameter": "a"}, TypeError, "diameter must be a number, got 'a'"),
-    "diameter large": ({"diameter": 1e20}, ValueError, "diameter must be .* between 1.08e-19 and 9.22e.18, got 1e.20"),
-    "diameter nan": ({"diameter": math.nan}, ValueError, "diameter must be positive and finite, .*, got nan"),
+    "diameter nan": ({"diameter": math.nan}, ValueError, "diameter must be positive and finite, got nan"),
     "debias": ({"debias": "a"}, TypeError, "debias must be a bool, got 'a'"),
     "potentials": ({"potentials": 1}, TypeError, "potentials must be a bool, got 1"),
     "span": ({"x": torch.full((3, 2), 1e20)}, ValueError, "costs overflow torch.float32: .* less than 2.31e.17 .*, got 1.41e.20"),

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from dae_kernels.clouds import check_clouds, check_weights, convention, normalised
-from dae_kernels.dispatch import choose, dtype_refusal, values_readable
-from dae_kernels.pairwise.sums import pair_sums
+from dae_kernels.clouds import check_clouds, check_integer, check_number, check_weights, convention, normalised
+from dae_kernels.dispatch import check_choice, choose, dtype_refusal, values_readable
+from dae_kernels.pairwise.sums import POLYNOMIAL, pair_sums
 
 
 @convention(
     value="squared",
-    cost="kernel k(x, y) = sum_s exp(-|x - y|^2 / (2 s^2)), factor 1: E k(x, x') + E k(y, y') - 2 E k(x, y)",
+    cost="kernel k(x, y) = sum_s exp(-|x - y|^2 / (2 s^2)) or (gamma x.y + coef0)^degree, factor 1: "
+    "E k(x, x') + E k(y, y') - 2 E k(x, y)",
     bias="unbiased=True: none, may be negative; unbiased=False: V-statistic, at least 0 and too large by O(1/N + 1/M)",
 )
 def mmd(
     x: Tensor,
     y: Tensor,
     *,
-    bandwidths: Sequence[float],
+    bandwidths: Sequence[float] | None = None,
+    kernel: str = "gaussian",
+    degree: int = 3,
+    gamma: float | None = None,
+    coef0: float = 1.0,
     unbiased: bool = True,
     weights_x: Tensor | None = None,
     weights_y: Tensor | None = None,
@@ -29,28 +35,34 @@ def mmd(
 ) -> Tensor:
     """Squared maximum mean discrepancy of two clouds, differentiable in points and weights.
 
-        k(x, y)  = sum_s exp(-|x - y|^2 / (2 s^2)) over the bandwidths s: a sum, not a mean
+        gaussian:    k(x, y) = sum_s exp(-|x - y|^2 / (2 s^2)) over the bandwidths s: a sum, not a mean
+        polynomial:  k(x, y) = (gamma x.y + coef0)^degree
         biased   = sum_ij a_i a_j k(x_i, x_j) + sum_ij b_i b_j k(y_i, y_j) - 2 sum_ij a_i b_j k(x_i, y_j)
         unbiased = sum_{i != j} a_i a_j k(x_i, x_j) / (1 - sum_i a_i^2) + the same of y - 2 sum_ij a_i b_j k(x_i, y_j)
 
     with a and b normalised to sum 1; for equal weights the divisor is that of the U-statistic, (N - 1) / N. A pair i = j is
-    known by its index, so equal points stay in. geomloss's "gaussian" loss with one blur is half of the biased value.
+    known by its index, so equal points stay in. geomloss's "gaussian" loss with one blur is half of the biased value. The
+    unbiased polynomial one with the defaults is KID of image features (`dae.metrics.kernel_distance`: means over subsets).
 
     Memory is O((N + M) D), forward and backward: kernel values are never stored (the reference keeps a few blocks of 8 MiB).
     If gradients are needed they are made in the forward pass; there are no second derivatives (asking for them raises).
     A point with NaN or infinity, or 1e154 away from another, makes the result NaN, also if its weight is 0.
 
-    The reference computes in float64. The kernel computes in float32 with |x|^2 + |y|^2 - 2 x.y, about medians of the clouds,
-    so neither the origin nor a few far points matter. Rounding moves the exponent |x - y|^2 / (2 s^2) of two points at distance
-    R from the median by about 1e-7 (R / s)^2. It shows where points are near each other and both far from the rest of their
-    cloud: of pairs in a second cluster at R = 100 s the kernel values are good to three digits, from R = 3000 s on they are
-    anything from 0 to 1, and there the reference is to be used. Distances from the median from 1e19 on overflow to NaN.
+    The reference computes in float64, as do polynomials everywhere: nearly all of their time is that of three products of
+    matrices, so there is no Triton kernel for them. That of Gaussians computes in float32 with |x|^2 + |y|^2 - 2 x.y, about
+    medians of the clouds, so neither the origin nor a few far points matter. Rounding moves the exponent |x - y|^2 / (2 s^2) of
+    two points at distance R from the median by about 1e-7 (R / s)^2. It shows where points are near each other and both far
+    from the rest of their cloud: of pairs in a second cluster at R = 100 s the kernel values are good to three digits, from
+    R = 3000 s on they are anything from 0 to 1, and there the reference is to be used. Distances from the median from 1e19 on
+    overflow to NaN.
 
     Args:
         x: [N, D], floating; any strides.
         y: [M, D], of the same dtype and device.
         bandwidths: at least one standard deviation s, in the unit of the points, from 1e-150 to 1e150; from 1e-18 to 1e18 for
-            the kernel, which computes in float32.
+            the kernel, which computes in float32. Needed by "gaussian", and not taken by "polynomial".
+        kernel: "gaussian" or "polynomial".
+        degree, gamma, coef0: of the polynomial: a whole degree of at least 1, gamma and coef0 finite; gamma None is 1 / D.
         unbiased: the U-statistic, which needs two points of positive weight in each cloud and a sum of squared weights of at
             most 1 - 1e-9, or the V-statistic.
         weights_x: [N], floating, not negative, of positive sum; None for equal ones.
@@ -64,33 +76,65 @@ def mmd(
     Raises:
         ValueError: shapes or devices disagree, an empty cloud, too few points for `unbiased`, bad bandwidths or weights, an
             unknown option, or `impl` cannot run here.
-        TypeError: not tensors, not floating point, clouds of two dtypes, or bandwidths that are not a sequence of numbers.
+        TypeError: not tensors, not floating point, clouds of two dtypes, bandwidths that are not a sequence of numbers, or other
+            parameters of a wrong type.
 
-    Source: Gretton et al. 2012, "A kernel two-sample test", JMLR 13, lemma 6; sums of kernels: Li et al. 2015, arXiv 1502.02761.
+    Source: Gretton et al. 2012, "A kernel two-sample test", JMLR 13, lemma 6; sums of kernels: Li et al. 2015, arXiv 1502.02761;
+    the polynomial: Binkowski et al. 2018, arXiv 1801.01401, section 3.
     """
     check_clouds("mmd", x, y)
     check_weights("mmd", "weights_x", weights_x, x)
     check_weights("mmd", "weights_y", weights_y, y)
-    bandwidths = checked_bandwidths(bandwidths)
+    check_choice("kernel", kernel, ("gaussian", "polynomial"))
     if unbiased:
         check_pairs("x", x, weights_x)
         check_pairs("y", y, weights_y)
-    refusal = dtype_refusal(x)
-    if min(bandwidths) < 1e-18 or max(bandwidths) > 1e18:
-        refusal = f"the kernel takes bandwidths from 1e-18 to 1e18, got {bandwidths}"
-    chosen = choose(impl, x.device, refusal)
     a_N, b_M = normalised(weights_x, x, torch.float64), normalised(weights_y, y, torch.float64)
-    within_x, across, within_y = pair_sums(x, y, a_N, b_M, bandwidths, chosen)
-    # The sums lack the pairs i = j, whose kernel value is exactly 1 a bandwidth.
-    own_x, own_y = a_N.square().sum(), b_M.square().sum()
-    if unbiased:
-        squared = within_x / (1.0 - own_x) + within_y / (1.0 - own_y) - 2.0 * across
+    if kernel == "polynomial":
+        parameters = checked_polynomial(bandwidths, degree, gamma, coef0, x.shape[1])
+        choose(impl, x.device, "the polynomial kernel has no Triton kernel")
+        chosen = POLYNOMIAL
     else:
-        squared = within_x + within_y + len(bandwidths) * (own_x + own_y) - 2.0 * across
+        parameters = checked_bandwidths(bandwidths)
+        refusal = dtype_refusal(x)
+        if min(parameters) < 1e-18 or max(parameters) > 1e18:
+            refusal = f"the kernel takes bandwidths from 1e-18 to 1e18, got {parameters}"
+        chosen = choose(impl, x.device, refusal)
+    within_x, across, within_y = pair_sums(x, y, a_N, b_M, parameters, chosen)
+    if unbiased:
+        pairs_x, pairs_y = 1.0 - a_N.square().sum(), 1.0 - b_M.square().sum()
+        squared = within_x / pairs_x + within_y / pairs_y - 2.0 * across
+    else:  # the sums lack the pairs i = j
+        own = (own_pairs(cloud, weights, kernel, parameters) for cloud, weights in ((x, a_N), (y, b_M)))
+        squared = within_x + within_y + sum(own) - 2.0 * across
     return squared if x.element_size() == 8 else squared.float()
 
 
-def checked_bandwidths(bandwidths: Sequence[float]) -> tuple[float, ...]:
+def own_pairs(x_ND: Tensor, a_N: Tensor, kernel: str, parameters: tuple[float, ...]) -> Tensor:
+    """sum_i a_i^2 k(x_i, x_i)."""
+    if kernel == "gaussian":  # the value is exactly 1 a bandwidth
+        return len(parameters) * a_N.square().sum()
+    degree, gamma, coef0 = parameters
+    return (a_N.square() * (gamma * x_ND.double().square().sum(dim=1) + coef0).pow(degree)).sum()
+
+
+def checked_polynomial(
+    bandwidths: Sequence[float] | None, degree: int, gamma: float | None, coef0: float, D: int
+) -> tuple[int, float, float]:
+    if bandwidths is not None:
+        raise ValueError(f"mmd with kernel='polynomial' has no bandwidths, got {bandwidths!r}; it has degree, gamma and coef0")
+    check_integer("mmd", "degree", degree)
+    gamma = 1.0 / D if gamma is None else gamma
+    for name, number in (("gamma", gamma), ("coef0", coef0)):
+        check_number("mmd", name, number)
+        if not math.isfinite(number):
+            raise ValueError(f"mmd needs a finite {name}, got {number!r}")
+    if degree < 1:
+        raise ValueError(f"mmd needs a degree of at least 1, got {degree}")
+    return int(degree), float(gamma), float(coef0)
+
+
+def checked_bandwidths(bandwidths: Sequence[float] | None) -> tuple[float, ...]:
     if isinstance(bandwidths, str | bytes) or not isinstance(bandwidths, Sequence):
         raise TypeError(f"mmd needs bandwidths as a sequence of numbers, e.g. (0.5, 1.0, 2.0), got {type(bandwidths).__name__}")
     for bandwidth in bandwidths:

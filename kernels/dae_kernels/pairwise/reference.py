@@ -55,6 +55,33 @@ def pair_rows_reference(
     return sum_N, gradient_ND
 
 
+def polynomial_rows_reference(
+    q_ND: Tensor, s_MD: Tensor, v_M: Tensor, degree: int, gamma: float, coef0: float, same: bool, gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """`pair_rows_reference` with k(q, s) = (gamma q.s + coef0)^degree for f(|q - s|)."""
+    q_ND, s_MD, v_M = q_ND.double(), s_MD.double(), v_M.double()
+    sum_N, gradient_ND = polynomial_rows_empty(q_ND, s_MD, v_M, degree, gamma, coef0, same, gradient)
+    rows = max(1, MAX_PAIRS // s_MD.shape[0])
+    for start in range(0, q_ND.shape[0], rows):
+        here = slice(start, start + rows)
+        base_nM = (q_ND[here] @ s_MD.T).mul_(gamma).add_(coef0)
+        slope_nM = base_nM.pow(degree - 1)
+        value_nM = base_nM.mul_(slope_nM)
+        if same:
+            value_nM.diagonal(start).zero_()
+            slope_nM.diagonal(start).zero_()
+        sum_N[here] = value_nM @ v_M
+        if gradient:
+            gradient_ND[here] = slope_nM.mul_(degree * gamma * v_M) @ s_MD
+    return sum_N, gradient_ND
+
+
+def polynomial_rows_empty(
+    q_ND: Tensor, s_MD: Tensor, v_M: Tensor, degree: int, gamma: float, coef0: float, same: bool, gradient: bool
+) -> tuple[Tensor, Tensor]:
+    return pair_rows_empty(q_ND, s_MD, v_M, (), same, gradient)
+
+
 def pair_rows_empty(
     q_ND: Tensor, s_MD: Tensor, v_M: Tensor, bandwidths: Sequence[float], same: bool, gradient: bool
 ) -> tuple[Tensor, Tensor]:

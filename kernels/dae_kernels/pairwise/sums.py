@@ -8,39 +8,48 @@ import torch
 from torch import Tensor
 
 from dae_kernels.dispatch import differentiated, register_op
-from dae_kernels.pairwise.reference import pair_rows_empty, pair_rows_reference
+from dae_kernels.pairwise.reference import (
+    pair_rows_empty,
+    pair_rows_reference,
+    polynomial_rows_empty,
+    polynomial_rows_reference,
+)
 
 pair_rows = register_op("dae_kernels::pair_rows_reference", pair_rows_reference, pair_rows_empty)
+polynomial_rows = register_op("dae_kernels::polynomial_rows", polynomial_rows_reference, polynomial_rows_empty)
+
+POLYNOMIAL = "polynomial"  # in place of an implementation: that of the kernel (gamma x.y + coef0)^degree
 
 
 def pair_sums(
-    x_ND: Tensor, y_MD: Tensor, a_N: Tensor, b_M: Tensor, bandwidths: tuple[float, ...], impl: str
+    x_ND: Tensor, y_MD: Tensor, a_N: Tensor, b_M: Tensor, parameters: tuple[float, ...], impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums of f(|.|) over the pairs within x, across, and within y, pairs of a point with itself left out; float64 scalars.
+    """Sums of k over the pairs within x, across, and within y, pairs of a point with itself left out; float64 scalars.
 
-        sum_{i != j} a_i a_j f(|x_i - x_j|),  sum_{ij} a_i b_j f(|x_i - y_j|),  sum_{i != j} b_i b_j f(|y_i - y_j|)
+        sum_{i != j} a_i a_j k(x_i, x_j),  sum_{ij} a_i b_j k(x_i, y_j),  sum_{i != j} b_i b_j k(y_i, y_j)
 
-    f is a sum of Gaussians of the `bandwidths`, or the distance itself where there are none. As the results are scalars,
+    k is a sum of Gaussians with the parameters for bandwidths, the distance where there are none, or for impl=POLYNOMIAL the
+    polynomial with the parameters degree, gamma and coef0. As the results are scalars,
     their gradients are made in the forward pass, where the distances are at hand, and only for the side that needs them;
     the backward pass scales them. A pass over pairs a needed gradient or sum: 3 in all if one side needs gradients, else 4.
 
     Args:
         x_ND, y_MD: the clouds.
         a_N, b_M: their weights, float64.
-        impl: "reference" or "triton".
+        impl: "reference", "triton" or POLYNOMIAL.
     """
     if torch.compiler.is_compiling():
         from dae_kernels.whole import pair_sums_function
     else:
         pair_sums_function = apply_pair_sums
-    return pair_sums_function(x_ND, y_MD, a_N, b_M, bandwidths, impl)
+    return pair_sums_function(x_ND, y_MD, a_N, b_M, parameters, impl)
 
 
 def apply_pair_sums(
-    x_ND: Tensor, y_MD: Tensor, a_N: Tensor, b_M: Tensor, bandwidths: tuple[float, ...], impl: str
+    x_ND: Tensor, y_MD: Tensor, a_N: Tensor, b_M: Tensor, parameters: tuple[float, ...], impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     for_x, for_y = differentiated(x_ND, a_N), differentiated(y_MD, b_M)
-    return PairSums.apply(x_ND, y_MD, a_N, b_M, bandwidths, impl, for_x, for_y)[:3]
+    return PairSums.apply(x_ND, y_MD, a_N, b_M, parameters, impl, for_x, for_y)[:3]
 
 
 class PairSums(torch.autograd.Function):
@@ -57,7 +66,7 @@ class PairSums(torch.autograd.Function):
         y_MD: Tensor,
         a_N: Tensor,
         b_M: Tensor,
-        bandwidths: tuple[float, ...],
+        parameters: tuple[float, ...],
         impl: str,
         for_x: bool,
         for_y: bool,
@@ -66,17 +75,19 @@ class PairSums(torch.autograd.Function):
             from dae_kernels.pairwise.fused import centred, pair_rows_triton, rates
 
             x_alone, x, y, y_alone = centred(x_ND, y_MD, a_N, b_M)
-            coefficients_B = rates(bandwidths, x.device)
+            coefficients_B = rates(parameters, x.device)
 
             def rows(q: Tensor, s: Tensor, v: Tensor, same: bool, gradient: bool) -> tuple[Tensor, Tensor]:
-                p, g = pair_rows_triton(q, s, v.float(), coefficients_B, len(bandwidths), same, gradient)
+                p, g = pair_rows_triton(q, s, v.float(), coefficients_B, len(parameters), same, gradient)
                 return p.double(), g
         else:
             x_alone = x = x_ND
             y_alone = y = y_MD
 
             def rows(q: Tensor, s: Tensor, v: Tensor, same: bool, gradient: bool) -> tuple[Tensor, Tensor]:
-                return pair_rows(q, s, v, bandwidths, same, gradient)
+                if impl == POLYNOMIAL:
+                    return polynomial_rows(q, s, v, *parameters, same, gradient)
+                return pair_rows(q, s, v, parameters, same, gradient)
 
         within_x_N, slope_xx_ND = rows(x_alone, x_alone, a_N, True, for_x)
         within_y_M, slope_yy_MD = rows(y_alone, y_alone, b_M, True, for_y)

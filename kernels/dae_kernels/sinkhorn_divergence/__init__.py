@@ -1,5 +1,5 @@
-"""Sinkhorn divergence: entropic optimal transport between point clouds, without its bias."""
+"""Entropic optimal transport between point clouds: its divergence without bias, and what its plan does."""
 
-from dae_kernels.sinkhorn_divergence.api import sinkhorn_divergence
+from dae_kernels.sinkhorn_divergence.api import barycentric_map, sinkhorn_divergence, sinkhorn_transport
 
-__all__ = ["sinkhorn_divergence"]
+__all__ = ["barycentric_map", "sinkhorn_divergence", "sinkhorn_transport"]

@@ -1,16 +1,13 @@
-"""`sinkhorn_divergence`: checks, dispatch, and the operator that carries the envelope gradient."""
+"""`sinkhorn_divergence`, `sinkhorn_transport` and `barycentric_map`: checks and dispatch."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from dae_kernels.clouds import check_clouds, check_weights, convention, normalised
-from dae_kernels.dispatch import choose, dtype_refusal, register_op
-from dae_kernels.sinkhorn_divergence.reference import ReferenceUpdate
-from dae_kernels.sinkhorn_divergence.solver import scale_limits, solve
+from dae_kernels.clouds import check_clouds, check_tensors, check_weights, convention, normalised
+from dae_kernels.dispatch import choose, dtype_refusal
+from dae_kernels.sinkhorn_divergence.autograd import envelope, plan_means
 
 
 @convention(
@@ -26,6 +23,9 @@ def sinkhorn_divergence(
     blur: float = 0.05,
     scaling: float = 0.5,
     debias: bool = True,
+    reach: float | None = None,
+    max_iter: int | None = None,
+    tolerance: float | None = None,
     weights_x: Tensor | None = None,
     weights_y: Tensor | None = None,
     diameter: float | None = None,
@@ -37,31 +37,48 @@ def sinkhorn_divergence(
         OT(a, b) = min over plans P with marginals a, b of  sum_ij P_ij |x_i - y_j|^p / p + blur^p KL(P | a b^T)
         S(a, b)  = OT(a, b) - OT(a, a) / 2 - OT(b, b) / 2        with debias, else OT(a, b)
 
+    With `reach` mass may be created and destroyed instead of moved further than about that far (unbalanced transport):
+
+        OT(a, b) = min over P >= 0 of  sum_ij P_ij |x_i - y_j|^p / p + blur^p KL(P | a b^T)
+                                       + reach^p (KL(P 1 | a) + KL(P^T 1 | b)),  KL(u | v) = sum u log(u / v) - sum u + sum v
+        S(a, b)  = OT(a, b) - OT(a, a) / 2 - OT(b, b) / 2 + blur^p (sum a - sum b)^2 / 2
+
     As blur goes to 0 and scaling to 1, S tends to half the squared 2-Wasserstein distance (p = 2) or the 1-Wasserstein distance
     (p = 1); as blur grows, to half the squared distance of the means, or half the energy distance 2 E|x-y| - E|x-x'| - E|y-y'|.
 
     Computed by symmetric, averaged Sinkhorn updates in the log domain while epsilon falls from diameter^p to blur^p by
-    scaling^p a step. As in geomloss the number of updates is set by that schedule and nothing tests for convergence: `scaling`
-    nearer to 1 is more accurate and slower. Memory is O(N + M): scores are computed in blocks and never kept (but for p = 1
-    the reference keeps up to 2^22 distances of each of the four pairs of clouds).
+    scaling^p a step. As in geomloss the number of updates is set by that schedule and nothing tests for convergence, unless
+    `max_iter` or `tolerance` is given: then alternating updates follow at the final blur, until the plan has its marginals.
+    `scaling` nearer to 1 is more accurate and slower, too. Points are moved and scaled by a power of 2 first, so neither their
+    origin nor their unit matters: a value beyond the dtype is infinite or 0, and its gradient right. Memory is O(N + M): scores
+    are computed in blocks and never kept (but for p = 1 the reference keeps up to 2^22 distances of each of the four pairs of
+    clouds).
 
     16-bit clouds are computed in float32, and neither autocast nor `torch.set_float32_matmul_precision` lowers that.
 
     The gradient is that of the envelope theorem, from the last potentials with the plan held constant, never through the
     updates. By the points it is sum_j P_ij d|x_i - y_j|^p / p / dx_i (less that of the cloud against itself); by the weights
-    it is the potential, less its mean as weights are normalised first. It is exact at convergence. There is no second
-    derivative.
+    it is the potential, less its mean as weights are normalised first. It is exact at convergence, where it errs by the order
+    of `tolerance`. There is no second derivative.
 
     Args:
         x: [N, D], floating, N, D >= 1; any strides.
         y: [M, D], of the same dtype and on the same device.
         p: 1 or 2, the exponent of the cost.
-        blur: > 0, in the units of the points: the scale below which mass is not told apart; epsilon = blur^p, which with its
-            inverse must be a number of the dtype computed in, as must |x - y|^p and |x - y|^p / epsilon.
+        blur: > 0, in the units of the points: the scale below which mass is not told apart; epsilon = blur^p. |x - y|^p / epsilon
+            must be a number of the dtype computed in.
         scaling: in (0, 1), the ratio of successive scales.
         debias: whether to take off the cost of each cloud against itself.
-        weights_x: [N], not negative, or None for equal ones. They are divided by their sum. A weight of 0 takes its point out
-            of the plan and of the diameter.
+        reach: > 0, in the units of the points: the scale beyond which mass is rather destroyed and created; None: all is moved.
+            Its ratio to the diagonal of the box around the points, and that of blur, must have powers p that the dtype holds.
+        max_iter: at least 0: most iterations at the final blur, 1000 where only `tolerance` is given. Without `tolerance` so
+            many are done.
+        tolerance: > 0: the final iterations stop once the plan's marginals, taken before an iteration, are off by no more than
+            this share of the mass (sum_i |sum_j P_ij - a_i| for sum a = 1; with reach, from a_i exp(-f_i / reach^p)). If
+            max_iter is not enough, a RuntimeWarning says how much they are off by, and the result is that of the last iteration.
+            Rounding keeps them off by about the largest cost over epsilon, times the unit roundoff.
+        weights_x: [N], not negative, or None for equal ones. They are divided by their sum, but not with reach: there their
+            sum is the cloud's mass. A weight of 0 takes its point out of the plan and of the diameter.
         weights_y: [M], likewise.
         diameter: > 0, the scale to start from, with the limits of blur; None takes the diagonal of the box around both clouds.
             (The box is looked at in any case, which waits for a GPU.)
@@ -70,124 +87,158 @@ def sinkhorn_divergence(
             choice is obeyed or refused.
 
     Returns:
-        S: [], float64 for float64 clouds, else float32. Equal to sum_i a_i f_i + sum_j b_j g_j.
+        S: [], float64 for float64 clouds, else float32. Without reach equal to sum_i a_i f_i + sum_j b_j g_j.
         With `potentials`, (f [N], g [M]) in its place: the dual potentials of OT(a, b), less those of OT(a, a) and OT(b, b)
         with debias. Differentiable by the points where they live, in the same way: df_i / dx_i.
 
     Raises:
         TypeError: clouds or weights that are not floating point, clouds of two dtypes, or options of a wrong type.
         ValueError: shapes, devices or options that do not fit, weights that are negative or do not sum to a positive number,
-            a blur, diameter or spread of the points that the dtype cannot hold, or `impl` cannot run here.
+            a spread of the points that the dtype cannot hold beside blur, diameter or reach, or `impl` cannot run here.
 
     Source: Feydy et al. 2019, arXiv 1810.08278; the schedule: Feydy 2020, "Geometric data analysis, beyond convolutions",
-    algorithm 3.5.
+    algorithm 3.5; reach: Sejourne et al. 2019, arXiv 1910.12958, whose derivative by the points has the factor
+    reach^p + blur^p (geomloss 0.3.1's SamplesLoss has reach^p + blur^p / 2 there, its `ot` module the same as here).
     """
-    check_clouds("sinkhorn_divergence", x, y)
-    check_weights("sinkhorn_divergence", "weights_x", weights_x, x)
-    check_weights("sinkhorn_divergence", "weights_y", weights_y, y)
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    check_options(p, blur, scaling, diameter, dtype)
     for name, flag in (("debias", debias), ("potentials", potentials)):
         if not isinstance(flag, bool):
             raise TypeError(f"{name} must be a bool, got {flag!r}")
-    triton = choose(impl, x.device, dtype_refusal(x)) == "triton"
-    a_N, b_M = normalised(weights_x, x, dtype), normalised(weights_y, y, dtype)
-    options = (int(p), blur, scaling, diameter, debias, triton)
-    divergence, f_N, g_M = envelope(x.to(dtype), y.to(dtype), a_N, b_M, *options)
+    options = check_options(p, blur, scaling, diameter, reach, max_iter, tolerance)
+    clouds, triton = operands("sinkhorn_divergence", x, y, weights_x, weights_y, reach, impl)
+    divergence, f_N, g_M = envelope(*clouds, *options, debias, potentials, triton)
     return (f_N, g_M) if potentials else divergence
 
 
-def check_options(p: int, blur: float, scaling: float, diameter: float | None, dtype: torch.dtype) -> None:
-    for name, number in (("p", p), ("blur", blur), ("scaling", scaling), ("diameter", 1.0 if diameter is None else diameter)):
+def sinkhorn_transport(
+    x: Tensor,
+    y: Tensor,
+    values: Tensor,
+    *,
+    p: int = 2,
+    blur: float = 0.05,
+    scaling: float = 0.5,
+    reach: float | None = None,
+    max_iter: int | None = None,
+    tolerance: float | None = 1e-3,
+    weights_x: Tensor | None = None,
+    weights_y: Tensor | None = None,
+    diameter: float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """The product P v of the entropic transport plan with values on the points of y, without the plan.
+
+        P = argmin of OT(a, b) in `sinkhorn_divergence`,   out_i = sum_j P_ij v_j
+
+    The last update is made on the side of x: rows of P sum to a_i exactly (with reach to a_i exp(-f_i / reach^p)), columns to b_j
+    up to `tolerance`. For P^T u, on the points of x, call it with x and y exchanged. Memory is O((N + M) (D + E)): P is made
+    in blocks and never kept.
+
+    Differentiable with respect to `values`, once; the plan is held constant.
+
+    Args:
+        values: [M, E] or [M], of the dtype of the clouds and on their device.
+        The others are those of `sinkhorn_divergence`.
+
+    Returns:
+        [N, E] or [N], float64 for float64 clouds, else float32.
+
+    Raises:
+        As `sinkhorn_divergence`, and for values of another dtype (TypeError), shape or device (ValueError).
+
+    Source: as `sinkhorn_divergence`.
+    """
+    operation = "sinkhorn_transport"
+    check_tensors(operation, values=values)
+    options = check_options(p, blur, scaling, diameter, reach, max_iter, tolerance)
+    clouds, triton = operands(operation, x, y, weights_x, weights_y, reach, impl)
+    if values.dtype != x.dtype:
+        raise TypeError(f"{operation} needs values of the dtype of the clouds, got {values.dtype} and {x.dtype}")
+    if values.dim() not in (1, 2) or len(values) != len(y) or values.numel() == 0 or values.device != y.device:
+        got = f"{list(values.shape)} on {values.device}"
+        raise ValueError(f"{operation} needs values [{len(y)}, E] or [{len(y)}] on {y.device}, a row a point of y, got {got}")
+    values_ME = values.to(clouds[0].dtype).reshape(len(values), -1)
+    means_NE, sums_N = plan_means(*(t.detach() for t in clouds), values_ME, *options, triton)
+    return (means_NE * sums_N[:, None]).reshape(len(x), *values.shape[1:])
+
+
+@torch.no_grad()
+def barycentric_map(
+    x: Tensor,
+    y: Tensor,
+    *,
+    p: int = 2,
+    blur: float = 0.05,
+    scaling: float = 0.5,
+    reach: float | None = None,
+    max_iter: int | None = None,
+    tolerance: float | None = 1e-3,
+    weights_x: Tensor | None = None,
+    weights_y: Tensor | None = None,
+    diameter: float | None = None,
+    impl: str = "auto",
+) -> Tensor:
+    """Where the entropic transport plan sends every point of x: the mean of the y that it is coupled with.
+
+        P = argmin of OT(a, b) in `sinkhorn_divergence`,   out_i = sum_j P_ij y_j / sum_j P_ij
+
+    For p = 2 this is x_i less the derivative of the transport cost by x_i, over a_i; as blur goes to 0 it tends to the optimal
+    map where there is one (between Gaussians, an affine one). Points of weight 0 are sent where the others' potential sends
+    them. Not differentiable. Memory is O((N + M) D): P is never kept.
+
+    Args: those of `sinkhorn_divergence`.
+
+    Returns:
+        [N, D], float64 for float64 clouds, else float32.
+
+    Raises:
+        As `sinkhorn_divergence`.
+
+    Source: Pooladian and Niles-Weed 2021, "Entropic estimation of optimal transport maps", arXiv 2109.12004, section 2.
+    """
+    options = check_options(p, blur, scaling, diameter, reach, max_iter, tolerance)
+    clouds, triton = operands("barycentric_map", x, y, weights_x, weights_y, reach, impl)
+    return plan_means(*clouds, None, *options, triton)[0]
+
+
+def check_options(
+    p: int,
+    blur: float,
+    scaling: float,
+    diameter: float | None,
+    reach: float | None,
+    max_iter: int | None,
+    tolerance: float | None,
+) -> tuple:
+    """The options as numbers, in the order of `Options`."""
+    optional = {"diameter": diameter, "reach": reach, "max_iter": max_iter, "tolerance": tolerance}
+    numbers = {"p": p, "blur": blur, "scaling": scaling} | {name: n for name, n in optional.items() if n is not None}
+    for name, number in numbers.items():
         if isinstance(number, bool) or not isinstance(number, int | float):
             raise TypeError(f"{name} must be a number, got {number!r}")
     if p not in (1, 2):
         raise ValueError(f"p must be 1 or 2, got {p!r}")
     if not 0 < scaling < 1:
         raise ValueError(f"scaling must be between 0 and 1, both excluded, got {scaling!r}")
-    least, largest = scale_limits(int(p), dtype)
-    for name, scale in (("blur", blur), ("diameter", diameter)):
-        if scale is not None and not least <= scale <= largest:
-            raise ValueError(
-                f"{name} must be positive and finite, for p={p} in {dtype} between {least:.3g} and {largest:.3g}, got {scale!r}"
-            )
+    for name in ("blur", "diameter", "reach", "tolerance"):
+        if name in numbers and not 0 < numbers[name] < float("inf"):
+            raise ValueError(f"{name} must be positive and finite, got {numbers[name]!r}")
+    if max_iter is not None and (not isinstance(max_iter, int) or max_iter < 0):
+        raise ValueError(f"max_iter must be a whole number that is not negative, got {max_iter!r}")
+    floats = (None if n is None else float(n) for n in (diameter, reach))
+    return int(p), float(blur), float(scaling), *floats, max_iter, None if tolerance is None else float(tolerance)
 
 
-def solve_problem(
-    x_ND: Tensor,
-    y_MD: Tensor,
-    a_N: Tensor,
-    b_M: Tensor,
-    p: int,
-    blur: float,
-    scaling: float,
-    diameter: float | None,
-    debias: bool,
-    triton: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Potentials f [N], g [M] and their derivatives by their own points, df [N, D], dg [M, D]."""
-    if triton:
-        from dae_kernels.sinkhorn_divergence.fused import TritonUpdate as prepare
-    else:
-        prepare = ReferenceUpdate
-    with torch.autocast(x_ND.device.type, enabled=False):
-        return solve(prepare, x_ND, y_MD, a_N.log(), b_M.log(), p, blur, scaling, diameter, debias)
-
-
-def empty_potentials(x_ND, y_MD, a_N, b_M, p, blur, scaling, diameter, debias, triton):
-    return torch.empty_like(a_N), torch.empty_like(b_M), x_ND.new_empty(x_ND.shape), y_MD.new_empty(y_MD.shape)
-
-
-# Opaque to torch.compile with Triton too, unlike the other operators of this package: the number of updates depends on the data.
-sinkhorn_potentials = register_op("dae_kernels::sinkhorn_potentials", solve_problem, empty_potentials)
-
-
-def envelope(*arguments) -> tuple[Tensor, Tensor, Tensor]:
-    """The divergence [] and its potentials f [N] and g [M] by the operator above, with their gradients."""
-    if torch.compiler.is_compiling():
-        from dae_kernels.whole import envelope_function
-    else:
-        envelope_function = apply_envelope
-    return envelope_function(*arguments)
-
-
-def apply_envelope(*arguments) -> tuple[Tensor, Tensor, Tensor]:
-    return Envelope.apply(*arguments)[:3]
-
-
-class Envelope(torch.autograd.Function):
-    """A Function, as what `register_autograd` makes is closed to torch.func.
-
-    What makes the gradients is an output too: whoever differentiates the gradients again comes by it.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x_ND: Tensor, y_MD: Tensor, a_N: Tensor, b_M: Tensor, *options) -> tuple[Tensor, ...]:
-        f_N, g_M, df_ND, dg_MD = sinkhorn_potentials(x_ND, y_MD, a_N, b_M, *options)
-        return (a_N * f_N).sum() + (b_M * g_M).sum(), f_N, g_M, f_N.clone(), g_M.clone(), df_ND, dg_MD
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*inputs[2:4], *output[3:])
-
-    @staticmethod
-    def backward(
-        ctx: Any, d_value: Tensor | None, d_f_N: Tensor | None, d_g_M: Tensor | None, *d_made: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        if any(d is not None for d in d_made):
-            raise RuntimeError("sinkhorn_divergence has no second derivative: its gradient holds the transport plan constant")
-        a_N, b_M, f_N, g_M, df_ND, dg_MD = ctx.saved_tensors
-        d_x_ND, d_a_N = side_gradients(a_N, f_N, df_ND, d_value, d_f_N)
-        d_y_MD, d_b_M = side_gradients(b_M, g_M, dg_MD, d_value, d_g_M)
-        return d_x_ND, d_y_MD, d_a_N, d_b_M, *[None] * 6
-
-
-def side_gradients(
-    a_N: Tensor, f_N: Tensor, df_ND: Tensor, d_value: Tensor | None, d_f_N: Tensor | None
-) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients to the points [N, D] and the weights [N] of one side; a potential takes none to the weights."""
-    by_row_N = [d for d in (None if d_value is None else d_value * a_N, d_f_N) if d is not None]
-    return sum(by_row_N)[:, None] * df_ND if by_row_N else None, None if d_value is None else d_value * f_N
+def operands(
+    operation: str, x: Tensor, y: Tensor, weights_x: Tensor | None, weights_y: Tensor | None, reach: float | None, impl: str
+) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], bool]:
+    """The checked clouds and weights in the dtype to compute in, weights normalised without reach; and whether by Triton."""
+    check_clouds(operation, x, y)
+    check_weights(operation, "weights_x", weights_x, x)
+    check_weights(operation, "weights_y", weights_y, y)
+    triton = choose(impl, x.device, dtype_refusal(x)) == "triton"
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    a_N, b_M = (
+        normalised(w, cloud, dtype) if reach is None or w is None else w.to(dtype)
+        for w, cloud in ((weights_x, x), (weights_y, y))
+    )
+    return (x.to(dtype), y.to(dtype), a_N, b_M), triton

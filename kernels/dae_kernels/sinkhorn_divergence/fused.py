@@ -11,8 +11,8 @@ Roofline of one update (counts, with the floors measured on an H100: 3.0 TB/s; t
   twice, hence the steps of 16 in D. Rows of x stay on the chip for D <= 16; above, both operands stream out of L2.
 - p = 1 takes distances from differences, 2 N M D float32 instructions without tensor cores (1 cycle a score for D = 64), because
   the root of |x|^2 - 2 x.y + |y|^2 is wrong for near points by the root of the rounding.
-- The derivative is one more pass: the plan is recomputed for each BLOCK_E of the D columns and multiplied by y (p = 1: by
-  differences, without tensor cores).
+- The derivative, or a mean of values under the plan, is one more pass: the plan is recomputed for each BLOCK_E columns and
+  multiplied by y or the values (the derivative for p = 1: by differences, without tensor cores).
 - N / BLOCK_N programs fill 132 SMs from N = 8500. Below that the columns are shared out, as long as a share stays at
   MIN_SHARE of them: 64 x 2048 scores take an SM 26,000 cycles or 15 us at the bounds above, as much as the launches that join
   the shares.
@@ -146,26 +146,32 @@ def sinkhorn_update_kernel(
 
 
 @triton.jit(do_not_specialize=["N", "M", "d_end"])
-def sinkhorn_derivative_kernel(
+def sinkhorn_mean_kernel(
     x_ptr,
     y_ptr,
+    v_ptr,
     log_b_ptr,
     g_ptr,
     f_ptr,
-    df_ptr,
+    out_ptr,
     N,
     M,
+    E,
     d_end,
     scale,
     D: tl.constexpr,
     P: tl.constexpr,
+    GRADIENT: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
-    """df = sum_j P_ij d|x_i - y_j|^P / P / dx_i for BLOCK_N rows and BLOCK_E columns; f makes the rows of the plan sum to 1."""
+    """sum_j P_ij v_j for BLOCK_N rows and BLOCK_E of the E columns of v; f makes the rows of the plan sum to 1.
+
+    If GRADIENT, in its place sum_j P_ij d|x_i - y_j|^P / P / dx_i: for P = 2 that is x_i less the mean of v = y.
+    """
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     e0 = tl.program_id(1) * BLOCK_E
@@ -182,7 +188,8 @@ def sinkhorn_derivative_kernel(
         )  # fmt: skip
         plan = tl.exp2(score + (f * scale)[:, None])
         total += tl.sum(plan, axis=1)
-        if P == 1:  # Differences again, as for distances: near points have large weights. A point's own distance counts as 0.
+        if GRADIENT and P == 1:
+            # Differences again, as for distances: near points have large weights. A point's own distance counts as 0.
             weight = tl.where(distance > 0, plan / distance, 0.0)
             for k in range(0, tl.minimum(BLOCK_E, d_end - e0)):
                 x_k = tl.load(x_ptr + row * D + e0 + k, mask=row < N, other=0.0)
@@ -190,14 +197,14 @@ def sinkhorn_derivative_kernel(
                 sums_k = tl.sum(weight * (x_k[:, None] - y_k[None, :]), axis=1)
                 sums += tl.where(tl.arange(0, BLOCK_E)[None, :] == k, sums_k[:, None], 0.0)
         else:
-            y_ptrs = y_ptr + col.to(tl.int64)[:, None] * D + e[None, :]
-            y = tl.load(y_ptrs, mask=(col[:, None] < M) & (e[None, :] < D), other=0.0)
-            sums = tl.dot(plan, y, sums, input_precision=INPUT_PRECISION)
-    inside = (row[:, None] < N) & (e[None, :] < D)
-    df = sums / total[:, None]
-    if P == 2:
-        df = tl.load(x_ptr + row[:, None] * D + e[None, :], mask=inside, other=0.0) - df
-    tl.store(df_ptr + row[:, None] * D + e[None, :], df, mask=inside)
+            v_ptrs = v_ptr + col.to(tl.int64)[:, None] * E + e[None, :]
+            v = tl.load(v_ptrs, mask=(col[:, None] < M) & (e[None, :] < E), other=0.0)
+            sums = tl.dot(plan, v, sums, input_precision=INPUT_PRECISION)
+    inside = (row[:, None] < N) & (e[None, :] < E)
+    out = sums / total[:, None]
+    if GRADIENT and P == 2:
+        out = tl.load(x_ptr + row[:, None] * D + e[None, :], mask=inside, other=0.0) - out
+    tl.store(out_ptr + row[:, None] * E + e[None, :], out, mask=inside)
 
 
 # By p: without a product the compiler gives a row to a thread or two, and 64 columns spill on sm_90.
@@ -205,7 +212,7 @@ UPDATE_TILE = {
     1: {"BLOCK_N": 64, "BLOCK_M": 32, "BLOCK_D": 16, "num_warps": 4, "num_stages": 2},
     2: {"BLOCK_N": 64, "BLOCK_M": 64, "BLOCK_D": 16, "num_warps": 4, "num_stages": 2},
 }
-DERIVATIVE_TILE = {"BLOCK_N": 128, "BLOCK_M": 32, "BLOCK_D": 16, "BLOCK_E": 16, "num_warps": 8, "num_stages": 2}
+MEAN_TILE = {"BLOCK_N": 128, "BLOCK_M": 32, "BLOCK_D": 16, "BLOCK_E": 16, "num_warps": 8, "num_stages": 2}
 MIN_SHARE = 2048
 
 
@@ -215,15 +222,17 @@ def launch(
     log_b_M: Tensor,
     g_M: Tensor,
     f_N: Tensor,
-    df_ND: Tensor | None,
+    out_NE: Tensor | None,
     epsilon: float,
     p: int,
     flat: bool,
     shares: int = 1,
+    values_ME: Tensor | None = None,
 ) -> None:
-    """The update into f_N and, unless it is None, the derivative into df_ND. All buffers are contiguous and float32.
+    """The update into f_N and, unless out_NE is None, the derivative or the mean of values into it.
 
-    Up to `shares` programs take the columns of a row; their results are joined in one order, so runs agree bit for bit.
+    All buffers are contiguous and float32. Up to `shares` programs take the columns of a row; their results are joined in one
+    order, so runs agree bit for bit.
     """
     N, M, D = x_ND.shape[0], y_MD.shape[0], x_ND.shape[1]
     scale = math.log2(math.e) / epsilon
@@ -240,10 +249,12 @@ def launch(
         f_N.copy_(f_SN.sum(dim=0).log1p() * -epsilon)
     elif shares > 1:
         f_N.copy_(torch.logsumexp(f_SN / -epsilon, dim=0) * -epsilon)
-    if df_ND is not None:
-        grid = triton.cdiv(N, DERIVATIVE_TILE["BLOCK_N"]), triton.cdiv(D, DERIVATIVE_TILE["BLOCK_E"])
-        sinkhorn_derivative_kernel[grid](
-            x_ND, y_MD, log_b_M, g_M, f_N, df_ND, N, M, D, scale, **constants, **DERIVATIVE_TILE
+    if out_NE is not None:
+        gradient, E = values_ME is None, out_NE.shape[1]
+        grid = triton.cdiv(N, MEAN_TILE["BLOCK_N"]), triton.cdiv(E, MEAN_TILE["BLOCK_E"])
+        sinkhorn_mean_kernel[grid](
+            x_ND, y_MD, y_MD if gradient else values_ME, log_b_M, g_M, f_N, out_NE, N, M, E, D, scale,
+            GRADIENT=gradient, **constants, **MEAN_TILE,
         )  # fmt: skip
 
 
@@ -263,9 +274,17 @@ class TritonUpdate:
         self.shares = shares_to_fill(x_ND.device, len(x_ND), len(y_MD))
 
     def __call__(
-        self, log_b_M: Tensor, g_M: Tensor, epsilon: float, flat: bool, gradient: bool = False
+        self,
+        log_b_M: Tensor,
+        g_M: Tensor,
+        epsilon: float,
+        flat: bool,
+        gradient: bool = False,
+        values_ME: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        f_N = self.x_ND.new_empty(len(self.x_ND))
-        df_ND = torch.empty_like(self.x_ND) if gradient else None
-        launch(self.x_ND, self.y_MD, log_b_M, g_M, f_N, df_ND, epsilon, self.p, flat, self.shares)
-        return f_N, df_ND
+        f_N, out_NE = self.x_ND.new_empty(len(self.x_ND)), None
+        if gradient or values_ME is not None:
+            out_NE = self.x_ND.new_empty(len(self.x_ND), (self.y_MD if gradient else values_ME).shape[1])
+            values_ME = None if gradient else values_ME.contiguous()
+        launch(self.x_ND, self.y_MD, log_b_M, g_M, f_N, out_NE, epsilon, self.p, flat, self.shares, values_ME)
+        return f_N, out_NE

@@ -26,10 +26,10 @@ def product(a_nK: Tensor, b_Km: Tensor, bias_m: Tensor | None = None, scale: flo
 class ReferenceUpdate:
     """f_i = -epsilon log sum_j exp(log_b_j + (g_j + x_i . y_j) / epsilon) for p = 2, with -|x_i - y_j| for the product for p = 1.
 
-    For p = 2 that is the update of f + |x|^2 / 2 from g + |y|^2 / 2 under the cost |x - y|^2 / 2. The derivative df_i is
-    sum_j P_ij d|x_i - y_j|^p / p / dx_i, with the rows of P scaled to sum to 1. A point of weight 0 has a score of -inf and takes
-    no part. For p = 1 distances come from differences: a root would lay bare the cancellation of |x|^2 - 2 x.y + |y|^2. Few of
-    them are held, as they are slow to compute.
+    For p = 2 that is the update of f - |x|^2 / 2 from g - |y|^2 / 2 under the cost |x - y|^2 / 2. The derivative df_i is
+    sum_j P_ij d|x_i - y_j|^p / p / dx_i, with the rows of P scaled to sum to 1, and the mean of values sum_j P_ij v_j. A point of
+    weight 0 has a score of -inf and takes no part. For p = 1 distances come from differences: a root would lay bare the
+    cancellation of |x|^2 - 2 x.y + |y|^2. Few of them are held, as they are slow to compute.
     """
 
     def __init__(self, x_ND: Tensor, y_MD: Tensor, p: int) -> None:
@@ -44,13 +44,24 @@ class ReferenceUpdate:
         return torch.cdist(x_nD, self.y_MD, compute_mode="donot_use_mm_for_euclid_dist")
 
     def __call__(
-        self, log_b_M: Tensor, g_M: Tensor, epsilon: float, flat: bool, gradient: bool = False
+        self,
+        log_b_M: Tensor,
+        g_M: Tensor,
+        epsilon: float,
+        flat: bool,
+        gradient: bool = False,
+        values_ME: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         b_M = log_b_M.exp()
         u_M = g_M / epsilon if flat else g_M / epsilon + log_b_M
         # Written in place: small results kept between large blocks would keep the heap from reusing the blocks.
-        f_N, df_ND = self.x_ND.new_empty(len(self.x_ND)), torch.empty_like(self.x_ND) if gradient else None
-        for start in range(0, len(self.x_ND), self.rows):
+        N, made_NE = len(self.x_ND), None
+        f_N = self.x_ND.new_empty(N)
+        if gradient and self.p == 2:
+            values_ME = self.y_MD
+        if gradient or values_ME is not None:
+            made_NE = self.x_ND.new_empty(N, (self.y_MD if gradient else values_ME).shape[1])
+        for start in range(0, N, self.rows):
             block = slice(start, start + self.rows)
             x_nD = self.x_ND[block]
             if self.p == 2:
@@ -67,13 +78,14 @@ class ReferenceUpdate:
                 plan_nM = score_nM.sub_(top_n[:, None]).clamp_(min=self.least).exp_()
                 total_n = plan_nM.sum(dim=1)
                 f_N[block] = -epsilon * (total_n.log() + top_n)
-            if gradient:
-                if self.p == 2:
-                    df_ND[block] = x_nD - product(plan_nM, self.y_MD) / total_n[:, None]
-                    continue
+            if values_ME is not None:
+                made_NE[block] = product(plan_nM, values_ME) / total_n[:, None]
+                if gradient:
+                    made_NE[block] = x_nD - made_NE[block]
+            elif gradient:
                 # Differences again, as near points have large weights. The distance of a point to itself has derivative 0.
                 weight_nM = plan_nM.div_(distance_nM).masked_fill_(distance_nM == 0, 0.0)
                 for d in range(x_nD.shape[1]):
                     difference_nM = x_nD[:, d, None] - self.y_MD[:, d]
-                    df_ND[block, d] = difference_nM.mul_(weight_nM).sum(dim=1) / total_n
-        return f_N, df_ND
+                    made_NE[block, d] = difference_nM.mul_(weight_nM).sum(dim=1) / total_n
+        return f_N, made_NE

@@ -3,48 +3,107 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# prepare(x_ND, y_MD, p) gives update(log_b_M, g_M, epsilon, flat, gradient=False), which returns the new potential f_N of x, and
-# the derivative of the cost by x under the plan, df_ND, or None. For p = 2 potentials stand here less half the squared norm of
+# prepare(x_ND, y_MD, p) gives update(log_b_M, g_M, epsilon, flat, gradient=False, values_ME=None), which returns the new
+# potential f_N of x, and with `gradient` the derivative of the cost by x under the plan, df_ND, or with values their mean
+# under the plan, [N, E], else None. For p = 2 potentials stand here less half the squared norm of
 # their point: then a score is a product and two numbers, nothing cancels, and every step rounds less. `flat` says that all
 # scores are below 1.5, as they are where epsilon exceeds every cost: there a sum of exponentials is nearly 1, and epsilon times
-# the rounding of its logarithm would drown the potentials. log1p of the mean of expm1, in its place, errs by a rounding of the
+# the rounding of its logarithm loses the potentials. log1p of the mean of expm1, in its place, errs by a rounding of the
 # costs. `ReferenceUpdate` defines it all.
 Prepare = Callable[[Tensor, Tensor, int], Callable[..., tuple[Tensor, Tensor | None]]]
 
+DEFAULT_ITERATIONS = 1000  # at the final blur, where a tolerance is given and no limit
+LARGE = 2.0**60  # a number beside which 1 is less than its rounding, in float64 too
+STEP = 100  # powers of two that are a number of any dtype
 
-def box(x_ND: Tensor, y_MD: Tensor) -> tuple[Tensor, Tensor]:
-    """Centre [D] of the box that holds both clouds, and its diagonal [], which bounds every distance."""
-    low_D = torch.minimum(x_ND.amin(dim=0), y_MD.amin(dim=0))
-    high_D = torch.maximum(x_ND.amax(dim=0), y_MD.amax(dim=0))
+
+class Options(NamedTuple):
+    """What the arguments of `sinkhorn_divergence` of the same names set; lengths are in the units of the points."""
+
+    p: int
+    blur: float
+    scaling: float
+    diameter: float | None
+    reach: float | None
+    max_iter: int | None
+    tolerance: float | None
+
+
+class Potential(NamedTuple):
+    """A potential less half the squared norm of its point (p = 2), as a small vector and the number to be added to it."""
+
+    vector: Tensor
+    constant: float
+
+    def average(self, other: Potential) -> Potential:
+        return Potential((self.vector + other.vector) / 2, (self.constant + other.constant) / 2)
+
+    def less(self, other: Potential) -> Tensor:
+        return self.vector - other.vector + (self.constant - other.constant)
+
+
+class Problem(NamedTuple):
+    """The transport from one cloud's view: an update makes its potential from that of the cloud `over`."""
+
+    update: Callable[..., tuple[Tensor, Tensor | None]]
+    log_b_M: Tensor  # of the other cloud's weights, which are normalised
+    log_mass: float  # of the other cloud
+    half_N: Tensor  # half squared norms of the own points, 0 for p = 1
+    a_N: Tensor  # the own weights, normalised
+    over: int
+
+
+def times_power_of_two(x: Tensor, exponent: int) -> Tensor:
+    """x 2^exponent, by factors that are numbers of its dtype."""
+    while exponent:
+        step = max(-STEP, min(STEP, exponent))
+        x, exponent = x * 2.0**step, exponent - step
+    return x
+
+
+def box(x_ND: Tensor, y_MD: Tensor) -> tuple[Tensor, float]:
+    """Centre [D] of the box that holds both clouds, and its diagonal, which bounds every distance."""
+    low_D = torch.minimum(x_ND.amin(dim=0), y_MD.amin(dim=0)) / 2
+    high_D = torch.maximum(x_ND.amax(dim=0), y_MD.amax(dim=0)) / 2
     side_D = high_D - low_D
-    longest = side_D.amax().clamp_min(torch.finfo(side_D.dtype).tiny)  # whose square may overflow
-    return (low_D + high_D) / 2, longest * (side_D / longest).norm()
+    longest = side_D.amax()
+    norm = (side_D / longest.clamp_min(torch.finfo(side_D.dtype).tiny)).norm()  # a square of a side may overflow
+    longest, norm = torch.stack([longest, norm]).tolist()
+    return low_D + high_D, 2 * longest * norm
 
 
-def with_weight(x_ND: Tensor, log_a_N: Tensor) -> Tensor:
+def with_weight(x_ND: Tensor, a_N: Tensor) -> Tensor:
     """The cloud, with points of weight 0 moved to one that has some."""
-    return torch.where((log_a_N > -math.inf)[:, None], x_ND, x_ND.index_select(0, log_a_N.argmax()[None]))
+    return torch.where((a_N > 0)[:, None], x_ND, x_ND.index_select(0, a_N.argmax()[None]))
 
 
-def scale_limits(p: int, dtype: torch.dtype) -> tuple[float, float]:
-    """The least and the largest scale whose power p and its inverse are numbers of `dtype` (with all digits)."""
-    least = torch.finfo(dtype).tiny ** (1 / p)
-    return least, 1 / least
+def check_span(span: float, options: Options, dtype: torch.dtype) -> None:
+    """ValueError where |x - y|^p / epsilon overflows; points that are not finite themselves make a NaN instead."""
+    largest = (torch.finfo(dtype).max / 16) ** (1 / options.p)
+    for name, scale in (("blur", options.blur), ("diameter", options.diameter)):
+        if scale is not None and largest * scale < span < math.inf:
+            raise ValueError(
+                f"costs overflow {dtype}: the points must span less than {largest * scale:.3g} for p={options.p} and "
+                f"{name}={scale!r}, got {span:.3g}"
+            )
 
 
-def check_span(span: float, blur: float, p: int, dtype: torch.dtype) -> None:
-    """ValueError where |x - y|^p or |x - y|^p / epsilon overflows; points that are not finite themselves make a NaN instead."""
-    largest = (torch.finfo(dtype).max / 16) ** (1 / p)
-    if largest * min(1.0, blur) < span < math.inf:
-        raise ValueError(
-            f"costs overflow {dtype}: the points must span less than {largest * min(1.0, blur):.3g} for p={p} and blur={blur!r}, "
-            f"got {span:.3g}"
-        )
+def check_reach(span: float, options: Options, dtype: torch.dtype) -> None:
+    """ValueError where blur or reach are so far from the span of the points that their ratio's powers are no numbers."""
+    limit = (torch.finfo(dtype).max ** 0.75) ** (1 / options.p)
+    for name, scale in (("blur", options.blur), ("reach", options.reach)):
+        if scale is not None and not span / limit <= scale <= span * limit:
+            raise ValueError(
+                f"with reach, {name} must be between {span / limit:.3g} and {span * limit:.3g} for points that span {span:.3g} "
+                f"in {dtype}, got {scale!r}" + ("; without reach no mass is lost" if name == "reach" else "")
+            )
 
 
 def epsilon_schedule(diameter: float, blur: float, scaling: float, p: int) -> list[float]:
@@ -59,47 +118,172 @@ def epsilon_schedule(diameter: float, blur: float, scaling: float, p: int) -> li
     return [diameter**p, *between, blur**p]
 
 
-def solve(
-    prepare: Prepare,
-    x_ND: Tensor,
-    y_MD: Tensor,
-    log_a_N: Tensor,
-    log_b_M: Tensor,
-    p: int,
-    blur: float,
-    scaling: float,
-    diameter: float | None,
-    debias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Potentials f [N], g [M] and their derivatives by their own points, df [N, D], dg [M, D].
+class Sinkhorn:
+    """The problems between two clouds, and with `debias` of each against itself, in units in which the points span about 1.
 
-    With `debias` the potentials of each cloud against itself are taken off.
+    `potentials` are those of x and y for the first problem, and of x and y for the others; `epsilon` and `rho` are blur^p and
+    reach^p in these units, in which a cost is 2^-`exponent`p of what it is.
     """
-    span = box(x_ND, y_MD)[1].item()
-    check_span(span, blur, p, x_ND.dtype)
-    centre_D, diagonal = box(with_weight(x_ND, log_a_N), with_weight(y_MD, log_b_M))
-    if diameter is None:
-        diameter = diagonal.item()
-        if diameter < scale_limits(p, x_ND.dtype)[0]:
-            diameter = 0.0
-    schedule = [(epsilon, epsilon > span**p) for epsilon in epsilon_schedule(diameter, blur, scaling, p)]
-    # The cost does not see a translation, the rounding of |x|^2 - 2 x.y + |y|^2 does.
-    x_ND, y_MD = (x_ND - centre_D).contiguous(), (y_MD - centre_D).contiguous()
-    # An update, the log weights it sums over, and the potential it sums over.
-    problems = [(prepare(x_ND, y_MD, p), log_b_M, 1), (prepare(y_MD, x_ND, p), log_a_N, 0)]
-    if debias:
-        problems += [(prepare(x_ND, x_ND, p), log_a_N, 2), (prepare(y_MD, y_MD, p), log_b_M, 3)]
 
-    half_N, half_M = (t.square().sum(dim=1) / 2 if p == 2 else t.new_zeros(len(t)) for t in (x_ND, y_MD))
-    potentials = [-half_N, -half_M, -half_N, -half_M]
-    potentials = [update(log, potentials[over], *schedule[0])[0] for update, log, over in problems]
-    for step in schedule:
-        new = [update(log, potentials[over], *step)[0] for update, log, over in problems]
-        potentials = [(f + f_new) / 2 for f, f_new in zip(potentials, new, strict=True)]
-    # A full step, not an average: its derivative is that of the cost under the plan, which the envelope theorem asks for.
-    last = [update(log, potentials[over], *schedule[-1], gradient=True) for update, log, over in problems]
-    (f_N, df_ND), (g_M, dg_MD) = last[:2]
-    if debias:
-        (f_xx_N, df_xx_ND), (g_yy_M, dg_yy_MD) = last[2:]
-        return f_N - f_xx_N, g_M - g_yy_M, df_ND - df_xx_ND, dg_MD - dg_yy_MD
-    return f_N + half_N, g_M + half_M, df_ND, dg_MD
+    def __init__(
+        self, prepare: Prepare, x_ND: Tensor, y_MD: Tensor, a_N: Tensor, b_M: Tensor, options: Options, debias: bool
+    ) -> None:
+        p, dtype = options.p, x_ND.dtype
+        span = box(x_ND, y_MD)[1]
+        check_span(span, options, dtype)
+        centre_D, diagonal = box(with_weight(x_ND, a_N), with_weight(y_MD, b_M))
+        scale = diagonal if 0 < diagonal < math.inf else options.blur
+        if options.reach is not None:
+            check_reach(scale, options, dtype)
+        self.options, self.p = options, p
+        self.exponent = max(-1000, math.frexp(scale)[1])
+        unit = math.ldexp(1.0, -self.exponent)
+        # From a blur of 2^30 diameters on nothing changes by more than a rounding, until its power overflows.
+        largest = LARGE ** (1 / p)
+        blur = options.blur * unit if options.reach is not None else min(options.blur * unit, largest)
+        diameter = (diagonal if options.diameter is None else options.diameter) * unit
+        schedule = epsilon_schedule(min(diameter, largest) if diameter < math.inf else diameter, blur, options.scaling, p)
+        self.schedule = [(epsilon, epsilon > (span * unit) ** p) for epsilon in schedule]
+        self.epsilon = schedule[-1]
+        self.rho = None if options.reach is None else (options.reach * unit) ** p
+        # The cost does not see a translation, the rounding of |x|^2 - 2 x.y + |y|^2 does.
+        x_ND, y_MD = (times_power_of_two(c - centre_D, -self.exponent).contiguous() for c in (x_ND, y_MD))
+        self.y_MD, self.centre_D = y_MD, centre_D
+        self.masses = [1.0, 1.0] if self.rho is None else torch.stack([a_N.sum(), b_M.sum()]).tolist()
+        log_a, log_b = (math.log(mass) for mass in self.masses)
+        a_N, b_M = (t if self.rho is None else t / t.sum() for t in (a_N, b_M))
+        half_N, half_M = (t.square().sum(dim=1) / 2 if p == 2 else t.new_zeros(len(t)) for t in (x_ND, y_MD))
+        of_x, of_y = (a_N.log(), log_a), (b_M.log(), log_b)
+        self.problems = [
+            Problem(prepare(x_ND, y_MD, p), *of_y, half_N, a_N, 1),
+            Problem(prepare(y_MD, x_ND, p), *of_x, half_M, b_M, 0),
+        ]
+        if debias:
+            self.problems += [
+                Problem(prepare(x_ND, x_ND, p), *of_x, half_N, a_N, 2),
+                Problem(prepare(y_MD, y_MD, p), *of_y, half_M, b_M, 3),
+            ]
+        self.potentials = [Potential(-problem.half_N, 0.0) for problem in (*self.problems[:2], *self.problems[:2])]
+
+    def solve(self) -> Sinkhorn:
+        """Potentials by the schedule, and then until they converge if that was asked for; returns itself."""
+        several, max_iter = range(len(self.problems)), self.options.max_iter
+        self.potentials = [self.updated(k, *self.schedule[0])[0] for k in several]
+        for step in self.schedule:
+            new = [self.updated(k, *step)[0] for k in several]
+            self.potentials = [old.average(one) for old, one in zip(self.potentials, new, strict=True)]
+        if max_iter is not None or self.options.tolerance is not None:
+            self.converge(DEFAULT_ITERATIONS if max_iter is None else max_iter, self.options.tolerance)
+        return self
+
+    def damping(self, epsilon: float) -> float:
+        return 1.0 if self.rho is None else self.rho / (self.rho + epsilon)
+
+    def updated(self, k: int, epsilon: float, flat: bool, **wanted) -> tuple[Potential, Tensor | None]:
+        """The new potential of problem k, and what is wanted beside it."""
+        problem, damping = self.problems[k], self.damping(epsilon)
+        over = self.potentials[problem.over]
+        vector_N, made = problem.update(problem.log_b_M, over.vector, epsilon, flat, **wanted)
+        if self.rho is None:
+            return Potential(vector_N, 0.0), made
+        # The potential itself is damped, not what it is less half a squared norm.
+        vector_N = damping * vector_N - epsilon / (self.rho + epsilon) * problem.half_N
+        return Potential(vector_N, -damping * (over.constant + epsilon * problem.log_mass)), made
+
+    def converge(self, max_iter: int, tolerance: float | None) -> None:
+        """Up to max_iter iterations at the final epsilon: alternating between x and y, averaged for a cloud and itself.
+
+        Alternation takes a quarter of the steps that averages take (its rate is the square of theirs, for half the updates);
+        between a cloud and itself averages halve all errors.
+        """
+        error = math.inf
+        for _ in range(max_iter):
+            errors = []
+            for k in range(len(self.problems)):
+                new = self.updated(k, *self.schedule[-1])[0]
+                if tolerance is not None:
+                    errors.append(self.marginal_error(k, new))
+                self.potentials[k] = new if k < 2 else self.potentials[k].average(new)
+            if tolerance is None:
+                continue
+            error = torch.stack(errors).amax().item()  # NaN if one is
+            if error <= tolerance or math.isnan(error):
+                return
+        if tolerance is not None:
+            warnings.warn(
+                f"Sinkhorn has not converged: after {max_iter} iterations at blur={self.options.blur:g} the marginals "
+                f"of the plan are off by {error:.3g} of the mass, more than tolerance={tolerance:g}; "
+                "a larger max_iter or blur helps",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    def marginal_error(self, k: int, new: Potential) -> Tensor:
+        """Sum over the points of problem k of the difference between the plan's marginal and the one it should have.
+
+        The plan is that of the potentials as they are; where mass may be lost, its marginal should be a exp(-f / rho).
+        """
+        problem, old = self.problems[k], self.potentials[k]
+        error_N = torch.expm1(old.less(new) / (self.damping(self.epsilon) * self.epsilon)).abs()
+        if self.rho is not None:
+            error_N = error_N * torch.exp(-self.whole(k, new) / self.rho)
+        return (problem.a_N * error_N).where(problem.a_N > 0, 0.0).sum()
+
+    def whole(self, k: int, potential: Potential) -> Tensor:
+        return potential.vector + self.problems[k].half_N + potential.constant
+
+    def divergence(self, potentials: bool) -> tuple[Tensor, ...]:
+        """u_N, v_M, du_N, dv_M, dx_ND, dy_MD, in the units of the points.
+
+        The divergence is sum_i a_i u_i + sum_j b_j v_j, its derivatives are du by a, dv by b, a_i dx_i by x_i and b_j dy_j by
+        y_j. With `potentials` u and v are these, and dx and dy their derivatives.
+        """
+        # Full steps, not averages: their derivative is that of the cost under the plan, which the envelope theorem asks for.
+        last = [self.updated(k, *self.schedule[-1], gradient=True) for k in range(len(self.problems))]
+        sides = [self.side(k, last, potentials) for k in range(2)]
+        values, by_weight, by_point = zip(*sides, strict=True)
+        scaled = [times_power_of_two(t, self.p * self.exponent) for t in (*values, *by_weight)]
+        return *scaled, *(times_power_of_two(t, (self.p - 1) * self.exponent) for t in by_point)
+
+    def side(self, k: int, last: list[tuple[Potential, Tensor]], potentials: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """u, du and dx of `divergence`, or those of the other cloud."""
+        f, df_ND = last[k]
+        debias = len(last) > 2
+        own = last[k + 2] if debias else None
+        plain_N = f.less(own[0]) if debias else self.whole(k, f)
+        if self.rho is None:
+            return plain_N, plain_N.clone(), df_ND - own[1] if debias else df_ND
+        epsilon, rho, other_mass = self.epsilon, self.rho, self.masses[1 - k]
+        if potentials:
+            damped = self.damping(epsilon)
+            return plain_N, plain_N.clone(), damped * (df_ND - own[1] if debias else df_ND)
+        # Sejourne et al. 2019, proposition 12; differences of exponentials by expm1, as rho may be large.
+        kept_N = torch.exp(-self.whole(k, f) / rho)[:, None]
+        if debias:
+            own_kept_N = torch.exp(-self.whole(k, own[0]) / rho)
+            lost_N = -own_kept_N * torch.expm1(-plain_N / rho)
+            return (rho + epsilon / 2) * lost_N, (rho + epsilon) * lost_N, kept_N * df_ND - own_kept_N[:, None] * own[1]
+        lost_N, excess = -torch.expm1(-plain_N / rho), epsilon * (other_mass - 1)
+        return (rho + epsilon / 2) * lost_N + excess / 2, (rho + epsilon) * lost_N + excess, kept_N * df_ND
+
+    def means(self, values_ME: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Means of values (of the points y, if None) under the rows of the plan, and what the rows sum to, [N].
+
+        Then the potentials f, by which those rows are divided by their sums, and g, in the units of this object.
+        """
+        values = self.y_MD if values_ME is None else values_ME
+        problem, over = self.problems[0], self.potentials[1]
+        f_N, means_NE = problem.update(problem.log_b_M, over.vector, *self.schedule[-1], values_ME=values)
+        if values_ME is None:
+            means_NE = times_power_of_two(means_NE, self.exponent) + self.centre_D
+        sums_N = self.masses[0] * problem.a_N
+        if self.rho is not None:
+            sums_N = sums_N * torch.exp(-self.whole(0, self.updated(0, *self.schedule[-1])[0]) / self.rho)
+        return means_NE, sums_N, f_N, over.vector.clone()
+
+    def sums_over_rows(self, f_N: Tensor, g_M: Tensor, d_NE: Tensor) -> Tensor:
+        """[M, E]: sum over i of d_i times the weight of value j in the mean i of `means`."""
+        problem, N = self.problems[1], len(f_N)
+        # As if all points of x had equal weights: the rows of the plan, divided by their sums, do not know them.
+        t_M, means_ME = problem.update(torch.full_like(f_N, -math.log(N)), f_N, self.epsilon, False, values_ME=d_NE)
+        return (N * problem.a_N * torch.exp((g_M - t_M) / self.epsilon))[:, None] * means_ME
