@@ -41,10 +41,17 @@ class DataConfig:
         "held-out split; null takes `validation`, `test` or `val` if there is one, else holds rows out of training, and `none` "
         "holds rows out of training in any case",
     )
-    validation_size: int = knob(1000, "rows to hold out where there is no held-out split (at most a tenth of the rows)", least=1)
+    validation_size: int = knob(
+        1000,
+        "rows to hold out where there is no held-out split (at most a tenth of the rows), and the most that validation in "
+        "training measures; chosen by a digest of the image, each class in proportion",
+        least=1,
+    )
     streaming: bool = knob(False, "read as a stream, never the whole set: for sets larger than the disk")
     shuffle_buffer_size: int = knob(10000, "rows in the shuffle buffer of a stream", least=1)
-    max_train_samples: Optional[int] = knob(None, "use only this many training rows", least=1)
+    max_train_samples: Optional[int] = knob(
+        None, "use only this many training rows, chosen by the seed (of a stream by a digest)", least=1
+    )
     image_column: str = knob("auto", "column with the images; `auto` takes the only image column")
     label_column: str = knob("auto", "column with integer labels; `auto` looks for `label`, `labels`, `cls`; `none` ignores them")
     num_classes: Optional[int] = knob(None, "number of classes; null takes it from the data set's features", least=1)

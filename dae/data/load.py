@@ -60,8 +60,8 @@ class ImageData:
 def load_data(config: DataConfig, seed: int) -> ImageData:
     """Find, check, split and wrap the data set that `config` names.
 
-    The held-out rows do not depend on `seed`, so that runs with different seeds are validated on the same rows; `seed` only
-    chooses which rows `max_train_samples` keeps (of a stream: the first).
+    The held-out rows do not depend on `seed`, so that runs with different seeds are validated on the same rows (see
+    `dae.data.survey`); `seed` only chooses which rows `max_train_samples` keeps of a table.
 
     Raises:
         FileNotFoundError: the data set does not exist or cannot be reached.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
-from itertools import islice
 from typing import Any
 
 import torch
@@ -13,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, defau
 
 from dae.data.rows import ImageDataset, ImageStream
 from dae.data.skipping import BadRow, RowError, SkippedRows
+from dae.data.survey import spread
 from dae.distributed import rank, world_size
 
 
@@ -303,7 +303,7 @@ class _StreamOrder:
 
 
 def evaluation_batches(dataset: Dataset, batch_size: int, limit: int | None = None, num_workers: int = 0) -> Iterator[Any]:
-    """All rows, or the first `limit`, in order and on each process; the last batch may be short.
+    """All rows, or `limit` that are spread over the set, in order and on each process; the last batch may be short.
 
     With `data.on_error=skip` bad rows are left out and not replaced: nothing is measured or encoded twice.
 
@@ -318,14 +318,22 @@ def evaluation_batches(dataset: Dataset, batch_size: int, limit: int | None = No
     """
     if batch_size < 1 or (limit is not None and limit < 1):
         raise ValueError(f"expected batch_size and limit of at least 1, got {batch_size} and {limit}")
+    chosen = None
+    if limit is not None and isinstance(dataset, (ImageDataset, ImageStream)):
+        chosen = spread(dataset, limit)
+    elif limit is not None and limit < len(dataset):
+        chosen = [i * len(dataset) // limit for i in range(limit)]
+    if isinstance(chosen, ImageDataset):
+        dataset, chosen = chosen, None
+    return _once(dataset, batch_size, num_workers, chosen)
+
+
+def _once(dataset: Dataset, batch_size: int, num_workers: int, chosen: list[int] | None = None) -> Iterator[dict]:
+    """Batches of the rows in order, or of the `chosen` rows of map-style data."""
     if isinstance(dataset, IterableDataset):
-        rows = _Stream(dataset, False) if limit is None else _Head(_Stream(dataset, False), limit)
-        return _once(rows, dataset, batch_size, min(num_workers, 1))
-    rows = _Rows(dataset, False) if limit is None or limit >= len(dataset) else Subset(_Rows(dataset, False), range(limit))
-    return _once(rows, dataset, batch_size, num_workers)
-
-
-def _once(rows: Dataset, dataset: Dataset, batch_size: int, num_workers: int) -> Iterator[dict]:
+        rows, num_workers = _Stream(dataset, False), min(num_workers, 1)
+    else:
+        rows = _Rows(dataset, False) if chosen is None else Subset(_Rows(dataset, False), chosen)
     loader = DataLoader(rows, batch_size, num_workers=num_workers, generator=torch.Generator(), collate_fn=_collate)
     return _usable(loader, getattr(dataset, "skipped", None), full=False)
 
@@ -333,18 +341,12 @@ def _once(rows: Dataset, dataset: Dataset, batch_size: int, num_workers: int) ->
 def in_memory(
     dataset: Dataset, limit: int, *, seed: int, batch_size: int, num_workers: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images [N, C, H, W] and labels [N] of a data set, or `limit` rows of it chosen by the seed (of a stream the first)."""
+    """Images [N, C, H, W] and labels [N] of a data set, or `limit` rows of it: chosen by the seed, of a stream by `spread`."""
+    chosen = None
     if not isinstance(dataset, IterableDataset) and len(dataset) > limit:
-        order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))
-        batches = list(_once(Subset(_Rows(dataset, False), order[:limit].tolist()), dataset, batch_size, num_workers))
+        chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:limit].tolist()
+        batches = _once(dataset, batch_size, num_workers, chosen)
     else:
-        batches = list(evaluation_batches(dataset, batch_size, limit=limit, num_workers=num_workers))
+        batches = evaluation_batches(dataset, batch_size, limit=limit, num_workers=num_workers)
+    batches = list(batches)
     return torch.cat([b["image"] for b in batches]), torch.cat([b["label"] for b in batches])
-
-
-class _Head(IterableDataset):
-    def __init__(self, dataset: IterableDataset, limit: int):
-        self.dataset, self.limit = dataset, limit
-
-    def __iter__(self) -> Iterator[Any]:
-        return islice(self.dataset, self.limit)

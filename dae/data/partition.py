@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import logging
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -17,10 +18,12 @@ from dae.data.columns import label_values
 from dae.data.images import decode_image, open_image
 from dae.data.rows import ImageDataset, ImageStream, RowDecoder
 from dae.data.skipping import BadRow, RowError, SkippedRows
-from dae.data.splits import hold_out
+from dae.data.survey import Survey, collect, hold_out, spread, survey_stream, survey_table
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
+
+log = logging.getLogger(__name__)
 
 HELD_OUT_NAMES = ("validation", "test", "val")
 STREAM_VERIFY_ROWS = 64  # rows of a stream that are checked: each is read twice
@@ -61,19 +64,20 @@ def split_table(
     Raises:
         ValueError: no rows, too few rows to hold some out, or a bad row, which is named.
     """
-    contents, bad = [], []
+    contents, bad, survey = [], [], None
+    if "validation" not in parts and len(parts["train"]):
+        survey = survey_table(parts["train"], decoders["train"])
     for part, rows in parts.items():
         if len(rows) == 0:
             raise ValueError(f"{decoders[part].origin} is empty")
         _verify_labels(rows, decoders[part])
         bad += _verify(_first_rows(rows, len(rows) if config.verify_rows < 0 else config.verify_rows), decoders[part], config)
-        contents.append(_table_digest(rows, decoders[part]))
+        contents.append(_table_digest(rows, decoders[part], survey))
     indices = {part: np.arange(len(rows)) for part, rows in parts.items()}
-    if "validation" not in parts:
-        column = decoders["train"].labels.column
-        size = _held_out_size(config, len(parts["train"]), decoders["train"].origin)
-        values = None if column is None else label_values(parts["train"], column, decoders["train"].origin)
-        indices["train"], indices["validation"] = hold_out(len(parts["train"]), size, values)
+    if survey is not None:
+        held_out = _held_out(survey, config, decoders["train"])
+        indices["train"] = np.flatnonzero(~np.isin(survey.digests_N, survey.digests_N[held_out]))
+        indices["validation"] = np.sort(held_out)
     if config.max_train_samples is not None:
         order = np.random.default_rng(seed).permutation(indices["train"])
         indices["train"] = np.sort(order[: config.max_train_samples])
@@ -85,12 +89,13 @@ def split_table(
     return made["train"], made["validation"], contents
 
 
-def _held_out_size(config: DataConfig, rows: int, origin: str) -> int:
+def _held_out(survey: Survey, config: DataConfig, decoder: RowDecoder) -> np.ndarray:
     if config.validation_size < 1:
         raise ValueError(f"data.validation_size: expected at least 1, got {config.validation_size}")
-    if rows < 2:
-        raise ValueError(f"{origin} has {rows} rows, too few to hold some out; set validation_split")
-    return max(1, min(config.validation_size, rows // 10))
+    rows = hold_out(survey, config.validation_size, decoder.origin)
+    if copies := int(np.isin(survey.digests_N, survey.digests_N[rows]).sum()) - len(rows):
+        log.info("%s: %d copies of held-out images are left out of training", decoder.origin, copies)
+    return rows
 
 
 def _verify_labels(rows: Dataset, decoder: RowDecoder) -> None:
@@ -143,11 +148,14 @@ def _skipped_rows(config: DataConfig, rows: int, bad: list[BadRow]) -> SkippedRo
     return skipped
 
 
-def _table_digest(rows: Dataset, decoder: RowDecoder) -> str:
-    """Digest of the labels, of the size of each image, and of the bytes of all images or of evenly spaced ones."""
+def _table_digest(rows: Dataset, decoder: RowDecoder, survey: Survey | None) -> str:
+    """Digest of the labels, and of all images if they were surveyed; else of their sizes and of all or evenly spaced ones."""
     digest = hashlib.blake2b(digest_size=16)
     if decoder.labels.column is not None:
         digest.update(repr(label_values(rows, decoder.labels.column, decoder.origin).tolist()).encode())
+    if survey is not None:
+        digest.update(survey.digests_N.tobytes())
+        return digest.hexdigest()
     sizes = _encoded_sizes(rows, decoder.image_column, decoder.folder)
     digest.update(sizes.tobytes())
     chosen = np.arange(len(rows))
@@ -186,14 +194,15 @@ def _encoded_sizes(rows: Dataset, column: str, folder: Path | None) -> np.ndarra
 
 def split_stream(
     parts: dict[str, IterableDataset], decoders: dict[str, RowDecoder], config: DataConfig, seed: int
-) -> tuple[ImageStream, ImageStream, list]:
-    """Training and validation stream, and what identifies their contents as far as reading the head can tell.
+) -> tuple[ImageStream | ImageDataset, ImageStream | ImageDataset, list]:
+    """Training and validation stream, and what identifies their contents as far as they were read.
 
-    Where rows must be held out, these are the first ones. Training leaves them out by the digest of their bytes and not by
-    `skip`, which skips other rows as soon as the stream is dealt out to several workers. `seed` is not used: of a stream
-    `max_train_samples` keeps the first rows.
+    Where rows must be held out, the stream is read once to choose them, by the same rule as of a table (`survey_stream`), and
+    they are kept in memory. Training leaves them out by their digests and not by `skip`, which skips other rows as soon as
+    the stream is dealt out to several workers. The rows that `max_train_samples` keeps are chosen and kept in the same way,
+    if the stream is not too long for that; then it keeps the first ones. `seed` is not used.
     """
-    train, digests, bad = parts["train"], frozenset(), []
+    train, held_out, bad = parts["train"], None, []
     heads = {part: list(islice(rows, STREAM_VERIFY_ROWS)) for part, rows in parts.items()}
     for part, head in heads.items():
         if not head:
@@ -201,19 +210,26 @@ def split_stream(
         verified = enumerate(head if config.verify_rows < 0 else head[: config.verify_rows])
         bad += _verify(verified, decoders[part], config)
     contents = [_digests(head, decoders[part]) for part, head in heads.items()]
-    if "validation" in parts:
-        validation = parts["validation"]
-    else:
-        size = _held_out_size(config, _count_up_to(train, 10 * config.validation_size, config), decoders["train"].origin)
-        validation = train.take(size)
-        digests = frozenset(_digests(validation, decoders["train"]))
+    survey, digests = None, []
+    if "validation" not in parts or config.max_train_samples is not None:
+        survey = survey_stream(train, decoders["train"])
+    if "validation" not in parts:
+        digests = survey.digests_N[_held_out(survey, config, decoders["train"])].tolist()
+        held_out = collect(train, decoders["validation"], survey, digests)
         contents.append(sorted(digests))
+    skipped = _skipped_rows(config, STREAM_ROWS if survey is None else max(len(survey), STREAM_ROWS), bad)
+    validation = ImageStream(parts["validation"], decoders["validation"]) if held_out is None else held_out
+    stream = ImageStream(train, decoders["train"], frozenset(digests))
+    stream.survey, validation.skipped = survey, skipped
     if config.max_train_samples is not None:
-        train = train.take(config.max_train_samples + len(digests))
         contents.append(config.max_train_samples)
-    skipped = _skipped_rows(config, STREAM_ROWS, bad)
-    train = ImageStream(train, decoders["train"], digests, skipped)
-    return train, ImageStream(validation, decoders["validation"], skipped=skipped), contents
+        chosen = spread(stream, config.max_train_samples)
+        if chosen is not None and len(chosen) == config.max_train_samples:
+            stream = chosen
+        elif chosen is not None:
+            stream = ImageStream(train.take(config.max_train_samples + len(digests)), decoders["train"], frozenset(digests))
+    stream.skipped = skipped
+    return stream, validation, contents
 
 
 def _digests(rows: Iterable[dict], decoder: RowDecoder) -> list[int]:
@@ -224,11 +240,3 @@ def _digests(rows: Iterable[dict], decoder: RowDecoder) -> list[int]:
         except RowError:  # verification or decoding names it
             digests.append(decoder.key(row))
     return digests
-
-
-def _count_up_to(rows: IterableDataset, limit: int, config: DataConfig) -> int:
-    """Number of rows, at most `limit`: from what the data set says about itself, else by reading."""
-    known = (rows.info.splits or {}).get(config.train_split)
-    if known is not None and known.num_examples:
-        return min(known.num_examples, limit)
-    return sum(1 for _ in islice(rows, limit))

@@ -20,6 +20,8 @@ from dae.data.skipping import BadRow, RowError, SkippedRows
 if TYPE_CHECKING:
     import datasets
 
+    from dae.data.survey import Survey
+
 
 @dataclass
 class RowDecoder:
@@ -103,6 +105,7 @@ class ImageDataset(Dataset):
         self.rows, self.decoder, self.skipped = rows, decoder, skipped
         self.source_rows = np.arange(len(rows)) if source_rows is None else source_rows
         self._bad: dict[int, BadRow] = {}  # that this process has met
+        self.survey: Survey | None = None  # once somebody asked for rows that are spread over the set
 
     def _decode(self, row: dict, index: int) -> dict:
         source = int(self.source_rows[index])
@@ -172,6 +175,8 @@ class ImageStream(IterableDataset):
         skipped: SkippedRows | None = None,
     ):
         self.rows, self.decoder, self.held_out, self.skipped = rows, decoder, held_out, skipped
+        self.survey: Survey | None = None  # once somebody asked for rows that are spread over it, of which it keeps tables
+        self.tables: dict[int, ImageDataset] = {}
         self._used = self._to_skip = 0
 
     @property
@@ -230,11 +235,11 @@ class ImageStream(IterableDataset):
         """The encoded rows, and if the stream breaks off a last one that says why."""
         import pyarrow
 
-        number = 0
+        number, broken = 0, (OSError, ValueError, tarfile.TarError, pyarrow.ArrowException)
         try:
             for row in self.rows:
                 number += 1
                 yield row
-        except (OSError, ValueError, tarfile.TarError, pyarrow.ArrowException) as error:
+        except broken as error:
             reason = f"the stream breaks off: {type(error).__name__}: {' '.join(str(error).split())}"
             yield BadRow(self.decoder.origin, number, f"after {number} rows", None, reason, of_content=False)

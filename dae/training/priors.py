@@ -184,8 +184,11 @@ def fit_mixture(prior: GaussianMixturePrior, cache: LatentCache, config: Config)
 @torch.no_grad()
 def mixture_bits_per_image(prior: GaussianMixturePrior, encoded: PosteriorDataset, config: Config) -> float:
     """Code length of the latent of the plain encodings, see `dae.metrics.bits_back`; of `evaluation.max_images` at most."""
-    device = prior.means.device
-    mean, log_variance = encoded.moments_NCEhw[: config.evaluation.max_images, 0].to(device).chunk(2, dim=1)
+    device, limit, rows = prior.means.device, config.evaluation.max_images, torch.arange(len(encoded))
+    if len(rows) > limit:  # not the first ones, which may be of one class
+        generator = torch.Generator().manual_seed(seed_for(config.seed, "prior", "bits"))
+        rows = torch.randperm(len(rows), generator=generator)[:limit]
+    mean, log_variance = encoded.moments_NCEhw[rows, 0].to(device).chunk(2, dim=1)
     generator = torch.Generator(device).manual_seed(seed_for(config.seed, "prior", "likelihood"))
     return bits_back(mean, log_variance, lambda x: torch.cat([prior.log_prob(part) for part in x.split(256)]), generator)
 

@@ -197,7 +197,7 @@ def test_held_out_rows_are_stratified_disjoint_and_fixed(saved, table):
     assert len(load_data(config, 0).validation) == 5
 
 
-def test_stream_holds_out_its_first_rows_whatever_the_workers(saved, table):
+def test_stream_holds_out_the_same_rows_whatever_the_workers(saved, table):
     config = saved(table(60, label=None), streaming=True, validation_size=6)
     data = load_data(config, 0)
     held_out = as_set(data.validation)

@@ -1,0 +1,180 @@
+"""Which rows are held out or looked at first, where not all are: chosen by what is in the rows, spread over the whole set.
+
+A row is known by the digest of its encoded image, so the choice stays when files are renamed, when rows are shuffled or dealt
+out to other processes, and nearly so when rows are added; and copies of a held-out image are never trained on. The price is
+that all bytes are read once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import numpy as np
+from tqdm import tqdm
+
+from dae.data.rows import ImageDataset, ImageStream, RowDecoder, digest_bytes
+from dae.data.skipping import RowError
+from dae.distributed import rank
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
+
+UNREADABLE = -1  # digest of a row whose bytes cannot be had: it is never chosen
+LOCAL = (1 << 35, 2_000_000)  # bytes and rows of a stream that are read to know it, where it lies in files here: minutes
+REMOTE = (1 << 30, 100_000)  # and where it comes over a network
+PARTS = 64  # places of a longer stream at which it is read
+
+
+@dataclass
+class Survey:
+    """Digest, and label or 0, of each row that was read.
+
+    Attributes:
+        counts: rows read at each place of a long stream; None if all rows were read.
+    """
+
+    digests_N: np.ndarray
+    labels_N: np.ndarray
+    counts: list[int] | None = None
+
+    def __len__(self) -> int:
+        return len(self.digests_N)
+
+    def order(self) -> np.ndarray:
+        """Rows in an order of which every beginning is spread over the set; of copies one, and no unreadable row.
+
+        The r-th of the N_c images of class c, by digest, stands at (r + 1/2) / N_c: each beginning has of each class its
+        share, as far as whole rows allow, and within a class is as random as the digests are. Ties go by digest.
+        """
+        by_digest = np.lexsort((self.labels_N, self.digests_N))  # of copies with different labels the least one, in any order
+        digests, first = np.unique(self.digests_N[by_digest], return_index=True)
+        rows = by_digest[first[digests != UNREADABLE]]
+        _, classes = np.unique(self.labels_N[rows], return_inverse=True)
+        within = np.lexsort((np.arange(len(rows)), classes))  # class by class, each by digest
+        sizes = np.bincount(classes)
+        rank = np.empty(len(rows))
+        rank[within] = np.arange(len(rows)) - (np.cumsum(sizes) - sizes)[classes[within]]
+        return rows[np.lexsort((np.arange(len(rows)), (rank + 0.5) / sizes[classes]))]
+
+
+def hold_out(survey: Survey, size: int, origin: str) -> np.ndarray:
+    """Which rows to hold out: `size` of them, at most a tenth. ValueError: there is only one image."""
+    order = survey.order()
+    if len(order) < 2:
+        raise ValueError(
+            f"{origin} has {len(order)} rows, too few to hold some out (copies of an image count once); set validation_split"
+        )
+    return order[: max(1, min(size, len(order) // 10))]
+
+
+def survey_table(rows: Dataset, decoder: RowDecoder) -> Survey:
+    """All rows of a table. Each image is read once, by several threads: about a tenth of the time that decoding them takes."""
+    digests, labels, column = [], [], decoder.labels.column
+    with ThreadPoolExecutor(8) as pool, _bar(decoder, len(rows)) as bar:
+        for start in range(0, len(rows), 256):
+            batch = rows[start : start + 256]
+            images = [{decoder.image_column: image} for image in batch[decoder.image_column]]
+            digests += (digest for digest, _ in pool.map(lambda row: _digest(row, decoder), images))
+            labels += batch[column] if column else [0] * len(images)
+            bar.update(len(images))
+    return _survey(digests, labels)
+
+
+def survey_stream(rows: IterableDataset, decoder: RowDecoder) -> Survey:
+    """The rows of a stream, or if there are more than the limits allow, the heads of parts that lie all over it."""
+    limits = LOCAL if decoder.folder is not None else REMOTE
+    digests, labels, ended = _read(rows, decoder, *limits)
+    if ended:
+        return _survey(digests, labels)
+    read = [_read(part, decoder, *(limit // PARTS for limit in limits)) for part in _parts(rows)]
+    digests, labels = ([each for part in read for each in part[i]] for i in (0, 1))
+    return _survey(digests, labels, counts=[len(part[0]) for part in read])
+
+
+def collect(rows: IterableDataset, decoder: RowDecoder, survey: Survey, digests: list[int]) -> ImageDataset:
+    """The rows of a surveyed stream that have these digests, in their order, as a table in memory."""
+    import datasets
+
+    places = [rows] if survey.counts is None else [islice(*pair) for pair in zip(_parts(rows), survey.counts, strict=True)]
+    wanted, found = set(digests), {}
+    for number, row in enumerate(row for place in places for row in place):
+        if (digest := int(survey.digests_N[number])) in wanted:
+            wanted.remove(digest)
+            found[digest] = number, row
+            if not wanted:
+                break
+    numbers, kept = zip(*(found[digest] for digest in digests), strict=True)
+    columns = {name: [row[name] for row in kept] for name in kept[0]}
+    table = datasets.Dataset.from_dict(columns, features=rows.features)
+    return ImageDataset(table, decoder, np.array(numbers))
+
+
+def spread(dataset: ImageDataset | ImageStream, limit: int) -> ImageDataset | list[int] | None:
+    """`limit` rows that are spread over a data set: numbers of rows, ascending; of a stream a table. None: it has no more.
+
+    Not the first ones, which in a sorted set are all of one class.
+    """
+    if isinstance(dataset, ImageDataset):
+        if limit >= len(dataset):
+            return None
+        dataset.survey = dataset.survey or survey_table(dataset.rows, dataset.decoder)
+        return sorted(dataset.survey.order()[:limit].tolist())
+    if limit in dataset.tables:
+        return dataset.tables[limit]
+    dataset.survey = dataset.survey or survey_stream(dataset.rows, dataset.decoder)
+    digests = dataset.survey.digests_N[dataset.survey.order()]
+    digests = digests[~np.isin(digests, list(dataset.held_out))][:limit].tolist()
+    if dataset.survey.counts is None and len(digests) < limit:
+        return None
+    table = collect(dataset.rows, dataset.decoder, dataset.survey, digests)
+    table.skipped = dataset.skipped
+    dataset.tables[limit] = table
+    return table
+
+
+def _survey(digests: list[int], labels: list, counts: list[int] | None = None) -> Survey:
+    labels = [label if label is not None else 0 for label in labels]  # a row without one is bad, whatever it counts as here
+    return Survey(np.array(digests, np.int64), np.array(labels), counts)
+
+
+def _digest(row: dict, decoder: RowDecoder) -> tuple[int, int]:
+    """Digest of the encoded image of a row, and its bytes. RowError: it cannot be read, although it may be there."""
+    try:
+        with decoder.naming(row, UNREADABLE, "a row"):
+            data = decoder.encoded(row)
+    except RowError as error:
+        if not error.bad.of_content:
+            raise
+        return UNREADABLE, 0
+    return digest_bytes(data), len(data)
+
+
+def _read(rows: Iterable[dict], decoder: RowDecoder, most_bytes: int, most_rows: int) -> tuple[list[int], list, bool]:
+    """Digests and labels of the first rows, and whether these are all."""
+    digests, labels, total, column = [], [], 0, decoder.labels.column
+    with _bar(decoder) as bar:
+        for row in rows:
+            if total >= most_bytes or len(digests) >= most_rows:
+                return digests, labels, False
+            digest, size = _digest(row, decoder)
+            digests.append(digest)
+            labels.append(row[column] if column else 0)
+            total += size
+            bar.update()
+    return digests, labels, True
+
+
+def _bar(decoder: RowDecoder, total: int | None = None) -> tqdm:
+    """Shown where it takes long."""
+    return tqdm(total=total, desc=f"survey of {decoder.origin}", unit="row", delay=5, mininterval=1, disable=rank() != 0)
+
+
+def _parts(rows: IterableDataset) -> list[IterableDataset]:
+    """Up to `PARTS` parts of a stream, of its files or of the row groups of its parquet files."""
+    rows = rows if rows.num_shards >= PARTS else rows.reshard()
+    count = min(PARTS, rows.num_shards)
+    return [rows.shard(num_shards=count, index=i) for i in range(count)]
