@@ -4,10 +4,16 @@ Every random draw for the rows of a batch goes through `draw_rows`: it draws for
 this process. So W processes with batch B/W see the same noise, dropout masks and hidden classes as one process with
 batch B, and a run can be moved from one GPU to several without changing its result. Row i of the global batch belongs
 to process i mod W, which is how `torch.utils.data.DistributedSampler` deals them out.
+
+What must be equal everywhere is not assumed to be: numbers of rows are gathered, process 0's random numbers are sent to all
+(`from_first_process`), and an error of one process is raised by all (`failing_together`, `run_on_first_process`), as the others
+would wait for it in their next collective. Every function here but `rank`, `world_size` and `draw_rows` is a collective: all
+processes must call it.
 """
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Callable
@@ -26,6 +32,10 @@ def world_size() -> int:
 
 
 _alone = False
+PLAIN = (  # errors that are made from a message
+    FileExistsError, FileNotFoundError, FloatingPointError, ImportError, IndexError, KeyError, MemoryError, NotImplementedError,
+    OSError, PermissionError, RuntimeError, TimeoutError, TypeError, ValueError,
+)  # fmt: skip
 
 
 @contextmanager
@@ -42,9 +52,12 @@ def each_for_itself() -> Iterator[None]:
 def draw_rows(draw: Callable[..., Tensor], shape: tuple[int, ...] | torch.Size, **options) -> Tensor:
     """`draw(shape)` for the rows of this process, as one process would draw them for the whole batch.
 
+    No collective: processes with other seeds or other numbers of rows still get independent draws of their own, but not those of
+    one process with the whole batch.
+
     Args:
         draw: `torch.rand`, `torch.randn` or the like; called with the global shape and `options` (device, generator, ...).
-        shape: shape of the local batch, rows first. All processes must call with the same shape and the same seed.
+        shape: shape of the local batch, rows first.
     """
     world = 1 if _alone else world_size()
     rows = draw((shape[0] * world, *shape[1:]), **options)
@@ -52,24 +65,65 @@ def draw_rows(draw: Callable[..., Tensor], shape: tuple[int, ...] | torch.Size, 
 
 
 def sum_over_processes(x: Tensor) -> Tensor:
-    """The sum of `x` over all processes, in place; without process group `x` itself."""
+    """The sum of `x` over all processes, in place; without process group `x` itself. All must have its shape and dtype."""
+    return _in_place(x, dist.all_reduce)
+
+
+def from_first_process(x: Tensor) -> Tensor:
+    """Process 0's `x`, in place. All must have its shape and dtype."""
+    return _in_place(x, lambda reachable: dist.broadcast(reachable, src=0))
+
+
+def _in_place(x: Tensor, collective: Callable[[Tensor], Any]) -> Tensor:
     if world_size() > 1:
-        dist.all_reduce(x)
+        reachable = _reachable(x)
+        collective(reachable)
+        if reachable is not x:
+            x.copy_(reachable)
     return x
 
 
+def _reachable(x: Tensor) -> Tensor:
+    """`x` where the process group can read and write it: NCCL knows GPUs only, and no backend other strides."""
+    return (x.cuda() if dist.get_backend() == "nccl" else x).contiguous()
+
+
 def in_global_order(x_B: Tensor) -> Tensor:
-    """All rows of the global batch, in the order one process would have them."""
-    world = world_size()
-    if world == 1:
+    """All rows of the global batch, in the order one process would have them: row i of process 0, of process 1, ...
+
+    Processes may hold different numbers of rows, also none.
+
+    Raises:
+        ValueError: on every process, if the dtypes or the shapes of the rows differ.
+    """
+    if world_size() == 1:
         return x_B
-    parts = [torch.empty_like(x_B) for _ in range(world)]
-    dist.all_gather(parts, x_B.contiguous())
-    return torch.stack(parts, dim=1).flatten(0, 1)
+    described = gather_objects((len(x_B), str(x_B.dtype), list(x_B.shape[1:])))
+    if any(row[1:] != described[0][1:] for row in described):
+        raise ValueError(f"expected rows of one dtype and shape in all processes, got {[row[1:] for row in described]}")
+    counts = [row[0] for row in described]
+    if (longest := max(counts)) == 0:
+        return x_B
+    padded = x_B.new_zeros(longest, *x_B.shape[1:])
+    padded[: len(x_B)] = x_B
+    padded = _reachable(padded)
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded)
+    held = torch.arange(longest)[:, None] < torch.tensor(counts)  # [row, process]
+    return torch.stack(parts, dim=1)[held.to(padded.device)].to(x_B.device)
+
+
+def gather_numbers(*numbers: int) -> list[tuple[int, ...]]:
+    """The whole numbers of every process, in order of rank: cheaper than `gather_objects`, for every step."""
+    if world_size() == 1:
+        return [numbers]
+    table = torch.zeros(world_size(), len(numbers), dtype=torch.int64)
+    table[rank()] = torch.tensor(numbers)
+    return [tuple(row) for row in sum_over_processes(table).tolist()]
 
 
 def gather_objects(value: Any) -> list:
-    """`value` (JSON-like) of every process, in order of rank."""
+    """`value`, which can be pickled, of every process, in order of rank."""
     if world_size() == 1:
         return [value]
     values = [None] * world_size()
@@ -77,20 +131,68 @@ def gather_objects(value: Any) -> list:
     return values
 
 
-def run_on_first_process(action: Callable[[], None]) -> None:
-    """Run `action` on process 0 while the others wait; if it raises OSError there, every process raises it."""
+def agree(values: dict[str, Any]) -> None:
+    """Check that all processes have equal `values`.
+
+    Raises:
+        ValueError: on every process, naming what is not equal.
+    """
+    first, *others = gather_objects(values)
+    for number, other in enumerate(others, start=1):
+        differing = [key for key in first | other if first.get(key) != other.get(key)]
+        if differing:
+            shown = "; ".join(f"{key}: {first.get(key)!r} and {other.get(key)!r}" for key in differing[:3])
+            raise ValueError(
+                f"processes 0 and {number} must have the same and differ ({shown}): start all with one configuration, "
+                "on the same data and file system"
+            )
+
+
+@contextmanager
+def failing_together() -> Iterator[None]:
+    """For work that each process does for itself, without a collective in it: if one of them fails, all of them raise.
+
+    The process that failed raises its own error, the others one of the same builtin type with the same message.
+    """
     failure = None
-    if rank() == 0:
-        try:
-            action()
-        except OSError as error:
-            failure = error
-    described = None
-    if failure is not None:
-        numbered = failure.errno is not None
-        described = (failure.errno, failure.strerror, failure.filename) if numbered else (str(failure),)
-    described = gather_objects(described)[0]
+    try:
+        yield
+    except Exception as error:  # raised again below, after the others have heard of it
+        failure = error
+    described = gather_objects(_described(failure))
     if failure is not None:
         raise failure
-    if described is not None:
-        raise OSError(*described)
+    for number, other in enumerate(described):
+        if other is not None:
+            raise _rebuilt(other, number)
+
+
+def run_on_first_process(action: Callable[[], Any]) -> Any:
+    """What `action` returns on process 0, while the others wait; if it raises there, every process does.
+
+    Its result can be pickled, and it must not call a collective.
+    """
+    value = None
+    with failing_together():
+        if rank() == 0:
+            value = action()
+    return gather_objects(value)[0]
+
+
+def _described(error: Exception | None) -> tuple[str, tuple] | None:
+    """Name and arguments of the nearest builtin type: what every process can make such an error from."""
+    if error is None:
+        return None
+    if isinstance(error, OSError) and error.errno is not None:
+        return "OSError", (error.errno, error.strerror, error.filename)  # which chooses the subclass by the number
+    for kind in type(error).__mro__:
+        if kind in PLAIN:
+            return kind.__name__, (str(error),)
+    return "RuntimeError", (f"{type(error).__name__}: {error}",)
+
+
+def _rebuilt(described: tuple[str, tuple], number: int) -> Exception:
+    name, arguments = described
+    error = getattr(builtins, name)(*arguments)
+    error.add_note(f"raised by process {number} of {world_size()}")
+    return error

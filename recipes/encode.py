@@ -11,10 +11,10 @@ posterior; both with fingerprints of autoencoder, data set and augmentation.
 
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 
 import torch
-from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from dae.cli import main
@@ -23,7 +23,7 @@ from dae.data import evaluation_batches, load_data
 from dae.data.cache import Fingerprint, transform_fingerprint
 from dae.data.latents import LatentCache
 from dae.data.tokens import TokenCache
-from dae.distributed import each_for_itself
+from dae.distributed import agree, each_for_itself, failing_together, gather_objects, run_on_first_process
 from dae.hub import fingerprint, require_model
 from dae.lock import writes
 from dae.models import Autoencoder, choose_kernels
@@ -39,10 +39,12 @@ def encode(config: Config) -> Path:
     """Make the cache; returns its folder."""
     accelerator = make_accelerator(config)
     output = Path(config.output_dir)
-    data = load_data(config.data, config.seed)
-    trained = require_model(output / "autoencoder", "train_dae")
-    refuse_other_data(trained, config.data, data.fingerprint)
-    autoencoder = Autoencoder.from_pretrained(trained, device=accelerator.device)
+    with failing_together():
+        data = load_data(config.data, config.seed)
+        trained = require_model(output / "autoencoder", "train_dae")
+        refuse_other_data(trained, config.data, data.fingerprint)
+        autoencoder = Autoencoder.from_pretrained(trained, device=accelerator.device)
+    agree({"the fingerprint of the data": data.fingerprint})
     choose_kernels(autoencoder, config.kernels)
     autoencoder.refuse_other_data(config.data.channels, config.data.resolution)
     if (trained_with := autoencoder.config.bottleneck) != config.autoencoder.bottleneck:
@@ -60,21 +62,21 @@ def encode(config: Config) -> Path:
         mine: list[tuple[int, torch.Tensor, torch.Tensor]] = []
         batches = evaluation_batches(getattr(data, name), config.evaluation.batch_size, num_workers=config.data.num_workers)
         bar = tqdm(desc=f"encode {name}", unit="image", disable=not accelerator.is_main_process, mininterval=1)
-        for number, batch in enumerate(batches):
-            bar.update(len(batch["label"]))
-            if number % accelerator.num_processes != accelerator.process_index:
-                continue
-            torch.manual_seed(seed_for(config.seed, "encode", name, number))
-            images = batch["image"].to(accelerator.device)
-            with each_for_itself():
-                views = encode_views(autoencoder, images, copies, config)
-            mine.append((number, views.cpu(), batch["label"]))
+        with failing_together(), each_for_itself():
+            for number, batch in enumerate(batches):
+                bar.update(len(batch["label"]))
+                if number % accelerator.num_processes != accelerator.process_index:
+                    continue
+                torch.manual_seed(seed_for(config.seed, "encode", name, number))
+                views = encode_views(autoencoder, batch["image"].to(accelerator.device), copies, config)
+                mine.append((number, views.cpu(), batch["label"]))
         bar.close()
-        rows = sorted(gather_object(mine), key=lambda row: row[0])
+        rows = sorted(chain.from_iterable(gather_objects(mine)), key=lambda row: row[0])
         parts[name] = cache_class.dataset(torch.cat([row[1] for row in rows]), torch.cat([row[2] for row in rows]))
 
     folder = output / cache_class.folder
-    if accelerator.is_main_process:
+
+    def save() -> None:
         of_kind = {"latent_channels": autoencoder.config.latent_channels}
         if cache_class is TokenCache:
             of_kind = {"vocab_size": autoencoder.config.vq.codebook_size}
@@ -87,7 +89,8 @@ def encode(config: Config) -> Path:
         )
         cache.save(folder)
         print(f"saved {folder}: {len(cache.train)} training and {len(cache.validation)} held-out images{data.skipped_note()}")
-    accelerator.wait_for_everyone()
+
+    run_on_first_process(save)
     accelerator.end_training()
     return folder
 

@@ -23,7 +23,7 @@ from dae.cards import autoencoder_card
 from dae.cli import main
 from dae.config import Config
 from dae.data import ImageData, TrainLoader, augment, evaluation_batches, load_data
-from dae.distributed import in_global_order, rank, sum_over_processes, world_size
+from dae.distributed import failing_together, rank, run_on_first_process, sum_over_processes, world_size
 from dae.lock import writes
 from dae.losses import PerceptualLoss, adaptive_weight, discriminator_loss, generator_loss, reconstruction_loss
 from dae.metrics import CodebookUsage, psnr
@@ -51,14 +51,15 @@ def train(config: Config) -> Path:
     """Train, save, and return the folder of the trained autoencoder."""
     run = Run(config, "autoencoder", without_influence=("prior.",))
     accelerator = make_accelerator(config, run.folder / "logs")
-    data = load_data(config.data, config.seed)
     stages = plan_stages(config)
     if accelerator.mixed_precision == "fp16" and any(stage.config.loss.adversarial > 0 for stage in stages):
         raise ValueError("an adversarial loss needs mixed_precision=bf16 or no: one loss scale cannot serve two optimisers")
-    for stage in stages:  # a mistake in any stage shows before the first one is trained
-        make_loader(config, stage, data, "check")
-        build_autoencoder(config, stage)
-        build_perceptual_loss(config, stage)
+    with failing_together():
+        data = load_data(config.data, config.seed)
+        for stage in stages:  # a mistake in any stage shows before the first one is trained
+            make_loader(config, stage, data, "check")
+            build_autoencoder(config, stage)
+            build_perceptual_loss(config, stage)
     resumed = run.open(accelerator, {"data set": data.fingerprint})
     data.list_skipped(config.output_dir)
 
@@ -75,15 +76,17 @@ def train(config: Config) -> Path:
         if resumed is None or resumed.state["stage"] == stage.name:
             train_stage(config, stage, autoencoder, data, accelerator, run, steps_before, resumed)
             resumed = None
-            if accelerator.is_main_process and stage is not stages[-1]:
-                autoencoder.save_pretrained(run.folder / stage.name)
+            if stage is not stages[-1]:
+                run_on_first_process(lambda folder=run.folder / stage.name: autoencoder.save_pretrained(folder))
         steps_before += stage.config.max_train_steps
 
-    if accelerator.is_main_process:
+    def save() -> None:
         autoencoder.save_pretrained(run.folder, card=autoencoder_card(config, data.describe(), run.history()))
-        accelerator.print(f"saved {run.folder}{data.skipped_note()}")
+        print(f"saved {run.folder}{data.skipped_note()}")
         if config.push_to_hub:
-            accelerator.print(autoencoder.push_to_hub(config.hub_model_id, folder=run.folder))
+            print(autoencoder.push_to_hub(config.hub_model_id, folder=run.folder))
+
+    run_on_first_process(save)
     accelerator.end_training()
     return run.folder
 
@@ -209,9 +212,11 @@ def train_stage(
         if done % config.validation_steps == 0 or last:
             with ema.swapped_in(trained) if ema else contextlib.nullcontext(), accelerator.autocast():
                 values = validate(config, autoencoder, data, device)
-                if run.shows_images():
-                    shown = next(evaluation_batches(data.validation, config.logged_images, limit=config.logged_images))["image"]
-                    run.record_picture(accelerator, step_of_run, "reconstructions", reconstruction_sheet(autoencoder, shown))
+                with failing_together():
+                    if run.shows_images():
+                        shown = next(evaluation_batches(data.validation, config.logged_images, limit=config.logged_images))
+                        sheet = reconstruction_sheet(autoencoder, shown["image"])
+                        run.record_picture(accelerator, step_of_run, "reconstructions", sheet)
             run.record(accelerator, step_of_run, values, stage=stage.name, split="validation")
         if step_of_run % config.checkpointing_steps == 0 or last:
             run.save(step_of_run, *parts.pack(), stage=stage.name, stage_step=done)
@@ -234,13 +239,15 @@ def make_loader(config: Config, stage: Stage, data: ImageData, purpose: str) -> 
 @torch.no_grad()
 def initialize_codebook(config: Config, stage: Stage, autoencoder: Autoencoder, data: ImageData, device: torch.device) -> None:
     """k-means on the untrained encoder's outputs for the first images: 16 vectors a code, of at most 64 batches."""
-    images, features = -(-16 * config.autoencoder.vq.codebook_size // autoencoder.latent_size**2), []
-    for batch, _ in zip(make_loader(config, stage, data, "codebook"), range(64), strict=False):
-        features.append(in_global_order(autoencoder.encode(batch["image"].to(device)).features))
-        if sum(map(len, features)) >= images:
-            break
+    images = -(-16 * config.autoencoder.vq.codebook_size // autoencoder.latent_size**2)
+    mine, features = len(range(rank(), images, world_size())), []  # not all of a batch: whatever its size
+    with failing_together():
+        for batch, _ in zip(make_loader(config, stage, data, "codebook"), range(64), strict=False):
+            features.append(autoencoder.encode(batch["image"].to(device)).features)
+            if sum(map(len, features)) >= mine:
+                break
     generator = torch.Generator().manual_seed(seed_for(config.seed, "codebook"))
-    autoencoder.bottleneck.initialize_codebook(torch.cat(features)[:images], generator)  # not all: whatever the batch size
+    autoencoder.bottleneck.initialize_codebook(torch.cat(features)[:mine], generator)
 
 
 @torch.no_grad()
@@ -250,12 +257,14 @@ def validate(config: Config, autoencoder: Autoencoder, data: ImageData, device: 
     totals = torch.zeros(2, dtype=torch.float64, device=device)  # sum of PSNR, number of images
     usage = CodebookUsage(config.autoencoder.vq.codebook_size) if config.autoencoder.bottleneck == "vq" else None
     batches = evaluation_batches(data.validation, config.evaluation.batch_size, limit=config.data.validation_size)
-    for batch in islice(batches, rank(), None, world_size()):
-        images = batch["image"].to(device)
-        output = autoencoder(images)
-        totals += torch.stack([psnr(output.sample.float().clamp(-1, 1), images).double().sum(), totals.new_tensor(len(images))])
-        if usage:
-            usage.update(output.encoding.indices.cpu())
+    with failing_together():
+        for batch in islice(batches, rank(), None, world_size()):
+            images = batch["image"].to(device)
+            output = autoencoder(images)
+            ratios = psnr(output.sample.float().clamp(-1, 1), images).double()
+            totals += torch.stack([ratios.sum(), totals.new_tensor(len(images))])
+            if usage:
+                usage.update(output.encoding.indices.cpu())
     ratio, images_seen = sum_over_processes(totals).tolist()
     values = {"psnr": ratio / images_seen}
     if usage:

@@ -28,7 +28,9 @@ from dae.cli import main
 from dae.config import Config
 from dae.data import TrainLoader, load_data
 from dae.data.cache import EncodingCache, Fingerprint, transform_fingerprint
-from dae.hub import PretrainedModel, fingerprint, load_weights, require_model
+from dae.distributed import failing_together, run_on_first_process
+from dae.files import write_file
+from dae.hub import CARD, PretrainedModel, fingerprint, load_weights, require_model
 from dae.lock import writes
 from dae.models import Autoencoder, choose_kernels
 from dae.training import EMA, Run, TrainingState, build_optimizer, build_scheduler, make_accelerator
@@ -45,16 +47,16 @@ def train(config: Config) -> Path:
     run = Run(config, "prior", without_influence=("method", "autoencoder.", "auxiliary_decoder.", "stage1.", "stage2."))
     accelerator = make_accelerator(config, run.folder / "logs")
     settings, output = config.prior, Path(config.output_dir)
-    data = load_data(config.data, config.seed)
-    tokenizer = fingerprint(require_model(output / "autoencoder", "train_dae"))
-    expected = Fingerprint(tokenizer, data.fingerprint, transform_fingerprint(config))
-    cache = family.cache.load(output / family.cache.folder, expected)
-
-    torch.manual_seed(seed_for(config.seed, "prior"))
-    prior = family.build(settings, cache).to(accelerator.device)
-    if settings.init_from:
-        load_prior(prior, settings.init_from)
-    choose_kernels(prior, config.kernels)
+    with failing_together():
+        data = load_data(config.data, config.seed)
+        tokenizer = fingerprint(require_model(output / "autoencoder", "train_dae"))
+        expected = Fingerprint(tokenizer, data.fingerprint, transform_fingerprint(config))
+        cache = family.cache.load(output / family.cache.folder, expected)
+        torch.manual_seed(seed_for(config.seed, "prior"))
+        prior = family.build(settings, cache).to(accelerator.device)
+        if settings.init_from:
+            load_prior(prior, settings.init_from)
+        choose_kernels(prior, config.kernels)
 
     def card() -> str:
         return prior_card(config, type(prior), data.describe(), run.history())
@@ -64,8 +66,8 @@ def train(config: Config) -> Path:
     else:
         train_by_steps(config, family, prior, cache, accelerator, run, card)
     accelerator.print(f"saved {run.folder}")
-    if config.push_to_hub and accelerator.is_main_process:
-        accelerator.print(prior.push_to_hub(f"{config.hub_model_id}-prior", folder=run.folder))
+    if config.push_to_hub:
+        accelerator.print(run_on_first_process(lambda: prior.push_to_hub(f"{config.hub_model_id}-prior", folder=run.folder)))
     accelerator.end_training()
     return run.folder
 
@@ -91,9 +93,17 @@ def train_by_steps(
     parts = TrainingState({"model": prior}, {"optimizer": optimizer}, scheduler, loader, ema, accelerator.scaler)
     start = parts.restore(resumed)
     autoencoder = None
-    if run.shows_images():
-        autoencoder = Autoencoder.from_pretrained(run.folder.parent / "autoencoder", device=device)
-        choose_kernels(autoencoder, config.kernels)
+    with failing_together():
+        if run.shows_images():
+            autoencoder = Autoencoder.from_pretrained(run.folder.parent / "autoencoder", device=device)
+            choose_kernels(autoencoder, config.kernels)
+
+    def save_if_best() -> None:
+        if not settings.early_stopping or is_best(run, family.criterion):
+            prior.save_pretrained(run.folder, card=card())
+
+    def final_bits() -> float:
+        return family.final_bits(type(prior).from_pretrained(run.folder, device=device), cache.validation, config)
 
     batches = iter(loader)
     accumulation = settings.gradient_accumulation_steps
@@ -126,17 +136,18 @@ def train_by_steps(
             run.record(accelerator, done, values, stage="prior", split="train")
         if done % config.validation_steps == 0 or last:
             with ema.swapped_in(prior) if ema else contextlib.nullcontext():
-                values = {family.criterion: family.score(prior, cache.validation, config)}
+                with failing_together():
+                    values = {family.criterion: family.score(prior, cache.validation, config)}
                 run.record(accelerator, done, values, stage="prior", split="validation")
-                if autoencoder is not None:
-                    run.record_picture(accelerator, done, "samples", sample_sheet(autoencoder, prior, config))
-                if accelerator.is_main_process and (is_best(run, family.criterion) if settings.early_stopping else last):
-                    prior.save_pretrained(run.folder, card=card())
-        if last and family.final_bits is not None and accelerator.is_main_process:
-            delivered = type(prior).from_pretrained(run.folder, device=device)
-            values = {"bits_per_image": family.final_bits(delivered, cache.validation, config)}
+                with failing_together():
+                    if autoencoder is not None:
+                        run.record_picture(accelerator, done, "samples", sample_sheet(autoencoder, prior, config))
+                if settings.early_stopping or last:
+                    run_on_first_process(save_if_best)
+        if last and family.final_bits is not None:
+            values = {"bits_per_image": run_on_first_process(final_bits)}
             run.record(accelerator, done, values, stage="prior", split="delivered")
-            delivered.save_pretrained(run.folder, card=card())  # with the bits on its card
+            run_on_first_process(lambda: write_file(run.folder / CARD, card().encode()))  # with the bits
         if done % config.checkpointing_steps == 0 or last:
             run.save(done, *parts.pack(), stage="prior", stage_step=done)
     bar.close()
@@ -158,18 +169,21 @@ def fit(
     card: Callable[[], str],
 ) -> None:
     """A prior without steps: one fit, one entry of the log for each split, one checkpoint; resuming finds it done."""
+
+    def fitted_scores() -> dict[str, float]:
+        fit_mixture(prior, cache, config)
+        parts = {"train": cache.train, "validation": cache.validation}
+        return {split: family.score(prior, encoded, config) for split, encoded in parts.items()}
+
     resumed = run.open(accelerator, dataclasses.asdict(cache.fingerprint))
     if resumed is not None:
         load_weights(prior, resumed.tensors["model"], str(resumed.path))
     else:
-        if accelerator.is_main_process:
-            fit_mixture(prior, cache, config)
-            for split, encoded in (("train", cache.train), ("validation", cache.validation)):
-                values = {family.criterion: family.score(prior, encoded, config)}
-                run.record(accelerator, 1, values, stage="prior", split=split)
+        scores = run_on_first_process(fitted_scores)
+        for split, score in scores.items():
+            run.record(accelerator, 1, {family.criterion: score}, stage="prior", split=split)
         run.save(1, {"model": prior.state_dict()}, {}, stage="prior", stage_step=1)
-    if accelerator.is_main_process:
-        prior.save_pretrained(run.folder, card=card())
+    run_on_first_process(lambda: prior.save_pretrained(run.folder, card=card()))
 
 
 if __name__ == "__main__":

@@ -3,11 +3,47 @@
 Without a CUDA device the Triton kernels run in Triton's CPU interpreter, which tests/kernels/conftest.py mends for bfloat16.
 """
 
+import itertools
 import os
+import pickle
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the interpreter multiplies small blocks: threads only get in the way
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def in_processes(tmp_path):
+    """`in_processes(world, body)`: what `body(rank)` returns in each of `world` processes over gloo, in order of rank."""
+    from torch import distributed, multiprocessing
+
+    context, launches = multiprocessing.get_context("fork"), itertools.count()
+
+    def launch(world, body, seconds=60):
+        folder = tmp_path / f"launch{next(launches)}"
+        folder.mkdir()
+
+        def work(rank):
+            torch.set_num_threads(1)
+            distributed.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=world)
+            try:
+                (folder / f"{rank}").write_bytes(pickle.dumps(body(rank)))
+            finally:
+                distributed.destroy_process_group()
+
+        workers = [context.Process(target=work, args=(rank,)) for rank in range(world)]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join(seconds)
+        codes = [worker.exitcode for worker in workers]  # None: it hangs
+        for worker in workers:
+            worker.kill()
+        assert codes == [0] * world
+        return [pickle.loads((folder / f"{rank}").read_bytes()) for rank in range(world)]
+
+    return launch

@@ -40,13 +40,13 @@ def variance(x: Tensor, dims: Sequence[int] | None = None, correction: float = 1
 
 # Of what else there is, how it is made of sums and operations by elements.
 TAKEN_APART = decomposition_table | {aten.mean.default: mean, aten.mean.dim: mean, aten.var.correction: variance}
-# Operations that copy, choose or create values.
+# Operations that copy or choose values, or create constants.
 EXACT = {
     "_to_copy", "_unsafe_view", "abs", "alias", "amax", "amin", "arange", "cat", "clone", "constant_pad_nd", "copy_", "detach",
-    "empty", "empty_like", "expand", "eye", "fill", "fill_", "full", "full_like", "gather", "index", "index_put",
-    "index_select", "lift_fresh", "masked_fill", "masked_fill_", "max", "min", "neg", "new_empty", "new_full", "new_zeros",
-    "ones", "ones_like", "scalar_tensor", "scatter", "select_backward", "sign", "slice_backward", "sort", "stack", "where",
-    "zero_", "zeros", "zeros_like",
+    "empty", "empty_like", "empty_strided", "expand", "eye", "fill", "fill_", "full", "full_like", "gather", "index",
+    "index_put", "index_select", "lift_fresh", "masked_fill", "masked_fill_", "max", "min", "neg", "new_empty",
+    "new_empty_strided", "new_full", "new_zeros", "ones", "ones_like", "scalar_tensor", "scatter", "select_backward", "sign",
+    "slice_backward", "sort", "stack", "where", "zero_", "zeros", "zeros_like",
 }  # fmt: skip
 
 

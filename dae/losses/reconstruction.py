@@ -9,6 +9,7 @@ from dae.config import LossConfig
 
 
 def reconstruction_loss(sample: Tensor, images: Tensor, config: LossConfig) -> Tensor:
-    """l1 * mean |sample - images| + l2 * mean (sample - images)^2, a scalar in fp32."""
-    sample = sample.float()
-    return config.l1 * F.l1_loss(sample, images) + config.l2 * F.mse_loss(sample, images)
+    """l1 * mean |sample - images| + l2 * mean (sample - images)^2, a scalar in fp32; 0 without images."""
+    sample, count = sample.float(), max(1, sample.numel())
+    absolute, squared = (loss(sample, images, reduction="sum") / count for loss in (F.l1_loss, F.mse_loss))
+    return config.l1 * absolute + config.l2 * squared

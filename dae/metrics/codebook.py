@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dae.metrics.reduction import summed
+from dae.distributed import sum_over_processes
 
 
 class CodebookUsage:
@@ -46,7 +46,7 @@ class CodebookUsage:
 
     def all_reduce(self) -> CodebookUsage:
         """Make these the counts of all processes; returns itself. Every process must call it, once."""
-        self.counts = summed(self.counts)
+        self.counts = sum_over_processes(self.counts.clone())
         return self
 
     @property

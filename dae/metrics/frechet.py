@@ -10,7 +10,7 @@ from dae_kernels.frechet_distance import GaussianStatistics
 from dae_kernels.frechet_distance import frechet_distance as tensor_frechet_distance
 from torch import Tensor
 
-from dae.metrics.reduction import summed
+from dae.distributed import sum_over_processes
 from dae.metrics.validation import check_features
 
 
@@ -24,7 +24,7 @@ class FeatureStatistics(GaussianStatistics):
 
     def all_reduce(self) -> Self:
         """Make this the statistics of the rows of all processes, as `GaussianStatistics.all_reduce`; returns itself."""
-        return super().all_reduce(summed)
+        return super().all_reduce(lambda x: sum_over_processes(x.clone()))
 
 
 def frechet_distance(a: FeatureStatistics | Tensor, b: FeatureStatistics | Tensor) -> float:

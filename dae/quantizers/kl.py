@@ -27,7 +27,7 @@ class GaussianBottleneck(nn.Module):
         """Features [B, 2D, h, w] to latents [B, D, h, w]: a posterior sample, or the posterior's mean."""
         mean, log_variance = features.float().chunk(2, dim=1)
         log_variance = log_variance.clamp(-30, 20)
-        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum((1, 2, 3)).mean()
+        kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum((1, 2, 3)).sum() / max(1, len(mean))
         latents = mean
         if sample_posterior:
             latents = mean + (0.5 * log_variance).exp() * draw_rows(torch.randn, mean.shape, device=mean.device)

@@ -10,7 +10,7 @@ from dae_kernels.vector_quantize import vector_quantize
 from torch import Tensor, nn
 
 from dae.config import VQConfig
-from dae.distributed import rank, sum_over_processes, world_size
+from dae.distributed import from_first_process, gather_numbers, in_global_order, rank, sum_over_processes
 from dae.quantizers.encoding import Encoding
 
 
@@ -22,6 +22,9 @@ class VectorQuantizer(nn.Module):
     The forward pass changes nothing. Training calls `observe` after each micro-batch and `update_codebook` after each
     optimiser step: counts and sums of the *global* batch move averages with `ema_decay`, code_k = sums_k / counts_k, and
     a code that is hardly used moves onto a random latent of the batch.
+
+    Processes may hold different numbers of latents, also none, and be seeded differently: process 0 decides what is drawn, and
+    all end with its codebook to the bit.
     """
 
     features_per_latent = 1
@@ -39,7 +42,7 @@ class VectorQuantizer(nn.Module):
         self.register_buffer("average_sums", self.codebook.clone())
         self._counts: Tensor | None = None  # of the micro-batches since the last update
         self._sums: Tensor | None = None
-        self._latest: Tensor | None = None  # [B, T, D] latents of the last micro-batch: where dead codes go
+        self._latest: Tensor | None = None  # [B, T, D] latents of the last micro-batch that had any: where dead codes go
 
     def forward(self, features: Tensor, sample_posterior: bool = False) -> Encoding:
         """Features [B, D, h, w] to latents of the same shape and indices [B, h, w]; a code is never sampled."""
@@ -89,9 +92,20 @@ class VectorQuantizer(nn.Module):
 
     @torch.no_grad()
     def initialize_codebook(self, features_NDhw: Tensor, generator: torch.Generator) -> None:
-        """k-means on encoder outputs. Every process must pass the same features and an equally seeded CPU generator."""
+        """k-means on encoder outputs: on those of all processes, each of which passes its own (also none).
+
+        Args:
+            features_NDhw: outputs of the encoder.
+            generator: on the CPU; all processes go on from the state of process 0's.
+
+        Raises:
+            ValueError: there are no features in any process.
+        """
         self._refuse_if_frozen()
-        x_ND = features_NDhw.movedim(1, -1).flatten(0, -2).float()
+        x_ND = in_global_order(features_NDhw).movedim(1, -1).flatten(0, -2).float()
+        if len(x_ND) == 0:
+            raise ValueError("k-means needs at least one latent, got none; encode images first")
+        generator.set_state(from_first_process(generator.get_state()))
         K = len(self.codebook)
 
         def random_latents(count: int) -> Tensor:
@@ -112,6 +126,7 @@ class VectorQuantizer(nn.Module):
             codebook = (sums / counts.clamp(min=1)[:, None]).float()
             codebook[empty] = random_latents(int(empty.sum()))
         self._set_codes(torch.ones(K, dtype=torch.bool, device=x_ND.device), codebook)
+        self._take_first_process_codebook()
 
     @torch.no_grad()
     def observe(self, encoding: Encoding) -> None:
@@ -122,31 +137,64 @@ class VectorQuantizer(nn.Module):
         counts, sums = codebook_statistics(x_BTD.double(), encoding.indices.flatten(1), len(self.codebook))
         self._counts = counts if self._counts is None else self._counts + counts
         self._sums = sums if self._sums is None else self._sums + sums
-        self._latest = x_BTD
+        if x_BTD.numel():
+            self._latest = x_BTD
 
     @torch.no_grad()
     def update_codebook(self) -> None:
-        """Move the codebook by all that was observed since the last call, on all processes alike."""
+        """Move the codebook by all that was observed since the last call, on all processes alike; by nothing it does not move.
+
+        Raises:
+            RuntimeError: no process has observed anything, on all of them.
+        """
         self._refuse_if_frozen()
-        if self._counts is None:
+        images, positions = (0, 0) if self._latest is None else self._latest.shape[:2]
+        held = gather_numbers(int(self._counts is not None), images, positions)
+        if not any(observed for observed, _, _ in held):
             raise RuntimeError("update_codebook without observe: there is nothing to update from")
+        K, D = self.codebook.shape
+        if self._counts is None:
+            self._counts = torch.zeros(K, dtype=torch.int64, device=self.codebook.device)
+            self._sums = torch.zeros(K, D, dtype=torch.float64, device=self.codebook.device)
         counts, sums = sum_over_processes(self._counts), sum_over_processes(self._sums)
-        decay = self.config.ema_decay
-        self.average_counts.mul_(decay).add_(counts.float(), alpha=1 - decay)
-        self.average_sums.mul_(decay).add_(sums.float(), alpha=1 - decay)
-        self.codebook.copy_(self.average_sums / self.average_counts.clamp(min=1e-6)[:, None])
-        if self.config.revive_threshold > 0:
-            dead = self.average_counts < self.config.revive_threshold * self.average_counts.mean()
-            self._set_codes(dead, self._random_latents_of_the_global_batch())
+        if any(images for _, images, _ in held):
+            decay = self.config.ema_decay
+            self.average_counts.mul_(decay).add_(counts.float(), alpha=1 - decay)
+            self.average_sums.mul_(decay).add_(sums.float(), alpha=1 - decay)
+            self.codebook.copy_(self.average_sums / self.average_counts.clamp(min=1e-6)[:, None])
+            if self.config.revive_threshold > 0:
+                dead = self.average_counts < self.config.revive_threshold * self.average_counts.mean()
+                self._set_codes(dead, self._random_latents_of_the_global_batch(held))
+        self._take_first_process_codebook()
         self._counts = self._sums = self._latest = None
 
-    def _random_latents_of_the_global_batch(self) -> Tensor:
-        """[K, D]: equally seeded processes choose the same rows; each fills in those it holds, and a sum brings them together."""
-        B, T, _ = self._latest.shape
-        row, position = torch.rand(2, len(self.codebook), device=self.codebook.device)
-        row, position = (row * B * world_size()).long(), (position * T).long()
-        mine = row % world_size() == rank()
-        return sum_over_processes(torch.where(mine[:, None], self._latest[row // world_size(), position], 0.0))
+    def _random_latents_of_the_global_batch(self, held: list[tuple[int, int, int]]) -> Tensor:
+        """[K, D], drawn by process 0 from [images, positions], the last two numbers `held` by each process.
+
+        The latents are numbered as one process would have them. Each process fills in those that it holds, and a sum brings them
+        together.
+        """
+        device = self.codebook.device
+        images_W, positions_W = torch.tensor(held)[:, 1:].unbind(1)
+        image_process = (torch.arange(int(images_W.max()))[:, None] < images_W).nonzero()  # row in its process, process
+        ends = positions_W[image_process[:, 1]].cumsum(0)
+        count = int(ends[-1])
+        image_process, ends, positions_W = (x.to(device) for x in (image_process, ends, positions_W))
+        number_K = (from_first_process(torch.rand(len(self.codebook), device=device, dtype=torch.float64)) * count).long()
+        image_K = torch.searchsorted(ends, number_K, right=True)
+        row_K, process_K = image_process[image_K].unbind(1)
+        position_K = number_K - ends[image_K] + positions_W[process_K]
+        found_KD = torch.zeros_like(self.codebook)
+        if self._latest is not None:
+            mine_K = process_K == rank()
+            latents_KD = self._latest[row_K * mine_K, position_K * mine_K].to(found_KD)
+            found_KD = torch.where(mine_K[:, None], latents_KD, found_KD)
+        return sum_over_processes(found_KD)
+
+    def _take_first_process_codebook(self) -> None:
+        """For processes that began with another one, or whose devices round otherwise."""
+        for buffer in self.buffers():
+            from_first_process(buffer)
 
     def _set_codes(self, which_K: Tensor, codes_KD: Tensor) -> None:
         """Place the chosen codes, each with an average count, so that it has time to find users."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dae.config import Config, DataConfig, describe, differing_keys, from_dict, load_config, save_config
-from dae.distributed import rank, run_on_first_process, world_size
+from dae.distributed import agree, failing_together, rank, run_on_first_process, world_size
 from dae.files import append_line, write_file
 from dae.lock import require_lock
 from dae.training.checkpoint import STATE, Checkpoint, Checkpoints
@@ -43,6 +43,7 @@ def make_accelerator(config: Config, logging_dir: Path | None = None) -> Acceler
 
     Raises:
         RuntimeError: several processes were started, but accelerate would let each of them train for itself.
+        ValueError: they have different configurations.
     """
     from accelerate import Accelerator
     from accelerate.utils import DistributedDataParallelKwargs
@@ -61,6 +62,7 @@ def make_accelerator(config: Config, logging_dir: Path | None = None) -> Acceler
     if (started := int(os.environ.get("WORLD_SIZE", 1))) != accelerator.num_processes:
         raise RuntimeError(f"{started} processes were started, accelerate sees {accelerator.num_processes}: launch with torchrun")
     config.mixed_precision = accelerator.mixed_precision  # also where `accelerate launch` chose it: resuming compares it
+    agree({row.key: _look_up(config, row.key) for row in describe() if not row.key.startswith(FREE_TO_CHANGE)})
     return accelerator
 
 
@@ -98,20 +100,27 @@ class Run:
 
         Raises:
             FileExistsError: the folder holds a run, and resuming was not asked for.
-            ValueError: the checkpoint belongs to another configuration (all differences are listed), or is damaged.
+            ValueError: the checkpoint belongs to another configuration (all differences are listed), or is damaged; or the
+                processes have different inputs, or see different checkpoints.
+
+            What one process raises, all do.
         """
         self.inputs = inputs or {}
         wanted = self.config.resume_from_checkpoint
-        checkpoint = self.checkpoints.load(wanted) if wanted else None
+        with failing_together():
+            checkpoint = self.checkpoints.load(wanted) if wanted else None
+        agree(self.inputs | {"the checkpoint to resume from": checkpoint and checkpoint.path.name})
         if checkpoint is None or checkpoint.path.resolve().parent != self.folder.resolve():  # not a continuation of what is here
             run_on_first_process(self._refuse_occupied_folder)  # the others might see what it has already written
         if checkpoint:
-            self._refuse_other_configuration(checkpoint)
+            with failing_together():
+                self._refuse_other_configuration(checkpoint)
             log.info("resuming from %s", checkpoint.path)
         run_on_first_process(lambda: self._prepare_folder(checkpoint))
         if self.config.report_to != "none":
             settings = {row.key: str(_look_up(self.config, row.key)) for row in describe()}
-            accelerator.init_trackers("decoupled-autoencoder", config=settings)
+            with failing_together():
+                accelerator.init_trackers("decoupled-autoencoder", config=settings)
         return checkpoint
 
     def _refuse_occupied_folder(self) -> None:
@@ -179,16 +188,22 @@ class Run:
         self.checkpoints.save(step, tensors, own | where | state)
 
     def record(self, accelerator: Accelerator, step: int, values: dict[str, Any], **labels: Any) -> None:
-        """Append one line to `logs/history.jsonl` and send the numbers to the trackers (first process only)."""
-        if rank() != 0:
-            return
-        self._require_lock()
+        """The first process appends one line to `logs/history.jsonl` and sends the numbers to the trackers; all must call it.
+
+        Raises:
+            OSError: on every process, if the first one could not write.
+        """
         values = {k: float(v) for k, v in values.items()}
-        row = {"step": step, "seconds": round(time.monotonic() - self.started, 2)} | labels | values
-        append_line(self.history_file, json.dumps(row))
-        if self.config.report_to != "none":
-            prefix = "/".join(map(str, labels.values()))
-            accelerator.log({f"{prefix}/{k}": v for k, v in values.items()}, step=step)
+
+        def write() -> None:
+            self._require_lock()
+            row = {"step": step, "seconds": round(time.monotonic() - self.started, 2)} | labels | values
+            append_line(self.history_file, json.dumps(row))
+            if self.config.report_to != "none":
+                prefix = "/".join(map(str, labels.values()))
+                accelerator.log({f"{prefix}/{k}": v for k, v in values.items()}, step=step)
+
+        run_on_first_process(write)
 
     def _require_lock(self) -> None:
         require_lock(self.folder.parent, self.name)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from dae.distributed import gather_objects, rank, world_size
+from dae.distributed import failing_together, gather_objects, rank, world_size
 from dae.hub import load_weights
 from dae.training.checkpoint import Checkpoint
 from dae.training.ema import EMA
@@ -35,11 +35,12 @@ class TrainingState:
         """
         tensors = {name: module.state_dict() for name, module in self.modules.items()}
         weights = [(f"{file}: {name}", w) for file, part in tensors.items() for name, w in part.items() if w.is_floating_point()]
-        if broken := [name for name, w in weights if not w.isfinite().all()]:
-            raise FloatingPointError(
-                f"{len(broken)} of {len(weights)} tensors hold NaN or infinity, such as {broken[0]}. The last checkpoint is from "
-                "before; lower the learning rate, lengthen the warm-up, or use mixed_precision=bf16 or no"
-            )
+        with failing_together():
+            if broken := [name for name, w in weights if not w.isfinite().all()]:
+                raise FloatingPointError(
+                    f"{len(broken)} of {len(weights)} tensors hold NaN or infinity, such as {broken[0]}. The last checkpoint is "
+                    "from before; lower the learning rate, lengthen the warm-up, or use mixed_precision=bf16 or no"
+                )
         state: dict[str, Any] = {"scheduler": self.scheduler.state_dict(), "loaders": gather_objects(self.loader.state_dict())}
         for name, optimizer in self.optimizers.items():
             whole = optimizer.state_dict()

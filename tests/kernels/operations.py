@@ -213,6 +213,12 @@ for impl in ("reference", "sdpa"):
         lambda q, key, v, i=impl: k.attention(q, key, v, causal=True, impl=i),
         *(normal(2, 4, 1, 8), KV, KV),
     )
+    case(
+        f"attention bias window values {impl}",
+        "attention",
+        lambda q, key, v, b, i=impl: k.attention(q, key, v, bias=b, window=(1, 1), impl=i),
+        *(Q, KV, normal(2, 2, 5, 6), normal(4, 3, 5)),
+    )
     for causal in (False, True):
         case(
             f"attention lengths causal={causal} {impl}",
@@ -228,6 +234,8 @@ for impl in ("reference", "sdpa"):
             *(normal(6, 4, 8), normal(9, 2, 8), normal(9, 2, 8), numbers(0, 2, 4, 6), numbers(0, 2, 5, 9)),
             leaves=(0, 1, 2),
         )
+
+case("attention softcap", "attention", lambda q, key, v: k.attention(q, key, v, softcap=2.0), Q, KV, KV)
 
 for p in (1, 2, 3.0):
     case(

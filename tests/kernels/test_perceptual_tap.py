@@ -1,8 +1,8 @@
 """`perceptual_tap` against the lpips package's formula, written out in float64: values and all three gradients.
 
 Tolerances: an implementation may err as much as twice that formula does when torch computes it in the dtype of the maps. Where
-torch happens to be (nearly) exact, which is often so for the few numbers that are sums, two units in the last place of the
-largest number stand in for its error: of float32 for the value and the weight's gradient, of the map's dtype for the others.
+torch happens to be (nearly) exact, which is often so for the few numbers that are sums, the roundings of the formula stand in for
+its error (tests/tolerances.py): to float32 for the value and the weight's gradient, to the map's dtype for the others.
 """
 
 import os
@@ -14,6 +14,7 @@ import torch
 from dae_kernels.perceptual_tap import api, perceptual_tap
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tolerances import assert_errors
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -66,13 +67,13 @@ def check(a, b, weight, cotangent, **options) -> None:
     out, grads = gradients(lambda *x: perceptual_tap(*x, **options), a, b, weight, cotangent)
     eps = options.get("eps", 1e-10)
     wide = [None if x is None else x.double() for x in (a, b, weight)]
-    truth, true_grads = gradients(lambda *x: lpips(*x, eps), *wide, cotangent)
-    theirs, their_grads = gradients(lambda *x: lpips(*x, eps), a, b, weight, cotangent)
+
+    def formula(*operands):
+        value, derivatives = gradients(lambda *x: lpips(*x, eps), *operands, cotangent)
+        return [value, *derivatives]
+
     assert out.dtype == torch.float32 and out.shape == a.shape[:1]
-    compared = zip((out, *grads), (truth, *true_grads), (theirs, *their_grads), strict=True)
-    for got, true, their in compared:
-        floor = 2 * torch.finfo(got.dtype).eps * true.abs().max()
-        assert (got.double() - true).abs().max() <= 2 * max((their.double() - true).abs().max(), floor)
+    assert_errors([out, *grads], formula(*wide), formula(a, b, weight), results=lambda: formula(*wide))
     for x, gradient in zip((a, b), grads, strict=False):
         assert gradient.dtype == x.dtype and gradient.shape == x.shape
         if options["impl"] == "triton":

@@ -25,7 +25,8 @@ def processes(monkeypatch):
             local.rank = rank
             return function(rank)
 
-        monkeypatch.setattr("dae.metrics.reduction.sum_over_processes", summed)
+        for module in ("codebook", "frechet"):
+            monkeypatch.setattr(f"dae.metrics.{module}.sum_over_processes", summed)
         with ThreadPoolExecutor(world) as pool:
             return list(pool.map(process, range(world)))
 

@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import multiprocessing
 
 from dae.config import VQConfig
 from dae.quantizers import VectorQuantizer
@@ -199,38 +198,21 @@ def test_sampled_codes_follow_the_formula():
     assert torch.equal(F.one_hot(quantizer.sample_indices(z, temperature)[:, 0], 5).sum(0), counts)
 
 
-def update(rank: int, world: int, store: str, results: str) -> None:
-    """Three updates, two micro-batches each, of the rows of this process; dead codes are revived."""
-    torch.set_num_threads(1)
-    if world > 1:
-        torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
-    quantizer = make(ema_decay=0.5, revive_threshold=0.5)
-    quantizer.codebook[4:] += 50
-    quantizer.average_sums.copy_(quantizer.codebook)
-    for step in range(3):
-        torch.manual_seed(step)
-        for micro in range(2):
-            quantizer.observe(quantizer(features(6, D, 2, 2, seed=10 * step + micro)[rank::world]))
-        quantizer.update_codebook()
-    if world > 1:
-        torch.distributed.destroy_process_group()
-    from safetensors.torch import save_file
+def test_updates_do_not_depend_on_the_number_of_processes(in_processes):
+    """Three updates, two micro-batches each, of the rows of each process; dead codes are revived."""
 
-    save_file(quantizer.state_dict(), f"{results}/{world}-{rank}.safetensors")
+    def update(rank, world=2):
+        quantizer = make(ema_decay=0.5, revive_threshold=0.5)
+        quantizer.codebook[4:] += 50
+        quantizer.average_sums.copy_(quantizer.codebook)
+        for step in range(3):
+            torch.manual_seed(step)
+            for micro in range(2):
+                quantizer.observe(quantizer(features(6, D, 2, 2, seed=10 * step + micro)[rank::world]))
+            quantizer.update_codebook()
+        return quantizer.state_dict()
 
-
-def test_updates_do_not_depend_on_the_number_of_processes(tmp_path):
-    from safetensors.torch import load_file
-
-    update(0, 1, "", str(tmp_path))
-    context = multiprocessing.get_context("fork")
-    workers = [context.Process(target=update, args=(r, 2, str(tmp_path / "store"), str(tmp_path))) for r in range(2)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(60)
-        assert worker.exitcode == 0
-    one, first, second = (load_file(tmp_path / f"{name}.safetensors") for name in ("1-0", "2-0", "2-1"))
+    one, (first, second) = update(0, world=1), in_processes(2, update)
     for name, tensor in one.items():
         assert torch.equal(first[name], second[name]), "processes stay equal to the bit"
         torch.testing.assert_close(first[name], tensor, rtol=1e-6, atol=1e-7)  # sums in fp64, rounded once

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from dae_kernels.attention.checks import (
     check_types,
     sequence_lengths,
 )
+from dae_kernels.attention.options import Options, check_bias, check_options
 from dae_kernels.attention.packing import Packing
 from dae_kernels.dispatch import check_choice
 
@@ -37,55 +39,87 @@ def attention(
     causal: bool = False,
     scale: float | None = None,
     key_lengths: Tensor | None = None,
+    bias: Tensor | None = None,
+    window: tuple[int, int] | None = None,
+    softcap: float = 0.0,
+    dropout: float = 0.0,
     impl: str = "auto",
 ) -> Tensor:
     """Softmax attention, with grouped queries and a causal mask that suits key-value caches.
 
-        out[b, h, i] = sum_j softmax_j(scale * q[b, h, i] . k[b, g, j] + mask[b, i, j]) v[b, g, j],   g = h // (H / Hkv)
+        out[b, h, i] = sum_j dropout(softmax_j(s[b, h, i, j] + bias[b, h, i, j] + mask[b, i, j])) v[b, g, j],   g = h // (H / Hkv)
+        s[b, h, i, j] = scale * q[b, h, i] . k[b, g, j], and with a soft cap softcap * tanh(of that / softcap)
 
     The causal mask is aligned bottom-right on every back-end: query i sees the keys j <= i + Lk - Lq, so the last query
     sees all of them, as when Lq new tokens are appended to a cache. With `key_lengths` the keys at and beyond the length are
-    hidden, and the last query sits at the last key before it: j <= i + key_lengths[b] - Lq. Under autocast the operands are
-    first cast to autocast's dtype on every back-end, as torch does for its own.
+    hidden, and the last query sits at the last key before it: j <= i + key_lengths[b] - Lq. A window is aligned likewise: query i
+    sees the keys from i + Lk - Lq - window[0] to i + Lk - Lq + window[1]. Under autocast the operands are first cast to
+    autocast's dtype on every back-end, as torch does for its own.
+
+    | | bias | window | softcap | dropout | v of another head dimension |
+    |---|---|---|---|---|---|
+    | reference | yes | yes | yes | yes | yes |
+    | sdpa | yes | as a mask | no | yes | yes |
+    | flex | yes | yes | yes | no | yes |
+    | flash_attn | no | yes | yes | generation 2 | no |
+    | xformers | without key_lengths | without key_lengths | no | yes | no |
 
     Args:
         q: [B, H, Lq, D], floating.
         k: [B, Hkv, Lk, D] with Lk >= 1; Hkv divides H.
-        v: [B, Hkv, Lk, D].
+        v: [B, Hkv, Lk, Dv]; Dv is D on most back-ends.
         causal: hide the keys after the query; needs Lq <= Lk, and Lq <= key_lengths.
         scale: factor of the scores, 1 / sqrt(D) if None.
         key_lengths: [B] int32 or int64 from 1 to Lk, of a static cache or a right-padded batch; hidden keys and values must be
             finite. The range is checked by reading them, which on a GPU waits for it; not in a compiled graph nor where
             torch.vmap batches them, which "auto", "sdpa" and "reference" take and the others refuse.
-        impl: "auto" is "sdpa" for now, on every device; "sdpa" and "flex" (torch), "flash_attn"
-            (generation 4, 3 or 2, the newest that is installed for the device) and "xformers" (both CUDA only) and
-            "reference" (plain float32 math, [Lq, Lk] memory) are obeyed or refused. "flex" refuses operands that torch.vmap
-            batches, and on CPUs has no backward and refuses `causal` and `key_lengths` in a graph of torch.compile. "sdpa" on
-            CPUs may lose a NaN: torch's kernel there makes finite numbers of a query with NaN over few keys without a mask
-            (seen below 16 in float32, torch 2.13), where "reference" and "flex" return NaN.
+        bias: added to the scores after the cap, in the dtype of q, broadcast to [B, H, Lq, Lk]; -inf hides a key. Differentiable.
+        window: numbers of keys seen (before, after) the query's own position, -1 for all of a side; needs Lq <= Lk as `causal`,
+            which is a window of (-1, 0) and takes the narrower of both.
+        softcap: bound of the scores (Gemma 2 has 50); 0 for none.
+        dropout: probability that a weight is zeroed, in [0, 1); pass 0 in evaluation.
+        impl: "auto" is "sdpa" on every device, but with a softcap "flex" on CUDA where it can run, and "reference" elsewhere.
+            "sdpa" and "flex" (torch), "flash_attn" (generation 4, 3 or 2, the newest that is installed for the device) and
+            "xformers" (both CUDA only) and "reference" (plain float32 math, [Lq, Lk] memory) are obeyed or refused. "flex"
+            refuses operands that torch.vmap batches, and on CPUs has no backward and refuses masks in a graph of torch.compile.
+            "sdpa" on CPUs may lose a NaN: torch's kernel there makes finite numbers of a query with NaN over few keys without a
+            mask (seen below 16 in float32, torch 2.13), where "reference" and "flex" return NaN.
 
     Returns:
-        [B, H, Lq, D] in the dtype of the operands; differentiable with respect to q, k and v.
+        [B, H, Lq, Dv] in the dtype of the operands; differentiable with respect to q, k, v and bias.
 
     Raises:
-        ValueError: shapes, dtypes or devices disagree; causal with Lq > Lk; lengths out of range; `impl` is unknown or does
-            not take these operands.
+        ValueError: shapes, dtypes or devices disagree; causal or a window with Lq > Lk; lengths, softcap or dropout out of range;
+            `impl` is unknown or does not take these operands or options.
         TypeError: the operands are no floating point tensors, the lengths no integers, causal no bool or scale no number.
         ImportError: the package that `impl` names is not installed.
 
-    Source: Vaswani et al. 2017, arXiv 1706.03762, section 3.2.1; grouped queries: Ainslie et al. 2023, arXiv 2305.13245.
+    Source: Vaswani et al. 2017, arXiv 1706.03762, section 3.2.1; grouped queries: Ainslie et al. 2023, arXiv 2305.13245; windows:
+    Beltagy et al. 2020, arXiv 2004.05150; soft cap: Gemma Team 2024, arXiv 2408.00118.
     """
     check_choice("impl", impl, tuple(BACKENDS))
     check_types("attention", q, k, v, causal, scale)
+    check_options("attention", window, softcap, dropout)
     q, k, v = (autocast(t) for t in (q, k, v))
     check_tensors("attention", "B, H, Lq, D", "B, Hkv, Lk, D", q, k, v)
-    if causal and q.shape[2] > k.shape[2]:
-        raise ValueError(f"causal attention needs Lq <= Lk (the first queries would see no key), got {q.shape[2]} > {k.shape[2]}")
+    if bias is not None:
+        bias = autocast(bias) if isinstance(bias, Tensor) else bias
+        check_bias(bias, q, k)
+    options = Options(causal, 1.0 / math.sqrt(q.shape[3]) if scale is None else scale, window, softcap, dropout)
+    if options.by_position and q.shape[2] > k.shape[2]:
+        what = f"{options.kind} attention needs Lq <= Lk (the first queries would see no key)"
+        raise ValueError(f"{what}, got {q.shape[2]} > {k.shape[2]}")
     if key_lengths is not None:
-        check_key_lengths(key_lengths, q, k, causal)
-    if scale is None:
-        scale = 1.0 / math.sqrt(q.shape[3])
-    return BACKENDS[impl].dense(q, k, v, key_lengths, causal, scale)
+        check_key_lengths(key_lengths, q, k, options.kind)
+    return backend(impl, q, options).dense(q, k, v, key_lengths, bias, options)
+
+
+def backend(impl: str, q: Tensor, options: Options) -> ModuleType:
+    """The module behind `impl`; "auto" is torch's kernel, which has no soft cap."""
+    if impl != "auto" or not options.softcap:
+        return BACKENDS[impl]
+    fits = q.is_cuda and q.shape[-1] >= 16 and q.dtype != torch.float64 and not options.dropout
+    return flex if fits else reference
 
 
 def attention_varlen(
@@ -97,6 +131,9 @@ def attention_varlen(
     *,
     causal: bool = False,
     scale: float | None = None,
+    window: tuple[int, int] | None = None,
+    softcap: float = 0.0,
+    dropout: float = 0.0,
     impl: str = "auto",
 ) -> Tensor:
     """`attention` of N sequences that lie behind one another, each to itself.
@@ -110,16 +147,17 @@ def attention_varlen(
     Args:
         q: [Tq, H, D], floating.
         k: [Tk, Hkv, D]; Hkv divides H.
-        v: [Tk, Hkv, D].
+        v: [Tk, Hkv, Dv].
         cu_seqlens_q: [N + 1] int32 or int64, the borders of the sequences in q: from 0 to Tq, not falling.
         cu_seqlens_k: [N + 1] in k: from 0 to Tk. A sequence with queries needs keys, and with a causal mask as many.
         causal: hide the keys after the query, aligned at the last query and the last key of each sequence.
         scale: factor of the scores, 1 / sqrt(D) if None.
+        window, softcap, dropout: as in `attention`; "xformers" has no window here.
         impl: as in `attention`; "flex" by a mask of sequences, "flash_attn" by its own function, "xformers" by its
             block-diagonal bias, "sdpa" by one call for all sequences of equal lengths, "reference" by one for each.
 
     Returns:
-        [Tq, H, D] in the dtype of the operands; differentiable with respect to q, k and v.
+        [Tq, H, Dv] in the dtype of the operands; differentiable with respect to q, k and v.
 
     Raises:
         As `attention`; ValueError also for borders that are not as above.
@@ -128,16 +166,16 @@ def attention_varlen(
     """
     check_choice("impl", impl, tuple(BACKENDS))
     check_types("attention_varlen", q, k, v, causal, scale)
+    check_options("attention_varlen", window, softcap, dropout)
     q, k, v = (autocast(t) for t in (q, k, v))
     check_tensors("attention_varlen", "Tq, H, D", "Tk, Hkv, D", q, k, v)
     check_integers("cu_seqlens_q", cu_seqlens_q, None, q.device)
     check_integers("cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.shape[0], q.device)
-    lengths = sequence_lengths(cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0], causal)
+    options = Options(causal, 1.0 / math.sqrt(q.shape[2]) if scale is None else scale, window, softcap, dropout)
+    lengths = sequence_lengths(cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0], options.kind)
     if lengths is None:
         most_q, most_k = q.shape[0], k.shape[0]
     else:
         most_q, most_k = (max((pair[side] for pair in lengths), default=0) for side in (0, 1))
     packing = Packing(cu_seqlens_q.to(torch.int32), cu_seqlens_k.to(torch.int32), lengths, most_q, most_k)
-    if scale is None:
-        scale = 1.0 / math.sqrt(q.shape[2])
-    return BACKENDS[impl].packed(q, k, v, packing, causal, scale)
+    return backend(impl, q, options).packed(q, k, v, packing, options)

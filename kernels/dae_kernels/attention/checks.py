@@ -38,12 +38,12 @@ def check_tensors(operation: str, layout_q: str, layout_k: str, q: Tensor, k: Te
     dims, head = layout_q.count(",") + 1, layout_q.split(", ").index("H")
     if not q.dim() == k.dim() == v.dim() == dims:
         raise ValueError(f"{operation} needs q [{layout_q}] and k, v [{layout_k}], {shapes}")
-    if k.shape != v.shape:
-        raise ValueError(f"k and v must have one shape [{layout_k}], {shapes}")
+    if k.shape[:-1] != v.shape[:-1]:
+        raise ValueError(f"k and v must have one shape [{layout_k}] but for the last dimension, {shapes}")
     if dims == 4 and q.shape[0] != k.shape[0]:
         raise ValueError(f"q and k must have one batch size, {shapes}")
-    if q.shape[-1] != k.shape[-1] or q.shape[-1] == 0:
-        raise ValueError(f"q and k must have one head dimension, at least 1, {shapes}")
+    if q.shape[-1] != k.shape[-1] or q.shape[-1] == 0 or v.shape[-1] == 0:
+        raise ValueError(f"q and k must have one head dimension, at least 1, and v one of at least 1, {shapes}")
     if k.shape[head] == 0 or q.shape[head] % k.shape[head]:
         raise ValueError(f"the heads of k and v (Hkv) must divide the heads of q (H), {shapes}")
     if dims == 4 and k.shape[2] == 0:
@@ -81,21 +81,21 @@ def recorded(*tensors: Tensor) -> bool:
     return differentiated(*tensors)
 
 
-def check_key_lengths(key_lengths: Tensor, q: Tensor, k: Tensor, causal: bool) -> None:
-    """[B] lengths from 1 to Lk, and with a causal mask from Lq. Reads the values, which on a GPU waits for it."""
+def check_key_lengths(key_lengths: Tensor, q: Tensor, k: Tensor, kind: str | None) -> None:
+    """[B] lengths from 1 to Lk, and with a mask by position from Lq (`kind` is its name). Reads the values: a GPU waits."""
     check_integers("key_lengths", key_lengths, q.shape[0], q.device)
     if not readable(key_lengths) or key_lengths.shape[0] == 0:
         return
     least, most = (int(value) for value in key_lengths.aminmax())
     if least < 1 or most > k.shape[2]:
         raise ValueError(f"key_lengths must lie in 1..Lk = 1..{k.shape[2]}, got {least}..{most}")
-    if causal and least < q.shape[2]:
+    if kind and least < q.shape[2]:
         raise ValueError(
-            f"causal attention needs Lq <= key_lengths (the first queries would see no key), got {q.shape[2]} > {least}"
+            f"{kind} attention needs Lq <= key_lengths (the first queries would see no key), got {q.shape[2]} > {least}"
         )
 
 
-def sequence_lengths(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, total_q: int, total_k: int, causal: bool):
+def sequence_lengths(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, total_q: int, total_k: int, kind: str | None):
     """((queries, keys), ...) of each sequence, from borders that are checked, or None where they may not be looked at."""
     if not readable(cu_seqlens_q, cu_seqlens_k):
         return None
@@ -112,9 +112,9 @@ def sequence_lengths(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, total_q: int, t
     for i, (num_queries, num_keys) in enumerate(pairs):
         if num_queries and not num_keys:
             raise ValueError(f"attention over no keys is undefined: sequence {i} has {num_queries} queries and no key")
-        if causal and num_queries > num_keys:
+        if kind and num_queries > num_keys:
             raise ValueError(
-                f"causal attention needs Lq <= Lk (the first queries would see no key), "
+                f"{kind} attention needs Lq <= Lk (the first queries would see no key), "
                 f"got {num_queries} > {num_keys} in sequence {i}"
             )
     return pairs

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from dae_kernels.attention.checks import check_head_dimension, check_operands, check_unbatched, recorded
+from dae_kernels.attention.options import Options, refuse, refuse_other_values
 from dae_kernels.attention.packing import Packing, pack_keys, padded_heads, whole_lengths
 
 
@@ -36,12 +37,28 @@ class Generation:
         size = -(-D // 8) * 8
         return 256 if self.number == 4 and major in (10, 11) and size > 128 else size
 
+    def rule(self, options: Options) -> dict:
+        """Its arguments for `options`. What is not asked for goes unnamed: the functions differ in what they have."""
+        rule: dict = {"softmax_scale": options.scale, "causal": options.causal}
+        if options.window is not None:
+            unbounded = None if self.number == 4 else -1
+            rule["window_size"] = tuple(unbounded if side is None else side for side in (options.before, options.after))
+        if options.softcap:
+            rule["softcap"] = options.softcap
+        if options.dropout:
+            if self.number != 2:
+                raise ValueError(f"flash-attn of generation {self.number} has no dropout; use impl='sdpa'")
+            rule["dropout_p"] = options.dropout
+        return rule
 
-def dense(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, causal: bool, scale: float) -> Tensor:
+
+def dense(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, bias: Tensor | None, options: Options) -> Tensor:
+    refuse("flash_attn", "sdpa", bias=bias)
+    refuse_other_values("flash_attn", k, v)
     check_unbatched("flash_attn", "key_lengths", key_lengths)
     generation, size = prepare(q)
     q_BLHD, k_BLHD, v_BLHD = (padded_heads(x.transpose(1, 2), size) for x in (q, k, v))
-    rule = {"softmax_scale": scale, "causal": causal}
+    rule = generation.rule(options)
     if key_lengths is None:
         out = generation.module.flash_attn_func(q_BLHD, k_BLHD, v_BLHD, **rule)
     elif generation.number == 2:
@@ -51,11 +68,12 @@ def dense(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, causal: b
     return without_lse(out)[..., : q.shape[-1]].transpose(1, 2)
 
 
-def packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing, causal: bool, scale: float) -> Tensor:
+def packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing, options: Options) -> Tensor:
+    refuse_other_values("flash_attn", k, v)
     check_unbatched("flash_attn", "borders", packing.cu_seqlens_q, packing.cu_seqlens_k)
     generation, size = prepare(q)
     q_THD, k_THD, v_THD = (padded_heads(x, size) for x in (q, k, v))
-    out = generation.module.flash_attn_varlen_func(q_THD, k_THD, v_THD, **borders(packing), softmax_scale=scale, causal=causal)
+    out = generation.module.flash_attn_varlen_func(q_THD, k_THD, v_THD, **borders(packing), **generation.rule(options))
     return without_lse(out)[..., : q.shape[-1]]
 
 
@@ -110,7 +128,7 @@ def installed(number: int) -> ModuleType | None:
 
 
 def lengths_in_2(module: ModuleType, q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, key_lengths: Tensor, rule: dict) -> Tensor:
-    if not recorded(q_BLHD, k_BLHD, v_BLHD):
+    if not recorded(q_BLHD, k_BLHD, v_BLHD) and "dropout_p" not in rule:
         lengths = key_lengths.to(torch.int32)
         return module.flash_attn_with_kvcache(q_BLHD, k_BLHD, v_BLHD, cache_seqlens=lengths, **rule)
     *tensors, packing = pack_keys(q_BLHD, k_BLHD, v_BLHD, key_lengths)

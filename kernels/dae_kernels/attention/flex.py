@@ -14,47 +14,65 @@ import torch
 from torch import Tensor
 
 from dae_kernels.attention.checks import check_head_dimension, check_operands, check_unbatched, recorded
+from dae_kernels.attention.options import Options, refuse
 from dae_kernels.attention.packing import Packing, documents
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, causal: bool, scale: float) -> Tensor:
-    check(q, k, v, key_lengths)
-    num_queries, num_keys = q.shape[2], k.shape[2]
+def dense(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, bias: Tensor | None, options: Options) -> Tensor:
+    check(q, k, v, key_lengths, bias, dropout=options.dropout)
+    B, H, num_queries, num_keys = *q.shape[:3], k.shape[2]
     seen = None
     # Tensors, not numbers: a number captured by the mask would be compiled in.
-    if causal:
-        last = key_lengths if key_lengths is not None else torch.full(q.shape[:1], num_keys, device=q.device)
+    if options.by_position:
+        last = key_lengths if key_lengths is not None else torch.full((B,), num_keys, device=q.device)
         shift_B = last - num_queries
-        seen = lambda b, h, i, j: j <= i + shift_B[b]  # noqa: E731
+        if key_lengths is None or options.after == 0:  # the last query sits at the last key, so nothing hidden is before it
+            seen = lambda b, h, i, j: options.sees(j - i - shift_B[b])  # noqa: E731
+        else:
+            seen = lambda b, h, i, j: options.sees(j - i - shift_B[b]) & (j < key_lengths[b])  # noqa: E731
     elif key_lengths is not None:
         seen = lambda b, h, i, j: j < key_lengths[b]  # noqa: E731
-    return call(q, k, v, seen, scale)
+    return call(q, k, v, seen, None if bias is None else bias.expand(B, H, num_queries, num_keys), options)
 
 
-def packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing, causal: bool, scale: float) -> Tensor:
-    check(q, k, v, packing.cu_seqlens_q, packing.cu_seqlens_k)
+def packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing, options: Options) -> Tensor:
+    check(q, k, v, packing.cu_seqlens_q, packing.cu_seqlens_k, dropout=options.dropout)
     document_q, left_q = documents(packing.cu_seqlens_q, q.shape[0])
     document_k, left_k = documents(packing.cu_seqlens_k, k.shape[0])
-    if causal:
-        seen = lambda b, h, i, j: (document_q[i] == document_k[j]) & (left_k[j] >= left_q[i])  # noqa: E731
+    if options.by_position:
+        seen = lambda b, h, i, j: (document_q[i] == document_k[j]) & options.sees(left_q[i] - left_k[j])  # noqa: E731
     else:
         seen = lambda b, h, i, j: document_q[i] == document_k[j]  # noqa: E731
-    out = call(*(x.transpose(0, 1)[None] for x in (q, k, v)), seen, scale)
+    out = call(*(x.transpose(0, 1)[None] for x in (q, k, v)), seen, None, options)
     return out[0].transpose(0, 1)
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, *lengths: Tensor | None) -> None:
-    check_unbatched("flex", "tensors", q, k, v, *lengths)
+def score_change(bias_BHQK: Tensor | None, softcap: float) -> Callable | None:
+    """What is done to a scaled score, in the form that flex_attention takes."""
+    if bias_BHQK is None and not softcap:
+        return None
+
+    def change(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        if softcap:
+            score = softcap * torch.tanh(score / softcap)
+        return score if bias_BHQK is None else score + bias_BHQK[b, h, i, j]
+
+    return change
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, *others: Tensor | None, dropout: float) -> None:
+    refuse("flex", "sdpa", dropout=dropout)
+    check_unbatched("flex", "tensors", q, k, v, *others)
     check_operands("flex", q, (torch.float16, torch.bfloat16, torch.float32), ("cuda", "cpu"))
     if q.device.type == "cuda":
         check_head_dimension("flex", q.shape[-1], least=16)
-    elif recorded(q, k, v):
+    elif recorded(q, k, v, *(x for x in others if x is not None)):
         raise ValueError("impl='flex' has no backward pass on CPUs (torch has none); use torch.no_grad(), or impl='sdpa'")
 
 
-def call(q: Tensor, k: Tensor, v: Tensor, seen: Callable | None, scale: float) -> Tensor:
-    if q.numel() == 0:
-        return q.clone()
+def call(q: Tensor, k: Tensor, v: Tensor, seen: Callable | None, bias: Tensor | None, options: Options) -> Tensor:
+    if q.numel() == 0 or v.numel() == 0:
+        return q.new_empty(*q.shape[:3], v.shape[3])
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention  # here, because it imports triton
 
     tracing = torch.compiler.is_compiling()
@@ -65,7 +83,8 @@ def call(q: Tensor, k: Tensor, v: Tensor, seen: Callable | None, scale: float) -
     block_mask = None
     if seen is not None:
         block_mask = create_block_mask(seen, q.shape[0], None, q.shape[2], k.shape[2], device=q.device)
-    attend = functools.partial(flex_attention, block_mask=block_mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+    rule = {"block_mask": block_mask, "scale": options.scale, "enable_gqa": q.shape[1] != k.shape[1]}
+    attend = functools.partial(flex_attention, score_mod=score_change(bias, options.softcap), **rule)
     if q.device.type == "cuda":
         return attend(q, k, v)
     q, k, v = q.detach(), k.detach(), v.detach()  # it refuses what requires a gradient even where none is recorded

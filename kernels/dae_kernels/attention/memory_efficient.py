@@ -8,35 +8,63 @@ ask for. Block-diagonal biases are made from lengths on the host.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from dae_kernels.attention.checks import check_operands, check_unbatched
+from dae_kernels.attention.options import Options, refuse, refuse_other_values
 from dae_kernels.attention.packing import Packing, pack_keys, padded_heads
+from dae_kernels.attention.reference import position_mask
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, causal: bool, scale: float) -> Tensor:
+def dense(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, bias: Tensor | None, options: Options) -> Tensor:
+    refuse("xformers", "flex", soft_cap=options.softcap)
+    refuse_other_values("xformers", k, v)
     check_unbatched("xformers", "key_lengths", key_lengths)
+    if key_lengths is not None:
+        refuse("xformers", "sdpa", bias_over_key_lengths=bias, window_over_key_lengths=options.window)
     attend, biases = load(q)
     q_BLHD, k_BLHD, v_BLHD = operands(*(x.transpose(1, 2) for x in (q, k, v)))
+    rule = {"scale": options.scale, "p": options.dropout}
     if key_lengths is not None:
         *tensors, packing = pack_keys(q_BLHD, k_BLHD, v_BLHD, key_lengths)
-        bias = block_diagonal(biases, packing, causal, q.device)
-        out_BLHD = attend(*(x[None] for x in tensors), attn_bias=bias, scale=scale).view(q_BLHD.shape)
+        mask = block_diagonal(biases, packing, options.causal, q.device)
+        out_BLHD = attend(*(x[None] for x in tensors), attn_bias=mask, **rule).view(q_BLHD.shape)
     else:
-        bias = None
-        if causal:
-            square = q.shape[2] == k.shape[2]
-            bias = biases.LowerTriangularMask() if square else biases.LowerTriangularFromBottomRightMask()
-        out_BLHD = attend(q_BLHD, k_BLHD, v_BLHD, attn_bias=bias, scale=scale)
+        mask = tensor_bias(bias, q, k, options) if bias is not None else position_bias(biases, q, k, options)
+        out_BLHD = attend(q_BLHD, k_BLHD, v_BLHD, attn_bias=mask, **rule)
     return out_BLHD[..., : q.shape[3]].transpose(1, 2)
 
 
-def packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing, causal: bool, scale: float) -> Tensor:
+def packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing, options: Options) -> Tensor:
+    refuse("xformers", "flex", soft_cap=options.softcap, window_over_sequences=options.window)
+    refuse_other_values("xformers", k, v)
     check_unbatched("xformers", "borders", packing.cu_seqlens_q, packing.cu_seqlens_k)
     attend, biases = load(q)
-    bias = block_diagonal(biases, packing, causal, q.device)
-    out_1THD = attend(*operands(q[None], k[None], v[None]), attn_bias=bias, scale=scale)
+    bias = block_diagonal(biases, packing, options.causal, q.device)
+    rule = {"scale": options.scale, "p": options.dropout}
+    out_1THD = attend(*operands(q[None], k[None], v[None]), attn_bias=bias, **rule)
     return out_1THD[0, ..., : q.shape[2]]
+
+
+def position_bias(biases, q: Tensor, k: Tensor, options: Options):
+    """Its class for the mask by position, or None."""
+    if options.window is not None:
+        everything = k.shape[2]
+        before, after = (everything if side is None else side for side in (options.before, options.after))
+        return biases.LocalAttentionFromBottomRightMask(window_left=before, window_right=after)
+    if not options.causal:
+        return None
+    return biases.LowerTriangularMask() if q.shape[2] == k.shape[2] else biases.LowerTriangularFromBottomRightMask()
+
+
+def tensor_bias(bias: Tensor, q: Tensor, k: Tensor, options: Options) -> Tensor:
+    """[B, H, Lq, Lk] with the mask in it, in memory whose rows are multiples of 8, as its kernels ask for."""
+    mask = position_mask(q.shape[2], k.shape[2], options, q.device)
+    if mask is not None:
+        bias = bias.masked_fill(~mask, -torch.inf)
+    bias = bias.expand(*q.shape[:3], k.shape[2])
+    return F.pad(bias, (0, -k.shape[2] % 8))[..., : k.shape[2]]
 
 
 def load(q: Tensor):

@@ -2,40 +2,49 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dae_kernels.attention.options import Options, refuse
 from dae_kernels.attention.packing import Packing
-from dae_kernels.attention.reference import causal_mask, document_mask, length_mask
+from dae_kernels.attention.reference import document_mask, length_mask, position_mask
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, causal: bool, scale: float) -> Tensor:
+def dense(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, bias: Tensor | None, options: Options) -> Tensor:
     """Its `is_causal` is aligned top-left, so it serves only where Lq == Lk. A single query sees every key and needs no mask.
 
     Otherwise the mask is a [Lq, Lk] bool tensor. torch's own bias class would spare it the flash kernel, but is a subclass of
     Tensor, which neither Dynamo nor a dispatch mode (fake tensors, counting, selective checkpointing) can build: for long keys
-    on CUDA there is impl="flash_attn". Key lengths are a mask of [B, 1, 1, Lk], or [B, 1, Lq, Lk] where it is causal.
+    on CUDA there is impl="flash_attn". Key lengths are a mask of [B, 1, 1, Lk], or [B, 1, Lq, Lk] where positions decide.
     """
+    refuse("sdpa", "flex", soft_cap=options.softcap)
     num_queries, num_keys = q.shape[2], k.shape[2]
+    if options.causal and options.before is None and num_queries == 1:
+        options = replace(options, causal=False, window=None)
     mask, is_causal = None, False
     if key_lengths is not None:
-        mask = length_mask(key_lengths, num_queries, num_keys, causal and num_queries != 1)
-    elif causal and num_queries == num_keys:
+        mask = length_mask(key_lengths, num_queries, num_keys, options)
+    elif options.causal and options.before is None and num_queries == num_keys and bias is None:
         is_causal = True
-    elif causal and num_queries != 1:
-        mask = causal_mask(num_queries, num_keys, q.device)
-    return call(q, k, v, mask, is_causal, scale)
+    else:
+        mask = position_mask(num_queries, num_keys, options, q.device)
+    if bias is not None:
+        mask = bias if mask is None else bias.masked_fill(~mask, -torch.inf)
+    return call(q, k, v, mask, is_causal, options)
 
 
-def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float) -> Tensor:
+def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, options: Options) -> Tensor:
     grouped = False
     if q.shape[1] != k.shape[1]:  # a branch, because a graph of dynamic shapes must settle it
         grouped = True
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=grouped)
+    rule = {"is_causal": is_causal, "scale": options.scale, "dropout_p": options.dropout, "enable_gqa": grouped}
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **rule)
 
 
-def packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing, causal: bool, scale: float) -> Tensor:
+def packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing, options: Options) -> Tensor:
     """One call for all sequences that have equal lengths; in a compiled graph one call under a [Tq, Tk] mask.
 
     On a CPU, 8 sequences of 32 to 512 (float32, H = 4, D = 64, causal, forward and backward) took 148 ms one by one, 376 ms
@@ -43,23 +52,23 @@ def packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing, causal: bool, scal
     have the better of the first two. Nested tensors do not take a causal mask there.
     """
     if packing.lengths is None:
-        mask = document_mask(packing, q.shape[0], k.shape[0], causal)
-        out = call(*(x.transpose(0, 1)[None] for x in (q, k, v)), mask, False, scale)
+        refuse("sdpa", "flex", soft_cap=options.softcap)
+        mask = document_mask(packing, q.shape[0], k.shape[0], options)
+        out = call(*(x.transpose(0, 1)[None] for x in (q, k, v)), mask, False, options)
         return out[0].transpose(0, 1)
     by_lengths: dict[tuple[int, int], list[tuple[int, int]]] = {}
     start_q = start_k = 0
     for num_queries, num_keys in packing.lengths:
         by_lengths.setdefault((num_queries, num_keys), []).append((start_q, start_k))
         start_q, start_k = start_q + num_queries, start_k + num_keys
-    rows, pieces = [], [q[:0]]
+    rows, pieces = [], [q.new_empty(0, q.shape[1], v.shape[2])]
     for (num_queries, num_keys), starts in by_lengths.items():
         starts_q, starts_k = torch.tensor(starts, device=q.device).unbind(1)
         rows_q = (starts_q[:, None] + torch.arange(num_queries, device=q.device)).flatten()
         rows_k = (starts_k[:, None] + torch.arange(num_keys, device=q.device)).flatten()
-        shape_q, shape_k = (len(starts), num_queries, *q.shape[1:]), (len(starts), num_keys, *k.shape[1:])
-        q_BHLD = q.index_select(0, rows_q).view(shape_q).transpose(1, 2)
-        k_BHLD, v_BHLD = (x.index_select(0, rows_k).view(shape_k).transpose(1, 2) for x in (k, v))
-        out = dense(q_BHLD, k_BHLD, v_BHLD, None, causal, scale)
+        q_BHLD = q.index_select(0, rows_q).unflatten(0, (len(starts), num_queries)).transpose(1, 2)
+        k_BHLD, v_BHLD = (x.index_select(0, rows_k).unflatten(0, (len(starts), num_keys)).transpose(1, 2) for x in (k, v))
+        out = dense(q_BHLD, k_BHLD, v_BHLD, None, None, options)
         rows.append(rows_q)
         pieces.append(out.transpose(1, 2).flatten(0, 1))
     if not rows:

@@ -1,0 +1,98 @@
+"""How scores become weights, beside the lengths of the sequences: what `attention` hands to every back-end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import inf
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Options:
+    """Mask by position, and what happens to the scores.
+
+    Args:
+        causal: no key after the query's own position, that of the last query being the last key.
+        scale: factor of the scores.
+        window: keys that are seen before and after the own position, or None for all; -1 for all of a side.
+        softcap: scores become softcap * tanh(score / softcap); 0 leaves them as they are.
+        dropout: probability that a weight is zeroed; the others grow by 1 / (1 - dropout).
+    """
+
+    causal: bool
+    scale: float
+    window: tuple[int, int] | None = None
+    softcap: float = 0.0
+    dropout: float = 0.0
+
+    @property
+    def before(self) -> int | None:
+        """Number of keys seen before the own position, None for all."""
+        return None if self.window is None or self.window[0] < 0 else self.window[0]
+
+    @property
+    def after(self) -> int | None:
+        """Number of keys seen after the own position, None for all."""
+        after = None if self.window is None or self.window[1] < 0 else self.window[1]
+        return 0 if self.causal else after
+
+    @property
+    def by_position(self) -> bool:
+        """Whether the own position decides what a query sees."""
+        return self.before is not None or self.after is not None
+
+    @property
+    def kind(self) -> str | None:
+        """The name of the mask by position, for messages; None where there is none."""
+        return None if not self.by_position else "causal" if self.causal else "windowed"
+
+    def sees(self, distance: Tensor) -> Tensor:
+        """Bool where a key at `distance` (its position less the query's own) is seen; needs `by_position`."""
+        if self.before is None:
+            return distance <= self.after
+        seen = distance >= -self.before
+        return seen if self.after is None else seen & (distance <= self.after)
+
+
+def check_options(operation: str, window: tuple[int, int] | None, softcap: float, dropout: float) -> None:
+    """TypeError or ValueError for a window, a soft cap or a dropout that means nothing."""
+    if window is not None:
+        sides = tuple(window) if isinstance(window, (tuple, list)) else ()
+        if len(sides) != 2 or any(isinstance(side, bool) or not isinstance(side, int) for side in sides):
+            raise TypeError(f"{operation} needs window to be two integers (keys before, keys after) or None, got {window!r}")
+        if min(sides) < -1:
+            raise ValueError(f"{operation} needs each side of window to be at least 0, or -1 for all keys, got {window!r}")
+    for name, value in (("softcap", softcap), ("dropout", dropout)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{operation} needs {name} to be a number, got {value!r}")
+    if not 0 <= softcap < inf:
+        raise ValueError(f"{operation} needs a finite softcap of at least 0 (0: none), got {softcap!r}")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"{operation} needs a dropout in [0, 1), got {dropout!r}")
+
+
+def check_bias(bias: Tensor, q: Tensor, k: Tensor) -> None:
+    """TypeError or ValueError unless `bias` can be added to the scores [B, H, Lq, Lk]."""
+    shape = (*q.shape[:3], k.shape[2])
+    if not isinstance(bias, Tensor) or not bias.is_floating_point():
+        got = bias.dtype if isinstance(bias, Tensor) else type(bias).__name__
+        raise TypeError(f"bias must be a floating point tensor that is added to the scores, got {got}; hide keys by -inf")
+    fits = bias.dim() <= 4 and all(b in (1, s) for b, s in zip(bias.shape[::-1], shape[::-1], strict=False))
+    if not fits:
+        raise ValueError(f"bias must broadcast to the scores [B, H, Lq, Lk] = {list(shape)}, got {list(bias.shape)}")
+    if bias.dtype != q.dtype or bias.device != q.device:
+        raise ValueError(f"bias must have the dtype and device of q, {q.dtype} on {q.device}, got {bias.dtype} on {bias.device}")
+
+
+def refuse(impl: str, remedy: str, **given: object) -> None:
+    """ValueError if one of the options by name is given, which what is behind `impl` has not."""
+    for name, value in given.items():
+        if value is not None and value is not False and not (isinstance(value, (int, float)) and value == 0):
+            raise ValueError(f"impl={impl!r} has no {name.replace('_', ' ')}; use impl={remedy!r}")
+
+
+def refuse_other_values(impl: str, k: Tensor, v: Tensor) -> None:
+    """ValueError unless values have the head dimension of keys."""
+    if k.shape[-1] != v.shape[-1]:
+        raise ValueError(f"impl={impl!r} needs v with the head dimension of k, {k.shape[-1]}, got {v.shape[-1]}; use impl='sdpa'")
