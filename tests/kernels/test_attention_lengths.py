@@ -404,11 +404,11 @@ def no_tensors_message(**kinds):
         ({"q": [[1.0]]}, no_tensors_message(q="list")),
         ({"k": None}, no_tensors_message(k="NoneType")),
         ({"v": 1.0}, no_tensors_message(v="float")),
-        ({"scale": "x"}, "needs scale to be a float or None, got 'x'"),
-        ({"scale": True}, "needs scale to be a float or None, got True"),
-        ({"scale": torch.tensor(0.5)}, "needs scale to be a float or None, got tensor"),
-        ({"causal": "no"}, "needs causal to be a bool, got 'no'"),
-        ({"causal": None}, "needs causal to be a bool, got None"),
+        ({"scale": "x"}, "needs scale as a number, got str 'x'"),
+        ({"scale": True}, "needs scale as a number, got bool True"),
+        ({"scale": torch.ones(2)}, r"needs scale as a number, got Tensor \[2\]"),
+        ({"causal": "no"}, "needs causal as a bool, got str 'no'"),
+        ({"causal": None}, "needs causal as a bool, got NoneType"),
     ],
 )
 def test_arguments_of_another_kind(impl, change, message):

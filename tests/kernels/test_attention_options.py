@@ -153,7 +153,7 @@ def test_options_compile_into_one_graph():
     [
         ({"window": 3}, TypeError, "window to be two integers"),
         ({"window": (1, 2, 3)}, TypeError, "window to be two integers"),
-        ({"window": (1.5, 0)}, TypeError, "window to be two integers"),
+        ({"window": (1.5, 0)}, TypeError, r"window\[0\] as an int, got float 1.5"),
         ({"window": (-2, 0)}, ValueError, "at least 0, or -1"),
         ({"softcap": -1.0}, ValueError, "finite softcap of at least 0"),
         ({"softcap": math.inf}, ValueError, "finite softcap"),

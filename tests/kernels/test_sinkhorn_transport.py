@@ -363,13 +363,13 @@ def test_the_mean_kernel_stays_inside_its_buffers(p, E):
 
 ERRORS = {
     "reach": ({"reach": 0.0}, ValueError, "reach must be positive and finite, got 0.0"),
-    "reach text": ({"reach": "1"}, TypeError, "reach must be a number, got '1'"),
+    "reach text": ({"reach": "1"}, TypeError, "needs reach as a number, got str '1'"),
     "reach far": ({"reach": 1e20}, ValueError, "with reach, reach must be between .* for points that span 1.41 .* got 1e.20"),
     "blur far": ({"reach": 1.0, "blur": 1e20}, ValueError, "with reach, blur must be between .* got 1e.20"),
     "tolerance": ({"tolerance": -1e-3}, ValueError, "tolerance must be positive and finite, got -0.001"),
-    "tolerance none": ({"tolerance": True}, TypeError, "tolerance must be a number, got True"),
+    "tolerance none": ({"tolerance": True}, TypeError, "needs tolerance as a number, got bool True"),
     "max_iter": ({"max_iter": -1}, ValueError, "max_iter must be a whole number that is not negative, got -1"),
-    "max_iter float": ({"max_iter": 2.5}, ValueError, "max_iter must be a whole number .* got 2.5"),
+    "max_iter float": ({"max_iter": 2.5}, TypeError, "needs max_iter as an int, got float 2.5"),
 }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from types import ModuleType
 
 import torch
@@ -17,7 +16,7 @@ from dae_kernels.attention.checks import (
     check_types,
     sequence_lengths,
 )
-from dae_kernels.attention.options import Options, check_bias, check_options
+from dae_kernels.attention.options import Options, as_options, check_bias
 from dae_kernels.attention.packing import Packing
 from dae_kernels.dispatch import check_choice
 
@@ -98,14 +97,13 @@ def attention(
     Beltagy et al. 2020, arXiv 2004.05150; soft cap: Gemma Team 2024, arXiv 2408.00118.
     """
     check_choice("impl", impl, tuple(BACKENDS))
-    check_types("attention", q, k, v, causal, scale)
-    check_options("attention", window, softcap, dropout)
+    check_types("attention", q, k, v)
     q, k, v = (autocast(t) for t in (q, k, v))
     check_tensors("attention", "B, H, Lq, D", "B, Hkv, Lk, D", q, k, v)
     if bias is not None:
         bias = autocast(bias) if isinstance(bias, Tensor) else bias
         check_bias(bias, q, k)
-    options = Options(causal, 1.0 / math.sqrt(q.shape[3]) if scale is None else scale, window, softcap, dropout)
+    options = as_options("attention", q.shape[3], causal, scale, window, softcap, dropout)
     if options.by_position and q.shape[2] > k.shape[2]:
         what = f"{options.kind} attention needs Lq <= Lk (the first queries would see no key)"
         raise ValueError(f"{what}, got {q.shape[2]} > {k.shape[2]}")
@@ -165,13 +163,12 @@ def attention_varlen(
     Source: as `attention`; the names and the layout are flash-attn's.
     """
     check_choice("impl", impl, tuple(BACKENDS))
-    check_types("attention_varlen", q, k, v, causal, scale)
-    check_options("attention_varlen", window, softcap, dropout)
+    check_types("attention_varlen", q, k, v)
     q, k, v = (autocast(t) for t in (q, k, v))
     check_tensors("attention_varlen", "Tq, H, D", "Tk, Hkv, D", q, k, v)
     check_integers("cu_seqlens_q", cu_seqlens_q, None, q.device)
     check_integers("cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.shape[0], q.device)
-    options = Options(causal, 1.0 / math.sqrt(q.shape[2]) if scale is None else scale, window, softcap, dropout)
+    options = as_options("attention_varlen", q.shape[2], causal, scale, window, softcap, dropout)
     lengths = sequence_lengths(cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0], options.kind)
     if lengths is None:
         most_q, most_k = q.shape[0], k.shape[0]

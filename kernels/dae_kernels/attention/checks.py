@@ -21,15 +21,11 @@ def autocast(x: Tensor) -> Tensor:
     return x
 
 
-def check_types(operation: str, q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float | None) -> None:
+def check_types(operation: str, q: Tensor, k: Tensor, v: Tensor) -> None:
     """TypeError for what the back-ends would each refuse in words of their own, or take for something else."""
     if not all(isinstance(x, Tensor) for x in (q, k, v)):
         kinds = ", ".join(f"{name} {type(x).__name__}" for name, x in (("q", q), ("k", k), ("v", v)))
         raise TypeError(f"{operation} needs tensors q, k and v, got {kinds}")
-    if not isinstance(causal, bool):
-        raise TypeError(f"{operation} needs causal to be a bool, got {causal!r}")
-    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, (float, int, torch.SymFloat, torch.SymInt))):
-        raise TypeError(f"{operation} needs scale to be a float or None, got {scale!r}")
 
 
 def check_tensors(operation: str, layout_q: str, layout_k: str, q: Tensor, k: Tensor, v: Tensor) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from math import inf
 
 from torch import Tensor
+
+from dae_kernels.checks import as_flag, as_integer, as_number
 
 
 @dataclass(frozen=True)
@@ -55,21 +57,27 @@ class Options:
         return seen if self.after is None else seen & (distance <= self.after)
 
 
-def check_options(operation: str, window: tuple[int, int] | None, softcap: float, dropout: float) -> None:
-    """TypeError or ValueError for a window, a soft cap or a dropout that means nothing."""
+def as_options(
+    operation: str, D: int, causal: bool, scale: float | None, window: tuple[int, int] | None, softcap: float, dropout: float
+) -> Options:
+    """The options of heads of D dimensions. TypeError or ValueError for those that mean nothing."""
+    causal, softcap, dropout = (
+        as_flag(operation, "causal", causal),
+        as_number(operation, "softcap", softcap),
+        as_number(operation, "dropout", dropout),
+    )
+    scale = 1.0 / math.sqrt(D) if scale is None else as_number(operation, "scale", scale)
     if window is not None:
-        sides = tuple(window) if isinstance(window, (tuple, list)) else ()
-        if len(sides) != 2 or any(isinstance(side, bool) or not isinstance(side, int) for side in sides):
+        if not isinstance(window, (tuple, list)) or len(window) != 2:
             raise TypeError(f"{operation} needs window to be two integers (keys before, keys after) or None, got {window!r}")
-        if min(sides) < -1:
+        window = (as_integer(operation, "window[0]", window[0]), as_integer(operation, "window[1]", window[1]))
+        if min(window) < -1:
             raise ValueError(f"{operation} needs each side of window to be at least 0, or -1 for all keys, got {window!r}")
-    for name, value in (("softcap", softcap), ("dropout", dropout)):
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise TypeError(f"{operation} needs {name} to be a number, got {value!r}")
-    if not 0 <= softcap < inf:
+    if not 0 <= softcap < math.inf:
         raise ValueError(f"{operation} needs a finite softcap of at least 0 (0: none), got {softcap!r}")
     if not 0 <= dropout < 1:
         raise ValueError(f"{operation} needs a dropout in [0, 1), got {dropout!r}")
+    return Options(causal, scale, window, softcap, dropout)
 
 
 def check_bias(bias: Tensor, q: Tensor, k: Tensor) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dae_kernels.clouds import check_integer, check_tensors
+from dae_kernels.checks import as_integer
+from dae_kernels.clouds import check_tensors
 from dae_kernels.codebook_statistics.reference import codebook_statistics_reference
 from dae_kernels.dispatch import choose, register_op, values_readable
 
@@ -43,6 +44,7 @@ def codebook_statistics(x: Tensor, indices: Tensor, K: int, *, impl: str = "auto
 
     Source: van den Oord et al. 2017, arXiv 1711.00937, appendix A.1.
     """
+    K = as_integer("codebook_statistics", "K", K)
     check_operands(x, indices, K)
     choose(impl, x.device, "codebook_statistics has no Triton kernel")
     if indices.device.type != "cpu" and values_readable(indices):
@@ -67,7 +69,6 @@ statistics = register_op("dae_kernels::codebook_statistics", checked_statistics,
 
 def check_operands(x: Tensor, indices: Tensor, K: int) -> None:
     check_tensors("codebook_statistics", x=x, indices=indices)
-    check_integer("codebook_statistics", "K", K)
     if not x.is_floating_point():
         raise TypeError(f"codebook_statistics needs a floating point x, got {x.dtype}")
     if indices.dtype not in INTEGERS:

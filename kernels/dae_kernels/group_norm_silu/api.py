@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dae_kernels.clouds import check_integer, check_number
+from dae_kernels.checks import as_integer, as_number
 from dae_kernels.dispatch import FLOAT_DTYPES, check_choice, choose, dtype_refusal
 from dae_kernels.group_norm_silu.reference import group_norm_silu_reference
 
@@ -57,6 +57,7 @@ def group_norm_silu(
     merging: Chan, Golub & LeVeque 1979.
     """
     check_choice("activation", activation, ("silu", None))
+    num_groups, eps = as_integer("group_norm_silu", "num_groups", num_groups), as_number("group_norm_silu", "eps", eps)
     check_operands(x, num_groups, weight, bias, eps, scale, shift)
     silu = activation == "silu"
     parameters = [parameter for parameter in (weight, bias, scale, shift) if parameter is not None]
@@ -101,8 +102,6 @@ def check_operands(
         if not isinstance(operand, Tensor) or operand.dtype not in FLOAT_DTYPES or operand.layout != torch.strided:
             got = f"{operand.dtype}, {operand.layout}" if isinstance(operand, Tensor) else type(operand)
             raise TypeError(f"{operation} needs {name} as a dense tensor of float16, bfloat16, float32 or float64, got {got}")
-    check_integer(operation, "num_groups", num_groups)
-    check_number(operation, "eps", eps)
     if x.dim() < 2:
         raise ValueError(f"{operation} needs x [B, C, *positions], got {list(x.shape)}")
     B, C = x.shape[:2]

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dae_kernels.checks import as_integer, as_number
 from dae_kernels.dispatch import check_choice, check_floating, choose, dtype_refusal, values_readable
 from dae_kernels.linear_cross_entropy.autograd import apply_chunked_losses
 from dae_kernels.linear_cross_entropy.reference import NOT_COUNTED, counted_rows, linear_cross_entropy_reference, without_autocast
@@ -94,7 +95,11 @@ def linear_cross_entropy(
     check_choice("impl", impl, IMPLS)
     check_choice("reduction", reduction, ("mean", "sum", "none"))
     check_operands(hidden, linear_weight, targets, bias, weight)
-    check_options(label_smoothing, z_loss, softcap, ignore_index)
+    operation = "linear_cross_entropy"
+    label_smoothing, z_loss = as_number(operation, "label_smoothing", label_smoothing), as_number(operation, "z_loss", z_loss)
+    softcap = None if softcap is None else as_number(operation, "softcap", softcap)
+    ignore_index = as_integer(operation, "ignore_index", ignore_index)
+    check_options(label_smoothing, z_loss, softcap)
     dtype = compute_dtype(hidden)
     impl = implementation(impl, hidden, linear_weight, dtype, label_smoothing, z_loss, softcap)
     hidden_ND, targets_N = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
@@ -108,7 +113,7 @@ def linear_cross_entropy(
         scaled = reduction == "mean" and weight_V is not None
         z = mass / rows.clamp(min=1) * z_loss if scaled else rows.new_full((), z_loss)
     tensors = (hidden_ND, linear_weight, bias, weight_V, target_N, z)
-    options = (float(label_smoothing), None if softcap is None else float(softcap), dtype)
+    options = (label_smoothing, softcap, dtype)
     if impl == "reference":
         losses = linear_cross_entropy_reference(*tensors, *options)
     elif impl == "torch":
@@ -166,9 +171,7 @@ def check_operands(hidden: Tensor, linear_weight: Tensor, targets: Tensor, bias:
         raise ValueError(f"{operation} has no derivative by the class weights, got one that requires it: give weight.detach()")
 
 
-def check_options(label_smoothing: float, z_loss: float, softcap: float | None, ignore_index: int) -> None:
-    if not isinstance(ignore_index, int) or isinstance(ignore_index, bool):
-        raise TypeError(f"linear_cross_entropy needs an int ignore_index, got {ignore_index!r}")
+def check_options(label_smoothing: float, z_loss: float, softcap: float | None) -> None:
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
     if not (math.isfinite(z_loss) and z_loss >= 0):

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dae_kernels.clouds import check_clouds, check_integer, check_number, check_weights, convention, normalised
+from dae_kernels.checks import as_flag, as_integer, as_number, as_numbers
+from dae_kernels.clouds import check_clouds, check_weights, convention, normalised
 from dae_kernels.dispatch import check_choice, choose, dtype_refusal, values_readable
 from dae_kernels.pairwise.sums import POLYNOMIAL, pair_sums
 
@@ -86,6 +87,7 @@ def mmd(
     check_weights("mmd", "weights_x", weights_x, x)
     check_weights("mmd", "weights_y", weights_y, y)
     check_choice("kernel", kernel, ("gaussian", "polynomial"))
+    unbiased = as_flag("mmd", "unbiased", unbiased)
     if unbiased:
         check_pairs("x", x, weights_x)
         check_pairs("y", y, weights_y)
@@ -123,28 +125,24 @@ def checked_polynomial(
 ) -> tuple[int, float, float]:
     if bandwidths is not None:
         raise ValueError(f"mmd with kernel='polynomial' has no bandwidths, got {bandwidths!r}; it has degree, gamma and coef0")
-    check_integer("mmd", "degree", degree)
-    gamma = 1.0 / D if gamma is None else gamma
+    degree, coef0 = as_integer("mmd", "degree", degree), as_number("mmd", "coef0", coef0)
+    gamma = 1.0 / D if gamma is None else as_number("mmd", "gamma", gamma)
     for name, number in (("gamma", gamma), ("coef0", coef0)):
-        check_number("mmd", name, number)
         if not math.isfinite(number):
             raise ValueError(f"mmd needs a finite {name}, got {number!r}")
     if degree < 1:
         raise ValueError(f"mmd needs a degree of at least 1, got {degree}")
-    return int(degree), float(gamma), float(coef0)
+    return degree, gamma, coef0
 
 
 def checked_bandwidths(bandwidths: Sequence[float] | None) -> tuple[float, ...]:
-    if isinstance(bandwidths, str | bytes) or not isinstance(bandwidths, Sequence):
-        raise TypeError(f"mmd needs bandwidths as a sequence of numbers, e.g. (0.5, 1.0, 2.0), got {type(bandwidths).__name__}")
+    bandwidths = as_numbers("mmd", "bandwidths", bandwidths)
     for bandwidth in bandwidths:
-        if isinstance(bandwidth, bool) or not isinstance(bandwidth, int | float):
-            raise TypeError(f"mmd needs bandwidths that are numbers, got {type(bandwidth).__name__}")
         if not 1e-150 <= bandwidth <= 1e150:  # the squares beyond are not float64 numbers
             raise ValueError(f"mmd needs bandwidths that are positive and finite, from 1e-150 to 1e150, got {bandwidth!r:.20}")
     if len(bandwidths) == 0:
         raise ValueError("mmd needs at least one bandwidth, got none")
-    return tuple(float(bandwidth) for bandwidth in bandwidths)
+    return bandwidths
 
 
 def check_pairs(name: str, cloud: Tensor, weights: Tensor | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dae_kernels.checks import as_number
 from dae_kernels.dispatch import check_floating, choose, dtype_refusal
 from dae_kernels.perceptual_tap.reference import perceptual_tap_reference
 
@@ -42,6 +43,7 @@ def perceptual_tap(a: Tensor, b: Tensor, weight: Tensor | None = None, *, eps: f
     Source: Zhang et al. 2018, "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric", arXiv 1801.03924, eq. 1;
     eps as in the lpips package.
     """
+    eps = as_number("perceptual_tap", "eps", eps)
     check_operands(a, b, weight, eps)
     refusal = dtype_refusal(a) if weight is None else dtype_refusal(a, weight)
     if a.shape[1] > MAX_CHANNELS:

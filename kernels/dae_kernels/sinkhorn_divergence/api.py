@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dae_kernels.checks import as_flag, as_integer, as_number
 from dae_kernels.clouds import check_clouds, check_tensors, check_weights, convention, normalised
 from dae_kernels.dispatch import choose, dtype_refusal
 from dae_kernels.sinkhorn_divergence.autograd import envelope, plan_means
@@ -100,11 +101,10 @@ def sinkhorn_divergence(
     algorithm 3.5; reach: Sejourne et al. 2019, arXiv 1910.12958, whose derivative by the points has the factor
     reach^p + blur^p (geomloss 0.3.1's SamplesLoss has reach^p + blur^p / 2 there, its `ot` module the same as here).
     """
-    for name, flag in (("debias", debias), ("potentials", potentials)):
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name} must be a bool, got {flag!r}")
-    options = check_options(p, blur, scaling, diameter, reach, max_iter, tolerance)
-    clouds, triton = operands("sinkhorn_divergence", x, y, weights_x, weights_y, reach, impl)
+    operation = "sinkhorn_divergence"
+    debias, potentials = as_flag(operation, "debias", debias), as_flag(operation, "potentials", potentials)
+    options = check_options(operation, p, blur, scaling, diameter, reach, max_iter, tolerance)
+    clouds, triton = operands(operation, x, y, weights_x, weights_y, reach, impl)
     divergence, f_N, g_M = envelope(*clouds, *options, debias, potentials, triton)
     return (f_N, g_M) if potentials else divergence
 
@@ -149,7 +149,7 @@ def sinkhorn_transport(
     """
     operation = "sinkhorn_transport"
     check_tensors(operation, values=values)
-    options = check_options(p, blur, scaling, diameter, reach, max_iter, tolerance)
+    options = check_options(operation, p, blur, scaling, diameter, reach, max_iter, tolerance)
     clouds, triton = operands(operation, x, y, weights_x, weights_y, reach, impl)
     if values.dtype != x.dtype:
         raise TypeError(f"{operation} needs values of the dtype of the clouds, got {values.dtype} and {x.dtype}")
@@ -195,12 +195,13 @@ def barycentric_map(
 
     Source: Pooladian and Niles-Weed 2021, "Entropic estimation of optimal transport maps", arXiv 2109.12004, section 2.
     """
-    options = check_options(p, blur, scaling, diameter, reach, max_iter, tolerance)
+    options = check_options("barycentric_map", p, blur, scaling, diameter, reach, max_iter, tolerance)
     clouds, triton = operands("barycentric_map", x, y, weights_x, weights_y, reach, impl)
     return plan_means(*clouds, None, *options, triton)[0]
 
 
 def check_options(
+    operation: str,
     p: int,
     blur: float,
     scaling: float,
@@ -210,22 +211,21 @@ def check_options(
     tolerance: float | None,
 ) -> tuple:
     """The options as numbers, in the order of `Options`."""
-    optional = {"diameter": diameter, "reach": reach, "max_iter": max_iter, "tolerance": tolerance}
-    numbers = {"p": p, "blur": blur, "scaling": scaling} | {name: n for name, n in optional.items() if n is not None}
-    for name, number in numbers.items():
-        if isinstance(number, bool) or not isinstance(number, int | float):
-            raise TypeError(f"{name} must be a number, got {number!r}")
+    p, scaling = as_number(operation, "p", p), as_number(operation, "scaling", scaling)
     if p not in (1, 2):
-        raise ValueError(f"p must be 1 or 2, got {p!r}")
+        raise ValueError(f"p must be 1 or 2, got {p:g}")
     if not 0 < scaling < 1:
         raise ValueError(f"scaling must be between 0 and 1, both excluded, got {scaling!r}")
-    for name in ("blur", "diameter", "reach", "tolerance"):
-        if name in numbers and not 0 < numbers[name] < float("inf"):
-            raise ValueError(f"{name} must be positive and finite, got {numbers[name]!r}")
-    if max_iter is not None and (not isinstance(max_iter, int) or max_iter < 0):
+    scales = {"blur": as_number(operation, "blur", blur)}
+    for name, scale in {"diameter": diameter, "reach": reach, "tolerance": tolerance}.items():
+        scales[name] = None if scale is None else as_number(operation, name, scale)
+    for name, scale in scales.items():
+        if scale is not None and not 0 < scale < float("inf"):
+            raise ValueError(f"{name} must be positive and finite, got {scale!r}")
+    max_iter = None if max_iter is None else as_integer(operation, "max_iter", max_iter)
+    if max_iter is not None and max_iter < 0:
         raise ValueError(f"max_iter must be a whole number that is not negative, got {max_iter!r}")
-    floats = (None if n is None else float(n) for n in (diameter, reach))
-    return int(p), float(blur), float(scaling), *floats, max_iter, None if tolerance is None else float(tolerance)
+    return int(p), scales["blur"], scaling, scales["diameter"], scales["reach"], max_iter, scales["tolerance"]
 
 
 def operands(

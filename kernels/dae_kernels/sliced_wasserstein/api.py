@@ -5,10 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dae_kernels.checks import as_integer, as_number
 from dae_kernels.clouds import (
     check_clouds,
-    check_integer,
-    check_number,
     check_tensors,
     check_weights,
     convention,
@@ -83,7 +82,7 @@ def sliced_wasserstein(
     """
     operands = prepare("sliced_wasserstein", x, y, p, num_projections, weights_x, weights_y, generator, projections)
     with torch.autocast(x.device.type, enabled=False):
-        return root(mean_cost(*operands), p)
+        return root(mean_cost(*operands), operands[3])
 
 
 @convention(
@@ -112,7 +111,7 @@ def max_sliced_wasserstein(
     """
     operands = prepare("max_sliced_wasserstein", x, y, p, num_projections, weights_x, weights_y, generator, projections)
     with torch.autocast(x.device.type, enabled=False):
-        return root(greatest_cost(*operands), p)
+        return root(greatest_cost(*operands), operands[3])
 
 
 def prepare(
@@ -130,12 +129,12 @@ def prepare(
     check_clouds(operation, x, y)
     check_weights(operation, "weights_x", weights_x, x)
     check_weights(operation, "weights_y", weights_y, y)
-    check_number(operation, "p", p)
+    p = as_number(operation, "p", p)
     if not 1 <= p < float("inf"):
         raise ValueError(f"{operation} needs a finite p of at least 1, got {p}")
     D = x.shape[1]
     if projections is None:
-        check_integer(operation, "num_projections", num_projections)
+        num_projections = as_integer(operation, "num_projections", num_projections)
         if generator is not None and not isinstance(generator, torch.Generator):
             raise TypeError(f"{operation} needs generator as a torch.Generator or None, got {type(generator).__name__}")
         if num_projections < 1:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dae_kernels.checks import as_number
 from dae_kernels.dispatch import check_floating
 
 
@@ -28,9 +29,11 @@ def per_channel(operation: str, name: str, parameter: Tensor, x: Tensor) -> Tens
     raise ValueError(f"{operation} needs {name} [B, C], or like x {list(x.shape)}, got {list(parameter.shape)}")
 
 
-def check_eps(operation: str, eps: float) -> None:
+def positive_eps(operation: str, got: float) -> float:
+    eps = as_number(operation, "eps", got)
     if not eps > 0:
         raise ValueError(f"{operation} needs a positive eps, got {eps}")
+    return eps
 
 
 def wider(x: Tensor) -> torch.dtype:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dae_kernels.transformer_layers.checks import check_eps, check_operands, per_channel, wider
+from dae_kernels.transformer_layers.checks import check_operands, per_channel, positive_eps, wider
 
 
 def layer_norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:
@@ -30,7 +30,7 @@ def layer_norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e
     """
     operation = "layer_norm_modulate"
     check_operands(operation, x=x, scale=scale, shift=shift)
-    check_eps(operation, eps)
+    eps = positive_eps(operation, eps)
     if x.dim() not in (2, 3) or x.shape[-1] == 0:
         raise ValueError(f"{operation} needs x [B, C] or [B, L, C] with C >= 1, got {list(x.shape)}")
     scale, shift = (per_channel(operation, name, p, x).to(wider(x)) for name, p in (("scale", scale), ("shift", shift)))
@@ -82,7 +82,7 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tens
     Source: Zhang & Sennrich 2019, arXiv 1910.07467.
     """
     check_operands("rms_norm", x=x, **({} if weight is None else {"weight": weight}))
-    check_eps("rms_norm", eps)
+    eps = positive_eps("rms_norm", eps)
     if x.dim() < 1 or x.shape[-1] == 0:
         raise ValueError(f"rms_norm needs x [..., C] with C >= 1, got {list(x.shape)}")
     if weight is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dae_kernels.checks import as_integer, as_number
 from dae_kernels.transformer_layers.checks import check_operands, wider
 
 
@@ -25,8 +26,8 @@ def rotary_table(length: int, head_dim: int, base: float = 10000.0) -> Tensor:
 
     Source: Su et al. 2021, arXiv 2104.09864, section 3.2.2.
     """
-    check_sizes("rotary_table", length=length)
-    check_turns("rotary_table", head_dim, 2, base)
+    length = as_size("rotary_table", "length", length)
+    head_dim, base = as_turns("rotary_table", head_dim, 2, base)
     return table_of(torch.arange(length, dtype=torch.float64)[:, None] * frequencies(head_dim, base))
 
 
@@ -49,8 +50,8 @@ def rotary_table_2d(height: int, width: int, head_dim: int, base: float = 10000.
 
     Source: Heo et al. 2024, arXiv 2403.13298, section 3.1 (axial frequencies).
     """
-    check_sizes("rotary_table_2d", height=height, width=width)
-    check_turns("rotary_table_2d", head_dim, 4, base)
+    height, width = as_size("rotary_table_2d", "height", height), as_size("rotary_table_2d", "width", width)
+    head_dim, base = as_turns("rotary_table_2d", head_dim, 4, base)
     row, column = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in (height, width)), indexing="ij")
     turns = frequencies(head_dim // 2, base)
     return table_of(torch.cat([row.reshape(-1, 1) * turns, column.reshape(-1, 1) * turns], dim=1))
@@ -92,19 +93,17 @@ def table_of(angles: Tensor) -> Tensor:
     return torch.stack([angles.cos(), angles.sin()]).float()
 
 
-def check_sizes(operation: str, **sizes: int) -> None:
-    for name, size in sizes.items():
-        if not isinstance(size, (int, torch.SymInt)) or isinstance(size, bool):
-            raise TypeError(f"{operation} needs {name} to be an int, got {size!r}")
-        if size < 0:
-            raise ValueError(f"{operation} needs {name} to be at least 0, got {size}")
+def as_size(operation: str, name: str, got: int) -> int:
+    size = as_integer(operation, name, got)
+    if size < 0:
+        raise ValueError(f"{operation} needs {name} to be at least 0, got {size}")
+    return size
 
 
-def check_turns(operation: str, head_dim: int, divisor: int, base: float) -> None:
-    check_sizes(operation, head_dim=head_dim)
-    if not isinstance(base, (float, int)) or isinstance(base, bool):
-        raise TypeError(f"{operation} needs base to be a float, got {base!r}")
+def as_turns(operation: str, head_dim: int, divisor: int, base: float) -> tuple[int, float]:
+    head_dim, base = as_size(operation, "head_dim", head_dim), as_number(operation, "base", base)
     if not base > 0:
         raise ValueError(f"{operation} needs a positive base, got {base}")
     if head_dim < divisor or head_dim % divisor:
         raise ValueError(f"{operation} needs a head dimension that {divisor} divides, got {head_dim}")
+    return head_dim, base

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dae_kernels.clouds import check_number, check_tensors, convention
+from dae_kernels.checks import as_number
+from dae_kernels.clouds import check_tensors, convention
 from dae_kernels.dispatch import check_choice
 from dae_kernels.nearest_code import nearest_code
 from dae_kernels.vector_quantize.reference import commitment, rotated, straight_through, unit
@@ -78,7 +79,7 @@ def vector_quantize(
     """
     check_choice("gradient", gradient, ("ste", "rotation"))
     check_tensors("vector_quantize", x=x, codebook=codebook)
-    check_number("vector_quantize", "commitment_weight", commitment_weight)
+    commitment_weight = as_number("vector_quantize", "commitment_weight", commitment_weight)
     if not (math.isfinite(commitment_weight) and commitment_weight >= 0):
         raise ValueError(f"commitment_weight must be finite and not negative, got {commitment_weight}")
     indices, _ = nearest_code(x, codebook, metric=metric, precision=precision, impl=impl)
