@@ -45,18 +45,6 @@ def check_tensors(operation: str, **operands: Tensor) -> None:
             raise TypeError(f"{operation} needs {name} as a torch.Tensor, got {type(operand).__name__}")
 
 
-def check_integer(operation: str, name: str, got: int) -> None:
-    """TypeError unless `got` is an int."""
-    if isinstance(got, bool) or not isinstance(got, (int, torch.SymInt)):
-        raise TypeError(f"{operation} needs {name} as an int, got {type(got).__name__}")
-
-
-def check_number(operation: str, name: str, got: float) -> None:
-    """TypeError unless `got` is an int or a float."""
-    if isinstance(got, bool) or not isinstance(got, (int, float, torch.SymInt, torch.SymFloat)):
-        raise TypeError(f"{operation} needs {name} as a number, got {type(got).__name__}")
-
-
 def check_clouds(operation: str, x: Tensor, y: Tensor) -> None:
     """Two clouds x [N, D] and y [M, D], N, M, D >= 1, floating, of one dtype and on one device.
 
@@ -133,3 +121,9 @@ def middle(points_SD: Tensor) -> Tensor:
     By sorting, as torch.median is refused on a GPU where torch.use_deterministic_algorithms is set.
     """
     return points_SD.sort(dim=0).values[(points_SD.shape[0] - 1) // 2]
+
+
+def power_of_two(size: Tensor) -> Tensor:
+    """2^-e for a float64 size in [2^(e-1), 2^e); 1 for 0."""
+    size = torch.where(size > 0, size, 0.5).clamp_min(torch.finfo(torch.float64).tiny)
+    return size.frexp().mantissa / size

@@ -11,7 +11,7 @@ import numpy as np
 import prdc
 import pytest
 import torch
-from dae_kernels.precision_recall_density_coverage import k_nearest_distances, precision_recall_density_coverage, reference
+from dae_kernels.precision_recall_density_coverage import distances, k_nearest_distances, precision_recall_density_coverage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -129,7 +129,7 @@ def test_far_from_zero_nothing_cancels():
 def test_blocks_do_not_show(monkeypatch, limit):
     real, fake = cloud(33), cloud(29, seed=1) * 1.3
     expected, nearest = measured(real, fake, 3), k_nearest_distances(real, real, 4, exclude_self=True)
-    monkeypatch.setattr(reference, "MAX_DISTANCES", limit)
+    monkeypatch.setattr(distances, "MAX_NUMBERS", limit)
     assert measured(real, fake, 3) == expected
     assert torch.equal(k_nearest_distances(real, real, 4, exclude_self=True), nearest)
 
@@ -138,8 +138,8 @@ def test_memory_is_bounded():
     # 6000^2 distances are 275 MiB in float64; a block is 1.
     script = (
         "import torch; from dae_kernels.precision_recall_density_coverage import *\n"
-        "from dae_kernels.precision_recall_density_coverage import reference\n"
-        "reference.MAX_DISTANCES = 1 << 17\n"
+        "from dae_kernels.precision_recall_density_coverage import distances\n"
+        "distances.MAX_NUMBERS = 1 << 17\n"
         "peak = lambda: int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) // 1024\n"
         "x = torch.randn(6000, 2)\n"
         "precision_recall_density_coverage(x[:500], x[500:1000]); before = peak()\n"

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from dae_kernels.clouds import power_of_two
 from dae_kernels.dispatch import register_op
 
 MAX_CODES = 1 << 18  # coordinates of codes alive at once: 2 MiB in float64
@@ -154,12 +155,6 @@ def unit(x_ND: Tensor) -> Tensor:
     x_ND = x_ND * power_of_two(x_ND.abs().amax(dim=1, keepdim=True))
     norm_N1 = x_ND.norm(dim=1, keepdim=True)
     return x_ND / torch.where(norm_N1 > 0, norm_N1, 1.0)
-
-
-def power_of_two(size: Tensor) -> Tensor:
-    """2^-e for a float64 size in [2^(e-1), 2^e); 1 for 0."""
-    size = torch.where(size > 0, size, 0.5).clamp_min(torch.finfo(torch.float64).tiny)
-    return size.frexp().mantissa / size
 
 
 def float32_products(x: Tensor, codebook: Tensor) -> bool:

@@ -7,14 +7,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dae_kernels.clouds import check_clouds, check_integer, check_tensors, convention
+from dae_kernels.checks import as_flag, as_integer
+from dae_kernels.clouds import check_clouds, check_tensors, convention
 from dae_kernels.dispatch import register_op, values_readable
 from dae_kernels.precision_recall_density_coverage import reference
 
 # Operators, as what they compute depends on values: how many distances are in doubt, of which torch.compile cannot know.
-k_nearest_squared = register_op(
-    "dae_kernels::k_nearest_squared",
-    reference.k_nearest_squared,
+k_nearest = register_op(
+    "dae_kernels::k_nearest",
+    reference.k_nearest,
     lambda x_ND, y_MD, k, exclude_self: x_ND.new_empty(x_ND.shape[0], k),
 )
 shares = register_op("dae_kernels::prdc_shares", reference.shares, lambda real_ND, fake_MD, k: real_ND.new_empty(4))
@@ -44,12 +45,13 @@ def precision_recall_density_coverage(real: Tensor, fake: Tensor, *, k: int = 5)
         density   = mean over fake points of (number of balls of real points it is in) / k
         coverage  = share of real points with a fake point in their ball
 
-    Distances are Euclidean, in float64: from products, and from differences wherever rounding of the products could decide, so
-    coinciding points are at distance 0 and ties are ties. As in the package `prdc` balls are open: a point on the
-    sphere is outside, and of k + 1 coinciding points the balls are empty. Both papers write closed balls, which is the same
-    unless distances are equal.
+    Distances are Euclidean, in float64: from products, and from differences wherever the error bound of the products leaves a
+    doubt. So the result is that of differences alone, in clouds of near-duplicates, far from the origin and at any scale too;
+    such clouds take longer. Coinciding points are at distance 0, and distances that differ by no more than (D + 1) 2^-52 of
+    themselves are equal. As in the package `prdc` balls are open: a point on the sphere is outside, and of k + 1 coinciding
+    points the balls are empty. Both papers write closed balls, which is the same unless distances are equal.
 
-    Compare results only at equal N, M and k. Memory beside the operands (and their float64 copies) is O(N + M + block), with
+    Compare results only at equal N, M and k. Memory beside the operands and their copies in float64 is O(N + M + block), with
     arrays of at most 64 MiB in a block. Nothing is differentiable: all four are counts.
 
     There is no Triton kernel, as this is computed once an evaluation and not at each step of training. One might pay: on one CPU
@@ -75,6 +77,7 @@ def precision_recall_density_coverage(real: Tensor, fake: Tensor, *, k: int = 5)
     check_tensors(operation, real=real, fake=fake)
     check_clouds(operation, real, fake)
     check_finite(operation, real=real, fake=fake)
+    k = as_integer(operation, "k", k)
     for name, cloud in (("real", real), ("fake", fake)):
         check_k(operation, k, cloud.shape[0] - 1, f"{cloud.shape[0]} points in {name}")
     dtype = torch.promote_types(real.dtype, torch.float32)
@@ -89,10 +92,10 @@ def k_nearest_distances(x: Tensor, y: Tensor, k: int, exclude_self: bool = False
 
         out[i] = the k smallest of |x_i - y_j|, ascending, over all j (over j != i with exclude_self)
 
-    Products in float64 choose k + 8 candidates, whose distances are then taken from differences: coinciding points are at
-    distance 0. A candidate is missed only if more than 8 others are as near to rounding of the products, which then differ
-    from it by that rounding. Memory beside the operands (and their float64 copies) is O(N k + M + block), with arrays of at
-    most 64 MiB in a block. Not differentiable.
+    Products in float64 choose k + 8 candidates, whose distances are taken from differences: coinciding points are at distance 0.
+    Where the error bound of the products cannot exclude all other points, products about a point nearby decide, then
+    differences. So every distance is that of differences in float64, to (D + 2) 2^-53 of itself. Memory beside the operands and
+    their copies in float64 is O(N k + M + block), with arrays of at most 64 MiB in a block. Not differentiable.
 
     There is no Triton kernel, for the reason in `precision_recall_density_coverage`; on one CPU core at 2000 points a cloud,
     D = 64, k = 5, torch's products and `topk` are 45 % of the time. On a GPU it is not measured.
@@ -110,17 +113,18 @@ def k_nearest_distances(x: Tensor, y: Tensor, k: int, exclude_self: bool = False
         TypeError: clouds that are not floating point tensors or of two dtypes, or k is not an int.
         ValueError: k out of range, NaN or infinity, exclude_self with N != M, or shapes or devices disagree.
     """
-    check_clouds("k_nearest_distances", x, y)
-    check_finite("k_nearest_distances", x=x, y=y)
+    operation = "k_nearest_distances"
+    check_clouds(operation, x, y)
+    check_finite(operation, x=x, y=y)
+    k, exclude_self = as_integer(operation, "k", k), as_flag(operation, "exclude_self", exclude_self)
     if exclude_self and x.shape != y.shape:
         raise ValueError(f"exclude_self needs x and y to be the same points, got x {list(x.shape)}, y {list(y.shape)}")
-    check_k("k_nearest_distances", k, y.shape[0] - exclude_self, f"{y.shape[0]} points in y, exclude_self={exclude_self}")
-    distance_Nk = k_nearest_squared(x.detach().double(), y.detach().double(), k, exclude_self).sqrt()
+    check_k(operation, k, y.shape[0] - exclude_self, f"{y.shape[0]} points in y, exclude_self={exclude_self}")
+    distance_Nk = k_nearest(x.detach().double(), y.detach().double(), k, exclude_self)
     return distance_Nk.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def check_k(operation: str, k: int, available: int, got: str) -> None:
-    check_integer(operation, "k", k)
     if not 1 <= k <= available:
         raise ValueError(f"{operation} needs k from 1 to {available}, the number of neighbours, got k={k} with {got}")
 

@@ -1,72 +1,114 @@
 """Neighbour distances and membership of balls, a bounded number of distances at a time.
 
-Products find the distances fast, differences decide where rounding could: |x|^2 + |y|^2 - 2 x . y in float64 settles which
-points may be nearest and which are clearly inside or outside a ball; only those left are measured by |x - y|^2.
+Products find them fast and settle what their error bound lets them; differences decide the rest. Where many points are too near
+each other for the products, those of a frame about these points decide first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 from torch import Tensor
 
-from dae_kernels.clouds import middle, normalised, sampled
+from dae_kernels.precision_recall_density_coverage.distances import (
+    EPS,
+    Frame,
+    blocks,
+    comparable,
+    distances,
+    regions,
+    rows_of,
+)
 
-MAX_DISTANCES = 1 << 23  # numbers alive at once in an array: 64 MiB in float64
 SPARE = 8  # candidates beyond the k nearest, whose order the products may have confused
-EPS = torch.finfo(torch.float64).eps
 
 
-def squared_distance_blocks(x_ND: Tensor, y_MD: Tensor, rows: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """(rows of x, their squared distances [n, M] by products, bound [n, M] of the error) of successive blocks."""
-    # Distances do not change, but their error does: it grows with the distance from the origin.
-    centre_D = middle(sampled(y_MD, normalised(None, y_MD, torch.float64)))
-    x_ND, y_MD = x_ND - centre_D, y_MD - centre_D
-    xx_N, yy_M = x_ND.square().sum(dim=1), y_MD.square().sum(dim=1)
-    for start in range(0, x_ND.shape[0], rows):
-        block = slice(start, min(start + rows, x_ND.shape[0]))
-        size_nM = xx_N[block, None] + yy_M
-        yield block, torch.addmm(size_nM, x_ND[block], y_MD.T, alpha=-2.0), 8 * (x_ND.shape[1] + 1) * EPS * size_nM
+def k_nearest(x_ND: Tensor, y_MD: Tensor, k: int, exclude_self: bool) -> Tensor:
+    """[N, k] distances, ascending."""
+    x_ND, y_MD, scale = comparable(x_ND, y_MD)
+    own_N = torch.arange(len(x_ND), device=x_ND.device) if exclude_self else None
+    return nearest(x_ND, y_MD, k, own_N) / scale
 
 
-def k_nearest_squared(x_ND: Tensor, y_MD: Tensor, k: int, exclude_self: bool) -> Tensor:
-    """[N, k], ascending, from differences."""
-    M, D = y_MD.shape
-    candidates = min(k + SPARE, M - exclude_self)
-    nearest = []
-    for block, square_nM, _ in squared_distance_blocks(x_ND, y_MD, max(1, MAX_DISTANCES // max(M, candidates * D))):
-        if exclude_self:  # by index: a duplicate at distance 0 is a neighbour like any other
-            square_nM.diagonal(block.start).fill_(float("inf"))
-        index_nC = square_nM.topk(candidates, dim=1, largest=False).indices
-        square_nC = (x_ND[block, None] - y_MD[index_nC]).square().sum(dim=2)
-        nearest.append(square_nC.sort(dim=1).values[:, :k])
-    return torch.cat(nearest)
+def nearest(x_ND: Tensor, y_MD: Tensor, k: int, own_N: Tensor | None) -> Tensor:
+    """[N, k] distances, ascending; own_N is the row of y that is left out for each row of x."""
+    (N, D), M = x_ND.shape, len(y_MD)
+    frame = Frame(x_ND, y_MD)
+    available = M - (own_N is not None)
+    candidates = min(k + SPARE, available)
+    nearest_Nk, unsure_N = x_ND.new_empty(N, k), torch.zeros(N, dtype=torch.bool, device=x_ND.device)
+    for block in blocks(N, max(M, candidates * D)):
+        # The least that a square can be, in view of the products' error.
+        least_nM = frame.partial_squares(block, frame.relative)
+        if own_N is not None:  # by index: a duplicate at distance 0 is a neighbour like any other
+            least_nM.scatter_(1, own_N[block, None], float("inf"))
+        least_nC, index_nC = least_nM.topk(candidates, dim=1, largest=False)
+        distance_nC = distances(x_ND[block, None], y_MD[index_nC])[:, 0]
+        nearest_Nk[block] = distance_nC.sort(dim=1).values[:, :k]
+        if candidates < available:
+            farthest_n = nearest_Nk[block, -1]
+            others_n = least_nC[:, -1] + frame.aa_N[block] * (1 - frame.relative) - frame.underflow
+            unsure_N[block] = ~(others_n >= frame.squares(farthest_n)) & (farthest_n != 0)
+    rows_U = unsure_N.nonzero()[:, 0]
+    for rows, columns in regions(frame, x_ND, y_MD, rows_U, nearest_Nk[rows_U, -1]):
+        own = None if own_N is None else own_N[rows]
+        if columns is None:
+            distance_nM = distances(x_ND[rows], y_MD)
+            if own is not None:
+                distance_nM.scatter_(1, own[:, None], float("inf"))
+            nearest_Nk[rows] = distance_nM.topk(k, dim=1, largest=False).values
+        else:
+            own = None if own is None else torch.searchsorted(columns, own)
+            nearest_Nk[rows] = nearest(x_ND[rows], y_MD[columns], k, own)
+    return nearest_Nk
 
 
 def shares(real_ND: Tensor, fake_MD: Tensor, k: int) -> Tensor:
-    """float64 [4]: precision, recall, density and coverage; one pass over the distances between the clouds."""
-    N, M = real_ND.shape[0], fake_MD.shape[0]
-    real_radius_N1 = k_nearest_squared(real_ND, real_ND, k, True)[:, -1:]
-    fake_radius_1M = k_nearest_squared(fake_MD, fake_MD, k, True)[:, -1:].T
-    balls_M = torch.zeros(M, dtype=torch.int64, device=real_ND.device)  # balls of real points around each fake point
-    recalled = covered = torch.zeros((), dtype=torch.int64, device=real_ND.device)
-    for block, square_nM, error_nM in squared_distance_blocks(real_ND, fake_MD, max(1, MAX_DISTANCES // M)):
-        in_real_nM = inside(square_nM, error_nM, real_radius_N1[block], real_ND[block], fake_MD)
-        balls_M += in_real_nM.sum(dim=0)
-        covered = covered + in_real_nM.any(dim=1).sum()
-        recalled = recalled + inside(square_nM, error_nM, fake_radius_1M, real_ND[block], fake_MD).any(dim=1).sum()
-    counts = torch.stack([(balls_M > 0).sum(), recalled, balls_M.sum(), covered])
+    """float64 [4]: precision, recall, density and coverage."""
+    real_ND, fake_MD, _ = comparable(real_ND, fake_MD)
+    N, M = len(real_ND), len(fake_MD)
+    radius_N, radius_M = (nearest(x, x, k, torch.arange(len(x), device=x.device))[:, -1] for x in (real_ND, fake_MD))
+    balls_M, covered_N = balls(real_ND, radius_N, fake_MD)
+    recalled_N, _ = balls(fake_MD, radius_M, real_ND)
+    counts = torch.stack([(balls_M > 0).sum(), (recalled_N > 0).sum(), balls_M.sum(), covered_N.sum()])
     return counts.double() / counts.new_tensor([M, N, k * M, N])
 
 
-def inside(square_nM: Tensor, error_nM: Tensor, radius: Tensor, x_nD: Tensor, y_MD: Tensor) -> Tensor:
-    """[n, M] bool: whether a distance is less than the radius, both squared; equal to rounding counts as equal."""
-    D = y_MD.shape[1]
-    radius_nM = radius.expand(square_nM.shape)
-    inside_nM = square_nM < radius_nM
-    doubtful = ((square_nM - radius_nM).abs() <= error_nM).nonzero()
-    for row, column in (pairs.unbind(dim=1) for pairs in doubtful.split(max(1, MAX_DISTANCES // D))):
-        square = (x_nD[row] - y_MD[column]).square().sum(dim=1)
-        inside_nM[row, column] = square < radius_nM[row, column] * (1 - 2 * (D + 1) * EPS)
-    return inside_nM
+def balls(x_ND: Tensor, radius_N: Tensor, y_MD: Tensor) -> tuple[Tensor, Tensor]:
+    """In how many of the open balls about x each point of y is, int64 [M], and whether a ball holds any, bool [N].
+
+    A distance that is equal to the radius up to rounding counts as equal: the point is outside.
+    """
+    (N, D), M = x_ND.shape, len(y_MD)
+    frame = Frame(x_ND, y_MD)
+    error = 8 * frame.relative  # no less than what counts as equal
+    within_N = radius_N * (1 - (D + 1) * EPS)
+    count_M = torch.zeros(M, dtype=torch.int64, device=x_ND.device)
+    filled_N, unsure_N = torch.zeros(2, N, dtype=torch.bool, device=x_ND.device)
+    for block in blocks(N, M):
+        # A square less the row's |a|^2, at least and then at most, against the radius with the row's part of the error.
+        square_nM, square_n1 = frame.partial_squares(block, error), frame.squares(radius_N[block, None])
+        aa_n1 = frame.aa_N[block, None]
+        doubtful_nM = square_nM <= square_n1 - aa_n1 * (1 - error) + frame.underflow
+        square_nM += frame.bb_M * (2 * error)
+        inside_nM = square_nM < square_n1 - aa_n1 * (1 + error) - frame.underflow
+        doubtful_nM &= ~inside_nM
+        doubtful_nM &= radius_N[block, None] > 0  # nothing is in an empty ball
+        unsure_n = doubtful_nM.sum(dim=1) > M // 16
+        unsure_N[block] = unsure_n
+        doubtful_nM[unsure_n] = inside_nM[unsure_n] = False
+        for pairs in doubtful_nM.nonzero().split(rows_of(8 * D)):
+            row, column = pairs.unbind(dim=1)
+            distance_P11 = distances(x_ND[block][row, None], y_MD[column, None])
+            inside_nM[row, column] = distance_P11[:, 0, 0] < within_N[block][row]
+        count_M += inside_nM.sum(dim=0)
+        filled_N[block] = inside_nM.any(dim=1)
+    rows_U = unsure_N.nonzero()[:, 0]
+    for rows, columns in regions(frame, x_ND, y_MD, rows_U, radius_N[rows_U]):
+        if columns is None:
+            inside_nM = distances(x_ND[rows], y_MD) < within_N[rows, None]
+            count_M += inside_nM.sum(dim=0)
+            filled_N[rows] = inside_nM.any(dim=1)
+        else:
+            count_S, filled_N[rows] = balls(x_ND[rows], radius_N[rows], y_MD[columns])
+            count_M[columns] += count_S
+    return count_M, filled_N
