@@ -66,12 +66,12 @@ def _read_yaml(path: Path) -> Any:
         texts = yaml_texts(path.read_text(encoding="utf-8"))
     except Exception as error:  # PyYAML's family of errors has no common public base with OmegaConf's
         raise ValueError(f"{path} is not valid YAML: {error}") from error
-    for key in _text_knobs():
+    for key, type_ in _text_knobs().items():
         value = texts
         for part in key.split("."):
             value = value.get(part) if isinstance(value, dict) else None
         if isinstance(value, str) or (isinstance(value, list) and all(isinstance(each, str) for each in value)):
-            OmegaConf.update(layer, key, value)
+            OmegaConf.update(layer, key, [value] if type_ == "List[str]" and isinstance(value, str) else value)
     return layer
 
 

@@ -31,8 +31,13 @@ class DataConfig:
     dataset_name: str = knob(
         "digits",
         "`digits`, `photos`, a Hugging Face id, a folder saved by `save_to_disk`, a folder of images, or a file, folder "
-        "or glob of .parquet or WebDataset .tar files",
+        "or glob of images, .parquet or WebDataset .tar files",
         path=True,
+    )
+    train_files: List[str] = knob([], "paths or globs of files or folders to train on, instead of dataset_name", path=True)
+    validation_files: List[str] = knob([], "paths or globs of held-out files or folders, instead of a split", path=True)
+    label_level: int = knob(
+        1, "image folders: the level of folders below the split that are the classes; 0 reads no classes", least=0
     )
     dataset_config_name: Optional[str] = knob(None, "configuration of a Hugging Face data set")
     train_split: str = knob("train", "split to train on")
@@ -53,8 +58,10 @@ class DataConfig:
         None, "use only this many training rows, chosen by the seed (of a stream by a digest)", least=1
     )
     image_column: str = knob("auto", "column with the images; `auto` takes the only image column")
-    label_column: str = knob("auto", "column with integer labels; `auto` looks for `label`, `labels`, `cls`; `none` ignores them")
-    num_classes: Optional[int] = knob(None, "number of classes; null takes it from the data set's features", least=1)
+    label_column: str = knob(
+        "auto", "column with labels; `auto` looks for `label`, `labels`, `cls` and the same in JSON; `none` ignores them"
+    )
+    num_classes: Optional[int] = knob(None, "number of classes; null counts those that occur in training", least=1)
     resolution: int = knob(8, "images are resized to resolution x resolution pixels", least=1)
     channels: int = knob(1, "1 for grey, 3 for RGB", choices=(1, 3))
     center_crop: bool = knob(True, "ADM centre crop (resize the short side, crop the middle); false squeezes to a square")

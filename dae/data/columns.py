@@ -7,19 +7,26 @@ from typing import Any
 
 import numpy as np
 
-LABEL_NAMES = ("label", "labels", "cls")
+from dae.data.files import few
+
+LABEL_NAMES = ("label", "labels", "cls", *(f"json.{name}" for name in ("label", "labels", "cls", "class")))
 
 
 @dataclass
 class Labels:
-    """From the value in the label column to a class number; `column` is None for unlabelled data."""
+    """From the value in the label column to a class number; `column` is None for unlabelled data.
+
+    Attributes:
+        class_names: in the order of the numbers.
+        values: what stands in the column for each class; None where these are the numbers themselves.
+    """
 
     column: str | None = None
     class_names: list[str] = field(default_factory=lambda: ["image"])
-    from_string: bool = False
+    values: list | None = None
 
     def __post_init__(self) -> None:
-        self._numbers = {name: i for i, name in enumerate(self.class_names)} if self.from_string else None
+        self._numbers = None if self.values is None else {value: i for i, value in enumerate(self.values)}
 
     @property
     def num_classes(self) -> int:
@@ -31,32 +38,53 @@ class Labels:
             raise ValueError(f"the label in column {self.column!r} is missing")
         if self._numbers is not None:
             if value not in self._numbers:
-                raise ValueError(f"label {value!r} is none of the {self.num_classes} classes")
+                classes = f"{self.num_classes} classes to train on: {few(self.class_names)}"
+                raise ValueError(
+                    f"label {value!r} is none of the {classes} (num_classes= takes more, label_column=none ignores them)"
+                )
             return self._numbers[value]
         if not 0 <= int(value) < self.num_classes:
             raise ValueError(f"label {int(value)} is out of range: expected 0 to {self.num_classes - 1}")
         return int(value)
 
+    def first_bad(self, values: np.ndarray) -> int | None:
+        """The first row whose value is no class, or None."""
+        if self._numbers is None:
+            bad = (values < 0) | (values >= self.num_classes)
+        else:
+            bad = np.asarray([value not in self._numbers for value in values.tolist()], bool)
+        return int(bad.argmax()) if bad.any() else None
 
-def find_image_column(features: Any, wanted: str) -> str:
-    """The column with the images: `wanted`, or for `auto` the only one of type Image, else of encoded bytes, else of arrays."""
+    def numbers(self, values: np.ndarray) -> np.ndarray:
+        """The class of each value; all of them must be known."""
+        if self._numbers is None:
+            return values.astype(np.int64)
+        return np.asarray([self._numbers[value] for value in values.tolist()], np.int64)
+
+
+def image_columns(features: Any) -> list[str]:
+    """The columns that hold images: those of type Image, else those of encoded bytes, else those of arrays."""
     from datasets import Array2D, Array3D, Image
 
-    if wanted != "auto":
-        require_column(features, wanted, "image_column")
-        return wanted
     kinds = (
         lambda feature: isinstance(feature, Image),
         lambda feature: "bytes" in feature if isinstance(feature, dict) else getattr(feature, "dtype", "").endswith("binary"),
         lambda feature: isinstance(feature, (Array2D, Array3D)),
     )
-    for is_kind in kinds:
-        found = [name for name, feature in features.items() if is_kind(feature)]
-        if len(found) > 1:
-            raise ValueError(f"several columns hold images: {found}; choose one with image_column")
-        if found:
-            return found[0]
-    raise ValueError(f"no column of type Image; the columns are {describe_columns(features)}; name one with image_column")
+    return next(filter(None, ([name for name, feature in features.items() if is_kind(feature)] for is_kind in kinds)), [])
+
+
+def find_image_column(features: Any, wanted: str) -> str:
+    """The column with the images: `wanted`, or for `auto` the only one of `image_columns`."""
+    if wanted != "auto":
+        require_column(features, wanted, "image_column")
+        return wanted
+    found = image_columns(features)
+    if len(found) > 1:
+        raise ValueError(f"several columns hold images: {found}; choose one with image_column")
+    if not found:
+        raise ValueError(f"no column of type Image; the columns are {describe_columns(features)}; name one with image_column")
+    return found[0]
 
 
 def find_label_column(features: Any, wanted: str) -> str | None:
@@ -87,50 +115,99 @@ def _kind(feature: Any) -> str:
     return getattr(feature, "dtype", None) if type(feature).__name__ == "Value" else type(feature).__name__
 
 
-def resolve_labels(column: str | None, features: Any, num_classes: int | None, splits: dict[str, Any] | None) -> Labels:
-    """Names and number of the classes, from the features or, for map-style data, from the rows.
+def resolve_labels(
+    column: str | None,
+    features: Any,
+    num_classes: int | None,
+    found: np.ndarray | None,
+    held_out: np.ndarray | None = None,
+) -> Labels:
+    """The classes: the labels that occur in the rows to train on, in the order of their numbers or names.
+
+    `num_classes` also takes all names of a ClassLabel, the integers from 0 to num_classes - 1, or the labels of the held-out
+    rows too, whichever are so many. Of a stream that has to be read for its labels the classes are those of the ClassLabel,
+    or `num_classes` integers.
 
     Args:
         column: the label column, or None.
-        features: features of the data set.
+        features: features of the rows to train on.
         num_classes: what the configuration says, or None.
-        splits: the map-style splits whose labels count, by the name that messages give them; None for a stream.
+        found: all labels of the rows to train on; None for a stream.
+        held_out: all labels of the held-out split, if there is one and they are known.
 
     Raises:
         TypeError: the column holds neither classes, integers nor strings.
-        ValueError: the numbers of classes contradict each other, or a stream leaves it open.
+        ValueError: there are other than `num_classes` classes, a class for each row, or a stream leaves them open.
     """
     if num_classes is not None and num_classes < 1:
         raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
     if column is None:
         return Labels()
-    feature = features[column]
-    dtype = str(getattr(feature, "dtype", ""))
+    feature, dtype = features[column], str(getattr(features[column], "dtype", ""))
     if type(feature).__name__ == "ClassLabel":
         names = list(feature.names or map(str, range(feature.num_classes or 0)))
-    elif type(feature).__name__ == "Value" and (dtype.startswith(("int", "uint")) or dtype == "bool"):
-        if num_classes is None:
-            if splits is None:
-                raise ValueError(f"the classes of the integer column {column!r} cannot be counted in a stream: set num_classes")
-            num_classes = 1 + max(int(label_values(rows, column, origin).max(initial=0)) for origin, rows in splits.items())
-        names = [str(i) for i in range(max(num_classes, 1))]
-    elif type(feature).__name__ == "Value" and dtype in ("string", "large_string"):
-        if splits is None:
-            raise ValueError(f"the classes of the string column {column!r} cannot be collected from a stream: use integer labels")
-        names = sorted({str(value) for origin, rows in splits.items() for value in label_values(rows, column, origin)})
+        occurring = all_of_them = list(range(len(names)))
+        if found is not None and num_classes != len(names):
+            occurring = sorted(set(found.tolist()) & set(all_of_them)) or all_of_them
+    elif type(feature).__name__ == "Value" and dtype.startswith(("int", "uint", "bool", "string", "large_string")):
+        names = None
+        occurring = _occurring(column, "string" in dtype, num_classes, found, held_out)
     else:
         raise TypeError(
             f"label_column {column!r} is of type {_kind(feature)}; expected ClassLabel, integers or strings, "
             "or label_column=none to ignore labels"
         )
-    if num_classes is not None and num_classes != len(names):
-        raise ValueError(f"num_classes={num_classes}, but the column {column!r} has {len(names)} classes")
-    return Labels(column, names, from_string=dtype in ("string", "large_string"))
+    if num_classes is not None and num_classes != len(occurring):
+        counts = f"{len(occurring)} classes" if names is None else f"{len(names)} classes, {len(occurring)} of which occur"
+        raise ValueError(f"num_classes={num_classes}, but the column {column!r} has {counts}")
+    class_names = [str(value) if names is None else names[value] for value in occurring]
+    return Labels(column, class_names, None if occurring == list(range(len(occurring))) else occurring)
 
 
-def label_values(rows: Any, column: str, origin: str) -> np.ndarray:
-    """All labels of a map-style split. Raises ValueError naming `origin` and the first row without one."""
-    values = rows.select_columns([column]).with_format("arrow")[:].column(column)
+def _occurring(
+    column: str, is_text: bool, num_classes: int | None, found: np.ndarray | None, held_out: np.ndarray | None
+) -> list[str] | list[int]:
+    """The classes of a column of integers or texts; see `resolve_labels`."""
+    if found is None and num_classes is None:
+        raise ValueError(f"the classes of {column!r} cannot be counted in a stream: set num_classes or streaming=false")
+    occurring = [] if found is None else _in_order(found)
+    if num_classes is None and len(occurring) == len(found) > 1:
+        raise ValueError(
+            f"the column {column!r} has another value in each of its {len(found):,} rows: no classes to learn. Choose another "
+            f"label_column, `none` to ignore labels, or accept them with num_classes={len(occurring)}"
+        )
+    if num_classes is None or num_classes == len(occurring):
+        return occurring
+    together = _in_order(np.concatenate([found, held_out])) if held_out is not None and found is not None else occurring
+    if num_classes == len(together) or (together and _as_integers(together) is None):
+        return together
+    return [str(i) if is_text else i for i in range(num_classes)]
+
+
+def _in_order(values: np.ndarray) -> list:
+    """The different labels: by their numbers, if all of them say different integers, else in the order of the alphabet."""
+    different = sorted(set(values.tolist()))
+    numbers = _as_integers(different)
+    return different if numbers is None else [value for _, value in sorted(zip(numbers, different, strict=True))]
+
+
+def _as_integers(values: list) -> list[int] | None:
+    """Labels as numbers, if all of them are: integers, or texts that say different integers."""
+    try:
+        numbers = [int(value) for value in values]
+    except ValueError:
+        return None
+    return numbers if len(set(numbers)) == len(numbers) else None
+
+
+def label_values(values: Any, column: str, origin: str) -> np.ndarray:
+    """Labels of a split as an array. Raises ValueError naming `origin` and the first row without one.
+
+    Args:
+        values: the Arrow column, or the rows of a table.
+    """
+    if hasattr(values, "select_columns"):
+        values = values.select_columns([column]).with_format("arrow")[:].column(column)
     if values.null_count:
         missing = np.asarray(values.is_null())
         raise ValueError(f"{origin}, row {int(missing.argmax())}: the label in column {column!r} is missing")

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, features
 from torch import Tensor
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+_AVIF = ("AVIF",) if "avif" in features.get_supported_modules() else ()  # since Pillow 11.3
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", *_AVIF)
 MAX_PIXELS = 100_000_000
 _ORIENTATION_TAG = 0x0112
 _TURNS = {
@@ -64,7 +65,7 @@ def read_bytes(source: Any, folder: Path | None = None) -> bytes:
     path = source.get("path") if isinstance(source, dict) else source
     if not isinstance(path, str):
         raise ValueError("the row holds no image" if path is None else f"no image: got {type(source).__name__}")
-    if "://" in path or "::" in path:
+    if not Path(path).is_absolute() and ("://" in path or "::" in path):
         from datasets.utils.file_utils import xopen
 
         with xopen(path, "rb") as file:

@@ -12,7 +12,7 @@ from dae.config import DataConfig
 from dae.data import columns
 from dae.data.partition import choose_validation, split_stream, split_table
 from dae.data.rows import ImageDataset, ImageStream, RowDecoder
-from dae.data.sources import read_splits
+from dae.data.sources import Split, read_splits, source_name
 
 
 @dataclass
@@ -74,21 +74,21 @@ def load_data(config: DataConfig, seed: int) -> ImageData:
             raise ValueError(f"data.{key}: expected {'1 or 3' if key == 'channels' else 'at least 1'}, got {value}")
     if config.max_train_samples is not None and config.max_train_samples < 1:
         raise ValueError(f"data.max_train_samples: expected at least 1 or null, got {config.max_train_samples}")
-    splits, folder = read_splits(config)
-    names = {"train": config.train_split, "validation": choose_validation(splits, config)}
-    wanted = {part: splits[name] for part, name in names.items() if name is not None}
+    source = read_splits(config)
+    names = {"train": config.train_split, "validation": choose_validation(source.splits, config)}
+    splits = {part: source.splits[name] for part, name in names.items() if name is not None}
+    wanted = {part: split.rows for part, split in splits.items()}
     features = wanted["train"].features
     if features is None:
-        raise ValueError(f"{config.dataset_name}: the columns of this stream are not known; use streaming=false")
+        raise ValueError(f"{source_name(config)}: the columns of this stream are not known; use streaming=false")
     used = {
         "image": columns.find_image_column(features, config.image_column),
         "label": columns.find_label_column(features, config.label_column),
     }
-    _require_same_labels(wanted, used["label"], config.dataset_name)
-    origins = {part: f"{config.dataset_name}, split {name or config.train_split!r}" for part, name in names.items()}
+    _require_same_labels(wanted, used["label"], source_name(config))
+    origins = {part: f"{source_name(config)}, split {name or config.train_split!r}" for part, name in names.items()}
     wanted = {part: _encoded(rows, used, origins[part]) for part, rows in wanted.items()}
-    counted = None if config.streaming else {origins[part]: rows for part, rows in wanted.items()}
-    labels = columns.resolve_labels(used["label"], features, config.num_classes, counted)
+    labels = _resolve_labels(splits, used["label"], origins, config)
     decoders = {
         part: RowDecoder(
             origin=origin,
@@ -97,7 +97,7 @@ def load_data(config: DataConfig, seed: int) -> ImageData:
             resolution=config.resolution,
             channels=config.channels,
             center_crop=config.center_crop,
-            folder=folder,
+            folder=splits.get(part, splits["train"]).folder,
         )
         for part, origin in origins.items()
     }
@@ -113,9 +113,28 @@ def load_data(config: DataConfig, seed: int) -> ImageData:
         class_names=labels.class_names,
         labelled=labels.column is not None,
         fingerprint=fingerprint,
-        name=config.dataset_name,
+        name=source_name(config),
         columns=used,
     )
+
+
+def _resolve_labels(splits: dict[str, Split], column: str | None, origins: dict[str, str], config: DataConfig) -> columns.Labels:
+    """The classes of the training split; every label that can be read without the images is one of them."""
+    found = {
+        part: columns.label_values(split.column(column), column, origins[part])
+        for part, split in splits.items()
+        if column is not None and split.column is not None
+    }
+    labels = columns.resolve_labels(
+        column, splits["train"].rows.features, config.num_classes, found.get("train"), found.get("validation")
+    )
+    for part, values in found.items():
+        if (bad := labels.first_bad(values)) is not None:
+            try:
+                labels.number(values.tolist()[bad])
+            except ValueError as error:
+                raise ValueError(f"{origins[part]}, row {bad}: {error}") from error
+    return labels
 
 
 def _require_same_labels(parts: dict[str, Any], column: str | None, name: str) -> None:

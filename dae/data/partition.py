@@ -70,7 +70,6 @@ def split_table(
     for part, rows in parts.items():
         if len(rows) == 0:
             raise ValueError(f"{decoders[part].origin} is empty")
-        _verify_labels(rows, decoders[part])
         bad += _verify(_first_rows(rows, len(rows) if config.verify_rows < 0 else config.verify_rows), decoders[part], config)
         contents.append(_table_digest(rows, decoders[part], survey))
     indices = {part: np.arange(len(rows)) for part, rows in parts.items()}
@@ -96,19 +95,6 @@ def _held_out(survey: Survey, config: DataConfig, decoder: RowDecoder) -> np.nda
     if copies := int(np.isin(survey.digests_N, survey.digests_N[rows]).sum()) - len(rows):
         log.info("%s: %d copies of held-out images are left out of training", decoder.origin, copies)
     return rows
-
-
-def _verify_labels(rows: Dataset, decoder: RowDecoder) -> None:
-    labels = decoder.labels
-    if labels.column is None or labels.from_string:
-        return
-    values = label_values(rows, labels.column, decoder.origin)
-    bad = np.flatnonzero((values < 0) | (values >= labels.num_classes))
-    if bad.size:
-        try:
-            labels.number(values[bad[0]])
-        except ValueError as error:
-            raise ValueError(f"{decoder.origin}, row {bad[0]}: {error}") from error
 
 
 def _first_rows(rows: Dataset, limit: int) -> Iterator[tuple[int, dict]]:

@@ -1,99 +1,258 @@
-"""Where images come from: `dataset_name` to a mapping of splits, images still encoded."""
+"""Where images come from: the names in a configuration to the rows of each split, images still encoded."""
 
 from __future__ import annotations
 
 import contextlib
 import glob
+import logging
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Union
 
+import numpy as np
+
 from dae.config import DataConfig
-from dae.data import builtin
+from dae.data import builtin, webdataset
+from dae.data.files import LeftOut, few, nearest, nearest_name
+from dae.data.listing import FORMS, Listing, list_files
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset, IterableDataset
 
     Rows = Union[Dataset, IterableDataset]
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+log = logging.getLogger(__name__)
+
 STREAM_SHARDS = 8  # into how many parts a local table is cut when streamed, so that workers and processes can share it
 HUB_TIMEOUT_S = 5.0
-FORMS = (
-    f"{' or '.join(repr(name) for name in builtin.NAMES)} (built in), a folder saved by `save_to_disk`, a folder of images, a "
-    "file, folder or glob of .parquet or WebDataset .tar files, or a Hugging Face id such as 'user/name'"
-)
 
 
-def read_splits(config: DataConfig) -> tuple[dict[str, Rows], Path | None]:
-    """All splits of the data set that `config` names, and the folder at which relative image paths start.
+@dataclass
+class Split:
+    """The rows of a split, with what is known of it without reading images.
+
+    Attributes:
+        rows: as a table or, with `streaming`, as a stream.
+        folder: where relative paths of images start.
+        column: `column(name)` gives all values of a column; None for a stream that would have to be read for them.
+        size: number of rows, where it is known.
+        files: the files that it is read from, where they were listed.
+    """
+
+    rows: Rows
+    folder: Path | None = None
+    column: Callable[[str], pa.ChunkedArray] | None = None
+    size: int | None = None
+    files: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Source:
+    """A data set found: its splits, how its files were read where there was a choice, and what was left out."""
+
+    splits: dict[str, Split]
+    notes: list[str] = field(default_factory=list)
+    left_out: LeftOut = field(default_factory=LeftOut)
+
+
+def read_splits(config: DataConfig) -> Source:
+    """All splits of the data set that `config` names.
+
+    `data.train_files` takes the place of `data.dataset_name`; `data.validation_files` becomes the split `validation`.
 
     Raises:
         FileNotFoundError: nothing of this name, neither here nor on the Hugging Face hub.
-        ValueError: it is there but has none of the accepted forms.
+        ValueError: it is there but has none of the accepted forms, or can be read in more than one way.
     """
+    if config.train_files:
+        source = _from_listing(list_files(_texts(config.train_files), config, "data.train_files", "train"), config)
+    else:
+        source = _read_named(config)
+    if config.validation_files:
+        if config.validation_split is not None:
+            raise ValueError(f"data.validation_files and data.validation_split={config.validation_split!r}: expected one of them")
+        trained_on = source.splits.get(config.train_split)
+        labelled = None if trained_on is None else "label" in (trained_on.rows.features or {})
+        listing = list_files(_texts(config.validation_files), config, "data.validation_files", "validation", labelled)
+        held_out = _from_listing(listing, config)
+        _refuse_common_files(trained_on, held_out.splits["validation"])
+        source.splits |= held_out.splits
+        source.notes += [f"validation: {note}" for note in held_out.notes]
+        for reason, count in held_out.left_out.counts.items():
+            source.left_out.add(reason, *[held_out.left_out.examples[reason]] * count)
+    return source
+
+
+def source_name(config: DataConfig) -> str:
+    """What messages and records call the data set: the names that the user gave."""
+    return ", ".join(_texts(config.train_files)) or config.dataset_name
+
+
+def _texts(names: str | list[str]) -> list[str]:
+    return [names] if isinstance(names, str) else list(names)
+
+
+def _refuse_common_files(trained_on: Split | None, held_out: Split) -> None:
+    known = {os.path.realpath(file) for file in (trained_on.files if trained_on else ())}
+    if common := [file for file in held_out.files if os.path.realpath(file) in known]:
+        raise ValueError(f"data.validation_files: {len(common):,} of these files are trained on: {few(common)}")
+
+
+def _read_named(config: DataConfig) -> Source:
     name = config.dataset_name
     if name in builtin.NAMES:
         splits = builtin.load_digits() if name == "digits" else builtin.load_photos(config.resolution)
-        return _as_streams(splits, config), None
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return _read_folder(path, config), path
-    files = sorted(glob.glob(str(path), recursive=True))
-    if files:
-        return _read_files([Path(f) for f in files], config), path.parent
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) or path.suffix in {".parquet", ".tar"}:
-        raise FileNotFoundError(f"no file or folder matches dataset_name={name!r}; expected {FORMS}")
-    return _read_hub(config), None
+        return Source({split: _from_table(rows, config) for split, rows in splits.items()})
+    path = Path(os.path.expanduser(name))
+    if name and (path.exists() or glob.has_magic(name)):
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            return _read_saved(path, config)
+        return _from_listing(list_files([name], config, "data.dataset_name"), config)
+    if not _may_be_on_the_hub(name):
+        raise FileNotFoundError(f"no file or folder matches data.dataset_name={name!r}: {nearest(path)} Expected {FORMS}")
+    return _read_hub(config)
 
 
-def _as_streams(splits: dict[str, Dataset], config: DataConfig) -> dict[str, Rows]:
-    if not config.streaming:
-        return splits
-    return {name: rows.to_iterable_dataset(num_shards=max(1, min(STREAM_SHARDS, len(rows)))) for name, rows in splits.items()}
+def _may_be_on_the_hub(name: str) -> bool:
+    """Whether a name that is no file or folder has the form of an id of the hub and begins with no folder that is here."""
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) or Path(name).suffix.lower() in {".parquet", ".tar"}:
+        return False
+    return "/" not in name or not Path(name.partition("/")[0]).exists()
 
 
-def _read_folder(path: Path, config: DataConfig) -> dict[str, Rows]:
-    from datasets import load_dataset, load_from_disk
-
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-        with _local(config.dataset_name):
-            saved = load_from_disk(str(path))
-        return _as_streams(dict(saved) if isinstance(saved, dict) else {"train": saved}, config)
-    suffixes = {file.suffix.lower() for file in path.rglob("*") if file.is_file()}
-    builder = "parquet" if ".parquet" in suffixes else "webdataset" if ".tar" in suffixes else "imagefolder"
-    if builder == "imagefolder" and not suffixes & IMAGE_SUFFIXES:
-        raise ValueError(f"the folder {str(path)!r} holds no images ({' '.join(sorted(IMAGE_SUFFIXES))}); expected {FORMS}")
-    with _local(config.dataset_name):
-        return dict(load_dataset(builder, data_dir=str(path), streaming=config.streaming))
+def _from_table(rows: Dataset, config: DataConfig, folder: Path | None = None, files: list[str] | None = None) -> Split:
+    """A split of a table in memory or on the disk, cut into shards where a stream is wanted."""
+    shards = max(1, min(STREAM_SHARDS, len(rows)))
+    read = rows.to_iterable_dataset(num_shards=shards) if config.streaming else rows
+    return Split(read, folder, lambda name: _column(rows, name), len(rows), files or [])
 
 
-def _read_files(files: list[Path], config: DataConfig) -> dict[str, Rows]:
+def _column(rows: Dataset, name: str) -> pa.ChunkedArray:
+    return rows.select_columns([name]).with_format("arrow")[:].column(name)
+
+
+def _read_saved(path: Path, config: DataConfig) -> Source:
+    from datasets import load_from_disk
+
+    with _local(source_name(config)):
+        saved = load_from_disk(str(path))
+    splits = dict(saved) if isinstance(saved, dict) else {"train": saved}
+    return Source({split: _from_table(rows, config, path) for split, rows in splits.items()})
+
+
+def _from_listing(listing: Listing, config: DataConfig) -> Source:
+    """The rows of listed files. Where only one of the names is asked for, `val` is called `validation`, as on the hub."""
+    builders = {"images": _read_images, "parquet": _read_parquet, "webdataset": _read_webdataset}
+    splits = builders[listing.kind](listing, config)
+    if "val" in splits and "validation" not in splits and "val" not in (config.train_split, config.validation_split):
+        splits = {"validation" if name == "val" else name: split for name, split in splits.items()}
+    return Source(splits, listing.notes, listing.left_out)
+
+
+def _read_images(listing: Listing, config: DataConfig) -> dict[str, Split]:
+    import pyarrow as pa
+    from datasets import Dataset, Features, Image, Value
+
+    splits = {}
+    for split, classes in listing.splits.items():
+        files, names, columns, features = list(classes), list(classes.values()), {}, Features()
+        image_column = "image"
+        if listing.described is not None:
+            table, image_column = listing.described.table, listing.described.image_column
+            files = [file for file in files for _ in listing.described.rows[file]]
+            names = [classes[file] for file in files]
+            taken = table.take([row for file in classes for row in listing.described.rows[file]])
+            columns = dict(zip(taken.column_names, taken.columns, strict=True))
+            features = Features.from_arrow_schema(taken.schema)
+        if names and names[0] is not None and "label" not in columns:
+            columns["label"], features["label"] = pa.array(names), Value("string")
+        order = np.arange(len(files))
+        if config.streaming:  # sorted by class: a shuffle buffer would see one class at a time
+            order = np.random.default_rng(0).permutation(len(files))
+        encoded = [pa.nulls(len(files), pa.binary()), pa.array(files, pa.string()).take(pa.array(order))]
+        mapping = {image_column: pa.StructArray.from_arrays(encoded, ["bytes", "path"])}
+        mapping |= {name: column.take(pa.array(order)) for name, column in columns.items()}
+        features = Features({image_column: Image(decode=False)} | features)
+        splits[split] = _from_table(Dataset.from_dict(mapping, features=features), config, _common_folder(files), files)
+    return splits
+
+
+def _read_parquet(listing: Listing, config: DataConfig) -> dict[str, Split]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
     from datasets import load_dataset
 
-    suffixes = {file.suffix.lower() for file in files}
-    builders = {".parquet": "parquet", ".tar": "webdataset"}
-    if len(suffixes) != 1 or not suffixes <= set(builders):
-        raise ValueError(f"dataset_name={config.dataset_name!r} matches files of type {sorted(suffixes)}; expected {FORMS}")
-    with _local(config.dataset_name):
-        return dict(load_dataset(builders[suffixes.pop()], data_files=[str(f) for f in files], streaming=config.streaming))
+    def column(files: list[str], name: str) -> pa.ChunkedArray:
+        return pa.chunked_array([chunk for file in files for chunk in pq.read_table(file, columns=[name])[name].chunks])
+
+    for file in (file for files in listing.splits.values() for file in files if "::" in file):
+        raise ValueError(f"{file!r}: `datasets` takes `::` in a path for a chain of URLs; rename it")
+    escaped = {split: [glob.escape(file) for file in files] for split, files in listing.splits.items()}
+    with _local(source_name(config)):
+        read = load_dataset("parquet", data_files=escaped, streaming=config.streaming)
+    return {
+        split: Split(
+            read[split],
+            _common_folder(files),
+            lambda name, files=list(files): column(files, name),
+            sum(listing.footers[file].rows for file in files),
+            list(files),
+        )
+        for split, files in listing.splits.items()
+    }
 
 
-def _read_hub(config: DataConfig) -> dict[str, Rows]:
+def _common_folder(files: Iterable[str]) -> Path:
+    return Path(os.path.commonpath([os.path.dirname(file) for file in files]))
+
+
+def _read_webdataset(listing: Listing, config: DataConfig) -> dict[str, Split]:
+    scanned = {
+        split: webdataset.scan(list(files), webdataset.PEEK if config.streaming else None, listing.left_out)
+        for split, files in listing.splits.items()
+    }
+    fields = webdataset.common_fields([fields for fields, _ in scanned.values()])
+    splits = {}
+    for split, files in listing.splits.items():
+        with _local(source_name(config)):
+            rows = webdataset.build(list(files), fields, config.streaming)
+        if config.streaming:
+            splits[split] = Split(rows, _common_folder(files), files=list(files))
+        else:
+            splits[split] = _from_table(rows, config, _common_folder(files), list(files))
+    return splits
+
+
+def _read_hub(config: DataConfig) -> Source:
     from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
 
-    name, reachable = config.dataset_name, _hub_is_reachable()
+    name = config.dataset_name
+    log.info("no file or folder %r here: looking for a data set of this name on the Hugging Face hub", name)
+    reachable = _hub_is_reachable()
     try:
         with contextlib.nullcontext() if reachable else _offline():
-            return dict(load_dataset(name, config.dataset_config_name, streaming=config.streaming))
+            read = load_dataset(name, config.dataset_config_name, streaming=config.streaming)
     except (DatasetNotFoundError, FileNotFoundError, ConnectionError) as error:
         offline = "the Hugging Face hub cannot be reached from here, and the data set is not in the local cache"
         reason = str(error) if reachable else offline
-        raise FileNotFoundError(f"no data set dataset_name={name!r}: {reason}. Expected {FORMS}") from error
+        near = nearest_name(name, [*builtin.NAMES, *(entry for entry in os.listdir() if not entry.startswith("."))])
+        hint = f" Did you mean {near!r}?" if near else ""
+        raise FileNotFoundError(f"no data set data.dataset_name={name!r}: {reason}.{hint} Expected {FORMS}") from error
     except (RuntimeError, ValueError) as error:  # a repository that wants to run its own code; a configuration that is not there
         raise ValueError(f"dataset_name={name!r} cannot be read: {error}") from error
+    return Source({split: _from_hub(rows, split, config) for split, rows in read.items()})
+
+
+def _from_hub(rows: Rows, split: str, config: DataConfig) -> Split:
+    if not config.streaming:
+        return _from_table(rows, config)
+    info = (rows.info.splits or {}).get(split)
+    return Split(rows, size=info.num_examples if info is not None and info.num_examples else None)
 
 
 def _hub_is_reachable() -> bool:
@@ -131,8 +290,6 @@ def _offline() -> Iterator[None]:
 @contextlib.contextmanager
 def _local(name: str) -> Iterator[None]:
     """Reading local files: no progress bars, and one kind of error for what cannot be read."""
-    import tarfile
-
     from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from datasets.exceptions import DatasetGenerationError
 
@@ -140,7 +297,7 @@ def _local(name: str) -> Iterator[None]:
     disable_progress_bars()
     try:
         yield
-    except (DatasetGenerationError, IndexError, ValueError, tarfile.TarError) as error:  # IndexError: a saved split without rows
+    except (DatasetGenerationError, IndexError, ValueError) as error:  # IndexError: a saved split without rows
         reason = error.__cause__ or error
         kind = type(reason).__name__
         raise ValueError(f"dataset_name={name!r} is broken, or a split of it is empty: {kind}: {reason}") from error

@@ -68,7 +68,10 @@ def test_photos_are_split_by_photograph():
     assert not data.labelled and data.num_classes == 1 and set(labels_of(data.validation)) == {0}
     assert 500 < len(data.train) <= 4096 and 100 < len(data.validation) <= 512
     assert not as_set(data.train) & as_set(data.validation)
-    named = load_data(DataConfig(dataset_name="photos", resolution=64, channels=3, label_column="photograph"), seed=0)
+    with pytest.raises(ValueError, match="label 13 is out of range"):  # no photograph is in both splits
+        load_data(DataConfig(dataset_name="photos", resolution=64, channels=3, label_column="photograph"), seed=0)
+    config = DataConfig(dataset_name="photos", resolution=64, channels=3, label_column="photograph", num_classes=17)
+    named = load_data(config, seed=0)
     assert named.labelled and named.num_classes == len(PHOTOS["train"] + PHOTOS["test"]) == 17
     train, test = set(named.train.rows["photograph"]), set(named.validation.rows["photograph"])
     assert not train & test and train | test == set(range(17))
@@ -184,7 +187,8 @@ def test_held_out_split_is_found_by_name(saved, table, streaming):
     assert (len(images_of(none.train)), len(images_of(none.validation))) == (11, 1)  # held out of training nevertheless
     rows["validation"] = table(2, start=90)
     assert len(images_of(load_data(saved(rows, streaming=streaming), 0).validation)) == 2
-    assert len(images_of(load_data(saved(rows, streaming=streaming, train_split="validation"), 0).train)) == 2
+    other = saved(rows, streaming=streaming, train_split="validation", num_classes=3)
+    assert len(images_of(load_data(other, 0).train)) == 2
 
 
 def test_held_out_rows_are_stratified_disjoint_and_fixed(saved, table):

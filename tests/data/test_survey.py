@@ -74,7 +74,7 @@ def test_held_out_rows_are_of_all_classes_and_the_same_in_every_form(source, con
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_the_rows_of_a_validation_are_of_all_classes(saved, sorted_table, streaming):
-    config = saved({"train": sorted_table(range(30)), "test": sorted_table(range(60))}, streaming=streaming)
+    config = saved({"train": sorted_table(range(30)), "test": sorted_table(range(60))}, streaming=streaming, num_classes=CLASSES)
     validation = load_data(config, 0).validation
     for limit in (4, 8, 20):
         assert labels(validation, limit=limit) == [limit // CLASSES] * CLASSES
@@ -87,7 +87,9 @@ def test_the_rows_of_a_validation_are_of_all_classes(saved, sorted_table, stream
 
 def test_table_and_stream_look_at_the_same_rows(saved, sorted_table):
     rows = {"train": sorted_table(range(30)), "test": sorted_table(range(60))}
-    table, stream = (load_data(saved(rows, streaming=streaming), 0).validation for streaming in (False, True))
+    table, stream = (
+        load_data(saved(rows, streaming=streaming, num_classes=CLASSES), 0).validation for streaming in (False, True)
+    )
     assert identities(table, limit=10) == identities(stream, limit=10)
 
 

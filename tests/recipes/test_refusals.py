@@ -65,7 +65,7 @@ def test_earlier_run_is_not_touched(copied_chain, run, contents, case):
     ("labels", "overrides", "message"),
     [
         ([0, 1, 2] * 20 + [7], ["data.num_classes=3"], "row 60.*label 7 is out of range: expected 0 to 2"),
-        ([0, 1, -1] * 20, [], "row 2.*label -1 is out of range"),
+        ([0, 1, -1] * 20, ["data.num_classes=2"], "row 2.*label -1 is out of range"),
         ([0, 1, None] * 20, [], "row 2.*label.*missing"),
         ([0, 1] * 4, [], "7 rows.*16.*smaller"),
     ],

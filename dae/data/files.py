@@ -1,0 +1,184 @@
+"""Paths as the user wrote them to the files that they mean: `~`, globs, links, what is left out, and the nearest name."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import glob
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+IMAGE_SUFFIXES = frozenset(
+    [
+        *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".avif", ".avifs", ".gif", ".bmp", ".dib"),
+        *(".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm"),
+    ]
+)
+SHARD_SUFFIXES = {".parquet": "parquet", ".tar": "webdataset"}
+ARCHIVE_SUFFIXES = frozenset([".zip", ".tar", ".gz", ".tgz", ".bz2", ".xz", ".zst", ".7z", ".rar"])
+METADATA_NAMES = frozenset({"metadata.csv", "metadata.jsonl", "metadata.parquet"})
+
+
+@dataclass
+class LeftOut:
+    """Files that are found and not read: for each reason how many, and the first of them."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+    examples: dict[str, str] = field(default_factory=dict)
+
+    def add(self, reason: str, *paths: str) -> None:
+        if paths:
+            self.counts[reason] = self.counts.get(reason, 0) + len(paths)
+            self.examples.setdefault(reason, paths[0])
+
+    def lines(self) -> list[str]:
+        """`3 files: no image (.txt), as notes.txt`, one for each reason."""
+        return [
+            f"{count:,} {'file' if count == 1 else 'files'}: {reason}, {'as ' if count > 1 else ''}{self.examples[reason]}"
+            for reason, count in self.counts.items()
+        ]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Files below a folder, named by the user in one of the ways that `expand` takes.
+
+    Attributes:
+        root: the folder at which splits and classes are counted: the folder itself, or where the glob begins.
+        files: paths relative to `root`, sorted.
+        whole: the user named a folder and not files.
+    """
+
+    root: Path
+    files: list[str]
+    whole: bool
+
+    def absolute(self, file: str) -> str:
+        return os.path.join(os.getcwd(), self.root, file)
+
+    def only(self, files: Iterable[str]) -> Place:
+        return Place(self.root, list(files), self.whole)
+
+
+def expand(name: str, left_out: LeftOut) -> Place | None:
+    """The files that a path or a glob means, or None where nothing has this name.
+
+    What exists is taken literally, whatever characters it has; only what does not exist is a pattern. A folder, named or
+    matched, stands for all files below it. Symbolic links are followed.
+    """
+    path = Path(os.path.expanduser(name))
+    if path.is_dir():
+        return Place(path, find_files(path, left_out), whole=True)
+    if path.is_file():
+        return Place(path.parent, [path.name], whole=False)
+    root, *pattern = _fixed_part(path)
+    if not pattern or not glob.has_magic(pattern[0]) or not root.is_dir():
+        return None
+    if "**" in pattern:
+        files = [file for file in find_files(root, left_out) if _is_below_match(tuple(file.split("/")), tuple(pattern))]
+        return Place(root, files, whole=False) if files else None
+    matches = sorted(glob.glob(str(Path(*pattern)), root_dir=root))
+    found: set[str] = set()
+    for match in matches:
+        is_folder = (root / match).is_dir()
+        found.update(f"{match}/{file}" for file in find_files(root / match, left_out)) if is_folder else found.add(match)
+    return Place(root, sorted(found), whole=False) if matches else None
+
+
+def _fixed_part(path: Path) -> tuple[Path, *tuple[str, ...]]:
+    """The part of a path before its first pattern, and the components that follow."""
+    parts = path.parts
+    for i in range(len(parts)):
+        if glob.has_magic(parts[i]) and not Path(*parts[: i + 1]).exists():
+            return Path(*parts[:i]), *parts[i:]
+    return (path,)
+
+
+def _is_below_match(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+    """Whether the pattern matches a file or a folder that it lies in."""
+    return any(_matches(parts[:length], pattern) for length in range(len(parts), -1, -1))
+
+
+def _matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+    if not pattern:
+        return not parts
+    if pattern[0] == "**":  # any number of folders
+        return any(_matches(parts[i:], pattern[1:]) for i in range(len(parts) + 1))
+    return bool(parts) and fnmatch.fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
+
+
+def find_files(folder: Path, left_out: LeftOut) -> list[str]:
+    """Paths of the files below `folder`, relative to it and sorted; links are followed, loops of them are not.
+
+    Hidden files and folders (`.name`, `__MACOSX`) and whatever cannot be read are counted in `left_out`.
+    """
+    found: list[str] = []
+    pending: list[tuple[str, str, frozenset]] = [(str(folder), "", frozenset({_identity(str(folder))}))]
+    while pending:
+        path, relative, above = pending.pop()
+        try:
+            entries = sorted(os.scandir(path), key=lambda entry: entry.name)
+        except OSError as error:
+            left_out.add(f"folder that cannot be read ({error.strerror})", relative or path)
+            continue
+        for entry in entries:
+            inside = f"{relative}{entry.name}"
+            if entry.name.startswith(".") or entry.name == "__MACOSX":
+                left_out.add("hidden file or folder", inside)
+            elif not _is_text(entry.name):
+                left_out.add("name that is not UTF-8", inside.encode(errors="backslashreplace").decode())
+            elif entry.is_dir():
+                identity = _identity(entry.path)
+                if identity in above:
+                    left_out.add("link to a folder that it lies in", inside)
+                else:
+                    pending.append((entry.path, f"{inside}/", above | {identity}))
+            elif entry.is_file():
+                found.append(inside)
+            else:
+                left_out.add("broken symbolic link" if entry.is_symlink() else "neither file nor folder", inside)
+    return sorted(found)
+
+
+def _identity(path: str) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def _is_text(name: str) -> bool:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def suffix_of(path: str) -> str:
+    return PurePosixPath(path).suffix.lower()
+
+
+def nearest(path: Path) -> str:
+    """What stands where `path` was looked for: `did you mean ...?`, or the first names that are there."""
+    there = path
+    while not there.is_dir() and there != there.parent:
+        there = there.parent
+    missing = path.relative_to(there).parts
+    names = sorted(entry for entry in os.listdir(there) if not entry.startswith(".")) if os.access(there, os.R_OK) else []
+    if missing and (near := nearest_name(missing[0], names)):
+        return f"did you mean {str(there.joinpath(near, *missing[1:]))!r}?"
+    shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    return f"the folder {str(there)!r} holds {shown or 'nothing'}"
+
+
+def nearest_name(wanted: str, names: list[str]) -> str | None:
+    """The name among `names` that is spelled most like `wanted`, if any is; upper and lower case count as one."""
+    by_lower = {name.lower(): name for name in reversed(names)}
+    near = difflib.get_close_matches(wanted.lower(), by_lower, 1, 0.6)
+    return by_lower[near[0]] if near else None
+
+
+def few(names: list[str]) -> str:
+    """The first names of many, for a message."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

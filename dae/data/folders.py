@@ -1,0 +1,156 @@
+"""Image folders: which files belong to which split, and which folder is the class. Names of files decide nothing."""
+
+from __future__ import annotations
+
+import unicodedata
+from dataclasses import dataclass, field
+
+from dae.data.files import LeftOut, Place, few
+
+SPLITS = ("train", "validation", "val", "test")
+STRAY = 10  # what is outnumbered this many times is left out and counted; anything nearer is refused
+
+Classes = dict[str, str | None]  # of each file
+
+
+@dataclass
+class Layout:
+    """The files of each split and the class of each file, None where there are no classes; `notes` say how it was read."""
+
+    splits: dict[str, Classes]
+    notes: list[str] = field(default_factory=list)
+
+
+def read_layout(
+    places: list[Place],
+    level: int,
+    left_out: LeftOut,
+    *,
+    part: str | None = None,
+    labelled: bool | None = None,
+    wanted: tuple[str | None, ...] = (),
+) -> Layout:
+    """Splits and classes of images from the folders that they lie in.
+
+    Top-level folders are splits where all of them are named `train`, `validation`, `val` or `test`. Below the split, or at
+    the top where there is none, the folder of level number `level` is the class; deeper folders do not matter. Where there
+    is only one such folder, or none, there are no classes.
+
+    Args:
+        places: where the images lie, with the paths of images alone.
+        level: 1 is the first level below the split; 0 reads no classes.
+        left_out: takes the files that have no place in the layout.
+        part: the split that the user named these files for; their folders are classes then.
+        labelled: whether there must be classes, as in the split to train on; None decides by the folders.
+        wanted: splits that must not be left out.
+
+    Raises:
+        ValueError: the folders can be read in two ways that would train on different images or classes.
+    """
+    read: dict[tuple[str, str], Classes] = {}
+    deeper: set[str] = set()
+    notes: list[str] = []
+    for place in places:
+        where = str(place.root)
+        splits, said = ({"": place.files}, []) if part and not place.whole else _read_splits(place.files, where, left_out)
+        notes += said
+        if part and len(splits) > 1:
+            raise ValueError(f"{where!r} holds the splits {few(list(splits))}: name one, as data.{part}_files={where}/{part}")
+        for split, files in splits.items():
+            depth = level + (split != "")
+            classes = _read_classes(files, depth, where, left_out) if level else dict.fromkeys(files)
+            deeper.update(file.split("/")[depth] for file in classes if level and file.count("/") > depth)
+            absolute = {place.absolute(file): name for file, name in classes.items()}
+            read.setdefault((part or split or "train", where), {}).update(absolute)
+    if level:
+        notes += _settle(read, level, sorted(deeper), left_out, labelled, wanted)
+    splits = {split: {} for split, _ in read}
+    for (split, _), classes in read.items():
+        splits[split] = classes | splits[split]
+    return Layout(splits, notes)
+
+
+def _read_splits(files: list[str], where: str, left_out: LeftOut) -> tuple[dict[str, list[str]], list[str]]:
+    """Files by split, or all under the empty name where the folder has no splits."""
+    by_top: dict[str, list[str]] = {}
+    for file in files:
+        by_top.setdefault(file.split("/")[0] if "/" in file else "", []).append(file)
+    beside = by_top.pop("", [])
+    named = [split for split in SPLITS if split in by_top]
+    if named and len(named) == len(by_top):
+        inside = sum(map(len, by_top.values()))
+        remedy = f"data.train_files={where}/** reads all as one set"
+        _leave_out(beside, inside, "beside the split folders", where, remedy, left_out)
+        return {split: by_top[split] for split in named}, [f"splits {', '.join(named)}: the top-level folders"]
+    if "train" in named and (len(named) > 1 or any(file.count("/") > 1 for file in by_top["train"])):
+        others = [name for name in by_top if name not in named]
+        raise ValueError(
+            f"{where!r} has the folders {few(named)} beside {few(others)}: splits or classes? Say data.train_files={where}/train "
+            f"(and data.validation_files=...) to read splits, or data.train_files='{where}/*' to read them all as classes"
+        )
+    several = [top for top, inside in by_top.items() if _holds_splits(inside)]
+    if several:
+        raise ValueError(
+            f"{where!r} holds folders with splits of their own: {few(several)}. Name one of them, as data.dataset_name="
+            f"{where}/{several[0]}, or read them as classes with data.train_files='{where}/*/train' data.validation_files=..."
+        )
+    notes = [f"the folder {named[0]!r} is a class, as it stands beside other classes"] if named else []
+    return {"": files}, notes
+
+
+def _holds_splits(files: list[str]) -> bool:
+    inner = {file.split("/")[1] for file in files if file.count("/") > 1}
+    return "train" in inner and len(inner.intersection(SPLITS)) > 1
+
+
+def _read_classes(files: list[str], depth: int, where: str, left_out: LeftOut) -> Classes:
+    """The folder at `depth` of each file; files that do not lie so deep have none and are left out if they are few."""
+    classes = {file: _folder(file, depth) if file.count("/") >= depth else None for file in files}
+    beside = [file for file, name in classes.items() if name is None]
+    if beside and len(beside) < len(classes):
+        remedy = "data.label_level=0 reads all images without classes"
+        _leave_out(beside, len(classes) - len(beside), "beside the class folders", where, remedy, left_out)
+        classes = {file: name for file, name in classes.items() if name is not None}
+    return classes
+
+
+def _folder(file: str, depth: int) -> str:
+    return unicodedata.normalize("NFC", file.split("/")[depth - 1])
+
+
+def _settle(
+    read: dict[tuple[str, str], Classes],
+    level: int,
+    deeper: list[str],
+    left_out: LeftOut,
+    labelled: bool | None,
+    wanted: tuple[str | None, ...],
+) -> list[str]:
+    """One decision for all splits and places, made in place: there are classes, or there are none."""
+    names = {key: {name for name in classes.values() if name is not None} for key, classes in read.items()}
+    together = sorted(set().union(*names.values()))
+    trained_on = [key for key in read if key[0] == "train"] or list(read)
+    if labelled is None and len(together) == 1 and deeper:
+        raise ValueError(
+            f"{next(iter(read))[1]!r}: all images lie in one folder {together[0]!r}, which holds the folders {few(deeper)}. Name "
+            "that folder, or set data.label_level (2: these are the classes; 0: there are no classes)"
+        )
+    if labelled is None:
+        labelled = len(together) > 1 and any(names[key] for key in trained_on)
+    if not labelled:
+        for key, classes in read.items():
+            read[key] = dict.fromkeys(classes)
+        only = len(together) == 1
+        return [f"no classes: {f'{together[0]!r} is the only class folder' if only else 'no class folders to train on'}"]
+    for key in [key for key in read if not names[key]]:
+        split, where = key
+        if key in trained_on or split in wanted:
+            raise ValueError(f"{where!r} has no class folders, other images have; data.label_level=0 reads all without classes")
+        left_out.add(f"the split {split!r} has no class folders, and the images to train on have", *read.pop(key))
+    return [f"{len(together)} classes: the folders of level {level}"]
+
+
+def _leave_out(few: list[str], many: int, reason: str, where: str, remedy: str, left_out: LeftOut) -> None:
+    if len(few) * STRAY > many:
+        raise ValueError(f"{where!r}: {len(few):,} images lie {reason}, as {few[0]}, which hold {many:,}; move them, or {remedy}")
+    left_out.add(reason, *few)

@@ -1,0 +1,212 @@
+"""From the names in a configuration to an explicit, ordered list of files by split, before anything is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from dae.config import DataConfig
+from dae.data import builtin, folders, metadata, shards, webdataset
+from dae.data.columns import image_columns
+from dae.data.files import (
+    ARCHIVE_SUFFIXES,
+    IMAGE_SUFFIXES,
+    METADATA_NAMES,
+    SHARD_SUFFIXES,
+    LeftOut,
+    Place,
+    expand,
+    few,
+    nearest,
+    suffix_of,
+)
+from dae.data.shards import Footer
+
+FORMS = (
+    f"{' or '.join(repr(name) for name in builtin.NAMES)} (built in), a folder saved by `save_to_disk`, a folder of images, a "
+    "file, folder or glob of images, .parquet or WebDataset .tar files, or a Hugging Face id such as 'user/name'"
+)
+TITLES = {"images": "image files", "parquet": ".parquet files", "webdataset": ".tar files"}  # kinds, in the order of choice
+
+
+@dataclass
+class Listing:
+    """Files to read, by split and in order.
+
+    Attributes:
+        kind: `images`, `parquet` or `webdataset`.
+        splits: absolute paths, each with the class that its folder says, or None.
+        left_out: what was found and is not read.
+        notes: how it was read, where it could have been read otherwise.
+        footers: rows and columns of each .parquet file.
+        described: columns that metadata files give to images, see `metadata.read`.
+    """
+
+    kind: str
+    splits: dict[str, folders.Classes]
+    left_out: LeftOut
+    notes: list[str]
+    footers: dict[str, Footer] = field(default_factory=dict)
+    described: metadata.Described | None = None
+
+
+def list_files(names: list[str], config: DataConfig, key: str, part: str | None = None, labelled: bool | None = None) -> Listing:
+    """What the paths and globs `names` mean.
+
+    Args:
+        names: as the user wrote them.
+        config: the knobs on how folders are read.
+        key: the knob that they come from, for messages.
+        part: the split that they were named for; None finds the splits.
+        labelled: whether images must have classes; None decides by their folders.
+
+    Raises:
+        FileNotFoundError: one of the names matches nothing.
+        ValueError: there is nothing to read, or more than one way to read it.
+    """
+    left_out, places = LeftOut(), []
+    for name in names:
+        place = expand(name, left_out)
+        if place is None:
+            raise FileNotFoundError(f"no file or folder matches {key}={name!r}: {nearest(Path(name))} Expected {FORMS}")
+        places.append(place)
+    found = _Found(places, f"{key}={names[0] if len(names) == 1 else names!r}", config.image_column, left_out)
+    kind = found.choose_kind()
+    if kind == "images":
+        return _list_images(found, config, part, labelled)
+    splits, notes = {}, []
+    for place in found.of(kind):
+        where = str(place.root)
+        if part and not place.whole:
+            by_split, said = {part: place.files}, []
+        else:
+            by_split, said = shards.read_splits(place.files, where, whole=place.whole)
+        if part and len(by_split) > 1:
+            raise ValueError(f"{where!r} holds the splits {few(list(by_split))}; {shards.NAME_THEM}")
+        notes += said
+        for split, files in by_split.items():
+            splits.setdefault(part or split, {}).update(dict.fromkeys(map(place.absolute, files)))
+    found.refuse_different_columns()
+    return Listing(kind, splits, left_out, notes, found.footers)
+
+
+def _list_images(found: _Found, config: DataConfig, part: str | None, labelled: bool | None) -> Listing:
+    places, left_out = found.of("images"), found.left_out
+    described = metadata.read(found.of("metadata"), found.image_column, left_out)
+    if described is not None:
+        for i, place in enumerate(places):
+            unnamed = [file for file in place.files if place.absolute(file) not in described.rows]
+            left_out.add("image that no metadata file names", *unnamed)
+            places[i] = place.only(file for file in place.files if place.absolute(file) in described.rows)
+    has_labels = described is not None and "label" in described.table.column_names
+    level = 0 if has_labels or config.label_column == "none" else config.label_level
+    wanted = (config.train_split, part or config.validation_split)
+    layout = folders.read_layout(places, level, left_out, part=part, labelled=labelled, wanted=wanted)
+    if described is not None:
+        layout.notes.append(f"columns of metadata files: {few(described.table.column_names)}")
+    return Listing("images", layout.splits, left_out, layout.notes, described=described)
+
+
+class _Found:
+    """All files that were found, by what their names say they are."""
+
+    def __init__(self, places: list[Place], where: str, image_column: str, left_out: LeftOut):
+        self.places, self.where, self.image_column, self.left_out = places, where, image_column, left_out
+        self.by_kind: dict[str, list[list[str]]] = {}  # for each place its files
+        for i, place in enumerate(places):
+            for file in place.files:
+                self.by_kind.setdefault(_kind(file), [[] for _ in places])[i].append(file)
+        self.footers: dict[str, Footer] = {}  # of .parquet files
+
+    def of(self, kind: str) -> list[Place]:
+        files = self.by_kind.get(kind) or [[] for _ in self.places]
+        return [place.only(inside) for place, inside in zip(self.places, files, strict=True) if inside]
+
+    def absolute(self, kind: str) -> list[str]:
+        return [place.absolute(file) for place in self.of(kind) for file in place.files]
+
+    def choose_kind(self) -> str:
+        """What is read: the kind that the images are in. All files of the other kinds are counted as left out.
+
+        Loose images win against shards that hold no more of them (an archive of the same images), shards against a few
+        loose images (a picture for the README).
+        """
+        present = [kind for kind in TITLES if kind in self.by_kind]
+        self._read_footers(only=present == ["parquet"])
+        counts = {kind: count for kind in present if (count := self._count(kind, present))}
+        kind = max(counts, key=lambda kind: (counts[kind], kind == "images"), default=next(iter(present), None))
+        others = [other for other in counts if other != kind]
+        if others and kind != "images" and counts[kind] < folders.STRAY * max(counts[other] for other in others):
+            found = " and ".join(f"{count:,} in {TITLES[each]}" for each, count in counts.items())
+            raise ValueError(f"{self.where} holds images of several kinds, {found}: which are meant? {shards.NAME_THEM}")
+        for other in self.by_kind:
+            if other != kind and not (kind == "images" and other == "metadata"):
+                for file in (file for place in self.of(other) for file in place.files):
+                    self.left_out.add(_reason(file, kind), file)
+        if kind is None:
+            found = "; ".join(self.left_out.lines()) or "it is empty"
+            raise ValueError(f"{self.where} holds no images: {found}. Expected {FORMS}")
+        return kind
+
+    def refuse_different_columns(self) -> None:
+        first = next(iter(self.footers), None)
+        for path, footer in self.footers.items():
+            if difference := shards.difference(self.footers[first].features, footer.features):
+                raise ValueError(f"{first!r} and {path!r} cannot be one set: {difference}; {shards.NAME_THEM}")
+
+    def _count(self, kind: str, present: list[str]) -> int:
+        """Images of a kind, as far as the choice needs it: of .tar files beside others those up to ten times as many."""
+        if kind == "images":
+            return sum(map(len, self.by_kind[kind]))
+        if kind == "parquet":
+            return sum(footer.rows for footer in self.footers.values())
+        others = [self._count(other, present) for other in present if other != kind]
+        return webdataset.count_images(self.absolute(kind), folders.STRAY * max(others) if others else 1)
+
+    def _read_footers(self, only: bool) -> None:
+        """Rows and columns of the .parquet files; those without images, or broken ones, are left out beside others."""
+        kept: list[list[str]] = []
+        for place, files in zip(self.places, self.by_kind.pop("parquet", []), strict=False):
+            kept.append([])
+            for file in files:
+                try:
+                    footer = shards.read_footer(place.absolute(file))
+                except ValueError as error:
+                    if only:
+                        raise
+                    self.left_out.add(f"broken .parquet file ({error.__cause__})", file)
+                    continue
+                self.footers[place.absolute(file)] = footer
+                kept[-1].append(file)
+        with_images = [
+            path
+            for path, footer in self.footers.items()
+            if self.image_column in footer.features or image_columns(footer.features)
+        ]
+        if len(with_images) < len(self.footers) and (with_images or not only):
+            for i, place in enumerate(self.places[: len(kept)]):
+                plain = [file for file in kept[i] if place.absolute(file) in self.footers.keys() - with_images]
+                self.left_out.add(".parquet file without images", *plain)
+                kept[i] = [file for file in kept[i] if file not in plain]
+            self.footers = {path: self.footers[path] for path in with_images}
+        if any(kept):
+            self.by_kind["parquet"] = kept
+
+
+def _kind(file: str) -> str:
+    suffix = suffix_of(file)
+    if file.rpartition("/")[2] in METADATA_NAMES:
+        return "metadata"
+    return "images" if suffix in IMAGE_SUFFIXES else SHARD_SUFFIXES.get(suffix, "other")
+
+
+def _reason(file: str, kind: str | None) -> str:
+    """Why a file is not read where files of `kind` are."""
+    suffix = suffix_of(file)
+    if suffix in IMAGE_SUFFIXES:
+        return f"image beside {TITLES[kind]}"
+    if kind == "images" and suffix in ARCHIVE_SUFFIXES:
+        return f"archive beside images, not opened ({suffix})"
+    if suffix in SHARD_SUFFIXES:
+        return f"{suffix} file beside {TITLES[kind]}"
+    return f"suffix {suffix} is not read" if suffix else "no suffix"

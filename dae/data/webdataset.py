@@ -1,0 +1,176 @@
+"""WebDataset: samples are the files of a .tar that share their name up to the first dot and stand together.
+
+`datasets` reads these too, but wants the same suffixes in all samples and hands out JSON as it is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dae.data.files import IMAGE_SUFFIXES, LeftOut, few
+
+if TYPE_CHECKING:
+    from datasets import Dataset, Features, IterableDataset
+
+TEXTS = frozenset(["cls", "cls2", "txt", "text", "transcript", "caption", "index", "inx", "id", "label", "labels", "class"])
+JSONS = frozenset({"json", "jsn"})
+PEEK = 64  # samples of a stream from which the columns are known
+READER_VERSION = 1  # part of the key under which `datasets` keeps what was read
+
+Sample = dict[str, bytes]
+
+
+@dataclass(frozen=True)
+class Fields:
+    """The columns: images, texts (`cls`, `txt`), and values of JSON objects, as `json.label`. All but images are text."""
+
+    images: tuple[str, ...]
+    texts: tuple[str, ...]
+
+    @property
+    def features(self) -> Features:
+        from datasets import Features, Image, Value
+
+        images = {name: Image(decode=False) for name in self.images}
+        return Features(images | {name: Value("string") for name in (*self.texts, "__key__")})
+
+
+def read_samples(path: str, contents: bool = True) -> Iterator[tuple[str, Sample]]:
+    """(name, {suffix: bytes}) of each sample in a .tar; without `contents` images are empty.
+
+    Raises:
+        ValueError: the files of a sample do not stand together, or two have one name.
+        tarfile.TarError: this is no .tar, or it is damaged.
+    """
+    key, sample, seen = None, {}, set()
+    with tarfile.open(path, "r:") as tar:
+        for member in tar:
+            tar.members = []  # which would hold the header of every file
+            folder, _, name = member.name.removeprefix("./").rpartition("/")
+            stem, _, field = name.partition(".")
+            if not member.isfile() or not stem or not field or folder.split("/")[0] == "__MACOSX":
+                continue
+            this, field = f"{folder}/{stem}".removeprefix("/"), field.lower()
+            if this != key:
+                if sample:
+                    yield key, sample
+                if this in seen:
+                    raise ValueError(f"{path!r}: the files of sample {this!r} do not stand together; pack with `tar --sort=name`")
+                seen.add(this)
+                key, sample = this, {}
+            if field in sample:
+                raise ValueError(f"{path!r}: two files of sample {key!r} end in .{field}")
+            read = contents or not is_image(field)
+            sample[field] = tar.extractfile(member).read() if read else b""
+    if sample:
+        yield key, sample
+
+
+def is_image(field: str) -> bool:
+    return f".{field.rpartition('.')[2]}" in IMAGE_SUFFIXES
+
+
+def count_images(paths: list[str], limit: int) -> int:
+    """Samples with an image, counting to `limit` at most; what cannot be read counts for nothing."""
+    count = 0
+    for path in paths:
+        with contextlib.suppress(tarfile.TarError, ValueError):
+            for _, sample in read_samples(path, contents=False):
+                count += any(map(is_image, sample))
+                if count >= limit:
+                    return count
+    return count
+
+
+def scan(paths: list[str], limit: int | None, left_out: LeftOut) -> tuple[Fields, int]:
+    """The columns of these files and the number of rows, from the first `limit` samples of the first file, or from all.
+
+    Raises:
+        ValueError: there are no images, or a file is broken.
+    """
+    images: dict[str, None] = {}
+    texts: dict[str, None] = {}
+    rows, several, seen = 0, False, 0
+    for path in paths:
+        try:
+            for key, sample in read_samples(path, contents=False):
+                found = [field for field in sample if is_image(field)]
+                seen += 1
+                if found:
+                    rows += 1
+                    images |= dict.fromkeys(found)
+                    texts |= dict.fromkeys(_texts(sample, path, key))
+                    several |= len(found) > 1
+                else:
+                    left_out.add("sample of a .tar without an image", f"{path}: {key}.{next(iter(sample))}")
+                if seen == limit:
+                    break
+        except tarfile.TarError as error:
+            raise ValueError(f"{path!r} is broken: {error}") from error
+        if limit is not None and rows:
+            break
+    if not rows:
+        raise ValueError(f"no sample of {few(paths)} has an image ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    names = tuple(images) if several or len(images) == 1 else ("image",)
+    return Fields(names, tuple(texts)), rows
+
+
+def _texts(sample: Sample, path: str, key: str) -> dict[str, str | None]:
+    """Columns of a sample beside its images."""
+    found: dict[str, str | None] = {}
+    for field, data in sample.items():
+        suffix = field.rpartition(".")[2]
+        if suffix not in TEXTS | JSONS:
+            continue
+        try:
+            value = json.loads(data) if suffix in JSONS else data.decode().strip()
+        except ValueError as error:  # of JSON or of UTF-8
+            raise ValueError(f"{path!r}: {key}.{field} cannot be read: {error}") from error
+        if isinstance(value, dict):
+            found |= {f"{field}.{name}": _text(inner) for name, inner in value.items() if not isinstance(inner, (dict, list))}
+        elif not isinstance(value, list):
+            found[field] = _text(value)
+    return found
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
+
+
+def rows_of(shards: list[tuple[str, int, int]], images: tuple[str, ...], texts: tuple[str, ...], version: int) -> Iterator[dict]:
+    """Rows of the files, named with size and time so that `datasets` does not take what it has read of other ones."""
+    for path, *_ in shards:
+        for key, sample in read_samples(path):
+            if len(images) == 1:
+                found = {images[0]: next((field for field in sample if is_image(field)), None)}
+            else:
+                found = {name: name if name in sample else None for name in images}
+            if any(found.values()):
+                said = _texts(sample, path, key)
+                row = {name: {"bytes": sample[f], "path": f"{key}.{f}"} if f else None for name, f in found.items()}
+                yield row | {name: said.get(name) for name in texts} | {"__key__": key}
+
+
+def build(paths: list[str], fields: Fields, streaming: bool) -> Dataset | IterableDataset:
+    """The rows of these files as a table, which `datasets` keeps in its cache, or as a stream of one shard a file."""
+    from datasets import Dataset, IterableDataset
+
+    stats = [(path, os.stat(path)) for path in paths]
+    shards = [(path, status.st_size, status.st_mtime_ns) for path, status in stats]
+    arguments = {"shards": shards, "images": fields.images, "texts": fields.texts, "version": READER_VERSION}
+    kind = IterableDataset if streaming else Dataset
+    return kind.from_generator(rows_of, features=fields.features, gen_kwargs=arguments)
+
+
+def common_fields(found: list[Fields]) -> Fields:
+    """Columns that serve the files of all splits."""
+    several = any(len(fields.images) > 1 for fields in found)
+    images = tuple(dict.fromkeys(name for fields in found for name in fields.images))
+    names = images if several or len(images) == 1 else ("image",)
+    return Fields(names, tuple(dict.fromkeys(name for fields in found for name in fields.texts)))
