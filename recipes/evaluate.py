@@ -24,15 +24,17 @@ from tqdm import tqdm
 
 from dae.cli import main
 from dae.config import Config
-from dae.data import in_memory, load_data
-from dae.data.pictures import from_uint8, to_uint8
+from dae.data import ImageData, in_memory, load_data
+from dae.data.pictures import to_uint8
 from dae.files import write_file
 from dae.hub import fingerprint
 from dae.lock import writes
+from dae.memory import require_memory
 from dae.metrics import (
     Classifier,
     CodebookUsage,
     accuracy,
+    as_float,
     equal_count_frechet,
     extract_features,
     frechet_distance,
@@ -54,6 +56,8 @@ from dae.training.loop import seed_for
 from dae.training.priors import FAMILIES
 from dae.training.run import refuse_other_data
 
+BATCH_PIXELS = 500 * 64 * 64  # of the images that are reconstructed at once: feature maps are larger than images
+
 
 @writes("evaluation")
 def evaluate(config: Config) -> dict:
@@ -65,6 +69,7 @@ def evaluate(config: Config) -> dict:
     refuse_other_data(output / "autoencoder", config.data, data.fingerprint)
     autoencoder.refuse_other_data(config.data.channels, config.data.resolution)
     data.list_skipped(output)
+    refuse_what_does_not_fit(config, data, len(samples["arr_0"]))
     train, train_labels = collect(data.train, config)
     heldout, heldout_labels = collect(data.validation, config)
 
@@ -95,29 +100,30 @@ def evaluate(config: Config) -> dict:
             "memorised_threshold": copies.threshold,
         }
 
-    pictures = {"originals": to_uint8(heldout[:32])}
+    shown = (torch.arange(min(32, len(heldout))) * len(heldout)) // min(32, len(heldout))  # of a sorted set not one class
+    pictures = {"originals": to_uint8(as_float(heldout[shown]))}
     reconstructions = {}
     for name, model in saved_stages(output / "autoencoder", autoencoder, device).items():
-        rebuilt, encoded = reconstruct(model, heldout, config)
-        pictures[name] = to_uint8(rebuilt[:32])
-        found = extract_features(classifier, rebuilt)
+        measured = reconstruct(model, classifier, heldout, shown, config)
+        pictures[name] = to_uint8(measured["rebuilt"])
+        found = measured["found"]
         manifold = precision_recall(features["heldout"], found, config.evaluation.neighbours)
         reconstructions[name] = {
             "decoder": model.config.decoder.family,
-            "psnr": psnr(rebuilt, heldout).mean().item(),
-            "ssim": ssim(rebuilt, heldout).mean().item(),
+            "psnr": measured["psnr"].mean().item(),
+            "ssim": measured["ssim"].mean().item(),
             "frechet": frechet_distance(features["heldout"], found),
             "precision": manifold.precision,
             "recall": manifold.recall,
         }
 
-    generated = from_uint8(samples["arr_0"])
+    generated = torch.from_numpy(samples["arr_0"]).permute(0, 3, 1, 2)  # 8 bits
     generation = judge(generated, torch.from_numpy(samples["arr_1"]))
     copies = memorisation(generated, train, heldout)
     closest = copies.nearest_distance.argsort()[:16]  # the worst cases, not a selection that flatters
     pictures |= {
         "samples": samples["arr_0"][closest.numpy()],
-        "nearest training images": to_uint8(train[copies.nearest_index[closest]]),
+        "nearest training images": to_uint8(as_float(train[copies.nearest_index[closest]])),
     }
 
     # What guidance and the length of training trade: fidelity against variety and copies.
@@ -133,17 +139,18 @@ def evaluate(config: Config) -> dict:
         for row, model in candidates:
             for cfg_scale in config.evaluation.cfg_scales:
                 settings = dataclasses.replace(config.sampling, cfg_scale=cfg_scale)
-                images = torch.cat(
-                    [b.cpu().clamp(-1, 1) for b in generate(autoencoder, model, labels, settings, seed_for(seed, "trade"))]
-                )
+                images, start = torch.empty(len(labels), *train.shape[1:]), 0
+                for batch in generate(autoencoder, model, labels, settings, seed_for(seed, "trade")):
+                    images[start : start + len(batch)] = batch.clamp(-1, 1)
+                    start += len(batch)
                 at = {"prior_step": row["step"], f"heldout_{criterion}": row[criterion], "cfg_scale": cfg_scale}
                 trade.append(at | judge(images, labels))
                 bar.update()
 
     metrics = {
         "reconstruction": reconstructions,
-        "codebook": describe_codes(encoded["indices"], autoencoder.config.vq.codebook_size) if "indices" in encoded else None,
-        "latent": None if "indices" in encoded else describe_posteriors(encoded["features"], encoded["log_variance"]),
+        "codebook": describe_codes(measured["indices"], autoencoder.config.vq.codebook_size) if "indices" in measured else None,
+        "latent": None if "indices" in measured else describe_posteriors(measured["features"], measured["log_variance"]),
         "prior": {
             "family": family,
             f"heldout_{criterion}": chosen[criterion],
@@ -192,9 +199,10 @@ def load_samples(output: Path) -> tuple[dict[str, np.ndarray], dict]:
 
 
 def collect(dataset, config: Config) -> tuple[Tensor, Tensor]:
-    """All images and labels of a split in memory, or `evaluation.max_images` of them."""
+    """All images (uint8) and labels of a split in memory, or `evaluation.max_images` of them."""
     settings, workers = config.evaluation, config.data.num_workers
-    return in_memory(dataset, settings.max_images, seed=config.seed, batch_size=settings.batch_size, num_workers=workers)
+    options = {"seed": config.seed, "batch_size": settings.batch_size, "num_workers": workers, "as_bytes": True}
+    return in_memory(dataset, settings.max_images, **options)
 
 
 def task(images: Tensor, labels: Tensor, labelled: bool, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -217,15 +225,40 @@ def saved_stages(folder: Path, final: Autoencoder, device: torch.device) -> dict
 
 
 @torch.inference_mode()
-def reconstruct(model: Autoencoder, images: Tensor, config: Config) -> tuple[Tensor, dict[str, Tensor]]:
-    """Reconstructions (of KL: of the posteriors' means), and the tokens or posteriors by their names in `Encoding`."""
-    rebuilt, kept = [], {name: [] for name in (("indices",) if model.config.bottleneck == "vq" else ("features", "log_variance"))}
-    for batch in images.split(config.evaluation.batch_size):
+def reconstruct(model: Autoencoder, classifier: Classifier, images: Tensor, shown: Tensor, config: Config) -> dict[str, Tensor]:
+    """What is measured of the reconstructions (of KL: of the posteriors' means), batch by batch: they are never all in memory.
+
+    `psnr`, `ssim` and features `found` of each, the `rebuilt` images of the rows `shown`, and the tokens or posteriors by
+    their names in `Encoding`.
+    """
+    names = ("indices",) if model.config.bottleneck == "vq" else ("features", "log_variance")
+    kept = {name: [] for name in ("psnr", "ssim", "found", "rebuilt", *names)}
+    size = min(config.evaluation.batch_size, max(1, BATCH_PIXELS // (images.shape[2] * images.shape[3])))
+    for rows in torch.arange(len(images)).split(size):
+        batch = as_float(images[rows])
         output = model(batch.to(next(model.parameters()).device))
-        rebuilt.append(output.sample.clamp(-1, 1).cpu())
-        for name, parts in kept.items():
-            parts.append(getattr(output.encoding, name).cpu())
-    return torch.cat(rebuilt), {name: torch.cat(parts) for name, parts in kept.items()}
+        rebuilt = output.sample.clamp(-1, 1).cpu()
+        kept["psnr"].append(psnr(rebuilt, batch))
+        kept["ssim"].append(ssim(rebuilt, batch))
+        kept["found"].append(extract_features(classifier, rebuilt))
+        kept["rebuilt"].append(rebuilt[torch.isin(rows, shown)])
+        for name in names:
+            kept[name].append(getattr(output.encoding, name).cpu())
+    return {name: torch.cat(parts) for name, parts in kept.items()}
+
+
+def refuse_what_does_not_fit(config: Config, data: ImageData, samples: int) -> None:
+    """ValueError before anything is measured, if the images to be held in memory do not fit there."""
+    limit, resolution = config.evaluation.max_images, config.data.resolution
+    train, heldout = (min(n or limit, limit) for n in (data.describe()[part] for part in ("train", "validation")))
+    held = 2 * train + heldout + samples  # as 8 bits; training images twice while they are put together
+    held += 0 if data.labelled else 4 * train  # in four rotations
+    held += 8 * min(samples, limit)  # of other guidance scales and checkpoints, in float32
+    require_memory(
+        held * config.data.channels * resolution**2,
+        f"{train:,} training images, {heldout:,} held-out ones and {samples:,} samples of {resolution} x {resolution} pixels",
+        "lower evaluation.max_images or sampling.num_samples",
+    )
 
 
 def describe_codes(indices: Tensor, codebook_size: int) -> dict:

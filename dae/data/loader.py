@@ -14,6 +14,7 @@ from dae.data.rows import ImageDataset, ImageStream
 from dae.data.skipping import BadRow, RowError, SkippedRows
 from dae.data.survey import spread
 from dae.distributed import rank, world_size
+from dae.memory import require_memory
 
 
 class TrainLoader:
@@ -339,14 +340,33 @@ def _once(dataset: Dataset, batch_size: int, num_workers: int, chosen: list[int]
 
 
 def in_memory(
-    dataset: Dataset, limit: int, *, seed: int, batch_size: int, num_workers: int = 0
+    dataset: Dataset, limit: int, *, seed: int, batch_size: int, num_workers: int = 0, as_bytes: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images [N, C, H, W] and labels [N] of a data set, or `limit` rows of it: chosen by the seed, of a stream by `spread`."""
+    """Images [N, C, H, W] and labels [N] of a data set, or `limit` rows of it: chosen by the seed, of a stream by `spread`.
+
+    They are held as 8 bits, which is what they were decoded to, and with `as_bytes` given so: uint8, x / 127.5 - 1.
+
+    Raises:
+        ValueError: there is not the memory for them.
+    """
     chosen = None
     if not isinstance(dataset, IterableDataset) and len(dataset) > limit:
         chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:limit].tolist()
         batches = _once(dataset, batch_size, num_workers, chosen)
     else:
         batches = evaluation_batches(dataset, batch_size, limit=limit, num_workers=num_workers)
-    batches = list(batches)
-    return torch.cat([b["image"] for b in batches]), torch.cat([b["label"] for b in batches])
+    most = limit if isinstance(dataset, IterableDataset) else min(limit, len(dataset))
+    images, labels = [], []
+    for batch in batches:
+        x = batch["image"]
+        if not images and not isinstance(dataset, IterableDataset):
+            what, remedy = (
+                f"{most:,} images of {' x '.join(map(str, x.shape[1:]))}",
+                "lower evaluation.max_images or measure.max_images",
+            )
+            require_memory(most * x[0].numel() * (2 if as_bytes else 6), what, remedy)
+        images.append(((x + 1) * 127.5).round().byte())
+        labels.append(batch["label"])
+    held = torch.cat(images)
+    images.clear()
+    return held if as_bytes else held.float().div_(127.5).sub_(1), torch.cat(labels)

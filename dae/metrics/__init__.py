@@ -13,6 +13,7 @@ from dae.metrics.provenance import versions
 from dae.metrics.rate import bits_back, code_entropy_rate, gaussian_rate
 from dae.metrics.signal_to_noise import psnr
 from dae.metrics.structural_similarity import ssim
+from dae.metrics.validation import as_float
 
 __all__ = [
     "Classifier",
@@ -23,6 +24,7 @@ __all__ = [
     "Memorisation",
     "PrecisionRecall",
     "accuracy",
+    "as_float",
     "bits_back",
     "code_entropy_rate",
     "equal_count_frechet",

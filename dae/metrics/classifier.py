@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dae.metrics.validation import check_images
+from dae.metrics.validation import as_float, check_held_images, check_images
 
 _FORMAT = "dae-classifier-1"
 
@@ -140,7 +140,7 @@ def train_classifier(
     random state is left as it was. The patch is the shorter side / 16, between 1 and 8.
 
     Args:
-        images: [N, C, H, W], float, in [-1, 1].
+        images: [N, C, H, W], float, in [-1, 1], or held as 8 bits (uint8, x / 127.5 - 1).
         labels: int64 [N] in 0..num_classes-1.
         num_classes: number of classes.
         steps: optimiser steps.
@@ -154,7 +154,7 @@ def train_classifier(
         The classifier, in eval mode.
 
     Raises:
-        TypeError: images that are not floating point, or labels that are not int64.
+        TypeError: images that are neither floating point nor uint8, or labels that are not int64.
         ValueError: shapes, labels or steps out of range.
     """
     from tqdm import tqdm
@@ -190,7 +190,7 @@ def train_classifier(
             if len(order) < batch_size:
                 order = torch.randperm(len(images))
             rows, order = order[:batch_size], order[batch_size:]
-            logits = classifier(_jitter(images[rows].float()).to(device))
+            logits = classifier(_jitter(as_float(images[rows]).float()).to(device))
             loss = F.cross_entropy(logits, labels[rows].to(device), label_smoothing=0.05)
             optimizer.zero_grad()
             loss.backward()
@@ -212,7 +212,7 @@ def _jitter(images: Tensor) -> Tensor:
 
 
 def _check_labels(images: Tensor, labels: Tensor) -> None:
-    check_images(images=images)
+    check_held_images(images=images)
     if labels.dtype != torch.int64:
         raise TypeError(f"labels: expected int64, got {labels.dtype}; convert them by labels.long()")
     if labels.shape != (len(images),):
@@ -233,11 +233,11 @@ def predict(classifier: Classifier, images: Tensor, batch_size: int = 500) -> Te
 def _in_batches(classifier: Classifier, function: Callable[[Tensor], Tensor], images: Tensor, batch_size: int) -> Tensor:
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1 image, got {batch_size}")
-    check_images(images=images)
+    check_held_images(images=images)
     device, training = classifier.to_logits.weight.device, classifier.training
     classifier.eval()
     try:
-        return torch.cat([function(x.to(device, torch.float32)).cpu() for x in images.split(batch_size)])
+        return torch.cat([function(as_float(x.to(device)).float()).cpu() for x in images.split(batch_size)])
     finally:
         classifier.train(training)
 
@@ -270,7 +270,7 @@ def rotation_task(images: Tensor) -> tuple[Tensor, Tensor]:
     Source: Gidaris, Singh and Komodakis, "Unsupervised Representation Learning by Predicting Image Rotations", ICLR 2018
     (arXiv 1803.07728).
     """
-    check_images(images=images)
+    check_held_images(images=images)
     if images.shape[2] != images.shape[3]:
         raise ValueError(f"images: expected square images, got {images.shape[2]} x {images.shape[3]}; crop them")
     rotated = torch.cat([images.rot90(turns, (2, 3)) for turns in range(4)])

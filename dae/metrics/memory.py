@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dae.metrics.validation import check_same_pixels
+from dae.metrics.validation import as_float, check_same_pixels
+
+BLOCK_VALUES = 1 << 25  # pixels of a block in float64: 256 MB
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,11 @@ def memorisation(samples: Tensor, train: Tensor, heldout: Tensor, *, block: int 
     count, and share_heldout says how many there were.
 
     Args:
-        samples, train, heldout: images [N, C, H, W], [T, C, H, W], [M, C, H, W], float, in [-1, 1].
-        block: images compared at once: memory is O(block (block + C H W)).
+        samples, train, heldout: images [N, C, H, W], [T, C, H, W], [M, C, H, W], float in [-1, 1] or held as uint8.
+        block: images compared at once, fewer where they are large: memory is O(block (block + C H W)).
 
     Raises:
-        TypeError: images that are not floating point.
+        TypeError: images that are neither floating point nor uint8.
         ValueError: an empty batch, images of different sizes, NaN, or block below 1.
 
     Source: ours. Nearest neighbours in the training set are the usual evidence; the held-out set makes them a number.
@@ -59,8 +61,9 @@ def memorisation(samples: Tensor, train: Tensor, heldout: Tensor, *, block: int 
     for name, images in {"samples": samples, "train": train, "heldout": heldout}.items():
         if len(images) == 0:
             raise ValueError(f"{name}: expected images, got none")
-        if not torch.isfinite(images).all():
+        if images.is_floating_point() and not torch.isfinite(images).all():
             raise ValueError(f"{name}: expected finite pixels, got NaN or infinity; look for a diverged model")
+    block = min(block, max(16, BLOCK_VALUES // train[0].numel()))
     nearest_index, nearest_distance = _nearest(samples, train, block)
     _, heldout_distance = _nearest(heldout, train, block)
     rank = (len(heldout) + 50) // 100
@@ -80,17 +83,17 @@ def _nearest(images: Tensor, train: Tensor, block: int) -> tuple[Tensor, Tensor]
     """Index of the training image nearest to each image, and its root mean square distance a pixel."""
     indices, distances = [], []
     for rows in images.flatten(1).split(block):
-        x_BP = rows.double()
+        x_BP = as_float(rows).double()
         best_B = torch.full((len(rows),), torch.inf, dtype=torch.float64, device=rows.device)
         index_B = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
         for start, candidates in zip(range(0, len(train), block), train.flatten(1).split(block), strict=True):
-            t_KP = candidates.to(rows.device).double()
+            t_KP = as_float(candidates.to(rows.device)).double()
             # |x - t|^2 less |x|^2, which does not change which t is nearest: one matrix product.
             value_B, within_B = (t_KP.square().sum(1) - 2 * x_BP @ t_KP.T).min(1)
             index_B = torch.where(value_B < best_B, start + within_B, index_B)
             best_B = torch.minimum(best_B, value_B)
         # The distance itself from the difference, so that a copy is at distance 0 exactly.
-        nearest_BP = train[index_B.to(train.device)].flatten(1).to(rows.device).double()
+        nearest_BP = as_float(train[index_B.to(train.device)].flatten(1).to(rows.device)).double()
         indices.append(index_B)
         distances.append((x_BP - nearest_BP).square().mean(1).sqrt())
     return torch.cat(indices), torch.cat(distances)

@@ -90,5 +90,15 @@ def test_errors():
         memorisation(TRAIN * math.nan, TRAIN, HELDOUT)
     with pytest.raises(ValueError, match="block: expected at least 1"):
         memorisation(TRAIN, TRAIN, HELDOUT, block=0)
-    with pytest.raises(TypeError, match=r"heldout: .* got torch\.uint8"):
-        memorisation(TRAIN, TRAIN, HELDOUT.byte())
+    with pytest.raises(TypeError, match=r"heldout: .* got torch\.int16"):
+        memorisation(TRAIN, TRAIN, HELDOUT.short())
+
+
+def test_images_held_as_8_bits_give_the_same_bits():
+    from dae.metrics import as_float
+
+    generator = torch.Generator().manual_seed(0)
+    held = [torch.randint(0, 256, (n, 3, 6, 6), dtype=torch.uint8, generator=generator) for n in (20, 30, 60)]
+    a, b = memorisation(*held), memorisation(*map(as_float, held))
+    assert torch.equal(a.nearest_distance, b.nearest_distance) and torch.equal(a.nearest_index, b.nearest_index)
+    assert a.threshold == b.threshold
