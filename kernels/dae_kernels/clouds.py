@@ -75,6 +75,15 @@ def normalised(weights: Tensor | None, cloud: Tensor, dtype: torch.dtype) -> Ten
     return weights / weights.sum()
 
 
+def unit(*tensors: Tensor) -> Tensor:
+    """A power of 2, [] in float64 and without gradient, by which the largest of the numbers comes to lie in 1/2..4.
+
+    Powers of what it multiplies are numbers of its dtype, and nothing is rounded.
+    """
+    largest = torch.stack([t.detach().abs().amax() for t in tensors]).amax()
+    return torch.exp2(-largest.clamp_min(torch.finfo(largest.dtype).tiny).double().log2().floor())
+
+
 def check_weights(operation: str, name: str, weights: Tensor | None, cloud: Tensor) -> None:
     """Weights [N] of a cloud [N, D]: floating, finite, not negative, with a positive sum; None stands for equal weights.
 

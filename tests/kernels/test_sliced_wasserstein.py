@@ -287,9 +287,9 @@ def test_clouds_of_another_device_stay_there():
     """Meta tensors stand for a GPU (autocast does not know them): drawn directions follow the clouds, nothing is on the CPU."""
     x, w = torch.empty(7, 3, device="meta", requires_grad=True), torch.empty(7, device="meta")
     for M in (7, 9):
-        operands = api.prepare("test", x, torch.empty(M, 3, device="meta"), 2, 5, None, None, None, None)
         for cost in (reference.mean_cost, reference.greatest_cost):
             for weights_x in (None, w):
+                operands = api.prepare("test", x, torch.empty(M, 3, device="meta"), 2, 5, None, None, None, None)
                 value = cost(*operands[:4], weights_x, None)
                 assert value.device.type == torch.autograd.grad(value, x)[0].device.type == "meta"
 

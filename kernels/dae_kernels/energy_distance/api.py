@@ -34,8 +34,8 @@ def energy_distance(
     so neither the origin nor a few far points matter. Rounding moves the distance r of two points at distance R from the
     median by about 1e-7 R^2 / r, and two that are nearer than 1e-3 R are taken for one. It shows where points are near each
     other and both far from the rest of their cloud: of pairs in a second cluster at R = 100 r distances are good to three
-    digits, from R = 1000 r on they are lost, which is up to 1e-3 R in the result. Distances from the median from 1e19 on
-    overflow to NaN, and those below 1e-19 are 0.
+    digits, from R = 1000 r on they are lost, which is up to 1e-3 R in the result. The unit of the points does not matter: they
+    are scaled by a power of 2.
 
     Args:
         x: [N, D], floating; any strides.

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dae_kernels.clouds import unit
 from dae_kernels.dispatch import differentiated, register_op
 from dae_kernels.pairwise.reference import (
     pair_rows_empty,
@@ -76,10 +77,14 @@ class PairSums(torch.autograd.Function):
 
             x_alone, x, y, y_alone = centred(x_ND, y_MD, a_N, b_M)
             coefficients_B = rates(parameters, x.device)
+            scale = 1.0
+            if not parameters:  # float32 squares of distances overflow from 1e19 on, and are 0 below 1e-19
+                scale = unit(x_alone, x, y, y_alone)
+                x_alone, x, y, y_alone = (cloud * scale for cloud in (x_alone, x, y, y_alone))
 
             def rows(q: Tensor, s: Tensor, v: Tensor, same: bool, gradient: bool) -> tuple[Tensor, Tensor]:
                 p, g = pair_rows_triton(q, s, v.float(), coefficients_B, len(parameters), same, gradient)
-                return p.double(), g
+                return p.double() / scale, g  # the gradient of a distance has no unit
         else:
             x_alone = x = x_ND
             y_alone = y = y_MD

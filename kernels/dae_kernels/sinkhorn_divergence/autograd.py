@@ -36,7 +36,7 @@ def solve_divergence(
     debias: bool,
     potentials: bool,
     triton: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`Sinkhorn.divergence` of the solved problems."""
     options = Options(p, blur, scaling, diameter, reach, max_iter, tolerance)
     with torch.autocast(x_ND.device.type, enabled=False):
@@ -45,7 +45,7 @@ def solve_divergence(
 
 def empty_divergence(x_ND: Tensor, y_MD: Tensor, a_N: Tensor, b_M: Tensor, *options: Any) -> tuple[Tensor, ...]:
     vectors = (torch.empty_like(t) for t in (a_N, b_M, a_N, b_M))
-    return *vectors, x_ND.new_empty(x_ND.shape), y_MD.new_empty(y_MD.shape)
+    return a_N.new_empty(()), *vectors, x_ND.new_empty(x_ND.shape), y_MD.new_empty(y_MD.shape)
 
 
 def solve_means(
@@ -132,8 +132,7 @@ class Envelope(torch.autograd.Function):
 
     @staticmethod
     def forward(x_ND: Tensor, y_MD: Tensor, a_N: Tensor, b_M: Tensor, *options) -> tuple[Tensor, ...]:
-        u_N, v_M, *made = sinkhorn_potentials(x_ND, y_MD, a_N, b_M, *options)
-        return (a_N * u_N).sum() + (b_M * v_M).sum(), u_N, v_M, *made
+        return sinkhorn_potentials(x_ND, y_MD, a_N, b_M, *options)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -233,7 +233,7 @@ class Sinkhorn:
         return potential.vector + self.problems[k].half_N + potential.constant
 
     def divergence(self, potentials: bool) -> tuple[Tensor, ...]:
-        """u_N, v_M, du_N, dv_M, dx_ND, dy_MD, in the units of the points.
+        """The divergence [], u_N, v_M, du_N, dv_M, dx_ND, dy_MD, in the units of the points.
 
         The divergence is sum_i a_i u_i + sum_j b_j v_j, its derivatives are du by a, dv by b, a_i dx_i by x_i and b_j dy_j by
         y_j. With `potentials` u and v are these, and dx and dy their derivatives.
@@ -242,7 +242,9 @@ class Sinkhorn:
         last = [self.updated(k, *self.schedule[-1], gradient=True) for k in range(len(self.problems))]
         sides = [self.side(k, last, potentials) for k in range(2)]
         values, by_weight, by_point = zip(*sides, strict=True)
-        scaled = [times_power_of_two(t, self.p * self.exponent) for t in (*values, *by_weight)]
+        # Summed before they are scaled: of two powers beyond the dtype there is no difference.
+        value = sum(m * (one.a_N * u).sum() for m, one, u in zip(self.masses, self.problems[:2], values, strict=True))
+        scaled = [times_power_of_two(t, self.p * self.exponent) for t in (value, *values, *by_weight)]
         return *scaled, *(times_power_of_two(t, (self.p - 1) * self.exponent) for t in by_point)
 
     def side(self, k: int, last: list[tuple[Potential, Tensor]], potentials: bool) -> tuple[Tensor, Tensor, Tensor]:

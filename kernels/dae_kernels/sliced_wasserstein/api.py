@@ -14,6 +14,7 @@ from dae_kernels.clouds import (
     middle,
     normalised,
     sampled,
+    unit,
 )
 from dae_kernels.sliced_wasserstein.reference import greatest_cost, mean_cost
 
@@ -80,9 +81,9 @@ def sliced_wasserstein(
     Source: Rabin et al. 2011, "Wasserstein Barycenter and Its Application to Texture Mixing"; Bonneel et al. 2015, "Sliced
     and Radon Wasserstein Barycenters of Measures".
     """
-    operands = prepare("sliced_wasserstein", x, y, p, num_projections, weights_x, weights_y, generator, projections)
+    *operands, units = prepare("sliced_wasserstein", x, y, p, num_projections, weights_x, weights_y, generator, projections)
     with torch.autocast(x.device.type, enabled=False):
-        return root(mean_cost(*operands), operands[3])
+        return in_units(root(mean_cost(*operands), operands[3]), units)
 
 
 @convention(
@@ -109,9 +110,9 @@ def max_sliced_wasserstein(
 
     Source: Deshpande et al. 2019, "Max-Sliced Wasserstein Distance and Its Use for GANs", arXiv 1904.05877.
     """
-    operands = prepare("max_sliced_wasserstein", x, y, p, num_projections, weights_x, weights_y, generator, projections)
+    *operands, units = prepare("max_sliced_wasserstein", x, y, p, num_projections, weights_x, weights_y, generator, projections)
     with torch.autocast(x.device.type, enabled=False):
-        return root(greatest_cost(*operands), operands[3])
+        return in_units(root(greatest_cost(*operands), operands[3]), units)
 
 
 def prepare(
@@ -124,8 +125,11 @@ def prepare(
     weights_y: Tensor | None,
     generator: torch.Generator | None,
     projections: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, float, Tensor | None, Tensor | None]:
-    """The checked operands of `mean_cost`: clouds and directions in one dtype, on the device of the clouds."""
+) -> tuple[Tensor, Tensor, Tensor, float, Tensor | None, Tensor | None, tuple[Tensor, Tensor]]:
+    """The checked operands of `mean_cost`: clouds and directions in one dtype, on the device of the clouds; and their units.
+
+    Both are multiplied by a power of 2, their unit: powers of differences would overflow or be 0 in others.
+    """
     check_clouds(operation, x, y)
     check_weights(operation, "weights_x", weights_x, x)
     check_weights(operation, "weights_y", weights_y, y)
@@ -149,7 +153,14 @@ def prepare(
     # The distance is the same about any origin, but rounding of the projections grows with what is projected.
     near = [sampled(cloud, normalised(w, cloud, torch.float64)) for cloud, w in ((x, weights_x), (y, weights_y))]
     center_D = middle(torch.cat(near))
-    return x - center_D, y - center_D, projections.to(dtype), p, weights_x, weights_y
+    x, y, projections = x - center_D, y - center_D, projections.to(dtype)
+    units = unit(x, y), unit(projections)
+    return x * units[0], y * units[0], projections * units[1], p, weights_x, weights_y, units
+
+
+def in_units(distance: Tensor, units: tuple[Tensor, Tensor]) -> Tensor:
+    """The distance of clouds and projections before they were multiplied by their units."""
+    return (distance.double() / units[0] / units[1]).to(distance.dtype)
 
 
 def check_projections(operation: str, projections: Tensor, x: Tensor) -> None:
