@@ -1,8 +1,11 @@
-"""Files that appear whole or not at all."""
+"""Files and folders that appear whole or not at all, and a look whether what is announced is there."""
 
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -46,3 +49,69 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def replaced_folder(folder: Path) -> Iterator[Path]:
+    """`with replaced_folder(folder) as new`: a new folder, which takes the place of `folder` when the block ends without error.
+
+    Until then, and after an error, `folder` is as it was. Files and folders in it of names that the new one has not, which are
+    somebody else's, move into the new one. Only one process at a time may do this (`dae.lock`): what an earlier one left is
+    cleaned up.
+    """
+    folder = folder.resolve()  # behind a link: the link stays
+    new, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("new", "old"))
+    if old.exists() and not folder.exists():  # a process was killed between the two renames below
+        old.rename(folder)
+    _retire(old, folder)
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    try:
+        yield new
+        sync_folder(new)
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+    except BaseException:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    sync_folder(folder.parent)
+    _retire(old, folder)
+
+
+@contextmanager
+def replaced_files(folder: Path) -> Iterator[Path]:
+    """As `replaced_folder`, for some files of a folder: they move into it together when the block ends without error."""
+    new = folder / ".new"
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    try:
+        yield new
+        for path in new.iterdir():
+            os.replace(path, folder / path.name)
+        sync_folder(folder)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+
+
+def _retire(old: Path, folder: Path) -> None:
+    """Delete the folder `old`, but for what `folder` has not, which moves there."""
+    if old.exists():
+        for entry in old.iterdir():
+            if not (folder / entry.name).exists():
+                entry.rename(folder / entry.name)
+        shutil.rmtree(old)
+
+
+def announce(folder: Path, names: Iterable[str], note: str = "") -> None:
+    """Print `saved <folder>`, after a look whether each of the files `names` is in it, and not empty.
+
+    Raises:
+        FileNotFoundError: some are not; the message names them.
+    """
+    if missing := [name for name in names if not (folder / name).is_file() or (folder / name).stat().st_size == 0]:
+        listed = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise FileNotFoundError(f"{folder} should hold {listed} by now, but does not: was it deleted meanwhile? Run this again")
+    print(f"saved {folder}{note}", flush=True)

@@ -15,7 +15,7 @@ from torch import nn
 
 import dae
 
-WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+WEIGHTS, CONFIG, CARD = MODEL_FILES = ("model.safetensors", "config.json", "README.md")
 
 
 class PretrainedModel(nn.Module):
@@ -100,7 +100,7 @@ class PretrainedModel(nn.Module):
 
         api = HfApi(token=token, library_name="decoupled-autoencoder", library_version=dae.__version__)
         api.create_repo(repo_id, private=private, exist_ok=True)
-        commit = api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=[WEIGHTS, CONFIG, CARD])
+        commit = api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=list(MODEL_FILES))
         return str(commit)
 
 
@@ -110,7 +110,7 @@ def download(repo_id: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=[WEIGHTS, CONFIG, CARD]))
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(MODEL_FILES)))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(
             f"{repo_id!r} is neither a folder nor a repository of the Hub that can be reached: {error}"
@@ -133,9 +133,14 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: str
     model.load_state_dict(weights)
 
 
+def holds_model(folder: Path) -> bool:
+    """Whether `save_pretrained` wrote a model into `folder`."""
+    return all((folder / name).is_file() for name in (CONFIG, WEIGHTS))
+
+
 def require_model(folder: Path, recipe: str) -> Path:
     """`folder`, if it holds a saved model. FileNotFoundError names the recipe that makes one."""
-    if not all((folder / name).is_file() for name in (CONFIG, WEIGHTS)):
+    if not holds_model(folder):
         raise FileNotFoundError(
             f"no trained model in {folder}: make it with recipes/{recipe}.py and the same configuration "
             "(resume_from_checkpoint=latest finishes an interrupted run)"

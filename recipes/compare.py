@@ -40,7 +40,7 @@ from dae.comparison.results import headline, markdown, summarize
 from dae.comparison.trial import Bench, run_trial
 from dae.config import Config, save_config
 from dae.data.pictures import to_uint8
-from dae.files import write_file
+from dae.files import announce, replaced_files, write_file
 from dae.lock import writes
 
 ARMS = "\narms of compare.arms:\n" + "".join(f"  {name:<16} {words}\n" for name, words in ABOUT.items())
@@ -64,15 +64,17 @@ def compare(config: Config, prepare: Callable[[Config], Any] = Bench.prepare, tr
         print(f"\nstopped; finished trials are in {folder / 'trials'}, the same command goes on from there", file=sys.stderr)
         sys.exit(130)
 
-    save_config(config, folder / "compare.yaml")
     summary = summarize(config, bench.facts(), tuning + measured)
-    write_file(folder / "compare.json", json.dumps(summary, indent=1, allow_nan=False).encode())
-    write_file(folder / "compare.md", markdown(summary).encode())
-    path = write_page(config, summary, pictures(config, bench, measured), folder)
+    with replaced_files(folder) as new:
+        save_config(config, new / "compare.yaml")
+        write_file(new / "compare.json", json.dumps(summary, indent=1, allow_nan=False).encode())
+        write_file(new / "compare.md", markdown(summary).encode())
+        path = folder / write_page(config, summary, pictures(config, bench, measured), new).name
     for title, rows in (("equal steps", summary["differences"]), ("equal rate", summary["equal_rate"])):
         if rows:
             print("\n".join([f"At {title}:", *headline(summary, rows["frechet"])]))
-    print(f"saved {path}, with compare.png, compare.json and compare.md")
+    names = ["compare.html", "compare.png", "compare.json", "compare.md"]
+    announce(folder, [*names, "compare.yaml"], f": {', '.join(names)}")
     if failed := [o for o in tuning + measured if o.failed]:
         listed = "; ".join(f"{name_of(o.job)}: {o.failed}" for o in failed)
         raise RuntimeError(

@@ -24,6 +24,7 @@ from dae.data.cache import Fingerprint, transform_fingerprint
 from dae.data.latents import LatentCache
 from dae.data.tokens import TokenCache
 from dae.distributed import agree, each_for_itself, failing_together, gather_objects, run_on_first_process
+from dae.files import announce
 from dae.hub import fingerprint, require_model
 from dae.lock import writes
 from dae.models import Autoencoder, choose_kernels
@@ -88,7 +89,8 @@ def encode(config: Config) -> Path:
             fingerprint=Fingerprint(fingerprint(trained), data.fingerprint, transform_fingerprint(config)),
         )
         cache.save(folder)
-        print(f"saved {folder}: {len(cache.train)} training and {len(cache.validation)} held-out images{data.skipped_note()}")
+        note = f": {len(cache.train)} training and {len(cache.validation)} held-out images{data.skipped_note()}"
+        announce(folder, cache.files(), note)
 
     run_on_first_process(save)
     accelerator.end_training()

@@ -25,8 +25,8 @@ from tqdm import tqdm
 from dae.cli import main
 from dae.config import Config
 from dae.data import ImageData, in_memory, load_data
-from dae.data.pictures import to_uint8
-from dae.files import write_file
+from dae.data.pictures import to_uint8, write_npz
+from dae.files import announce, replaced_folder, write_file
 from dae.hub import fingerprint
 from dae.lock import writes
 from dae.memory import require_memory
@@ -178,12 +178,12 @@ def evaluate(config: Config) -> dict:
         },
         "seconds": time.monotonic() - started,
     }
-    folder = output / "evaluation"
-    folder.mkdir(exist_ok=True)
-    classifier.save(folder / "classifier.safetensors")
-    np.savez(folder / "pictures.npz", **pictures)
-    write_file(output / "metrics.json", json.dumps(metrics, indent=2).encode())
+    with replaced_folder(output / "evaluation") as new:
+        classifier.save(new / "classifier.safetensors")
+        write_npz(new / "pictures.npz", **pictures)
+        write_file(output / "metrics.json", json.dumps(metrics, indent=2).encode())
     show(metrics)
+    announce(output, ["metrics.json", "evaluation/classifier.safetensors", "evaluation/pictures.npz"], "/metrics.json")
     return metrics
 
 

@@ -36,7 +36,7 @@ from dae.complexity.latents import Latent, load_latent, saved_autoencoder
 from dae.config import Config
 from dae.data import in_memory, load_data
 from dae.data.pictures import grid, to_uint8, write_png
-from dae.files import write_file
+from dae.files import announce, replaced_folder, write_file
 from dae.lock import writes
 from dae.training import one_process
 from dae.training.run import refuse_other_data
@@ -103,13 +103,13 @@ def measure_latent(config: Config) -> Path:
     )
 
     folder = Path(config.output_dir) / "measure"
-    folder.mkdir(parents=True, exist_ok=True)
-    write_file(folder / "latents.json", json.dumps(measured.to_dict(), indent=2).encode())
-    draw(measured, folder)
-    path = build(measured).write(folder / "latents.html")
+    with replaced_folder(folder) as new:
+        write_file(new / "latents.json", json.dumps(measured.to_dict(), indent=2).encode())
+        pngs = draw(measured, new)
+        build(measured).write(new / "latents.html")
     show(measured)
-    print(f"saved {path} after {web.duration(measured.seconds)}")
-    return path
+    announce(folder, ["latents.html", "latents.json", *pngs], f"/latents.html after {web.duration(measured.seconds)}")
+    return folder / "latents.html"
 
 
 def check(config: Config) -> None:
@@ -190,13 +190,14 @@ class Average(nn.Module):
 
 
 def gromov(codes: dict[str, Tensor], images: Tensor, seeds: list[int]) -> dict[str, Estimate] | None:
-    """Gromov-Wasserstein distance of each latent and the images; None without POT."""
+    """Gromov-Wasserstein distance of each latent and the images; None, and a line that says so, without POT."""
     try:
         return {
             name: gromov_wasserstein(latents, images, seeds=seeds, num_points=128, normalize=True)
             for name, latents in tqdm(codes.items(), desc="Gromov-Wasserstein")
         }
-    except ImportError:
+    except ImportError as error:
+        print(f"left out: {error}")
         return None
 
 
@@ -226,20 +227,24 @@ def pictures(latent: Latent, codes: Tensor, images: Tensor, config: Config, opti
     return rows
 
 
-def draw(measured: Measured, folder: Path) -> None:
-    """curves-<distance>.png and pictures-<latent>.png."""
+def draw(measured: Measured, folder: Path) -> list[str]:
+    """Write curves-<distance>.png and pictures-<latent>.png; returns their names."""
+    names = []
     for distance in measured.yardsticks:
         panels: list[Panel] = [
             frontier_panel(series, **axes_of(measured, distance, name))
             for name in measured.config.measure.families
             if (series := series_of(measured, distance, name))
         ]
-        save_png(panels, [3.6] * len(panels), folder / f"curves-{file_name(distance)}.png")
+        names.append(f"curves-{file_name(distance)}.png")
+        save_png(panels, [3.6] * len(panels), folder / names[-1])
     for latent, rows in measured.pictures.items():
         sheets = [grid(images, len(images)) for _, images in rows]
         factor = max(1, 64 // max(measured.images.shape[2:]))
         sheet = torch.cat([torch.from_numpy(each) for each in sheets]).numpy().repeat(factor, 0).repeat(factor, 1)
-        write_png(folder / f"pictures-{file_name(latent)}.png", sheet)
+        names.append(f"pictures-{file_name(latent)}.png")
+        write_png(folder / names[-1], sheet)
+    return names
 
 
 def file_name(name: str) -> str:

@@ -18,6 +18,7 @@ from dae import report as web
 from dae.charts import Line, bar_chart, in_words, line_chart
 from dae.cli import main
 from dae.config import Config, differing_keys
+from dae.files import announce
 from dae.lock import writes
 from dae.record import Record, seconds_by_stage
 from dae.report import Html, number, paragraph, percent, strip
@@ -76,7 +77,7 @@ def report(config: Config) -> Path:
     ours = "; all hyper-parameters are ours, and no number here is the paper's."
     page.footer = [paragraph("The method as publicly described in ", PAPER, ours, " Written by recipes/report.py.")]
     path = page.write(Path(config.output_dir) / "report.html")
-    print(f"saved {path} ({path.stat().st_size / 1e6:.1f} MB)")
+    announce(path.parent, [path.name], f"/{path.name} ({path.stat().st_size / 1e6:.1f} MB)")
     return path
 
 

@@ -30,7 +30,7 @@ from dae.complexity.report_card import PREDICTORS, Encoded, decode_latents, enco
 from dae.config import Config
 from dae.data import ImageData, in_memory, load_data
 from dae.data.pictures import grid, to_uint8, write_png
-from dae.files import write_file
+from dae.files import announce, replaced_folder, write_file
 from dae.hub import fingerprint, require_model
 from dae.lock import writes
 from dae.metrics import versions
@@ -84,9 +84,16 @@ def report_latent(config: Config) -> Path:
     rankings = {folder: rank(read_trials(folder, trained), config.seed) for folder in comparison_folders(config)}
     run = measure_latent(config, trained)
     folder = Path(config.output_dir) / "latent"
-    folder.mkdir(parents=True, exist_ok=True)
-    write_file(folder / "card.json", json.dumps(facts(run, rankings), indent=2).encode())
+    with replaced_folder(folder) as new:
+        write_file(new / "card.json", json.dumps(facts(run, rankings), indent=2).encode())
+        names = write_page(run, rankings, new)
+    size = (folder / "card.html").stat().st_size / 1e6
+    announce(folder, names, f"/card.html ({size:.1f} MB), measured in {web.duration(run.seconds)}")
+    return folder
 
+
+def write_page(run: Measured, rankings: dict[Path, Ranking], folder: Path) -> list[str]:
+    """card.html and its pictures; returns the names of all that is then in the folder."""
     page = web.Page(f"Report card of a latent: {run.data.name}", lead(run))
     page.section("In numbers", headline(run))
     page.section("The card", card_table(run))
@@ -96,9 +103,8 @@ def report_latent(config: Config) -> Path:
     page.section("What was measured", provenance(run))
     page.footer = [paragraph("The distances for simple generators follow ", PAPER, "; no number here is the paper's. "
                              "Written by recipes/report_latent.py.")]  # fmt: skip
-    path = page.write(folder / "card.html")
-    print(f"saved {path} ({path.stat().st_size / 1e6:.1f} MB), measured in {web.duration(run.seconds)}")
-    return folder
+    page.write(folder / "card.html")
+    return [path.name for path in folder.iterdir()]
 
 
 # ---- measuring ----

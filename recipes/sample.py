@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from dae.cli import main
 from dae.config import Config
-from dae.data.pictures import grid, to_uint8, write_png
+from dae.data.pictures import grid, to_uint8, write_npz, write_png
+from dae.files import announce, replaced_folder, write_file
 from dae.hub import fingerprint
 from dae.lock import writes
 from dae.sampling import balanced_labels, generate, load_chain
@@ -34,6 +35,7 @@ def sample(config: Config) -> Path:
     """Write samples; returns their folder."""
     settings = config.sampling
     autoencoder, prior = load_chain(config.output_dir, one_process(config), config.kernels)
+    drawn_from = fingerprint(Path(config.output_dir) / "prior")  # now: it may be trained further while it is sampled
     classes = prior.num_classes if knows_classes(prior) else 1
     labels_N = balanced_labels(settings.num_samples, classes)
     started, images = time.monotonic(), []
@@ -44,21 +46,31 @@ def sample(config: Config) -> Path:
     seconds = time.monotonic() - started
 
     folder = Path(config.output_dir) / "samples"
-    (folder / "png").mkdir(parents=True, exist_ok=True)
-    arrays = np.concatenate(images)
-    (folder / "sampling.json").unlink(missing_ok=True)  # written last: without it there are no samples
-    for old in (folder / "png").glob("*.png"):
-        old.unlink()
-    np.savez(folder / "samples.npz", arr_0=arrays, arr_1=labels_N.numpy())
-    for number, (array, label) in enumerate(zip(arrays, labels_N.tolist(), strict=True)):
-        write_png(folder / "png" / f"{number:06d}_class{label}.png", array)
-    rows = min(classes, 20)
-    by_class = np.concatenate([arrays[labels_N == c][:16] for c in range(rows)]) if classes > 1 else arrays[:160]
-    write_png(folder / "grid.png", grid(by_class, columns=min(16, max(1, int((labels_N == 0).sum())))))
-    facts = {"seconds": seconds, "prior": fingerprint(Path(config.output_dir) / "prior"), "seed": config.seed}
-    (folder / "sampling.json").write_text(json.dumps(dataclasses.asdict(settings) | facts, indent=2))
-    print(f"saved {folder}: {len(arrays)} images in {seconds:.1f} s")
+    arrays, labels = np.concatenate(images), labels_N.numpy()
+    pngs = [f"png/{number:06d}_class{label}.png" for number, label in enumerate(labels)]
+    facts = {"seconds": seconds, "prior": drawn_from, "seed": config.seed}
+    with replaced_folder(folder) as new:
+        (new / "png").mkdir()
+        for name, array in zip(pngs, arrays, strict=True):
+            write_png(new / name, array)
+        write_png(new / "grid.png", overview(arrays, labels))
+        write_npz(new / "samples.npz", arr_0=arrays, arr_1=labels)
+        write_file(new / "sampling.json", json.dumps(dataclasses.asdict(settings) | facts, indent=2).encode())
+    announce(folder, ["samples.npz", "sampling.json", "grid.png", *pngs], f": {len(arrays)} images in {seconds:.1f} s")
     return folder
+
+
+def overview(images_NHWC: np.ndarray, labels_N: np.ndarray) -> np.ndarray:
+    """One picture: a row of each of the first 20 classes that were drawn, or, of a single class, as many as fill ten rows."""
+    present = np.unique(labels_N)[:20]
+    if len(present) == 1:
+        return grid(images_NHWC[:160], columns=min(16, len(images_NHWC)))
+    columns = min(16, int(np.bincount(labels_N).max()))
+    sheet = np.full((len(present), columns, *images_NHWC.shape[1:]), 128, np.uint8)
+    for row, label in zip(sheet, present, strict=True):
+        shown = images_NHWC[labels_N == label][:columns]
+        row[: len(shown)] = shown
+    return grid(sheet.reshape(-1, *images_NHWC.shape[1:]), columns)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from dae.cli import main
 from dae.config import Config
 from dae.data import ImageData, TrainLoader, augment, evaluation_batches, load_data
 from dae.distributed import failing_together, rank, run_on_first_process, sum_over_processes, world_size
+from dae.files import announce
 from dae.lock import writes
 from dae.losses import PerceptualLoss, adaptive_weight, discriminator_loss, generator_loss, reconstruction_loss
 from dae.metrics import CodebookUsage, psnr
@@ -60,7 +61,7 @@ def train(config: Config) -> Path:
             make_loader(config, stage, data, "check")
             build_autoencoder(config, stage)
             build_perceptual_loss(config, stage)
-    resumed = run.open(accelerator, {"data set": data.fingerprint})
+    resumed = run.open(accelerator, {"data set": data.fingerprint}, stages)
     data.list_skipped(config.output_dir)
 
     autoencoder = build_autoencoder(config, stages[0]).to(accelerator.device)
@@ -82,7 +83,7 @@ def train(config: Config) -> Path:
 
     def save() -> None:
         autoencoder.save_pretrained(run.folder, card=autoencoder_card(config, data.describe(), run.history()))
-        print(f"saved {run.folder}{data.skipped_note()}")
+        announce(run.folder, run.outputs(*(stage.name for stage in stages[:-1])), data.skipped_note())
         if config.push_to_hub:
             print(autoencoder.push_to_hub(config.hub_model_id, folder=run.folder))
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -29,8 +28,8 @@ from dae.config import Config
 from dae.data import TrainLoader, load_data
 from dae.data.cache import EncodingCache, Fingerprint, transform_fingerprint
 from dae.distributed import failing_together, run_on_first_process
-from dae.files import write_file
-from dae.hub import CARD, PretrainedModel, fingerprint, load_weights, require_model
+from dae.files import announce
+from dae.hub import PretrainedModel, fingerprint, load_weights, require_model
 from dae.lock import writes
 from dae.models import Autoencoder, choose_kernels
 from dae.training import EMA, Run, TrainingState, build_optimizer, build_scheduler, make_accelerator
@@ -58,14 +57,16 @@ def train(config: Config) -> Path:
             load_prior(prior, settings.init_from)
         choose_kernels(prior, config.kernels)
 
-    def card() -> str:
-        return prior_card(config, type(prior), data.describe(), run.history())
+    def card(step: int) -> str:
+        """With what was measured of the weights of this step."""
+        rows = [row for row in run.history() if row["step"] <= step or row["split"] == "delivered"]
+        return prior_card(config, type(prior), data.describe(), rows)
 
     if family.loss is None:
         fit(config, family, prior, cache, accelerator, run, card)
     else:
         train_by_steps(config, family, prior, cache, accelerator, run, card)
-    accelerator.print(f"saved {run.folder}")
+    run_on_first_process(lambda: announce(run.folder, run.outputs()))
     if config.push_to_hub:
         accelerator.print(run_on_first_process(lambda: prior.push_to_hub(f"{config.hub_model_id}-prior", folder=run.folder)))
     accelerator.end_training()
@@ -79,7 +80,7 @@ def train_by_steps(
     cache: EncodingCache,
     accelerator: Accelerator,
     run: Run,
-    card: Callable[[], str],
+    card: Callable[[int], str],
 ) -> None:
     settings, device = config.prior, accelerator.device
     prior.gradient_checkpointing = settings.gradient_checkpointing
@@ -97,13 +98,11 @@ def train_by_steps(
         if run.shows_images():
             autoencoder = Autoencoder.from_pretrained(run.folder.parent / "autoencoder", device=device)
             choose_kernels(autoencoder, config.kernels)
+    # The best weights so far are in every checkpoint: whatever becomes of the file, resuming can deliver them.
+    best, best_tensors = (resumed.state.get("best"), resumed.tensors.get("best")) if resumed else (None, None)
 
-    def save_if_best() -> None:
-        if not settings.early_stopping or is_best(run, family.criterion):
-            prior.save_pretrained(run.folder, card=card())
-
-    def final_bits() -> float:
-        return family.final_bits(type(prior).from_pretrained(run.folder, device=device), cache.validation, config)
+    def save_best() -> None:
+        prior.save_pretrained(run.folder, card=card(best["step"]))
 
     batches = iter(loader)
     accumulation = settings.gradient_accumulation_steps
@@ -137,26 +136,36 @@ def train_by_steps(
         if done % config.validation_steps == 0 or last:
             with ema.swapped_in(prior) if ema else contextlib.nullcontext():
                 with failing_together():
-                    values = {family.criterion: family.score(prior, cache.validation, config)}
-                run.record(accelerator, done, values, stage="prior", split="validation")
+                    score = family.score(prior, cache.validation, config)
+                run.record(accelerator, done, {family.criterion: score}, stage="prior", split="validation")
                 with failing_together():
                     if autoencoder is not None:
                         run.record_picture(accelerator, done, "samples", sample_sheet(autoencoder, prior, config))
-                if settings.early_stopping or last:
-                    run_on_first_process(save_if_best)
-        if last and family.final_bits is not None:
-            values = {"bits_per_image": run_on_first_process(final_bits)}
-            run.record(accelerator, done, values, stage="prior", split="delivered")
-            run_on_first_process(lambda: write_file(run.folder / CARD, card().encode()))  # with the bits
+                if best is None or score < best["score"] or not settings.early_stopping:
+                    best = {"step": done, "score": score}
+                    best_tensors = {name: weight.detach().cpu().clone() for name, weight in prior.state_dict().items()}
+                    if settings.early_stopping:
+                        run_on_first_process(save_best)
         if done % config.checkpointing_steps == 0 or last:
-            run.save(done, *parts.pack(), stage="prior", stage_step=done)
+            tensors, state = parts.pack()
+            if best is not None:
+                tensors, state = tensors | {"best": best_tensors}, state | {"best": best}
+            run.save(done, tensors, state, stage="prior", stage_step=done)
     bar.close()
+    if best is None:  # of a checkpoint that an earlier version wrote
+        best, best_tensors = {"step": start}, ema.state_dict() if ema else prior.state_dict()
+    prior.load_state_dict(best_tensors)
 
+    def deliver() -> None:
+        logged, last = {(row["split"], row["step"]) for row in run.history()}, settings.max_train_steps
+        if "score" in best and ("validation", best["step"]) not in logged:  # the log was lost
+            run.record(accelerator, best["step"], {family.criterion: best["score"]}, stage="prior", split="validation")
+        if family.final_bits is not None and ("delivered", last) not in logged:
+            values = {"bits_per_image": family.final_bits(prior, cache.validation, config)}
+            run.record(accelerator, last, values, stage="prior", split="delivered")
+        prior.save_pretrained(run.folder, card=card(best["step"]))
 
-def is_best(run: Run, criterion: str) -> bool:
-    """Whether the latest validation is better than every one before it."""
-    *before, latest = [row[criterion] for row in run.history() if row["split"] == "validation"]
-    return latest < min(before, default=math.inf)
+    run_on_first_process(deliver)
 
 
 def fit(
@@ -166,24 +175,25 @@ def fit(
     cache: EncodingCache,
     accelerator: Accelerator,
     run: Run,
-    card: Callable[[], str],
+    card: Callable[[int], str],
 ) -> None:
     """A prior without steps: one fit, one entry of the log for each split, one checkpoint; resuming finds it done."""
-
-    def fitted_scores() -> dict[str, float]:
-        fit_mixture(prior, cache, config)
-        parts = {"train": cache.train, "validation": cache.validation}
-        return {split: family.score(prior, encoded, config) for split, encoded in parts.items()}
-
     resumed = run.open(accelerator, dataclasses.asdict(cache.fingerprint))
     if resumed is not None:
         load_weights(prior, resumed.tensors["model"], str(resumed.path))
-    else:
-        scores = run_on_first_process(fitted_scores)
-        for split, score in scores.items():
-            run.record(accelerator, 1, {family.criterion: score}, stage="prior", split=split)
+
+    def log_fit() -> None:
+        if resumed is None:
+            fit_mixture(prior, cache, config)
+        if not run.history():
+            for split, encoded in (("train", cache.train), ("validation", cache.validation)):
+                values = {family.criterion: family.score(prior, encoded, config)}
+                run.record(accelerator, 1, values, stage="prior", split=split)
+
+    run_on_first_process(log_fit)
+    if resumed is None:
         run.save(1, {"model": prior.state_dict()}, {}, stage="prior", stage_step=1)
-    run_on_first_process(lambda: prior.save_pretrained(run.folder, card=card()))
+    run_on_first_process(lambda: prior.save_pretrained(run.folder, card=card(1)))
 
 
 if __name__ == "__main__":

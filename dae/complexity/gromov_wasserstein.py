@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dae.complexity.estimate import Estimate, check_pair, check_seeds
 from dae.complexity.families import check_count
+from dae.optional import optional
 from dae.training.loop import seed_for
 
 
@@ -79,10 +80,8 @@ def distances(cloud: Tensor, normalize: bool) -> Tensor:
 
 
 def least_distortion(within_z_NN: Tensor, within_x_NN: Tensor, max_iterations: int) -> float:
-    try:
+    with optional("POT", "gromov_wasserstein"):
         import ot
-    except ImportError as error:
-        raise ImportError(f"gromov_wasserstein needs POT, which did not import ({error}): pip install POT") from error
 
     N = len(within_z_NN)
     product = torch.full((N, N), 1 / N**2, dtype=torch.float64)

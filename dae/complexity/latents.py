@@ -24,6 +24,7 @@ from dae.config import Config
 from dae.hub import fingerprint
 from dae.metrics import Classifier, extract_features
 from dae.models import Autoencoder
+from dae.optional import optional
 from dae.training import plan_stages
 from dae.training.loop import seed_for
 
@@ -199,13 +200,8 @@ def _features(name: str, images: Tensor, config: Config, seed: int) -> Found:
 
 
 def _load_timm(name: str) -> tuple[torch.nn.Module, dict[str, Any], dict[str, Any]]:
-    try:
+    with optional("timm", f"latent 'features:{name}'", "or give features:<file of dae.metrics.Classifier.save>"):
         import timm
-    except ImportError as error:
-        raise ImportError(
-            f"latent 'features:{name}' needs timm, which cannot be imported ({error}): pip install timm; "
-            "or give features:<file of dae.metrics.Classifier.save>"
-        ) from error
     folder = Path(name)
     if folder.is_dir():
         description = folder / "config.json"

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dae.config import Config
-from dae.files import write_file
+from dae.files import replaced_folder, write_file
 
 DESCRIPTION = "cache.json"
 
@@ -61,10 +61,9 @@ class EncodingCache:
     facts: ClassVar[tuple[str, ...]]  # fields beside the encodings
 
     def save(self, folder: Path) -> None:
-        """Write `<name>.safetensors` and `cache.json` into `folder`."""
+        """Write `<name>.safetensors` and `cache.json` into `folder`; both or none."""
         from safetensors.torch import save
 
-        folder.mkdir(parents=True, exist_ok=True)
         tensors, name = {}, self.dataset.name
         for part in ("train", "validation"):
             rows: EncodedDataset = getattr(self, part)
@@ -73,8 +72,14 @@ class EncodingCache:
         description["fingerprint"] = dataclasses.asdict(self.fingerprint)
         data = save({k: v.contiguous() for k, v in tensors.items()})
         description["sha256"] = hashlib.sha256(data).hexdigest()  # or a crash could leave new ones under an old description
-        write_file(folder / f"{name}.safetensors", data)
-        write_file(folder / DESCRIPTION, json.dumps(description, indent=2).encode())
+        with replaced_folder(folder) as new:
+            write_file(new / f"{name}.safetensors", data)
+            write_file(new / DESCRIPTION, json.dumps(description, indent=2).encode())
+
+    @classmethod
+    def files(cls) -> list[str]:
+        """Names of what `save` writes."""
+        return [f"{cls.dataset.name}.safetensors", DESCRIPTION]
 
     @classmethod
     def load(cls, folder: Path, expected: Fingerprint) -> Self:

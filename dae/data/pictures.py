@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
+
+from dae.files import write_file
 
 
 def to_uint8(images_BCHW: Tensor) -> np.ndarray:
@@ -37,3 +40,10 @@ def write_png(path: Path, image_HWC: np.ndarray) -> None:
     from PIL import Image
 
     Image.fromarray(image_HWC[..., 0] if image_HWC.shape[-1] == 1 else image_HWC).save(path)
+
+
+def write_npz(path: Path, **arrays: np.ndarray) -> None:
+    """`np.savez` of arrays by name; the file appears whole or not at all."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)
+    write_file(path, buffer.getvalue())

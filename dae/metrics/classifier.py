@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dae.files import write_file
 from dae.metrics.validation import as_float, check_held_images, check_images
 
 _FORMAT = "dae-classifier-1"
@@ -85,11 +86,11 @@ class Classifier(nn.Module):
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file, the architecture as JSON in its metadata; `load` of it gives the same classifier."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         architecture = {key: getattr(self, key) for key in ("channels", "num_classes", "width", "patch", "name")}
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        save_file(weights, str(path), metadata={"format": "pt", _FORMAT: json.dumps(architecture)})
+        write_file(Path(path), save(weights, metadata={"format": "pt", _FORMAT: json.dumps(architecture)}))
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> Classifier:

@@ -1,7 +1,8 @@
+from dae.training.accelerator import make_accelerator, one_process
 from dae.training.checkpoint import Checkpoint, Checkpoints
 from dae.training.ema import EMA
 from dae.training.optimization import build_optimizer, build_scheduler
-from dae.training.run import Run, make_accelerator, one_process
+from dae.training.run import Run
 from dae.training.stages import Stage, plan_stages
 from dae.training.state import TrainingState
 

@@ -5,20 +5,19 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 import shutil
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from dae.config import Config, DataConfig, describe, differing_keys, from_dict, load_config, save_config
 from dae.distributed import agree, failing_together, rank, run_on_first_process, world_size
-from dae.files import append_line, write_file
+from dae.files import append_line, replaced_folder, write_file
+from dae.hub import CONFIG, MODEL_FILES, WEIGHTS, holds_model
 from dae.lock import require_lock
 from dae.training.checkpoint import STATE, Checkpoint, Checkpoints
-from dae.training.stages import plan_stages
+from dae.training.stages import Stage, plan_stages
 
 if TYPE_CHECKING:
     import numpy as np
@@ -34,44 +33,6 @@ FREE_TO_CHANGE = (
     "data.num_workers", "data.verify_rows", "data.allow_other", "data.on_error", "data.max_skipped",
     "sampling.", "evaluation.", "measure.", "compare.",
 )  # fmt: skip
-
-
-def make_accelerator(config: Config, logging_dir: Path | None = None) -> Accelerator:
-    """Hugging Face's Accelerator: devices, mixed precision, data parallelism, trackers (with a `logging_dir`).
-
-    Buffers are not broadcast by DDP: the only ones that change are a codebook's, and all processes update them alike.
-
-    Raises:
-        RuntimeError: several processes were started, but accelerate would let each of them train for itself.
-        ValueError: they have different configurations.
-    """
-    from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs
-
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    for noisy in ("httpx", "absl", "filelock", "fsspec"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
-    accelerator = Accelerator(
-        # Under torchrun without a GPU, accelerate forms no process group unless it is told that the CPU is meant.
-        cpu=not torch.cuda.is_available(),  # nor on a Mac, whose GPU has no float64
-        mixed_precision=config.mixed_precision,
-        log_with=None if config.report_to == "none" or logging_dir is None else config.report_to,
-        project_dir=logging_dir,
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
-    )
-    if (started := int(os.environ.get("WORLD_SIZE", 1))) != accelerator.num_processes:
-        raise RuntimeError(f"{started} processes were started, accelerate sees {accelerator.num_processes}: launch with torchrun")
-    config.mixed_precision = accelerator.mixed_precision  # also where `accelerate launch` chose it: resuming compares it
-    agree({row.key: _look_up(config, row.key) for row in describe() if not row.key.startswith(FREE_TO_CHANGE)})
-    return accelerator
-
-
-def one_process(config: Config) -> torch.device:
-    """The device of a recipe that runs in one process; ValueError if several were launched: they would write the same files."""
-    accelerator = make_accelerator(config)
-    if accelerator.num_processes > 1:
-        raise ValueError(f"this recipe runs in one process, {accelerator.num_processes} were launched: start it with `python`")
-    return accelerator.device
 
 
 class Run:
@@ -92,14 +53,18 @@ class Run:
         self.inputs: dict[str, str] = {}
         self.started = time.monotonic()
 
-    def open(self, accelerator: Accelerator, inputs: dict[str, str] | None = None) -> Checkpoint | None:
+    def open(
+        self, accelerator: Accelerator, inputs: dict[str, str] | None = None, stages: Sequence[Stage] = ()
+    ) -> Checkpoint | None:
         """Claim the folder; return the checkpoint to resume from, if one was asked for and exists.
 
         Args:
             inputs: fingerprints of what the run reads; a checkpoint that was trained on something else is refused.
+            stages: of the run, in their order; each but the last leaves its model in a folder of its name.
 
         Raises:
             FileExistsError: the folder holds a run, and resuming was not asked for.
+            FileNotFoundError: the model of a stage before that of the checkpoint is lost.
             ValueError: the checkpoint belongs to another configuration (all differences are listed), or is damaged; or the
                 processes have different inputs, or see different checkpoints.
 
@@ -115,10 +80,11 @@ class Run:
         if checkpoint:
             with failing_together():
                 self._refuse_other_configuration(checkpoint)
+            run_on_first_process(lambda: self._keep_earlier_stages(checkpoint, [stage.name for stage in stages]))
             log.info("resuming from %s", checkpoint.path)
         run_on_first_process(lambda: self._prepare_folder(checkpoint))
         if self.config.report_to != "none":
-            settings = {row.key: str(_look_up(self.config, row.key)) for row in describe()}
+            settings = {row.key: str(look_up(self.config, row.key)) for row in describe()}
             with failing_together():
                 accelerator.init_trackers("decoupled-autoencoder", config=settings)
         return checkpoint
@@ -133,6 +99,20 @@ class Run:
             remedy = "it has no checkpoint to continue from; choose another output_dir, or delete it"
         if occupied:
             raise FileExistsError(f"{self.folder} holds another run ({', '.join(occupied[:3])}): {remedy}")
+
+    def _keep_earlier_stages(self, checkpoint: Checkpoint, stages: list[str]) -> None:
+        """The models at the switches before a checkpoint, which it does not hold, come along if it is another run's."""
+        for name in stages[: stages.index(checkpoint.state["stage"])] if stages else []:
+            source, target = checkpoint.path.parent / name, self.folder / name
+            if not holds_model(target) and holds_model(source):
+                with replaced_folder(target) as new:
+                    for file in (WEIGHTS, CONFIG):
+                        shutil.copyfile(source / file, new / file)
+            if not holds_model(target):
+                raise FileNotFoundError(
+                    f"{target} holds no model, and {checkpoint.path}, of a later stage, cannot restore it: resume from one of "
+                    f"{name} (resume_from_checkpoint=<path>), or start a new run in another output_dir"
+                )
 
     def _prepare_folder(self, checkpoint: Checkpoint | None) -> None:
         self.history_file.parent.mkdir(parents=True, exist_ok=True)
@@ -220,12 +200,16 @@ class Run:
             elif tracker.name == "wandb":
                 tracker.log_images({name: [picture_HWC]}, step=step)
 
+    def outputs(self, *stages: str) -> list[str]:
+        """The files, relative to `folder`, that are there when the run and the models of its earlier `stages` are finished."""
+        return [*MODEL_FILES, "config.yaml", *(f"{s}/{file}" for s in stages for file in (CONFIG, WEIGHTS))]
+
     def history(self) -> list[dict]:
         """All that `record` wrote, oldest first; half a line, which a crash may leave, is left out."""
         return [json.loads(line) for line in self.history_file.read_text().splitlines() if line.endswith("}")]
 
 
-def _look_up(config: Any, key: str) -> Any:
+def look_up(config: Any, key: str) -> Any:
     for part in key.split("."):
         config = getattr(config, part)
     return config

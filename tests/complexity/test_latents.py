@@ -228,7 +228,7 @@ def test_features_refused(load, timm, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"timm 1.0 cannot load the weights \(cannot reach the Hub\); connect"):
         load("features:offline")
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ImportError, match=r"features:small.*needs timm.*pip install timm"):
+    with pytest.raises(ImportError, match=r"features:small.*needs the package timm.*pip install timm"):
         load("features:small")
 
 

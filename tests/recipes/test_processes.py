@@ -121,7 +121,9 @@ def test_processes_that_would_train_apart_are_refused(tmp_path, configure, monke
 
 
 def test_recipes_that_write_one_file_refuse_several_processes(tmp_path, configure, recipe, monkeypatch):
-    monkeypatch.setattr("dae.training.run.make_accelerator", lambda config: SimpleNamespace(num_processes=2, device="cpu"))
+    monkeypatch.setattr(
+        "dae.training.accelerator.make_accelerator", lambda config: SimpleNamespace(num_processes=2, device="cpu")
+    )
     for name in ("sample", "evaluate"):
         with pytest.raises(ValueError, match="runs in one process, 2 were launched: start it with `python`"):
             getattr(recipe(name), name)(configure(tmp_path))

@@ -249,7 +249,7 @@ def test_full_disk_in_the_prior(chain, copied_chain, run, full_disk, words):
 
 def test_full_disk_leaves_tokens_and_metrics(copied_chain, run, contents, full_disk):
     before = contents(copied_chain)
-    full_disk("tokens/", ".metrics.json")
+    full_disk(".tokens", ".metrics.json")
     for name in ("encode", "evaluate"):
         with pytest.raises(OSError, match="could not save"):
             run(name, copied_chain)

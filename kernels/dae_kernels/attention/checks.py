@@ -52,6 +52,11 @@ def check_tensors(operation: str, layout_q: str, layout_k: str, q: Tensor, k: Te
         raise ValueError(f"q, k and v must be on one device, got {q.device}, {k.device}, {v.device}")
 
 
+def broken_package(name: str, error: Exception) -> ImportError:
+    """What to raise where a package is installed and its import fails; one built for another torch may raise anything then."""
+    return ImportError(f"{name} is installed but cannot be imported ({type(error).__name__}: {' '.join(str(error).split())})")
+
+
 def check_integers(name: str, x: Tensor, length: int | None, device: torch.device) -> None:
     """TypeError or ValueError unless `x` is a vector of int32 or int64 on `device`, of `length` entries if that is given."""
     if not isinstance(x, Tensor) or x.dtype not in (torch.int32, torch.int64):

@@ -22,7 +22,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from dae_kernels.attention.checks import check_head_dimension, check_operands, check_unbatched, recorded
+from dae_kernels.attention.checks import broken_package, check_head_dimension, check_operands, check_unbatched, recorded
 from dae_kernels.attention.options import Options, refuse, refuse_other_values
 from dae_kernels.attention.packing import Packing, pack_keys, padded_heads, whole_lengths
 
@@ -94,8 +94,13 @@ def newest(major: int) -> Generation:
     fits = (2,)
     if torch.version.hip is None and major in (9, 10, 11):
         fits = (4, 3, 2) if major == 9 else (4, 2)
+    broken = []
     for number in fits:
-        module = installed(number)
+        try:
+            module = installed(number)
+        except ImportError as error:
+            broken.append(f"; {error}")
+            continue
         if module is not None:
             return Generation(number, module)
     lines = {
@@ -105,11 +110,12 @@ def newest(major: int) -> Generation:
     }
     raise ImportError(
         f"impl='flash_attn' needs flash-attn of generation {' or '.join(map(str, fits))} on this device: "
-        f"{'; or '.join(lines[number] for number in fits)}; or use impl='auto'"
+        f"{'; or '.join(lines[number] for number in fits)}; or use impl='auto'{''.join(broken)}"
     )
 
 
 def installed(number: int) -> ModuleType | None:
+    """The package of a generation, None without it. ImportError: it is there and broken."""
     try:
         if number == 2:
             import flash_attn as module
@@ -117,8 +123,10 @@ def installed(number: int) -> ModuleType | None:
             import flash_attn_interface as module
         else:
             import flash_attn.cute as module
-    except ImportError:
+    except ModuleNotFoundError:
         return None
+    except Exception as error:
+        raise broken_package(f"flash-attn of generation {number}", error) from error
     if number == 2:
         # flash-attn-4 alone leaves a folder flash_attn without the functions of generation 2.
         return module if hasattr(module, "flash_attn_func") else None

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dae_kernels.attention.checks import check_operands, check_unbatched
+from dae_kernels.attention.checks import broken_package, check_operands, check_unbatched
 from dae_kernels.attention.options import Options, refuse, refuse_other_values
 from dae_kernels.attention.packing import Packing, pack_keys, padded_heads
 from dae_kernels.attention.reference import position_mask
@@ -76,8 +76,10 @@ def load(q: Tensor):
     except ImportError as error:
         raise ImportError(
             "impl='xformers' needs xformers with its fused attention: "
-            "pip install \"decoupled-autoencoder[gpu]\", or use impl='auto'"
+            f"pip install \"decoupled-autoencoder[gpu]\", or use impl='auto' ({error})"
         ) from error
+    except Exception as error:
+        raise ImportError(f"impl='xformers': {broken_package('xformers', error)}; or use impl='auto'") from error
     return memory_efficient_attention, attn_bias
 
 
