@@ -152,7 +152,7 @@ def test_history_and_config(tmp_path):
     third = run.history()[2]
     assert third.pop("seconds") >= 0
     assert third == {"step": 3, "stage": "prior", "split": "train", "loss": pytest.approx(1 / 3)}
-    assert {p.name for p in (tmp_path / "prior").iterdir()} == {"checkpoint-4", "config.yaml", "logs"}
+    assert {p.name for p in (tmp_path / "prior").iterdir()} == {"checkpoint-4", "config.yaml", "inputs.json", "logs"}
     assert (tmp_path / "config.yaml").read_text() == (tmp_path / "prior" / "config.yaml").read_text()
 
 
