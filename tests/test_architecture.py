@@ -195,7 +195,8 @@ INDIRECT = {
     "tensorboard": ("dae/config/schema.py", '"tensorboard"'),  # accelerate's tracker
 }
 
-# The storage of datasets; flash-attn 3, which no registry has; trackers that a user may have; and peers that the benchmarks measure where somebody has them.
+# The storage of datasets; flash-attn 3, which no registry has; trackers that a user may have; and peers that benchmarks measure
+# where somebody has them.
 UNDECLARED = {"pyarrow", "wandb", "trackio", "flash_attn_interface", "flash_kmeans", "pykeops"}
 
 
