@@ -2,6 +2,7 @@
 # make demo-joint  the same with the one-stage baseline
 # make evidence    docs/evidence.md: the comparisons of the method with its baselines, under 45 minutes on 2 cores
 # make test        lint and tests
+# make test-processors  the tests of the operations again, on the code that torch has for older processors; .ci/run runs both
 # Each works alone on a fresh machine with Python >= 3.11: it creates .venv, installs, runs. A second run needs no network.
 
 PYTHON ?= python3
@@ -11,7 +12,7 @@ INSTALLED := $(VENV)/.installed
 LAUNCH := $(BIN)/accelerate launch --config_file recipes/accelerate/one_process.yaml
 DEMO := recipes/configs/digits.yaml
 
-.PHONY: demo demo-joint evidence test lint clean
+.PHONY: demo demo-joint evidence test test-processors lint clean
 
 # One thread, as `accelerate launch` sets it anyway: the result then does not depend on the number of cores.
 demo demo-joint evidence: export OMP_NUM_THREADS := 1
@@ -36,6 +37,16 @@ test: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadscope -q
+
+# torch chooses its code by the processor: `make test` ran that of this one, and these are the lesser ones. AVX-512 machines run all.
+OLDER := import torch; kinds = ["DEFAULT", "AVX2", "AVX512"]; own = torch.backends.cpu.get_cpu_capability()
+OLDER += ; print(*(kind.lower() for kind in kinds[: kinds.index(own)] if own in kinds))
+test-processors: $(INSTALLED)
+	set -e; older=$$(env -u ATEN_CPU_CAPABILITY $(BIN)/python -c '$(OLDER)'); for capability in $$older; do \
+		echo "ATEN_CPU_CAPABILITY=$$capability"; \
+		ATEN_CPU_CAPABILITY=$$capability OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadscope -q \
+			tests/kernels tests/quantizers --ignore tests/kernels/test_aot.py; \
+	done
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python >= 3.11 is needed: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)"; exit 1; }

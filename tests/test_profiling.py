@@ -36,7 +36,7 @@ def run(script: str, *arguments: object, expected: int = 0, **environment: str) 
     command = [sys.executable, str(ROOT / "profiling" / script), *map(str, arguments)]
     path = os.pathsep.join([str(ROOT / "kernels"), str(ROOT)])
     done = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path} | environment, timeout=120, check=False
+        command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": path} | environment, check=False
     )
     assert done.returncode == expected, done.stderr[-3000:]
     return done
@@ -231,7 +231,7 @@ def test_profile_runs_with_torch_alone(tmp_path):
         "1",
     ]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "kernels"), str(ROOT)])}
-    common = {"capture_output": True, "text": True, "env": environment, "timeout": 120, "check": False}
+    common = {"capture_output": True, "text": True, "env": environment, "check": False}
     done = subprocess.run([*command, "--preset", "vq32", *TINY, "--stage", "stage1", "--device", "cpu"], **common)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "no profile.png: matplotlib is not installed" in done.stdout

@@ -94,10 +94,8 @@ def test_trials_are_saved_named_retried_and_skipped(tmp_path, capsys):
     assert not (tmp_path / "ran.txt").exists()
 
 
-def wait_for(condition, seconds=60):
-    end = time.monotonic() + seconds
+def wait_for(condition):
     while not condition():
-        assert time.monotonic() < end, "waited too long"
         time.sleep(0.1)
 
 
@@ -126,7 +124,7 @@ def test_no_worker_outlives_the_comparison(tmp_path, number):
         os.killpg(process.pid, number)
     else:
         process.kill()
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate()
     assert (out == "stopped\n" and "Traceback" not in err) or number == signal.SIGKILL
     wait_for(lambda: not any(Path(f"/proc/{pid}/stat").exists() and state(pid) not in "ZX" for pid in workers))
 

@@ -1,7 +1,7 @@
 """`nearest_code` against brute force in float64, both implementations.
 
-Tolerances: an implementation may err as much as twice torch's own float32 arithmetic does on the same operands. Where that
-happens to be (nearly) zero, one rounding of the largest quantity stands in for it.
+Tolerances: an implementation may err as much as twice torch's own float32 arithmetic does on the same operands, or the roundings
+as they are counted (tests/tolerances.py) where that happens to be less.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dae_kernels import nearest_code
 from dae_kernels.nearest_code import api, reference
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tolerances import largest, rounding_bound
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -46,14 +47,19 @@ def check(x: Tensor, codebook: Tensor, metric: str, **options) -> None:
     truth = brute_force(x_ND, codebook, metric, torch.float64)
     chosen = truth.gather(1, index[:, None])[:, 0]
 
-    torch_error = (brute_force(x_ND, codebook, metric, torch.float32).double() - truth).abs().max()
-    one_rounding = EPS * truth.max().clamp_min(1.0 if metric == "cosine" else 0.0)
-    assert (distance.double() - chosen).abs().max() <= 2 * max(torch_error, one_rounding)
+    # Of the cosine, roundings of 1 and of products of unit vectors; of l2, of the differences, squares and their sum.
+    torch_error = largest(brute_force(x_ND, codebook, metric, torch.float32).double() - truth)
+    magnitude = 2.0 if metric == "cosine" else truth.max().item()
+    floor = rounding_bound(x.shape[-1] + 4, magnitude, torch.float32)
+    assert largest(distance.double() - chosen) <= max(2 * torch_error, floor)
 
-    # Two scores decide, each with its own error. A score is as large as |x| |c| and cancels down to the distance.
-    x_, c_ = x_ND.float(), codebook.float()
-    score_error = (c_.square().sum(1) - 2 * x_ @ c_.T).double() - (c_.double().square().sum(1) - 2 * x_.double() @ c_.double().T)
-    allowed = 2 * score_error.abs().max() if metric == "l2" else 2 * max(torch_error, one_rounding)
+    # Two scores decide, each with its own error. A score is as large as |c|^2 + 2 |x| |c| and cancels down to the distance.
+    allowed = max(2 * torch_error, floor)
+    if metric == "l2":
+        wide, score = (x_ND.double(), codebook.double()), lambda x, c: c.square().sum(1) - 2 * x @ c.T
+        size = (wide[1].square().sum(1) + 2 * wide[0].abs() @ wide[1].abs().T).max().item()
+        torch_error = largest(score(x_ND.float(), codebook.float()).double() - score(*wide))
+        allowed = max(2 * torch_error, rounding_bound(x.shape[-1] + 2, size, torch.float32))
     assert (chosen - truth.min(dim=1).values).max() <= 2 * allowed
 
 

@@ -12,7 +12,7 @@ def processes(monkeypatch):
     """`processes(world, function)`: the results of function(rank), run at once with sums over the `world` callers."""
 
     def run(world, function):
-        barrier, local, slots = threading.Barrier(world, timeout=60), threading.local(), [None] * world
+        barrier, local, slots = threading.Barrier(world, timeout=1800), threading.local(), [None] * world
 
         def summed(x):
             slots[local.rank] = x.clone()

@@ -193,7 +193,7 @@ def script():
 
         return subprocess.run(
             [*launcher, str(RECIPES / f"{name}.py"), *arguments],
-            capture_output=True, text=True, timeout=300, cwd=RECIPES.parent,
+            capture_output=True, text=True, cwd=RECIPES.parent,
             env=os.environ | {"OMP_NUM_THREADS": "1"} | environment, preexec_fn=limit if limit_bytes else None,
         )  # fmt: skip
 

@@ -112,10 +112,8 @@ def test_sigkill_at_any_moment(whole, tmp_path, run, tiny, assert_same_run):
     process = subprocess.Popen(
         [sys.executable, script, *arguments], env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE
     )
-    started = time.monotonic()
     while not (tmp_path / "autoencoder" / "checkpoint-6").exists():
         assert process.poll() is None, process.stderr.read().decode()[-2000:]
-        assert time.monotonic() < started + 120
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
