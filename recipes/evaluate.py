@@ -195,6 +195,8 @@ def load_samples(output: Path) -> tuple[dict[str, np.ndarray], dict]:
     sampling = json.loads((folder / "sampling.json").read_text())
     if sampling["prior"] != fingerprint(output / "prior"):
         raise ValueError(f"the samples in {folder} are of another prior than {output / 'prior'}: {remedy}")
+    if classes := sampling.get("classes"):
+        raise ValueError(f"the samples in {folder} are of the classes {classes} alone, the images held out of all: {remedy}")
     return dict(np.load(folder / "samples.npz")), sampling
 
 

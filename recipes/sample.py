@@ -36,8 +36,9 @@ def sample(config: Config) -> Path:
     settings = config.sampling
     autoencoder, prior = load_chain(config.output_dir, one_process(config), config.kernels)
     drawn_from = fingerprint(Path(config.output_dir) / "prior")  # now: it may be trained further while it is sampled
-    classes = prior.num_classes if knows_classes(prior) else 1
-    labels_N = balanced_labels(settings.num_samples, classes)
+    if settings.classes and not knows_classes(prior):
+        raise ValueError(f"sampling.classes={settings.classes}: this prior knows no classes; leave it out")
+    labels_N = balanced_labels(settings.num_samples, prior.num_classes if knows_classes(prior) else 1, settings.classes)
     started, images = time.monotonic(), []
     with tqdm(total=len(labels_N), desc="sample", unit="image", mininterval=0.5) as bar:
         for batch in generate(autoencoder, prior, labels_N, settings, seed_for(config.seed, "sampling")):

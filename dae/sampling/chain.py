@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -55,9 +55,16 @@ def knows_classes(prior: Prior) -> bool:
     return not isinstance(prior, GaussianMixturePrior)
 
 
-def balanced_labels(count: int, num_classes: int) -> Tensor:
-    """[count]: 0, 1, ..., num_classes - 1, 0, 1, ...: each class as often as every other."""
-    return torch.arange(count) % num_classes
+def balanced_labels(count: int, num_classes: int, classes: Sequence[int] = ()) -> Tensor:
+    """[count]: each class as often as every other, in turn: 0, 1, ..., num_classes - 1, 0, 1, ...; or of `classes` alone.
+
+    Raises:
+        ValueError: one of `classes` is not in 0..num_classes - 1.
+    """
+    if unknown := [c for c in classes if not 0 <= c < num_classes]:
+        raise ValueError(f"sampling.classes: the prior knows the classes 0..{num_classes - 1}, got {unknown[0]}")
+    chosen = torch.tensor(classes) if classes else torch.arange(num_classes)
+    return chosen[torch.arange(count) % len(chosen)]
 
 
 def generate(autoencoder: Autoencoder, prior: Prior, labels_N: Tensor, settings: SamplingConfig, seed: int) -> Iterator[Tensor]:
