@@ -7,7 +7,7 @@ import json
 from dae.config import Config
 
 
-def _card(title: str, tags: list[str], usage: str, data: dict, history: list[dict], config: Config) -> str:
+def _card(title: str, tags: list[str], usage: str, data: dict, history: list[dict], config: Config, facts: list[str]) -> str:
     import dataclasses
 
     validations = [row for row in history if row.get("split") == "validation"]
@@ -16,6 +16,7 @@ def _card(title: str, tags: list[str], usage: str, data: dict, history: list[dic
     metrics.pop("seconds", None)
     table = "\n".join(f"| {name} | {value:.4g} |" for name, value in metrics.items())
     header = "\n".join(f"- {tag}" for tag in tags)
+    facts_block = "\n".join(["", "```", *facts, "```", ""]) if facts else ""
     return f"""---
 library_name: decoupled-autoencoder
 tags:
@@ -32,7 +33,7 @@ arXiv 2307.08283) as publicly described; the hyper-parameters are ours.
 ```
 
 ## Data
-
+{facts_block}
 ```json
 {json.dumps(data, indent=2)}
 ```
@@ -51,14 +52,15 @@ arXiv 2307.08283) as publicly described; the hyper-parameters are ours.
 """
 
 
-def autoencoder_card(config: Config, data: dict, history: list[dict]) -> str:
+def autoencoder_card(config: Config, data: dict, history: list[dict], facts: list[str] = ()) -> str:
+    """Card of an autoencoder; `facts` is the table of `dae.data.Summary`."""
     usage = (
         "from dae.models import Autoencoder\n"
         'autoencoder = Autoencoder.from_pretrained("path or repository")\n'
         "images = autoencoder.decode(autoencoder.encode(images).latents).sample"
     )
     title = f"Autoencoder of {config.data.dataset_name} (method: {config.method})"
-    return _card(title, ["autoencoder", "image-tokenizer", config.method], usage, data, history, config)
+    return _card(title, ["autoencoder", "image-tokenizer", config.method], usage, data, history, config, facts)
 
 
 PRIORS = {
@@ -71,7 +73,7 @@ PRIORS = {
 }  # fmt: skip
 
 
-def prior_card(config: Config, kind: type, data: dict, history: list[dict]) -> str:
+def prior_card(config: Config, kind: type, data: dict, history: list[dict], facts: list[str] = ()) -> str:
     """Card of a prior of class `kind`."""
     name, tags, sampler, images = PRIORS[kind.__name__]
     usage = (
@@ -83,4 +85,4 @@ def prior_card(config: Config, kind: type, data: dict, history: list[dict]) -> s
         "labels = torch.arange(prior.num_classes)\n"
         f"images = {images}"
     )
-    return _card(f"{name} of {config.data.dataset_name}", tags, usage, data, history, config)
+    return _card(f"{name} of {config.data.dataset_name}", tags, usage, data, history, config, facts)

@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from dae.cards import autoencoder_card
 from dae.cli import main
 from dae.config import Config
-from dae.data import ImageData, TrainLoader, augment, evaluation_batches, load_data
+from dae.data import ImageData, TrainLoader, augment, evaluation_batches, load_data, summarize
 from dae.distributed import failing_together, rank, run_on_first_process, sum_over_processes, world_size
 from dae.files import announce
 from dae.lock import writes
@@ -63,6 +63,8 @@ def train(config: Config) -> Path:
             build_perceptual_loss(config, stage)
     resumed = run.open(accelerator, {"data set": data.fingerprint}, stages)
     data.list_skipped(config.output_dir)
+    table = summarize(data).lines() if accelerator.is_main_process else []
+    accelerator.print("\n".join(table))
 
     autoencoder = build_autoencoder(config, stages[0]).to(accelerator.device)
     steps_before = 0
@@ -82,7 +84,7 @@ def train(config: Config) -> Path:
         steps_before += stage.config.max_train_steps
 
     def save() -> None:
-        autoencoder.save_pretrained(run.folder, card=autoencoder_card(config, data.describe(), run.history()))
+        autoencoder.save_pretrained(run.folder, card=autoencoder_card(config, data.describe(), run.history(), table))
         announce(run.folder, run.outputs(*(stage.name for stage in stages[:-1])), data.skipped_note())
         if config.push_to_hub:
             print(autoencoder.push_to_hub(config.hub_model_id, folder=run.folder))

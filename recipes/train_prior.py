@@ -25,7 +25,7 @@ from accelerate import Accelerator
 from dae.cards import prior_card
 from dae.cli import main
 from dae.config import Config
-from dae.data import TrainLoader, load_data
+from dae.data import TrainLoader, load_data, summarize
 from dae.data.cache import EncodingCache, Fingerprint, transform_fingerprint
 from dae.distributed import failing_together, run_on_first_process
 from dae.files import announce
@@ -57,10 +57,12 @@ def train(config: Config) -> Path:
             load_prior(prior, settings.init_from)
         choose_kernels(prior, config.kernels)
 
+    table = summarize(data).lines() if accelerator.is_main_process else []
+
     def card(step: int) -> str:
         """With what was measured of the weights of this step."""
         rows = [row for row in run.history() if row["step"] <= step or row["split"] == "delivered"]
-        return prior_card(config, type(prior), data.describe(), rows)
+        return prior_card(config, type(prior), data.describe(), rows, table)
 
     if family.loss is None:
         fit(config, family, prior, cache, accelerator, run, card)

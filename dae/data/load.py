@@ -26,6 +26,10 @@ class ImageData:
     fingerprint: str
     name: str
     columns: dict[str, Any] = field(default_factory=dict)
+    splits: dict[str, int | None] = field(default_factory=dict)
+    held_out: str = ""
+    notes: list[str] = field(default_factory=list)
+    left_out: list[str] = field(default_factory=list)
 
     @property
     def num_classes(self) -> int:
@@ -51,6 +55,10 @@ class ImageData:
             "class_names": self.class_names,
             "columns": self.columns,
             "fingerprint": self.fingerprint,
+            "splits": self.splits,
+            "held_out": self.held_out,
+            "notes": self.notes,
+            "left_out": self.left_out,
         }
 
     def _parts(self) -> list[tuple[str, ImageDataset | ImageStream]]:
@@ -115,7 +123,19 @@ def load_data(config: DataConfig, seed: int) -> ImageData:
         fingerprint=fingerprint,
         name=source_name(config),
         columns=used,
+        splits={name: split.size for name, split in source.splits.items()},
+        held_out=_held_out_rule(names["validation"], config),
+        notes=source.notes,
+        left_out=source.left_out.lines(),
     )
+
+
+def _held_out_rule(split: str | None, config: DataConfig) -> str:
+    if config.validation_files:
+        return "data.validation_files"
+    if split is not None:
+        return f"the split {split!r}"
+    return "rows taken out of training by a digest of their images, each class in proportion"
 
 
 def _resolve_labels(splits: dict[str, Split], column: str | None, origins: dict[str, str], config: DataConfig) -> columns.Labels:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 log = logging.getLogger(__name__)
+DATA_NAMES = ("data.dataset_name", "data.train_files", "data.validation_files")
 INPUTS = "inputs.json"  # in a run's folder: fingerprints of what it read
 
 # What may change between a checkpoint and its resumption without changing what is computed; batch sizes are compared globally.
@@ -133,6 +135,8 @@ class Run:
         differences = [d for d in differing_keys(then, self.config) if not d.startswith(self.free)]
         differences = [d for d in differences if not d.split(":")[0].endswith(".train_batch_size")]
         differences = [d for d in differences if d.split(":")[0] not in self._may_change_length(checkpoint)]
+        if self._same_data(checkpoint, then):
+            differences = [d for d in differences if d.split(":")[0] not in DATA_NAMES]
         processes = checkpoint.state["processes"]
         for section in ("stage1", "stage2", "prior"):
             if f"{section}." in self.free:
@@ -147,6 +151,12 @@ class Run:
                 f"{checkpoint.path} was trained with another configuration: {'; '.join(differences)}. Restore these, or start "
                 "a new run in another output_dir"
             )
+
+    def _same_data(self, checkpoint: Checkpoint, then: Config) -> bool:
+        """Whether the contents are known to be the same, so that the path may be another; of a stream only in part: not so."""
+        seen, names = checkpoint.state.get("inputs", {}), ("data set", "data")
+        known = any(name in self.inputs and seen.get(name) == self.inputs[name] for name in names)
+        return known and (not self.config.data.streaming or _places(then) == _places(self.config))
 
     def _may_change_length(self, checkpoint: Checkpoint) -> tuple[str, ...]:
         """The numbers of steps that may differ from the checkpoint's: of the stage it stands in, and of later ones."""
@@ -232,6 +242,11 @@ def refuse_other_data(folder: Path, config: DataConfig, fingerprint: str) -> Non
         f"({'; '.join(changed) or 'the files have changed since'}): take the configuration of the run, {file}, or set "
         "data.allow_other=true"
     )
+
+
+def _places(config: Config) -> list[str]:
+    names = (config.data.dataset_name, *config.data.train_files, *config.data.validation_files)
+    return [os.path.realpath(os.path.expanduser(name)) for name in names]
 
 
 def recorded_inputs(folder: Path) -> dict[str, str]:

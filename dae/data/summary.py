@@ -1,0 +1,122 @@
+"""What a run reads, in a short table: for the screen before training, and for the card of the model."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dae.data.columns import label_values
+from dae.data.images import open_image
+from dae.data.rows import ImageDataset, ImageStream
+from dae.data.skipping import RowError
+
+if TYPE_CHECKING:
+    from dae.data.load import ImageData
+
+LOOKED_AT = 32  # rows of which size, channels and time are taken
+SHOWN = 10  # classes with their counts; of more the first ones
+
+
+@dataclass
+class Summary:
+    """Facts about a data set as it was loaded; None is what a stream does not tell before it is read.
+
+    Attributes:
+        rows: rows to train on and rows held out.
+        splits: rows of every split that was found.
+        held_out: where the held-out rows come from.
+        classes: for each class how many rows are trained on; None without labels.
+        images: kinds of images seen, as `RGB 640x480`, with counts.
+        milliseconds: to decode one row in this process.
+        notes, left_out: how the files were read, and which were not.
+    """
+
+    name: str
+    rows: dict[str, int | None]
+    splits: dict[str, int | None]
+    held_out: str
+    classes: dict[str, int | None] | None
+    images: dict[str, int]
+    milliseconds: float
+    notes: list[str]
+    left_out: list[str]
+
+    def lines(self) -> list[str]:
+        """The table, one line a fact."""
+        count = {part: "unknown" if rows is None else f"{rows:,}" for part, rows in self.rows.items()}
+        found = ", ".join(f"{split} {'unknown' if rows is None else f'{rows:,}'}" for split, rows in self.splits.items())
+        kinds = ", ".join(f"{kind} ({n})" if len(self.images) > 1 else kind for kind, n in list(self.images.items())[:6])
+        more = f" and {len(self.images) - 6} more kinds" if len(self.images) > 6 else ""
+        table = [("data", self.name), ("rows", f"{count['train']} to train on, {count['validation']} held out")]
+        table += [("found", found), ("held out", self.held_out), ("classes", self._classes())]
+        table += [("images", f"{kinds}{more}; {sum(self.images.values())} looked at")]
+        table += [("time", f"{self.milliseconds:.1f} ms to decode a row"), *(("read as", note) for note in self.notes)]
+        table += [("left out", line) for line in self.left_out or ["nothing"]]
+        return [f"{what:<9} {' '.join(fact.split())}" for what, fact in table]
+
+    def _classes(self) -> str:
+        if self.classes is None:
+            return "none"
+        shown = [name if rows is None else f"{name} {rows:,}" for name, rows in list(self.classes.items())[:SHOWN]]
+        return f"{len(self.classes)}: {', '.join(shown)}{', ...' if len(self.classes) > SHOWN else ''}"
+
+
+def summarize(data: ImageData) -> Summary:
+    """The facts of a loaded data set, from what is known and a look at a few rows; nothing is read as a whole."""
+    parts = {"train": data.train, "validation": data.validation}
+    sample, began = _sample(data.train), time.perf_counter()
+    kinds: Counter[str] = Counter()
+    decoder, decoded = data.train.decoder, 0
+    for row in sample:
+        try:
+            decoder.decode(row, 0, "a row")
+        except RowError:
+            continue  # whether it stops the run is decided where rows are verified and trained on
+        decoded += 1
+    milliseconds = 1000 * (time.perf_counter() - began) / max(decoded, 1)
+    for row in sample:
+        kinds[_kind(row[decoder.image_column], decoder)] += 1
+    return Summary(
+        name=data.name,
+        rows={part: len(rows) if isinstance(rows, ImageDataset) else None for part, rows in parts.items()},
+        splits=data.splits,
+        held_out=data.held_out,
+        classes=_classes(data),
+        images=dict(kinds.most_common()),
+        milliseconds=milliseconds,
+        notes=data.notes,
+        left_out=data.left_out,
+    )
+
+
+def _sample(dataset: ImageDataset | ImageStream) -> list[dict]:
+    if isinstance(dataset, ImageStream):
+        return list(islice(dataset.rows, LOOKED_AT))
+    chosen = np.unique(np.linspace(0, len(dataset) - 1, min(LOOKED_AT, len(dataset))).astype(int))
+    return [dataset.rows[int(i)] for i in chosen]
+
+
+def _kind(source: object, decoder: object) -> str:
+    if isinstance(source, list):
+        return "array " + "x".join(map(str, np.asarray(source).shape))
+    try:
+        image = open_image(source, decoder.folder)
+    except (ValueError, OSError):
+        return "unreadable"
+    return f"{image.mode} {image.width}x{image.height}"
+
+
+def _classes(data: ImageData) -> dict[str, int | None] | None:
+    if not data.labelled:
+        return None
+    if isinstance(data.train, ImageStream):
+        return dict.fromkeys(data.class_names)
+    decoder = data.train.decoder
+    values = label_values(data.train.rows, decoder.labels.column, decoder.origin)
+    counts = np.bincount(decoder.labels.numbers(values), minlength=data.num_classes)
+    return dict(zip(data.class_names, counts.tolist(), strict=True))
