@@ -43,13 +43,15 @@ from dae.training import (
     plan_stages,
 )
 from dae.training.initialization import load_decoder, load_latent
-from dae.training.loop import global_mean, progress_bar, refuse_non_finite, seed_for, synchronize_gradients
+from dae.training.loop import global_mean, progress_bar, refuse_non_finite, seed_for, synchronize_gradients, validation_images
 from dae.training.pictures import reconstruction_sheet
+from dae.training.priors import require_guidance
 
 
 @writes("autoencoder", makes_folder=True)
 def train(config: Config) -> Path:
     """Train, save, and return the folder of the trained autoencoder."""
+    require_guidance(config)
     run = Run(config, "autoencoder", without_influence=("prior.",))
     accelerator = make_accelerator(config, run.folder / "logs")
     stages = plan_stages(config)
@@ -214,7 +216,7 @@ def train_stage(
             run.record(accelerator, step_of_run, values, stage=stage.name, split="train")
         if done % config.validation_steps == 0 or last:
             with ema.swapped_in(trained) if ema else contextlib.nullcontext(), accelerator.autocast():
-                values = validate(config, autoencoder, data, device)
+                values = validate(config, autoencoder, data, device, validation_images(config, settings))
                 with failing_together():
                     if run.shows_images():
                         shown = next(evaluation_batches(data.validation, config.logged_images, limit=config.logged_images))
@@ -254,12 +256,18 @@ def initialize_codebook(config: Config, stage: Stage, autoencoder: Autoencoder, 
 
 
 @torch.no_grad()
-def validate(config: Config, autoencoder: Autoencoder, data: ImageData, device: torch.device) -> dict[str, float]:
-    """PSNR on held-out images (at most `data.validation_size`, shared by the processes), and for VQ the codebook's use."""
+def validate(
+    config: Config, autoencoder: Autoencoder, data: ImageData, device: torch.device, most_images: int
+) -> dict[str, float]:
+    """PSNR on held-out images, shared by the processes, and for VQ the codebook's use.
+
+    At most `data.validation_size` images and `most_images`.
+    """
     autoencoder.eval()
     totals = torch.zeros(2, dtype=torch.float64, device=device)  # sum of PSNR, number of images
     usage = CodebookUsage(config.autoencoder.vq.codebook_size) if config.autoencoder.bottleneck == "vq" else None
-    batches = evaluation_batches(data.validation, config.evaluation.batch_size, limit=config.data.validation_size)
+    limit = min(config.data.validation_size, most_images)
+    batches = evaluation_batches(data.validation, config.evaluation.batch_size, limit=limit)
     with failing_together():
         for batch in islice(batches, rank(), None, world_size()):
             images = batch["image"].to(device)

@@ -34,15 +34,16 @@ from dae.lock import writes
 from dae.models import Autoencoder, choose_kernels
 from dae.training import EMA, Run, TrainingState, build_optimizer, build_scheduler, make_accelerator
 from dae.training.initialization import load_prior
-from dae.training.loop import global_mean, progress_bar, refuse_non_finite, seed_for, synchronize_gradients
+from dae.training.loop import global_mean, progress_bar, refuse_non_finite, seed_for, synchronize_gradients, validation_images
 from dae.training.pictures import sample_sheet
-from dae.training.priors import FAMILIES, Family, fit_mixture, prior_family
+from dae.training.priors import FAMILIES, Family, fit_mixture, prior_family, require_guidance
 
 
 @writes("prior")
 def train(config: Config) -> Path:
     """Train, save, and return the folder of the trained prior."""
     family = FAMILIES[prior_family(config)]
+    require_guidance(config)
     run = Run(config, "prior", without_influence=("method", "autoencoder.", "auxiliary_decoder.", "stage1.", "stage2."))
     accelerator = make_accelerator(config, run.folder / "logs")
     settings, output = config.prior, Path(config.output_dir)
@@ -103,6 +104,8 @@ def train_by_steps(
     # The best weights so far are in every checkpoint: whatever becomes of the file, resuming can deliver them.
     best, best_tensors = (resumed.state.get("best"), resumed.tensors.get("best")) if resumed else (None, None)
 
+    heldout = cache.validation.spread(validation_images(config, settings))
+
     def save_best() -> None:
         prior.save_pretrained(run.folder, card=card(best["step"]))
 
@@ -138,7 +141,7 @@ def train_by_steps(
         if done % config.validation_steps == 0 or last:
             with ema.swapped_in(prior) if ema else contextlib.nullcontext():
                 with failing_together():
-                    score = family.score(prior, cache.validation, config)
+                    score = family.score(prior, heldout, config)
                 run.record(accelerator, done, {family.criterion: score}, stage="prior", split="validation")
                 with failing_together():
                     if autoencoder is not None:

@@ -333,7 +333,9 @@ class Config:
     report_to: str = knob("tensorboard", "tracker of accelerate", choices=("none", "tensorboard", "wandb", "trackio"))
     logged_images: int = knob(8, "reconstructions and samples that each validation shows in the tracker; 0 shows none", least=0)
     logging_steps: int = knob(10, "steps between two entries of the training log", least=1)
-    validation_steps: int = knob(200, "steps between two validations", least=1)
+    validation_steps: int = knob(
+        200, "steps between two validations; each takes at most as many images as were trained on since", least=1
+    )
     checkpointing_steps: int = knob(500, "steps between two checkpoints", least=1)
     checkpoints_total_limit: int = knob(2, "checkpoints to keep", least=1)
     resume_from_checkpoint: Optional[str] = knob(

@@ -41,6 +41,13 @@ class EncodedDataset(Dataset):
     def __len__(self) -> int:
         return len(self.labels_N)
 
+    def spread(self, count: int) -> Self:
+        """`count` of its rows at equal distances, or all of them if there are no more."""
+        if count >= len(self):
+            return self
+        rows = torch.arange(count) * len(self) // count
+        return type(self)(self.values_NC[rows], self.labels_N[rows])
+
     def __getitem__(self, row: int) -> dict:
         return {self.name: self.values_NC[row].to(self.given), "label": int(self.labels_N[row]), "row": row}
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from tqdm import tqdm
 
+    from dae.config import Config, OptimizationConfig
+
 
 def seed_for(*names: object) -> int:
     """A 63-bit seed for whatever `names` identify, such as (seed, stage, step); unlike Python's `hash`, the same in every run."""
@@ -34,6 +36,15 @@ def refuse_non_finite(loss: float, name: str, step: int) -> None:
             f"{name}: the loss is {loss} at step {step}. The last checkpoint is from before; lower {name}.learning_rate, "
             f"lengthen {name}.lr_warmup_steps, or use mixed_precision=bf16 or no"
         )
+
+
+def validation_images(config: Config, settings: OptimizationConfig) -> int:
+    """How many images a validation may take: as many as were trained on since the one before, of all processes.
+
+    So a run of few steps is not mostly validation; where validations are far apart, all held-out images are taken.
+    """
+    steps = min(config.validation_steps, settings.max_train_steps)
+    return steps * settings.train_batch_size * settings.gradient_accumulation_steps * world_size()
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from dae.data.augmentation import augment
 from dae.data.cache import EncodedDataset, EncodingCache, choose_copies
 from dae.data.latents import LatentCache, PosteriorDataset, latent_statistics, sample_posteriors
 from dae.data.tokens import TokenCache, TokenDataset
-from dae.distributed import draw_rows, each_for_itself
+from dae.distributed import draw_rows, each_for_itself, world_size
 from dae.hub import PretrainedModel
 from dae.losses import flow_matching_loss
 from dae.metrics import bits_back
@@ -49,6 +49,23 @@ def prior_family(config: Config) -> str:
             "train an autoencoder with the other bottleneck"
         )
     return family
+
+
+def require_guidance(config: Config) -> None:
+    """Before anything is trained: guidance subtracts the prediction without a class, which only class dropout teaches.
+
+    Raises:
+        ValueError: a scale other than 1 is configured for sampling or evaluation, and `prior.class_dropout` is 0.
+    """
+    if config.prior.class_dropout > 0 or prior_family(config) == "mixture":
+        return
+    scales = {"sampling.cfg_scale": [config.sampling.cfg_scale], "evaluation.cfg_scales": config.evaluation.cfg_scales}
+    for key, values in scales.items():
+        if guided := [value for value in values if value != 1]:
+            raise ValueError(
+                f"{key}: a guidance scale of {guided[0]:g} needs a prior trained with prior.class_dropout above 0, got 0; "
+                f"set {key}={'1' if key.endswith('scale') else '[1.0]'}, or prior.class_dropout=0.1"
+            )
 
 
 # ---- what priors read ----
@@ -151,10 +168,15 @@ def steady_velocity_loss(prior: DiT, encoded: PosteriorDataset, config: Config) 
 
 
 def dit_bits_per_image(prior: DiT, encoded: PosteriorDataset, config: Config) -> float:
-    """Code length of the latent given the class, see `dae.metrics.bits_back`; of `LIKELIHOOD_IMAGES` images at most."""
+    """Code length of the latent given the class, see `dae.metrics.bits_back`; of `LIKELIHOOD_IMAGES` images at most.
+
+    After a short training of fewer: they cost `LIKELIHOOD_STEPS` evaluations each, together no more than the training did.
+    """
     prior.eval()
+    settings = config.prior
+    trained = settings.max_train_steps * settings.train_batch_size * settings.gradient_accumulation_steps * world_size()
     order = torch.randperm(len(encoded), generator=torch.Generator().manual_seed(seed_for(config.seed, "prior", "bits")))
-    rows, device = order[:LIKELIHOOD_IMAGES], prior.latent_mean.device
+    rows, device = order[: min(LIKELIHOOD_IMAGES, max(1, trained // LIKELIHOOD_STEPS))], prior.latent_mean.device
     labels_N = encoded.labels_N[rows].to(device)
     generator = torch.Generator(device).manual_seed(seed_for(config.seed, "prior", "likelihood"))
 

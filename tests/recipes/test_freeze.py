@@ -39,7 +39,14 @@ def test_frozen_codebook_takes_no_update(tmp_path, run, monkeypatch):
 @pytest.mark.slow
 def test_compiled(tmp_path, run, history, same_log, assert_frozen):
     """The compiler changes neither losses nor the freeze. Nothing is drawn here, for compiled code draws other numbers."""
-    still = (*SMALL, "prior.class_dropout=0", "stage1.max_train_steps=3", "stage2.max_train_steps=3", "prior.max_train_steps=3")
+    still = (
+        *SMALL,
+        "prior.class_dropout=0",
+        "evaluation.cfg_scales=[1.0]",
+        "stage1.max_train_steps=3",
+        "stage2.max_train_steps=3",
+        "prior.max_train_steps=3",
+    )
     for folder, on in (("eager", "false"), ("compiled", "true")):
         for name in ("train_dae", "encode", "train_prior"):
             run(name, tmp_path / folder, *still, f"compile={on}")
