@@ -145,7 +145,9 @@ def _settle(
     for key in [key for key in read if not names[key]]:
         split, where = key
         if key in trained_on or split in wanted:
-            raise ValueError(f"{where!r} has no class folders, other images have; data.label_level=0 reads all without classes")
+            raise ValueError(
+                f"{where!r}, split {split!r}: no class folders, other images have; data.label_level=0 reads all without classes"
+            )
         left_out.add(f"the split {split!r} has no class folders, and the images to train on have", *read.pop(key))
     return [f"{len(together)} classes: the folders of level {level}"]
 

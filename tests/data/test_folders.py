@@ -235,7 +235,7 @@ def test_globs(tree, configure):
     for name, counts in wanted.items():
         assert read(configure(name))[1] == counts, name
     files = {"train_files": [f"{root}/*/00[0-6]*", f"{root}/cat/00[5-7]*"], "validation_files": f"{root}/c*/00[89]*"}
-    with pytest.raises(ValueError, match="has no class folders, other images have"):  # `cat/` is the fixed part of its glob
+    with pytest.raises(ValueError, match="no class folders, other images have"):  # `cat/` is the fixed part of its glob
         load_data(configure("", **files), 0)
     files["train_files"][1] = f"{root}/c[a]t/00[5-7]*"
     assert read(configure("", **files))[1] == {"cat": 10, "cow": 9}
