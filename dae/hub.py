@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
 import torch
+from dae_kernels.dispatch import FLOAT_DTYPES
 from torch import nn
 
 import dae
@@ -20,6 +22,16 @@ WEIGHTS, CONFIG, CARD = MODEL_FILES = ("model.safetensors", "config.json", "READ
 
 class PretrainedModel(nn.Module):
     """A module that saves and loads itself. Subclasses define `to_config()` (JSON-able) and `from_config(dict)`."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its parameters; of a model without parameters, of its buffers."""
+        return next(x.dtype for x in chain(self.parameters(), self.buffers()) if x.is_floating_point())
+
+    @property
+    def device(self) -> torch.device:
+        """Of its parameters; of a model without parameters, of its buffers."""
+        return next(chain(self.parameters(), self.buffers())).device
 
     def to_config(self) -> dict:
         raise NotImplementedError
@@ -54,21 +66,32 @@ class PretrainedModel(nn.Module):
             write_file(folder / CARD, card.encode())
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path, *, revision: str | None = None, device: Any = "cpu") -> Self:
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        device: Any = "cpu",
+        torch_dtype: torch.dtype | None = None,
+    ) -> Self:
         """Load a folder written by `save_pretrained`, or a repository of the Hub, in evaluation mode.
 
         Args:
             name_or_path: a `Path` is a folder and is never looked for on the Hub; a string that names no folder is a repository.
             revision: of the repository: branch, tag or commit.
             device: where to put the model.
+            torch_dtype: of its parameters, whatever they were saved in; None is float32. Codebooks and tables stay float32.
 
         Raises:
+            TypeError: `torch_dtype` is none of float16, bfloat16, float32 and float64.
             FileNotFoundError: no such folder or repository, or it holds no model.
             ValueError: it holds another class, is damaged, or its weights do not fit the configuration.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
+        if torch_dtype not in (None, *FLOAT_DTYPES):
+            raise TypeError(f"torch_dtype: expected one of {', '.join(map(str, FLOAT_DTYPES))}, got {torch_dtype!r}")
         folder = Path(name_or_path)
         if not folder.is_dir():
             if not isinstance(name_or_path, str):
@@ -92,7 +115,7 @@ class PretrainedModel(nn.Module):
         except SafetensorError as error:
             raise ValueError(f"{folder / WEIGHTS} is damaged: {error}") from error
         load_weights(model, weights, str(folder / WEIGHTS))
-        return model.to(device).eval()
+        return model.to(device, torch_dtype or torch.float32).eval()
 
     def push_to_hub(self, repo_id: str, *, folder: str | Path, private: bool = False, token: str | None = None) -> str:
         """Upload a folder that `save_pretrained` wrote to the Hub repository `repo_id`; returns the commit's URL."""

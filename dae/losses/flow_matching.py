@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dae.distributed import draw_rows
+from dae.precision import wide
 
 
 def flow_matching_loss(
@@ -36,7 +37,8 @@ def flow_matching_loss(
 
     Args:
         model: called as model(x_BDhw, t_B, labels_B), a `dae.models.DiT` or a wrapper of one.
-        latents_BDhw: clean latents or the means of posteriors, normalised (`DiT.normalise`), floating.
+        latents_BDhw: clean latents or the means of posteriors, normalised (`DiT.normalise`), of the dtype that the model takes;
+            16 bits are widened for all but the model.
         labels_B: int64 classes, some of them hidden (`DiT.hide_classes`).
         variance_BDhw: of the posteriors, in the same scale squared, not negative; None for latents that are known.
         generator: on the latents' device; None draws from the global one. Drawn for the global batch (`draw_rows`).
@@ -58,6 +60,7 @@ def flow_matching_loss(
             "expected latents [B, D, h, w] with B >= 1 and a label for each, "
             f"got latents {list(latents_BDhw.shape)} and labels {list(labels_B.shape)}"
         )
+    dtype, latents_BDhw = latents_BDhw.dtype, latents_BDhw.to(wide(latents_BDhw.dtype))
     options = {"device": latents_BDhw.device, "dtype": latents_BDhw.dtype, "generator": generator}
     if variance_BDhw is not None and variance_BDhw.shape != latents_BDhw.shape:
         raise ValueError(f"expected a variance for each of {list(latents_BDhw.shape)} latents, got {list(variance_BDhw.shape)}")
@@ -68,8 +71,8 @@ def flow_matching_loss(
     if variance_BDhw is not None:
         scale = (t.square() + (1 - t).square() * variance_BDhw).sqrt().clamp_min(torch.finfo(t.dtype).tiny)
         target = (t - (1 - t) * variance_BDhw) / scale * noise - latents_BDhw
-    velocity = model((1 - t) * latents_BDhw + scale * noise, t_B, labels_B)
-    return (velocity.to(torch.promote_types(velocity.dtype, torch.float32)) - target).square().mean()
+    velocity = model(((1 - t) * latents_BDhw + scale * noise).to(dtype), t_B, labels_B)
+    return (velocity.to(wide(velocity.dtype)) - target).square().mean()
 
 
 def even_times(shape: tuple[int], **options) -> Tensor:

@@ -18,6 +18,7 @@ from dae.config import PriorConfig, from_dict
 from dae.distributed import draw_rows
 from dae.hub import PretrainedModel
 from dae.models.layers import ClassConditional, Dropout
+from dae.precision import WideBuffers
 
 
 class KVCache:
@@ -70,7 +71,7 @@ class Block(nn.Module):
         return x + self.dropout(self.down(swiglu(self.gate_up(self.norm_mlp(x)))))
 
 
-class ARPrior(ClassConditional, PretrainedModel):
+class ARPrior(WideBuffers, ClassConditional, PretrainedModel):
     """p(tokens | class) = prod_t p(token_t | class, token_<t).
 
     Args:
@@ -152,8 +153,9 @@ class ARPrior(ClassConditional, PretrainedModel):
         """
         if self.config.token_noise == 0:
             return tokens_BT
-        noisy = draw_rows(torch.rand, tokens_BT.shape, device=tokens_BT.device) < self.config.token_noise
-        random = (draw_rows(torch.rand, tokens_BT.shape, device=tokens_BT.device) * self.vocab_size).long()
+        options = {"device": tokens_BT.device, "dtype": torch.float32}
+        noisy = draw_rows(torch.rand, tokens_BT.shape, **options) < self.config.token_noise
+        random = (draw_rows(torch.rand, tokens_BT.shape, **options) * self.vocab_size).long()
         return torch.where(noisy, random, tokens_BT)
 
     def make_cache(self, batch: int) -> KVCache:

@@ -98,7 +98,8 @@ class Autoencoder(PretrainedModel):
     def encode(self, images: Tensor, *, sample_posterior: bool = False) -> Encoding:
         """Images [B, C, H, W] in [-1, 1] to `.latents` [B, D, h, w], and for VQ `.indices` [B, h, w].
 
-        A KL bottleneck returns the posterior's mean, or a sample of it with `sample_posterior`.
+        Both have the model's dtype; under autocast the images may have another. A KL bottleneck returns the posterior's mean, or
+        a sample of it with `sample_posterior`.
 
         Raises:
             ValueError: another number of channels, or a size that the encoder's factor does not divide.
@@ -107,7 +108,8 @@ class Autoencoder(PretrainedModel):
             raise ValueError(f"expected images [B, {self.image_channels}, H, W], got {list(images.shape)}")
         if images.shape[2] % self.factor or images.shape[3] % self.factor:
             raise ValueError(f"height and width must be divisible by {self.factor}, got {list(images.shape[2:])}")
-        return self.bottleneck(self.encoder(images), sample_posterior)
+        features = self.encoder(images).to(self.encoder.conv_in.weight.dtype)  # those of autocast are narrower
+        return self.bottleneck(features, sample_posterior)
 
     def decode(self, latents: Tensor) -> Decoding:
         """Latents [B, D, h, w] to `.sample` [B, C, H, W], images in about [-1, 1] (not clipped)."""
@@ -128,7 +130,7 @@ class Autoencoder(PretrainedModel):
             if indices.shape[1] != self.latent_size**2:
                 raise ValueError(f"expected {self.latent_size**2} indices an image in raster order, got {indices.shape[1]}")
             indices = indices.unflatten(1, (self.latent_size, self.latent_size))
-        return self.decode(self.bottleneck.lookup(indices))
+        return self.decode(self.bottleneck.lookup(indices).to(self.dtype))
 
     def forward(self, images: Tensor) -> Reconstruction:
         encoding = self.encode(images, sample_posterior=self.training)
@@ -152,8 +154,8 @@ class Autoencoder(PretrainedModel):
     def replace_decoder(self, decoder: DecoderConfig) -> None:
         """Put a freshly initialised decoder in place of the present one (the switch from stage 1 to stage 2)."""
         self.config = dataclasses.replace(self.config, decoder=decoder)
-        device = next(self.encoder.parameters()).device
-        self.decoder = build_decoder(self.config, self.image_channels, self.resolution).to(device).train(self.training)
+        decoder = build_decoder(self.config, self.image_channels, self.resolution).to(self.device, self.dtype)
+        self.decoder = decoder.train(self.training)
         self.decoder.gradient_checkpointing = self.encoder.gradient_checkpointing
 
     def enable_gradient_checkpointing(self, enabled: bool = True) -> None:

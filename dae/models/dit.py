@@ -16,9 +16,10 @@ from torch.utils.checkpoint import checkpoint
 from dae.config import PriorConfig
 from dae.models.continuous import ContinuousPrior
 from dae.models.layers import ClassConditional, Dropout
+from dae.precision import WideBuffers
 
 
-class TimeEmbedding(nn.Module):
+class TimeEmbedding(WideBuffers, nn.Module):
     """[B] times in [0, 1] to [B, width]: cosines and sines of w_i t, then a two-layer MLP.
 
     w_i falls geometrically from 100 to 0.1. The frequencies of discrete diffusion, up to 1000, are noise to a small model:
@@ -29,11 +30,12 @@ class TimeEmbedding(nn.Module):
         super().__init__()
         self.hidden, self.out = nn.Linear(2 * frequencies, width), nn.Linear(width, width)
         w = 100 * 1000 ** (-torch.arange(frequencies, dtype=torch.float64) / (frequencies - 1))
-        self.register_buffer("frequencies", w.to(torch.get_default_dtype()), persistent=False)
+        self.register_buffer("frequencies", w.float(), persistent=False)
 
     def forward(self, t_B: Tensor) -> Tensor:
         angles = t_B[:, None] * self.frequencies
-        return self.out(F.silu(self.hidden(torch.cat([angles.cos(), angles.sin()], dim=1))))
+        waves = torch.cat([angles.cos(), angles.sin()], dim=1).to(self.hidden.weight.dtype)
+        return self.out(F.silu(self.hidden(waves)))
 
 
 class Block(nn.Module):
@@ -65,7 +67,7 @@ class Block(nn.Module):
         return gated_residual(x, self.dropout(h), mlp_gate)
 
 
-class DiT(ClassConditional, ContinuousPrior):
+class DiT(WideBuffers, ClassConditional, ContinuousPrior):
     """v(x, t, class): the velocity dx/dt that carries latents (t = 0) to standard normal noise (t = 1).
 
         v(x, t, c) = (2t - 1) / (t^2 + (1 - t)^2) x + network(x, t, c)
@@ -144,18 +146,19 @@ class DiT(ClassConditional, ContinuousPrior):
 
     def normalise(self, latents_BDhw: Tensor) -> Tensor:
         """(latents - mean) / std: from the autoencoder's scale to the model's."""
-        return (latents_BDhw - self.latent_mean) / self.latent_std
+        dtype = torch.promote_types(latents_BDhw.dtype, self.dtype)  # the statistics are wide in any model
+        return ((latents_BDhw - self.latent_mean) / self.latent_std).to(dtype)
 
     def denormalise(self, x_BDhw: Tensor) -> Tensor:
         """std * x + mean: from the model's scale to the autoencoder's."""
-        return x_BDhw * self.latent_std + self.latent_mean
+        return (x_BDhw * self.latent_std + self.latent_mean).to(torch.promote_types(x_BDhw.dtype, self.dtype))
 
     def forward(self, x_BDhw: Tensor, t_B: Tensor, labels_B: Tensor) -> Tensor:
         """The velocity [B, D, h, w].
 
         Args:
-            x_BDhw: a point of the flow, in the model's scale.
-            t_B: its time in [0, 1]: 0 latent, 1 noise.
+            x_BDhw: a point of the flow, in the model's scale and dtype.
+            t_B: its time in [0, 1]: 0 latent, 1 noise; best in float32 also for a model of 16 bits.
             labels_B: int64 classes, `null_class` for none.
 
         Raises:
@@ -172,4 +175,4 @@ class DiT(ClassConditional, ContinuousPrior):
         shift, scale = self.modulation(condition).chunk(2, dim=1)
         network = self.head(layer_norm_modulate(x, scale, shift)).mT.view_as(x_BDhw)
         t = t_B[:, None, None, None]
-        return (2 * t - 1) / (t.square() + (1 - t).square()) * x_BDhw + network
+        return ((2 * t - 1) / (t.square() + (1 - t).square()) * x_BDhw + network).to(x_BDhw.dtype)

@@ -43,7 +43,7 @@ class Dropout(nn.Module):
         if not self.training or self.p == 0:
             return x
         shape = (*x.shape[:2], 1, 1) if self.channelwise else x.shape
-        keep = draw_rows(torch.rand, shape, device=x.device) >= self.p
+        keep = draw_rows(torch.rand, shape, device=x.device, dtype=torch.float32) >= self.p
         return x * keep / (1 - self.p)
 
 
@@ -56,7 +56,8 @@ class ClassConditional:
 
     def hide_classes(self, labels_B: Tensor) -> Tensor:
         """Labels with each replaced by the null class with probability `class_dropout`, as guidance needs in training."""
-        hidden = draw_rows(torch.rand, labels_B.shape, device=labels_B.device) < self.config.class_dropout
+        draws = draw_rows(torch.rand, labels_B.shape, device=labels_B.device, dtype=torch.float32)
+        hidden = draws < self.config.class_dropout
         return torch.where(hidden, self.null_class, labels_B)
 
     def check_labels(self, labels_B: Tensor) -> None:

@@ -9,13 +9,14 @@ from torch import Tensor
 
 from dae.config import PriorConfig
 from dae.models.continuous import ContinuousPrior
+from dae.precision import WideBuffers
 
 
-class GaussianMixturePrior(ContinuousPrior):
+class GaussianMixturePrior(WideBuffers, ContinuousPrior):
     """p(z) = sum_k w_k N(z; mu_k, L_k L_k') over the flattened latent z of P = D h h values; it ignores the class.
 
     K = `config.num_components`, with full covariances. Before `fit` it is a standard normal. There is nothing to train by
-    gradients: weights, means and covariance factors are buffers.
+    gradients: weights, means and covariance factors are buffers, which are float32 or float64 whatever it is cast to.
 
     Args:
         config: num_components.

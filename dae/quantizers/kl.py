@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from dae.config import KLConfig
 from dae.distributed import draw_rows
+from dae.precision import wide
 from dae.quantizers.encoding import Encoding
 
 
@@ -24,11 +25,13 @@ class GaussianBottleneck(nn.Module):
         self.config = config
 
     def forward(self, features: Tensor, sample_posterior: bool) -> Encoding:
-        """Features [B, 2D, h, w] to latents [B, D, h, w]: a posterior sample, or the posterior's mean."""
-        mean, log_variance = features.float().chunk(2, dim=1)
+        """Features [B, 2D, h, w] to latents [B, D, h, w] of the same dtype: a posterior sample, or the posterior's mean."""
+        dtype = features.dtype
+        mean, log_variance = features.to(wide(dtype)).chunk(2, dim=1)
         log_variance = log_variance.clamp(-30, 20)
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum((1, 2, 3)).sum() / max(1, len(mean))
         latents = mean
         if sample_posterior:
-            latents = mean + (0.5 * log_variance).exp() * draw_rows(torch.randn, mean.shape, device=mean.device)
-        return Encoding(latents, self.config.kl_weight * kl, mean, log_variance=log_variance)
+            noise = draw_rows(torch.randn, mean.shape, device=mean.device, dtype=mean.dtype)
+            latents = mean + (0.5 * log_variance).exp() * noise
+        return Encoding(latents.to(dtype), self.config.kl_weight * kl, mean.to(dtype), log_variance=log_variance.to(dtype))

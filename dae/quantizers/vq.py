@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from dae.config import VQConfig
 from dae.distributed import from_first_process, gather_numbers, in_global_order, rank, sum_over_processes
+from dae.precision import WideBuffers, wide
 from dae.quantizers.encoding import Encoding
 
 
-class VectorQuantizer(nn.Module):
+class VectorQuantizer(WideBuffers, nn.Module):
     """Nearest code in l2, straight-through gradient, commitment loss, and a codebook that follows the latents.
 
     latents = code[argmin_k |z - code_k|^2], loss = commitment_weight * mean |z - sg(latents)|^2.
@@ -24,11 +25,12 @@ class VectorQuantizer(nn.Module):
     a code that is hardly used moves onto a random latent of the batch.
 
     Processes may hold different numbers of latents, also none, and be seeded differently: process 0 decides what is drawn, and
-    all end with its codebook to the bit.
+    all end with its codebook to the bit. The codebook and its averages are float32, whatever the module is cast to.
     """
 
     features_per_latent = 1
     operation, impl = "vector_quantize", "auto"  # for dae.models.kernels
+    buffer_dtypes = (torch.float32,)
 
     def __init__(self, config: VQConfig, channels: int):
         super().__init__()
@@ -37,22 +39,21 @@ class VectorQuantizer(nn.Module):
         self.config = config
         self.frozen = False
         K = config.codebook_size
-        self.register_buffer("codebook", torch.randn(K, channels))
-        self.register_buffer("average_counts", torch.ones(K))
+        self.register_buffer("codebook", torch.randn(K, channels, dtype=torch.float32))
+        self.register_buffer("average_counts", torch.ones(K, dtype=torch.float32))
         self.register_buffer("average_sums", self.codebook.clone())
         self._counts: Tensor | None = None  # of the micro-batches since the last update
         self._sums: Tensor | None = None
         self._latest: Tensor | None = None  # [B, T, D] latents of the last micro-batch that had any: where dead codes go
 
     def forward(self, features: Tensor, sample_posterior: bool = False) -> Encoding:
-        """Features [B, D, h, w] to latents of the same shape and indices [B, h, w]; a code is never sampled."""
-        z_BDhw = features.float()
-        z_BhwD, weight = z_BDhw.movedim(1, -1), self.config.commitment_weight
+        """Features [B, D, h, w] to latents of the same shape and dtype and indices [B, h, w]; a code is never sampled."""
+        z_BhwD, weight = features.to(wide(features.dtype)).movedim(1, -1), self.config.commitment_weight
         out = vector_quantize(z_BhwD, self.codebook, commitment_weight=weight, impl=self.impl)
-        return Encoding(out.quantized.movedim(-1, 1), out.loss, z_BDhw, out.indices)
+        return Encoding(out.quantized.movedim(-1, 1).to(features.dtype), out.loss, features, out.indices)
 
     def lookup(self, indices_Bhw: Tensor) -> Tensor:
-        """Codes [B, D, h, w] of indices [B, h, w]."""
+        """Codes [B, D, h, w] of indices [B, h, w], in float32."""
         return F.embedding(indices_Bhw, self.codebook).movedim(-1, 1)
 
     @torch.no_grad()

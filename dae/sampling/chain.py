@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +20,21 @@ Prior = ARPrior | DiT | GaussianMixturePrior
 PRIORS = {kind.__name__: kind for kind in (ARPrior, DiT, GaussianMixturePrior)}
 
 
-def load_chain(output_dir: str | Path, device: Any = "cpu", kernels: KernelsConfig | None = None) -> tuple[Autoencoder, Prior]:
-    """The autoencoder and the prior of a run, which compute by `kernels` (None: "auto" everywhere).
+def load_chain(
+    output_dir: str | Path,
+    device: Any = "cpu",
+    kernels: KernelsConfig | None = None,
+    torch_dtype: torch.dtype | None = None,
+) -> tuple[Autoencoder, Prior]:
+    """The autoencoder and the prior of a run, which compute by `kernels` (None: "auto") and in `torch_dtype` (None: float32).
 
     Raises:
         FileNotFoundError: one of them is missing.
         ValueError: the prior was trained on another autoencoder's latent.
     """
-    output = Path(output_dir)
-    autoencoder = Autoencoder.from_pretrained(require_model(output / "autoencoder", "train_dae"), device=device)
-    prior = prior_class(require_model(output / "prior", "train_prior")).from_pretrained(output / "prior", device=device)
+    output, options = Path(output_dir), {"device": device, "torch_dtype": torch_dtype}
+    autoencoder = Autoencoder.from_pretrained(require_model(output / "autoencoder", "train_dae"), **options)
+    prior = prior_class(require_model(output / "prior", "train_prior")).from_pretrained(output / "prior", **options)
     if prior.tokenizer != fingerprint(output / "autoencoder"):
         what = "tokens" if isinstance(prior, ARPrior) else "latents"
         raise ValueError(
@@ -72,7 +76,7 @@ def generate(autoencoder: Autoencoder, prior: Prior, labels_N: Tensor, settings:
 
     A Gaussian mixture ignores the classes and guidance; temperature, top_k and top_p are settings of a prior over tokens.
     """
-    device = next(chain(prior.parameters(), prior.buffers())).device
+    device = prior.device
     generator = torch.Generator(device).manual_seed(seed)
     for labels in labels_N.split(settings.batch_size):
         if isinstance(prior, ARPrior):
@@ -90,7 +94,7 @@ def generate(autoencoder: Autoencoder, prior: Prior, labels_N: Tensor, settings:
         else:
             latents = draw_latents(prior, labels.to(device), settings, generator)
             with torch.inference_mode():
-                images = autoencoder.decode(latents).sample
+                images = autoencoder.decode(latents.to(autoencoder.dtype)).sample
         yield images
 
 

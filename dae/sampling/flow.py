@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dae.models.dit import DiT
+from dae.precision import wide
 
 
 @torch.no_grad()  # not inference_mode, whose tensors no later training could take
@@ -19,7 +20,7 @@ def sample_latents(
     cfg_scale: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Latents [B, D, h, w] drawn from p(latent | label), in the autoencoder's own scale.
+    """Latents [B, D, h, w] drawn from p(latent | label), in the autoencoder's own scale and the model's dtype.
 
     The ODE dx/dt = v(x, t, label) from noise at t = 1 to a latent at t = 0, by the midpoint rule: two evaluations a step, an
     error that falls with the square of the steps, and no evaluation at t = 0, where the velocity of a sharp latent is steepest.
@@ -42,22 +43,26 @@ def sample_latents(
         raise ValueError(f"cfg_scale must not be negative, got {cfg_scale}")
     dit.check_labels(labels_B)
     shape = (len(labels_B), dit.latent_channels, dit.latent_size, dit.latent_size)
-    mean = dit.latent_mean
-    x = torch.randn(shape, generator=generator, device=mean.device, dtype=mean.dtype)
+    x = torch.randn(shape, generator=generator, device=dit.device, dtype=wide(dit.dtype))
     step = 1 / num_inference_steps
     for i in range(num_inference_steps):
         t = 1 - i * step
         middle = x - step / 2 * guided_velocity(dit, x, t, labels_B, cfg_scale)
         x = x - step * guided_velocity(dit, middle, t - step / 2, labels_B, cfg_scale)
-    return dit.denormalise(x)
+    return dit.denormalise(x).to(dit.dtype)
 
 
 def guided_velocity(dit: DiT, x_BDhw: Tensor, t: float, labels_B: Tensor, cfg_scale: float) -> Tensor:
-    """null + cfg_scale * (conditional - null), both in one batch; with a scale of 1 the conditional velocity alone."""
+    """null + cfg_scale * (conditional - null), both in one batch; with a scale of 1 the conditional velocity alone.
+
+    Of the dtype of x, which is that of the solver; the model computes in its own.
+    """
+    x = x_BDhw.to(dit.dtype)
     if cfg_scale == 1:
-        return dit(x_BDhw, x_BDhw.new_full((len(x_BDhw),), t), labels_B)
+        return dit(x, x_BDhw.new_full((len(x),), t), labels_B).to(x_BDhw.dtype)
     labels = torch.cat([labels_B, torch.full_like(labels_B, dit.null_class)])
-    conditional, null = dit(x_BDhw.repeat(2, 1, 1, 1), x_BDhw.new_full((len(labels),), t), labels).chunk(2)
+    velocities = dit(x.repeat(2, 1, 1, 1), x_BDhw.new_full((len(labels),), t), labels)
+    conditional, null = velocities.to(x_BDhw.dtype).chunk(2)
     return null + cfg_scale * (conditional - null)
 
 
@@ -88,7 +93,7 @@ def log_likelihood(
         generator: of the signs, on the model's device.
 
     Returns:
-        [B], without gradient. Divide by log 2 for bits.
+        [B], without gradient, at least float32. Divide by log 2 for bits.
 
     Raises:
         TypeError, ValueError: latents of another shape or type, another number of labels, labels outside the classes, or no
@@ -106,7 +111,7 @@ def log_likelihood(
         raise ValueError(f"expected a label for each of {len(latents_BDhw)} latents, got {list(labels_B.shape)}")
     step = 1 / num_steps
     with torch.inference_mode(False), torch.no_grad():  # tensors of inference mode have no derivatives
-        x = dit.normalise(latents_BDhw)
+        x = dit.normalise(latents_BDhw.to(wide(latents_BDhw.dtype)))
         volume = -latents_BDhw[0, 0].numel() * dit.latent_std.log().sum() if len(x) else 0
         change = x.new_zeros(len(x))
         for i in range(num_steps):
@@ -133,7 +138,7 @@ def velocity_and_divergence(
         probes, weight = (2 * bits - 1).to(x.dtype), 1 / num_probes
     divergence = x.new_zeros(len(x))
     for probe in probes:  # rows are independent, so one backward pass serves the whole batch
-        [product] = torch.autograd.grad(velocity, x, probe.to(velocity.dtype), retain_graph=True)
+        [product] = torch.autograd.grad(velocity, x, probe, retain_graph=True)
         divergence += weight * (product * probe).sum((1, 2, 3))
     return velocity.detach(), divergence
 

@@ -8,11 +8,14 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from dae.precision import wide
+
 
 class EMA:
     """average <- d * average + (1 - d) * weights, with d = min(decay, (1 + n) / (10 + n)) after n updates.
 
-    The warm-up lets short runs forget their initial weights. Buffers (a codebook) are copied, not averaged.
+    The warm-up lets short runs forget their initial weights. Buffers (a codebook) are copied, not averaged. The average of a
+    module of 16 bits is float32, where steps of 1 - d do not round to nothing.
     `torch.optim.swa_utils.AveragedModel` would do, but it walks through both modules at each step, which in a small model costs
     more than the optimiser does.
     """
@@ -20,6 +23,8 @@ class EMA:
     def __init__(self, module: nn.Module, decay: float):
         self.decay, self.updates = decay, 0
         self.average = copy.deepcopy(module).requires_grad_(False)
+        for parameter in self.average.parameters():
+            parameter.data = parameter.data.to(wide(parameter.dtype))
         self._source: nn.Module | None = None
 
     @torch.no_grad()
@@ -28,9 +33,13 @@ class EMA:
         if self._source is not module:
             self._source = module
             self._weights = list(self.average.parameters()), list(module.parameters())
+            self._narrow = any(a.dtype != b.dtype for a, b in zip(*self._weights, strict=True))
             self._buffers = list(self.average.buffers()), list(module.buffers())
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(*self._weights, 1 - decay)
+        averages, weights = self._weights
+        if self._narrow:
+            weights = [weight.to(average.dtype) for average, weight in zip(averages, weights, strict=True)]
+        torch._foreach_lerp_(averages, weights, 1 - decay)
         for own, new in zip(*self._buffers, strict=True):
             own.copy_(new)
         self.updates += 1
