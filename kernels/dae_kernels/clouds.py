@@ -87,8 +87,8 @@ def unit(*tensors: Tensor) -> Tensor:
 def check_weights(operation: str, name: str, weights: Tensor | None, cloud: Tensor) -> None:
     """Weights [N] of a cloud [N, D]: floating, finite, not negative, with a positive sum; None stands for equal weights.
 
-    The values are read, which on a GPU waits for it, but not while torch.compile traces nor inside torch.vmap, where they
-    cannot be: there bad values give a meaningless result.
+    The values are read, which on a GPU waits for it, but not while torch.compile traces, inside torch.vmap and of fake tensors,
+    where they cannot be: there bad values give a meaningless result.
 
     Raises:
         TypeError: not a tensor, or not floating point.

@@ -8,15 +8,20 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 FLOAT_DTYPES = (*KERNEL_DTYPES, torch.float64)
+
+MODES = torch._C._TorchDispatchModeKey
+TRACING_MODES = (MODES.FAKE, MODES.FUNCTIONAL, MODES.PROXY)
 
 
 def dtype_refusal(*operands: torch.Tensor) -> str | None:
@@ -51,6 +56,8 @@ def triton_refusal(device: torch.device) -> str | None:
     if not TRITON_INSTALLED:
         return "triton is not installed (pip install triton)"
     if device.type == "cuda":
+        if not torch.cuda.is_available():  # fake tensors: what they stand for has a GPU
+            return None
         properties = torch.cuda.get_device_properties(device)  # the one such query that Dynamo folds
         if torch.version.hip is None and properties.major < 8:
             return f"the kernels need compute capability 8.0 or higher, {properties.name} has {properties.major}.x"
@@ -88,8 +95,8 @@ def choose(impl: str, device: torch.device, refusal: str | None = None) -> str:
 def register_op(name: str, body: Callable, fake: Callable) -> Callable:
     """`body` as the torch operator `name` ("dae_kernels::..."), opaque to torch.compile; torch.vmap takes it in a loop.
 
-    Where nothing traces or transforms, `body` is called as it is: an operator's first call imports Dynamo, which takes seconds
-    and more than torch alone. The operator itself is the attribute `op` of what is returned.
+    Where nothing traces or transforms and the tensors have values, `body` is called as it is: an operator's first call imports
+    Dynamo, which takes seconds and more than torch alone. The operator itself is the attribute `op` of what is returned.
 
     It has no derivative: differentiable functions call it from an autograd.Function, the others detach its operands.
 
@@ -100,7 +107,8 @@ def register_op(name: str, body: Callable, fake: Callable) -> Callable:
     op = opaque_op(name, body, fake)
 
     def run(*arguments: Any) -> Any:
-        return op(*arguments) if traced() else body(*arguments)
+        abstract = any(isinstance(argument, torch.Tensor) and valueless(argument) for argument in arguments)
+        return op(*arguments) if abstract or traced() else body(*arguments)
 
     run.op = op
     return run
@@ -156,10 +164,29 @@ def loop_over_batch(op: Callable) -> Callable:
 
 
 def values_readable(*tensors: torch.Tensor) -> bool:
-    """Whether Python may look at values: not while torch.compile traces, nor inside torch.vmap."""
-    if torch.compiler.is_compiling():
+    """Whether Python may look at values.
+
+    Not while torch.compile, torch.export or make_fx traces, not of meta and fake tensors, which have none, and not of those
+    that torch.vmap batches.
+    """
+    if torch.compiler.is_compiling() or any(torch._C._get_dispatch_mode(mode) is not None for mode in TRACING_MODES):
         return False
-    return not any(torch._C._functorch.is_batchedtensor(level) for tensor in tensors for level in transform_levels(tensor))
+    return not (batched(*tensors) or any(valueless(level) for tensor in tensors for level in transform_levels(tensor)))
+
+
+def valueless(tensor: torch.Tensor) -> bool:
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
+
+
+def batched(*tensors: torch.Tensor) -> bool:
+    """Whether torch.vmap has wrapped one of these."""
+    return any(torch._C._functorch.is_batchedtensor(level) for tensor in tensors for level in transform_levels(tensor))
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """For operations that choose their own precision: autocast would cast float32 down again."""
+    known = torch.amp.is_autocast_available(device.type)  # not for meta tensors
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
 
 def differentiated(*tensors: torch.Tensor) -> bool:

@@ -11,11 +11,13 @@ import torch
 
 from dae_kernels.frechet_distance.reference import apply_square_root
 from dae_kernels.group_norm_silu.api import apply_group_norm_silu
+from dae_kernels.group_norm_silu.reference import apply_input_in_graph
 from dae_kernels.linear_cross_entropy.autograd import apply_chunked_losses
 from dae_kernels.pairwise.sums import apply_pair_sums
 from dae_kernels.perceptual_tap.api import apply_perceptual_tap
 from dae_kernels.sinkhorn_divergence.autograd import apply_envelope, apply_plan_means
 
+input_in_graph_function = torch.compiler.allow_in_graph(apply_input_in_graph)
 group_norm_silu_function = torch.compiler.allow_in_graph(apply_group_norm_silu)
 chunked_losses_function = torch.compiler.allow_in_graph(apply_chunked_losses)
 pair_sums_function = torch.compiler.allow_in_graph(apply_pair_sums)

@@ -19,6 +19,7 @@ def gpu(monkeypatch):
 
     def pretend(major: int) -> None:
         properties = SimpleNamespace(major=major, name="Pretended")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
         monkeypatch.setattr(torch.version, "hip", None)
         monkeypatch.setattr(dispatch, "TRITON_INSTALLED", True)
@@ -40,6 +41,12 @@ def test_old_gpus_have_no_triton_kernels(gpu):
     assert dispatch.choose("auto", CUDA) == "reference"
     with pytest.raises(ValueError, match=r"compute capability 8.0 or higher, Pretended has 7.x"):
         dispatch.choose("triton", CUDA)
+
+
+def test_fake_cuda_tensors_stand_for_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(dispatch, "TRITON_INSTALLED", True)
+    assert dispatch.choose("auto", CUDA) == "triton"
 
 
 def test_triton_must_be_installed(gpu, monkeypatch):

@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from dae_kernels.dispatch import differentiated, values_readable
+from dae_kernels.dispatch import batched, differentiated, values_readable
 
 FUSED_DEVICES = ("cuda",)  # where flash-attn and xformers run; the tests of their adapters add "cpu"
 
@@ -69,10 +69,8 @@ def check_integers(name: str, x: Tensor, length: int | None, device: torch.devic
 
 
 def readable(*tensors: Tensor) -> bool:
-    """Whether the values may be looked at: a traced, batched or captured call holds for others too, and meta has none."""
-    if not values_readable(*tensors) or any(x.is_meta for x in tensors):
-        return False
-    return not (any(x.is_cuda for x in tensors) and torch.cuda.is_current_stream_capturing())
+    """Whether the values may be looked at: a traced, batched or captured call holds for others too."""
+    return values_readable(*tensors) and not (any(x.is_cuda for x in tensors) and torch.cuda.is_current_stream_capturing())
 
 
 def recorded(*tensors: Tensor) -> bool:
@@ -132,7 +130,7 @@ def check_operands(impl: str, q: Tensor, dtypes: tuple[torch.dtype, ...], device
 
 def check_unbatched(impl: str, what: str, *tensors: Tensor | None) -> None:
     """ValueError if torch.vmap batches a tensor that `impl` cannot take so; a graph of torch.compile is left to torch."""
-    if not torch.compiler.is_compiling() and not values_readable(*(x for x in tensors if x is not None)):
+    if not torch.compiler.is_compiling() and batched(*(x for x in tensors if x is not None)):
         raise ValueError(f"impl={impl!r} does not take {what} that torch.vmap batches, got such; use impl='auto'")
 
 

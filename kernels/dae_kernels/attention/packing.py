@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dae_kernels.attention.checks import readable
+
 
 @dataclass(frozen=True)
 class Packing:
@@ -16,7 +18,7 @@ class Packing:
     Args:
         cu_seqlens_q, cu_seqlens_k: [N + 1] int32, the borders, from 0 to Tq and Tk.
         lengths: numbers of queries and of keys of each sequence, or None where the borders are not known on the host,
-            which is while torch.compile traces.
+            which is where they are traced.
         max_seqlen_q, max_seqlen_k: upper bounds of the lengths; the greatest ones where they are known.
     """
 
@@ -45,7 +47,7 @@ def pack_keys(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, key_lengths_B: Ten
     valid = torch.arange(num_keys, device=k_BLHD.device) < key_lengths_B[:, None]
     borders_k = F.pad(key_lengths_B.cumsum(0), (1, 0)).to(torch.int32)
     lengths = None
-    if not torch.compiler.is_compiling():
+    if readable(key_lengths_B):
         lengths = tuple((num_queries, length) for length in key_lengths_B.tolist())
     packing = Packing(whole_lengths(B, num_queries, q_BLHD.device), borders_k, lengths, num_queries, num_keys)
     return q_BLHD.flatten(0, 1), k_BLHD[valid], v_BLHD[valid], packing

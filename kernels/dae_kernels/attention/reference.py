@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dae_kernels.attention.options import Options
 from dae_kernels.attention.packing import Packing, documents
+from dae_kernels.dispatch import without_autocast
 
 
 def position_mask(num_queries: int, num_keys: int, options: Options, device: torch.device) -> Tensor | None:
@@ -44,8 +43,7 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias:
     """dropout(softmax(cap(scale q k^T) + bias, over the keys of the mask)) v in float32 or float64, returned as `q`'s dtype."""
     wide = torch.promote_types(q.dtype, torch.float32)
     groups = q.shape[1] // k.shape[1]
-    known = torch.amp.is_autocast_available(q.device.type)  # not for meta tensors
-    with torch.autocast(q.device.type, enabled=False) if known else nullcontext():
+    with without_autocast(q.device):
         k = k.to(wide).repeat_interleave(groups, dim=1)
         v = v.to(wide).repeat_interleave(groups, dim=1)
         scores_BHQK = options.scale * (q.to(wide) @ k.transpose(-2, -1))

@@ -14,7 +14,7 @@ def codebook_statistics_reference(x_ND: Tensor, indices_N: Tensor, K: int) -> tu
     Sums are float64 before they are rounded to the result: many rows of one code would drift in float32.
     """
     if x_ND.device.type == "cpu":  # there additions have an order without sorting
-        sums_KD = torch.zeros(K, x_ND.shape[1], dtype=torch.float64).index_add_(0, indices_N.long(), x_ND.double())
+        sums_KD = x_ND.new_zeros(K, x_ND.shape[1], dtype=torch.float64).index_add_(0, indices_N.long(), x_ND.double())
         return torch.bincount(indices_N, minlength=K), sums_KD.to(torch.promote_types(x_ND.dtype, torch.float32))
     return segment_statistics(x_ND, indices_N, K)
 

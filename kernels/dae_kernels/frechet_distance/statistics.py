@@ -75,6 +75,7 @@ class GaussianStatistics:
 
         Every process must call it, once: a second call would count each point once for each process. A process without
         points takes part. Memory stays O(D^2) whatever the number of processes; to merge in another way, gather `state()`.
+        Sums are read on the host: fake tensors have none to read, and torch.export cannot trace this.
 
         Args:
             summed: returns the sum over all processes of a tensor (int64, float64), which it must not change.
@@ -84,14 +85,14 @@ class GaussianStatistics:
         """
         dimension = 0 if self._mean is None else len(self._mean)
         # Where all D are equal, and only there, Cauchy-Schwarz holds with equality: (sum D)^2 = (number) (sum D^2).
-        members, total, squares = summed(torch.tensor([int(dimension > 0), dimension, dimension**2])).tolist()
+        members, total, squares = summed(whole([int(dimension > 0), dimension, dimension**2])).tolist()
         if members * squares != total**2:
             raise ValueError(f"expected one feature dimension in all processes, got {dimension} here; use one feature extractor")
         if members == 0:
             return self
-        mean = torch.zeros(total // members, dtype=torch.float64) if self._mean is None else self._mean
+        mean = torch.zeros(total // members, dtype=torch.float64, device="cpu") if self._mean is None else self._mean
         scatter = torch.outer(mean, mean) * 0 if self._scatter is None else self._scatter
-        count = int(summed(torch.tensor(self.count)))
+        count = int(summed(whole(self.count)))
         common_mean = summed(mean * (self.count / count))
         offset = mean - common_mean
         self._scatter = summed(scatter + torch.outer(offset, offset) * self.count)
@@ -131,6 +132,11 @@ class GaussianStatistics:
         if self.count < 2:
             raise ValueError(f"expected at least 2 rows for a covariance, got {self.count}; add rows")
         return self._scatter / (self.count - 1)
+
+
+def whole(numbers: int | list[int]) -> Tensor:
+    """int64 on the CPU, whatever device torch has for a default."""
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
 
 
 def mean_and_scatter(x_ND: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from dae_kernels.dispatch import without_autocast
 
 
 def group_norm_silu_reference(
@@ -21,10 +22,12 @@ def group_norm_silu_reference(
 ) -> Tensor:
     """act(group_norm(x) * (1 + scale) + shift) in float32 (float64 for float64 `x`), in the dtype and layout of `x`."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    known = torch.amp.is_autocast_available(x.device.type)  # not for meta tensors
-    with torch.autocast(x.device.type, enabled=False) if known else nullcontext():
+    with without_autocast(x.device):
         weight, bias = (None if parameter is None else parameter.to(wide) for parameter in (weight, bias))
-        y = F.group_norm(x.to(wide), num_groups, weight, bias, eps)
+        x_ = x.to(wide)
+        if x.device.type == "cpu" and not x_.is_contiguous():
+            x_ = input_in_graph(x_, weight, bias)
+        y = F.group_norm(x_, num_groups, weight, bias, eps)
         if scale_BC is not None:
             per_channel = (*scale_BC.shape, *[1] * (x.dim() - 2))
             y = y * (1 + scale_BC.to(wide).view(per_channel)) + shift_BC.to(wide).view(per_channel)
@@ -32,3 +35,37 @@ def group_norm_silu_reference(
         y = y.to(x.dtype)
     # CUDA's own GroupNorm returns a contiguous tensor whatever it was given.
     return y if y.stride() == x.stride() else torch.empty_like(x).copy_(y)
+
+
+def input_in_graph(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    if torch.compiler.is_compiling():
+        from dae_kernels.whole import input_in_graph_function
+    else:
+        input_in_graph_function = apply_input_in_graph
+    return input_in_graph_function(x, weight, bias)
+
+
+def apply_input_in_graph(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    return InputInGraph.apply(x, weight, bias)
+
+
+class InputInGraph(torch.autograd.Function):
+    """x, which requires a gradient where x, weight or bias does.
+
+    On a CPU torch writes the gradient of a channels_last x also where nobody asked for it: into no memory, with a segmentation
+    fault, if x requires none and a parameter does (native_group_norm_backward, torch 2.13). Here somebody always asks.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, dx: Tensor) -> tuple[Tensor, None, None]:
+        return dx, None, None

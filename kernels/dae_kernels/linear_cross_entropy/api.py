@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dae_kernels.checks import as_integer, as_number
-from dae_kernels.dispatch import check_choice, check_floating, choose, dtype_refusal, values_readable
+from dae_kernels.dispatch import check_choice, check_floating, choose, dtype_refusal, values_readable, without_autocast
 from dae_kernels.linear_cross_entropy.autograd import apply_chunked_losses
-from dae_kernels.linear_cross_entropy.reference import NOT_COUNTED, counted_rows, linear_cross_entropy_reference, without_autocast
+from dae_kernels.linear_cross_entropy.reference import NOT_COUNTED, counted_rows, linear_cross_entropy_reference
 
 IMPLS = ("auto", "reference", "torch", "chunked", "triton")
 FEW_LOGITS = 1 << 20  # of all rows together; on a CPU they are then as fast at once

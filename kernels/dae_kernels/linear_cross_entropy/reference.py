@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dae_kernels.dispatch import without_autocast
+
 NOT_COUNTED = -1  # the target of a row without a loss
-
-
-def without_autocast(device: torch.device):
-    """Operands are cast by hand; autocast would cast float32 sums down again."""
-    known = torch.amp.is_autocast_available(device.type)  # not for meta tensors
-    return torch.autocast(device.type, enabled=False) if known else nullcontext()
 
 
 def counted_rows(hidden_ND: Tensor, target_N: Tensor) -> Tensor:
@@ -40,7 +34,7 @@ def linear_cross_entropy_reference(
     dtype: torch.dtype,
 ) -> Tensor:
     """[N] losses, 0 where the target is NOT_COUNTED; operands rounded to `dtype`, all else in at least float32."""
-    with without_autocast(hidden_ND.device):
+    with without_autocast(hidden_ND.device):  # operands are cast by hand
         hidden_ND = rounded(counted_rows(hidden_ND, target_N), dtype)
         # Sums of 16-bit products are kept in float32, as by chunks: float16 would overflow from 65504 on.
         logits_NV = F.linear(hidden_ND, rounded(linear_weight_VD, dtype), None if bias_V is None else bias_V.to(hidden_ND.dtype))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dae_kernels.clouds import power_of_two
-from dae_kernels.dispatch import register_op
+from dae_kernels.dispatch import register_op, without_autocast
 
 MAX_CODES = 1 << 18  # coordinates of codes alive at once: 2 MiB in float64
 MAX_SCORES = {"cpu": 1 << 19, "gpu": 1 << 23}  # alive at once; on a CPU 2 MiB of float32, which are read again from its cache
@@ -34,7 +34,7 @@ def reference(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tensor]
         view = lambda rows: (rows.double() - centre_D) * scale  # noqa: E731
     index_N = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     unsure = torch.arange(len(x), device=x.device)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         for dtype in (torch.float32, torch.float64) if float32_products(x, codebook) else (torch.float64,):
             index_N[unsure], sure, limit = search(x[unsure], codebook, metric, view, dtype)
             unsure, limit = unsure[~sure], limit[~sure]

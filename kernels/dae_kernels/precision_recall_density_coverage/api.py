@@ -130,7 +130,7 @@ def check_k(operation: str, k: int, available: int, got: str) -> None:
 
 
 def check_finite(operation: str, **clouds: Tensor) -> None:
-    """The values are read, which on a GPU waits for it, but not while torch.compile traces nor inside torch.vmap."""
+    """The values are read, which on a GPU waits for it, where they can be (`values_readable`)."""
     for name, cloud in clouds.items():
         if values_readable(cloud) and not torch.isfinite(cloud).all():
             raise ValueError(f"{operation} needs finite points, got NaN or infinity in {name}")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dae_kernels.dispatch import register_op
+from dae_kernels.dispatch import register_op, without_autocast
 from dae_kernels.sinkhorn_divergence.reference import ReferenceUpdate
 from dae_kernels.sinkhorn_divergence.solver import Options, Sinkhorn
 
@@ -39,7 +39,7 @@ def solve_divergence(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`Sinkhorn.divergence` of the solved problems."""
     options = Options(p, blur, scaling, diameter, reach, max_iter, tolerance)
-    with torch.autocast(x_ND.device.type, enabled=False):
+    with without_autocast(x_ND.device):
         return sinkhorn(x_ND, y_MD, a_N, b_M, options, debias, triton).solve().divergence(potentials)
 
 
@@ -65,7 +65,7 @@ def solve_means(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`Sinkhorn.means` of the solved problem."""
     options = Options(p, blur, scaling, diameter, reach, max_iter, tolerance)
-    with torch.autocast(x_ND.device.type, enabled=False):
+    with without_autocast(x_ND.device):
         return sinkhorn(x_ND, y_MD, a_N, b_M, options, False, triton).solve().means(values_ME)
 
 
@@ -93,7 +93,7 @@ def transposed_means(
 ) -> Tensor:
     """The gradient of `solve_means` by its values."""
     options = Options(p, blur, scaling, diameter, reach, None, None)
-    with torch.autocast(x_ND.device.type, enabled=False):
+    with without_autocast(x_ND.device):
         return sinkhorn(x_ND, y_MD, a_N, b_M, options, False, triton).sums_over_rows(f_N, g_M, d_means_NE)
 
 

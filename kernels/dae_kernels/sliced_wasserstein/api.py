@@ -16,6 +16,7 @@ from dae_kernels.clouds import (
     sampled,
     unit,
 )
+from dae_kernels.dispatch import without_autocast
 from dae_kernels.sliced_wasserstein.reference import greatest_cost, mean_cost
 
 COST = "|<direction, x - y>|^p, without a factor"
@@ -82,7 +83,7 @@ def sliced_wasserstein(
     and Radon Wasserstein Barycenters of Measures".
     """
     *operands, units = prepare("sliced_wasserstein", x, y, p, num_projections, weights_x, weights_y, generator, projections)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         return in_units(root(mean_cost(*operands), operands[3]), units)
 
 
@@ -111,7 +112,7 @@ def max_sliced_wasserstein(
     Source: Deshpande et al. 2019, "Max-Sliced Wasserstein Distance and Its Use for GANs", arXiv 1904.05877.
     """
     *operands, units = prepare("max_sliced_wasserstein", x, y, p, num_projections, weights_x, weights_y, generator, projections)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x.device):
         return in_units(root(greatest_cost(*operands), operands[3]), units)
 
 

@@ -18,7 +18,7 @@ def rotary_table(length: int, head_dim: int, base: float = 10000.0) -> Tensor:
         base: the greatest wavelength is about 2 pi base positions.
 
     Returns:
-        [2, length, D / 2] float32, from angles in float64.
+        [2, length, D / 2] float32, from angles in float64, on torch's default device.
 
     Raises:
         ValueError: a negative length, an odd head dimension, or base <= 0.
@@ -42,7 +42,7 @@ def rotary_table_2d(height: int, width: int, head_dim: int, base: float = 10000.
         base: as in `rotary_table`.
 
     Returns:
-        [2, height * width, D / 2] float32, from angles in float64.
+        [2, height * width, D / 2] float32, from angles in float64, on torch's default device.
 
     Raises:
         ValueError: a negative height or width, a head dimension that 4 does not divide, or base <= 0.
