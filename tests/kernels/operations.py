@@ -34,6 +34,10 @@ class Operation:
         generator = torch.Generator().manual_seed(seed)
         return [make(generator).to(DEVICE) for make in self.makers]
 
+    @property
+    def random(self) -> bool:
+        return "drawn" in self.name or "dropout" in self.name
+
     def __call__(self, *operands: Tensor) -> tuple[Tensor, ...]:
         result = self.function(*operands)
         return (result,) if isinstance(result, Tensor) else tuple(result)
@@ -74,10 +78,6 @@ def case(name: str, public: str, function: Callable[..., Any], *makers: Operand,
     """One line of the list. Every operand has a gradient unless `leaves` says which."""
     assert name not in OPERATIONS and public in k.__all__
     OPERATIONS[name] = Operation(name, public, function, makers, tuple(range(len(makers))) if leaves is None else leaves)
-
-
-def drawn(seed: int = 3) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def in_blocks(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -221,6 +221,9 @@ for impl in ("reference", "sdpa"):
         lambda q, key, v, b, i=impl: k.attention(q, key, v, bias=b, window=(1, 1), impl=i),
         *(Q, KV, normal(2, 2, 5, 6), normal(4, 3, 5)),
     )
+    case(
+        f"attention dropout {impl}", "attention", lambda q, key, v, i=impl: k.attention(q, key, v, dropout=0.3, impl=i), Q, KV, KV
+    )
     for causal in (False, True):
         case(
             f"attention lengths causal={causal} {impl}",
@@ -246,7 +249,13 @@ for p in (1, 2, 3.0):
         lambda x, y, d, p=p: k.sliced_wasserstein(x, y, p=p, projections=d),
         *(X, Y, normal(4, 5)),
     )
-case("sliced drawn", "sliced_wasserstein", lambda x, y: k.sliced_wasserstein(x, y, num_projections=6, generator=drawn()), X, Y)
+case("sliced drawn", "sliced_wasserstein", lambda x, y: k.sliced_wasserstein(x, y, num_projections=6), X, Y)
+case(
+    "sliced generator",
+    "sliced_wasserstein",
+    lambda x, y: k.sliced_wasserstein(x, y, num_projections=6, generator=torch.Generator().manual_seed(3)),
+    *(X, Y),
+)
 case(
     "sliced weights",
     "sliced_wasserstein",
@@ -262,7 +271,7 @@ case(
     lambda x, y, w, d: k.max_sliced_wasserstein(x, y, weights_x=w, projections=d),
     *(X, Y, W, normal(4, 5)),
 )
-case("max sliced drawn", "max_sliced_wasserstein", lambda x, y: k.max_sliced_wasserstein(x, y, generator=drawn()), X, Y)
+case("max sliced drawn", "max_sliced_wasserstein", lambda x, y: k.max_sliced_wasserstein(x, y), X, Y)
 case(
     "sliced blocks",
     "sliced_wasserstein",

@@ -13,6 +13,7 @@ READS_COUNTS = "statistics reduced"  # on the host, as documented
 
 def forward_and_backward(operation, operands):
     """Results, and the gradients of the leaves."""
+    torch.manual_seed(0)
     leaves = [operands[i].requires_grad_() for i in operation.leaves]
     results = operation(*operands)
     differentiable = [result for result in results if result.requires_grad]
@@ -60,5 +61,6 @@ def test_export(operation, operations):
     first = next(other for other in operations if other.public == operation.public)
     for strict in (False, True) if operation is first else (False,):
         torch._dynamo.reset()
-        got = torch.export.export(Exported(operation), operands, strict=strict).module()(*operands)
-        torch.testing.assert_close(list(got), list(operation(*operands)))
+        exported = torch.export.export(Exported(operation), operands, strict=strict).module()
+        if not operation.random:
+            torch.testing.assert_close(list(exported(*operands)), list(operation(*operands)))

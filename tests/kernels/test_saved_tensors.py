@@ -18,6 +18,7 @@ def with_gradients(operation, run, walks=1):
     operands = operation.operands()
     for i in operation.leaves:
         operands[i].requires_grad_()
+    torch.manual_seed(0)
     results = [result for result in run(operation, *operands) if result.requires_grad]
     cotangents = [torch.linspace(-1, 2, r.numel() + 1, dtype=r.dtype)[1:].view(r.shape) for r in results]
     for walk in range(walks):

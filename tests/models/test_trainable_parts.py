@@ -5,11 +5,12 @@ import sys
 
 SCRIPT = """
 import torch
-from dae.config import AutoencoderConfig, KLConfig
+from dae.config import AutoencoderConfig
 from dae.models import Autoencoder, PatchDiscriminator
 
 torch.manual_seed(0)
-config = AutoencoderConfig(base_channels=8, channel_multipliers=[1, 2], latent_channels=4, attention_resolutions=[4], bottleneck="kl")
+sizes = dict(base_channels=8, channel_multipliers=[1, 2], latent_channels=4, attention_resolutions=[4])
+config = AutoencoderConfig(bottleneck="kl", **sizes)
 images = torch.rand(2, 3, 8, 8) * 2 - 1
 for model, run in (
     (Autoencoder(config, 3, 8).train(), lambda model, x: model(x).sample),
