@@ -278,13 +278,13 @@ class CompareConfig:
         1000, "seed of the tuning trials, on images held out of the training set; not among the seeds", least=0
     )
     rates: List[float] = knob(
-        [], "further rates for the arms of rate_arms: codebook sizes (vq) or KL weights (kl); none draws no frontier", above=0
+        [], "further rates for the arms of rate_arms: codebook sizes (vq) or KL weights (kl); none draws no frontier", least=0
     )
     rate_arms: List[str] = knob(["joint", "dae-linear"], "arms that get the further rates and priors")
     other_rates: List[float] = knob(
         [],
         "those of `rates` that rate_arms other than the baseline get, whose frontier alone others are held against; none: all",
-        above=0,
+        least=0,
     )
     prior_widths: List[int] = knob(
         [], "further priors of the rate_arms: widths of ar and dit (learning rate ~ 1 / width), components of a mixture", least=1
