@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dae.complexity import predictors as measure
 from dae.metrics import CodebookUsage, gaussian_rate
-from dae.metrics.validation import check_same_pixels
+from dae.metrics.validation import check_images, check_same_pixels
 from dae.models import Autoencoder
 
 if TYPE_CHECKING:
@@ -329,6 +329,7 @@ def check_images_and_labels(
     heldout_labels: Tensor | None,
 ) -> None:
     """The checks of `report_card`."""
+    check_images(train_images=train_images, heldout_images=heldout_images)  # floating point: encoders read no bytes
     check_same_pixels(train_images=train_images, heldout_images=heldout_images)
     sets = {"train": (train_images, train_labels), "heldout": (heldout_images, heldout_labels)}
     for name, (images, labels) in sets.items():

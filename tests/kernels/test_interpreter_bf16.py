@@ -89,15 +89,15 @@ def test_float32_is_rounded_to_nearest_even():
     assert same_bits(out, x.bfloat16())
 
 
-@pytest.mark.parametrize("operation", ["add", "sub", "mul", "div", "neg", "abs", "less", "max", "exp"])
-def test_elementwise(operation):
+@pytest.mark.parametrize("elementwise", ["add", "sub", "mul", "div", "neg", "abs", "less", "max", "exp"])
+def test_elementwise(elementwise):
     torch.manual_seed(0)
     a = torch.cat([torch.randn(2000) * 3, SPECIAL.repeat_interleave(len(SPECIAL))]).bfloat16()
     b = torch.cat([torch.randn(2000), SPECIAL.repeat(len(SPECIAL))]).bfloat16()
-    if operation == "max":  # Triton's maximum ignores NaN, torch's does not
+    if elementwise == "max":  # Triton's maximum ignores NaN, torch's does not
         a, b = a.nan_to_num(), b.nan_to_num()
     out = torch.empty_like(a)
-    launch(elementwise_kernel, len(a), a, b, out, OPERATION=operation)
+    launch(elementwise_kernel, len(a), a, b, out, OPERATION=elementwise)
     expected = {
         "add": lambda: a + b,
         "sub": lambda: a - b,
@@ -108,10 +108,10 @@ def test_elementwise(operation):
         "less": lambda: torch.where(a < b, a, b),
         "max": lambda: torch.maximum(a, b),
         "exp": lambda: a.exp(),
-    }[operation]()
-    if operation in ("neg", "max", "exp"):  # signs of zero in 0 - x and max(0, -0), and the last bit of two libraries' exp
+    }[elementwise]()
+    if elementwise in ("neg", "max", "exp"):  # signs of zero in 0 - x and max(0, -0), and the last bit of two libraries' exp
         assert torch.equal(out.isnan(), expected.isnan())
-        torch.testing.assert_close(out, expected, rtol=2**-7 if operation == "exp" else 0, atol=0, equal_nan=True)
+        torch.testing.assert_close(out, expected, rtol=2**-7 if elementwise == "exp" else 0, atol=0, equal_nan=True)
     else:
         assert same_bits(out, expected)
 
