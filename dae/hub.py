@@ -16,6 +16,7 @@ from dae_kernels.dispatch import FLOAT_DTYPES
 from torch import nn
 
 import dae
+from dae.precision import own_arithmetic
 
 WEIGHTS, CONFIG, CARD = MODEL_FILES = ("model.safetensors", "config.json", "README.md")
 
@@ -66,6 +67,7 @@ class PretrainedModel(nn.Module):
             write_file(folder / CARD, card.encode())
 
     @classmethod
+    @own_arithmetic(gradients=True)
     def from_pretrained(
         cls,
         name_or_path: str | Path,

@@ -1,9 +1,11 @@
-"""What stays in float32 or float64 whatever a module is cast to."""
+"""What keeps its precision, whatever a module is cast to and whatever modes its caller has set."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import ClassVar, Self
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -32,3 +34,55 @@ class WideBuffers:
                 if cast.dtype not in self.buffer_dtypes:
                     self._buffers[name] = buffer.to(cast.device, torch.float32)
         return self
+
+
+DEVICES_WITH_AUTOCAST = ("cpu", "cuda", "mps", "xpu")
+
+
+@contextmanager
+def own_modes(gradients: bool | None) -> Iterator[None]:
+    """torch's modes as they are at the start of a program: no autocast, float32 and the CPU for what names no other.
+
+    `gradients` says whether they are recorded, also within inference mode; None leaves both to the caller.
+    """
+    with ExitStack() as stack:
+        if (dtype := torch.get_default_dtype()) != torch.float32:
+            torch.set_default_dtype(torch.float32)
+            stack.callback(torch.set_default_dtype, dtype)
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        for device in DEVICES_WITH_AUTOCAST:
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        if gradients is not None:
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.set_grad_enabled(gradients))
+        yield
+
+
+def own_arithmetic(*, gradients: bool | None) -> Callable[[Callable], Callable]:
+    """Decorator of a function whose values its caller's modes must not change: it runs in `own_modes`.
+
+    Not for what calls a model of the caller, who may want it to run under autocast. Arguments made in inference mode are
+    copied, as torch records nothing of them.
+    """
+
+    def decorate(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def inside(*args: Any, **options: Any) -> Any:
+            with own_modes(gradients):
+                args, options = ordinary(args), ordinary(options)
+                return function(*args, **options)
+
+        return inside
+
+    return decorate
+
+
+def ordinary(value: Any) -> Any:
+    """Copies of tensors that were made in inference mode, also in lists, tuples and dictionaries; outside of that mode alone."""
+    if isinstance(value, Tensor):
+        return value.clone() if value.is_inference() and not torch.is_inference_mode_enabled() else value
+    if type(value) in (list, tuple):
+        return type(value)(ordinary(each) for each in value)
+    return {key: ordinary(each) for key, each in value.items()} if type(value) is dict else value

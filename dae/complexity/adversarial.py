@@ -34,6 +34,7 @@ from dae.complexity.critics import (
 from dae.complexity.distances import PLAIN
 from dae.complexity.estimate import CRITIC_ROWS, Estimate, check_cloud, check_seeds, pooled_error
 from dae.complexity.families import check_count, check_family
+from dae.precision import own_arithmetic
 
 if TYPE_CHECKING:
     from dae.complexity.families import GeneratorFamily
@@ -102,6 +103,7 @@ WASSERSTEIN = tuple(LOSS)
 ADVERSARIAL = DIVERGENCES + WASSERSTEIN
 
 
+@own_arithmetic(gradients=True)
 def adversarial_distance(
     x_ND: Tensor, y_MD: Tensor, name: str, *, seeds: Sequence[int] = (0, 1, 2), steps: int = 200, batch_size: int = 256
 ) -> Estimate:
@@ -279,6 +281,7 @@ def check_rows(x_ND: Tensor, y_MD: Tensor) -> None:
         raise ValueError(f"expected x and y on one device, got {x_ND.device} and {y_MD.device}; move one with .to()")
 
 
+@own_arithmetic(gradients=True)
 def train_adversarial(
     family: GeneratorFamily,
     latents: Tensor,

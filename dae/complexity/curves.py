@@ -14,6 +14,7 @@ from dae.complexity.distances import Distance
 from dae.complexity.estimate import Estimate, Trial, check_pair, check_seeds, run_trial, shown, summarize
 from dae.complexity.families import GeneratorFamily, check_family
 from dae.complexity.fitting import Fitting
+from dae.precision import own_arithmetic
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class ComplexityCurve:
         }
 
 
+@own_arithmetic(gradients=True)
 def complexity_curve(
     latents: Tensor,
     data: Tensor,

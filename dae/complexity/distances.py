@@ -11,6 +11,7 @@ from dae_kernels import energy_distance, frechet_distance, mmd, sinkhorn_diverge
 from torch import Tensor
 
 from dae.complexity.families import check_count, check_positive
+from dae.precision import own_arithmetic
 
 PLAIN = ("reconstruction", "sliced_wasserstein", "sinkhorn", "mmd", "energy", "frechet")
 ADVERSARIAL = ("js", "kl", "reverse_kl", "chi2", "hellinger", "wgan_gp", "wgan_sn")
@@ -41,6 +42,7 @@ class Distance:
     solvable: bool = False
     of_moments: bool = False
 
+    @own_arithmetic(gradients=None)
     def __call__(self, generated: Tensor, data: Tensor, generator: torch.Generator) -> Tensor:
         """Of [N, ...] and [M, ...], which are flattened."""
         return self.function(generated.flatten(1), data.flatten(1), generator)
@@ -57,6 +59,7 @@ def check_name(name: str) -> None:
         raise ValueError(f"unknown distance {name!r}: {hint}known are {', '.join(known)}")
 
 
+@own_arithmetic(gradients=False)
 def make_distance(
     name: str,
     data: Tensor,

@@ -30,6 +30,7 @@ from dae.complexity.fitting import (
     seeded,
     split_rows,
 )
+from dae.precision import own_arithmetic
 from dae.training.loop import progress_bar
 
 PAIRS_LIMIT = 4096  # rows to measure on, and to choose on, by a distance that compares all pairs
@@ -171,6 +172,7 @@ class Trial:
     error: float | None = None
 
 
+@own_arithmetic(gradients=True)
 def generator_distance(
     latents: Tensor,
     data: Tensor,
@@ -247,6 +249,7 @@ def generator_distance(
     return summarize(trials, seeds, family, distance)
 
 
+@own_arithmetic(gradients=True)
 def fit_generator(
     latents: Tensor, data: Tensor, family: GeneratorFamily, distance: str | Distance, *, seed: int = 0, **options
 ) -> nn.Module:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dae.complexity.linear import best_frechet, best_reconstruction
 from dae.config import AutoencoderConfig, DecoderConfig
 from dae.models.decoders import build_decoder
+from dae.precision import own_arithmetic
 
 Shape = tuple[int, ...]
 
@@ -25,12 +26,21 @@ Shape = tuple[int, ...]
 class GeneratorFamily:
     """What the families share. `str(family)` names the family with its capacity.
 
+    Members are built and constrained in float32 on the CPU unless told otherwise, whatever modes of torch are set (see
+    `dae.precision.own_arithmetic`); as modules they then compute as all modules do, under autocast in its dtype.
+
     `nested`: whether `at(c)` contains `at(c')` for all c' <= c. `learning_rate`: Adam's, for data of unit scale.
     """
 
     nested: ClassVar[bool]
     learning_rate: ClassVar[float]
     knob: str
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        for name in ("build", "constrain_", "best", "start"):
+            if name in vars(cls):
+                setattr(cls, name, own_arithmetic(gradients=True)(vars(cls)[name]))
 
     @property
     def capacity(self) -> float:

@@ -10,9 +10,11 @@ from torch import Tensor
 from dae.complexity.estimate import Estimate, check_pair, check_seeds
 from dae.complexity.families import check_count
 from dae.optional import optional
+from dae.precision import own_arithmetic
 from dae.training.loop import seed_for
 
 
+@own_arithmetic(gradients=False)
 def gromov_wasserstein(
     latents: Tensor,
     data: Tensor,

@@ -25,6 +25,7 @@ from dae.hub import fingerprint
 from dae.metrics import Classifier, extract_features
 from dae.models import Autoencoder
 from dae.optional import optional
+from dae.precision import own_arithmetic
 from dae.training import plan_stages
 from dae.training.loop import seed_for
 
@@ -50,6 +51,7 @@ class Latent:
     provenance: dict[str, Any]
 
 
+@own_arithmetic(gradients=True)
 def load_latent(spec: str, images_NCHW: Tensor, labels_N: Tensor | None, config: Config, seed: int) -> Latent:
     """The latent that `spec` names, one code an image.
 

@@ -15,6 +15,7 @@ from dae.complexity.estimate import Estimate, check_cloud, check_seeds, run_tria
 from dae.complexity.families import GeneratorFamily, LinearMaps, MLPs, Shape, check_count, check_family
 from dae.complexity.fitting import Fitting, Generator, generate
 from dae.complexity.linear import principal_axes
+from dae.precision import own_arithmetic
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,7 @@ class OptimalLatent:
     estimate: Estimate
 
 
+@own_arithmetic(gradients=True)
 def optimal_latent(
     data: Tensor,
     family: GeneratorFamily,

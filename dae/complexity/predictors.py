@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from dae.config import PriorConfig
 from dae.models.ar_prior import ARPrior
+from dae.precision import own_arithmetic
 
 PERTURBATION = 0.1  # of a latent channel's standard deviation
 CONCENTRATIONS = (1.0, 4.0, 16.0, 64.0, 256.0)  # of the n-gram's back-off
@@ -27,6 +28,7 @@ MLP_STEPS, MLP_BATCH, MLP_WIDTH = 400, 128, 64
 # ---- how many bits the latent takes ----
 
 
+@own_arithmetic(gradients=False)
 def ngram_bits(train_Nhw: Tensor, heldout_Mhw: Tensor, codebook_size: int) -> float:
     """Bits of a held-out image under a code model that sees the left and the upper neighbour only; lower is better.
 
@@ -74,6 +76,7 @@ def _counts(keys: Tensor, queries: Tensor) -> Tensor:
     return torch.where(values[place] == queries, counts[place], 0)
 
 
+@own_arithmetic(gradients=True)
 def tiny_transformer_bits(train_Nhw: Tensor, heldout_Mhw: Tensor, codebook_size: int, *, seed: int) -> float:
     """Bits of a held-out image under a very small autoregressive Transformer, trained for a second; lower is better.
 
@@ -142,6 +145,7 @@ def fit(
     model.load_state_dict(kept or model.state_dict())
 
 
+@own_arithmetic(gradients=False)
 def gaussian_prior_bits(
     train_mean: Tensor, train_log_variance: Tensor, heldout_mean: Tensor, heldout_log_variance: Tensor
 ) -> float:
@@ -186,6 +190,7 @@ def _moments(mean_NP: Tensor, variance_NP: Tensor) -> tuple[Tensor, Tensor]:
 # ---- the shape of the latent's distribution ----
 
 
+@own_arithmetic(gradients=False)
 def spectrum(latents: Tensor) -> Tensor:
     """Eigenvalues of the covariance of the flattened latents, largest first, float64, without those below 1e-9 of the largest.
 
@@ -198,6 +203,7 @@ def spectrum(latents: Tensor) -> Tensor:
     return values[(values > 1e-9 * values[0]) & (values > 0)]
 
 
+@own_arithmetic(gradients=False)
 def spectrum_slope(eigenvalues: Tensor) -> float | None:
     """Slope b of the least-squares line log l_i = a + b log i through the eigenvalues l_1 >= l_2 >= ...; lower is steeper.
 
@@ -220,6 +226,7 @@ def effective_dimension(eigenvalues: Tensor) -> float | None:
 # ---- how the latent answers to changes ----
 
 
+@own_arithmetic(gradients=False)
 def perturb(latents: Tensor, *, seed: int, size: float = PERTURBATION) -> Tensor:
     """z + size * s_d * noise, with s_d the standard deviation of channel d over images and positions, noise N(0, 1)."""
     deviation_D = latents.movedim(1, 0).flatten(1).std(1, correction=0)
@@ -227,6 +234,7 @@ def perturb(latents: Tensor, *, seed: int, size: float = PERTURBATION) -> Tensor
     return latents + size * deviation_D[:, None, None] * noise
 
 
+@own_arithmetic(gradients=False)
 def relative_change(changed: Tensor, original: Tensor) -> float | None:
     """sqrt(E|changed - original|^2 / E|original - E original|^2); lower is smoother. None where the originals are all equal.
 
@@ -237,6 +245,7 @@ def relative_change(changed: Tensor, original: Tensor) -> float | None:
     return ((changed - original).square().sum() / scale).sqrt().item() if scale > 0 else None
 
 
+@own_arithmetic(gradients=False)
 def equivariance_error(of_moved: Tensor, moved: Tensor) -> float | None:
     """sqrt(E|encode(T x) - T encode(x)|^2 / (V(encode(T x)) + V(T encode(x)))), V(z) = E|z - E z|^2; lower is better.
 
@@ -258,6 +267,7 @@ def shift_images(images: Tensor, pixels: int) -> Tensor:
     return torch.cat([images[..., :1].expand(*images.shape[:-1], pixels), images[..., :-pixels]], dim=-1)
 
 
+@own_arithmetic(gradients=False)
 def midpoints(latents: Tensor, *, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     """Midpoints between each latent and that of a random other image; with the rows of both ends.
 
@@ -268,6 +278,7 @@ def midpoints(latents: Tensor, *, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     return (latents[order] + latents[partner]) / 2, order, partner
 
 
+@own_arithmetic(gradients=False)
 def energy_coefficient(x: Tensor, y: Tensor) -> float | None:
     """Energy distance relative to the distance between the sets: 0, the same distribution; 1, each a point, apart.
 
@@ -334,6 +345,7 @@ class Ridge:
         return self.offset + (latents.double().flatten(1) - self.centre) / self.scale @ self.weight
 
 
+@own_arithmetic(gradients=False)
 def probe_accuracy(train: Tensor, train_labels: Tensor, heldout: Tensor, heldout_labels: Tensor) -> float:
     """Share of the held-out images whose class a linear reader of the latent names; higher is better.
 
@@ -344,6 +356,7 @@ def probe_accuracy(train: Tensor, train_labels: Tensor, heldout: Tensor, heldout
     return (classes[scores.argmax(1)] == heldout_labels).double().mean().item()
 
 
+@own_arithmetic(gradients=True)
 def mlp_distance(linear: Ridge, train: Tensor, heldout: Tensor, heldout_images: Tensor, *, seed: int) -> float:
     """D^G for the linear maps with one hidden layer beside them: held-out mean squared error a pixel value; lower is better.
 
@@ -378,11 +391,13 @@ def mlp_distance(linear: Ridge, train: Tensor, heldout: Tensor, heldout_images: 
     return mean_squared_error(made, heldout_images)
 
 
+@own_arithmetic(gradients=False)
 def mean_squared_error(made: Tensor, images: Tensor) -> float:
     """Mean of the squared difference over all values; images in [-1, 1], so black against white is 4."""
     return (made.double().flatten(1) - images.double().flatten(1)).square().mean().item()
 
 
+@own_arithmetic(gradients=False)
 def sliced_distance(made: Tensor, images: Tensor, *, seed: int) -> float:
     """Sliced 2-Wasserstein distance of two sets of images (`dae_kernels.sliced_wasserstein`, 128 directions): their root."""
     generator = torch.Generator().manual_seed(seed)

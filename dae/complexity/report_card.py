@@ -15,6 +15,7 @@ from dae.complexity import predictors as measure
 from dae.metrics import CodebookUsage, gaussian_rate
 from dae.metrics.validation import check_images, check_same_pixels
 from dae.models import Autoencoder
+from dae.precision import own_arithmetic
 
 if TYPE_CHECKING:
     from dae.comparison.statistics import RankCorrelation
@@ -140,6 +141,7 @@ class Encoded:
     log_variance: Tensor | None  # [N, D, h, w]
 
 
+@own_arithmetic(gradients=True)
 def report_card(
     autoencoder: Autoencoder,
     train_images: Tensor,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from dae.distributed import draw_rows
-from dae.precision import wide
+from dae.precision import ordinary, wide
 
 
 def flow_matching_loss(
@@ -60,6 +60,7 @@ def flow_matching_loss(
             "expected latents [B, D, h, w] with B >= 1 and a label for each, "
             f"got latents {list(latents_BDhw.shape)} and labels {list(labels_B.shape)}"
         )
+    latents_BDhw, labels_B, variance_BDhw = ordinary((latents_BDhw, labels_B, variance_BDhw))
     dtype, latents_BDhw = latents_BDhw.dtype, latents_BDhw.to(wide(latents_BDhw.dtype))
     options = {"device": latents_BDhw.device, "dtype": latents_BDhw.dtype, "generator": generator}
     if variance_BDhw is not None and variance_BDhw.shape != latents_BDhw.shape:

@@ -13,6 +13,7 @@ from dae_kernels.perceptual_tap import perceptual_tap
 from torch import Tensor, nn
 
 from dae.hub import WEIGHTS, download, load_weights
+from dae.precision import ordinary
 
 
 class PerceptualLoss(nn.Module):
@@ -69,6 +70,7 @@ class PerceptualLoss(nn.Module):
             )
         if min(sample.shape[2:]) < self.least_size:
             raise ValueError(f"PerceptualLoss needs images of at least {self.least_size} pixels, got {list(sample.shape[2:])}")
+        sample, images = ordinary((sample, images))
         pairs = zip(self.taps(sample), self.taps(images), strict=True)
         weights = [self.get_submodule(f"lin{tap}").weight.flatten() for tap in range(len(self.widths))]
         terms = [perceptual_tap(a, b, weight, impl=self.impl) for (a, b), weight in zip(pairs, weights, strict=True)]

@@ -6,8 +6,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dae.config import LossConfig
+from dae.precision import own_arithmetic
 
 
+@own_arithmetic(gradients=None)
 def reconstruction_loss(sample: Tensor, images: Tensor, config: LossConfig) -> Tensor:
     """l1 * mean |sample - images| + l2 * mean (sample - images)^2, a scalar in fp32; 0 without images."""
     sample, count = sample.float(), max(1, sample.numel())

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dae.files import write_file
 from dae.metrics.validation import as_float, check_held_images, check_images
+from dae.precision import own_arithmetic
 
 _FORMAT = "dae-classifier-1"
 
@@ -122,6 +123,7 @@ def _convolution(channels_in: int, channels_out: int, size: int = 3, stride: int
     return convolution, nn.BatchNorm2d(channels_out), nn.GELU()
 
 
+@own_arithmetic(gradients=True)
 def train_classifier(
     images: Tensor,
     labels: Tensor,
@@ -220,11 +222,13 @@ def _check_labels(images: Tensor, labels: Tensor) -> None:
         raise ValueError(f"labels: expected shape ({len(images)},), one label an image, got {tuple(labels.shape)}")
 
 
+@own_arithmetic(gradients=False)
 def extract_features(classifier: Classifier, images: Tensor, batch_size: int = 500) -> Tensor:
     """Features float32 [N, D] in eval mode, on the CPU, of images [N, C, H, W] on any device."""
     return _in_batches(classifier, classifier.features, images, batch_size)
 
 
+@own_arithmetic(gradients=False)
 def predict(classifier: Classifier, images: Tensor, batch_size: int = 500) -> Tensor:
     """The likeliest class of each image [N, C, H, W] in eval mode, int64 [N], on the CPU."""
     return _in_batches(classifier, lambda x: classifier(x).argmax(1), images, batch_size)
@@ -243,6 +247,7 @@ def _in_batches(classifier: Classifier, function: Callable[[Tensor], Tensor], im
         classifier.train(training)
 
 
+@own_arithmetic(gradients=False)
 def accuracy(classifier: Classifier, images: Tensor, labels: Tensor, batch_size: int = 500) -> float:
     """Share of the images [N, C, H, W] whose likeliest class is their label (int64 [N]), in [0, 1]."""
     _check_labels(images, labels)
@@ -251,6 +256,7 @@ def accuracy(classifier: Classifier, images: Tensor, labels: Tensor, batch_size:
     return (predict(classifier, images, batch_size) == labels.cpu()).double().mean().item()
 
 
+@own_arithmetic(gradients=False)
 def rotation_task(images: Tensor) -> tuple[Tensor, Tensor]:
     """A self-supervised task for images without labels: by how many quarter turns was the image rotated?
 

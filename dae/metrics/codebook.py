@@ -25,7 +25,7 @@ class CodebookUsage:
     def __init__(self, codebook_size: int) -> None:
         if codebook_size < 1:
             raise ValueError(f"codebook_size: expected at least 1 code, got {codebook_size}")
-        self.counts = torch.zeros(codebook_size, dtype=torch.int64)
+        self.counts = torch.zeros(codebook_size, dtype=torch.int64, device="cpu")
 
     def update(self, indices: Tensor) -> CodebookUsage:
         """Add integer indices of any shape (also none); returns itself.

@@ -12,21 +12,25 @@ from torch import Tensor
 
 from dae.distributed import sum_over_processes
 from dae.metrics.validation import check_features
+from dae.precision import own_arithmetic
 
 
 class FeatureStatistics(GaussianStatistics):
     """`GaussianStatistics` of features: they must be finite, and `all_reduce` sums over the processes of the run."""
 
+    @own_arithmetic(gradients=False)
     def update(self, x_ND: Tensor) -> Self:
         """Add rows [N, D] (N may be 0); returns itself. ValueError: not [N, D], another D than before, NaN or infinity."""
         check_features(x_ND=x_ND)
         return super().update(x_ND)
 
+    @own_arithmetic(gradients=False)
     def all_reduce(self) -> Self:
         """Make this the statistics of the rows of all processes, as `GaussianStatistics.all_reduce`; returns itself."""
         return super().all_reduce(lambda x: sum_over_processes(x.clone()))
 
 
+@own_arithmetic(gradients=False)
 def frechet_distance(a: FeatureStatistics | Tensor, b: FeatureStatistics | Tensor) -> float:
     """`dae_kernels.frechet_distance` (squared, float64) of finite features [N, D] and [M, D] or their `FeatureStatistics`.
 
@@ -44,6 +48,7 @@ class EqualCountFrechet(NamedTuple):
     number_of_subsets: int
 
 
+@own_arithmetic(gradients=False)
 def equal_count_frechet(
     reference_features: Tensor, other_features: Tensor, *, count: int | None = None, repeats: int = 10, seed: int
 ) -> EqualCountFrechet:

@@ -10,6 +10,7 @@ from dae_kernels import mmd
 from torch import Tensor
 
 from dae.metrics.validation import check_features
+from dae.precision import own_arithmetic
 
 MAX_SUBSET = 1000  # rows of a subset in the paper's experiments
 
@@ -21,6 +22,7 @@ class KernelDistance(NamedTuple):
     subset_size: int
 
 
+@own_arithmetic(gradients=False)
 def kernel_distance(
     reference_features: Tensor,
     other_features: Tensor,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dae.metrics.validation import check_features
+from dae.precision import own_arithmetic
 
 
 class PrecisionRecall(NamedTuple):
@@ -15,6 +16,7 @@ class PrecisionRecall(NamedTuple):
     recall: float
 
 
+@own_arithmetic(gradients=False)
 def precision_recall(real_ND: Tensor, fake_MD: Tensor, k: int = 3, *, block: int = 1024) -> PrecisionRecall:
     """Improved precision and recall: how much of each set lies on the other's estimated manifold.
 

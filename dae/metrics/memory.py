@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dae.metrics.validation import as_float, check_same_pixels
+from dae.precision import own_arithmetic
 
 BLOCK_VALUES = 1 << 25  # pixels of a block in float64: 256 MB
 
@@ -33,6 +34,7 @@ class Memorisation:
     heldout_distance: Tensor
 
 
+@own_arithmetic(gradients=False)
 def memorisation(samples: Tensor, train: Tensor, heldout: Tensor, *, block: int = 1024) -> Memorisation:
     """Share of samples that are nearer to a training image than all but 1 % of the held-out images are.
 

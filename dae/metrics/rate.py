@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from dae.metrics.codebook import CodebookUsage
+from dae.precision import own_arithmetic
 
 
+@own_arithmetic(gradients=False)
 def gaussian_rate(mean_NDhw: Tensor, log_variance_NDhw: Tensor, *, covariance: str = "auto") -> float:
     """Mean KL(q(z|x) || N(m, S)) in bits an image, with m and S the moments of the aggregate posterior.
 
@@ -53,6 +55,7 @@ def gaussian_rate(mean_NDhw: Tensor, log_variance_NDhw: Tensor, *, covariance: s
     return (0.5 * (log_determinant - log_variance.sum(1).mean()) / math.log(2)).item()
 
 
+@own_arithmetic(gradients=False)
 def code_entropy_rate(indices_NT: Tensor, codebook_size: int, *, per_position: bool = False) -> float:
     """Bits an image of a code that knows how often each token occurs, and nothing of its neighbours.
 

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from dae.metrics.validation import check_image_pairs
+from dae.precision import own_arithmetic
 
 
+@own_arithmetic(gradients=None)
 def psnr(a: Tensor, b: Tensor) -> Tensor:
     """Peak signal-to-noise ratio of each pair of images, in decibels.
 

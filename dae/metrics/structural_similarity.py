@@ -5,8 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from dae.metrics.validation import check_image_pairs
+from dae.precision import own_arithmetic
 
 
+@own_arithmetic(gradients=None)
 def ssim(a: Tensor, b: Tensor) -> Tensor:
     """Structural similarity of each pair of images, by torchmetrics in float64.
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from dae.config import KernelsConfig, SamplingConfig
 from dae.hub import CONFIG, fingerprint, require_model
 from dae.models import ARPrior, Autoencoder, DiT, GaussianMixturePrior, choose_kernels
+from dae.precision import own_arithmetic
 from dae.sampling.ar import sample_tokens
 from dae.sampling.flow import sample_latents
 
@@ -59,6 +60,7 @@ def knows_classes(prior: Prior) -> bool:
     return not isinstance(prior, GaussianMixturePrior)
 
 
+@own_arithmetic(gradients=False)
 def balanced_labels(count: int, num_classes: int, classes: Sequence[int] = ()) -> Tensor:
     """[count]: each class as often as every other, in turn: 0, 1, ..., num_classes - 1, 0, 1, ...; or of `classes` alone.
 

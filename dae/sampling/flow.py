@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dae.models.dit import DiT
-from dae.precision import wide
+from dae.precision import ordinary, wide
 
 
 @torch.no_grad()  # not inference_mode, whose tensors no later training could take
@@ -111,6 +111,7 @@ def log_likelihood(
         raise ValueError(f"expected a label for each of {len(latents_BDhw)} latents, got {list(labels_B.shape)}")
     step = 1 / num_steps
     with torch.inference_mode(False), torch.no_grad():  # tensors of inference mode have no derivatives
+        latents_BDhw, labels_B = ordinary((latents_BDhw, labels_B))
         x = dit.normalise(latents_BDhw.to(wide(latents_BDhw.dtype)))
         volume = -latents_BDhw[0, 0].numel() * dit.latent_std.log().sum() if len(x) else 0
         change = x.new_zeros(len(x))
