@@ -80,7 +80,12 @@ def own_arithmetic(*, gradients: bool | None) -> Callable[[Callable], Callable]:
 
 
 def ordinary(value: Any) -> Any:
-    """Copies of tensors that were made in inference mode, also in lists, tuples and dictionaries; outside of that mode alone."""
+    """Copies of tensors that were made in inference mode, also in lists, tuples and dictionaries; outside of that mode alone.
+
+    Under torch.compile the values as they are: it cannot ask, and refuses them itself.
+    """
+    if torch.compiler.is_compiling():
+        return value
     if isinstance(value, Tensor):
         return value.clone() if value.is_inference() and not torch.is_inference_mode_enabled() else value
     if type(value) in (list, tuple):
