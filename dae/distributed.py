@@ -40,13 +40,21 @@ PLAIN = (  # errors that are made from a message
 
 @contextmanager
 def each_for_itself() -> Iterator[None]:
-    """Inside the block the rows of `draw_rows` are a whole batch: for work that is dealt out batch by batch, not row by row."""
+    """Inside the block this process is the only one to every function here but `rank` and `world_size`.
+
+    The rows of `draw_rows` are a whole batch, and what is a collective elsewhere waits for nobody: for work that is dealt out
+    batch by batch, or done by one process for all.
+    """
     global _alone
     before, _alone = _alone, True
     try:
         yield
     finally:
         _alone = before
+
+
+def _processes() -> int:
+    return 1 if _alone else world_size()
 
 
 def draw_rows(draw: Callable[..., Tensor], shape: tuple[int, ...] | torch.Size, **options) -> Tensor:
@@ -59,7 +67,7 @@ def draw_rows(draw: Callable[..., Tensor], shape: tuple[int, ...] | torch.Size, 
         draw: `torch.rand`, `torch.randn` or the like; called with the global shape and `options` (device, generator, ...).
         shape: shape of the local batch, rows first.
     """
-    world = 1 if _alone else world_size()
+    world = _processes()
     rows = draw((shape[0] * world, *shape[1:]), **options)
     return rows if world == 1 else rows[rank() :: world]
 
@@ -75,7 +83,7 @@ def from_first_process(x: Tensor) -> Tensor:
 
 
 def _in_place(x: Tensor, collective: Callable[[Tensor], Any]) -> Tensor:
-    if world_size() > 1:
+    if _processes() > 1:
         reachable = _reachable(x)
         collective(reachable)
         if reachable is not x:
@@ -96,7 +104,7 @@ def in_global_order(x_B: Tensor) -> Tensor:
     Raises:
         ValueError: on every process, if the dtypes or the shapes of the rows differ.
     """
-    if world_size() == 1:
+    if _processes() == 1:
         return x_B
     described = gather_objects((len(x_B), str(x_B.dtype), list(x_B.shape[1:])))
     if any(row[1:] != described[0][1:] for row in described):
@@ -115,7 +123,7 @@ def in_global_order(x_B: Tensor) -> Tensor:
 
 def gather_numbers(*numbers: int) -> list[tuple[int, ...]]:
     """The whole numbers of every process, in order of rank: cheaper than `gather_objects`, for every step."""
-    if world_size() == 1:
+    if _processes() == 1:
         return [numbers]
     table = torch.zeros(world_size(), len(numbers), dtype=torch.int64)
     table[rank()] = torch.tensor(numbers)
@@ -124,7 +132,7 @@ def gather_numbers(*numbers: int) -> list[tuple[int, ...]]:
 
 def gather_objects(value: Any) -> list:
     """`value`, which can be pickled, of every process, in order of rank."""
-    if world_size() == 1:
+    if _processes() == 1:
         return [value]
     values = [None] * world_size()
     dist.all_gather_object(values, value)
@@ -170,12 +178,13 @@ def failing_together() -> Iterator[None]:
 def run_on_first_process(action: Callable[[], Any]) -> Any:
     """What `action` returns on process 0, while the others wait; if it raises there, every process does.
 
-    Its result can be pickled, and it must not call a collective.
+    Its result can be pickled. Inside, process 0 is alone (`each_for_itself`): what it calls may use the functions of this module.
     """
     value = None
     with failing_together():
-        if rank() == 0:
-            value = action()
+        if _alone or rank() == 0:
+            with each_for_itself():
+                value = action()
     return gather_objects(value)[0]
 
 

@@ -12,6 +12,7 @@ import torch
 from dae import distributed as ours
 from dae.config import Config
 from dae.training import Run
+from dae.training.loop import global_mean
 
 
 def test_alone():
@@ -139,6 +140,28 @@ def test_what_the_first_process_returns(in_processes):
         return value, getattr(caught.value, "__notes__", [])
 
     assert in_processes(3, body) == [({"rank": 0}, [])] + 2 * [({"rank": 0}, ["raised by process 0 of 3"])]
+
+
+def test_what_the_first_process_does_alone_may_use_every_function(in_processes):
+    """They wait for nobody: 1 more call of process 0 than of the others would leave the next collective without a partner."""
+
+    def body(rank):
+        def alone():
+            with ours.failing_together():
+                ours.agree({"only": rank})
+            assert ours.run_on_first_process(lambda: "nested") == "nested"
+            rows = torch.arange(3.0)[:, None]
+            return (
+                ours.sum_over_processes(rows.clone()).equal(rows), ours.from_first_process(rows.clone()).equal(rows),
+                ours.in_global_order(rows).equal(rows), ours.gather_numbers(7), ours.gather_objects("x"),
+                ours.draw_rows(torch.zeros, (2,)).shape, global_mean([torch.tensor(3.0), torch.tensor(5.0)]),
+            )  # fmt: skip
+
+        done = ours.run_on_first_process(alone)
+        return done, ours.gather_objects(rank), global_mean([torch.tensor(float(rank))])
+
+    expected = (True, True, True, [(7,)], ["x"], (2,), 4.0), [0, 1, 2], 1.0
+    assert in_processes(3, body) == 3 * [expected]
 
 
 @pytest.mark.parametrize("split", [(4, 3), (0, 2), (2, 0, 5), (0, 0)])

@@ -24,7 +24,7 @@ from dae.models import Autoencoder, PatchDiscriminator, choose_kernels
 from dae.quantizers import VectorQuantizer
 from dae.sampling.chain import Prior
 from dae.training import EMA, Stage, build_optimizer, build_scheduler, plan_stages
-from dae.training.loop import refuse_non_finite, seed_for
+from dae.training.loop import refuse_non_finite, seed_for, validation_images
 from dae.training.priors import FAMILIES, Family, encode_views, fit_mixture, prior_family
 
 
@@ -210,6 +210,7 @@ def _train_by_steps(prior: Prior, family: Family, cache: EncodingCache, config: 
     optimizer = build_optimizer(prior, settings)
     scheduler = build_scheduler(optimizer, settings)
     order = batches(len(encoded), settings.train_batch_size, seed_for(config.seed, "prior", "order"))
+    heldout = cache.validation.spread(validation_images(config, settings))
     best, delivered = math.inf, None
     for step in range(settings.max_train_steps):
         prior.train()
@@ -230,7 +231,7 @@ def _train_by_steps(prior: Prior, family: Family, cache: EncodingCache, config: 
             refuse_non_finite(loss.item(), "prior", done)
         if settings.early_stopping and (done % config.validation_steps == 0 or last):
             with ema.swapped_in(prior) if ema else contextlib.nullcontext():
-                if (score := family.score(prior, cache.validation, config)) < best:
+                if (score := family.score(prior, heldout, config)) < best:
                     best, delivered = score, {k: v.clone() for k, v in prior.state_dict().items()}
     if delivered is None:
         delivered = ema.state_dict() if ema else prior.state_dict()

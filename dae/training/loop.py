@@ -26,7 +26,9 @@ def seed_for(*names: object) -> int:
 
 def global_mean(values: list[torch.Tensor]) -> float:
     """Mean over a list of scalars and over all processes: the value of the global batch."""
-    return (sum_over_processes(torch.stack(values).double().mean()) / world_size()).item()
+    mean = torch.stack(values).double().mean()
+    total, processes = sum_over_processes(torch.stack([mean, torch.ones_like(mean)])).tolist()
+    return total / processes
 
 
 def refuse_non_finite(loss: float, name: str, step: int) -> None:

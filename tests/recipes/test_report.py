@@ -2,6 +2,7 @@
 
 import base64
 import importlib.util
+import inspect
 import json
 import re
 import xml.etree.ElementTree as ElementTree
@@ -150,7 +151,7 @@ def test_kinds_of_runs_differ_where_they_should(tmp_path, page_of):
 
 @pytest.mark.parametrize("method", ["dae", "joint", "joint_dropout", "joint_finetuned", "weak"])
 def test_every_method_and_stage_has_words(report, method):
-    words, config = report.__globals__, load_config(None, [f"method={method}"])
+    words, config = inspect.unwrap(report).__globals__, load_config(None, [f"method={method}"])
     assert "{" not in words["METHODS"][method][1].format(codes="tokens")
     assert {stage.name for stage in plan_stages(config)} <= words["STAGES"].keys()
 
