@@ -9,6 +9,9 @@ from dae_kernels.checks import as_integer, as_number
 from dae_kernels.dispatch import FLOAT_DTYPES, check_choice, choose, dtype_refusal
 from dae_kernels.group_norm_silu.reference import group_norm_silu_reference
 
+MAX_GRID = 65535  # the second and third axis of a CUDA grid
+MAX_POSITIONS = 2**31 - 2**16  # counted in int32, a chunk beyond the last
+
 
 def group_norm_silu(
     x: Tensor,
@@ -64,6 +67,8 @@ def group_norm_silu(
     refusal = dtype_refusal(x, *parameters)
     if x.numel() == 0:
         refusal = f"the kernel needs at least one element, got x {list(x.shape)}"
+    if max(x.shape[:2]) > MAX_GRID or x.shape[2:].numel() > MAX_POSITIONS:
+        refusal = f"the kernel takes at most {MAX_GRID} images and channels and {MAX_POSITIONS} positions, got x {list(x.shape)}"
     if choose(impl, x.device, refusal) == "reference":
         return group_norm_silu_reference(x, num_groups, weight, bias, eps, silu, scale, shift)
     if torch.compiler.is_compiling():

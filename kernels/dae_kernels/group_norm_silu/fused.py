@@ -113,7 +113,7 @@ def merge_moments_kernel(mean_ptr, m2_ptr, group_mean_ptr, group_rstd_ptr, chann
     group = tl.program_id(0).to(tl.int64)
     parts = channels * chunks
     i = tl.arange(0, BLOCK)
-    n = (channels * P).to(tl.float32)
+    n = (tl.cast(channels, tl.int64) * P).to(tl.float32)
     base = tl.load(mean_ptr + group * parts)  # as above
     total = tl.zeros([BLOCK], tl.float32)
     for i0 in range(0, parts, BLOCK):
@@ -275,7 +275,7 @@ def merge_gradient_sums_kernel(
             factor *= 1.0 + tl.load(scale_ptr + b * C + c, mask=of_group, other=0.0).to(tl.float32)
         group_total += of_channel * factor
         group_total_n += of_channel_n * factor
-    n = (channels * P).to(tl.float32)
+    n = (tl.cast(channels, tl.int64) * P).to(tl.float32)
     out = b * (C // channels) + tl.program_id(0)
     tl.store(group_mean_ptr + out, tl.sum(group_total, axis=0) / n)
     tl.store(group_mean_n_ptr + out, tl.sum(group_total_n, axis=0) / n)
@@ -356,6 +356,13 @@ class Layout:
         self.chunk = tiles_per_chunk * self.options["BLOCK_P"]
         self.chunks = triton.cdiv(self.P, self.chunk)
         self.chunk_grid, self.tile_grid = (self.chunks, blocks, self.B), (tiles, blocks, self.B)
+
+    def reaches(self, dy_BCP: Tensor) -> bool:
+        """Whether the offsets within a chunk and a block of channels are int32, as the kernels compute them.
+
+        Those of what is dense are: a chunk is at most 2^15 positions, and along the other dimension a tile is short.
+        """
+        return self.chunk * dy_BCP.stride(2) + self.options["BLOCK_C"] * dy_BCP.stride(1) < 2**31
 
 
 def dense(x: Tensor) -> Tensor:
@@ -442,6 +449,8 @@ def backward_launcher(
     part = x.new_empty(layout.B, layout.C, layout.chunks, dtype=torch.float32)
     part_n = torch.empty_like(part)
     mean_dn_BG, mean_dn_n_BG = torch.empty_like(mean_BG), torch.empty_like(mean_BG)
+    if not layout.reaches(dy_BCP):
+        dy_BCP = torch.empty_like(x_BCP, dtype=dy.dtype).copy_(dy_BCP)
     operands = (weight, bias, scale, shift, mean_BG.contiguous(), rstd_BG.contiguous())
     known = flags(weight, bias, scale)
     launchable(gradient_sums_kernel)[layout.chunk_grid](

@@ -11,6 +11,7 @@ from dae_kernels.perceptual_tap.reference import perceptual_tap_reference
 
 # A tile of the kernel holds all channels of a position.
 MAX_CHANNELS = 2048
+MAX_POSITIONS = 2**31 - 2**16  # counted in int32, a chunk beyond the last
 
 
 def perceptual_tap(a: Tensor, b: Tensor, weight: Tensor | None = None, *, eps: float = 1e-10, impl: str = "auto") -> Tensor:
@@ -48,6 +49,8 @@ def perceptual_tap(a: Tensor, b: Tensor, weight: Tensor | None = None, *, eps: f
     refusal = dtype_refusal(a) if weight is None else dtype_refusal(a, weight)
     if a.shape[1] > MAX_CHANNELS:
         refusal = f"the kernel takes at most {MAX_CHANNELS} channels, got {a.shape[1]}"
+    if a.shape[2:].numel() > MAX_POSITIONS:
+        refusal = f"the kernel takes at most {MAX_POSITIONS} positions, got {list(a.shape)}"
     if a.numel() == 0:
         refusal = f"the kernel needs at least one element, got {list(a.shape)}"
     if choose(impl, a.device, refusal) == "reference":

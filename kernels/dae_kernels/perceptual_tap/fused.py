@@ -197,8 +197,12 @@ class Layout:
 
 
 def positions(x: Tensor) -> Tensor:
-    """[B, C, *positions] as [B, C, P]: a view, or a copy where positions do not lie at one distance from each other."""
-    return x.flatten(2) if x.dim() > 2 else x[..., None]
+    """[B, C, *positions] as [B, C, P]: a view, or a copy where positions do not lie at one distance from each other.
+
+    Nor where they lie so far apart that offsets within a tile would not be int32.
+    """
+    x_BCP = x.flatten(2) if x.dim() > 2 else x[..., None]
+    return x_BCP if TILE * x_BCP.stride(2) < 2**31 else x_BCP.contiguous()
 
 
 def in_layout_of(x: Tensor, dx_BCP: Tensor) -> Tensor:
