@@ -80,7 +80,7 @@ class VectorQuantizer(WideBuffers, nn.Module):
         z_BhwD, codebook_KD = features.movedim(1, -1).double(), self.codebook.double()
         nearest_Bhw, _ = nearest_code(features.float().movedim(1, -1), self.codebook, impl=self.impl)
         least_N = (z_BhwD - codebook_KD[nearest_Bhw]).square().sum(-1).flatten()
-        if not least_N.isfinite().all():
+        if not (least_N.isfinite().all() and codebook_KD.isfinite().all()):
             raise ValueError("sample_indices needs finite features and codes, got NaN or infinity; look for a diverged encoder")
         scale = (temperature * least_N.mean()).clamp(min=torch.finfo(torch.float64).tiny)
         rows = max(1, 2**23 // len(codebook_KD))  # 64 MiB of distances at once

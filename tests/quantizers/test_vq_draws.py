@@ -48,3 +48,22 @@ def test_features_that_are_codes_get_themselves(temperature):
 def test_features_that_are_not_finite_are_refused(value):
     with pytest.raises(ValueError, match="sample_indices needs finite features and codes"):
         drawn(CODES, Z.index_fill(0, torch.tensor([3]), value), 0.5)
+    codes = CODES.clone()
+    codes[5, 1] = value
+    with pytest.raises(ValueError, match="sample_indices needs finite features and codes"):
+        drawn(codes, Z, 0.5)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_code_that_is_not_finite_is_not_used_and_comes_back(value):
+    quantizer = VectorQuantizer(VQConfig(codebook_size=64), 4)
+    quantizer.codebook.copy_(CODES)
+    quantizer.codebook[5, 1] = quantizer.average_sums[5, 1] = value
+    features = Z.T[None, :, None]
+    encoding = quantizer(features)
+    assert encoding.latents.isfinite().all() and encoding.loss.isfinite() and not (encoding.indices == 5).any()
+    quantizer.config.revive_threshold = 0.99
+    for _ in range(3):
+        quantizer.observe(quantizer(features))
+        quantizer.update_codebook()
+    assert quantizer.codebook.isfinite().all()

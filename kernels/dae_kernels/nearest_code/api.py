@@ -35,7 +35,9 @@ def nearest_code(
     codes (at least 64 codes) and 2^19 scores at a time, on a GPU 2^23; the kernel keeps 20 bytes a vector, times the splits of
     the codes where vectors are few: as many as fill the GPU. float64 squares may overflow: relative to the middle of the
     codes, distances shorter than 1e-154 of its spread are taken for 0.
-    Not finite operands give some index in [0, K). Autocast does not touch the operands.
+    A code with NaN or infinity is never the nearest, unless no code is finite: then, and to a vector with NaN or infinity, the
+    index is 0 and the distance is not finite (so the loss of `vector_quantize` is not either). Autocast does not touch the
+    operands.
 
     Neither output is differentiable. The differentiable distance is `(x - codebook[index]).square().sum(-1)`.
 

@@ -190,7 +190,7 @@ def true_distance(x_ptrs, code_ptrs, inside, D, COSINE: tl.constexpr, BLOCK_N: t
     square = tl.sum(xx, axis=1)
     if COSINE:
         lengths = tl.sqrt(square * tl.sum(cc, axis=1))  # sqrt(t * t) is t exactly: codes of D = 1 tie
-        distance = 1.0 - tl.where(lengths > 0, distance / lengths, 0.0)
+        distance = 1.0 - tl.where(lengths == 0, 0.0, distance / lengths)  # NaN stays
     return distance, square
 
 
@@ -284,6 +284,7 @@ def settle_kernel(
     # A score lacks |x|^2 and has cancelled; the distance is taken anew from the code.
     code_ptrs = codebook_ptr + index.to(tl.int64) * D
     distance, x_square = true_distance(x_ptrs, code_ptrs, inside, D, COSINE, BLOCK_N, BLOCK_E)
+    index = tl.where(x_square < float("inf"), index, 0)  # nothing is nearest to a row that is not finite
     if EXACT:
         code_ptrs = codebook_ptr + second_index.to(tl.int64) * D
         second_distance, _ = true_distance(x_ptrs, code_ptrs, inside, D, COSINE, BLOCK_N, BLOCK_E)

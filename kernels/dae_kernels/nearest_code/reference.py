@@ -68,11 +68,12 @@ def search(
     index_N = torch.zeros(N, dtype=torch.int64, device=x_ND.device)
     length_N, reach = x_ND.new_zeros(N, dtype=torch.float64), x_ND.new_zeros((), dtype=torch.float64)
     rows, buffer = 0, x_ND.new_empty(0, dtype=dtype)
+    first = torch.full((), K, device=x_ND.device)  # of the codes that are finite
     for start, codes_kD in code_blocks(codebook_KD):
-        codes_kD = view(codes_kD)
-        square_k = codes_kD.square().sum(dim=1)
+        codes_kD, square_k, bias_k, finite_k = scored(codes_kD, metric, view)
+        first = torch.where(first == K, torch.where(finite_k.any(), start + finite_k.int().argmax(), K), first)
         reach = torch.maximum(reach, square_k.max())
-        codes_kD, bias_k = codes_kD.to(dtype), (square_k * (metric == "l2")).to(dtype)
+        codes_kD, bias_k = codes_kD.to(dtype), bias_k.to(dtype)
         columns = -(-len(codes_kD) // CLASSES)
         if not rows:
             rows = score_rows(x_ND, CLASSES * columns)
@@ -98,11 +99,13 @@ def search(
     number = torch.finfo(dtype)
     size_N = reach + 2.0 * reach.sqrt() * length_N
     limit_N = best_N.double() + 2.0 * (D + 8) * (number.eps / 2 * size_N + 8 * number.tiny)
-    # Also false for NaN, and where a sum may have overflowed. Nothing is nearest to a row that is not finite, and every code
-    # to a zero row by its cosine.
+    # Also false for NaN, and where a sum may have overflowed.
     sure_N = (second_N.double() > limit_N) & (size_N < number.max**0.75)
-    sure_N |= (length_N == 0) if metric == "cosine" else ~x_ND.isfinite().all(dim=1)
-    return index_N, sure_N, limit_N
+    # Nothing is nearest to a row that is not finite, nor where no code is, and every finite code to a zero row by its cosine.
+    nothing_N = ~x_ND.isfinite().all(dim=1) | (first == K)
+    zero_N = (length_N == 0) & (metric == "cosine") & ~nothing_N
+    index_N = torch.where(zero_N, first, index_N.masked_fill(nothing_N, 0))
+    return index_N, sure_N | nothing_N | zero_N, limit_N
 
 
 def settle(
@@ -114,12 +117,11 @@ def settle(
     relative = (x_ND.shape[1] + 4) * 2.0**-51  # what two float64 distances may be off by
     rounding = lambda distance: relative * (distance if metric == "l2" else 1.0)  # noqa: E731
     for start, codes_kD in code_blocks(codebook_KD):
-        shown_kD = view(codes_kD)
-        bias_k = shown_kD.square().sum(dim=1) * (metric == "l2")
+        shown_kD, _, bias_k, finite_k = scored(codes_kD, metric, view)
         repeats_k = torch.nn.functional.pad((codes_kD[1:] == codes_kD[:-1]).all(dim=1), (1, 0))  # never the first of a tie
         for x_nD, limit_n, least_n, index_n in chunks(score_rows(x_ND, len(codes_kD)), x_ND, limit_N, least_N, index_N):
             score_nk = torch.addmm(bias_k, view(x_nD), shown_kD.T, alpha=-2.0)
-            row_P, code_P = (~(score_nk > limit_n[:, None]) & ~repeats_k).nonzero(as_tuple=True)
+            row_P, code_P = (~(score_nk > limit_n[:, None]) & finite_k & ~repeats_k).nonzero(as_tuple=True)
             pairs = chunks(max(1, MAX_CODES // x_ND.shape[1]), row_P, code_P)
             distance_P = torch.cat([pair_distance(x_nD[row], codes_kD[code], metric, scale) for row, code in pairs])
             here_n = torch.full_like(least_n, float("inf")).scatter_reduce(0, row_P, distance_P, "amin")
@@ -130,6 +132,21 @@ def settle(
             index_n.copy_(torch.where(better_n, code_n, index_n))
             least_n.copy_(torch.where(better_n, here_n, least_n))
     return index_N
+
+
+def scored(codes_kD: Tensor, metric: str, view: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Codes as `view` shows them, their squared lengths [k] there, their part of the score [k], and whether they are finite [k].
+
+    A code that is not finite is shown as zeros with a score of infinity.
+    """
+    shown_kD = view(codes_kD)
+    square_k = shown_kD.square().sum(dim=1)
+    finite_k = square_k.isfinite()
+    if not finite_k.all():  # a finite code may be too long for its square
+        finite_k = codes_kD.isfinite().all(dim=1)
+        shown_kD = shown_kD.where(finite_k[:, None], 0.0)
+        square_k = square_k.where(finite_k, 0.0)
+    return shown_kD, square_k, (square_k * (metric == "l2")).where(finite_k, float("inf")), finite_k
 
 
 def pair_distance(x_PD: Tensor, code_PD: Tensor, metric: str, scale: Tensor | float = 1.0) -> Tensor:
