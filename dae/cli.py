@@ -43,6 +43,7 @@ def main(recipe: Callable[[Config], Any], doc: str) -> None:
         processes = int(os.environ.get("WORLD_SIZE", 1))
         where = f" in process {os.environ.get('RANK', '?')} of {processes}" if processes > 1 else ""
         message = f"{str(error).strip()} {WORKER_DIED}" if died else error
+        message = " ".join(line for each in str(message).splitlines() if (line := each.strip()))  # other libraries' have several
         print(f"{script.name}: error{where}: {message}", file=sys.stderr)
         sys.exit(2)
 

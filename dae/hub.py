@@ -6,10 +6,13 @@ The configuration also travels in the metadata of the safetensors file, so a wei
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from dae_kernels.dispatch import FLOAT_DTYPES
@@ -17,6 +20,9 @@ from torch import nn
 
 import dae
 from dae.precision import own_arithmetic
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
 
 WEIGHTS, CONFIG, CARD = MODEL_FILES = ("model.safetensors", "config.json", "README.md")
 
@@ -120,13 +126,70 @@ class PretrainedModel(nn.Module):
         return model.to(device, torch_dtype or torch.float32).eval()
 
     def push_to_hub(self, repo_id: str, *, folder: str | Path, private: bool = False, token: str | None = None) -> str:
-        """Upload a folder that `save_pretrained` wrote to the Hub repository `repo_id`; returns the commit's URL."""
-        from huggingface_hub import HfApi
+        """Upload a folder that `save_pretrained` wrote to the Hub repository `repo_id`; returns the commit's URL.
 
-        api = HfApi(token=token, library_name="decoupled-autoencoder", library_version=dae.__version__)
-        api.create_repo(repo_id, private=private, exist_ok=True)
-        commit = api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=list(MODEL_FILES))
+        Raises:
+            OSError: the upload failed; one line says why, that the model is saved in `folder`, and how to upload it later.
+        """
+        api = hub_api(token)
+        remedy = f"the model is saved in {folder}; upload it with `hf upload {repo_id} {folder} --include {' '.join(MODEL_FILES)}`"
+        with hub_errors(f"the upload to {repo_id} failed", remedy):
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            commit = api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=list(MODEL_FILES))
         return str(commit)
+
+
+def hub_api(token: str | None = None) -> HfApi:
+    from huggingface_hub import HfApi
+
+    return HfApi(token=token, library_name="decoupled-autoencoder", library_version=dae.__version__)
+
+
+@contextmanager
+def hub_errors(what: str, remedy: str) -> Iterator[None]:
+    """Whatever the Hub's client raises inside becomes an OSError of one line: `what`, the client's words, and the `remedy`.
+
+    Its errors have no common base: those of the network are of httpx, or of requests in earlier versions.
+    """
+    try:
+        yield
+    except Exception as error:
+        words = " ".join(str(error).split()) or type(error).__name__
+        raise OSError(f"{what} ({words}): {remedy}") from error
+
+
+def prepare_repository(repo_id: str, *later: str) -> None:
+    """Before training: make the repository `repo_id` if it is not there, and see that it can be written.
+
+    Args:
+        repo_id: where to upload after this training.
+        later: names of repositories that the trainings after this one will upload to: only read.
+
+    Raises:
+        ValueError: no name of a repository.
+        OSError: offline mode, no token or a wrong one, no connection, or no permission to create or write the repository.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    unset = "or set push_to_hub=false"
+    for name in (repo_id, *later):
+        try:
+            validate_repo_id(name)
+        except HFValidationError as error:
+            words = " ".join(str(error).split())
+            raise ValueError(f"hub_model_id: {name!r} is no name of a repository ({words}): expected <user>/<name>") from error
+    if constants.HF_HUB_OFFLINE:
+        raise OSError(f"push_to_hub=true cannot upload while HF_HUB_OFFLINE=1 is in the environment: unset it, {unset}")
+    api = hub_api()
+    with hub_errors("push_to_hub=true needs an account of the Hub that can be reached", f"log in with `hf auth login`, {unset}"):
+        api.whoami()
+    remedy = f"choose a hub_model_id of your own and a token that may write, {unset}"
+    with hub_errors(f"hub_model_id={repo_id} cannot be created or written", remedy):
+        api.create_repo(repo_id, exist_ok=True)
+        if "write" in inspect.signature(api.auth_check).parameters:  # earlier clients cannot ask
+            api.auth_check(repo_id, write=True)
 
 
 def download(repo_id: str, revision: str | None) -> Path:
@@ -174,10 +237,16 @@ def require_model(folder: Path, recipe: str) -> Path:
 
 
 def fingerprint(folder: str | Path) -> str:
-    """SHA-256 of a saved model's weights and configuration: changes when either does, and not when the same are saved again."""
+    """SHA-256 of a saved model's weights and configuration: changes when either does, and not when the same are saved again.
+
+    ValueError: the header of the weights cannot be read.
+    """
     data = (Path(folder) / WEIGHTS).read_bytes()
     end = 8 + int.from_bytes(data[:8], "little")
-    tensors = json.loads(data[8:end])
+    try:
+        tensors = dict(json.loads(data[8:end]))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{Path(folder) / WEIGHTS} is damaged ({error}): make the model again, or restore the file") from error
     tensors.pop("__metadata__", None)  # safetensors writes its entries in another order each time
     digest = hashlib.sha256((Path(folder) / CONFIG).read_bytes())
     digest.update(json.dumps(tensors, sort_keys=True).encode())

@@ -25,6 +25,7 @@ from dae.config import Config
 from dae.data import ImageData, TrainLoader, augment, evaluation_batches, load_data, summarize
 from dae.distributed import failing_together, rank, run_on_first_process, sum_over_processes, world_size
 from dae.files import announce
+from dae.hub import prepare_repository
 from dae.lock import writes
 from dae.losses import PerceptualLoss, adaptive_weight, discriminator_loss, generator_loss, reconstruction_loss
 from dae.metrics import CodebookUsage, psnr
@@ -63,6 +64,8 @@ def train(config: Config) -> Path:
             make_loader(config, stage, data, "check")
             build_autoencoder(config, stage)
             build_perceptual_loss(config, stage)
+    if config.push_to_hub:
+        run_on_first_process(lambda: prepare_repository(config.hub_model_id, f"{config.hub_model_id}-prior"))
     resumed = run.open(accelerator, {"data set": data.fingerprint}, stages)
     data.list_skipped(config.output_dir)
     table = summarize(data).lines() if accelerator.is_main_process else []

@@ -29,7 +29,7 @@ from dae.data import TrainLoader, load_data, summarize
 from dae.data.cache import EncodingCache, Fingerprint, transform_fingerprint
 from dae.distributed import failing_together, run_on_first_process
 from dae.files import announce
-from dae.hub import PretrainedModel, fingerprint, load_weights, require_model
+from dae.hub import PretrainedModel, fingerprint, load_weights, prepare_repository, require_model
 from dae.lock import writes
 from dae.models import Autoencoder, choose_kernels
 from dae.training import EMA, Run, TrainingState, build_optimizer, build_scheduler, make_accelerator
@@ -58,6 +58,9 @@ def train(config: Config) -> Path:
             load_prior(prior, settings.init_from)
         choose_kernels(prior, config.kernels)
 
+    repository = f"{config.hub_model_id}-prior"
+    if config.push_to_hub:
+        run_on_first_process(lambda: prepare_repository(repository))
     table = summarize(data).lines() if accelerator.is_main_process else []
 
     def card(step: int) -> str:
@@ -71,7 +74,7 @@ def train(config: Config) -> Path:
         train_by_steps(config, family, prior, cache, accelerator, run, card)
     run_on_first_process(lambda: announce(run.folder, run.outputs()))
     if config.push_to_hub:
-        accelerator.print(run_on_first_process(lambda: prior.push_to_hub(f"{config.hub_model_id}-prior", folder=run.folder)))
+        accelerator.print(run_on_first_process(lambda: prior.push_to_hub(repository, folder=run.folder)))
     accelerator.end_training()
     return run.folder
 
