@@ -132,7 +132,9 @@ class PretrainedModel(nn.Module):
             OSError: the upload failed; one line says why, that the model is saved in `folder`, and how to upload it later.
         """
         api = hub_api(token)
-        remedy = f"the model is saved in {folder}; upload it with `hf upload {repo_id} {folder} --include {' '.join(MODEL_FILES)}`"
+        remedy = (
+            f"the model is saved in {folder}; upload it with `hf upload {repo_id} {folder} --include {' '.join(MODEL_FILES)}`"
+        )
         with hub_errors(f"the upload to {repo_id} failed", remedy):
             api.create_repo(repo_id, private=private, exist_ok=True)
             commit = api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=list(MODEL_FILES))

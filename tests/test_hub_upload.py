@@ -64,7 +64,10 @@ FORBIDDEN = (403, {"error": "You don't have the rights to create a model under t
         ({"/api/whoami-v2": (401, {"error": "Invalid"})}, "account of the Hub.*Invalid user token.*hf auth login"),
         ({"/api/whoami-v2": (500, {})}, "account of the Hub that can be reached"),
         ({"/api/repos/create": FORBIDDEN, "/api/models/me/model": (404, {})}, "me/model cannot be created.*rights.*of your own"),
-        ({"/api/repos/create": FORBIDDEN, WRITE: (403, {"error": "read only"})}, "me/model cannot be created or written.*read only"),
+        (
+            {"/api/repos/create": FORBIDDEN, WRITE: (403, {"error": "read only"})},
+            "me/model cannot be created or written.*read only",
+        ),
         ({"/api/repos/create": (409, {"error": "exists"}), WRITE: (404, {})}, "me/model cannot be created or written"),
     ],
 )
@@ -83,7 +86,7 @@ def test_what_the_hub_allows(hub):
 
 @pytest.mark.parametrize("name", ["a/b/c", "me/", "me/a b", "-a", "a..b", "me/" + "x" * 97])
 def test_no_name_of_a_repository(hub, name):
-    with pytest.raises(ValueError, match="is no name of a repository.*expected <user>/<name>") as caught:
+    with pytest.raises(ValueError, match=r"is no name of a repository.*expected <user>/<name>") as caught:
         prepare_repository(name)
     assert "\n" not in str(caught.value) and hub.asked == []
 
@@ -103,7 +106,7 @@ def test_no_token(hub, monkeypatch):
 
 def test_offline(hub, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(OSError, match="HF_HUB_OFFLINE=1.*unset it"):
+    with pytest.raises(OSError, match=r"HF_HUB_OFFLINE=1.*unset it"):
         prepare_repository("me/model")
     assert hub.asked == []
 
@@ -119,6 +122,8 @@ def test_an_upload_that_fails_says_where_the_model_is(hub, tmp_path):
     model = Small()
     model.save_pretrained(tmp_path / "model", card="# Card")
     hub.answers = {"/api/models/me/model/preupload/main": (403, {"error": "quota\nexceeded"})}
-    with pytest.raises(OSError, match=r"upload to me/model failed.*saved in .*model; upload it with `hf upload me/model ") as caught:
+    with pytest.raises(
+        OSError, match=r"upload to me/model failed.*saved in .*model; upload it with `hf upload me/model "
+    ) as caught:
         model.push_to_hub("me/model", folder=tmp_path / "model")
     assert "\n" not in str(caught.value)
