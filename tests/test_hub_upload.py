@@ -113,7 +113,7 @@ def test_offline(hub, monkeypatch):
 
 def test_nobody_answers(hub, monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    with pytest.raises(OSError, match="Hub that can be reached.*push_to_hub=false") as caught:
+    with pytest.raises(OSError, match=r"Hub that can be reached.*push_to_hub=false") as caught:
         prepare_repository("me/model")
     assert "\n" not in str(caught.value)
 
