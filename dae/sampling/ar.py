@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
+from dae_kernels.checks import as_integer, as_number
+from dae_kernels.dispatch import check_floating
 from torch import Tensor
 
 from dae.models.ar_prior import ARPrior
@@ -11,24 +15,33 @@ from dae.models.ar_prior import ARPrior
 def filter_logits(logits_BK: Tensor, top_k: int | None = None, top_p: float | None = None) -> Tensor:
     """Set to -inf all but the `top_k` likeliest entries, then all but the fewest that together reach `top_p`.
 
-    Ties at the border of top-k are all kept; the likeliest entry always is.
+    Ties at the border of top-k are all kept; the likeliest entry always is. Probabilities are added in float32 at least. An
+    entry of +inf is certain; a row with NaN, or of -inf alone, has no probabilities and is left as it is by top-p.
 
     Raises:
-        ValueError: top_k < 1, or top_p outside (0, 1].
+        TypeError: logits that are no floating point tensor, or a filter that is no number.
+        ValueError: logits without entries, top_k < 1, or top_p outside (0, 1].
     """
+    check_floating("filter_logits", "logits", logits_BK)
+    if logits_BK.dim() == 0 or logits_BK.shape[-1] == 0:
+        raise ValueError(f"filter_logits needs logits [..., K] with K >= 1, got {list(logits_BK.shape)}")
     if top_k is not None:
+        top_k = as_integer("filter_logits", "top_k", top_k)
         if top_k < 1:
             raise ValueError(f"top_k must be at least 1, got {top_k}")
         border = logits_BK.topk(min(top_k, logits_BK.shape[-1])).values[..., -1:]
         logits_BK = logits_BK.masked_fill(logits_BK < border, -torch.inf)
     if top_p is not None:
+        top_p = as_number("filter_logits", "top_p", top_p)
         if not 0 < top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
         if top_p == 1:  # all are needed, whatever their rounded sum says
             return logits_BK
         sorted_logits, order = logits_BK.sort(descending=True, stable=True)
-        probabilities = sorted_logits.softmax(-1)
+        wide = torch.promote_types(logits_BK.dtype, torch.float32)
+        probabilities = sorted_logits.to(wide).nan_to_num(math.nan, None, -math.inf).softmax(-1)
         beyond = probabilities.cumsum(-1) - probabilities >= top_p  # the likelier ones alone reach top_p
+        beyond[..., 0] = False  # float32 has no top_p below 1e-45
         logits_BK = logits_BK.masked_fill(beyond.scatter(-1, order, beyond), -torch.inf)
     return logits_BK
 
@@ -48,7 +61,7 @@ def sample_tokens(
 
     Guidance (Ho & Salimans 2022): logits = null + cfg_scale * (conditional - null), so 1 is the model itself and 0 ignores
     the class. Then the logits are divided by `temperature` and filtered by `top_k` and `top_p`; temperature 0 takes the
-    likeliest token.
+    likeliest token, as one near 0 does unless several are as likely. An infinite temperature draws uniformly.
 
     Args:
         prior: in evaluation mode.
@@ -56,10 +69,20 @@ def sample_tokens(
         generator: on the prior's device; its state decides the result.
 
     Raises:
-        ValueError: labels outside the classes, a negative temperature or guidance, top_k or top_p out of range.
+        TypeError: an option of another type.
+        ValueError: labels outside the classes, a negative temperature or guidance, top_k or top_p out of range, or logits with
+            NaN or infinity, after guidance; -inf forbids a token, as long as another is left.
     """
-    if temperature < 0 or cfg_scale < 0:
-        raise ValueError(f"temperature and cfg_scale must not be negative, got {temperature} and {cfg_scale}")
+    operation = "sample_tokens"
+    temperature, cfg_scale = as_number(operation, "temperature", temperature), as_number(operation, "cfg_scale", cfg_scale)
+    if not (temperature >= 0 and 0 <= cfg_scale < math.inf):
+        raise ValueError(
+            f"temperature and cfg_scale must not be negative, and cfg_scale finite, got {temperature} and {cfg_scale}"
+        )
+    if not isinstance(generator, torch.Generator | None):
+        raise TypeError(f"{operation} needs generator as a torch.Generator or None, got {type(generator).__name__}")
+    number = torch.finfo(torch.float32)
+    divisor = min(max(temperature, number.tiny), number.max)
     prior.check_labels(labels_B)
     guided = cfg_scale != 1
     B, T = len(labels_B), prior.sequence_length
@@ -67,15 +90,24 @@ def sample_tokens(
     cache = prior.make_cache(len(labels))
     tokens_BT = torch.empty(B, T, dtype=torch.int64, device=labels_B.device)
     new = tokens_BT[:, :0]
+    finite = torch.ones((), dtype=torch.bool, device=labels_B.device)  # read once, at the end: a GPU would wait at each token
     for t in range(T):
         logits = prior(labels, new.repeat(2, 1) if guided else new, cache)[:, -1].float()
         if guided:
             conditional, null = logits.chunk(2)
             logits = null + cfg_scale * (conditional - null)
-        logits = filter_logits(logits / (temperature or 1), top_k, top_p)
+        largest = logits.amax(-1, keepdim=True)  # also NaN where one is
+        known = largest.isfinite()
+        finite &= known.all()
+        # Differences to the largest, which no division makes infinity of.
+        logits = filter_logits((logits - largest).where(known, 0.0) / divisor, top_k, top_p)
         if temperature == 0:
             new = logits.argmax(-1, keepdim=True)
         else:
             new = torch.multinomial(logits.softmax(-1), 1, generator=generator)
         tokens_BT[:, t : t + 1] = new
+    if not finite:
+        raise ValueError(
+            f"{operation} needs finite logits, got NaN or infinity (or -inf alone); look for a diverged prior, or lower cfg_scale"
+        )
     return tokens_BT
