@@ -35,12 +35,14 @@ def as_number(operation: str, name: str, got: Any) -> float:
 
 
 def as_integer(operation: str, name: str, got: Any) -> int:
-    """`got` as an int (or what torch.compile has in its place); errors as `as_number`. 2.0 is no integer."""
+    """`got` as an int (or what torch.compile has in its place); errors as `as_number`, beyond 64 bits too. 2.0 is no integer."""
     if isinstance(got, torch.SymInt):
         return got
     value = unwrapped(operation, name, got)
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{operation} needs {name} as an int, got {described(got)}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{operation} needs {name} as an int of 64 bits, got one beyond 9e18")
     return int(value)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dae_kernels.dispatch import values_readable
+from dae_kernels.dispatch import FLOAT_DTYPES, check_dense, values_readable
 
 SAMPLES = 512  # points of a cloud that stand for it where a centre is looked for
 
@@ -39,10 +39,9 @@ def convention(value: str, cost: str, bias: str) -> Callable[[Callable], Callabl
 
 
 def check_tensors(operation: str, **operands: Tensor) -> None:
-    """TypeError unless all operands are tensors."""
+    """TypeError unless all operands are dense tensors."""
     for name, operand in operands.items():
-        if not isinstance(operand, Tensor):
-            raise TypeError(f"{operation} needs {name} as a torch.Tensor, got {type(operand).__name__}")
+        check_dense(operation, name, operand)
 
 
 def check_clouds(operation: str, x: Tensor, y: Tensor) -> None:
@@ -55,7 +54,7 @@ def check_clouds(operation: str, x: Tensor, y: Tensor) -> None:
     check_tensors(operation, x=x, y=y)
     shapes = f"got x {list(x.shape)}, y {list(y.shape)}"
     for name, cloud in (("x", x), ("y", y)):
-        if not cloud.is_floating_point():
+        if cloud.dtype not in FLOAT_DTYPES:
             raise TypeError(f"{operation} needs floating point clouds, got {name} of {cloud.dtype}")
     if x.dim() != 2 or y.dim() != 2 or x.shape[1] != y.shape[1]:
         raise ValueError(f"{operation} needs clouds x [N, D] and y [M, D], {shapes}")
@@ -97,7 +96,7 @@ def check_weights(operation: str, name: str, weights: Tensor | None, cloud: Tens
     if weights is None:
         return
     check_tensors(operation, **{name: weights})
-    if not weights.is_floating_point():
+    if weights.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{operation} needs floating point weights, got {name} of {weights.dtype}")
     if weights.shape != cloud.shape[:1]:
         raise ValueError(f"{operation} needs {name} [{cloud.shape[0]}], one weight a point, got {list(weights.shape)}")

@@ -32,18 +32,28 @@ def dtype_refusal(*operands: torch.Tensor) -> str | None:
     return None
 
 
+def check_dense(operation: str, name: str, operand: Any) -> None:
+    """TypeError unless `operand` is a tensor whose elements all lie in memory: sparse and nested ones have little arithmetic."""
+    if not isinstance(operand, torch.Tensor):
+        raise TypeError(f"{operation} needs {name} as a torch.Tensor, got {type(operand).__name__}")
+    if operand.is_nested or operand.layout != torch.strided:
+        got = "a nested one" if operand.is_nested else operand.layout
+        raise TypeError(f"{operation} needs {name} as a dense tensor, got {got}")
+
+
 def check_floating(operation: str, name: str, operand: Any) -> None:
-    """TypeError unless `operand` is a tensor of 16, 32 or 64 bits floating point: 8 bits have no arithmetic in torch."""
+    """TypeError unless `operand` is a dense tensor of 16, 32 or 64 bits floating point: 8 bits have no arithmetic in torch."""
     if not isinstance(operand, torch.Tensor) or operand.dtype not in FLOAT_DTYPES:
         got = operand.dtype if isinstance(operand, torch.Tensor) else type(operand)
         takes = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
         raise TypeError(f"{operation} needs a floating point tensor {name}, got {got}; it takes {takes}")
+    check_dense(operation, name, operand)
 
 
-def check_choice(name: str, got: Any, choices: Sequence[str]) -> None:
+def check_choice(name: str, got: Any, choices: Sequence[str | None]) -> None:
     """ValueError unless `got` is one of `choices`."""
-    if got not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {got!r}")
+    if not isinstance(got, str | None) or got not in choices:  # an array would compare by element
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {' '.join(repr(got).split()):.80}")
 
 
 def interpreting() -> bool:

@@ -131,7 +131,9 @@ def test_tensors_that_ask_for_a_gradient_or_cannot_be_read():
 def test_limits():
     with pytest.raises(ValueError, match="beyond 1e308"):
         as_number("op", "x", 10**400)
-    assert as_integer("op", "x", 10**400) == 10**400
+    for beyond in (10**400, 2**63, -(2**63) - 1):  # which no size or value of torch can be
+        with pytest.raises(ValueError, match="op needs x as an int of 64 bits"):
+            as_integer("op", "x", beyond)
     assert as_number("op", "x", 3) == 3.0 and type(as_number("op", "x", 3)) is float
     assert type(as_integer("op", "x", np.int8(3))) is int and type(as_flag("op", "x", np.True_)) is bool
     for bad in ("12", 1.0, {1.0, 2.0}, np.float64(1.0), torch.tensor(1.0), np.ones((2, 2)), iter([1.0])):

@@ -333,7 +333,7 @@ def test_bad_input(impl):
         ({"linear_weight": weight.half()}, ValueError, "one dtype, got torch.float32 and torch.float16"),
         ({"linear_weight": weight.to("meta")}, ValueError, "one device"),
         ({"label_smoothing": 1.5}, ValueError, r"label_smoothing must lie in \[0, 1\], got 1.5"),
-        ({"z_loss": math.nan}, ValueError, "z_loss must be finite and not negative, got nan"),
+        ({"z_loss": math.nan}, ValueError, "z_loss must be finite in float32 and not negative, got nan"),
         ({"reduction": "max"}, ValueError, "reduction must be one of 'mean', 'sum', 'none', got 'max'"),
         ({"impl": "cut"}, ValueError, "impl must be one of 'auto', 'reference', 'torch', 'chunked', 'triton', got 'cut'"),
     ):

@@ -103,6 +103,7 @@ def attention(
     if bias is not None:
         bias = autocast(bias) if isinstance(bias, Tensor) else bias
         check_bias(bias, q, k)
+        bias = torch.atleast_2d(bias)  # torch's kernel asks for the last two dimensions
     options = as_options("attention", q.shape[3], causal, scale, window, softcap, dropout)
     if options.by_position and q.shape[2] > k.shape[2]:
         what = f"{options.kind} attention needs Lq <= Lk (the first queries would see no key)"

@@ -7,7 +7,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from dae_kernels.dispatch import batched, differentiated, values_readable
+from dae_kernels.dispatch import FLOAT_DTYPES, batched, check_dense, differentiated, values_readable
 
 FUSED_DEVICES = ("cuda",)  # where flash-attn and xformers run; the tests of their adapters add "cpu"
 
@@ -26,6 +26,8 @@ def check_types(operation: str, q: Tensor, k: Tensor, v: Tensor) -> None:
     if not all(isinstance(x, Tensor) for x in (q, k, v)):
         kinds = ", ".join(f"{name} {type(x).__name__}" for name, x in (("q", q), ("k", k), ("v", v)))
         raise TypeError(f"{operation} needs tensors q, k and v, got {kinds}")
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_dense(operation, name, x)
 
 
 def check_tensors(operation: str, layout_q: str, layout_k: str, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -44,7 +46,7 @@ def check_tensors(operation: str, layout_q: str, layout_k: str, q: Tensor, k: Te
         raise ValueError(f"the heads of k and v (Hkv) must divide the heads of q (H), {shapes}")
     if dims == 4 and k.shape[2] == 0:
         raise ValueError(f"attention over no keys is undefined: Lk must be at least 1, {shapes}")
-    if not q.is_floating_point():
+    if q.dtype not in FLOAT_DTYPES:
         raise TypeError(f"attention needs floating point tensors, got {q.dtype}")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k and v must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}; cast them to one")
@@ -61,6 +63,7 @@ def check_integers(name: str, x: Tensor, length: int | None, device: torch.devic
     """TypeError or ValueError unless `x` is a vector of int32 or int64 on `device`, of `length` entries if that is given."""
     if not isinstance(x, Tensor) or x.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be an int32 or int64 tensor, got {x.dtype if isinstance(x, Tensor) else type(x)}")
+    check_dense("attention", name, x)
     if x.dim() != 1 or (x.shape[0] != length if length is not None else x.shape[0] < 1):
         expected = f"[{length}]" if length is not None else "[N + 1]"
         raise ValueError(f"{name} must have shape {expected}, got {list(x.shape)}")

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dae_kernels.checks import as_flag, as_integer, as_number
+from dae_kernels.checks import as_flag, as_integer, as_number, described
+from dae_kernels.dispatch import check_dense
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,9 @@ def as_options(
     scale = 1.0 / math.sqrt(D) if scale is None else as_number(operation, "scale", scale)
     if window is not None:
         if not isinstance(window, (tuple, list)) or len(window) != 2:
-            raise TypeError(f"{operation} needs window to be two integers (keys before, keys after) or None, got {window!r}")
+            raise TypeError(
+                f"{operation} needs window to be two integers (keys before, keys after) or None, got {described(window)}"
+            )
         window = (as_integer(operation, "window[0]", window[0]), as_integer(operation, "window[1]", window[1]))
         if min(window) < -1:
             raise ValueError(f"{operation} needs each side of window to be at least 0, or -1 for all keys, got {window!r}")
@@ -86,6 +89,7 @@ def check_bias(bias: Tensor, q: Tensor, k: Tensor) -> None:
     if not isinstance(bias, Tensor) or not bias.is_floating_point():
         got = bias.dtype if isinstance(bias, Tensor) else type(bias).__name__
         raise TypeError(f"bias must be a floating point tensor that is added to the scores, got {got}; hide keys by -inf")
+    check_dense("attention", "bias", bias)
     fits = bias.dim() <= 4 and all(b in (1, s) for b, s in zip(bias.shape[::-1], shape[::-1], strict=False))
     if not fits:
         raise ValueError(f"bias must broadcast to the scores [B, H, Lq, Lk] = {list(shape)}, got {list(bias.shape)}")

@@ -8,7 +8,7 @@ from torch import Tensor
 from dae_kernels.checks import as_integer
 from dae_kernels.clouds import check_tensors
 from dae_kernels.codebook_statistics.reference import codebook_statistics_reference
-from dae_kernels.dispatch import choose, register_op, values_readable
+from dae_kernels.dispatch import FLOAT_DTYPES, choose, register_op, values_readable
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
@@ -69,7 +69,7 @@ statistics = register_op("dae_kernels::codebook_statistics", checked_statistics,
 
 def check_operands(x: Tensor, indices: Tensor, K: int) -> None:
     check_tensors("codebook_statistics", x=x, indices=indices)
-    if not x.is_floating_point():
+    if x.dtype not in FLOAT_DTYPES:
         raise TypeError(f"codebook_statistics needs a floating point x, got {x.dtype}")
     if indices.dtype not in INTEGERS:
         raise TypeError(f"codebook_statistics needs integer indices, got {indices.dtype}")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dae_kernels.clouds import check_tensors, convention
+from dae_kernels.dispatch import FLOAT_DTYPES, check_dense, values_readable
 from dae_kernels.frechet_distance.reference import gaussian_w2_reference
 from dae_kernels.frechet_distance.statistics import GaussianStatistics, mean_and_scatter
 
@@ -33,15 +34,14 @@ def gaussian_w2(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) ->
 
     Raises:
         TypeError: not tensors, or not floating point.
-        ValueError: shapes or devices disagree.
-        torch.linalg.LinAlgError: NaN or infinity in a covariance.
+        ValueError: shapes or devices disagree, or NaN or infinity in what is given.
 
     Source: Dowson and Landau 1982, "The Fréchet Distance between Multivariate Normal Distributions".
     """
     moments = {"mean_a": mean_a, "cov_a": cov_a, "mean_b": mean_b, "cov_b": cov_b}
     check_tensors("gaussian_w2", **moments)
     for name, tensor in moments.items():
-        if not tensor.is_floating_point():
+        if tensor.dtype not in FLOAT_DTYPES:
             raise TypeError(f"gaussian_w2 needs floating point moments, got {name} of {tensor.dtype}")
     D = mean_a.shape[-1:].numel()
     if D == 0 or mean_a.shape != (D,) or mean_b.shape != (D,) or cov_a.shape != (D, D) or cov_b.shape != (D, D):
@@ -50,6 +50,9 @@ def gaussian_w2(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) ->
     if len({tensor.device for tensor in moments.values()}) > 1:
         got = ", ".join(f"{name} on {tensor.device}" for name, tensor in moments.items())
         raise ValueError(f"gaussian_w2 needs moments on one device, got {got}")
+    for name, tensor in moments.items():  # or else LAPACK fails to converge
+        if values_readable(tensor) and not tensor.isfinite().all():
+            raise ValueError(f"gaussian_w2 needs finite moments, got NaN or infinity in {name}")
     exact = all(tensor.dtype == torch.float64 for tensor in moments.values())
     distance = gaussian_w2_reference(*(tensor.double() for tensor in moments.values()))
     return distance if exact else distance.float()
@@ -76,8 +79,7 @@ def frechet_distance(x: Tensor | GaussianStatistics, y: Tensor | GaussianStatist
 
     Raises:
         TypeError: neither floating point tensors nor `GaussianStatistics`.
-        ValueError: fewer than 2 points, different D, or tensors on two devices.
-        torch.linalg.LinAlgError: NaN or infinity among the points.
+        ValueError: fewer than 2 points, different D, tensors on two devices, or NaN or infinity among the points.
 
     Source: Heusel et al. 2017, arXiv 1706.08500, section 3 (after Dowson and Landau 1982).
     """
@@ -85,6 +87,8 @@ def frechet_distance(x: Tensor | GaussianStatistics, y: Tensor | GaussianStatist
     if len(mean_a) != len(mean_b):
         raise ValueError(f"expected features of one dimension, got {len(mean_a)} and {len(mean_b)}; use one feature extractor")
     if isinstance(x, GaussianStatistics) or isinstance(y, GaussianStatistics):
+        if mean_b.is_meta and not mean_a.is_meta:
+            raise ValueError("frechet_distance needs points with values, got a meta tensor, which has none")
         mean_b, cov_b = mean_b.to(mean_a.device), cov_b.to(mean_a.device)
     distance = gaussian_w2(mean_a, cov_a, mean_b, cov_b)
     exact = all(isinstance(cloud, GaussianStatistics) or cloud.dtype == torch.float64 for cloud in (x, y))
@@ -98,11 +102,14 @@ def moments(name: str, cloud: Tensor | GaussianStatistics) -> tuple[Tensor, Tens
     if not isinstance(cloud, Tensor):
         got = type(cloud).__name__
         raise TypeError(f"frechet_distance needs {name} as a torch.Tensor or GaussianStatistics, got {got}")
-    if not cloud.is_floating_point():
+    check_dense("frechet_distance", name, cloud)
+    if cloud.dtype not in FLOAT_DTYPES:
         raise TypeError(f"frechet_distance needs floating point clouds, got {name} of {cloud.dtype}")
     if cloud.dim() != 2 or cloud.shape[1] == 0:
         raise ValueError(f"frechet_distance needs clouds [N, D], D >= 1, got {name} {list(cloud.shape)}")
     if len(cloud) < 2:
         raise ValueError(f"frechet_distance needs at least 2 points for a covariance, got {len(cloud)} in {name}")
     mean_D, scatter_DD = mean_and_scatter(cloud)
+    if values_readable(mean_D) and not mean_D.isfinite().all():
+        raise ValueError(f"frechet_distance needs finite points, got NaN or infinity in {name}")
     return mean_D, scatter_DD / (len(cloud) - 1)

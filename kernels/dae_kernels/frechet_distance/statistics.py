@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dae_kernels.clouds import check_tensors
+from dae_kernels.dispatch import FLOAT_DTYPES
 
 
 class GaussianStatistics:
@@ -36,7 +37,7 @@ class GaussianStatistics:
         TypeError: not a floating point tensor. ValueError: not [N, D], or another D than before.
         """
         check_tensors("GaussianStatistics", x=x)
-        if not x.is_floating_point():
+        if x.dtype not in FLOAT_DTYPES:
             raise TypeError(f"GaussianStatistics needs floating point points, got {x.dtype}")
         if x.dim() != 2 or x.shape[1] == 0:
             raise ValueError(f"GaussianStatistics needs points [N, D], D >= 1, got {list(x.shape)}")
@@ -52,6 +53,8 @@ class GaussianStatistics:
             raise TypeError(f"expected GaussianStatistics to merge, got {type(other).__name__}; points are added by update")
         if other.count == 0:
             return self
+        if other._mean.is_meta and self.count and not self._mean.is_meta:
+            raise ValueError("GaussianStatistics needs points with values, got meta tensors, which have none")
         if self.count == 0:
             self.count, self._mean, self._scatter = other.count, other._mean.clone(), other._scatter.clone()
             return self

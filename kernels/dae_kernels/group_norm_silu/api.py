@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dae_kernels.checks import as_integer, as_number
-from dae_kernels.dispatch import FLOAT_DTYPES, check_choice, choose, dtype_refusal
+from dae_kernels.dispatch import check_choice, check_floating, choose, dtype_refusal
 from dae_kernels.group_norm_silu.reference import group_norm_silu_reference
 
 MAX_GRID = 65535  # the second and third axis of a CUDA grid
@@ -104,9 +104,7 @@ def check_operands(
     for name, operand in (("x", x), ("weight", weight), ("bias", bias), ("scale", scale), ("shift", shift)):
         if operand is None and name != "x":
             continue
-        if not isinstance(operand, Tensor) or operand.dtype not in FLOAT_DTYPES or operand.layout != torch.strided:
-            got = f"{operand.dtype}, {operand.layout}" if isinstance(operand, Tensor) else type(operand)
-            raise TypeError(f"{operation} needs {name} as a dense tensor of float16, bfloat16, float32 or float64, got {got}")
+        check_floating(operation, name, operand)
     if x.dim() < 2:
         raise ValueError(f"{operation} needs x [B, C, *positions], got {list(x.shape)}")
     B, C = x.shape[:2]

@@ -9,7 +9,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dae_kernels.checks import as_integer, as_number
-from dae_kernels.dispatch import check_choice, check_floating, choose, dtype_refusal, values_readable, without_autocast
+from dae_kernels.dispatch import (
+    check_choice,
+    check_dense,
+    check_floating,
+    choose,
+    dtype_refusal,
+    values_readable,
+    without_autocast,
+)
 from dae_kernels.linear_cross_entropy.autograd import apply_chunked_losses
 from dae_kernels.linear_cross_entropy.reference import NOT_COUNTED, counted_rows, linear_cross_entropy_reference
 
@@ -148,6 +156,7 @@ def check_operands(hidden: Tensor, linear_weight: Tensor, targets: Tensor, bias:
     if not isinstance(targets, Tensor) or targets.dtype != torch.int64:
         got = targets.dtype if isinstance(targets, Tensor) else type(targets)
         raise TypeError(f"{operation} needs int64 targets, got {got}")
+    check_dense(operation, "targets", targets)
     shapes = f"got hidden {list(hidden.shape)}, linear_weight {list(linear_weight.shape)}, targets {list(targets.shape)}"
     matrix = linear_weight.dim() == 2 and hidden.dim() >= 1 and hidden.shape[-1] == linear_weight.shape[1]
     if not matrix or targets.shape != hidden.shape[:-1]:
@@ -174,8 +183,8 @@ def check_operands(hidden: Tensor, linear_weight: Tensor, targets: Tensor, bias:
 def check_options(label_smoothing: float, z_loss: float, softcap: float | None) -> None:
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
-    if not (math.isfinite(z_loss) and z_loss >= 0):
-        raise ValueError(f"z_loss must be finite and not negative, got {z_loss}")
+    if not 0 <= z_loss <= torch.finfo(torch.float32).max:
+        raise ValueError(f"z_loss must be finite in float32 and not negative, got {z_loss}")
     if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
         raise ValueError(f"softcap must be positive and finite, or None for no cap, got {softcap}")
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dae_kernels.checks import as_flag, as_integer, as_number, as_numbers
+from dae_kernels.checks import as_flag, as_integer, as_number, as_numbers, described
 from dae_kernels.clouds import check_clouds, check_weights, convention, normalised
 from dae_kernels.dispatch import check_choice, choose, dtype_refusal, values_readable
 from dae_kernels.pairwise.sums import POLYNOMIAL, pair_sums
@@ -92,8 +92,11 @@ def mmd(
         check_pairs("x", x, weights_x)
         check_pairs("y", y, weights_y)
     a_N, b_M = normalised(weights_x, x, torch.float64), normalised(weights_y, y, torch.float64)
+    parameters = checked_polynomial(degree, gamma, coef0, x.shape[1])
     if kernel == "polynomial":
-        parameters = checked_polynomial(bandwidths, degree, gamma, coef0, x.shape[1])
+        if bandwidths is not None:
+            got = described(bandwidths)
+            raise ValueError(f"mmd with kernel='polynomial' has no bandwidths, got {got}; it has degree, gamma and coef0")
         choose(impl, x.device, "the polynomial kernel has no Triton kernel")
         chosen = POLYNOMIAL
     else:
@@ -120,11 +123,7 @@ def own_pairs(x_ND: Tensor, a_N: Tensor, kernel: str, parameters: tuple[float, .
     return (a_N.square() * (gamma * x_ND.double().square().sum(dim=1) + coef0).pow(degree)).sum()
 
 
-def checked_polynomial(
-    bandwidths: Sequence[float] | None, degree: int, gamma: float | None, coef0: float, D: int
-) -> tuple[int, float, float]:
-    if bandwidths is not None:
-        raise ValueError(f"mmd with kernel='polynomial' has no bandwidths, got {bandwidths!r}; it has degree, gamma and coef0")
+def checked_polynomial(degree: int, gamma: float | None, coef0: float, D: int) -> tuple[int, float, float]:
     degree, coef0 = as_integer("mmd", "degree", degree), as_number("mmd", "coef0", coef0)
     gamma = 1.0 / D if gamma is None else as_number("mmd", "gamma", gamma)
     for name, number in (("gamma", gamma), ("coef0", coef0)):

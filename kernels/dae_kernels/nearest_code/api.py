@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dae_kernels.clouds import convention
-from dae_kernels.dispatch import check_choice, choose, dtype_refusal
+from dae_kernels.clouds import check_tensors, convention
+from dae_kernels.dispatch import FLOAT_DTYPES, check_choice, choose, dtype_refusal
 from dae_kernels.nearest_code.reference import nearest_code_reference
 
 MAX_HEADS = 65535  # the second axis of a CUDA grid
@@ -65,7 +65,7 @@ def nearest_code(
     """
     check_choice("metric", metric, ("l2", "cosine"))
     check_choice("precision", precision, ("exact", "fast"))
-    check_tensors(x, codebook)
+    check_operands(x, codebook)
     refusal = dtype_refusal(x, codebook)
     if codebook.dim() == 3 and codebook.shape[0] > MAX_HEADS:
         refusal = f"the kernel takes at most {MAX_HEADS} heads, got {codebook.shape[0]}"
@@ -83,7 +83,8 @@ def nearest_code(
     return index.view(x.shape[:-1]), distance.view(x.shape[:-1])
 
 
-def check_tensors(x: Tensor, codebook: Tensor) -> None:
+def check_operands(x: Tensor, codebook: Tensor) -> None:
+    check_tensors("nearest_code", x=x, codebook=codebook)
     shapes = f"got x {list(x.shape)}, codebook {list(codebook.shape)}"
     heads, rank = codebook.shape[:-2], codebook.dim()
     if rank not in (2, 3) or x.dim() < rank - 1 or x.shape[1 - rank :] != (*heads, codebook.shape[-1]):
@@ -91,7 +92,7 @@ def check_tensors(x: Tensor, codebook: Tensor) -> None:
     if codebook.numel() == 0:
         raise ValueError(f"nearest_code needs at least one code and one dimension, {shapes}")
     for name, tensor in (("x", x), ("codebook", codebook)):
-        if not tensor.is_floating_point():
+        if tensor.dtype not in FLOAT_DTYPES:
             raise TypeError(f"nearest_code needs floating point tensors, got {name} of {tensor.dtype}")
     if x.device != codebook.device:
         raise ValueError(f"x and codebook must be on one device, got {x.device} and {codebook.device}")

@@ -16,7 +16,7 @@ from dae_kernels.clouds import (
     sampled,
     unit,
 )
-from dae_kernels.dispatch import without_autocast
+from dae_kernels.dispatch import FLOAT_DTYPES, without_autocast
 from dae_kernels.sliced_wasserstein.reference import greatest_cost, mean_cost
 
 COST = "|<direction, x - y>|^p, without a factor"
@@ -167,7 +167,7 @@ def in_units(distance: Tensor, units: tuple[Tensor, Tensor]) -> Tensor:
 def check_projections(operation: str, projections: Tensor, x: Tensor) -> None:
     check_tensors(operation, projections=projections)
     D = x.shape[1]
-    if not projections.is_floating_point():
+    if projections.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{operation} needs floating point projections, got {projections.dtype}")
     if projections.dim() != 2 or projections.shape[0] != D or projections.shape[1] == 0:
         raise ValueError(f"{operation} needs projections [{D}, L], L >= 1, got {list(projections.shape)}")

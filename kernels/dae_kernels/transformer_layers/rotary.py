@@ -105,5 +105,5 @@ def as_turns(operation: str, head_dim: int, divisor: int, base: float) -> tuple[
     if not base > 0:
         raise ValueError(f"{operation} needs a positive base, got {base}")
     if head_dim < divisor or head_dim % divisor:
-        raise ValueError(f"{operation} needs a head dimension that {divisor} divides, got {head_dim}")
+        raise ValueError(f"{operation} needs a head_dim that {divisor} divides, got {head_dim}")
     return head_dim, base
