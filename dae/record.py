@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -45,27 +48,33 @@ class Record:
 
         Raises:
             FileNotFoundError: the run has no samples or no metrics.json yet; the message names the recipe to run.
+            ValueError: one of the files is damaged; likewise.
         """
         output = Path(config.output_dir)
         samples_file, metrics_file = output / "samples" / "samples.npz", output / "metrics.json"
         for file, recipe in ((samples_file, "sample"), (metrics_file, "evaluate")):
             if not file.is_file():
                 raise FileNotFoundError(f"no {file}: run `python recipes/{recipe}.py` with the same configuration first")
-        metrics, samples, pictures = (
-            json.loads(metrics_file.read_text()),
-            np.load(samples_file),
-            output / "evaluation" / "pictures.npz",
-        )
+        pictures_file, sampling_file = output / "evaluation" / "pictures.npz", output / "samples" / "sampling.json"
+        with _undamaged(metrics_file, "evaluate"):
+            metrics = dict(json.loads(metrics_file.read_text()))
+        with _undamaged(samples_file, "sample"):
+            samples = dict(np.load(samples_file))
+            images, labels = samples["arr_0"], samples["arr_1"]
+        with _undamaged(pictures_file, "evaluate"):
+            pictures = dict(np.load(pictures_file)) if pictures_file.is_file() else {}
+        with _undamaged(sampling_file, "sample"):
+            contradicted = contradictions(output, metrics)
         runs = {name: Run(config, name) for name in ("autoencoder", "prior")}
         return cls(
             config=trained_configuration(config),
             metrics=metrics,
-            images=samples["arr_0"],
-            labels=samples["arr_1"],
-            pictures=dict(np.load(pictures)) if pictures.is_file() else {},
+            images=images,
+            labels=labels,
+            pictures=pictures,
             **{name: run.history() if run.history_file.is_file() else [] for name, run in runs.items()},
             measured_on=datetime.date.fromtimestamp(metrics_file.stat().st_mtime),
-            contradictions=contradictions(output, metrics),
+            contradictions=contradicted,
         )
 
     @property
@@ -94,6 +103,17 @@ class Record:
         if self.family == "ar":
             return prior["heldout_bits_per_token"] * prior["tokens_an_image"]
         return prior["heldout_bits_per_image"]
+
+
+@contextlib.contextmanager
+def _undamaged(file: Path, recipe: str) -> Iterator[None]:
+    """What reading a damaged file raises becomes a ValueError that names the recipe which writes it."""
+    try:
+        yield
+    except (ValueError, TypeError, KeyError, EOFError, BadZipFile) as error:
+        raise ValueError(
+            f"{file} is damaged ({error}): run `python recipes/{recipe}.py` with the same configuration again"
+        ) from error
 
 
 def trained_configuration(config: Config) -> Config:

@@ -15,6 +15,7 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -53,7 +54,8 @@ from dae.sampling import balanced_labels, generate, load_chain
 from dae.sampling.chain import Prior, knows_classes
 from dae.training import Run, one_process
 from dae.training.loop import seed_for
-from dae.training.priors import FAMILIES
+from dae.training.priors import FAMILIES, Family
+from dae.training.rehearsal import require_measurable
 from dae.training.run import refuse_other_data
 
 BATCH_PIXELS = 500 * 64 * 64  # of the images that are reconstructed at once: feature maps are larger than images
@@ -65,10 +67,15 @@ def evaluate(config: Config) -> dict:
     started, device, output, seed = time.monotonic(), one_process(config), Path(config.output_dir), config.seed
     autoencoder, prior = load_chain(output, device, config.kernels)
     samples, sampling = load_samples(output)
+    family = next(name for name, each in FAMILIES.items() if each.model is type(prior))
+    history, validations = load_history(config, FAMILIES[family])
     data = load_data(config.data, seed)
     refuse_other_data(output / "autoencoder", config.data, data.fingerprint)
     autoencoder.refuse_other_data(config.data.channels, config.data.resolution)
     data.list_skipped(output)
+    rows = data.describe()
+    counts = {"training_images": rows["train"], "held_out_images": rows["validation"], "samples": len(samples["arr_0"])}
+    require_measurable(config, **counts)
     refuse_what_does_not_fit(config, data, len(samples["arr_0"]))
     train, train_labels = collect(data.train, config)
     heldout, heldout_labels = collect(data.validation, config)
@@ -127,9 +134,7 @@ def evaluate(config: Config) -> dict:
     }
 
     # What guidance and the length of training trade: fidelity against variety and copies.
-    family = next(name for name, each in FAMILIES.items() if each.model is type(prior))
-    criterion, history = FAMILIES[family].criterion, Run(config, "prior").history()
-    validations = [row for row in history if row["split"] == "validation"]
+    criterion = FAMILIES[family].criterion
     chosen = min(validations, key=lambda row: row[criterion]) if config.prior.early_stopping else validations[-1]
     candidates = []
     if knows_classes(prior):  # one that does not is fitted at once: there is neither guidance nor length of training
@@ -192,12 +197,32 @@ def load_samples(output: Path) -> tuple[dict[str, np.ndarray], dict]:
     folder, remedy = output / "samples", "draw them with recipes/sample.py and the same configuration"
     if not (folder / "samples.npz").is_file() or not (folder / "sampling.json").is_file():
         raise FileNotFoundError(f"no samples in {folder}: {remedy}")
-    sampling = json.loads((folder / "sampling.json").read_text())
-    if sampling["prior"] != fingerprint(output / "prior"):
+    try:
+        sampling, samples = dict(json.loads((folder / "sampling.json").read_text())), dict(np.load(folder / "samples.npz"))
+        made_by, shape = sampling["prior"], (samples["arr_0"].ndim, len(samples["arr_0"]) == len(samples["arr_1"]))
+    except (ValueError, TypeError, KeyError, EOFError, BadZipFile) as error:
+        raise ValueError(f"the samples in {folder} are damaged ({error}): {remedy}") from error
+    if shape != (4, True):
+        raise ValueError(f"the samples in {folder} are no images [N, H, W, C] with a label each: {remedy}")
+    if made_by != fingerprint(output / "prior"):
         raise ValueError(f"the samples in {folder} are of another prior than {output / 'prior'}: {remedy}")
     if classes := sampling.get("classes"):
         raise ValueError(f"the samples in {folder} are of the classes {classes} alone, the images held out of all: {remedy}")
-    return dict(np.load(folder / "samples.npz")), sampling
+    return samples, sampling
+
+
+def load_history(config: Config, family: Family) -> tuple[list[dict], list[dict]]:
+    """The log of the prior's training, and its validations. FileNotFoundError, ValueError: it is lost, or damaged."""
+    run = Run(config, "prior")
+    remedy = "deliver the prior again with recipes/train_prior.py and resume_from_checkpoint=latest"
+    if not run.history_file.is_file():
+        raise FileNotFoundError(f"no log of the prior's training, {run.history_file}: {remedy}")
+    history = run.history()
+    validations = [row for row in history if row.get("split") == "validation" and family.criterion in row]
+    bits = "bits_per_image" if family.final_bits or family.loss is None else family.criterion
+    if not validations or not any(bits in row for row in history if row.get("split") != "train"):
+        raise ValueError(f"{run.history_file} holds no validation of the prior: {remedy}")
+    return history, validations
 
 
 def collect(dataset, config: Config) -> tuple[Tensor, Tensor]:
@@ -286,7 +311,11 @@ def other_priors(config: Config, prior: Prior, validations: list[dict]) -> Itera
     """The prior as it was at each checkpoint that was kept, with the validation of that step."""
     checkpoints = Run(config, "prior").checkpoints
     for path in checkpoints.all():
-        checkpoint = checkpoints.load(str(path))
+        try:
+            checkpoint = checkpoints.load(str(path))
+        except (ValueError, FileNotFoundError) as error:
+            print(f"left out of the table of guidance: {error}")
+            continue
         for row in validations:
             if row["step"] == checkpoint.state["step"]:
                 other = type(prior).from_config(prior.to_config()).to(next(prior.parameters()).device).eval()

@@ -47,6 +47,7 @@ from dae.training.initialization import load_decoder, load_latent
 from dae.training.loop import global_mean, progress_bar, refuse_non_finite, seed_for, synchronize_gradients, validation_images
 from dae.training.pictures import reconstruction_sheet
 from dae.training.priors import require_guidance
+from dae.training.rehearsal import rehearse_prior, rehearse_stage, require_batches, require_measurable
 
 
 @writes("autoencoder", makes_folder=True)
@@ -62,8 +63,13 @@ def train(config: Config) -> Path:
         data = load_data(config.data, config.seed)
         for stage in stages:  # a mistake in any stage shows before the first one is trained
             make_loader(config, stage, data, "check")
-            build_autoencoder(config, stage)
-            build_perceptual_loss(config, stage)
+            trial = build_autoencoder(config, stage).to(accelerator.device)
+            rehearse_stage(config, stage, trial, build_perceptual_loss(config, stage), accelerator.autocast)
+        rows = data.describe()
+        require_batches(config, rows["train"], accelerator.num_processes)
+        rehearse_prior(config, trial, data.num_classes, rows["train"], accelerator.autocast)
+        require_measurable(config, training_images=rows["train"], held_out_images=rows["validation"])
+        del trial
     if config.push_to_hub:
         run_on_first_process(lambda: prepare_repository(config.hub_model_id, f"{config.hub_model_id}-prior"))
     resumed = run.open(accelerator, {"data set": data.fingerprint}, stages)

@@ -29,7 +29,7 @@ from dae.comparison.trial import Bench, Job, job_config, run_trial
 from dae.config import Config
 from dae.files import write_file
 from dae.metrics import versions
-from dae.training.priors import prior_family
+from dae.training.priors import prior_family, require_guidance
 from dae.training.run import FREE_TO_CHANGE
 
 # What may change between two starts of one comparison: where trials run, and which others there are.
@@ -69,14 +69,15 @@ def check_comparison(config: Config) -> list[Arm]:
     names = [arm.name for arm in arms]
     require_matched(config, arms)
     refuse_unsupported(config)
+    require_guidance(config)
     family = prior_family(config)  # refuses a prior that the bottleneck has no latent for
     _require_known("baseline", [compare.baseline], names)
     if len(arms) < 2:
         raise ValueError(f"compare.arms: expected the baseline and at least one other, got only {names[0]!r}")
     _require_different("seeds", compare.seeds)
-    _require_learning_rates("learning_rates", compare.learning_rates)
+    _require_different("learning_rates", compare.learning_rates)
     if compare.prior_learning_rates:
-        _require_learning_rates("prior_learning_rates", compare.prior_learning_rates)
+        _require_different("prior_learning_rates", compare.prior_learning_rates)
         if family == "mixture":
             raise ValueError("compare.prior_learning_rates: a mixture is fitted without a learning rate; leave them empty")
     if len(tried_learning_rates(config)) > 1 and compare.tuning_seed in compare.seeds:
@@ -105,12 +106,6 @@ def _require_known(key: str, wanted: Sequence[str], names: Sequence[str]) -> Non
 def _require_different(key: str, values: Sequence[float]) -> None:
     if not values or len(set(values)) < len(values):
         raise ValueError(f"compare.{key}: expected different values, at least one, got {values}")
-
-
-def _require_learning_rates(key: str, values: Sequence[float]) -> None:
-    _require_different(key, values)
-    if any(not 0 < rate < math.inf for rate in values):
-        raise ValueError(f"compare.{key}: expected positive numbers, got {values}")
 
 
 def _check_rates(config: Config, names: Sequence[str]) -> None:

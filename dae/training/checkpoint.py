@@ -99,7 +99,10 @@ class Checkpoints:
                 raise FileNotFoundError(
                     f"{which} is no checkpoint: it holds no {MANIFEST}. Checkpoints here: {[p.name for p in self.all()]}"
                 )
-            return self._read(Path(which))
+            try:
+                return self._read(Path(which))
+            except ValueError as error:
+                raise ValueError(f"{error}: resume_from_checkpoint=latest takes the newest that can be read") from error
         problems = []
         for path in self.all():
             try:
@@ -108,7 +111,9 @@ class Checkpoints:
                 problems.append(str(error))
                 log.warning("%s; trying the one before", error)
         if problems:
-            raise ValueError("no checkpoint can be read: " + "; ".join(problems))
+            raise ValueError(
+                f"no checkpoint can be read: {'; '.join(problems)}. Restore one, or start a new run in another output_dir"
+            )
         return None
 
     def _read(self, path: Path) -> Checkpoint:

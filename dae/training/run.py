@@ -215,8 +215,17 @@ class Run:
         return [*MODEL_FILES, "config.yaml", *(f"{s}/{file}" for s in stages for file in (CONFIG, WEIGHTS))]
 
     def history(self) -> list[dict]:
-        """All that `record` wrote, oldest first; half a line, which a crash may leave, is left out."""
-        return [json.loads(line) for line in self.history_file.read_text().splitlines() if line.endswith("}")]
+        """All that `record` wrote, oldest first; half a line, which a crash may leave, is left out.
+
+        ValueError: another line is damaged.
+        """
+        try:
+            lines = self.history_file.read_text().splitlines()
+            return [dict(json.loads(line)) for line in lines if line.endswith("}")]
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"{self.history_file} is damaged ({error}): restore it, or delete it and take resume_from_checkpoint=latest"
+            ) from error
 
 
 def look_up(config: Any, key: str) -> Any:
@@ -252,8 +261,13 @@ def _places(config: Config) -> list[str]:
 def recorded_inputs(folder: Path) -> dict[str, str]:
     """Fingerprints of what the run in `folder` read; of a run from before they were recorded, those of its newest checkpoint."""
     if (file := folder / INPUTS).is_file():
-        return json.loads(file.read_text())
+        try:
+            return dict(json.loads(file.read_text()))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{file} is damaged ({error}): delete it, the newest checkpoint holds the same") from error
     for checkpoint in Checkpoints(folder).all():
-        if (file := checkpoint / STATE).is_file():
-            return json.loads(file.read_text()).get("inputs", {})
+        try:
+            return dict(json.loads((checkpoint / STATE).read_text())).get("inputs", {})
+        except (OSError, ValueError, TypeError):
+            continue  # damaged: whoever loads it says so
     return {}

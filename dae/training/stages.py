@@ -26,7 +26,8 @@ def plan_stages(config: Config) -> list[Stage]:
     the steps of stage 1, then its decoder goes on alone, on the frozen latent. weak: joint, but with the auxiliary decoder.
 
     Raises:
-        ValueError: a stage has no reconstruction loss, or attention is asked for at a resolution that no level has.
+        ValueError: a stage has no reconstruction loss, a discriminator is too deep for the images, or attention is asked for at a
+            resolution that no level has.
     """
     stages = _stages(config)
     for stage in stages:
@@ -34,6 +35,12 @@ def plan_stages(config: Config) -> list[Stage]:
         if loss.l1 == loss.l2 == loss.perceptual == 0:  # the adversarial weight follows the reconstruction's gradient: also 0
             section = "stage2" if stage.name != "stage1" else "stage1"
             raise ValueError(f"{section}.loss: l1, l2 and perceptual are all 0, which trains nothing; give one of them a weight")
+        if loss.adversarial > 0 and config.data.resolution >> loss.discriminator_layers < 1:
+            most = config.data.resolution.bit_length() - 1
+            raise ValueError(
+                f"{stage.name}.loss.discriminator_layers={loss.discriminator_layers} halve data.resolution="
+                f"{config.data.resolution} to less than a pixel: expected at most {most}"
+            )
     levels = [config.data.resolution >> level for level in range(len(config.autoencoder.channel_multipliers))]
     if unknown := sorted(set(config.autoencoder.attention_resolutions) - set(levels)):
         raise ValueError(f"autoencoder.attention_resolutions: no level has {unknown}; the feature maps' sizes are {levels}")

@@ -1,0 +1,159 @@
+"""What a chain will need, tried before the first of its models is trained: images through all of them, and counts of rows.
+
+A mistake in the settings of the prior, of sampling or of the evaluation would else show after hours, in a later recipe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from dae.config import Config
+from dae.data.cache import Fingerprint
+from dae.losses import PerceptualLoss, discriminator_loss
+from dae.memory import require_memory
+from dae.models import ARPrior, Autoencoder, GaussianMixturePrior, PatchDiscriminator, choose_kernels
+from dae.sampling.chain import balanced_labels
+from dae.training.priors import FAMILIES, prior_family
+from dae.training.stages import Stage
+
+Autocast = Callable[[], AbstractContextManager]
+CLASSIFIER_PIXELS = 8  # a side of the smallest image that `dae.metrics.Classifier` takes
+
+
+def rehearse_stage(config: Config, stage: Stage, autoencoder: Autoencoder, perceptual: PerceptualLoss | None, autocast: Autocast):
+    """Two images (of a batch of one: one) through a stage and back, by the kernels, precision and losses that are asked for.
+
+    And through the model once more in float32, as later recipes encode and decode.
+
+    Args:
+        autoencoder: of the stage, untrained, on its device; it is changed.
+        perceptual: of the stage.
+        autocast: context in which the training computes.
+
+    Raises:
+        ValueError, TypeError, ImportError: what a model, a loss or a kernel refuses.
+    """
+    loss, device = stage.config.loss, autoencoder.device
+    with _rehearsal(config, device, f"the autoencoder ({stage.name})"):
+        choose_kernels(autoencoder, config.kernels)
+        size = (min(2, stage.config.train_batch_size), config.data.channels, config.data.resolution, config.data.resolution)
+        images = torch.rand(size, device=device) * 2 - 1
+        with autocast():
+            output = autoencoder.train()(images)
+            total = output.sample.float().square().mean() + output.encoding.loss
+            if perceptual is not None:
+                choose_kernels(perceptual.to(device), config.kernels)
+                total = total + perceptual(output.sample, images).mean()
+            if loss.adversarial > 0:
+                critic = PatchDiscriminator(config.data.channels, loss.discriminator_channels, loss.discriminator_layers)
+                choose_kernels(critic.to(device), config.kernels)
+                total = total + discriminator_loss(critic(images), critic(output.sample))
+        total.backward()
+        with torch.inference_mode():
+            autoencoder.eval()(images)
+
+
+def rehearse_prior(config: Config, autoencoder: Autoencoder, num_classes: int, rows: int | None, autocast: Autocast) -> None:
+    """The settings of prior and sampling, tried on the encoding of one image by one block of the prior.
+
+    Args:
+        autoencoder: of the chain's last stage, as `rehearse_stage` leaves it.
+        num_classes: of the data.
+        rows: that the prior will be trained on; None is not known.
+        autocast: context in which the training computes.
+
+    Raises:
+        ValueError, TypeError, ImportError: what the prior or a kernel refuses, or too few rows.
+    """
+    name, settings, device = prior_family(config), config.prior, autoencoder.device
+    family = FAMILIES[name]
+    if config.sampling.classes:
+        if name == "mixture":
+            raise ValueError(f"sampling.classes={config.sampling.classes}: a mixture knows no classes; leave it out")
+        balanced_labels(1, num_classes, config.sampling.classes)
+    if family.model is GaussianMixturePrior:
+        encodings = None if rows is None else rows * (1 + settings.augmented_copies)
+        if encodings is not None and encodings < max(2, settings.num_components):
+            raise ValueError(
+                f"prior.num_components={settings.num_components}: there are only {encodings} encodings to fit them to; "
+                "ask for fewer components, or give more images"
+            )
+        values = autoencoder.config.latent_channels * autoencoder.latent_size**2
+        what = f"the covariances of {settings.num_components} components over {values:,} values of a latent"
+        require_memory(4 * settings.num_components * values**2, what, "lower prior.num_components or the size of the latent")
+        return
+    with _rehearsal(config, device, f"the prior ({name})"):
+        encoded = family.cache.dataset(*_encoding(config, autoencoder))
+        shape = {"num_classes": num_classes, "latent_size": autoencoder.latent_size, "fingerprint": Fingerprint("", "", "")}
+        vq = family.model is ARPrior
+        shape |= (
+            {"vocab_size": config.autoencoder.vq.codebook_size} if vq else {"latent_channels": config.autoencoder.latent_channels}
+        )
+        prior = family.build(dataclasses.replace(settings, depth=1), family.cache(encoded, encoded, **shape)).to(device)
+        choose_kernels(prior, config.kernels)
+        batch = {encoded.name: encoded.values_NC.to(device, encoded.given), "label": encoded.labels_N.to(device)}
+        with autocast():
+            loss = family.loss(prior.train(), prior, batch)
+        loss.backward()
+        with torch.inference_mode():
+            family.score(prior.eval(), encoded, config)
+            if vq and autoencoder.latent_size > 1:  # sampling: one token after the other
+                cache, labels = prior.make_cache(1), batch["label"][:1]
+                first = prior(labels, batch["tokens"][:1, 0, :0], cache)
+                prior(labels, first[:, -1:].argmax(-1), cache)
+
+
+def require_batches(config: Config, rows: int | None, processes: int) -> None:
+    """ValueError if `rows` training rows (None: unknown) are fewer than a global batch of the prior."""
+    batch = config.prior.train_batch_size * processes
+    if rows is not None and rows < batch and prior_family(config) != "mixture":
+        raise ValueError(
+            f"prior.train_batch_size={config.prior.train_batch_size} x {processes} processes: the training set has {rows} rows, "
+            "fewer than one global batch; make the batch smaller"
+        )
+
+
+def require_measurable(config: Config, **images: int | None) -> None:
+    """ValueError if recipes/evaluate.py cannot measure on so many `images` (by name; None is not known), or of this size."""
+    if (resolution := config.data.resolution) < CLASSIFIER_PIXELS:
+        raise ValueError(
+            f"data.resolution={resolution}: the classifier whose features the metrics use takes images from "
+            f"{CLASSIFIER_PIXELS} x {CLASSIFIER_PIXELS} pixels; choose data.resolution={CLASSIFIER_PIXELS} or more"
+        )
+    neighbours, limit = config.evaluation.neighbours, config.evaluation.max_images
+    needed = max(2, neighbours + 1)
+    for name, count in images.items():
+        if count is not None and (count := min(count, limit)) < needed:
+            what = name.replace("_", " ")
+            lower = f", or evaluation.neighbours={count - 1}" if count > 1 else ""
+            raise ValueError(
+                f"precision and recall of evaluation.neighbours={neighbours} need at least {needed} {what}, got {count}: "
+                f"give more{lower}"
+            )
+
+
+def _encoding(config: Config, autoencoder: Autoencoder) -> tuple[Tensor, Tensor]:
+    """What recipes/encode.py would cache of two images: [2, 1, ...] and labels [2]."""
+    side, size = autoencoder.latent_size, config.autoencoder.vq.codebook_size
+    if config.autoencoder.bottleneck == "vq":
+        return torch.randint(size, (2, 1, side**2), dtype=torch.int32), torch.zeros(2, dtype=torch.int64)
+    return torch.randn(2, 1, 2 * config.autoencoder.latent_channels, side, side), torch.zeros(2, dtype=torch.int64)
+
+
+@contextlib.contextmanager
+def _rehearsal(config: Config, device: torch.device, what: str) -> Iterator[None]:
+    """Draws inside leave the global random state; a refusal says which model of the chain it is about."""
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
+            yield
+    except (ValueError, TypeError, ImportError) as error:
+        chosen = {key: value for key, value in dataclasses.asdict(config.kernels).items() if value not in ("auto", "reference")}
+        knobs = f" with {', '.join(f'kernels.{key}={value}' for key, value in chosen.items())}" if chosen else ""
+        kind = next(kind for kind in (ValueError, TypeError, ImportError) if isinstance(error, kind))
+        raise kind(f"{what} cannot run{knobs}: {' '.join(str(error).split())}") from error
