@@ -78,12 +78,15 @@ class FolderLock:
         if other := _HELD.get(self.path):
             self._refuse(other.holder)
         self.made = [p for p in (self.path.parent, *self.path.parent.parents) if not p.exists()]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             while not self._take():
                 pass
-        except BaseException:
+        except BaseException as error:
             self._remove_empty_folders()
+            if isinstance(error, OSError) and error.strerror:  # of the system, not our own refusal
+                what = f"the output_dir cannot be written ({error.strerror}); choose another one, or make room for it there"
+                raise OSError(error.errno, what, str(self.folder)) from error
             raise
         _HELD[self.path] = self
         return self

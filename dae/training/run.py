@@ -69,6 +69,7 @@ class Run:
             FileNotFoundError: the model of a stage before that of the checkpoint is lost.
             ValueError: the checkpoint belongs to another configuration (all differences are listed), or is damaged; or the
                 processes have different inputs, or see different checkpoints.
+            RuntimeError: the tracker cannot start.
 
             What one process raises, all do.
         """
@@ -88,7 +89,7 @@ class Run:
         if self.config.report_to != "none":
             settings = {row.key: str(look_up(self.config, row.key)) for row in describe()}
             with failing_together():
-                accelerator.init_trackers("decoupled-autoencoder", config=settings)
+                start_tracker(accelerator, self.config.report_to, settings)
         return checkpoint
 
     def _refuse_occupied_folder(self) -> None:
@@ -226,6 +227,20 @@ class Run:
             raise ValueError(
                 f"{self.history_file} is damaged ({error}): restore it, or delete it and take resume_from_checkpoint=latest"
             ) from error
+
+
+def start_tracker(accelerator: Accelerator, name: str, settings: dict[str, str]) -> None:
+    """accelerate's `init_trackers`, before the first step.
+
+    Raises:
+        RuntimeError: the tracker raised whatever it raises if it cannot start: not logged in, no connection, a full disk.
+    """
+    try:
+        accelerator.init_trackers("decoupled-autoencoder", config=settings)
+    except Exception as error:  # of classes of its own, of which we import none
+        words = " ".join(f"{type(error).__name__}: {error}".split())
+        remedy = "log in with `wandb login`, set WANDB_MODE=offline" if name == "wandb" else "see that it can write and connect"
+        raise RuntimeError(f"report_to={name} cannot start ({words}): {remedy}, or set report_to=none") from error
 
 
 def look_up(config: Any, key: str) -> Any:
