@@ -20,6 +20,8 @@ TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 FLOAT_DTYPES = (*KERNEL_DTYPES, torch.float64)
 
+INTERPRETED_BFLOAT16 = False  # set by who has mended Triton's interpreter, as the tests do
+
 MODES = torch._C._TorchDispatchModeKey
 TRACING_MODES = (MODES.FAKE, MODES.FUNCTIONAL, MODES.PROXY)
 
@@ -29,6 +31,8 @@ def dtype_refusal(*operands: torch.Tensor) -> str | None:
     for operand in operands:
         if operand.dtype not in KERNEL_DTYPES:
             return f"the kernel takes float16, bfloat16 and float32, got {operand.dtype}"
+        if operand.dtype == torch.bfloat16 and operand.device.type == "cpu" and interpreting() and not INTERPRETED_BFLOAT16:
+            return "Triton's CPU interpreter computes with the bits of bfloat16 (seen in 3.7.1), so its results are wrong"
     return None
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from dae_kernels import dispatch
 from dae_kernels.dispatch import TRITON_INSTALLED, interpreting
 
 
@@ -101,6 +102,7 @@ def patch_interpreter():
 
 if TRITON_INSTALLED and interpreting():
     patch_interpreter()
+    dispatch.INTERPRETED_BFLOAT16 = True
 
 
 @functools.cache

@@ -224,7 +224,7 @@ def implementation(
             raise ValueError("impl='torch' has no rules for torch.func (vmap, grad, ...): use impl='chunked'")
         return impl
     if impl == "triton" or (impl == "auto" and hidden.device.type == "cuda"):
-        refusal = dtype_refusal(hidden, linear_weight)
+        refusal = dtype_refusal(hidden, linear_weight, hidden.new_empty(0, dtype=dtype))  # the last is autocast's
         return "triton" if choose(impl, hidden.device, refusal) == "triton" else "chunked"
     if impl == "auto":
         return "reference" if math.prod(hidden.shape[:-1]) * len(linear_weight) <= FEW_LOGITS else "chunked"
