@@ -2,9 +2,10 @@
 
     python recipes/evaluate.py --config recipes/configs/digits.yaml
 
-Frechet distance and precision/recall are taken in features of a small classifier that is trained here on the training split
-(for unlabelled data: to tell by how many quarter turns an image was rotated). They compare runs on one data set with one
-another; they are not Inception numbers. Writes <output_dir>/metrics.json and <output_dir>/evaluation/.
+Frechet distance, kernel distance (KID's formula) and precision/recall are taken in features of a small classifier that is
+trained here on the training split (for unlabelled data: to tell by how many quarter turns an image was rotated). They compare
+runs on one data set with one another; they are not Inception numbers. Writes <output_dir>/metrics.json and
+<output_dir>/evaluation/.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from dae.metrics import (
     extract_features,
     frechet_distance,
     gaussian_rate,
+    kernel_distance,
     memorisation,
     precision_recall,
     predict,
@@ -58,6 +60,7 @@ from dae.training.priors import FAMILIES, Family
 from dae.training.rehearsal import require_measurable
 from dae.training.run import refuse_other_data
 
+KERNEL_SUBSET = 1000  # rows, as for KID; of fewer images half of them, so that subsets differ
 BATCH_PIXELS = 500 * 64 * 64  # of the images that are reconstructed at once: feature maps are larger than images
 
 
@@ -86,6 +89,13 @@ def evaluate(config: Config) -> dict:
     count = min(len(train), len(heldout))
     floor = equal_count_frechet(features["heldout"], features["train"], count=count, seed=seed)
 
+    def to_heldout(found: Tensor) -> dict:
+        """Kernel distance of features to those of the held-out images, and of which subsets it is the mean."""
+        rows = max(2, min(KERNEL_SUBSET, min(len(found), len(heldout)) // 2))
+        kernel = kernel_distance(features["heldout"], found, subset_size=rows, seed=seed)
+        values = {"kernel_distance": kernel.mean, "kernel_distance_std": kernel.std}
+        return values | {"kernel_subsets": kernel.number_of_subsets, "kernel_subset_size": kernel.subset_size}
+
     def judge(images: Tensor, labels: Tensor) -> dict:
         """A set of samples: distance to held-out images, recognition, copies of training images."""
         found = extract_features(classifier, images)
@@ -100,6 +110,7 @@ def evaluate(config: Config) -> dict:
             "frechet": distance.mean,
             "frechet_std": distance.std,
             "frechet_ratio": distance.mean / floor.mean,
+            **to_heldout(found),
             "precision": manifold.precision,
             "recall": manifold.recall,
             "memorised": copies.share_samples,
@@ -164,7 +175,12 @@ def evaluate(config: Config) -> dict:
             "tokens_an_image": prior.sequence_length if family == "ar" else None,
         },
         "generation": generation,
-        "floor": {"frechet": floor.mean, "frechet_std": floor.std, "meaning": "training against held-out images at equal counts"},
+        "floor": {
+            "meaning": "training against held-out images, the Frechet distance at equal counts",
+            "frechet": floor.mean,
+            "frechet_std": floor.std,
+            **to_heldout(features["train"]),
+        },
         "trade": trade,
         "extractor": {
             "id": classifier.identifier,
@@ -328,6 +344,12 @@ def show(metrics: dict) -> None:
     rows = [
         ("Frechet distance to held-out", f"{generation['frechet']:.2f}", f"training images: {floor['frechet']:.2f}"),
         ("  as a ratio", f"{generation['frechet_ratio']:.2f}", "1 is as near as the training images"),
+        (
+            "kernel distance to held-out",
+            f"{generation['kernel_distance']:.3g}",
+            f"± {generation['kernel_distance_std']:.2g} over {generation['kernel_subsets']} subsets of "
+            f"{generation['kernel_subset_size']:,}; training images: {floor['kernel_distance']:.3g}",
+        ),
         ("near-copies of training images", f"{generation['memorised']:.1%}", f"held-out: {generation['memorised_heldout']:.1%}"),
     ]
     prior = metrics["prior"]

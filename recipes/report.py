@@ -350,6 +350,7 @@ def measurements(run: Record) -> Html:
         ("Recognised", percent(g["recognised"]), "Samples that the classifier takes for the class they were sampled as."),
         ("Fréchet distance", distance, "Of samples to held-out images, as Gaussians of features; lower is better."),
         ("Fréchet distance, floor", least, "Of real training images to held-out images, at equal counts."),
+        *kernel_distances(g, floor),
         ("Fréchet ratio", number(g["frechet_ratio"]), "The distance over its floor; 1 is as near as real images are."),
         ("Precision", number(g["precision"], 3), "Share of samples that lie among held-out images, in features: fidelity."),
         ("Recall", number(g["recall"], 3), "Share of held-out images that lie among samples, in features: variety."),
@@ -360,6 +361,17 @@ def measurements(run: Record) -> Html:
     ]
     rows = [row for row in rows if run.labelled or row[0] != "Recognised"]
     return web.table(("measure", "value", "what it means"), rows, prose=(0, 2))
+
+
+def kernel_distances(generation: dict, floor: dict) -> list[tuple[str, str, str]]:
+    rows = []
+    for name, values, of in (("", generation, "samples"), (", floor", floor, "real training images")):
+        if "kernel_distance" in values:  # not measured by earlier versions
+            subsets, size = values["kernel_subsets"], values["kernel_subset_size"]
+            spread = web.spread(values["kernel_distance"], values["kernel_distance_std"], 4)
+            meaning = f"KID's formula in our features: of {of} to held-out images; {subsets} random subsets of {size:,} a side."
+            rows.append((f"Kernel distance{name}", spread, meaning))
+    return rows
 
 
 def prior_measurements(run: Record) -> list[tuple[str, str, str]]:

@@ -99,9 +99,13 @@ def test_metrics(chain):
     assert metrics["prior"]["tokens_an_image"] == 16
     numbers = {
         "recognised", "recognised_interval", "frechet", "frechet_std", "frechet_ratio", "precision", "recall", "memorised",
-        "memorised_heldout", "memorised_threshold",
+        "memorised_heldout", "memorised_threshold", "kernel_distance", "kernel_distance_std", "kernel_subsets",
+        "kernel_subset_size",
     }  # fmt: skip
     assert metrics["generation"].keys() == numbers
+    assert metrics["generation"]["kernel_subset_size"] == 20 and metrics["floor"]["kernel_subset_size"] == 180  # half of 40, 360
+    assert metrics["generation"]["kernel_distance"] > metrics["floor"]["kernel_distance"]
+    assert metrics["generation"]["kernel_subsets"] == 100 and metrics["generation"]["kernel_distance_std"] > 0
     assert all(row.keys() == numbers | {"prior_step", "heldout_bits_per_token", "cfg_scale"} for row in metrics["trade"])
     assert [row["cfg_scale"] for row in metrics["trade"]][:2] == [1.0, 2.0]
     assert json.loads(json.dumps(metrics), parse_constant=lambda name: pytest.fail(f"{name} is no JSON")) == metrics
@@ -109,7 +113,11 @@ def test_metrics(chain):
 
 def test_report(chain):
     page = (chain / "report.html").read_text()
-    assert "Decoupled Autoencoder on digits" in page and len(re.findall('src="data:image/', page)) > 10
+    assert (
+        "Decoupled Autoencoder on digits" in page
+        and "100 random subsets of 20 a side" in page
+        and len(re.findall('src="data:image/', page)) > 10
+    )
 
 
 def test_tokens_are_what_the_autoencoder_says(chain, configure):
