@@ -28,11 +28,10 @@ from dae.cli import main
 from dae.complexity.curves import complexity_curve
 from dae.complexity.distances import ADVERSARIAL, PLAIN, check_name, make_distance
 from dae.complexity.estimate import Estimate, check_seeds, pooled_error
-from dae.complexity.families import GeneratorFamily
 from dae.complexity.fitting import Fitting, fit, generate, measure_by_jackknife, split_rows
 from dae.complexity.gromov_wasserstein import gromov_wasserstein
 from dae.complexity.latent_page import DISTANCES, FAMILIES, Measured, axes_of, build, series_of
-from dae.complexity.latents import Latent, load_latent, saved_autoencoder
+from dae.complexity.latents import AUTOENCODERS, Latent, load_latent, rehearse_training, saved_autoencoder
 from dae.config import Config
 from dae.data import in_memory, load_data
 from dae.data.pictures import grid, to_uint8, write_png
@@ -59,7 +58,7 @@ def measure_latent(config: Config) -> Path:
     data.list_skipped(config.output_dir)
     images, labels = collect(data.train, config)
     labels = labels if data.labelled else None
-    latents = [load_latent(spec, images, labels, config, config.seed) for spec in tqdm(settings.latents, desc="latents")]
+    latents = load_latents(images, labels, config)
 
     # Divided by one number, each latent varies as much as the images, summed over a code's values: a bound on the stretch of a
     # generator then means the same for all, and a latent gains nothing by repeating itself.
@@ -68,9 +67,6 @@ def measure_latent(config: Config) -> Path:
         latent.name: (latent.codes.double() / scale).float().to(device) for latent, scale in zip(latents, scales, strict=True)
     }
     images = images.to(device)
-    for name in settings.families:
-        for latent in latents:
-            require_map(FAMILIES[name].family, name, latent, images)
 
     # D^G: for each seed, generators are fitted on half of the rows and measured on the other half.
     curves = {}
@@ -140,12 +136,26 @@ def total_variance(cloud: Tensor) -> float:
     return (cloud - cloud.mean(0)).square().sum(1).mean().item()
 
 
-def require_map(family: GeneratorFamily, name: str, latent: Latent, images: Tensor) -> None:
-    try:
-        with torch.random.fork_rng(devices=[]):
-            family.build(tuple(latent.codes.shape[1:]), tuple(images.shape[1:]))
-    except ValueError as error:
-        raise ValueError(f"measure.families: {name!r} cannot map the latent {latent.name!r}: {error}") from error
+def load_latents(images: Tensor, labels: Tensor | None, config: Config) -> list[Latent]:
+    """The latents, those that have to be trained last: what is wrong with any of them shows before."""
+    for spec in config.measure.latents:
+        if (shape := rehearse_training(spec, config, len(images))) is not None:
+            require_maps(spec, shape, images, config)
+    found = {}
+    for spec in tqdm(sorted(config.measure.latents, key=lambda spec: spec in AUTOENCODERS), desc="latents"):
+        found[spec] = load_latent(spec, images, labels, config, config.seed)
+        require_maps(spec, tuple(found[spec].codes.shape[1:]), images, config)
+    return [found[spec] for spec in config.measure.latents]
+
+
+def require_maps(latent: str, shape: tuple[int, ...], images: Tensor, config: Config) -> None:
+    """ValueError if a family of `measure.families` has no map from codes of this shape to images."""
+    for name in config.measure.families:
+        try:
+            with torch.random.fork_rng(devices=[]):
+                FAMILIES[name].family.build(shape, tuple(images.shape[1:]))
+        except ValueError as error:
+            raise ValueError(f"measure.families: {name!r} cannot map the latent {latent!r}: {error}") from error
 
 
 def yardsticks(images: Tensor, distance: str, seeds: list[int], options: Fitting) -> dict[str, Estimate]:

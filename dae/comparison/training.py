@@ -26,6 +26,7 @@ from dae.sampling.chain import Prior
 from dae.training import EMA, Stage, build_optimizer, build_scheduler, plan_stages
 from dae.training.loop import refuse_non_finite, seed_for, validation_images
 from dae.training.priors import FAMILIES, Family, encode_views, fit_mixture, prior_family
+from dae.training.rehearsal import rehearse_prior, rehearse_stage, require_batches
 
 
 def refuse_unsupported(config: Config) -> None:
@@ -40,6 +41,30 @@ def refuse_unsupported(config: Config) -> None:
             "training in memory has no perceptual loss, no gradient accumulation and no given weights: set "
             f"{' and '.join(found)}, or train with the recipes"
         )
+
+
+def rehearse(config: Config, num_classes: int, rows: int | None) -> None:
+    """Before anything is trained in memory: `dae.training.rehearsal` of what `config` trains, autoencoder and prior.
+
+    Raises:
+        ValueError, TypeError, ImportError: what a model, a loss or a kernel refuses, or fewer `rows` than a batch.
+    """
+    autoencoder = rehearse_autoencoder(config, rows)
+    require_batches(config, rows, 1)
+    rehearse_prior(config, autoencoder, num_classes, rows, contextlib.nullcontext)
+
+
+def rehearse_autoencoder(config: Config, rows: int | None) -> Autoencoder:
+    """The part of `rehearse` that concerns the autoencoder, of the last stage, which it returns untrained."""
+    refuse_unsupported(config)
+    for stage in plan_stages(config):
+        if rows is not None and rows < (batch := stage.config.train_batch_size):
+            raise ValueError(f"{stage.name}: the training set has {rows} rows, fewer than one batch of {batch}; make it smaller")
+        architecture = dataclasses.replace(config.autoencoder, decoder=stage.decoder)
+        with _own_random_state():
+            autoencoder = Autoencoder(architecture, config.data.channels, config.data.resolution)
+        rehearse_stage(config, stage, autoencoder, None, contextlib.nullcontext)
+    return autoencoder
 
 
 def batches(rows: int, batch_size: int, seed: int) -> Iterator[Tensor]:

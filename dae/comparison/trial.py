@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dae.comparison.arms import arm_config, parse_arms
-from dae.comparison.training import encode, train_autoencoder, train_prior
+from dae.comparison.training import encode, rehearse, train_autoencoder, train_prior
 from dae.complexity.report_card import report_card
 from dae.config import Config, with_overrides
 from dae.data import in_memory, load_data
@@ -45,6 +45,7 @@ from dae.sampling.chain import Prior, knows_classes
 from dae.training import plan_stages
 from dae.training.loop import seed_for
 from dae.training.priors import FAMILIES, prior_family
+from dae.training.rehearsal import require_measurable
 
 JUDGE_SEED = 0  # of the classifier and of all subsets: the same for every trial, arm and seed
 SHOWN = 32  # samples kept as pictures
@@ -129,7 +130,11 @@ class Bench:
         """
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         data = load_data(config.data, JUDGE_SEED)
+        rows = data.describe()
+        require_measurable(config, training_images=rows["train"], held_out_images=rows["validation"])
         data.list_skipped(config.output_dir)
+        for arm in parse_arms(config.compare):  # before the classifier is trained
+            rehearse(arm_config(config, arm), data.num_classes, limited(rows["train"], config))
         train, train_labels = _collect(data.train, config, device)
         heldout, heldout_labels = _collect(data.validation, config, device)
         task = (lambda x, y: (x, y)) if data.labelled else (lambda x, _: rotation_task(x))
@@ -180,6 +185,11 @@ class Bench:
             "data": self.data,
             "versions": versions(),
         }
+
+
+def limited(rows: int | None, config: Config) -> int | None:
+    """As many of `rows` as are taken."""
+    return None if rows is None else min(rows, config.evaluation.max_images)
 
 
 def _collect(dataset: Dataset, config: Config, device: torch.device) -> tuple[Tensor, Tensor]:

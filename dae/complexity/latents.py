@@ -281,6 +281,23 @@ def _trained_autoencoder(spec: str, images: Tensor, labels: Tensor | None, confi
     return codes, True, words, {"method": config.method, **trained}
 
 
+def rehearse_training(spec: str, config: Config, rows: int) -> tuple[int, ...] | None:
+    """Before anything is trained: can `ae`, `vae`, `vq` or `dae` be trained here on `rows` images?
+
+    Returns:
+        the shape of a code; None for a `spec` that is not trained here.
+
+    Raises:
+        ValueError, TypeError, ImportError: what the configuration, a model or a kernel refuses.
+    """
+    if spec not in AUTOENCODERS:
+        return None
+    from dae.comparison.training import rehearse_autoencoder
+
+    autoencoder = rehearse_autoencoder(configuration_of(spec, config), rows)
+    return (autoencoder.config.latent_channels, autoencoder.latent_size, autoencoder.latent_size)
+
+
 def configuration_of(spec: str, config: Config) -> Config:
     """The configuration by which `ae`, `vae`, `vq` or `dae` is trained: as `config` says but for method and bottleneck."""
     architecture = config.autoencoder
