@@ -93,8 +93,8 @@ def compiled(variant: Variant, target: Any) -> Any:
     return triton.compile(source, target=target, options=variant.options)
 
 
-def resources(binary: Any, target_name: str) -> dict[str, Any]:
-    """Registers a thread, bytes of shared memory a block, spilled words, and the number of tensor-core instructions."""
+def resources(binary: Any, target_name: str, product: bool) -> dict[str, Any]:
+    """Registers a thread, shared memory a block and spills in bytes, and of a product its tensor-core instructions."""
     import triton
 
     if target_name.startswith("gfx"):
@@ -107,11 +107,10 @@ def resources(binary: Any, target_name: str) -> dict[str, Any]:
             file.write(binary.asm["cubin"])
             file.flush()
             tool = triton.knobs.nvidia.cuobjdump.path
-            usage = subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
-            code = subprocess.run([tool, "-sass", file.name], check=True, capture_output=True, text=True).stdout
+            show = lambda option: subprocess.run([tool, option, file.name], check=True, capture_output=True, text=True).stdout  # noqa: E731
+            usage, code = show("-res-usage"), show("-sass") if product else ""  # to disassemble takes longer than to compile
         numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-        registers = numbers["REG"]
-        spills = numbers["STACK"] + numbers["LOCAL"] + len(re.findall(r"\b(?:LDL|STL)\b", code))
+        registers, spills = numbers["REG"], numbers["STACK"] + numbers["LOCAL"]  # no LDL or STL without such memory
     products = len(re.findall(INSTRUCTION[target_name], code))
     return {"registers": registers, "shared": binary.metadata.shared, "spills": spills, "tensor_core": products}
 
@@ -148,7 +147,7 @@ def main() -> None:
             for variant in variants_of(operation, target.backend):
                 binary = compiled(variant, target)
                 report = {"operation": operation, "kernel": binary.metadata.name, "variant": variant.name, "target": target_name}
-                report |= resources(binary, target_name) | {"product": variant.product}
+                report |= resources(binary, target_name, variant.product) | {"product": variant.product}
                 report["faults"] = faults(report)
                 broken += bool(report["faults"])
                 if arguments.json:
