@@ -255,6 +255,13 @@ def bits(value):
     return [bits(each) for each in value] if isinstance(value, (list, tuple)) else repr(value)
 
 
+@pytest.fixture(autouse=True)
+def short_training(monkeypatch):
+    """Of what takes a fixed number of steps: modes are the same in all of them."""
+    monkeypatch.setattr(predictors, "PRIOR_STEPS", 5)
+    monkeypatch.setattr(predictors, "MLP_STEPS", 5)
+
+
 def test_every_public_name_is_listed():
     public = {name for package in (complexity, metrics, losses, sampling) for name in package.__all__}
     assert public <= CASES.keys() | NO_CASE.keys() and not NO_CASE.keys() & CASES.keys()
