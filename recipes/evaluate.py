@@ -223,7 +223,7 @@ def load_samples(output: Path) -> tuple[dict[str, np.ndarray], dict]:
     if made_by != fingerprint(output / "prior"):
         raise ValueError(f"the samples in {folder} are of another prior than {output / 'prior'}: {remedy}")
     if classes := sampling.get("classes"):
-        raise ValueError(f"the samples in {folder} are of the classes {classes} alone, the images held out of all: {remedy}")
+        raise ValueError(f"the samples in {folder} are of the classes {', '.join(map(str, classes))} alone, the images held out of all: {remedy}")
     return samples, sampling
 
 

@@ -20,14 +20,16 @@ from tqdm import tqdm
 
 from dae.cli import main
 from dae.config import Config
+from dae.data.classes import resolve_classes
 from dae.data.pictures import grid, to_uint8, write_npz, write_png
 from dae.files import announce, replaced_folder, write_file
 from dae.hub import fingerprint
 from dae.lock import writes
 from dae.sampling import balanced_labels, generate, load_chain
-from dae.sampling.chain import knows_classes
+from dae.sampling.chain import Prior, knows_classes
 from dae.training import one_process
 from dae.training.loop import seed_for
+from dae.training.run import recorded_data
 
 
 @writes("samples")
@@ -38,7 +40,7 @@ def sample(config: Config) -> Path:
     drawn_from = fingerprint(Path(config.output_dir) / "prior")  # now: it may be trained further while it is sampled
     if settings.classes and not knows_classes(prior):
         raise ValueError(f"sampling.classes={settings.classes}: this prior knows no classes; leave it out")
-    labels_N = balanced_labels(settings.num_samples, prior.num_classes if knows_classes(prior) else 1, settings.classes)
+    labels_N = balanced_labels(settings.num_samples, prior.num_classes if knows_classes(prior) else 1, chosen(config, prior))
     started, images = time.monotonic(), []
     with tqdm(total=len(labels_N), desc="sample", unit="image", mininterval=0.5) as bar:
         for batch in generate(autoencoder, prior, labels_N, settings, seed_for(config.seed, "sampling")):
@@ -59,6 +61,15 @@ def sample(config: Config) -> Path:
         write_file(new / "sampling.json", json.dumps(dataclasses.asdict(settings) | facts, indent=2).encode())
     announce(folder, ["samples.npz", "sampling.json", "grid.png", *pngs], f": {len(arrays)} images in {seconds:.1f} s")
     return folder
+
+
+def chosen(config: Config, prior: Prior) -> list[int]:
+    """Numbers of the classes that `sampling.classes` names, none for all. ValueError: one of them is unknown."""
+    folder = Path(config.output_dir) / "prior"
+    data = recorded_data(folder) or {"class_names": [str(c) for c in range(prior.num_classes)]}  # of a run of earlier versions
+    if (known := len(data["class_names"])) != prior.num_classes:
+        raise ValueError(f"{folder}: data.json tells of {known} classes, the prior knows {prior.num_classes}: train it again")
+    return resolve_classes(config.sampling.classes, data["class_names"], data.get("labels"))
 
 
 def overview(images_NHWC: np.ndarray, labels_N: np.ndarray) -> np.ndarray:

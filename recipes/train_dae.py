@@ -47,7 +47,7 @@ from dae.training.initialization import load_decoder, load_latent
 from dae.training.loop import global_mean, progress_bar, refuse_non_finite, seed_for, synchronize_gradients, validation_images
 from dae.training.pictures import reconstruction_sheet
 from dae.training.priors import require_guidance
-from dae.training.rehearsal import rehearse_prior, rehearse_stage, require_batches, require_measurable
+from dae.training.rehearsal import rehearse_prior, rehearse_stage, require_batches, require_measurable, sampled_classes
 
 
 @writes("autoencoder", makes_folder=True)
@@ -67,15 +67,17 @@ def train(config: Config) -> Path:
             rehearse_stage(config, stage, trial, build_perceptual_loss(config, stage), accelerator.autocast)
         rows = data.describe()
         require_batches(config, rows["train"], accelerator.num_processes)
+        sampled_classes(config, data.class_names, data.labels)
         rehearse_prior(config, trial, data.num_classes, rows["train"], accelerator.autocast)
         require_measurable(config, training_images=rows["train"], held_out_images=rows["validation"])
         del trial
+        summary = summarize(data) if accelerator.is_main_process else None
     if config.push_to_hub:
         run_on_first_process(lambda: prepare_repository(config.hub_model_id, f"{config.hub_model_id}-prior"))
-    resumed = run.open(accelerator, {"data set": data.fingerprint}, stages)
+    resumed = run.open(accelerator, {"data set": data.fingerprint}, stages, rows | {"table": summary and summary.table()})
     data.list_skipped(config.output_dir)
-    table = summarize(data).lines() if accelerator.is_main_process else []
-    accelerator.print("\n".join(table))
+    if summary:
+        print("\n".join(summary.lines()))
 
     autoencoder = build_autoencoder(config, stages[0]).to(accelerator.device)
     steps_before = 0
@@ -95,7 +97,7 @@ def train(config: Config) -> Path:
         steps_before += stage.config.max_train_steps
 
     def save() -> None:
-        autoencoder.save_pretrained(run.folder, card=autoencoder_card(config, data.describe(), run.history(), table))
+        autoencoder.save_pretrained(run.folder, card=autoencoder_card(config, data.describe(), run.history(), summary.lines()))
         announce(run.folder, run.outputs(*(stage.name for stage in stages[:-1])), data.skipped_note())
         if config.push_to_hub:
             print(autoencoder.push_to_hub(config.hub_model_id, folder=run.folder))

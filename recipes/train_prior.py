@@ -37,6 +37,7 @@ from dae.training.initialization import load_prior
 from dae.training.loop import global_mean, progress_bar, refuse_non_finite, seed_for, synchronize_gradients, validation_images
 from dae.training.pictures import sample_sheet
 from dae.training.priors import FAMILIES, Family, fit_mixture, prior_family, require_guidance
+from dae.training.rehearsal import sampled_classes
 
 
 @writes("prior")
@@ -57,21 +58,23 @@ def train(config: Config) -> Path:
         if settings.init_from:
             load_prior(prior, settings.init_from)
         choose_kernels(prior, config.kernels)
+        classes = sampled_classes(config, data.class_names, data.labels)
+        summary = summarize(data) if accelerator.is_main_process else None
+        description = data.describe() | {"table": summary and summary.table()}
 
     repository = f"{config.hub_model_id}-prior"
     if config.push_to_hub:
         run_on_first_process(lambda: prepare_repository(repository))
-    table = summarize(data).lines() if accelerator.is_main_process else []
 
     def card(step: int) -> str:
         """With what was measured of the weights of this step."""
         rows = [row for row in run.history() if row["step"] <= step or row["split"] == "delivered"]
-        return prior_card(config, type(prior), data.describe(), rows, table)
+        return prior_card(config, type(prior), data.describe(), rows, summary.lines())
 
     if family.loss is None:
-        fit(config, family, prior, cache, accelerator, run, card)
+        fit(config, family, prior, cache, accelerator, run, description, card)
     else:
-        train_by_steps(config, family, prior, cache, accelerator, run, card)
+        train_by_steps(config, family, prior, cache, accelerator, run, description, card, classes)
     run_on_first_process(lambda: announce(run.folder, run.outputs()))
     if config.push_to_hub:
         accelerator.print(run_on_first_process(lambda: prior.push_to_hub(repository, folder=run.folder)))
@@ -86,12 +89,14 @@ def train_by_steps(
     cache: EncodingCache,
     accelerator: Accelerator,
     run: Run,
+    data: dict,
     card: Callable[[int], str],
+    classes: list[int],
 ) -> None:
     settings, device = config.prior, accelerator.device
     prior.gradient_checkpointing = settings.gradient_checkpointing
     loader = TrainLoader(cache.train, settings.train_batch_size, seed=seed_for(config.seed, "prior", "order"))
-    resumed = run.open(accelerator, dataclasses.asdict(cache.fingerprint))
+    resumed = run.open(accelerator, dataclasses.asdict(cache.fingerprint), data=data)
 
     ema = EMA(prior, settings.ema_decay) if settings.use_ema else None
     optimizer = build_optimizer(prior, settings)
@@ -148,7 +153,7 @@ def train_by_steps(
                 run.record(accelerator, done, {family.criterion: score}, stage="prior", split="validation")
                 with failing_together():
                     if autoencoder is not None:
-                        run.record_picture(accelerator, done, "samples", sample_sheet(autoencoder, prior, config))
+                        run.record_picture(accelerator, done, "samples", sample_sheet(autoencoder, prior, config, classes))
                 if best is None or score < best["score"] or not settings.early_stopping:
                     best = {"step": done, "score": score}
                     best_tensors = {name: weight.detach().cpu().clone() for name, weight in prior.state_dict().items()}
@@ -183,10 +188,11 @@ def fit(
     cache: EncodingCache,
     accelerator: Accelerator,
     run: Run,
+    data: dict,
     card: Callable[[int], str],
 ) -> None:
     """A prior without steps: one fit, one entry of the log for each split, one checkpoint; resuming finds it done."""
-    resumed = run.open(accelerator, dataclasses.asdict(cache.fingerprint))
+    resumed = run.open(accelerator, dataclasses.asdict(cache.fingerprint), data=data)
     if resumed is not None:
         load_weights(prior, resumed.tensors["model"], str(resumed.path))
 

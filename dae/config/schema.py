@@ -234,7 +234,11 @@ class KernelsConfig:
 @dataclass
 class SamplingConfig:
     num_samples: int = knob(2000, "images to sample, classes in equal parts", least=1)
-    classes: List[int] = knob([], "sample these classes alone, by their numbers, as in [3,5]; none: all", least=0)
+    classes: List[str] = knob(
+        [],
+        "sample these classes alone, as in [cat,dog] or [1990,2020]: each the name of a class, or if none is called so the label "
+        "that stands in the data; none: all",
+    )
     batch_size: int = knob(500, "images sampled at once", least=1)
     num_inference_steps: int = knob(32, "dit: steps of the ODE solver from noise to latent", least=1)
     cfg_scale: float = knob(1.0, "classifier-free guidance: 1 samples the model, more trades variety for fidelity", least=0)

@@ -25,6 +25,7 @@ class ImageData:
     labelled: bool
     fingerprint: str
     name: str
+    labels: list | None = None  # what stands in the label column for each class; None: 0 to num_classes - 1
     columns: dict[str, Any] = field(default_factory=dict)
     splits: dict[str, int | None] = field(default_factory=dict)
     held_out: str = ""
@@ -53,6 +54,7 @@ class ImageData:
             "labelled": self.labelled,
             "num_classes": self.num_classes,
             "class_names": self.class_names,
+            "labels": self.labels,
             "columns": self.columns,
             "fingerprint": self.fingerprint,
             "splits": self.splits,
@@ -122,6 +124,7 @@ def load_data(config: DataConfig, seed: int) -> ImageData:
         labelled=labels.column is not None,
         fingerprint=fingerprint,
         name=source_name(config),
+        labels=labels.values,
         columns=used,
         splits={name: split.size for name, split in source.splits.items()},
         held_out=_held_out_rule(names["validation"], config),

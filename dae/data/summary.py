@@ -48,6 +48,10 @@ class Summary:
 
     def lines(self) -> list[str]:
         """The table, one line a fact."""
+        return [f"{what:<9} {fact}" for what, fact in self.table()]
+
+    def table(self) -> list[tuple[str, str]]:
+        """What a fact is about, and the fact."""
         count = {part: "unknown" if rows is None else f"{rows:,}" for part, rows in self.rows.items()}
         found = ", ".join(f"{split} {'unknown' if rows is None else f'{rows:,}'}" for split, rows in self.splits.items())
         kinds = ", ".join(f"{kind} ({n})" if len(self.images) > 1 else kind for kind, n in list(self.images.items())[:6])
@@ -57,13 +61,14 @@ class Summary:
         table += [("images", f"{kinds}{more}; {sum(self.images.values())} looked at")]
         table += [("time", f"{self.milliseconds:.1f} ms to decode a row"), *(("read as", note) for note in self.notes)]
         table += [("left out", line) for line in self.left_out or ["nothing"]]
-        return [f"{what:<9} {' '.join(fact.split())}" for what, fact in table]
+        return [(what, " ".join(fact.split())) for what, fact in table]
 
     def _classes(self) -> str:
         if self.classes is None:
             return "none"
         shown = [name if rows is None else f"{name} {rows:,}" for name, rows in list(self.classes.items())[:SHOWN]]
-        return f"{len(self.classes)}: {', '.join(shown)}{', ...' if len(self.classes) > SHOWN else ''}"
+        unknown = "; counts not known before the stream is read" if None in self.classes.values() else ""
+        return f"{len(self.classes)}: {', '.join(shown)}{', ...' if len(self.classes) > SHOWN else ''}{unknown}"
 
 
 def summarize(data: ImageData) -> Summary:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -27,8 +28,8 @@ def reconstruction_sheet(autoencoder: Autoencoder, images_BCHW: Tensor) -> np.nd
     return grid(to_uint8(torch.cat([images_BCHW, rebuilt.float()])), columns=len(images_BCHW))
 
 
-def sample_sheet(autoencoder: Autoencoder, prior: Prior, config: Config) -> np.ndarray:
-    """One picture, uint8 [H, W, C]: `config.logged_images` samples, classes in turn, of the same noise at each call."""
-    labels_N = balanced_labels(config.logged_images, prior.num_classes)
+def sample_sheet(autoencoder: Autoencoder, prior: Prior, config: Config, classes: Sequence[int] = ()) -> np.ndarray:
+    """One picture, uint8 [H, W, C]: `config.logged_images` samples, `classes` (none: all) in turn, of the same noise each time."""
+    labels_N = balanced_labels(config.logged_images, prior.num_classes, classes)
     batches = generate(autoencoder, prior.eval(), labels_N, config.sampling, seed_for(config.seed, "prior", "pictures"))
     return grid(to_uint8(torch.cat([batch.float() for batch in batches])), columns=min(len(labels_N), 8))

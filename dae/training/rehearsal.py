@@ -15,10 +15,10 @@ from torch import Tensor
 
 from dae.config import Config
 from dae.data.cache import Fingerprint
+from dae.data.classes import resolve_classes
 from dae.losses import PerceptualLoss, discriminator_loss
 from dae.memory import require_memory
 from dae.models import ARPrior, Autoencoder, GaussianMixturePrior, PatchDiscriminator, choose_kernels
-from dae.sampling.chain import balanced_labels
 from dae.training.priors import FAMILIES, prior_family
 from dae.training.stages import Stage
 
@@ -73,10 +73,6 @@ def rehearse_prior(config: Config, autoencoder: Autoencoder, num_classes: int, r
     """
     name, settings, device = prior_family(config), config.prior, autoencoder.device
     family = FAMILIES[name]
-    if config.sampling.classes:
-        if name == "mixture":
-            raise ValueError(f"sampling.classes={config.sampling.classes}: a mixture knows no classes; leave it out")
-        balanced_labels(1, num_classes, config.sampling.classes)
     if family.model is GaussianMixturePrior:
         encodings = None if rows is None else rows * (1 + settings.augmented_copies)
         if encodings is not None and encodings < max(2, settings.num_components):
@@ -107,6 +103,13 @@ def rehearse_prior(config: Config, autoencoder: Autoencoder, num_classes: int, r
                 cache, labels = prior.make_cache(1), batch["label"][:1]
                 first = prior(labels, batch["tokens"][:1, 0, :0], cache)
                 prior(labels, first[:, -1:].argmax(-1), cache)
+
+
+def sampled_classes(config: Config, class_names: list[str], labels: list | None) -> list[int]:
+    """Numbers of the classes that `sampling.classes` names, none for all. ValueError: unknown, or the prior knows no classes."""
+    if config.sampling.classes and prior_family(config) == "mixture":
+        raise ValueError(f"sampling.classes={config.sampling.classes}: a mixture knows no classes; leave it out")
+    return resolve_classes(config.sampling.classes, class_names, labels)
 
 
 def require_batches(config: Config, rows: int | None, processes: int) -> None:

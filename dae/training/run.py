@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 DATA_NAMES = ("data.dataset_name", "data.train_files", "data.validation_files")
 INPUTS = "inputs.json"  # in a run's folder: fingerprints of what it read
+DATA = "data.json"  # likewise: the data set in words and numbers, see `recorded_data`
 
 # What may change between a checkpoint and its resumption without changing what is computed; batch sizes are compared globally.
 FREE_TO_CHANGE = (
@@ -56,13 +57,18 @@ class Run:
         self.started = time.monotonic()
 
     def open(
-        self, accelerator: Accelerator, inputs: dict[str, str] | None = None, stages: Sequence[Stage] = ()
+        self,
+        accelerator: Accelerator,
+        inputs: dict[str, str] | None = None,
+        stages: Sequence[Stage] = (),
+        data: dict | None = None,
     ) -> Checkpoint | None:
         """Claim the folder; return the checkpoint to resume from, if one was asked for and exists.
 
         Args:
             inputs: fingerprints of what the run reads; a checkpoint that was trained on something else is refused.
             stages: of the run, in their order; each but the last leaves its model in a folder of its name.
+            data: description of the data set, for `recorded_data`.
 
         Raises:
             FileExistsError: the folder holds a run, and resuming was not asked for.
@@ -85,7 +91,7 @@ class Run:
                 self._refuse_other_configuration(checkpoint)
             run_on_first_process(lambda: self._keep_earlier_stages(checkpoint, [stage.name for stage in stages]))
             log.info("resuming from %s", checkpoint.path)
-        run_on_first_process(lambda: self._prepare_folder(checkpoint))
+        run_on_first_process(lambda: self._prepare_folder(checkpoint, data))
         if self.config.report_to != "none":
             settings = {row.key: str(look_up(self.config, row.key)) for row in describe()}
             with failing_together():
@@ -117,13 +123,15 @@ class Run:
                     f"{name} (resume_from_checkpoint=<path>), or start a new run in another output_dir"
                 )
 
-    def _prepare_folder(self, checkpoint: Checkpoint | None) -> None:
+    def _prepare_folder(self, checkpoint: Checkpoint | None, data: dict | None) -> None:
         self.history_file.parent.mkdir(parents=True, exist_ok=True)
         for stale in self.folder.glob(".*.tmp"):  # of a run that was killed while it wrote: under our lock nobody else does
             stale.unlink() if stale.is_file() else shutil.rmtree(stale)
         save_config(self.config, self.folder / "config.yaml")
         save_config(self.config, self.folder.parent / "config.yaml")
         write_file(self.folder / INPUTS, json.dumps(self.inputs, indent=1).encode())
+        if data is not None:
+            write_file(self.folder / DATA, json.dumps(data, indent=1).encode())
         kept = []
         if checkpoint and self.history_file.exists():  # forget what was logged after the checkpoint
             kept = [row for row in self.history() if row["step"] <= checkpoint.state["step"]]
@@ -271,6 +279,20 @@ def refuse_other_data(folder: Path, config: DataConfig, fingerprint: str) -> Non
 def _places(config: Config) -> list[str]:
     names = (config.data.dataset_name, *config.data.train_files, *config.data.validation_files)
     return [os.path.realpath(os.path.expanduser(name)) for name in names]
+
+
+def recorded_data(folder: Path) -> dict | None:
+    """What the run in `folder` read: `ImageData.describe` and, as `table`, `Summary.table`; None of a run of earlier versions.
+
+    ValueError: the file is damaged.
+    """
+    if not (file := folder / DATA).is_file():
+        return None
+    try:
+        data = dict(json.loads(file.read_text()))
+        return data | {"class_names": list(data["class_names"]), "table": [(what, fact) for what, fact in data["table"]]}
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{file} is damaged ({error}): resume the run, which writes it anew, or delete it") from error
 
 
 def recorded_inputs(folder: Path) -> dict[str, str]:

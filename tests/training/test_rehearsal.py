@@ -8,7 +8,7 @@ import torch
 from dae.config import load_config
 from dae.models import Autoencoder
 from dae.training import plan_stages
-from dae.training.rehearsal import rehearse_prior, rehearse_stage, require_batches, require_measurable
+from dae.training.rehearsal import rehearse_prior, rehearse_stage, require_batches, require_measurable, sampled_classes
 
 SMALL = (
     "data.resolution=16", "data.channels=3", "autoencoder.base_channels=8", "autoencoder.latent_channels=4",
@@ -30,6 +30,7 @@ def rehearse(*overrides, rows=50, heldout=10):
         autoencoder = Autoencoder(config.autoencoder, config.data.channels, config.data.resolution)
         rehearse_stage(config, stage, autoencoder, None, contextlib.nullcontext)
     require_batches(config, rows, 2)
+    sampled_classes(config, ["ant", "bee", "cat"], None)
     rehearse_prior(config, autoencoder, 3, rows, contextlib.nullcontext)
     require_measurable(config, training_images=rows, held_out_images=heldout)
 
@@ -48,7 +49,7 @@ def rehearse(*overrides, rows=50, heldout=10):
         ([KL, MIXTURE, "prior.num_components=51"], ValueError, "only 50 encodings.*fewer components"),
         ([KL, MIXTURE, "prior.num_components=10000000", "prior.augmented_copies=1000000"], ValueError, "GB of memory"),
         ([KL, MIXTURE, "sampling.classes=[0]"], ValueError, "a mixture knows no classes"),
-        (["sampling.classes=[3]"], ValueError, r"classes 0\.\.2, got 3"),
+        (["sampling.classes=[3]"], ValueError, "'3' is neither the name nor the label of a class; there are 3 classes: ant, bee, cat"),
         (["prior.train_batch_size=26"], ValueError, "prior.train_batch_size=26 x 2 processes.*50 rows"),
         (["evaluation.neighbours=10"], ValueError, "11 held out images, got 10.*evaluation.neighbours=9"),
         (["evaluation.max_images=3"], ValueError, "4 training images, got 3"),
@@ -80,7 +81,7 @@ def test_refused_before_training(overrides, kind, message):
         [KL, ATTENTIVE],
         [KL, MIXTURE],
         ["autoencoder.channel_multipliers=[1,1,1,1,1]"],  # one position
-        ["method=joint", "sampling.classes=[0,2]", "kernels.attention=reference"],
+        ["method=joint", "kernels.attention=reference"],
         ["prior.dropout=0.5", "prior.token_noise=0.5", "prior.gradient_checkpointing=true"],
     ],
 )
