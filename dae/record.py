@@ -15,7 +15,7 @@ import numpy as np
 
 from dae.config import Config, load_config
 from dae.hub import fingerprint
-from dae.training.run import Run
+from dae.training.run import Run, recorded_data
 
 
 @dataclass
@@ -28,6 +28,7 @@ class Record:
         images: uint8 [N, H, W, C], the samples; labels: int64 [N], their classes.
         pictures: by name, the images that recipes/evaluate.py kept; empty if there are none.
         autoencoder, prior: rows of the logs, oldest first; empty if there is no log.
+        tables: of each data set that was read, which is one as a rule, the table of `dae.data.Summary`; none of earlier versions.
         measured_on: the day metrics.json was written.
         contradictions: sentences on what in the folder is newer than the measurements.
     """
@@ -39,6 +40,7 @@ class Record:
     pictures: dict[str, np.ndarray]
     autoencoder: list[dict]
     prior: list[dict]
+    tables: list[list[tuple[str, str]]]
     measured_on: datetime.date
     contradictions: list[str]
 
@@ -66,6 +68,7 @@ class Record:
         with _undamaged(sampling_file, "sample"):
             contradicted = contradictions(output, metrics)
         runs = {name: Run(config, name) for name in ("autoencoder", "prior")}
+        read = {data["fingerprint"]: data["table"] for run in runs.values() if (data := recorded_data(run.folder))}
         return cls(
             config=trained_configuration(config),
             metrics=metrics,
@@ -73,6 +76,7 @@ class Record:
             labels=labels,
             pictures=pictures,
             **{name: run.history() if run.history_file.is_file() else [] for name, run in runs.items()},
+            tables=list(read.values()),
             measured_on=datetime.date.fromtimestamp(metrics_file.stat().st_mtime),
             contradictions=contradicted,
         )

@@ -222,8 +222,8 @@ def load_samples(output: Path) -> tuple[dict[str, np.ndarray], dict]:
         raise ValueError(f"the samples in {folder} are no images [N, H, W, C] with a label each: {remedy}")
     if made_by != fingerprint(output / "prior"):
         raise ValueError(f"the samples in {folder} are of another prior than {output / 'prior'}: {remedy}")
-    if classes := sampling.get("classes"):
-        raise ValueError(f"the samples in {folder} are of the classes {', '.join(map(str, classes))} alone, the images held out of all: {remedy}")
+    if classes := ", ".join(map(str, sampling.get("classes", ()))):
+        raise ValueError(f"the samples in {folder} are of {classes} alone, the images held out of all classes: {remedy}")
     return samples, sampling
 
 

@@ -65,6 +65,8 @@ def report(config: Config) -> Path:
     page.section("In numbers", headline(run))
     page.section("Samples", sample_grid(run))
     page.section("Reconstructions", reconstructions(run))
+    if run.tables:
+        page.section("Data", *data_tables(run))
     page.section("Training", autoencoder_curves(run.autoencoder), prior_curves(run))
     if run.family == "ar":
         page.section("Codebook", codebook(run.metrics.get("codebook")))
@@ -193,6 +195,19 @@ def reconstructions(run: Record) -> Html:
     quality = ", ".join(f"{DECODERS[n]} {number(v['psnr'], 1)}\u00a0dB (SSIM {number(v['ssim'], 3)})" for n, v in rebuilt.items())
     caption = f"Held-out images, encoded into {codes} and decoded again. {why}PSNR over all held-out images: {quality}."
     return web.figure(web.strips(rows), caption)
+
+
+def data_tables(run: Record) -> list[Html]:
+    words = ("What training read, as it said before the first step:",)
+    if len(run.tables) > 1:
+        words = (
+            "What training of the autoencoder read, as it said before the first step:",
+            "The prior was trained on other data:",
+        )
+    parts = []
+    for sentence, table in zip(words, run.tables, strict=True):
+        parts += [paragraph(sentence), web.table(("what", "read"), table, prose=(0, 1))]
+    return parts
 
 
 def autoencoder_curves(history: list[dict]) -> Html:

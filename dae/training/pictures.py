@@ -29,7 +29,7 @@ def reconstruction_sheet(autoencoder: Autoencoder, images_BCHW: Tensor) -> np.nd
 
 
 def sample_sheet(autoencoder: Autoencoder, prior: Prior, config: Config, classes: Sequence[int] = ()) -> np.ndarray:
-    """One picture, uint8 [H, W, C]: `config.logged_images` samples, `classes` (none: all) in turn, of the same noise each time."""
+    """One picture, uint8 [H, W, C]: `config.logged_images` samples, `classes` (none: all) in turn, always of the same noise."""
     labels_N = balanced_labels(config.logged_images, prior.num_classes, classes)
     batches = generate(autoencoder, prior.eval(), labels_N, config.sampling, seed_for(config.seed, "prior", "pictures"))
     return grid(to_uint8(torch.cat([batch.float() for batch in batches])), columns=min(len(labels_N), 8))

@@ -290,7 +290,8 @@ def recorded_data(folder: Path) -> dict | None:
         return None
     try:
         data = dict(json.loads(file.read_text()))
-        return data | {"class_names": list(data["class_names"]), "table": [(what, fact) for what, fact in data["table"]]}
+        table = [(what, fact) for what, fact in data["table"]]
+        return data | {"class_names": list(data["class_names"]), "fingerprint": str(data["fingerprint"]), "table": table}
     except (ValueError, TypeError, KeyError) as error:
         raise ValueError(f"{file} is damaged ({error}): resume the run, which writes it anew, or delete it") from error
 

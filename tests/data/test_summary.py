@@ -18,6 +18,7 @@ def test_the_table_says_what_is_read(tmp_path, png, configure, streaming):
     assert list(facts.classes) == ["ant", "bee"] and (streaming or sum(facts.classes.values()) == 18)
     assert list(facts.images) == ["RGB 6x6"] and facts.milliseconds > 0
     text = "\n".join(facts.lines())
+    assert ("counts not known before the stream is read" in text) == streaming
     for words in (
         str(tmp_path),
         "found     train 20",

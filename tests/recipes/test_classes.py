@@ -21,7 +21,7 @@ def test_samples_of_some_classes(copied_chain, run, contents):
     assert np.load(folder / "samples.npz")["arr_1"].tolist() == [3, 5, 3, 5, 3]
     names = sorted(path.name for path in (folder / "png").iterdir())
     assert names == [f"{i:06d}_class{label}.png" for i, label in enumerate([3, 5, 3, 5, 3])]
-    with pytest.raises(ValueError, match=r"are of the classes 3, 5 alone"):
+    with pytest.raises(ValueError, match=r"are of 3, 5 alone"):
         run("evaluate", copied_chain)
     before = contents(copied_chain)
     with pytest.raises(ValueError, match=r"sampling.classes: '12' is neither the name .* there are 10 classes: 0, 1, 2, 3, 4"):
@@ -41,7 +41,7 @@ def test_names_and_labels_are_those_of_the_run(copied_chain, run):
     with pytest.raises(ValueError, match=r"'0' is neither the name nor the label of a class; there are 10 classes"):
         run("sample", copied_chain, "sampling.classes=[0]")
     file.write_text(json.dumps(data | {"class_names": ["cat"], "labels": None}))
-    with pytest.raises(ValueError, match="data.json tells of 1 classes, the prior knows 10"):
+    with pytest.raises(ValueError, match=r"data\.json tells of 1 classes, the prior knows 10"):
         run("sample", copied_chain)
     file.unlink()  # of a run of earlier versions
     run("sample", copied_chain, "sampling.classes=[3]", "sampling.num_samples=2")

@@ -1,6 +1,7 @@
 """The page of a run: self-contained, well-formed, escaped, for every kind of run; and what it refuses."""
 
 import base64
+import html
 import importlib.util
 import inspect
 import json
@@ -154,6 +155,32 @@ def test_every_method_and_stage_has_words(report, method):
     words, config = inspect.unwrap(report).__globals__, load_config(None, [f"method={method}"])
     assert "{" not in words["METHODS"][method][1].format(codes="tokens")
     assert {stage.name for stage in plan_stages(config)} <= words["STAGES"].keys()
+
+
+TABLE = [["data", "<b>x</b>"], ["rows", "18 to train on, 2 held out"], ["left out", "1 file: suffix .txt is not read, notes.txt"]]
+
+
+@pytest.mark.parametrize(("prior", "tables"), [(None, 1), ("same", 1), ("other", 2)])
+def test_what_training_read_stands_on_the_page(tmp_path, page_of, prior, tables):
+    folder = make_run(tmp_path / "run")
+    for name, fingerprint in {"autoencoder": "same", "prior": prior}.items():
+        if fingerprint:
+            data = {"fingerprint": fingerprint, "class_names": ["a"], "table": TABLE}
+            (folder / name / "data.json").write_text(json.dumps(data))
+    reader = page_of(folder)
+    assert re.findall("<h2>(.*?)</h2>", reader.html) == [*SECTIONS[:3], "Data", *SECTIONS[3:]]
+    section = reader.html.split('<section id="data">')[1].split("</section>")[0]
+    for what, fact in TABLE:
+        assert section.count(html.escape(fact)) == section.count(f">{what}</td>") == tables
+    assert ("trained on other data" in section) == (tables == 2) and "<b>" not in section
+
+
+def test_a_damaged_description_of_the_data_is_named(tmp_path, page_of):
+    folder = make_run(tmp_path / "run")
+    for content in ("{", "[]", '{"class_names": ["a"], "table": [["one"]]}', '{"class_names": ["a"], "table": []}'):
+        (folder / "autoencoder" / "data.json").write_text(content)
+        with pytest.raises(ValueError, match=r"data\.json is damaged .*: resume the run"):
+            page_of(folder)
 
 
 def test_many_classes_show_the_first_twenty(tmp_path, page_of):
