@@ -61,7 +61,8 @@ def sliced_wasserstein(
     Args:
         x, y: [N, D] and [M, D], N, M, D >= 1, floating, of one dtype. 16-bit clouds are projected in float32; autocast
             does not touch the operands (`torch.set_float32_matmul_precision` does).
-        p: exponent of the cost, at least 1.
+        p: exponent of the cost, at least 1. Beyond 2 powers are float64; that of a difference smaller than 1e-308^(1/p) of the
+            clouds' size is 0.
         num_projections: number L >= 1 of directions drawn; unused with `projections`.
         weights_x, weights_y: [N] and [M], not negative; only their proportions matter. None: equal weights.
         generator: source of the directions, which are drawn in float64 on its device, so that one seed gives one set of
@@ -84,7 +85,7 @@ def sliced_wasserstein(
     """
     *operands, units = prepare("sliced_wasserstein", x, y, p, num_projections, weights_x, weights_y, generator, projections)
     with without_autocast(x.device):
-        return in_units(root(mean_cost(*operands), operands[3]), units)
+        return in_units(root(mean_cost(*operands), operands[3]), units, operands[0].dtype)
 
 
 @convention(
@@ -113,7 +114,7 @@ def max_sliced_wasserstein(
     """
     *operands, units = prepare("max_sliced_wasserstein", x, y, p, num_projections, weights_x, weights_y, generator, projections)
     with without_autocast(x.device):
-        return in_units(root(greatest_cost(*operands), operands[3]), units)
+        return in_units(root(greatest_cost(*operands), operands[3]), units, operands[0].dtype)
 
 
 def prepare(
@@ -159,9 +160,9 @@ def prepare(
     return x * units[0], y * units[0], projections * units[1], p, weights_x, weights_y, units
 
 
-def in_units(distance: Tensor, units: tuple[Tensor, Tensor]) -> Tensor:
-    """The distance of clouds and projections before they were multiplied by their units."""
-    return (distance.double() / units[0] / units[1]).to(distance.dtype)
+def in_units(distance: Tensor, units: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
+    """The distance, in `dtype`, of clouds and projections before they were multiplied by their units."""
+    return (distance.double() / units[0] / units[1]).to(dtype)
 
 
 def check_projections(operation: str, projections: Tensor, x: Tensor) -> None:
