@@ -13,8 +13,8 @@ needs_triton = pytest.mark.skipif(triton_refusal(DEVICE) is not None, reason="no
 triton = lambda *values: pytest.param(*values, marks=needs_triton)  # noqa: E731
 
 STEPS = 2
-SMALL = [f"{stage}.{key}" for stage in ("stage1", "stage2") for key in (f"max_train_steps={STEPS}", "train_batch_size=4")]
-SMALL += ["data.resolution=16", "data.max_train_samples=64", "data.validation_size=8", "autoencoder.attention_resolutions=[8]"]
+SMALL = [f"{stage}.{key}" for stage in ("stage1", "stage2") for key in (f"max_train_steps={STEPS}", "train_batch_size=2")]
+SMALL += ["data.resolution=16", "data.max_train_samples=64", "data.validation_size=4", "autoencoder.attention_resolutions=[8]"]
 SMALL += ["autoencoder.base_channels=4", "autoencoder.num_blocks=0", "autoencoder.decoder.family=narrow"]
 SMALL += ["stage2.loss.adversarial=0.1", "stage2.loss.discriminator_channels=4"]
 PRIOR = [f"prior.max_train_steps={STEPS}", "prior.train_batch_size=4", "data.max_train_samples=64", "data.validation_size=8"]
