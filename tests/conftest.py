@@ -3,6 +3,7 @@
 Without a CUDA device the Triton kernels run in Triton's CPU interpreter, which tests/kernels/conftest.py mends for bfloat16.
 """
 
+import gc
 import itertools
 import os
 import pickle
@@ -14,6 +15,12 @@ import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: the garbage collections that accelerate makes in each recipe need not walk it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

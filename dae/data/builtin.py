@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import io
 from pathlib import Path
@@ -45,6 +46,7 @@ PHOTOS = {
 MAX_CROPS = {"train": 4096, "test": 512}
 
 
+@functools.cache  # half a second, which stages, arms and tests of one process would spend again and again
 def load_digits() -> dict[str, Dataset]:
     """scikit-learn's 1,797 handwritten digits, 8 x 8 grey, 10 classes: 1,437 to train on and 360 held out.
 
