@@ -9,10 +9,12 @@ import itertools
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -40,6 +42,23 @@ def run(script: str, *arguments: object, expected: int = 0, **environment: str) 
     )
     assert done.returncode == expected, done.stderr[-3000:]
     return done
+
+
+@pytest.fixture
+def here(capfd, monkeypatch):
+    """`here(script, ...).out` and `.err`: like `run`, in this process, which has torch already: for what measures nothing."""
+
+    def call(script: str, *arguments: object, expected: int = 0) -> SimpleNamespace:
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as exited:
+            patch.setattr(sys, "argv", [script, *map(str, arguments)])
+            patch.setattr(sys, "path", [str(ROOT / "profiling"), *sys.path])
+            for name, value in os.environ.items():
+                patch.setenv(name, value)  # and so restored
+            runpy.run_path(str(ROOT / "profiling" / script), run_name="__main__")
+        assert (exited.value.code or 0) == expected
+        return SimpleNamespace(**capfd.readouterr()._asdict())
+
+    return call
 
 
 def cases(file: Path) -> list[dict]:
@@ -92,19 +111,19 @@ def test_benchmark_has_backward_and_memory(tmp_path):
         assert rows["reference", "both"]["extra_bytes"] > scores > rows["sdpa", "forward"]["extra_bytes"]
 
 
-def test_benchmark_refuses_what_it_cannot_read():
-    message = run("bench_kernels.py", "--shape", "N8", expected=2).stderr
+def test_benchmark_refuses_what_it_cannot_read(here):
+    message = here("bench_kernels.py", "--shape", "N8", expected=2).err
     assert "expected N=8192,K=4096,D=64 or the like, got 'N8'" in message
-    assert "expected sizes of at least 1, got 'N=0'" in run("bench_kernels.py", "--shape", "N=0", expected=2).stderr
+    assert "expected sizes of at least 1, got 'N=0'" in here("bench_kernels.py", "--shape", "N=0", expected=2).err
 
 
-def test_benchmark_refuses_a_shape_that_is_not_the_operations():
+def test_benchmark_refuses_a_shape_that_is_not_the_operations(here):
     """Before anything is measured, though the first operation could take it."""
     arguments = ["--op", "mmd", "--op", "sliced_wasserstein", "--shape", "N=128,M=100,D=3", "--device", "cpu"]
-    done = run("bench_kernels.py", *arguments, expected=2)
+    done = here("bench_kernels.py", *arguments, expected=2)
     expected = "--shape of sliced_wasserstein needs N, M, D, L, as in N=2000,M=2000,D=16,L=64, got N=128,M=100,D=3 (missing: L)"
-    assert expected in done.stderr and not done.stdout
-    message = run("bench_kernels.py", "--op", "mmd", "--shape", "N=9,K=8,D=2,Z=1", "--device", "cpu", expected=2).stderr
+    assert expected in done.err and not done.out
+    message = here("bench_kernels.py", "--op", "mmd", "--shape", "N=9,K=8,D=2,Z=1", "--device", "cpu", expected=2).err
     assert "got N=9,K=8,D=2,Z=1 (missing: M; unknown: K, Z)" in message
 
 
@@ -375,7 +394,7 @@ def test_another_model_is_not_compared(training_step):
     assert bench_step.difference(config, [model, peer], torch.device("cpu")) > 1e-6
 
 
-def test_gpu_session_names_what_exists():
+def test_gpu_session_names_what_exists(here):
     script = ROOT / "profiling" / "gpu_session.sh"
     subprocess.run(["bash", "-n", str(script)], check=True)
     text = script.read_text()
@@ -388,13 +407,13 @@ def test_gpu_session_names_what_exists():
     flags = set(
         re.findall(r"(--[a-z]+)", "\n".join(row for row in steps.splitlines() if "profiling/" in row or row.startswith("bench")))
     )
-    known = "".join(run(f"{name}.py", "--help").stdout for name in ("bench_kernels", "bench_step", "exactness", "profile_step"))
+    known = "".join(here(f"{name}.py", "--help").out for name in ("bench_kernels", "bench_step", "exactness", "profile_step"))
     assert not [flag for flag in flags if flag not in known]
 
 
-def test_every_kernel_is_measured_and_inspected():
+def test_every_kernel_is_measured_and_inspected(here):
     kernels = {path.parent.name for path in (ROOT / "kernels" / "dae_kernels").glob("*/fused.py")} - {"pairwise"}
     assert kernels <= {path.stem for path in (ROOT / "profiling" / "bench").glob("*.py")}
-    inspected = run("inspect_kernels.py", "--help").stdout
+    inspected = here("inspect_kernels.py", "--help").out
     for path in (ROOT / "profiling" / "aot").glob("*.py"):
         assert path.stem in inspected
