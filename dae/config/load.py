@@ -227,7 +227,7 @@ def save_config(config: Config, path: str | Path) -> None:
 
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # whoever reads the folder finds the old file or the new one
-    temporary.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+    temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))))
     os.replace(temporary, path)
 
 
