@@ -59,7 +59,7 @@ def autoencoder_card(config: Config, data: dict, history: list[dict], facts: lis
         'autoencoder = Autoencoder.from_pretrained("path or repository")\n'
         "images = autoencoder.decode(autoencoder.encode(images).latents).sample"
     )
-    title = f"Autoencoder of {config.data.dataset_name} (method: {config.method})"
+    title = f"Autoencoder of {data['title']} (method: {config.method})"
     return _card(title, ["autoencoder", "image-tokenizer", config.method], usage, data, history, config, facts)
 
 
@@ -85,4 +85,4 @@ def prior_card(config: Config, kind: type, data: dict, history: list[dict], fact
         "labels = torch.arange(prior.num_classes)\n"
         f"images = {images}"
     )
-    return _card(f"{name} of {config.data.dataset_name}", tags, usage, data, history, config, facts)
+    return _card(f"{name} of {data['title']}", tags, usage, data, history, config, facts)

@@ -14,6 +14,7 @@ from zipfile import BadZipFile
 import numpy as np
 
 from dae.config import Config, load_config
+from dae.data.sources import source_title
 from dae.hub import fingerprint
 from dae.training.run import Run, recorded_data
 
@@ -89,7 +90,9 @@ class Record:
     @property
     def data_name(self) -> str:
         """Name of the data set, without the folders of a local one."""
-        name = str(self.data.get("name") or self.config.data.dataset_name)
+        if "title" in self.data:
+            return str(self.data["title"])
+        name = str(self.data.get("name") or source_title(self.config.data))  # of a run of earlier versions
         return Path(name).name if name.startswith(("/", ".", "~")) else name
 
     @property

@@ -96,9 +96,8 @@ def evaluate(config: Config) -> dict:
         values = {"kernel_distance": kernel.mean, "kernel_distance_std": kernel.std}
         return values | {"kernel_subsets": kernel.number_of_subsets, "kernel_subset_size": kernel.subset_size}
 
-    def judge(images: Tensor, labels: Tensor) -> dict:
-        """A set of samples: distance to held-out images, recognition, copies of training images."""
-        found = extract_features(classifier, images)
+    def judge(images: Tensor, labels: Tensor, found: Tensor) -> dict:
+        """A set of samples and its features: distance to held-out images, recognition, copies of training images."""
         distance = equal_count_frechet(features["heldout"], found, count=min(count, len(found)), seed=seed)
         manifold = precision_recall(features["heldout"], found[:count], config.evaluation.neighbours)
         copies = memorisation(images, train, heldout)
@@ -110,7 +109,6 @@ def evaluate(config: Config) -> dict:
             "frechet": distance.mean,
             "frechet_std": distance.std,
             "frechet_ratio": distance.mean / floor.mean,
-            **to_heldout(found),
             "precision": manifold.precision,
             "recall": manifold.recall,
             "memorised": copies.share_samples,
@@ -136,7 +134,8 @@ def evaluate(config: Config) -> dict:
         }
 
     generated = torch.from_numpy(samples["arr_0"]).permute(0, 3, 1, 2)  # 8 bits
-    generation = judge(generated, torch.from_numpy(samples["arr_1"]))
+    found = extract_features(classifier, generated)
+    generation = judge(generated, torch.from_numpy(samples["arr_1"]), found) | to_heldout(found)
     copies = memorisation(generated, train, heldout)
     closest = copies.nearest_distance.argsort()[:16]  # the worst cases, not a selection that flatters
     pictures |= {
@@ -160,7 +159,7 @@ def evaluate(config: Config) -> dict:
                     images[start : start + len(batch)] = batch.clamp(-1, 1)
                     start += len(batch)
                 at = {"prior_step": row["step"], f"heldout_{criterion}": row[criterion], "cfg_scale": cfg_scale}
-                trade.append(at | judge(images, labels))
+                trade.append(at | judge(images, labels, extract_features(classifier, images)))
                 bar.update()
 
     metrics = {
@@ -184,7 +183,7 @@ def evaluate(config: Config) -> dict:
         "trade": trade,
         "extractor": {
             "id": classifier.identifier,
-            "note": f"{config.data.dataset_name} features, not Inception",
+            "note": f"{data.title} features, not Inception",
             "heldout_accuracy": accuracy(classifier, *task(heldout, heldout_labels, data.labelled, device)),
         },
         "data": data.describe(),
@@ -254,11 +253,11 @@ def task(images: Tensor, labels: Tensor, labelled: bool, device: torch.device) -
 
 
 def train_extractor(images: Tensor, labels: Tensor, data, config: Config, device: torch.device) -> Classifier:
-    name = config.data.dataset_name if data.labelled else f"{config.data.dataset_name}-rotations"
+    name = data.title if data.labelled else f"{data.title}-rotations"
     images, labels = task(images, labels, data.labelled, device)
     classes = data.num_classes if data.labelled else 4
     steps, seed = config.evaluation.classifier_steps, seed_for(config.seed, "classifier")
-    return train_classifier(images, labels, classes, steps=steps, seed=seed, device=device, name=Path(name).name)
+    return train_classifier(images, labels, classes, steps=steps, seed=seed, device=device, name=name)
 
 
 def saved_stages(folder: Path, final: Autoencoder, device: torch.device) -> dict[str, Autoencoder]:

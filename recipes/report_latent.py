@@ -94,7 +94,7 @@ def report_latent(config: Config) -> Path:
 
 def write_page(run: Measured, rankings: dict[Path, Ranking], folder: Path) -> list[str]:
     """card.html and its pictures; returns the names of all that is then in the folder."""
-    page = web.Page(f"Report card of a latent: {run.data.name}", lead(run))
+    page = web.Page(f"Report card of a latent: {run.data.title}", lead(run))
     page.section("In numbers", headline(run))
     page.section("The card", card_table(run))
     page.section("Pictures", reconstructions(run, folder), disturbances(run, folder), interpolations(run, folder))
@@ -189,13 +189,15 @@ def read_trials(folder: Path, latent: Config) -> list[dict]:
     records = []
     ours = {
         "data.dataset_name": latent.data.dataset_name,
+        "data.train_files": latent.data.train_files,
         "data.resolution": latent.data.resolution,
         "autoencoder.bottleneck": latent.autoencoder.bottleneck,
     }
     for path in sorted((folder / "trials").glob("*.json")):
         try:
             saved = json.loads(path.read_text())
-            record, theirs = saved["record"], {key: saved["settings"][key] for key in ours}
+            settings = {"data.train_files": []} | saved["settings"]  # trials of earlier versions knew no such files
+            record, theirs = saved["record"], {key: settings[key] for key in ours}
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}): delete it and run recipes/compare.py again") from error
         differences = [f"{k} is {theirs[k]!r} there and {ours[k]!r} of the latent" for k in ours if theirs[k] != ours[k]]

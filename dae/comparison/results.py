@@ -17,6 +17,7 @@ from dae.comparison.statistics import (
     rank_correlation,
 )
 from dae.config import Config
+from dae.data.sources import source_title
 from dae.training import Stage, plan_stages
 from dae.training.priors import prior_family
 
@@ -88,7 +89,7 @@ def summarize(config: Config, facts: dict, outcomes: Sequence[Outcome]) -> dict:
         )
     baseline, others = own[compare.baseline], [name for name in names if name != compare.baseline]
     summary = {
-        "data": config.data.dataset_name,
+        "data": source_title(config.data),
         "carrier": " + ".join(_carrier(config)),
         "baseline": compare.baseline,
         "seeds": list(compare.seeds),

@@ -146,11 +146,11 @@ class Bench:
         if path.is_file():
             classifier = Classifier.load(path, device)
         else:
-            name = config.data.dataset_name if data.labelled else f"{config.data.dataset_name}-rotations"
+            name = data.title if data.labelled else f"{data.title}-rotations"
             steps, seed = config.evaluation.classifier_steps, seed_for(JUDGE_SEED, "classifier")
             classes = data.num_classes if data.labelled else 4
             classifier = train_classifier(
-                *task(train, train_labels), classes, steps=steps, seed=seed, device=device, name=Path(name).name, progress=False
+                *task(train, train_labels), classes, steps=steps, seed=seed, device=device, name=name, progress=False
             )
             path.parent.mkdir(parents=True, exist_ok=True)
             classifier.save(path)

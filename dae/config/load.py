@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import difflib
 import functools
+import glob
 import math
 import operator
 import os
@@ -213,12 +214,22 @@ def _expand_home(section: Any) -> None:
 
 
 def _reject_output_inside_input(config: Config) -> None:
-    folder, output = Path(config.data.dataset_name), Path(config.output_dir).resolve()
-    if folder.is_dir() and folder.resolve() in (output, *output.parents):
-        raise ValueError(
-            f"output_dir={config.output_dir!r} lies in the folder of the images, data.dataset_name={config.data.dataset_name!r}: "
-            "samples would become training images; choose an output_dir outside"
-        )
+    output, data = Path(config.output_dir).resolve(), config.data
+    read = [("train_files", name) for name in data.train_files] or [("dataset_name", data.dataset_name)]
+    for key, name in read + [("validation_files", name) for name in data.validation_files]:
+        if _is_read_with(output, name):
+            raise ValueError(
+                f"output_dir={config.output_dir!r} lies in the folder of the images, data.{key}={name!r}: samples would become "
+                "images of the data; choose an output_dir outside"
+            )
+
+
+def _is_read_with(output: Path, name: str) -> bool:
+    """Whether the folder `output` lies in the folder `name`, or in one that the glob `name` matches."""
+    path, folders = Path(name), (output, *output.parents)
+    if path.exists() or not glob.has_magic(name):
+        return path.is_dir() and path.resolve() in folders
+    return any(folder.match(os.path.abspath(name).split("**")[0].rstrip("/") or "/") for folder in folders)
 
 
 def save_config(config: Config, path: str | Path) -> None:

@@ -12,7 +12,7 @@ from dae.config import DataConfig
 from dae.data import columns
 from dae.data.partition import choose_validation, split_stream, split_table
 from dae.data.rows import ImageDataset, ImageStream, RowDecoder
-from dae.data.sources import Split, read_splits, source_name
+from dae.data.sources import Split, read_splits, source_name, source_title
 
 
 @dataclass
@@ -25,6 +25,7 @@ class ImageData:
     labelled: bool
     fingerprint: str
     name: str
+    title: str = ""  # the name for headings
     labels: list | None = None  # what stands in the label column for each class; None: 0 to num_classes - 1
     columns: dict[str, Any] = field(default_factory=dict)
     splits: dict[str, int | None] = field(default_factory=dict)
@@ -50,6 +51,7 @@ class ImageData:
         sizes = {name: None if isinstance(part, ImageStream) else len(part) for name, part in self._parts()}
         return {
             "name": self.name,
+            "title": self.title,
             **sizes,
             "labelled": self.labelled,
             "num_classes": self.num_classes,
@@ -124,6 +126,7 @@ def load_data(config: DataConfig, seed: int) -> ImageData:
         labelled=labels.column is not None,
         fingerprint=fingerprint,
         name=source_name(config),
+        title=source_title(config),
         labels=labels.values,
         columns=used,
         splits={name: split.size for name, split in source.splits.items()},

@@ -92,6 +92,21 @@ def source_name(config: DataConfig) -> str:
     return ", ".join(_texts(config.train_files)) or config.dataset_name
 
 
+def source_title(config: DataConfig) -> str:
+    """`source_name` for headings: of local files and folders without the folders that they lie in, and of many the first ones."""
+    return few([_without_folders(name) for name in _texts(config.train_files) or [config.dataset_name]])
+
+
+def _without_folders(name: str) -> str:
+    if not name.startswith(("/", ".", "~")):
+        return name  # of the Hub, or relative and short
+    path = os.path.abspath(os.path.expanduser(name))
+    parts, end = Path(path).parts, len(Path(path).parts)
+    if not os.path.exists(path):  # `faces/*.png` says more than `*.png`
+        end = next((i for i, part in enumerate(parts) if glob.has_magic(part)), end)
+    return os.path.join(*parts[end - 1 :])
+
+
 def _texts(names: str | list[str]) -> list[str]:
     return [names] if isinstance(names, str) else list(names)
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dae.config import Config, DataConfig, describe, differing_keys, from_dict, load_config, save_config
+from dae.data.sources import source_name
 from dae.distributed import agree, failing_together, rank, run_on_first_process, world_size
 from dae.files import append_line, replaced_folder, write_file
 from dae.hub import CONFIG, MODEL_FILES, WEIGHTS, holds_model
@@ -266,7 +267,7 @@ def refuse_other_data(folder: Path, config: DataConfig, fingerprint: str) -> Non
     if config.allow_other or trained_on == fingerprint:
         return
     trained = load_config(file).data if file.is_file() else config
-    if trained_on is None and trained.dataset_name == config.dataset_name:
+    if trained_on is None and source_name(trained) == source_name(config):
         return
     changed = differing_keys(trained, config, "data.")
     raise ValueError(

@@ -99,10 +99,10 @@ def test_metrics(chain):
     assert metrics["prior"]["tokens_an_image"] == 16
     numbers = {
         "recognised", "recognised_interval", "frechet", "frechet_std", "frechet_ratio", "precision", "recall", "memorised",
-        "memorised_heldout", "memorised_threshold", "kernel_distance", "kernel_distance_std", "kernel_subsets",
-        "kernel_subset_size",
+        "memorised_heldout", "memorised_threshold",
     }  # fmt: skip
-    assert metrics["generation"].keys() == numbers
+    kernel = {"kernel_distance", "kernel_distance_std", "kernel_subsets", "kernel_subset_size"}
+    assert metrics["generation"].keys() == numbers | kernel  # not for each row of the trade: it is slow, and no table shows it
     assert metrics["generation"]["kernel_subset_size"] == 20 and metrics["floor"]["kernel_subset_size"] == 180  # half of 40, 360
     assert metrics["generation"]["kernel_distance"] > metrics["floor"]["kernel_distance"]
     assert metrics["generation"]["kernel_subsets"] == 100 and metrics["generation"]["kernel_distance_std"] > 0
