@@ -27,10 +27,10 @@ def resolve_classes(wanted: Sequence[str | int], class_names: Sequence[str], lab
     for entry in map(str, wanted):
         if entry not in numbers:
             near = difflib.get_close_matches(entry, numbers, 3)
-            hint = f"did you mean {' or '.join(map(repr, near))}; " if near else ""
+            hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
             count = "is 1 class" if len(class_names) == 1 else f"are {len(class_names):,} classes"
             raise ValueError(
-                f"sampling.classes: {entry!r} is neither the name nor the label of a class; {hint}there {count}: "
+                f"sampling.classes: {entry!r} is neither the name nor the label of a class.{hint} There {count}: "
                 f"{few(list(class_names))}"
             )
     return list(dict.fromkeys(numbers[str(entry)] for entry in wanted))

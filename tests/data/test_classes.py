@@ -29,12 +29,12 @@ def test_names_go_before_labels(names, labels, wanted, numbers):
 @pytest.mark.parametrize(
     ("names", "labels", "wanted", "message"),
     [
-        (["1990", "2020"], [1990, 2020], "0", "'0' is neither .*; there are 2 classes: 1990, 2020$"),
-        (["1990", "2020"], [1990, 2020], "1991", "did you mean '1990'; there"),
-        (["husky", "poodle"], None, "huskie", "did you mean 'husky'; there are 2 classes: husky, poodle$"),
+        (["1990", "2020"], [1990, 2020], "0", "'0' is neither .*There are 2 classes: 1990, 2020$"),
+        (["1990", "2020"], [1990, 2020], "1991", r"Did you mean '1990'\? There"),
+        (["husky", "poodle"], None, "huskie", r"Did you mean 'husky'\? There are 2 classes: husky, poodle$"),
         (["husky", "poodle"], ["husky", "poodle"], 1, "'1' is neither"),
-        (["image"], None, "cat", "there is 1 class: image$"),
-        ([f"c{i}" for i in range(1000)], None, "dog", "there are 1,000 classes: c0, c1, c2, c3, c4 and 995 more$"),
+        (["image"], None, "cat", "There is 1 class: image$"),
+        ([f"c{i}" for i in range(1000)], None, "dog", "There are 1,000 classes: c0, c1, c2, c3, c4 and 995 more$"),
     ],
 )
 def test_unknown_ones_are_one_line(names, labels, wanted, message):

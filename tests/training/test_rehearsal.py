@@ -49,7 +49,7 @@ def rehearse(*overrides, rows=50, heldout=10):
         ([KL, MIXTURE, "prior.num_components=51"], ValueError, "only 50 encodings.*fewer components"),
         ([KL, MIXTURE, "prior.num_components=10000000", "prior.augmented_copies=1000000"], ValueError, "GB of memory"),
         ([KL, MIXTURE, "sampling.classes=[0]"], ValueError, "a mixture knows no classes"),
-        (["sampling.classes=[3]"], ValueError, "'3' is neither .*; there are 3 classes: ant, bee, cat"),
+        (["sampling.classes=[3]"], ValueError, "'3' is neither .*There are 3 classes: ant, bee, cat"),
         (["prior.train_batch_size=26"], ValueError, "prior.train_batch_size=26 x 2 processes.*50 rows"),
         (["evaluation.neighbours=10"], ValueError, "11 held out images, got 10.*evaluation.neighbours=9"),
         (["evaluation.max_images=3"], ValueError, "4 training images, got 3"),
