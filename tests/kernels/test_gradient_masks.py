@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from dae_kernels import group_norm_silu
 
 # In a process of its own, which tells how far it came. The masks that the kernels of this package skip are in their own tests.
 SCRIPT = """
@@ -56,3 +59,15 @@ def test_every_mask_in_every_layout():
     command = [sys.executable, "-W", "ignore", "-c", SCRIPT, str(Path(__file__).with_name("operations.py"))]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.stdout.endswith("done\n"), (done.returncode, done.stdout.splitlines()[-1:], done.stderr[-2000:])
+
+
+@pytest.mark.parametrize("given", [("weight", "bias"), ("weight",), ("bias",), ()])
+def test_group_norm_of_no_images(given):
+    """Torch's own backward raises for a bias without weight, where x holds no images."""
+    operands = {"x": torch.randn(0, 8, 4, 4)} | {name: torch.rand(8) for name in given}
+    for size in range(1, len(operands) + 1):
+        for names in itertools.combinations(operands, size):
+            leaves = {name: operand.clone().requires_grad_(name in names) for name, operand in operands.items()}
+            out = group_norm_silu(leaves["x"], 2, leaves.get("weight"), leaves.get("bias"), impl="reference")
+            for gradient, name in zip(torch.autograd.grad(out.sum(), [leaves[name] for name in names]), names, strict=True):
+                torch.testing.assert_close(gradient, torch.zeros_like(operands[name]))

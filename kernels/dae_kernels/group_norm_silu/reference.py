@@ -24,6 +24,8 @@ def group_norm_silu_reference(
     wide = torch.promote_types(x.dtype, torch.float32)
     with without_autocast(x.device):
         weight, bias = (None if parameter is None else parameter.to(wide) for parameter in (weight, bias))
+        if weight is None and bias is not None:  # torch has no backward of a bias alone where x is empty
+            weight = torch.ones_like(bias, requires_grad=False)
         x_ = x.to(wide)
         if x.device.type == "cpu" and not x_.is_contiguous():
             x_ = input_in_graph(x_, weight, bias)
