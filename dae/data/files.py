@@ -6,7 +6,7 @@ import difflib
 import fnmatch
 import glob
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 
@@ -82,8 +82,12 @@ def expand(name: str, left_out: LeftOut) -> Place | None:
     matches = sorted(glob.glob(str(Path(*pattern)), root_dir=root))
     found: set[str] = set()
     for match in matches:
-        is_folder = (root / match).is_dir()
-        found.update(f"{match}/{file}" for file in find_files(root / match, left_out)) if is_folder else found.add(match)
+        if os.path.isdir(root / match):
+            found.update(f"{match}/{file}" for file in find_files(root / match, left_out))
+        elif os.path.isfile(root / match):
+            found.add(match)
+        else:
+            left_out.add("broken symbolic link" if (root / match).is_symlink() else "neither file nor folder", match)
     return Place(root, sorted(found), whole=False) if matches else None
 
 
@@ -129,17 +133,24 @@ def find_files(folder: Path, left_out: LeftOut) -> list[str]:
                 left_out.add("hidden file or folder", inside)
             elif not _is_text(entry.name):
                 left_out.add("name that is not UTF-8", inside.encode(errors="backslashreplace").decode())
-            elif entry.is_dir():
+            elif _is(entry.is_dir):
                 identity = _identity(entry.path)
                 if identity in above:
                     left_out.add("link to a folder that it lies in", inside)
                 else:
                     pending.append((entry.path, f"{inside}/", above | {identity}))
-            elif entry.is_file():
+            elif _is(entry.is_file):
                 found.append(inside)
             else:
                 left_out.add("broken symbolic link" if entry.is_symlink() else "neither file nor folder", inside)
     return sorted(found)
+
+
+def _is(kind: Callable[[], bool]) -> bool:
+    try:
+        return kind()
+    except OSError:  # a link to itself
+        return False
 
 
 def _identity(path: str) -> tuple[int, int]:
@@ -166,6 +177,8 @@ def nearest(path: Path) -> str:
         there = there.parent
     missing = path.relative_to(there).parts
     names = sorted(entry for entry in os.listdir(there) if not entry.startswith(".")) if os.access(there, os.R_OK) else []
+    if missing and missing[0] in names:
+        return f"{str(there / missing[0])!r} is no {'folder' if len(missing) > 1 else 'file or folder, but a broken link'}."
     if missing and (near := nearest_name(missing[0], names)):
         return f"did you mean {str(there.joinpath(near, *missing[1:]))!r}?"
     shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")

@@ -135,6 +135,11 @@ def _settle(
             f"{next(iter(read))[1]!r}: all images lie in one folder {together[0]!r}, which holds the folders {few(deeper)}. Name "
             "that folder, or set data.label_level (2: these are the classes; 0: there are no classes)"
         )
+    if level > 1 and not together:
+        raise ValueError(
+            f"{next(iter(read))[1]!r}: data.label_level={level}, but no image lies in so many folders; choose a lower one, "
+            "or 0 to read no classes"
+        )
     if labelled is None:
         labelled = len(together) > 1 and any(names[key] for key in trained_on)
     if not labelled:

@@ -17,6 +17,7 @@ from torch import Tensor
 _AVIF = ("AVIF",) if "avif" in features.get_supported_modules() else ()  # since Pillow 11.3
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", *_AVIF)
 MAX_PIXELS = 100_000_000
+LONGEST_NAME = 255  # of a file, in bytes
 _ORIENTATION_TAG = 0x0112
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -70,6 +71,10 @@ def read_bytes(source: Any, folder: Path | None = None) -> bytes:
 
         with xopen(path, "rb") as file:
             return file.read()
+    if max(map(len, path.encode(errors="replace").split(b"/"))) > LONGEST_NAME or "\0" in path:
+        raise ValueError(
+            f"the row holds a text of {len(path):,} characters: expected the bytes of an image or the path of a file"
+        )
     folder = folder or Path()
     file = folder / path
     if not Path(path).is_absolute() and not file.resolve().is_relative_to(folder.resolve()):

@@ -98,6 +98,8 @@ def _list_images(found: _Found, config: DataConfig, part: str | None, labelled: 
             unnamed = [file for file in place.files if place.absolute(file) not in described.rows]
             left_out.add("image that no metadata file names", *unnamed)
             places[i] = place.only(file for file in place.files if place.absolute(file) in described.rows)
+        if not any(place.files for place in places):
+            raise ValueError(f"{found.where}: the metadata files name none of the images: {'; '.join(left_out.lines())}")
     has_labels = described is not None and "label" in described.table.column_names
     level = 0 if has_labels or config.label_column == "none" else config.label_level
     wanted = (config.train_split, part or config.validation_split)
@@ -134,7 +136,9 @@ class _Found:
         present = [kind for kind in TITLES if kind in self.by_kind]
         self._read_footers(only=present == ["parquet"])
         counts = {kind: count for kind in present if (count := self._count(kind, present))}
-        kind = max(counts, key=lambda kind: (counts[kind], kind == "images"), default=next(iter(present), None))
+        kind = max(
+            counts, key=lambda kind: (counts[kind], kind == "images"), default=next(filter(self.by_kind.get, present), None)
+        )
         others = [other for other in counts if other != kind]
         if others and kind != "images" and counts[kind] < folders.STRAY * max(counts[other] for other in others):
             found = " and ".join(f"{count:,} in {TITLES[each]}" for each, count in counts.items())
@@ -175,6 +179,9 @@ class _Found:
                     if only:
                         raise
                     self.left_out.add(f"broken .parquet file ({error.__cause__})", file)
+                    continue
+                if footer.rows == 0:
+                    self.left_out.add(".parquet file without rows", file)
                     continue
                 self.footers[place.absolute(file)] = footer
                 kept[-1].append(file)

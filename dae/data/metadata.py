@@ -52,6 +52,8 @@ def read(places: list[Place], image_column: str, left_out: LeftOut) -> Described
                 raise ValueError(f"{file!r} names the image {name!r}: expected a path inside of its folder")
             path = os.path.join(folder, inside)
             if os.path.isfile(path):
+                if path in rows and rows[path][-1] < start:
+                    raise ValueError(f"{file!r}: the image {name!r} is named by another metadata file too; remove one of them")
                 rows.setdefault(path, []).append(row)
             else:
                 missing.append(path)

@@ -87,9 +87,18 @@ def difference(a: Features, b: Features) -> str | None:
     for name in a:
         if type(a[name]) is not type(b[name]):
             return f"the column {name!r} is {type(a[name]).__name__} and {type(b[name]).__name__}"
+        kinds = {_family(features[name]) for features in (a, b)} - {"null"}
+        if len(kinds) > 1:
+            return f"the column {name!r} is {getattr(a[name], 'dtype', a[name])} and {getattr(b[name], 'dtype', b[name])}"
         if (classes := getattr(a[name], "names", None)) != (others := getattr(b[name], "names", None)):
             return f"the classes of {name!r} are {few(list(classes or []))} and {few(list(others or []))}"
     return None
+
+
+def _family(feature: object) -> str:
+    """What two files may say differently of one column: the width of numbers and of offsets."""
+    dtype = getattr(feature, "dtype", None) if type(feature).__name__ == "Value" else None
+    return re.sub(r"^u?int\d+$|^float\d+$", "number", dtype.removeprefix("large_")) if dtype else ""
 
 
 @dataclass(frozen=True)

@@ -103,6 +103,13 @@ class SkippedRows:
             last = list(new.values())[-1]
             raise ValueError(f"{len(self)} rows cannot be decoded, {limit} may be left out. The last one: {last}{listed}")
 
+    def lines(self) -> list[str]:
+        """For the table of the data: empty if no row was left out."""
+        if not self._found:
+            return []
+        count, first = len(self), next(iter(self._found.values()))
+        return [f"{count:,} {'row' if count == 1 else 'rows'} that cannot be decoded, {'as ' if count > 1 else ''}{first}"]
+
     def describe(self) -> str:
         """For the last line of a recipe: empty if no row was left out."""
         if not self._found:

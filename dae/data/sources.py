@@ -202,7 +202,12 @@ def _read_parquet(listing: Listing, config: DataConfig) -> dict[str, Split]:
     from datasets import load_dataset
 
     def column(files: list[str], name: str) -> pa.ChunkedArray:
-        return pa.chunked_array([chunk for file in files for chunk in pq.read_table(file, columns=[name])[name].chunks])
+        found = [pq.read_table(file, columns=[name])[name] for file in files]
+        try:  # as integers of different widths
+            found = [values.cast(found[0].type) for values in found]
+        except pa.ArrowException as error:
+            raise ValueError(f"the column {name!r} is not of one type in {few(files)}: {error}") from error
+        return pa.chunked_array([chunk for values in found for chunk in values.chunks], found[0].type)
 
     for file in (file for files in listing.splits.values() for file in files if "::" in file):
         raise ValueError(f"{file!r}: `datasets` takes `::` in a path for a chain of URLs; rename it")

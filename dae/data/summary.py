@@ -95,7 +95,7 @@ def summarize(data: ImageData) -> Summary:
         images=dict(kinds.most_common()),
         milliseconds=milliseconds,
         notes=data.notes,
-        left_out=data.left_out,
+        left_out=data.left_out + (data.train.skipped.lines() if data.train.skipped is not None else []),
     )
 
 

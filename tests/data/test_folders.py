@@ -192,12 +192,13 @@ def test_links_are_followed_and_loops_are_not(streaming, tree, tmp_path, configu
         os.symlink(file, root / "dog" / file.name)
     os.symlink(root, root / "dog" / "above")
     os.symlink("/nowhere", root / "dog" / "lost.png")
+    os.symlink("itself.png", root / "dog" / "itself.png")
     os.mkfifo(root / "pipe.png")
     _, counts, _, found = read(configure(root, streaming=streaming))
     assert counts == {"dog": 10, "kitty": 10}
     assert found.left_out.counts == {
         "link to a folder that it lies in": 1,
-        "broken symbolic link": 1,
+        "broken symbolic link": 2,
         "neither file nor folder": 1,
     }
     os.symlink(root, tmp_path / "linked")
@@ -331,3 +332,19 @@ def test_metadata_that_cannot_be_used(tree, configure):
     (root / "metadata.jsonl").write_text("{")
     with pytest.raises(ValueError, match=r"metadata\.jsonl' is broken"):
         load_data(configure(root), 0)
+    (root / "metadata.jsonl").unlink()
+    for text in ("file_name,label\n", "file_name,label\n000,1\n"):
+        (root / "metadata.csv").write_text(text)
+        with pytest.raises(ValueError, match=r"the metadata files name none of the images: .*3 files: image that no metadata"):
+            load_data(configure(root), 0)
+    (root / "metadata.csv").write_text("file_name,label\na/000.png,1\n")
+    (root / "metadata.jsonl").write_text('{"file_name": "a/000.png", "label": 2}\n')
+    with pytest.raises(ValueError, match=r"the image 'a/000\.png' is named by another metadata file too"):
+        load_data(configure(root), 0)
+
+
+def test_a_level_without_folders_is_refused(tree, configure):
+    root = tree({"a/x": 12, "b/y": 12})
+    assert load_data(configure(root, label_level=2), 0).class_names == ["x", "y"]
+    with pytest.raises(ValueError, match=r"data\.label_level=3, but no image lies in so many folders"):
+        load_data(configure(root, label_level=3), 0)

@@ -172,6 +172,12 @@ def test_paths_stay_inside_the_folder(tmp_path):
         decode_image({"bytes": None, "path": "b.png"}, 1, tmp_path / "in")
 
 
+@pytest.mark.parametrize("text", ["89504e47" * 100, "a/" * 3 + "x" * 256, "a\0b"])
+def test_texts_that_are_no_paths_are_not_looked_for(text, tmp_path):
+    with pytest.raises(ValueError, match=f"holds a text of {len(text)} characters: expected the bytes of an image or the path"):
+        images.read_bytes({"bytes": None, "path": text}, tmp_path)
+
+
 def test_the_right_size_is_left_alone():
     image = picture(1, 8)
     assert to_square(image, 8) is image and to_square(image, 8, center_crop=False) is image

@@ -320,3 +320,29 @@ def test_a_path_that_datasets_takes_for_a_chain_of_urls(shard, configure):
     path = shard("a.parquet")
     with pytest.raises(ValueError, match="chain of URLs; rename it"):
         load_data(configure(path.rename(path.with_name("a::b.parquet"))), 0)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_what_shards_may_say_differently_of_a_column(streaming, tmp_path, table, configure):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def write(number, kind, rows=12):
+        images, labels = table(12, start=100 * number).with_format("arrow")[:].columns
+        columns = {"image": images, "label": labels.cast(kind)}
+        pq.write_table(pa.table(columns).slice(0, rows), tmp_path / f"{number}.parquet")
+
+    write(0, pa.int64())
+    write(2, pa.int64(), rows=0)
+    for narrow in (pa.int8(), pa.int32(), pa.uint16()):
+        write(1, narrow)
+        train, _, classes, source = rows_of(configure(tmp_path, streaming=streaming))
+        assert train == 24 and classes == ["0", "1", "2"]
+        assert source.left_out.counts == {".parquet file without rows": 1}
+    write(1, pa.string())
+    with pytest.raises(ValueError, match="cannot be one set: the column 'label' is int64 and string"):
+        load_data(configure(tmp_path, streaming=streaming), 0)
+    for name in ("0.parquet", "1.parquet"):
+        (tmp_path / name).unlink()
+    with pytest.raises(ValueError, match=r"holds no images: 1 file: \.parquet file without rows, 2\.parquet"):
+        load_data(configure(tmp_path, streaming=streaming), 0)

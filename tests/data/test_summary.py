@@ -43,3 +43,10 @@ def test_many_classes_are_abbreviated_and_a_split_is_named(saved, table):
 def test_unlabelled_rows(saved, table):
     facts = summarize(load_data(saved(table(20, label=None)), 0))
     assert facts.classes is None and "classes   none" in facts.lines()
+
+
+def test_rows_that_are_known_to_be_bad_are_left_out(tmp_path, png, configure):
+    for i in range(20):
+        (tmp_path / f"{i:02}.png").write_bytes(png(i) if i != 4 else b"")
+    data = load_data(configure(tmp_path, on_error="skip"), 0)
+    assert any("1 row that cannot be decoded" in line and "04.png" in line for line in summarize(data).left_out)
