@@ -6,16 +6,21 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from dae_kernels.clouds import power_of_two
+
 
 def gaussian_w2_reference(mean_a_D: Tensor, cov_a_DD: Tensor, mean_b_D: Tensor, cov_b_DD: Tensor) -> Tensor:
     """Float64 moments to a scalar, at least 0.
 
     The trace of the root is the sum of the singular values of S1^1/2 S2^1/2, which loses no digits where covariances are
-    singular; eigenvalues of the product would lose half of them in the square root.
+    singular; eigenvalues of the product would lose half of them in the square root. Covariances are brought to about 1 by a
+    power of 2: LAPACK does it by another factor where they are below 2^-485, and rounds them.
     """
+    unit = power_of_two(torch.maximum(cov_a_DD.detach().abs().amax(), cov_b_DD.detach().abs().amax()).sqrt())
+    cov_a_DD, cov_b_DD = (cov_DD * unit * unit for cov_DD in (cov_a_DD, cov_b_DD))
     trace_of_root = torch.linalg.svdvals(square_root(cov_a_DD) @ square_root(cov_b_DD)).sum()
-    distance = (mean_a_D - mean_b_D).square().sum() + cov_a_DD.trace() + cov_b_DD.trace() - 2 * trace_of_root
-    return distance.clamp_min(0)
+    of_covariances = cov_a_DD.trace() + cov_b_DD.trace() - 2 * trace_of_root
+    return ((mean_a_D - mean_b_D).square().sum() + of_covariances / unit / unit).clamp_min(0)
 
 
 def square_root(matrix_DD: Tensor) -> Tensor:
