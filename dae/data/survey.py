@@ -14,7 +14,6 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 import numpy as np
-from tqdm import tqdm
 
 from dae.data.rows import ImageDataset, ImageStream, RowDecoder, digest_bytes
 from dae.data.skipping import RowError
@@ -22,6 +21,7 @@ from dae.distributed import rank
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
+    from tqdm import tqdm
 
 UNREADABLE = -1  # digest of a row whose bytes cannot be had: it is never chosen
 LOCAL = (1 << 35, 2_000_000)  # bytes and rows of a stream that are read to know it, where it lies in files here: minutes
@@ -169,6 +169,8 @@ def _read(rows: Iterable[dict], decoder: RowDecoder, most_bytes: int, most_rows:
 
 
 def _bar(decoder: RowDecoder, total: int | None = None) -> tqdm:
+    from tqdm import tqdm
+
     """Shown where it takes long."""
     return tqdm(total=total, desc=f"survey of {decoder.origin}", unit="row", delay=5, mininterval=1, disable=rank() != 0)
 
