@@ -127,7 +127,8 @@ def check(config: Config) -> None:
 
 def collect(dataset, config: Config) -> tuple[Tensor, Tensor]:
     """Images and labels of the training split in memory, or `measure.max_images` of them, chosen at random."""
-    return in_memory(dataset, config.measure.max_images, seed=config.seed, batch_size=config.evaluation.batch_size)
+    options = {"seed": config.seed, "batch_size": config.evaluation.batch_size, "knob": "measure.max_images"}
+    return in_memory(dataset, config.measure.max_images, **options)
 
 
 def total_variance(cloud: Tensor) -> float:

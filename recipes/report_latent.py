@@ -132,8 +132,8 @@ def measure_latent(config: Config, trained: Config) -> Measured:
 
 def collect(dataset, config: Config) -> tuple[Tensor, Tensor]:
     """Images and labels of a split, or `measure.max_images` of them."""
-    seed, limit, workers = seed_for(config.seed, "report card"), config.measure.max_images, config.data.num_workers
-    return in_memory(dataset, limit, seed=seed, batch_size=config.evaluation.batch_size, num_workers=workers)
+    options = {"seed": seed_for(config.seed, "report card"), "num_workers": config.data.num_workers, "knob": "measure.max_images"}
+    return in_memory(dataset, config.measure.max_images, batch_size=config.evaluation.batch_size, **options)
 
 
 def compare_with(

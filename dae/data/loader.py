@@ -340,14 +340,21 @@ def _once(dataset: Dataset, batch_size: int, num_workers: int, chosen: list[int]
 
 
 def in_memory(
-    dataset: Dataset, limit: int, *, seed: int, batch_size: int, num_workers: int = 0, as_bytes: bool = False
+    dataset: Dataset,
+    limit: int,
+    *,
+    seed: int,
+    batch_size: int,
+    num_workers: int = 0,
+    as_bytes: bool = False,
+    knob: str = "evaluation.max_images",
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Images [N, C, H, W] and labels [N] of a data set, or `limit` rows of it: chosen by the seed, of a stream by `spread`.
 
     They are held as 8 bits, which is what they were decoded to, and with `as_bytes` given so: uint8, x / 127.5 - 1.
 
     Raises:
-        ValueError: there is not the memory for them.
+        ValueError: there is not the memory for them, which of a stream is known when it is nearly full; lower `knob`.
     """
     chosen = None
     if not isinstance(dataset, IterableDataset) and len(dataset) > limit:
@@ -355,18 +362,17 @@ def in_memory(
         batches = _once(dataset, batch_size, num_workers, chosen)
     else:
         batches = evaluation_batches(dataset, batch_size, limit=limit, num_workers=num_workers)
-    most = limit if isinstance(dataset, IterableDataset) else min(limit, len(dataset))
-    images, labels = [], []
+    streamed, copies = isinstance(dataset, IterableDataset), 2 if as_bytes else 6  # bytes a value: parts, whole, float32
+    images, labels, held = [], [], 0
     for batch in batches:
         x = batch["image"]
-        if not images and not isinstance(dataset, IterableDataset):
-            what, remedy = (
-                f"{most:,} images of {' x '.join(map(str, x.shape[1:]))}",
-                "lower evaluation.max_images or measure.max_images",
-            )
-            require_memory(most * x[0].numel() * (2 if as_bytes else 6), what, remedy)
+        if streamed or not held:
+            count = held + len(x) if streamed else min(limit, len(dataset))
+            what = f"{count:,} images of {'x'.join(map(str, x.shape[1:]))}" + streamed * ", read of the stream so far,"
+            require_memory((count * copies - held) * x[0].numel(), what, f"lower {knob}")
+        held += len(x)
         images.append(((x + 1) * 127.5).round().byte())
         labels.append(batch["label"])
-    held = torch.cat(images)
+    whole = torch.cat(images)
     images.clear()
-    return held if as_bytes else held.float().div_(127.5).sub_(1), torch.cat(labels)
+    return whole if as_bytes else whole.float().div_(127.5).sub_(1), torch.cat(labels)
