@@ -11,6 +11,7 @@ from dae_kernels import energy_distance, frechet_distance, mmd, sinkhorn_diverge
 from torch import Tensor
 
 from dae.complexity.families import check_count, check_positive
+from dae.metrics.validation import check_values
 from dae.precision import own_arithmetic
 
 PLAIN = ("reconstruction", "sliced_wasserstein", "sinkhorn", "mmd", "energy", "frechet")
@@ -91,9 +92,7 @@ def make_distance(
         TypeError: a name that is not a string, data that are not floating, or a length that is no number.
     """
     check_name(name)
-    if not isinstance(data, Tensor) or not data.is_floating_point():
-        got = data.dtype if isinstance(data, Tensor) else type(data).__name__
-        raise TypeError(f"expected data as a floating torch.Tensor [N, ...], got {got}; torch.as_tensor(data).float() makes one")
+    check_values("data", data, "a floating torch.Tensor [N, ...]", "torch.as_tensor(data).float() makes one")
     check_count("num_projections", num_projections)
     for what, lengths in (("blur", (blur,)), ("a bandwidth", bandwidths or ())):
         for length in lengths:

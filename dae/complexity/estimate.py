@@ -30,6 +30,7 @@ from dae.complexity.fitting import (
     seeded,
     split_rows,
 )
+from dae.metrics.validation import check_values
 from dae.precision import own_arithmetic
 from dae.training.loop import progress_bar
 
@@ -115,12 +116,7 @@ def check_cloud(name: str, cloud: Tensor) -> None:
         TypeError: not a tensor, or not floating.
         ValueError: another shape, fewer than 2 points, NaN or infinity.
     """
-    if not isinstance(cloud, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor [N, ...], got {type(cloud).__name__}; torch.as_tensor makes one")
-    if not cloud.is_floating_point():
-        raise TypeError(
-            f"{name}: expected floating point values, got {cloud.dtype}; call .float(), of token indices one_hot first"
-        )
+    check_values(name, cloud, "a floating point tensor [N, ...]", "call .float(), of token indices one_hot first")
     if cloud.dim() < 2 or cloud[:1].numel() == 0 < len(cloud):
         raise ValueError(f"{name}: expected [N, ...] with at least one value a point, got {list(cloud.shape)}; reshape to [N, D]")
     if len(cloud) < 2:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dae.complexity import predictors as measure
 from dae.metrics import CodebookUsage, gaussian_rate
-from dae.metrics.validation import check_images, check_same_pixels
+from dae.metrics.validation import check_images, check_integers, check_same_pixels
 from dae.models import Autoencoder
 from dae.precision import own_arithmetic
 
@@ -347,8 +347,7 @@ def check_images_and_labels(
             raise ValueError(f"{name}_images: expected finite pixels, got NaN or infinity; look for broken images")
         if labels is None:
             continue
-        if labels.is_floating_point() or labels.is_complex():
-            raise TypeError(f"{name}_labels: expected integers, got {labels.dtype}; convert them by labels.long()")
+        check_integers(f"{name}_labels", labels, "convert them by labels.long()")
         if tuple(labels.shape) != (len(images),):
             raise ValueError(f"{name}_labels: expected one label an image, [{len(images)}], got {list(labels.shape)}")
     if (train_labels is None) != (heldout_labels is None):

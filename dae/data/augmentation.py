@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from dae_kernels.dispatch import check_floating
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -34,8 +35,7 @@ def augment(images_BCHW: Tensor, *, random_flip: bool, random_affine: float) -> 
         TypeError: the images are not floating point.
         ValueError: not four axes, or a negative strength.
     """
-    if not images_BCHW.is_floating_point():
-        raise TypeError(f"augment: expected floating point images in [-1, 1], got {images_BCHW.dtype}")
+    check_floating("augment", "images", images_BCHW)
     if images_BCHW.ndim != 4:
         raise ValueError(f"augment: expected images [B, C, H, W], got shape {tuple(images_BCHW.shape)}")
     if not 0 <= random_affine < math.inf:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from dae_kernels.dispatch import check_floating
 from torch import Tensor, nn
 
 from dae.distributed import draw_rows
@@ -53,8 +54,7 @@ def flow_matching_loss(
     Source: Lipman et al. 2023, arXiv 2210.02747, section 4.1 (optimal transport path, sigma_min = 0); Liu et al. 2023, arXiv
     2209.03003, equation 1; evenly spread times: Kingma et al. 2021, arXiv 2107.00630, appendix I.1.
     """
-    if not latents_BDhw.is_floating_point():
-        raise TypeError(f"latents: expected floating point, got {latents_BDhw.dtype}; flow matching has no tokens")
+    check_floating("flow_matching_loss", "latents", latents_BDhw, "it has no tokens")
     if latents_BDhw.ndim != 4 or len(latents_BDhw) == 0 or labels_B.shape != latents_BDhw.shape[:1]:
         raise ValueError(
             "expected latents [B, D, h, w] with B >= 1 and a label for each, "

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dae.files import write_file
-from dae.metrics.validation import as_float, check_held_images, check_images
+from dae.metrics.validation import as_float, check_held_images, check_images, check_values
 from dae.precision import own_arithmetic
 
 _FORMAT = "dae-classifier-1"
@@ -216,8 +216,7 @@ def _jitter(images: Tensor) -> Tensor:
 
 def _check_labels(images: Tensor, labels: Tensor) -> None:
     check_held_images(images=images)
-    if labels.dtype != torch.int64:
-        raise TypeError(f"labels: expected int64, got {labels.dtype}; convert them by labels.long()")
+    check_values("labels", labels, "int64 in a dense tensor", "convert them by labels.long()", (torch.int64,))
     if labels.shape != (len(images),):
         raise ValueError(f"labels: expected shape ({len(images)},), one label an image, got {tuple(labels.shape)}")
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dae.distributed import sum_over_processes
+from dae.metrics.validation import check_integers
 
 
 class CodebookUsage:
@@ -34,8 +35,7 @@ class CodebookUsage:
             TypeError: indices that are not integers.
             ValueError: an index outside of 0..K-1; nothing is counted then.
         """
-        if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
-            raise TypeError(f"indices: expected integers, got {indices.dtype}; pass the codes, not the latents")
+        check_integers("indices", indices, "pass the codes, not the latents")
         size = len(self.counts)
         if indices.numel():
             low, high = (bound.item() for bound in indices.aminmax())

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dae.metrics.codebook import CodebookUsage
+from dae.metrics.validation import check_integers, check_values
 from dae.precision import own_arithmetic
 
 
@@ -75,6 +76,7 @@ def code_entropy_rate(indices_NT: Tensor, codebook_size: int, *, per_position: b
 
     Source: Shannon 1948, "A Mathematical Theory of Communication", section 6 and theorem 9.
     """
+    check_integers("indices", indices_NT, "pass the codes, not the latents")
     if indices_NT.ndim < 2 or len(indices_NT) == 0:
         raise ValueError(f"indices: expected [N, T] or [N, h, w] with at least one image, got {list(indices_NT.shape)}")
     indices = indices_NT.flatten(1)
@@ -123,9 +125,7 @@ def bits_back(
 def check_posterior(mean_NDhw: Tensor, log_variance_NDhw: Tensor) -> tuple[Tensor, Tensor]:
     """Both in float64 and flattened to [N, P]; TypeError or ValueError for what is no diagonal Gaussian posterior."""
     for name, x in (("mean", mean_NDhw), ("log_variance", log_variance_NDhw)):
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"{name}: expected a floating point tensor, got {got}; a VQ latent takes code_entropy_rate")
+        check_values(name, x, "a floating point tensor", "a VQ latent takes code_entropy_rate")
         if not torch.isfinite(x).all():
             raise ValueError(f"{name}: expected finite numbers, got NaN or infinity; has the autoencoder diverged?")
     if mean_NDhw.shape != log_variance_NDhw.shape or mean_NDhw.ndim < 2 or len(mean_NDhw) == 0:

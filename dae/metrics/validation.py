@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from dae_kernels.dispatch import FLOAT_DTYPES
 from torch import Tensor
 
 
@@ -11,21 +12,42 @@ def as_float(images: Tensor) -> Tensor:
     return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images
 
 
+INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
+
+def check_integers(name: str, x: object, remedy: str) -> None:
+    """TypeError unless x is a dense tensor of integers, with values."""
+    check_values(name, x, "integers in a dense tensor", remedy, INTEGER_DTYPES)
+
+
+def check_values(name: str, x: object, expected: str, remedy: str, dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES) -> None:
+    """TypeError unless x is a dense tensor of one of these dtypes, with values: not of 8 bits, sparse, nested or on meta."""
+    if not isinstance(x, Tensor):
+        got = type(x).__name__
+    elif x.dtype not in dtypes:
+        got = x.dtype
+    elif x.is_nested or x.layout != torch.strided:
+        got = "a nested tensor" if x.is_nested else x.layout
+    elif x.is_meta:
+        got = "a tensor on meta, which has no values"
+    else:
+        return
+    raise TypeError(f"{name}: expected {expected}, got {got}; {remedy}")
+
+
 def check_held_images(**images: Tensor) -> None:
     """Each argument is a batch of images [N, C, H, W], floating point or held as 8 bits (a quarter of the memory)."""
-    check_images(**{name: x.new_empty(x.shape, dtype=torch.half, device="meta") if _held(x) else x for name, x in images.items()})
-
-
-def _held(x: object) -> bool:
-    return isinstance(x, Tensor) and x.dtype == torch.uint8
+    _check_images(images, (*FLOAT_DTYPES, torch.uint8))
 
 
 def check_images(**images: Tensor) -> None:
     """Each argument is a batch of floating point images [N, C, H, W]."""
+    _check_images(images, FLOAT_DTYPES)
+
+
+def _check_images(images: dict[str, Tensor], dtypes: tuple[torch.dtype, ...]) -> None:
     for name, x in images.items():
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"{name}: expected floating point images in [-1, 1], got {got}; for uint8, x.float() / 127.5 - 1")
+        check_values(name, x, "floating point images in [-1, 1]", "for uint8, x.float() / 127.5 - 1", dtypes)
         if x.ndim != 4:
             raise ValueError(f"{name}: expected images [N, C, H, W], got shape {tuple(x.shape)}; add the missing axis")
 
@@ -52,9 +74,7 @@ def check_features(rows: int = 0, **features: Tensor) -> None:
     """Finite feature vectors [N, D], at least `rows` of them in each argument, all of one dimension D."""
     dimension = None
     for name, x in features.items():
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"{name}: expected floating point features [N, D], got {got}; convert them by x.float()")
+        check_values(name, x, "floating point features [N, D]", "convert them by x.float()")
         if x.ndim != 2:
             raise ValueError(f"{name}: expected features [N, D], got shape {tuple(x.shape)}; flatten all but the first axis")
         if len(x) < rows:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Self
 
+from dae_kernels.dispatch import check_floating
 from torch import Tensor
 
 from dae.config import PriorConfig, from_dict
@@ -36,8 +37,7 @@ class ContinuousPrior(PretrainedModel):
 
     def check_latents(self, latents_BDhw: Tensor) -> None:
         """TypeError unless the latents are floating; ValueError unless they are [B, D, h, h]."""
-        if not latents_BDhw.is_floating_point():
-            raise TypeError(f"latents: expected floating point, got {latents_BDhw.dtype}; tokens take prior.family=ar")
+        check_floating(type(self).__name__, "latents", latents_BDhw, "tokens take prior.family=ar")
         shape = (self.latent_channels, self.latent_size, self.latent_size)
         if latents_BDhw.ndim != 4 or latents_BDhw.shape[1:] != shape:
             raise ValueError(

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from dae.config import KLConfig
 from dae.distributed import draw_rows
 from dae.precision import wide
-from dae.quantizers.encoding import Encoding
+from dae.quantizers.encoding import Encoding, check_features
 
 
 class GaussianBottleneck(nn.Module):
@@ -26,6 +26,7 @@ class GaussianBottleneck(nn.Module):
 
     def forward(self, features: Tensor, sample_posterior: bool) -> Encoding:
         """Features [B, 2D, h, w] to latents [B, D, h, w] of the same dtype: a posterior sample, or the posterior's mean."""
+        check_features("GaussianBottleneck", features)
         dtype = features.dtype
         mean, log_variance = features.to(wide(dtype)).chunk(2, dim=1)
         log_variance = log_variance.clamp(-30, 20)

@@ -45,12 +45,12 @@ def check_dense(operation: str, name: str, operand: Any) -> None:
         raise TypeError(f"{operation} needs {name} as a dense tensor, got {got}")
 
 
-def check_floating(operation: str, name: str, operand: Any) -> None:
+def check_floating(operation: str, name: str, operand: Any, remedy: str | None = None) -> None:
     """TypeError unless `operand` is a dense tensor of 16, 32 or 64 bits floating point: 8 bits have no arithmetic in torch."""
     if not isinstance(operand, torch.Tensor) or operand.dtype not in FLOAT_DTYPES:
         got = operand.dtype if isinstance(operand, torch.Tensor) else type(operand)
         takes = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
-        raise TypeError(f"{operation} needs a floating point tensor {name}, got {got}; it takes {takes}")
+        raise TypeError(f"{operation} needs a floating point tensor {name}, got {got}; {remedy or f'it takes {takes}'}")
     check_dense(operation, name, operand)
 
 

@@ -93,7 +93,7 @@ def test_training_by_each_distance_tears_a_gaussian_in_two(distance):
         (lambda z, x: make_distance("sinkhorn", x, blur=0), ValueError, "blur > 0, got 0"),
         (lambda z, x: make_distance("mmd", x, bandwidths=(1.0, -1.0)), ValueError, "a bandwidth > 0, got -1"),
         (lambda z, x: make_distance("mmd", x, bandwidths=()), ValueError, "at least one bandwidth"),
-        (lambda z, x: make_distance("mmd", x.tolist()), TypeError, "data as a floating torch.Tensor .* got list"),
+        (lambda z, x: make_distance("mmd", x.tolist()), TypeError, "data: expected a floating torch.Tensor .* got list"),
         (lambda z, x: make_distance("mmd", x.long()), TypeError, "got torch.int64"),
         (lambda z, x: make_distance("sliced_wasserstein", x, num_projections=0), ValueError, "num_projections >= 1"),
         (lambda z, x: DropoutNetworks().at(1.5), ValueError, r"share of units kept in \(0, 1\], got 1.5"),

@@ -160,7 +160,7 @@ def test_the_error_is_of_float32_where_the_velocity_is_not():
 @pytest.mark.parametrize(
     "x, labels, error, message",
     [
-        (torch.zeros(2, 1, 1, 1, dtype=torch.int64), [0, 0], TypeError, "floating point, got torch.int64"),
+        (torch.zeros(2, 1, 1, 1, dtype=torch.int64), [0, 0], TypeError, "floating point tensor latents, got torch.int64"),
         (torch.zeros(2, 1, 1), [0, 0], ValueError, r"got latents \[2, 1, 1\]"),
         (torch.zeros(2, 1, 1, 1), [0, 0, 0], ValueError, r"labels \[3\]"),
         (torch.zeros(0, 1, 1, 1), [], ValueError, "B >= 1"),

@@ -174,7 +174,7 @@ def test_rotation_task():
 def test_errors(digits):
     images, labels = digits[0][:20], digits[1][:20]
     train = lambda *a, **o: train_classifier(*a, **{"steps": 1, "seed": 0, "progress": False, **o})  # noqa: E731
-    with pytest.raises(TypeError, match=r"labels: expected int64, got torch\.int32"):
+    with pytest.raises(TypeError, match=r"labels: expected int64 in a dense tensor, got torch\.int32"):
         train(images, labels.int(), 10)
     with pytest.raises(TypeError, match=r"images: .* got torch\.int16"):
         train(images.short(), labels, 10)

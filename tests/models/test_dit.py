@@ -247,5 +247,5 @@ def test_sizes_and_latents_that_are_refused(inputs):
     for wrong in (x[:, :2], x[..., :3], x[0], x.flatten(2)):
         with pytest.raises(ValueError, match=r"latents: expected \[B, 3, 4, 4\], got"):
             dit(wrong, t, labels)
-    with pytest.raises(TypeError, match=r"expected floating point, got torch.int64; tokens take prior.family=ar"):
+    with pytest.raises(TypeError, match=r"floating point tensor latents, got torch.int64; tokens take prior.family=ar"):
         dit(x.long(), t, labels)

@@ -157,7 +157,7 @@ def spoiled(value):
             r"\[1\] do not",
         ),
         (torch.randn(9, D, SIZE), 2, ValueError, r"latents: expected \[B, 2, 2, 2\], got \[9, 2, 2\]"),
-        (torch.zeros(9, D, SIZE, SIZE, dtype=torch.int64), 2, TypeError, "expected floating point"),
+        (torch.zeros(9, D, SIZE, SIZE, dtype=torch.int64), 2, TypeError, "floating point tensor"),
     ],
 )
 def test_latents_that_are_refused(latents, components, error, message):
