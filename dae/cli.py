@@ -15,10 +15,15 @@ from tqdm import tqdm
 import dae
 from dae.config import Config, describe, load_config
 
-MESSAGES = (ValueError, TypeError, OSError, ImportError, RuntimeError, FloatingPointError)
+MESSAGES = (ValueError, TypeError, OSError, ImportError, RuntimeError, FloatingPointError, MemoryError)
 # torch raises it in a signal handler, wherever the main process happens to be.
 WORKER_DIED = (
     "A process that decodes images died: if memory ran out, lower data.num_workers; then continue with "
+    "resume_from_checkpoint=latest"
+)
+OUT_OF_MEMORY = (
+    "Memory ran out: lower train_batch_size (gradient_accumulation_steps keeps the global batch), evaluation.batch_size or "
+    "sampling.batch_size, set gradient_checkpointing=true, or choose a smaller model; then continue with "
     "resume_from_checkpoint=latest"
 )
 ENVIRONMENT = "\nOf an error that tells what to do, only the message is shown; DAE_TRACEBACK=1 shows where it arose.\n"
@@ -37,15 +42,23 @@ def main(recipe: Callable[[Config], Any], doc: str) -> None:
         for bar in list(getattr(tqdm, "_instances", ())):  # else they are drawn again below the message
             bar.close()
         script = Path(sys.argv[0])
-        died = isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker")
-        if os.environ.get("DAE_TRACEBACK") or not (died or is_message(error, script)):
+        advice = advice_on(error)
+        if os.environ.get("DAE_TRACEBACK") or not (advice or is_message(error, script)):
             raise
         processes = int(os.environ.get("WORLD_SIZE", 1))
         where = f" in process {os.environ.get('RANK', '?')} of {processes}" if processes > 1 else ""
-        message = f"{str(error).strip()} {WORKER_DIED}" if died else error
+        message = f"{str(error).strip()} {advice}"
         message = " ".join(line for each in str(message).splitlines() if (line := each.strip()))  # other libraries' have several
         print(f"{script.name}: error{where}: {message}", file=sys.stderr)
         sys.exit(2)
+
+
+def advice_on(error: BaseException) -> str:
+    """What to do about an error of torch or Python that says nothing of it; empty for any other."""
+    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
+        return WORKER_DIED
+    of_torch = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)  # a GPU's, the CPU's
+    return OUT_OF_MEMORY if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and of_torch) else ""
 
 
 def is_message(error: BaseException, script: Path) -> bool:

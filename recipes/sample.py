@@ -25,6 +25,7 @@ from dae.data.pictures import grid, to_uint8, write_npz, write_png
 from dae.files import announce, replaced_folder, write_file
 from dae.hub import fingerprint
 from dae.lock import writes
+from dae.memory import require_memory
 from dae.sampling import balanced_labels, generate, load_chain
 from dae.sampling.chain import Prior, knows_classes
 from dae.training import one_process
@@ -40,6 +41,11 @@ def sample(config: Config) -> Path:
     drawn_from = fingerprint(Path(config.output_dir) / "prior")  # now: it may be trained further while it is sampled
     if settings.classes and not knows_classes(prior):
         raise ValueError(f"sampling.classes={settings.classes}: this prior knows no classes; leave it out")
+    require_memory(
+        2 * settings.num_samples * autoencoder.image_channels * autoencoder.resolution**2,  # twice while they are put together
+        f"{settings.num_samples:,} samples of {autoencoder.resolution} x {autoencoder.resolution} pixels",
+        "lower sampling.num_samples",
+    )
     labels_N = balanced_labels(settings.num_samples, prior.num_classes if knows_classes(prior) else 1, chosen(config, prior))
     started, images = time.monotonic(), []
     with tqdm(total=len(labels_N), desc="sample", unit="image", mininterval=0.5) as bar:

@@ -3,6 +3,7 @@
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tqdm import tqdm
@@ -42,6 +43,18 @@ def library(config):
     torch.zeros(2, 3) @ torch.zeros(2, 3)
 
 
+def memory(config):
+    torch.empty(2**50)
+
+
+def gpu_memory(config):
+    raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB.")
+
+
+def numpy_memory(config):
+    np.empty(2**50, np.uint8)
+
+
 def key(config):
     return {}["missing"]
 
@@ -63,6 +76,15 @@ def test_messages(from_command_line, capsys, recipe, words):
     assert caught.value.code == 2
     shown = capsys.readouterr().err
     assert shown.startswith("test_cli.py: error: ") and words in shown and shown.count("\n") == 1
+
+
+@pytest.mark.parametrize("recipe", [memory, gpu_memory, numpy_memory])
+def test_memory_that_ran_out_is_no_bug(from_command_line, capsys, recipe):
+    with pytest.raises(SystemExit) as caught:
+        from_command_line(recipe)
+    assert caught.value.code == 2
+    shown = capsys.readouterr().err
+    assert "allocate" in shown and "Memory ran out: lower train_batch_size" in shown and shown.count("\n") == 1
 
 
 def test_message_stands_below_the_progress_bar(from_command_line, capsys):

@@ -89,12 +89,16 @@ def test_unknown_keys_name_the_nearest(yaml, key, nearest):
         ("logging_steps=0", "logging_steps: expected at least 1, got 0"),
         ("stage2.gradient_accumulation_steps=0", "stage2.gradient_accumulation_steps: expected at least 1"),
         ("stage1.learning_rate=nan", "stage1.learning_rate: expected a finite number"),
+        ("stage1.learning_rate=1e9", "stage1.learning_rate: expected at least 0 and at most 1, got"),
+        ("stage1.loss.l2=1e39", "stage1.loss.l2: expected a finite number of 32 bits"),
+        ("prior.depth=1000000000", "prior.depth: expected at least 1 and at most 1000, got"),
         ("stage1.learning_rate=.inf", "stage1.learning_rate: expected a finite number"),
         ("data.random_affine=.inf", "data.random_affine: expected a finite number"),
         ("evaluation.cfg_scales=[1,.inf]", "evaluation.cfg_scales: expected a finite number"),
         ("seed=-1", "seed: expected at least 0 and at most 9223372036854775807"),
         ("seed=9223372036854775808", "seed: expected at least 0 and at most"),
         ("compare.seeds=[0,-1]", "compare.seeds: expected at least 0"),
+        ("measure.seeds=[9223372036854775808]", "measure.seeds: expected at least 0 and at most"),
         ("autoencoder.attention_resolutions=[0]", "attention_resolutions: expected at least 1"),
         ("sampling.top_p=0", "sampling.top_p: expected more than 0 and at most 1"),
         ("evaluation.cfg_scales=[1,-1]", "evaluation.cfg_scales: expected at least 0"),
@@ -110,15 +114,14 @@ def test_wrong_values_are_refused(override, message):
 
 UNIT_INTERVAL = [  # probabilities, shares and decays, by whether 1 has a meaning
     *((row.key, False) for row in describe() if row.key.endswith(("ema_decay", "adam_beta1", "adam_beta2", "dropout", ".decay"))),
-    *((f"prior.{name}", True) for name in ("class_dropout", "token_noise", "label_smoothing")),
+    *((f"prior.{name}", False) for name in ("token_noise", "label_smoothing")),
     *((f"{decoder}.width_factor", True) for decoder in ("autoencoder.decoder", "auxiliary_decoder")),
     ("autoencoder.vq.revive_threshold", False),
     ("sampling.top_p", True),
 ]
-UNIT_INTERVAL = dict(UNIT_INTERVAL)  # class_dropout ends with dropout, too: the later entry counts
 
 
-@pytest.mark.parametrize("key, one_is_allowed", UNIT_INTERVAL.items(), ids=list(UNIT_INTERVAL))
+@pytest.mark.parametrize("key, one_is_allowed", UNIT_INTERVAL, ids=[key for key, _ in UNIT_INTERVAL])
 def test_probabilities_and_decays_lie_between_0_and_1(key, one_is_allowed):
     for value in (-0.1, 1.5) if one_is_allowed else (-0.1, 1.0, 1.5):
         with pytest.raises(ValueError, match=f"{key}: expected .* and .*, got {value}"):
@@ -136,6 +139,21 @@ def test_every_number_has_a_least_value():
     numbers = [(key, f.metadata) for key, f in fields(Config()) if any(kind in str(f.type) for kind in ("int", "float"))]
     assert len(numbers) > 50
     assert not [key for key, knob in numbers if not knob["choices"] and not {"least", "above"} & set(knob["bounds"])]
+
+
+MAY_BE_LARGE = (  # a period, a limit, a number of rows, or of steps that are what the user asks for
+    "_steps", "_total_limit", "_size", "_samples", "_rows", "max_images", "norm", "adversarial_start",
+    "num_classes", "label_level", "attention_resolutions", "num_heads", "top_k", "neighbours", "weight", "z_loss",
+    "code_temperature", "max_skipped", "rates", "loss.l1", "loss.l2", "loss.perceptual", "loss.adversarial",
+)  # fmt: skip
+
+
+def test_no_number_sizes_a_model_or_a_loop_without_limit():
+    """What is as large as it is asked for is compared with the data or does no harm; the rest has a greatest value."""
+    numbers = [(key, f.metadata) for key, f in fields(Config()) if any(kind in str(f.type) for kind in ("int", "float"))]
+    unbounded = {key for key, knob in numbers if not knob["choices"] and not {"most", "below"} & set(knob["bounds"])}
+    assert sorted(key for key in unbounded if not key.endswith(MAY_BE_LARGE)) == []
+    assert not {"autoencoder.vq.codebook_size", "prior.depth", "stage1.gradient_accumulation_steps"} & unbounded
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,6 @@ import dataclasses
 import difflib
 import functools
 import glob
-import math
 import operator
 import os
 from dataclasses import dataclass
@@ -175,6 +174,7 @@ def _reject_unknown_keys(layer: Any, schema: type, source: str, prefix: str = ""
             _reject_unknown_keys(value, type(section), source, f"{name}.")
 
 
+LARGEST = (2 - 2**-23) * 2.0**127  # of float32, in which models and losses compute
 BOUNDS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
     "least": ("at least {}", operator.ge),
     "most": ("at most {}", operator.le),
@@ -194,8 +194,8 @@ def _reject_wrong_values(section: Any, prefix: str = "") -> None:
             near = difflib.get_close_matches(str(value), map(str, choices), 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"{name}: expected one of {list(choices)}, got {value!r}{hint}")
-        if any(isinstance(each, float) and not math.isfinite(each) for each in elements):
-            raise ValueError(f"{name}: expected a finite number, got {value!r}")
+        if any(isinstance(each, float) and not abs(each) <= LARGEST for each in elements):
+            raise ValueError(f"{name}: expected a finite number of 32 bits, got {value!r}")
         if any(not BOUNDS[kind][1](each, bound) for each in elements for kind, bound in bounds.items()):
             expected = " and ".join(BOUNDS[kind][0].format(bound) for kind, bound in bounds.items())
             raise ValueError(f"{name}: expected {expected}, got {value!r}")

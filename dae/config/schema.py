@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, List, Optional
 
+LARGEST_SEED = 2**63 - 1
+
 
 def knob(default: Any, help: str, choices: tuple = (), path: bool = False, **bounds: float) -> Any:
     """A dataclass field that carries its meaning (shown by `--help`) and which values it takes (checked on loading).
@@ -62,7 +64,7 @@ class DataConfig:
         "auto", "column with labels; `auto` looks for `label`, `labels`, `cls` and the same in JSON; `none` ignores them"
     )
     num_classes: Optional[int] = knob(None, "number of classes; null counts those that occur in training", least=1)
-    resolution: int = knob(8, "images are resized to resolution x resolution pixels", least=1)
+    resolution: int = knob(8, "images are resized to resolution x resolution pixels", least=1, most=16384)
     channels: int = knob(1, "1 for grey, 3 for RGB", choices=(1, 3))
     center_crop: bool = knob(True, "ADM centre crop (resize the short side, crop the middle); false squeezes to a square")
     random_flip: bool = knob(False, "mirror half of the training images, chosen at random")
@@ -70,8 +72,9 @@ class DataConfig:
         0.0,
         "strength of random shift, rotation and scale of the training images: 1.0 is 12.5 % shift, 15 degrees, 15 % scale",
         least=0,
+        most=6,
     )
-    num_workers: int = knob(0, "processes that decode images, for each training process", least=0)
+    num_workers: int = knob(0, "processes that decode images, for each training process", least=0, most=1024)
     allow_other: bool = knob(False, "let encode, evaluate and measurements read other data than the autoencoder was trained on")
     verify_rows: int = knob(
         10000, "rows whose image bytes and label are checked before training; -1 checks all, 0 none", least=-1
@@ -95,17 +98,17 @@ class DecoderConfig:
         choices=("full", "linear", "narrow", "shallow", "dropout"),
     )
     width_factor: float = knob(0.25, "narrow: channels relative to the full decoder", above=0, most=1)
-    num_blocks: int = knob(0, "shallow: residual blocks a level, where the full decoder has num_blocks + 1", least=0)
+    num_blocks: int = knob(0, "shallow: residual blocks a level, where the full decoder has num_blocks + 1", least=0, most=1000)
     dropout: float = knob(0.5, "dropout: probability that Dropout2d zeroes a channel after a residual block", least=0, below=1)
 
 
 @dataclass
 class VQConfig:
-    codebook_size: int = knob(64, "number of codes K", least=1)
+    codebook_size: int = knob(64, "number of codes K", least=1, most=2**24)
     ema_decay: float = knob(0.99, "decay of the moving average that carries the codebook", least=0, below=1)
     commitment_weight: float = knob(0.25, "weight of |z - sg(code)|^2 that keeps the encoder near its codes", least=0)
     kmeans_iterations: int = knob(
-        10, "Lloyd iterations that place the codebook on the first batches; 0 starts at random", least=0
+        10, "Lloyd iterations that place the codebook on the first batches; 0 starts at random", least=0, most=10_000
     )
     revive_threshold: float = knob(
         0.1, "a code used less than this share of the average is moved onto a latent; 0 never", least=0, below=1
@@ -119,13 +122,16 @@ class KLConfig:
 
 @dataclass
 class AutoencoderConfig:
-    base_channels: int = knob(64, "channels at full resolution", least=1)
+    base_channels: int = knob(64, "channels at full resolution", least=1, most=16384)
     channel_multipliers: List[int] = knob(
-        [1, 2], "channels of each level relative to base_channels; each level after the first halves the resolution", least=1
+        [1, 2],
+        "channels of each level relative to base_channels; each level after the first halves the resolution",
+        least=1,
+        most=1024,
     )
-    num_blocks: int = knob(1, "residual blocks a level in the encoder; a full decoder has one more", least=0)
+    num_blocks: int = knob(1, "residual blocks a level in the encoder; a full decoder has one more", least=0, most=1000)
     attention_resolutions: List[int] = knob([], "feature-map sizes at which self-attention is added", least=1)
-    latent_channels: int = knob(16, "channels of the latent", least=1)
+    latent_channels: int = knob(16, "channels of the latent", least=1, most=65536)
     bottleneck: str = knob("vq", "vq (tokens) or kl (continuous)", choices=("vq", "kl"))
     vq: VQConfig = field(default_factory=VQConfig, metadata={"help": "vector quantization"})
     kl: KLConfig = field(default_factory=KLConfig, metadata={"help": "Gaussian posterior"})
@@ -146,9 +152,9 @@ class LossConfig:
     )
     adversarial: float = knob(0.0, "weight of the hinge loss of a patch discriminator; 0 trains none", least=0)
     adversarial_start: int = knob(0, "step of the stage at which the adversarial loss is switched on", least=0)
-    discriminator_channels: int = knob(64, "channels of the discriminator's first layer", least=1)
-    discriminator_layers: int = knob(2, "strided layers of the discriminator", least=0)
-    discriminator_learning_rate: float = knob(1e-4, "learning rate of the discriminator", least=0)
+    discriminator_channels: int = knob(64, "channels of the discriminator's first layer", least=1, most=16384)
+    discriminator_layers: int = knob(2, "strided layers of the discriminator", least=0, most=14)
+    discriminator_learning_rate: float = knob(1e-4, "learning rate of the discriminator", least=0, most=1)
 
 
 @dataclass
@@ -159,13 +165,13 @@ class OptimizationConfig:
     train_batch_size: int = knob(
         64, "images a process and micro-batch; global batch = this x processes x gradient_accumulation_steps", least=1
     )
-    gradient_accumulation_steps: int = knob(1, "micro-batches an optimiser step", least=1)
-    learning_rate: float = knob(1e-3, "peak learning rate of AdamW", least=0)
+    gradient_accumulation_steps: int = knob(1, "micro-batches an optimiser step", least=1, most=100_000)
+    learning_rate: float = knob(1e-3, "peak learning rate of AdamW", least=0, most=1)
     lr_scheduler: str = knob("cosine", "shape after the warm-up", choices=("constant", "linear", "cosine"))
     lr_warmup_steps: int = knob(50, "steps of linear warm-up", least=0)
     adam_beta1: float = knob(0.9, "AdamW's beta_1", least=0, below=1)
     adam_beta2: float = knob(0.99, "AdamW's beta_2", least=0, below=1)
-    adam_weight_decay: float = knob(0.0, "AdamW's decoupled weight decay of matrices and kernels", least=0)
+    adam_weight_decay: float = knob(0.0, "AdamW's decoupled weight decay of matrices and kernels", least=0, most=10)
     max_grad_norm: float = knob(1.0, "gradients are clipped to this norm; 0 does not clip", least=0)
     gradient_checkpointing: bool = knob(False, "recompute activations in the backward pass: less memory, more time")
     use_ema: bool = knob(True, "keep an exponential moving average of the weights and deliver that")
@@ -191,18 +197,20 @@ class PriorConfig(OptimizationConfig):
         "start new if their number differs",
         path=True,
     )
-    num_components: int = knob(16, "mixture: Gaussians", least=1)
-    width: int = knob(128, "channels of the residual stream", least=1)
-    depth: int = knob(4, "number of Transformer blocks", least=1)
+    num_components: int = knob(16, "mixture: Gaussians", least=1, most=1_000_000)
+    width: int = knob(128, "channels of the residual stream", least=1, most=65536)
+    depth: int = knob(4, "number of Transformer blocks", least=1, most=1000)
     num_heads: int = knob(4, "attention heads; width / num_heads is the head dimension", least=1)
     dropout: float = knob(0.0, "dropout of embeddings and residual branches", least=0, below=1)
-    class_dropout: float = knob(0.1, "probability of hiding the class, which classifier-free guidance needs", least=0, most=1)
+    class_dropout: float = knob(0.1, "probability of hiding the class, which classifier-free guidance needs", least=0, below=1)
     token_noise: float = knob(
-        0.0, "probability that a token the prior reads in training is replaced by a random one", least=0, most=1
+        0.0, "probability that a token the prior reads in training is replaced by a random one", least=0, below=1
     )
-    label_smoothing: float = knob(0.0, "share of each target spread over all tokens in training", least=0, most=1)
+    label_smoothing: float = knob(0.0, "share of each target spread over all tokens in training", least=0, below=1)
     z_loss: float = knob(0.0, "weight of the squared log-normaliser of the logits in training: keeps them from drifting", least=0)
-    augmented_copies: int = knob(0, "further encodings of each training image in the cache, made by the two knobs below", least=0)
+    augmented_copies: int = knob(
+        0, "further encodings of each training image in the cache, made by the two knobs below", least=0, most=1000
+    )
     code_temperature: float = knob(
         0.0,
         "vq: in the copies draw each code by exp(-distance / (this x mean distance to the nearest code)); 0 takes the nearest",
@@ -240,9 +248,11 @@ class SamplingConfig:
         "that stands in the data; none: all",
     )
     batch_size: int = knob(500, "images sampled at once", least=1)
-    num_inference_steps: int = knob(32, "dit: steps of the ODE solver from noise to latent", least=1)
-    cfg_scale: float = knob(1.0, "classifier-free guidance: 1 samples the model, more trades variety for fidelity", least=0)
-    temperature: float = knob(1.0, "divides the logits; below 1 is safer, above 1 more varied", least=0)
+    num_inference_steps: int = knob(32, "dit: steps of the ODE solver from noise to latent", least=1, most=10_000)
+    cfg_scale: float = knob(
+        1.0, "classifier-free guidance: 1 samples the model, more trades variety for fidelity", least=0, most=100
+    )
+    temperature: float = knob(1.0, "divides the logits; below 1 is safer, above 1 more varied", least=0, most=100)
     top_k: Optional[int] = knob(None, "keep only the k likeliest tokens", least=1)
     top_p: Optional[float] = knob(None, "keep only the likeliest tokens that together have this probability", above=0, most=1)
 
@@ -250,10 +260,10 @@ class SamplingConfig:
 @dataclass
 class EvaluationConfig:
     classifier_steps: int = knob(
-        800, "training steps of the small classifier whose features and verdicts the metrics use", least=1
+        800, "training steps of the small classifier whose features and verdicts the metrics use", least=1, most=1_000_000
     )
     max_images: int = knob(10000, "images of a split to measure on, chosen at random where there are more", least=1)
-    cfg_scales: List[float] = knob([1.0, 1.5, 2.0], "guidance scales of the table in the report", least=0)
+    cfg_scales: List[float] = knob([1.0, 1.5, 2.0], "guidance scales of the table in the report", least=0, most=100)
     neighbours: int = knob(3, "k of precision and recall", least=1)
     batch_size: int = knob(500, "images evaluated at once", least=1)
 
@@ -267,19 +277,21 @@ class CompareConfig:
         "arms by name (recipes/compare.py --help lists them), or `name: key=value key=value` for one of your own",
     )
     baseline: str = knob("joint", "the arm that the others are held against, pair by pair of seeds")
-    seeds: List[int] = knob([0, 1, 2, 3, 4], "seeds; each trains every arm once", least=0)
+    seeds: List[int] = knob([0, 1, 2, 3, 4], "seeds; each trains every arm once", least=0, most=LARGEST_SEED)
     learning_rates: List[float] = knob(
         [1e-3, 2e-3, 4e-3],
         "learning rates among which each arm is tuned, all arms by as many trials; one value tunes none",
         above=0,
+        most=1,
     )
     prior_learning_rates: List[float] = knob(
         [],
         "learning rates of the prior (ar, dit) tried with each of the above; none trains all priors with prior.learning_rate",
         above=0,
+        most=1,
     )
     tuning_seed: int = knob(
-        1000, "seed of the tuning trials, on images held out of the training set; not among the seeds", least=0
+        1000, "seed of the tuning trials, on images held out of the training set; not among the seeds", least=0, most=LARGEST_SEED
     )
     rates: List[float] = knob(
         [], "further rates for the arms of rate_arms: codebook sizes (vq) or KL weights (kl); none draws no frontier", least=0
@@ -291,9 +303,12 @@ class CompareConfig:
         least=0,
     )
     prior_widths: List[int] = knob(
-        [], "further priors of the rate_arms: widths of ar and dit (learning rate ~ 1 / width), components of a mixture", least=1
+        [],
+        "further priors of the rate_arms: widths of ar and dit (learning rate ~ 1 / width), components of a mixture",
+        least=1,
+        most=65536,
     )
-    processes: int = knob(2, "trials that run at the same time, one thread each", least=1)
+    processes: int = knob(2, "trials that run at the same time, one thread each", least=1, most=1024)
 
 
 @dataclass
@@ -305,11 +320,11 @@ class MeasureConfig:
         "latents: gaussian, uniform, mixture, pca, features:<timm name or folder>, autoencoder:<folder of a run>, "
         "ae, vae, vq, dae (trained here by this configuration), or package.module:function",
     )
-    latent_dim: int = knob(16, "dimensions of gaussian, uniform, mixture and pca", least=1)
+    latent_dim: int = knob(16, "dimensions of gaussian, uniform, mixture and pca", least=1, most=65536)
     distances: List[str] = knob(["sinkhorn", "frechet"], "distances D of D^G, by the names of dae.complexity")
     families: List[str] = knob(["linear", "mlp"], "generator families G: linear, mlp, lipschitz, conv, dropout")
-    seeds: List[int] = knob([0, 1, 2], "seeds of the estimators", least=0)
-    steps: int = knob(500, "training steps of a generator", least=1)
+    seeds: List[int] = knob([0, 1, 2], "seeds of the estimators", least=0, most=LARGEST_SEED)
+    steps: int = knob(500, "training steps of a generator", least=1, most=1_000_000)
     max_images: int = knob(2000, "images measured on, chosen at random where there are more", least=2)
     compare_folders: List[str] = knob(
         [],
@@ -328,14 +343,16 @@ class Config:
         choices=("dae", "joint", "joint_dropout", "joint_finetuned", "weak"),
     )
     output_dir: str = knob("runs/digits", "folder of the run", path=True)
-    seed: int = knob(0, "seed of everything random; one seed, one result", least=0, most=2**63 - 1)
+    seed: int = knob(0, "seed of everything random; one seed, one result", least=0, most=LARGEST_SEED)
     mixed_precision: Optional[str] = knob(
         None, "no, fp16 or bf16; null leaves it to `accelerate launch --mixed_precision`", choices=(None, "no", "fp16", "bf16")
     )
     compile: bool = knob(False, "compile the models with torch.compile")
     channels_last: bool = knob(False, "keep feature maps of the autoencoder in memory as NHWC, which convolutions on GPUs prefer")
     report_to: str = knob("tensorboard", "tracker of accelerate", choices=("none", "tensorboard", "wandb", "trackio"))
-    logged_images: int = knob(8, "reconstructions and samples that each validation shows in the tracker; 0 shows none", least=0)
+    logged_images: int = knob(
+        8, "reconstructions and samples that each validation shows in the tracker; 0 shows none", least=0, most=1000
+    )
     logging_steps: int = knob(10, "steps between two entries of the training log", least=1)
     validation_steps: int = knob(
         200, "steps between two validations; each takes at most as many images as were trained on since", least=1

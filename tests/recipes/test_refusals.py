@@ -261,10 +261,19 @@ def test_full_disk_leaves_tokens_and_metrics(copied_chain, run, contents, full_d
 
 
 @pytest.mark.parametrize("logging_steps", [1, 100])
-def test_no_checkpoint_of_a_diverged_run(tmp_path, run, logging_steps):
+def test_no_checkpoint_of_a_diverged_run(tmp_path, recipe, configure, logging_steps):
     """Whether the log or the checkpoint sees it first."""
+    config = configure(tmp_path, "stage1.max_grad_norm=1e30", f"logging_steps={logging_steps}")
+    config.stage1.learning_rate = 1e30  # which no configuration may ask for
     with pytest.raises(FloatingPointError, match=r"[Tt]he last checkpoint is from before.*learning"):
-        run("train_dae", tmp_path, "stage1.learning_rate=1e30", "stage1.max_grad_norm=1e30", f"logging_steps={logging_steps}")
+        recipe("train_dae").train(config)
     for file in tmp_path.rglob("checkpoint-*/model.safetensors"):
         assert all(value.isfinite().all() for value in load_file(file).values())
     assert not (tmp_path / "autoencoder" / "model.safetensors").exists()
+
+
+def test_samples_that_do_not_fit_in_memory(copied_chain, run, contents):
+    before = contents(copied_chain)
+    with pytest.raises(ValueError, match=r"1,000,000,000,000 samples of 8 x 8 pixels need about .*lower sampling.num_samples"):
+        run("sample", copied_chain, "sampling.num_samples=1000000000000")
+    assert contents(copied_chain) == before
