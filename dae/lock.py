@@ -25,6 +25,9 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 _HELD: dict[Path, FolderLock] = {}  # by this process; closing a second descriptor of such a file would end the kernel's lock
+RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # torchrun and accelerate, MPI's launchers
+SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+LAUNCHED = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"}  # set by `accelerate launch`, by torchrun
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
@@ -167,8 +170,8 @@ class FolderLock:
         return holder if isinstance(holder, dict) and isinstance(holder.get("pid"), int) else {}
 
     def _refuse(self, holder: dict, known: bool = True) -> None:
-        same = holder.get("machine") == machine()
-        orphaned = same and parent_of(holder["pid"]) not in (None, holder.get("parent"))
+        launcher = holder.get("launcher") if holder.get("machine") == machine() else None
+        orphaned = launcher is not None and parent_of(holder["pid"]) not in (None, launcher)
         told = f", whose launcher is gone: end it with `kill {holder['pid']}`" if orphaned else ": wait for it or end it"
         if not known:
             told += f"; if that process is gone, delete {self.path}"
@@ -184,8 +187,8 @@ class FolderLock:
 
 def _launched_first() -> bool:
     """Whether this is the first process of its launch; there is no process group yet that would know."""
-    ranks = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # torchrun and accelerate, MPI's launchers
-    return next((os.environ[name] for name in ranks if name in os.environ), "0") == "0"
+    rank = next((os.environ[name] for name in RANKS if name in os.environ), "0")
+    return rank == "0" or all(os.environ.get(name, "1") == "1" for name in SIZES)  # a rank of nothing: left in a shell, say
 
 
 def _path(folder: Path, part: str) -> Path:
@@ -198,7 +201,7 @@ def _myself() -> dict:
         "host": platform.node(),
         "machine": machine(),
         "pid": os.getpid(),
-        "parent": os.getppid(),
+        "launcher": os.getppid() if LAUNCHED & os.environ.keys() else None,  # a shell may end before its `nohup python ... &`
         "process": process_start(os.getpid()),
         "since": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
         "command": " ".join(sys.argv),

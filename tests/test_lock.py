@@ -156,8 +156,13 @@ while got < 5:
     assert list((tmp_path / "run").iterdir()) == []
 
 
-def test_an_orphan_is_named(tmp_path):
-    """The launcher was ended, the process it started was not told."""
+@pytest.mark.parametrize("variable", ["ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID", "HOME"])
+def test_an_orphan_is_named(tmp_path, monkeypatch, variable):
+    """The launcher was ended, the process it started was not told. One that outlives its shell (nohup, setsid) is no orphan."""
+    for name in lock.LAUNCHED:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, "no")
+    gone = "" if variable == "HOME" else "whose launcher is gone: end it with `kill {}`"
     launcher = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {HOLD!r}, sys.argv[1]]).wait()"
     process = subprocess.Popen([sys.executable, "-c", launcher, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline().strip() == "held"
@@ -165,8 +170,9 @@ def test_an_orphan_is_named(tmp_path):
     try:
         process.terminate()
         process.wait()
-        with pytest.raises(FileExistsError, match=f"process {orphan} .*whose launcher is gone: end it with `kill {orphan}`"):
+        with pytest.raises(FileExistsError, match=f"process {orphan} .*{gone.format(orphan)}") as caught:
             FolderLock(tmp_path / "run", "prior").__enter__()
+        assert ("launcher" in str(caught.value)) == bool(gone)
     finally:
         os.kill(orphan, signal.SIGKILL)
 
@@ -218,10 +224,13 @@ def test_recipes(tmp_path, monkeypatch):
     made = writes("prior", makes_folder=True)(recipe)
     assert made(config, more=3) == (3, [".prior.lock", "run"])
     assert writes("prior")(recipe)(config) == (0, [])
-    for variable in ("RANK", "OMPI_COMM_WORLD_RANK"):
+    for variable, size in (("RANK", "WORLD_SIZE"), ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE")):
         monkeypatch.setenv(variable, "1")
+        assert made(config) == (0, [".prior.lock", "run"])  # a rank among no others is left over from something else
+        monkeypatch.setenv(size, "2")
         assert made(config) == (0, [])
         monkeypatch.delenv(variable)
+        monkeypatch.delenv(size)
     with pytest.raises(ZeroDivisionError):
         writes("prior", makes_folder=True)(lambda config: 1 / 0)(config)
     assert list(tmp_path.iterdir()) == []

@@ -16,6 +16,7 @@ import torch
 
 from dae.config import Config, describe
 from dae.distributed import agree
+from dae.lock import RANKS, SIZES
 from dae.optional import optional
 from dae.training.run import FREE_TO_CHANGE, look_up
 
@@ -30,7 +31,7 @@ UNSUPPORTED = {
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
     "ACCELERATE_USE_SAGEMAKER": "SageMaker",
 }
-SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # torchrun and accelerate, MPI's launchers
+TRUE = ("1", "true", "yes", "on", "y", "t")  # accelerate's words
 TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}  # knob: package
 
 
@@ -94,7 +95,7 @@ def one_process(config: Config) -> torch.device:
 
 def _refuse_unsupported() -> None:
     for variable, name in UNSUPPORTED.items():
-        if os.environ.get(variable, "").lower() in ("1", "true", "yes"):
+        if os.environ.get(variable, "").lower() in TRUE:
             raise ValueError(
                 f"{variable}={os.environ[variable]}: {name} is not supported, several GPUs train data parallel (MULTI_GPU); "
                 "unset it, or give `accelerate launch` another --config_file such as recipes/accelerate/eight_gpus_bf16.yaml"
@@ -134,7 +135,7 @@ def _compare(accelerator: Accelerator, config: Config, tracker: str | None, trai
         raise ValueError(
             f"{accelerator.device} is asked for (ACCELERATE_TORCH_DEVICE?), expected the CPU or a CUDA GPU that torch sees"
         )
-    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes") and device != "cpu":
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in TRUE and device != "cpu":
         raise ValueError(f"the CPU is asked for (ACCELERATE_USE_CPU), accelerate chose {accelerator.device}: unset one of them")
     started = max(int(os.environ.get(name, 1)) for name in SIZES)
     if started != accelerator.num_processes:
@@ -159,7 +160,7 @@ def _launcher_meant_several() -> bool:
     cluster starts: only what the launcher has added counts, which Linux shows.
     """
     launched, address = "ACCELERATE_MIXED_PRECISION" in os.environ, os.environ.get("MASTER_PORT")
-    if not launched or not address or any(name in os.environ for name in ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK")):
+    if not launched or not address or any(name in os.environ for name in RANKS):
         return False
     try:
         before = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
