@@ -48,9 +48,13 @@ def main(recipe: Callable[[Config], Any], doc: str) -> None:
         processes = int(os.environ.get("WORLD_SIZE", 1))
         where = f" in process {os.environ.get('RANK', '?')} of {processes}" if processes > 1 else ""
         message = f"{str(error).strip()} {advice}"
-        message = " ".join(line for each in str(message).splitlines() if (line := each.strip()))  # other libraries' have several
-        print(f"{script.name}: error{where}: {message}", file=sys.stderr)
+        print(f"{script.name}: error{where}: {one_line(message)}", file=sys.stderr)
         sys.exit(2)
+
+
+def one_line(message: object) -> str:
+    """Other libraries' messages have several."""
+    return " ".join(line for each in str(message).splitlines() if (line := each.strip()))
 
 
 def advice_on(error: BaseException) -> str:
@@ -91,4 +95,4 @@ def config_from_command_line(doc: str, argv: list[str] | None = None) -> Config:
     try:
         return load_config(arguments.config, arguments.overrides)
     except (ValueError, FileNotFoundError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+        parser.exit(2, f"{parser.prog}: error: {one_line(error)}\n")

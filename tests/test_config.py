@@ -313,13 +313,17 @@ def test_help_as_a_user_calls_it():
     assert "sampling.top_p" in done.stdout and "stage1.loss.adversarial_start" in done.stdout
 
 
-def test_mistakes_on_the_command_line_are_one_line(monkeypatch, capsys):
+def test_mistakes_on_the_command_line_are_one_line(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", [str(ROOT / "recipes" / "train_dae.py")])
     with pytest.raises(SystemExit) as stop:
         config_from_command_line("doc", ["data.resolutoin=3"])
     assert stop.value.code == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "'data.resolution'" in error
+    (tmp_path / "bad.yaml").write_text("data: {dataset_name: a[1]}\n")
+    with pytest.raises(SystemExit):
+        config_from_command_line("doc", ["--config", str(tmp_path / "bad.yaml")])
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 TINY = {

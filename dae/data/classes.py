@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from collections.abc import Sequence
 
 from dae.data.files import few
@@ -24,7 +25,9 @@ def resolve_classes(wanted: Sequence[str | int], class_names: Sequence[str], lab
     originals = [str(label) for label in (range(len(class_names)) if labels is None else labels)]
     numbers = dict(zip(originals, range(len(originals)), strict=True))
     numbers |= dict(zip(class_names, range(len(class_names)), strict=True))
-    for entry in map(str, wanted):
+    numbers = {_composed(name): number for name, number in numbers.items()} | numbers
+    entries = [entry if entry in numbers else _composed(entry) for entry in map(str, wanted)]
+    for entry in entries:
         if entry not in numbers:
             near = difflib.get_close_matches(entry, numbers, 3)
             hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
@@ -33,4 +36,9 @@ def resolve_classes(wanted: Sequence[str | int], class_names: Sequence[str], lab
                 f"sampling.classes: {entry!r} is neither the name nor the label of a class.{hint} There {count}: "
                 f"{few(list(class_names))}"
             )
-    return list(dict.fromkeys(numbers[str(entry)] for entry in wanted))
+    return list(dict.fromkeys(numbers[entry] for entry in entries))
+
+
+def _composed(name: str) -> str:
+    """One spelling of what reads the same: macOS writes `é` as two characters."""
+    return unicodedata.normalize("NFC", name)

@@ -19,11 +19,13 @@ class Labels:
     Attributes:
         class_names: in the order of the numbers.
         values: what stands in the column for each class; None where these are the numbers themselves.
+        assumed: no label was read: the classes are the numbers 0 to K - 1 of a stream.
     """
 
     column: str | None = None
     class_names: list[str] = field(default_factory=lambda: ["image"])
     values: list | None = None
+    assumed: bool = False
 
     def __post_init__(self) -> None:
         self._numbers = None if self.values is None else {value: i for i, value in enumerate(self.values)}
@@ -39,13 +41,15 @@ class Labels:
         if self._numbers is not None:
             if value not in self._numbers:
                 classes = f"{self.num_classes} classes to train on: {few(self.class_names)}"
-                raise ValueError(
-                    f"label {value!r} is none of the {classes} (num_classes= takes more, label_column=none ignores them)"
-                )
+                raise ValueError(f"label {value!r} is none of the {classes} ({self._remedy()})")
             return self._numbers[value]
         if not 0 <= int(value) < self.num_classes:
-            raise ValueError(f"label {int(value)} is out of range: expected 0 to {self.num_classes - 1}")
+            raise ValueError(f"label {int(value)} is out of range: expected 0 to {self.num_classes - 1} ({self._remedy()})")
         return int(value)
+
+    def _remedy(self) -> str:
+        read = "streaming=false reads which labels occur, " if self.assumed else ""
+        return f"{read}num_classes= takes more, label_column=none ignores them"
 
     def first_bad(self, values: np.ndarray) -> int | None:
         """The first row whose value is no class, or None."""
@@ -81,7 +85,7 @@ def find_image_column(features: Any, wanted: str) -> str:
         return wanted
     found = image_columns(features)
     if len(found) > 1:
-        raise ValueError(f"several columns hold images: {found}; choose one with image_column")
+        raise ValueError(f"several columns hold images: {few(list(map(repr, found)))}; choose one with image_column")
     if not found:
         raise ValueError(f"no column of type Image; the columns are {describe_columns(features)}; name one with image_column")
     return found[0]
@@ -161,7 +165,8 @@ def resolve_labels(
         counts = f"{len(occurring)} classes" if names is None else f"{len(names)} classes, {len(occurring)} of which occur"
         raise ValueError(f"num_classes={num_classes}, but the column {column!r} has {counts}")
     class_names = [str(value) if names is None else names[value] for value in occurring]
-    return Labels(column, class_names, None if occurring == list(range(len(occurring))) else occurring)
+    values = None if occurring == list(range(len(occurring))) else occurring
+    return Labels(column, class_names, values, assumed=found is None and names is None)
 
 
 def _occurring(

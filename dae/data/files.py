@@ -181,8 +181,7 @@ def nearest(path: Path) -> str:
         return f"{str(there / missing[0])!r} is no {'folder' if len(missing) > 1 else 'file or folder, but a broken link'}."
     if missing and (near := nearest_name(missing[0], names)):
         return f"did you mean {str(there.joinpath(near, *missing[1:]))!r}?"
-    shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-    return f"the folder {str(there)!r} holds {shown or 'nothing'}"
+    return f"the folder {str(there)!r} holds {few(names) or 'nothing'}."
 
 
 def nearest_name(wanted: str, names: list[str]) -> str | None:

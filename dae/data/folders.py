@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from dae.data.files import LeftOut, Place, few
 
 SPLITS = ("train", "validation", "val", "test")
+SPLIT_WORDS = {*SPLITS, "training", "valid", "dev", "testing", "eval", "evaluation", "heldout"}  # raise a question
 STRAY = 10  # what is outnumbered this many times is left out and counted; anything nearer is refused
 
 Classes = dict[str, str | None]  # of each file
@@ -82,10 +83,13 @@ def _read_splits(files: list[str], where: str, left_out: LeftOut) -> tuple[dict[
         remedy = f"data.train_files={where}/** reads all as one set"
         _leave_out(beside, inside, "beside the split folders", where, remedy, left_out)
         return {split: by_top[split] for split in named}, [f"splits {', '.join(named)}: the top-level folders"]
-    if "train" in named and (len(named) > 1 or any(file.count("/") > 1 for file in by_top["train"])):
-        others = [name for name in by_top if name not in named]
+    words = named + [top for top in by_top if top not in named and top.lower() in SPLIT_WORDS]
+    first = next((word for word in words if word.lower() in ("train", "training")), None)
+    if first and (len(words) > 1 or (first == "train" and any(file.count("/") > 1 for file in by_top["train"]))):
+        others = [name for name in by_top if name not in words]
+        beside = f" beside {few(others)}" if others else ""
         raise ValueError(
-            f"{where!r} has the folders {few(named)} beside {few(others)}: splits or classes? Say data.train_files={where}/train "
+            f"{where!r} has the folders {few(words)}{beside}: splits or classes? Say data.train_files={where}/{first} "
             f"(and data.validation_files=...) to read splits, or data.train_files='{where}/*' to read them all as classes"
         )
     several = [top for top, inside in by_top.items() if _holds_splits(inside)]
@@ -154,7 +158,7 @@ def _settle(
                 f"{where!r}, split {split!r}: no class folders, other images have; data.label_level=0 reads all without classes"
             )
         left_out.add(f"the split {split!r} has no class folders, and the images to train on have", *read.pop(key))
-    return [f"{len(together)} classes: the folders of level {level}"]
+    return [f"classes: the folders of level {level}"]
 
 
 def _leave_out(few: list[str], many: int, reason: str, where: str, remedy: str, left_out: LeftOut) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,9 +23,10 @@ from dae.data.files import (
 )
 from dae.data.shards import Footer
 
+FILES = "a file, folder or glob of images, .parquet or WebDataset .tar files"
 FORMS = (
-    f"{' or '.join(repr(name) for name in builtin.NAMES)} (built in), a folder saved by `save_to_disk`, a folder of images, a "
-    "file, folder or glob of images, .parquet or WebDataset .tar files, or a Hugging Face id such as 'user/name'"
+    f"{' or '.join(repr(name) for name in builtin.NAMES)} (built in), a folder saved by `save_to_disk`, {FILES}, or a Hugging "
+    "Face id such as 'user/name'"
 )
 TITLES = {"images": "image files", "parquet": ".parquet files", "webdataset": ".tar files"}  # kinds, in the order of choice
 
@@ -64,14 +66,25 @@ def list_files(names: list[str], config: DataConfig, key: str, part: str | None 
         FileNotFoundError: one of the names matches nothing.
         ValueError: there is nothing to read, or more than one way to read it.
     """
-    left_out, places = LeftOut(), []
+    left_out, places, forms = LeftOut(), [], FILES if part else FORMS
+    seen: set[str] = set()
     for name in names:
+        if part and is_saved(Path(name)):
+            raise ValueError(f"{key}={name!r} was saved by `save_to_disk`: name it by data.dataset_name; here, expected {FILES}")
         place = expand(name, left_out)
         if place is None:
-            raise FileNotFoundError(f"no file or folder matches {key}={name!r}: {nearest(Path(name))} Expected {FORMS}")
-        places.append(place)
-    found = _Found(places, f"{key}={names[0] if len(names) == 1 else names!r}", config.image_column, left_out)
+            raise FileNotFoundError(f"no file or folder matches {key}={name!r}: {nearest(Path(name))} Expected {forms}")
+        real = {file: os.path.join(os.path.realpath(place.root), file) for file in place.files}
+        places.append(place.only(file for file in place.files if real[file] not in seen))  # as before if named twice
+        seen.update(real.values())
+    found = _Found(places, f"{key}={names[0] if len(names) == 1 else names!r}", config.image_column, left_out, forms)
     kind = found.choose_kind()
+    for name, others in zip(names, found.kinds(), strict=True):
+        if others and kind not in others:
+            raise ValueError(
+                f"{key}: {name!r} holds {' and '.join(TITLES[each] for each in others)}, and {TITLES[kind]} are read of the "
+                "other names; name files of one kind"
+            )
     if kind == "images":
         return _list_images(found, config, part, labelled)
     splits, notes = {}, []
@@ -88,6 +101,11 @@ def list_files(names: list[str], config: DataConfig, key: str, part: str | None 
             splits.setdefault(part or split, {}).update(dict.fromkeys(map(place.absolute, files)))
     found.refuse_different_columns()
     return Listing(kind, splits, left_out, notes, found.footers)
+
+
+def is_saved(path: Path) -> bool:
+    """Whether this is a folder written by `save_to_disk`."""
+    return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
 
 
 def _list_images(found: _Found, config: DataConfig, part: str | None, labelled: bool | None) -> Listing:
@@ -112,8 +130,8 @@ def _list_images(found: _Found, config: DataConfig, part: str | None, labelled: 
 class _Found:
     """All files that were found, by what their names say they are."""
 
-    def __init__(self, places: list[Place], where: str, image_column: str, left_out: LeftOut):
-        self.places, self.where, self.image_column, self.left_out = places, where, image_column, left_out
+    def __init__(self, places: list[Place], where: str, image_column: str, left_out: LeftOut, forms: str):
+        self.places, self.where, self.image_column, self.left_out, self.forms = places, where, image_column, left_out, forms
         self.by_kind: dict[str, list[list[str]]] = {}  # for each place its files
         for i, place in enumerate(places):
             for file in place.files:
@@ -123,6 +141,10 @@ class _Found:
     def of(self, kind: str) -> list[Place]:
         files = self.by_kind.get(kind) or [[] for _ in self.places]
         return [place.only(inside) for place, inside in zip(self.places, files, strict=True) if inside]
+
+    def kinds(self) -> list[list[str]]:
+        """For each place the kinds that its files are of."""
+        return [[kind for kind in TITLES if kind in self.by_kind and self.by_kind[kind][i]] for i in range(len(self.places))]
 
     def absolute(self, kind: str) -> list[str]:
         return [place.absolute(file) for place in self.of(kind) for file in place.files]
@@ -149,7 +171,7 @@ class _Found:
                     self.left_out.add(_reason(file, kind), file)
         if kind is None:
             found = "; ".join(self.left_out.lines()) or "it is empty"
-            raise ValueError(f"{self.where} holds no images: {found}. Expected {FORMS}")
+            raise ValueError(f"{self.where} holds no images: {found}. Expected {self.forms}")
         return kind
 
     def refuse_different_columns(self) -> None:

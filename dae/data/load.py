@@ -10,6 +10,7 @@ from typing import Any
 
 from dae.config import DataConfig
 from dae.data import columns
+from dae.data.files import few
 from dae.data.partition import choose_validation, split_stream, split_table
 from dae.data.rows import ImageDataset, ImageStream, RowDecoder
 from dae.data.sources import Split, read_splits, source_name, source_title
@@ -97,6 +98,7 @@ def load_data(config: DataConfig, seed: int) -> ImageData:
         "image": columns.find_image_column(features, config.image_column),
         "label": columns.find_label_column(features, config.label_column),
     }
+    others = [name for name in features if name not in used.values() and not name.startswith("__")]
     _require_same_labels(wanted, used["label"], source_name(config))
     origins = {part: f"{source_name(config)}, split {name or config.train_split!r}" for part, name in names.items()}
     wanted = {part: _encoded(rows, used, origins[part]) for part, rows in wanted.items()}
@@ -131,7 +133,7 @@ def load_data(config: DataConfig, seed: int) -> ImageData:
         columns=used,
         splits={name: split.size for name, split in source.splits.items()},
         held_out=_held_out_rule(names["validation"], config),
-        notes=source.notes,
+        notes=source.notes + ([f"columns that are not read: {few(others)}"] if others else []),
         left_out=source.left_out.lines(),
     )
 

@@ -16,8 +16,9 @@ import numpy as np
 from dae.config import DataConfig
 from dae.data.columns import label_values
 from dae.data.images import decode_image, open_image
-from dae.data.rows import ImageDataset, ImageStream, RowDecoder
+from dae.data.rows import ImageDataset, ImageStream, RowDecoder, unbroken
 from dae.data.skipping import BadRow, RowError, SkippedRows
+from dae.data.sources import source_name
 from dae.data.survey import Survey, collect, hold_out, spread, survey_stream, survey_table
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def choose_validation(splits: dict[str, Any], config: DataConfig) -> str | None:
     for key in ("train_split", "validation_split"):
         name = getattr(config, key)
         if name is not None and name not in splits and (key, name) != ("validation_split", "none"):
-            raise ValueError(f"{config.dataset_name}: no split {key}={name!r}; the splits are {sorted(splits)}")
+            raise ValueError(f"{source_name(config)}: no split {key}={name!r}; the splits are {sorted(splits)}")
     if config.validation_split == config.train_split:
         raise ValueError(f"train_split and validation_split are both {config.train_split!r}; null holds rows out of training")
     if config.validation_split == "none" and "none" not in splits:
@@ -189,7 +190,7 @@ def split_stream(
     if the stream is not too long for that; then it keeps the first ones. `seed` is not used.
     """
     train, held_out, bad = parts["train"], None, []
-    heads = {part: list(islice(rows, STREAM_VERIFY_ROWS)) for part, rows in parts.items()}
+    heads = {part: list(islice(unbroken(rows, decoders[part].origin), STREAM_VERIFY_ROWS)) for part, rows in parts.items()}
     for part, head in heads.items():
         if not head:
             raise ValueError(f"{decoders[part].origin} is empty")

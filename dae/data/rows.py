@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -233,13 +233,21 @@ class ImageStream(IterableDataset):
 
     def _encoded(self) -> Iterator[dict | BadRow]:
         """The encoded rows, and if the stream breaks off a last one that says why."""
-        import pyarrow
-
-        number, broken = 0, (OSError, ValueError, tarfile.TarError, pyarrow.ArrowException)
         try:
-            for row in self.rows:
-                number += 1
-                yield row
-        except broken as error:
-            reason = f"the stream breaks off: {type(error).__name__}: {' '.join(str(error).split())}"
-            yield BadRow(self.decoder.origin, number, f"after {number} rows", None, reason, of_content=False)
+            yield from unbroken(self.rows, self.decoder.origin)
+        except RowError as error:
+            yield error.bad
+
+
+def unbroken(rows: Iterable[dict], origin: str) -> Iterator[dict]:
+    """The rows of a stream. RowError: it breaks off, for whatever reason its reader has."""
+    import pyarrow
+
+    number, broken = 0, (OSError, ValueError, tarfile.TarError, pyarrow.ArrowException)
+    try:
+        for row in rows:
+            number += 1
+            yield row
+    except broken as error:
+        reason = f"the stream breaks off: {type(error).__name__}: {' '.join(str(error).split())}"
+        raise RowError(BadRow(origin, number, f"after {number} rows", None, reason, of_content=False)) from error

@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 from typing import TYPE_CHECKING
 
 from dae.data.files import few
-from dae.data.folders import SPLITS
+from dae.data.folders import SPLIT_WORDS, SPLITS
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -18,7 +18,6 @@ _CONVENTIONAL = re.compile(
     r"(?:(?P<set>.+)[-_.])?(?P<split>train|validation|val|test)(?:[-_.]?\d+)?(?:[-_.]of[-_.]\d+)?(?:[-_.][0-9a-f]{8,})?"
 )
 _SHARD = re.compile(r"(?P<split>\w+(?:\.\w+)*)-\d{5}-of-\d{5}(?:-[0-9a-f]{8,})?")  # also names other splits, as `unlabeled`
-_SPLIT_WORDS = {*SPLITS, "training", "valid", "dev", "testing", "eval", "evaluation", "heldout"}
 NAME_THEM = "name the files yourself: data.train_files= and data.validation_files= take paths and globs"
 
 
@@ -74,7 +73,7 @@ def _refuse_several_folders(files: list[str], where: str) -> None:
 
 
 def _refuse_split_words(files: list[str], where: str) -> None:
-    words = {file: _SPLIT_WORDS.intersection(re.split(r"[^a-z]+", PurePosixPath(file).stem.lower())) for file in files}
+    words = {file: SPLIT_WORDS.intersection(re.split(r"[^a-z]+", PurePosixPath(file).stem.lower())) for file in files}
     if len(set(map(frozenset, words.values()))) > 1:
         named = [file for file in files if words[file]]
         raise ValueError(f"{where!r}: names like {few(named)} speak of splits but follow no convention, as train-0; {NAME_THEM}")

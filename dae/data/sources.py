@@ -17,7 +17,7 @@ import numpy as np
 from dae.config import DataConfig
 from dae.data import builtin, webdataset
 from dae.data.files import LeftOut, few, nearest, nearest_name
-from dae.data.listing import FORMS, Listing, list_files
+from dae.data.listing import FORMS, Listing, is_saved, list_files
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -124,7 +124,7 @@ def _read_named(config: DataConfig) -> Source:
         return Source({split: _from_table(rows, config) for split, rows in splits.items()})
     path = Path(os.path.expanduser(name))
     if name and (path.exists() or glob.has_magic(name)):
-        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+        if is_saved(path):
             return _read_saved(path, config)
         return _from_listing(list_files([name], config, "data.dataset_name"), config)
     if not _may_be_on_the_hub(name):
@@ -236,6 +236,9 @@ def _read_webdataset(listing: Listing, config: DataConfig) -> dict[str, Split]:
         for split, files in listing.splits.items()
     }
     fields = webdataset.common_fields([fields for fields, _ in scanned.values()])
+    inside = sorted(set().union(*(folders for _, folders in scanned.values())))
+    if len(inside) > 1:
+        listing.notes.append(f"folders inside .tar files are no classes: {few([folder or '.' for folder in inside])}")
     splits = {}
     for split, files in listing.splits.items():
         with _local(source_name(config)):

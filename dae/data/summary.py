@@ -12,7 +12,7 @@ import numpy as np
 
 from dae.data.columns import label_values
 from dae.data.images import open_image
-from dae.data.rows import ImageDataset, ImageStream
+from dae.data.rows import ImageDataset, ImageStream, unbroken
 from dae.data.skipping import RowError
 
 if TYPE_CHECKING:
@@ -68,7 +68,9 @@ class Summary:
             return "none"
         shown = [name if rows is None else f"{name} {rows:,}" for name, rows in list(self.classes.items())[:SHOWN]]
         unknown = "; counts not known before the stream is read" if None in self.classes.values() else ""
-        return f"{len(self.classes)}: {', '.join(shown)}{', ...' if len(self.classes) > SHOWN else ''}{unknown}"
+        empty = sum(rows == 0 for rows in self.classes.values())
+        never = f"; {empty:,} of them without a row to train on" if empty else ""
+        return f"{len(self.classes)}: {', '.join(shown)}{', ...' if len(self.classes) > SHOWN else ''}{unknown}{never}"
 
 
 def summarize(data: ImageData) -> Summary:
@@ -101,7 +103,7 @@ def summarize(data: ImageData) -> Summary:
 
 def _sample(dataset: ImageDataset | ImageStream) -> list[dict]:
     if isinstance(dataset, ImageStream):
-        return list(islice(dataset.rows, LOOKED_AT))
+        return list(islice(unbroken(dataset.rows, dataset.decoder.origin), LOOKED_AT))
     chosen = np.unique(np.linspace(0, len(dataset) - 1, min(LOOKED_AT, len(dataset))).astype(int))
     return [dataset.rows[int(i)] for i in chosen]
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dae.data.rows import ImageDataset, ImageStream, RowDecoder, digest_bytes
+from dae.data.rows import ImageDataset, ImageStream, RowDecoder, digest_bytes, unbroken
 from dae.data.skipping import RowError
 from dae.distributed import rank
 
@@ -62,13 +62,27 @@ class Survey:
 
 
 def hold_out(survey: Survey, size: int, origin: str) -> np.ndarray:
-    """Which rows to hold out: `size` of them, at most a tenth. ValueError: there is only one image."""
+    """Which rows to hold out: `size` of them, at most a tenth, and the last image of a class only where no other is left.
+
+    ValueError: there is only one image.
+    """
     order = survey.order()
     if len(order) < 2:
         raise ValueError(
             f"{origin} has {len(order)} rows, too few to hold some out (copies of an image count once); set validation_split"
         )
-    return order[: max(1, min(size, len(order) // 10))]
+    size = max(1, min(size, len(order) // 10))
+    _, classes = np.unique(survey.labels_N, return_inverse=True)
+    images = np.unique(np.array([survey.digests_N, classes])[:, survey.digests_N != UNREADABLE], axis=1)  # and their classes
+    left, taken, passed = np.bincount(images[1], minlength=classes.max() + 1), [], []
+    for row in order:
+        if len(taken) == size:
+            break
+        of = images[1, slice(*np.searchsorted(images[0], survey.digests_N[row] + np.arange(2)))]  # copies may be of several
+        alone = (left[of] == 1).any()
+        (passed if alone else taken).append(row)
+        left[of] -= not alone
+    return np.array(taken + passed)[:size]
 
 
 def survey_table(rows: Dataset, decoder: RowDecoder) -> Survey:
@@ -101,7 +115,7 @@ def collect(rows: IterableDataset, decoder: RowDecoder, survey: Survey, digests:
 
     places = [rows] if survey.counts is None else [islice(*pair) for pair in zip(_parts(rows), survey.counts, strict=True)]
     wanted, found = set(digests), {}
-    for number, row in enumerate(row for place in places for row in place):
+    for number, row in enumerate(row for place in places for row in unbroken(place, decoder.origin)):
         if (digest := int(survey.digests_N[number])) in wanted:
             wanted.remove(digest)
             found[digest] = number, row
@@ -157,7 +171,7 @@ def _read(rows: Iterable[dict], decoder: RowDecoder, most_bytes: int, most_rows:
     """Digests and labels of the first rows, and whether these are all."""
     digests, labels, total, column = [], [], 0, decoder.labels.column
     with _bar(decoder) as bar:
-        for row in rows:
+        for row in unbroken(rows, decoder.origin):
             if total >= most_bytes or len(digests) >= most_rows:
                 return digests, labels, False
             digest, size = _digest(row, decoder)

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 TEXTS = frozenset(["cls", "cls2", "txt", "text", "transcript", "caption", "index", "inx", "id", "label", "labels", "class"])
 JSONS = frozenset({"json", "jsn"})
 PEEK = 64  # samples of a stream from which the columns are known
+MOST_IMAGES = 16  # in a sample: more are names that were not made for this form
 READER_VERSION = 1  # part of the key under which `datasets` keeps what was read
 
 Sample = dict[str, bytes]
@@ -41,8 +42,8 @@ class Fields:
         return Features(images | {name: Value("string") for name in (*self.texts, "__key__")})
 
 
-def read_samples(path: str, contents: bool = True) -> Iterator[tuple[str, Sample]]:
-    """(name, {suffix: bytes}) of each sample in a .tar; without `contents` images are empty.
+def read_samples(path: str, contents: bool = True, left_out: LeftOut | None = None) -> Iterator[tuple[str, Sample]]:
+    """(name, {suffix: bytes}) of each sample in a .tar; without `contents` images are empty. `left_out` counts other members.
 
     Raises:
         ValueError: the files of a sample do not stand together, or two have one name.
@@ -54,7 +55,11 @@ def read_samples(path: str, contents: bool = True) -> Iterator[tuple[str, Sample
             tar.members = []  # which would hold the header of every file
             folder, _, name = member.name.removeprefix("./").rpartition("/")
             stem, _, field = name.partition(".")
-            if not member.isfile() or not stem or not field or folder.split("/")[0] == "__MACOSX":
+            hidden = not stem or "__MACOSX" in folder.split("/")
+            if hidden or not member.isfile() or not field:
+                if left_out is not None and not member.isdir():
+                    reason = "hidden file" if hidden else "file without a suffix" if member.isfile() else "link"
+                    left_out.add(f"{reason} in a .tar", f"{path}: {member.name}")
                 continue
             this, field = f"{folder}/{stem}".removeprefix("/"), field.lower()
             if this != key:
@@ -88,37 +93,46 @@ def count_images(paths: list[str], limit: int) -> int:
     return count
 
 
-def scan(paths: list[str], limit: int | None, left_out: LeftOut) -> tuple[Fields, int]:
-    """The columns of these files and the number of rows, from the first `limit` samples of the first file, or from all.
+def scan(paths: list[str], limit: int | None, left_out: LeftOut) -> tuple[Fields, set[str]]:
+    """The columns of these files and the folders inside, from the first `limit` samples of the first file, or from all.
 
     Raises:
-        ValueError: there are no images, or a file is broken.
+        ValueError: there are no images, samples have too many, or a file is broken.
     """
     images: dict[str, None] = {}
     texts: dict[str, None] = {}
-    rows, several, seen = 0, False, 0
+    inside: set[str] = set()
+    several, seen = False, 0
     for path in paths:
         try:
-            for key, sample in read_samples(path, contents=False):
+            for key, sample in read_samples(path, contents=False, left_out=left_out):
                 found = [field for field in sample if is_image(field)]
                 seen += 1
                 if found:
-                    rows += 1
                     images |= dict.fromkeys(found)
                     texts |= dict.fromkeys(_texts(sample, path, key))
+                    inside.add(key.rpartition("/")[0])
                     several |= len(found) > 1
+                    for field in sample.keys() - found:
+                        if (suffix := field.rpartition(".")[2]) not in TEXTS | JSONS:
+                            left_out.add(f"suffix .{suffix} is not read in a .tar", f"{path}: {key}.{field}")
                 else:
                     left_out.add("sample of a .tar without an image", f"{path}: {key}.{next(iter(sample))}")
                 if seen == limit:
                     break
         except tarfile.TarError as error:
             raise ValueError(f"{path!r} is broken: {error}") from error
-        if limit is not None and rows:
+        if limit is not None and images:
             break
-    if not rows:
+    if not images:
         raise ValueError(f"no sample of {few(paths)} has an image ({', '.join(sorted(IMAGE_SUFFIXES))})")
+    if several and len(images) > MOST_IMAGES:
+        raise ValueError(
+            f"{few(paths)}: the images of samples end in {len(images):,} ways, {few(list(images))}: what follows the first dot "
+            "of a name tells the files of a sample apart; leave no other dots in the names"
+        )
     names = tuple(images) if several or len(images) == 1 else ("image",)
-    return Fields(names, tuple(texts)), rows
+    return Fields(names, tuple(texts)), inside
 
 
 def _texts(sample: Sample, path: str, key: str) -> dict[str, str | None]:

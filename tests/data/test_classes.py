@@ -19,6 +19,7 @@ from dae.data.classes import resolve_classes
         (["bee", "dog"], [1, 3], ["3", "bee"], [1, 0]),  # a ClassLabel of which two occur
         (["2", "0", "1"], None, ["2", "0"], [0, 1]),  # a name goes before a label
         (["a, b", "c #1", "0123"], ["a, b", "c #1", "0123"], ["0123", "a, b"], [2, 0]),
+        (["caf\u00e9", "the"], ["caf\u00e9", "the"], ["cafe\u0301"], [0]),  # as macOS writes it
         (["x"], None, [], []),
     ],
 )

@@ -50,6 +50,7 @@ LAYOUTS = {
     "a class named test": ({"bus": 10, "test": 10}, {}, {"bus": 10, "test": 10}, None),
     "a class named dev": ({"bus": 10, "dev": 10}, {}, {"bus": 10, "dev": 10}, None),
     "classes with split-like names": ({"train-station": 10, "testing": 10}, {}, {"testing": 10, "train-station": 10}, None),
+    "classes named like splits of other sets": ({"bus": 10, "Train": 10}, {}, {"Train": 10, "bus": 10}, None),
     "unequal depth": ({"cat": 10, "dog/husky": 10}, {}, {"cat": 10, "dog": 10}, None),
     "deeper folders": ({"cat/day": 9, "cat/night": 1, "dog/day": 10}, {}, {"cat": 10, "dog": 10}, None),
     "level 2": ({"cat/day": 9, "cat/night": 5, "dog/day": 6}, {"label_level": 2}, {"day": 15, "night": 5}, None),
@@ -104,6 +105,12 @@ REFUSED = {
         {},
         r"train beside extra: splits or classes\?",
     ),
+    "splits of another spelling": (
+        {"Train/a": 5, "Train/b": 5, "Test/a": 2},
+        {},
+        r"Test, Train: splits or.*files=.*/Train ",
+    ),
+    "splits of other words": ({"train": 5, "valid": 5}, {}, r"the folders train, valid: splits or classes\?"),
     "several sets": ({"A/train/x": 4, "A/test/x": 2, "B/train/x": 4, "B/val/x": 2}, {}, r"splits of their own: A, B.*set/A"),
     "a folder around classes": (
         {"data/cat": 5, "data/dog": 5},
@@ -289,6 +296,8 @@ def test_files_named_twice_and_in_both_splits(streaming, tree, configure):
     with pytest.raises(ValueError, match=r"6 of these files are trained on.*000\.png"):
         load_data(both, 0)
     assert read(configure("", streaming=streaming, train_files=[f"{root}/**", f"{root}/*/*"]))[1] == {"a": 10, "b": 10}
+    for again in (f"{root}/a", f"{root}/../{root.name}", f"{root}/a/000.png"):
+        assert read(configure("", streaming=streaming, train_files=[str(root), again]))[1] == {"a": 10, "b": 10}
     with pytest.raises(ValueError, match="validation_split='test': expected one"):
         load_data(configure(root, validation_files=f"{root}/a", validation_split="test"), 0)
     with pytest.raises(ValueError, match="holds the splits train, test: name one"):

@@ -132,6 +132,20 @@ def test_different_sets_are_not_merged(shard, tmp_path, configure, streaming):
         load_data(configure(tmp_path / "columns", streaming=streaming), 0)
 
 
+def test_each_name_of_many_is_read(shard, tmp_path, png, saved, table, configure):
+    (tmp_path / "0.png").write_bytes(png(0))
+    files = [str(shard("a.parquet")), str(tmp_path / "0.png")]
+    with pytest.raises(ValueError, match=r"'.*0\.png' holds image files, and .parquet files are read of the other names"):
+        load_data(configure("", train_files=files), 0)
+    name = saved(table(12)).dataset_name
+    with pytest.raises(ValueError, match=r"validation_files='.*' was saved by `save_to_disk`: name it by data.dataset_name"):
+        load_data(configure("", train_files=files[:1], validation_files=[name]), 0)
+    with pytest.raises(ValueError, match=r"a\.parquet: no split validation_split='test'"):
+        load_data(configure("plain", train_files=files[:1], validation_split="test"), 0)
+    with pytest.raises(FileNotFoundError, match=r"train_files='digits': .*\. Expected a file, folder or glob of images"):
+        load_data(configure("", train_files=["digits"]), 0)
+
+
 @pytest.mark.parametrize("streaming", [False, True])
 def test_other_files_beside_shards_are_counted(shard, tar, tmp_path, configure, png, streaming):
     from datasets import Dataset
@@ -183,10 +197,30 @@ def test_mixed_suffixes_in_a_tar(tar, configure, streaming, png):
     name = tar("x.tar", members)
     train, _, classes, source = rows_of(configure(name, streaming=streaming, num_classes=3))
     assert train == 12 and classes == ["0", "1", "2"]
-    assert source.left_out.counts == {"sample of a .tar without an image": 1}
+    assert source.left_out.counts == {"sample of a .tar without an image": 1, "hidden file in a .tar": 2}
     data = load_data(configure(name, streaming=streaming, num_classes=3), 0)
     assert data.columns == {"image": "image", "label": "cls"}
     assert Counter(row["label"] for row in data.train)[0] in (3, 4)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_every_member_of_a_tar_is_read_or_counted(tmp_path, configure, png, streaming):
+    for folder in ("a", "b"):
+        (tmp_path / "set" / folder).mkdir(parents=True)
+        for i in range(6):
+            (tmp_path / "set" / folder / f"{i}.png").write_bytes(png(i + ord(folder) * 100))
+    (tmp_path / "set/a/0.npy").write_bytes(b"x")
+    (tmp_path / "set/a/LICENSE").write_text("x")
+    (tmp_path / "set/a/again.png").symlink_to("0.png")
+    with tarfile.open(tmp_path / "x.tar", "w") as file:
+        file.add(tmp_path / "set", "set")
+    train, _, classes, source = rows_of(configure(tmp_path / "x.tar", streaming=streaming))
+    assert (train, classes) == (12, None) and source.notes == ["folders inside .tar files are no classes: set/a, set/b"]
+    assert source.left_out.counts == {
+        "suffix .npy is not read in a .tar": 1,
+        "file without a suffix in a .tar": 1,
+        "link in a .tar": 1,
+    }
 
 
 JSON = {
@@ -221,7 +255,7 @@ def test_json_labels(tar, configure, case):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_samples_of_several_images(tar, configure, streaming):
     name = tar("x.tar", samples({"jpg": None, "mask.png": None, "txt": lambda i: "pq"[i % 2]}))
-    with pytest.raises(ValueError, match=r"several columns hold images: \['jpg', 'mask.png'\]; choose one with image_column"):
+    with pytest.raises(ValueError, match=r"several columns hold images: 'jpg', 'mask.png'; choose one with image_column"):
         load_data(configure(name, streaming=streaming), 0)
     assert rows_of(configure(name, streaming=streaming, image_column="jpg"))[0] == 12
     assert rows_of(configure(name, image_column="jpg", label_column="txt"))[2] == ["p", "q"]
@@ -236,6 +270,7 @@ def test_samples_of_several_images(tar, configure, streaming):
         ([("0.png", None), ("0.json", "{")], r"0\.json cannot be read"),
         ([("0.txt", "x")], "no sample of .* has an image"),
         ([], "no sample of .* has an image"),
+        ([(f"n01.{i}.png", None) for i in range(20)], r"images of samples end in 20 ways, 0\.png, 1\.png.*leave no other dots"),
     ],
 )
 def test_broken_samples(tar, configure, members, message, streaming):

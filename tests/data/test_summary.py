@@ -40,6 +40,13 @@ def test_many_classes_are_abbreviated_and_a_split_is_named(saved, table):
     assert line.startswith("classes   40: c00 2, ") and line.endswith("c09 2, ...")
 
 
+def test_classes_without_rows_and_columns_that_are_not_read(saved, table):
+    rows = table(20, label=lambda i: i % 2).add_column("breed", ["pug"] * 20)
+    lines = summarize(load_data(saved(rows, num_classes=3), 0)).lines()
+    assert "classes   3: a 9, b 9, c 0; 1 of them without a row to train on" in lines
+    assert "read as   columns that are not read: breed" in lines
+
+
 def test_unlabelled_rows(saved, table):
     facts = summarize(load_data(saved(table(20, label=None)), 0))
     assert facts.classes is None and "classes   none" in facts.lines()

@@ -10,7 +10,7 @@ from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageFeature
 
 from dae.data import TrainLoader, evaluation_batches, in_memory, load_data
-from dae.data.survey import UNREADABLE, Survey
+from dae.data.survey import UNREADABLE, Survey, hold_out
 
 CLASSES, EACH = 4, 15
 
@@ -174,6 +174,18 @@ def test_every_beginning_has_of_each_class_its_share(sizes):
     again = Survey(survey.digests_N[shuffle], np.array([f"name {c}" for c in classes[shuffle]]))
     if len(set(sizes)) == len(sizes):
         assert again.digests_N[again.order()].tolist() == survey.digests_N[order].tolist()
+
+
+def test_the_last_image_of_a_class_is_held_out_only_where_no_other_is_left():
+    random = np.random.default_rng(0)
+    for sizes, size in (([1] * 5 + [30, 30], 6), ([1] * 20 + [8], 2), ([2, 2, 1, 50], 5)):
+        classes = np.repeat(np.arange(len(sizes)), sizes)
+        survey = Survey(random.choice(1 << 60, len(classes), replace=False), classes)
+        held_out = hold_out(survey, size, "")
+        assert len(set(held_out)) == size and set(np.delete(classes, held_out)) == set(classes)
+    copies = Survey(np.array([1, 1, *range(2, 22)]), np.array([7, 8, *[8] * 20]))  # class 7 has but a copy of another's image
+    assert 1 not in copies.digests_N[hold_out(copies, 2, "")]
+    assert len(hold_out(Survey(np.arange(30), np.arange(30)), 3, "")) == 3
 
 
 def test_unreadable_rows_and_copies_stand_in_no_order():
