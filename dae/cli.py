@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -32,16 +33,22 @@ ENVIRONMENT = "\nOf an error that tells what to do, only the message is shown; D
 def main(recipe: Callable[[Config], Any], doc: str) -> None:
     """Call `recipe` with the configuration of the command line; exit with 2 and `<script>: error: <message>` if that fails.
 
+    Ctrl-C ends it with 130 and one line.
+
     An error is a message if a `raise` statement of this project made it, or if it is an OSError (a full disk, a missing
     permission). Whatever else happens is a bug, ours or another library's, and keeps its traceback.
     """
-    config = config_from_command_line(doc + ENVIRONMENT)
+    config, script = config_from_command_line(doc + ENVIRONMENT), Path(sys.argv[0])
     try:
         recipe(config)
+    except KeyboardInterrupt:
+        if os.environ.get("DAE_TRACEBACK"):
+            raise
+        close_bars()
+        print(f"{script.name}: interrupted; resume_from_checkpoint=latest continues a training", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)  # what a shell makes of it
     except MESSAGES as error:
-        for bar in list(getattr(tqdm, "_instances", ())):  # else they are drawn again below the message
-            bar.close()
-        script = Path(sys.argv[0])
+        close_bars()
         advice = advice_on(error)
         if os.environ.get("DAE_TRACEBACK") or not (advice or is_message(error, script)):
             raise
@@ -55,6 +62,12 @@ def main(recipe: Callable[[Config], Any], doc: str) -> None:
 def one_line(message: object) -> str:
     """Other libraries' messages have several."""
     return " ".join(line for each in str(message).splitlines() if (line := each.strip()))
+
+
+def close_bars() -> None:
+    """Else they are drawn again below the message."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
 
 
 def advice_on(error: BaseException) -> str:

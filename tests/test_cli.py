@@ -87,6 +87,16 @@ def test_memory_that_ran_out_is_no_bug(from_command_line, capsys, recipe):
     assert "allocate" in shown and "Memory ran out: lower train_batch_size" in shown and shown.count("\n") == 1
 
 
+def test_interrupted(from_command_line, capsys):
+    def interrupted(config):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as caught:
+        from_command_line(interrupted)
+    assert caught.value.code == 130
+    assert capsys.readouterr().err == "test_cli.py: interrupted; resume_from_checkpoint=latest continues a training\n"
+
+
 def test_message_stands_below_the_progress_bar(from_command_line, capsys):
     with pytest.raises(SystemExit):
         from_command_line(with_progress)
