@@ -101,7 +101,8 @@ class SkippedRows:
             limit = f"data.max_skipped={self.max_skipped:g}" + (f" of {self.rows:,} rows" if share else "")
             listed = f"; all are listed in {self.file}" if self.file else ""
             last = list(new.values())[-1]
-            raise ValueError(f"{len(self)} rows cannot be decoded, {limit} may be left out. The last one: {last}{listed}")
+            rows = "1 row" if len(self) == 1 else f"{len(self)} rows"
+            raise ValueError(f"{rows} cannot be decoded, {limit} may be left out. The last one: {last}{listed}")
 
     def lines(self) -> list[str]:
         """For the table of the data: empty if no row was left out."""

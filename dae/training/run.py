@@ -126,8 +126,8 @@ class Run:
 
     def _prepare_folder(self, checkpoint: Checkpoint | None, data: dict | None) -> None:
         self.history_file.parent.mkdir(parents=True, exist_ok=True)
-        for stale in self.folder.glob(".*.tmp"):  # of a run that was killed while it wrote: under our lock nobody else does
-            stale.unlink() if stale.is_file() else shutil.rmtree(stale)
+        for stale in [*self.folder.glob(".*.tmp"), *self.folder.glob("*/.*.tmp")]:  # of a run that was killed while it wrote: under our lock nobody else does
+            stale.unlink() if stale.is_file() else shutil.rmtree(stale, ignore_errors=True)  # perhaps with the one before it
         save_config(self.config, self.folder / "config.yaml")
         save_config(self.config, self.folder.parent / "config.yaml")
         write_file(self.folder / INPUTS, json.dumps(self.inputs, indent=1).encode())

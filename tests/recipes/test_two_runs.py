@@ -38,9 +38,9 @@ def test_every_recipe_locks_what_it_writes(recipe):
 def test_what_a_killed_run_left_is_cleaned(copied_chain, run):
     """Its lock, and its temporary files, of which nobody else may be writing one."""
     (copied_chain / ".autoencoder.lock").write_text('{"pid": 1073741824, "host": "here", "since": "then"}')
-    stale = copied_chain / "autoencoder" / ".model.safetensors.1073741824.tmp"
-    stale.write_text("half")
     (copied_chain / "autoencoder" / ".checkpoint-99.tmp").mkdir()
+    for folder in (".", "stage1", ".checkpoint-99.tmp"):
+        (copied_chain / "autoencoder" / folder / ".model.safetensors.1073741824.tmp").write_text("half")
     run("train_dae", copied_chain, "resume_from_checkpoint=latest")
     assert [path.name for path in copied_chain.rglob(".*")] == []
 
