@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
+import fnmatch
 import functools
 import glob
 import operator
@@ -224,12 +225,22 @@ def _reject_output_inside_input(config: Config) -> None:
             )
 
 
+IMAGES_WRITTEN = ("samples/grid.png", "samples/png/000000_class0.png", "measure/pictures-pca.png", "latent/map.png")
+
+
 def _is_read_with(output: Path, name: str) -> bool:
-    """Whether the folder `output` lies in the folder `name`, or in one that the glob `name` matches."""
-    path, folders = Path(name), (output, *output.parents)
+    """Whether images written to the folder `output` lie in the folder `name`, or in what the glob `name` matches."""
+    path = Path(name)
     if path.exists() or not glob.has_magic(name):
-        return path.is_dir() and path.resolve() in folders
-    return any(folder.match(os.path.abspath(name).split("**")[0].rstrip("/") or "/") for folder in folders)
+        return path.is_dir() and path.resolve() in (output, *output.parents)
+    pattern = Path(os.path.realpath(name)).parts
+    pattern = pattern[: pattern.index("**")] if "**" in pattern else pattern
+    return any(_begins_with(pattern, (output / image).parts) for image in IMAGES_WRITTEN)
+
+
+def _begins_with(pattern: tuple[str, ...], parts: tuple[str, ...]) -> bool:
+    pairs = zip(parts, pattern, strict=False)
+    return len(pattern) <= len(parts) and all(part == each or fnmatch.fnmatchcase(part, each) for part, each in pairs)
 
 
 def save_config(config: Config, path: str | Path) -> None:

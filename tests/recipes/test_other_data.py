@@ -58,17 +58,28 @@ def test_output_among_the_images_is_refused(image_folder, output, monkeypatch):
 
 
 @pytest.mark.parametrize("key", ["dataset_name", "train_files", "validation_files"])
-def test_output_among_whatever_is_read_is_refused(image_folder, key, monkeypatch):
+def test_output_among_whatever_is_read_is_refused(image_folder, key, tmp_path, monkeypatch):
     monkeypatch.chdir(image_folder)
+    (tmp_path / "link").symlink_to(image_folder)
     for name, output in (
         (image_folder, "a/x"),
         ("*", "runs/x"),
         (f"{image_folder}/**/*.png", "x"),
         (f"{image_folder}/[ab]", "b"),
+        (f"{tmp_path}/link/*", "runs"),
+        ("*/*/*.png", "."),
+        ("*/*/*/*.png", "a"),
     ):
         with pytest.raises(ValueError, match=rf"lies in the folder of the images, data\.{key}="):
             load_config(None, [f"data.{key}={name}", f"output_dir={output}"])
-    for name, output in (("*.png", "runs/x"), (f"{image_folder}/[ab]", "c"), ("a", "c"), ("digits", "digits")):
+    for name, output in (
+        ("*.png", "runs/x"),
+        ("*/*.png", "runs"),
+        ("*.tar", "."),
+        (f"{image_folder}/[ab]", "c"),
+        ("a", "c"),
+        ("digits", "digits"),
+    ):
         load_config(None, [f"data.{key}={name}", f"output_dir={output}"])
     if key == "train_files":  # then it is not read
         load_config(None, [f"data.dataset_name={image_folder}", "data.train_files=/elsewhere", "output_dir=runs"])
