@@ -178,8 +178,11 @@ def test_null_is_null_and_home_is_home(yaml, monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     assert load_config(None, ["resume_from_checkpoint=null"]).resume_from_checkpoint is None
     assert load_config(yaml("resume_from_checkpoint: null\nhub_model_id: ~")).hub_model_id is None
-    with pytest.raises(ValueError, match="wrong type at output_dir"):
-        load_config(yaml("output_dir: ~"))
+    for text in ("~", "null", ""):
+        with pytest.raises(ValueError, match=f"output_dir: expected text, got {text or 'nothing'}, which is null in YAML"):
+            load_config(yaml(f"output_dir: {text}"))
+    for config in (load_config(yaml("sampling: {classes: [null, 01]}")), load_config(None, ["sampling.classes=[null, 01]"])):
+        assert config.sampling.classes == ["null", "01"]
     for config in (
         load_config(None, ["output_dir=~/r", "data.dataset_name=~/d", "measure.compare_folders=[~/c, d]"]),
         load_config(yaml("output_dir: ~/r\ndata: {dataset_name: ~/d}\nmeasure: {compare_folders: [~/c, d]}")),

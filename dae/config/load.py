@@ -65,16 +65,25 @@ def _read_yaml(path: Path) -> Any:
 
     try:
         layer = OmegaConf.load(path)
-        texts = yaml_texts(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        texts, verbatim = yaml_texts(text), yaml_texts(text, null=False)
     except Exception as error:  # PyYAML's family of errors has no common public base with OmegaConf's
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     for key, type_ in _text_knobs().items():
-        value = texts
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
+        value, written = _look_up(texts, key), _look_up(verbatim, key)
+        if isinstance(value, list):
+            value = written  # null among texts is a name
+        elif value is None and isinstance(written, str) and type_ == "str":
+            raise ValueError(f"{path}: {key}: expected text, got {written or 'nothing'}, which is null in YAML: put it in quotes")
         if isinstance(value, str) or (isinstance(value, list) and all(isinstance(each, str) for each in value)):
             OmegaConf.update(layer, key, [value] if type_ == "List[str]" and isinstance(value, str) else value)
     return layer
+
+
+def _look_up(tree: Any, key: str) -> Any:
+    for part in key.split("."):
+        tree = tree.get(part) if isinstance(tree, dict) else None
+    return tree
 
 
 def _parsed(overrides: list[str] | tuple) -> list[tuple[str, Any]]:
@@ -113,14 +122,14 @@ def _as_texts(value: str) -> list[str]:
     """`[a, b]` in YAML's notation, or one element as it stands."""
     if not value.startswith("["):
         return [] if value == "" else [_as_text(value, "str")]
-    return yaml_texts(value)
+    return yaml_texts(value, null=False)
 
 
-def yaml_texts(text: str) -> Any:
-    """The YAML document `text` with every scalar as it is written; only null and merge keys keep their meaning."""
+def yaml_texts(text: str, null: bool = True) -> Any:
+    """The YAML document `text` with every scalar as it is written; only merge keys and, if asked for, null keep their meaning."""
     import yaml
 
-    kept = ("tag:yaml.org,2002:null", "tag:yaml.org,2002:merge")
+    kept = ("tag:yaml.org,2002:merge", *["tag:yaml.org,2002:null"] * null)
     resolvers = {first: [r for r in each if r[0] in kept] for first, each in yaml.SafeLoader.yaml_implicit_resolvers.items()}
     loader = type("TextLoader", (yaml.SafeLoader,), {"yaml_implicit_resolvers": resolvers})
     return yaml.load(text, Loader=loader)
