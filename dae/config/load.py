@@ -244,12 +244,12 @@ def _is_read_with(output: Path, name: str) -> bool:
         return path.is_dir() and path.resolve() in (output, *output.parents)
     pattern = Path(os.path.realpath(name)).parts
     pattern = pattern[: pattern.index("**")] if "**" in pattern else pattern
+    pattern = tuple(glob.escape(part) if Path(*pattern[: i + 1]).exists() else part for i, part in enumerate(pattern))
     return any(_begins_with(pattern, (output / image).parts) for image in IMAGES_WRITTEN)
 
 
 def _begins_with(pattern: tuple[str, ...], parts: tuple[str, ...]) -> bool:
-    pairs = zip(parts, pattern, strict=False)
-    return len(pattern) <= len(parts) and all(part == each or fnmatch.fnmatchcase(part, each) for part, each in pairs)
+    return len(pattern) <= len(parts) and all(map(fnmatch.fnmatchcase, parts, pattern))
 
 
 def save_config(config: Config, path: str | Path) -> None:
