@@ -65,7 +65,8 @@ def sample(config: Config) -> Path:
         write_png(new / "grid.png", overview(arrays, labels))
         write_npz(new / "samples.npz", arr_0=arrays, arr_1=labels)
         write_file(new / "sampling.json", json.dumps(dataclasses.asdict(settings) | facts, indent=2).encode())
-    announce(folder, ["samples.npz", "sampling.json", "grid.png", *pngs], f": {len(arrays)} image{'s' * (len(arrays) > 1)} in {seconds:.1f} s")
+    images = f"{len(arrays)} image" + "s" * (len(arrays) > 1)
+    announce(folder, ["samples.npz", "sampling.json", "grid.png", *pngs], f": {images} in {seconds:.1f} s")
     return folder
 
 

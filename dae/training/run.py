@@ -126,7 +126,8 @@ class Run:
 
     def _prepare_folder(self, checkpoint: Checkpoint | None, data: dict | None) -> None:
         self.history_file.parent.mkdir(parents=True, exist_ok=True)
-        for stale in [*self.folder.glob(".*.tmp"), *self.folder.glob("*/.*.tmp")]:  # of a run that was killed while it wrote: under our lock nobody else does
+        # Of a run that was killed while it wrote: under our lock nobody else does.
+        for stale in [*self.folder.glob(".*.tmp"), *self.folder.glob("*/.*.tmp")]:
             stale.unlink() if stale.is_file() else shutil.rmtree(stale, ignore_errors=True)  # perhaps with the one before it
         save_config(self.config, self.folder / "config.yaml")
         save_config(self.config, self.folder.parent / "config.yaml")
