@@ -70,6 +70,9 @@ def evaluate(config: Config) -> dict:
     started, device, output, seed = time.monotonic(), one_process(config), Path(config.output_dir), config.seed
     autoencoder, prior = load_chain(output, device, config.kernels)
     samples, sampling = load_samples(output)
+    if knows_classes(prior):
+        for cfg_scale in config.evaluation.cfg_scales:
+            prior.check_guidance(cfg_scale)
     family = next(name for name, each in FAMILIES.items() if each.model is type(prior))
     history, validations = load_history(config, FAMILIES[family])
     data = load_data(config.data, seed)

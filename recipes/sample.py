@@ -39,8 +39,10 @@ def sample(config: Config) -> Path:
     settings = config.sampling
     autoencoder, prior = load_chain(config.output_dir, one_process(config), config.kernels)
     drawn_from = fingerprint(Path(config.output_dir) / "prior")  # now: it may be trained further while it is sampled
-    if settings.classes and not knows_classes(prior):
-        raise ValueError(f"sampling.classes={settings.classes}: this prior knows no classes; leave it out")
+    if not knows_classes(prior):
+        for key, value, idle in (("classes", settings.classes, []), ("cfg_scale", settings.cfg_scale, 1)):
+            if value != idle:
+                raise ValueError(f"sampling.{key}={value}: this prior knows no classes; leave it out")
     require_memory(
         2 * settings.num_samples * autoencoder.image_channels * autoencoder.resolution**2,  # twice while they are put together
         f"{settings.num_samples:,} samples of {autoencoder.resolution} x {autoencoder.resolution} pixels",

@@ -60,6 +60,14 @@ class ClassConditional:
         hidden = draws < self.config.class_dropout
         return torch.where(hidden, self.null_class, labels_B)
 
+    def check_guidance(self, cfg_scale: float) -> None:
+        """ValueError for a scale other than 1 if the prediction without a class, which guidance subtracts, was never trained."""
+        if cfg_scale != 1 and self.config.class_dropout == 0:
+            raise ValueError(
+                f"a guidance scale of {cfg_scale:g} needs a prior trained with prior.class_dropout above 0, this one had 0: take "
+                "a scale of 1 (sampling.cfg_scale, evaluation.cfg_scales), or train it again"
+            )
+
     def check_labels(self, labels_B: Tensor) -> None:
         """ValueError unless each label is a class or the null class."""
         if labels_B.numel() and not (labels_B.min() >= 0 and labels_B.max() <= self.null_class):

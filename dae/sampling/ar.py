@@ -70,8 +70,9 @@ def sample_tokens(
 
     Raises:
         TypeError: an option of another type.
-        ValueError: labels outside the classes, a negative temperature or guidance, top_k or top_p out of range, or logits with
-            NaN or infinity, after guidance; -inf forbids a token, as long as another is left.
+        ValueError: labels outside the classes, a negative temperature or guidance, guidance of a prior without class dropout,
+            top_k or top_p out of range, or logits with NaN or infinity, after guidance; -inf forbids a token, as long as another
+            is left.
     """
     operation = "sample_tokens"
     temperature, cfg_scale = as_number(operation, "temperature", temperature), as_number(operation, "cfg_scale", cfg_scale)
@@ -84,6 +85,7 @@ def sample_tokens(
     number = torch.finfo(torch.float32)
     divisor = min(max(temperature, number.tiny), number.max)
     prior.check_labels(labels_B)
+    prior.check_guidance(cfg_scale)
     guided = cfg_scale != 1
     B, T = len(labels_B), prior.sequence_length
     labels = torch.cat([labels_B, torch.full_like(labels_B, prior.null_class)]) if guided else labels_B

@@ -36,12 +36,14 @@ def sample_latents(
         generator: on the model's device; its state decides the result.
 
     Raises:
-        ValueError: labels outside the classes, no steps, or a negative guidance.
+        ValueError: labels outside the classes, no steps, a negative guidance, guidance of a prior without class dropout, or
+            latents with NaN or infinity.
     """
     check_steps("num_inference_steps", num_inference_steps)
-    if not cfg_scale >= 0:
-        raise ValueError(f"cfg_scale must not be negative, got {cfg_scale}")
+    if not 0 <= cfg_scale < math.inf:
+        raise ValueError(f"cfg_scale must be finite and not negative, got {cfg_scale}")
     dit.check_labels(labels_B)
+    dit.check_guidance(cfg_scale)
     shape = (len(labels_B), dit.latent_channels, dit.latent_size, dit.latent_size)
     x = torch.randn(shape, generator=generator, device=dit.device, dtype=wide(dit.dtype))
     step = 1 / num_inference_steps
@@ -49,6 +51,8 @@ def sample_latents(
         t = 1 - i * step
         middle = x - step / 2 * guided_velocity(dit, x, t, labels_B, cfg_scale)
         x = x - step * guided_velocity(dit, middle, t - step / 2, labels_B, cfg_scale)
+    if not x.isfinite().all():
+        raise ValueError("sample_latents got NaN or infinity; look for a diverged prior, or lower cfg_scale")
     return dit.denormalise(x).to(dit.dtype)
 
 

@@ -94,6 +94,9 @@ def test_gaussian_mixture(encoded, run, history):
     assert isinstance(prior, GaussianMixturePrior) and len(prior.weights) == 3
     assert prior.weights.sum().item() == pytest.approx(1, abs=1e-5)
     assert (np.load(encoded / "samples" / "samples.npz")["arr_1"] == 0).all(), "it knows no classes"
+    for asked in ("sampling.classes=[3]", "sampling.cfg_scale=2"):
+        with pytest.raises(ValueError, match="this prior knows no classes; leave it out"):
+            run("sample", encoded, *MIXTURE, asked)
     metrics = json.loads((encoded / "metrics.json").read_text())
     assert metrics["generation"]["recognised"] is None and metrics["trade"] == []
     assert metrics["prior"]["heldout_bits_per_image"] == rows[1]["bits_per_image"]

@@ -24,6 +24,9 @@ class Table(nn.Module):
     def check_labels(self, labels):
         pass
 
+    def check_guidance(self, cfg_scale):
+        pass
+
     def make_cache(self, size):
         return None
 

@@ -5,7 +5,7 @@ import torch
 
 from dae.config import AutoencoderConfig, PriorConfig, SamplingConfig, VQConfig
 from dae.hub import fingerprint
-from dae.models import ARPrior, Autoencoder
+from dae.models import ARPrior, Autoencoder, DiT
 from dae.sampling import generate, load_chain
 
 
@@ -29,6 +29,18 @@ def test_load_and_generate(chain):
     again = torch.cat(list(generate(autoencoder, prior, labels, settings, seed=4)))
     assert torch.equal(torch.cat(batches), again)
     assert not torch.equal(torch.cat(list(generate(autoencoder, prior, labels, settings, seed=5))), again)
+
+
+@pytest.mark.parametrize("cfg_scale", [3.0, 0.0])
+def test_a_prior_trained_without_class_dropout_is_not_guided(chain, cfg_scale):
+    """By what it was trained with, whatever is configured today: its prediction without a class was never trained."""
+    autoencoder, prior = load_chain(chain)
+    dit = DiT(prior.config, latent_channels=4, latent_size=4, num_classes=3)
+    for each in (prior, dit.eval()):
+        each.config.class_dropout = 0.0
+        with pytest.raises(ValueError, match=rf"guidance scale of {cfg_scale:g} needs .*class_dropout.*this one had 0"):
+            next(generate(autoencoder, each, torch.arange(3), SamplingConfig(cfg_scale=cfg_scale), seed=0))
+        next(generate(autoencoder, each, torch.arange(3), SamplingConfig(num_inference_steps=1), seed=0))
 
 
 def test_a_prior_of_another_tokenizer_is_refused(chain):

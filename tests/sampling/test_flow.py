@@ -245,8 +245,10 @@ def test_a_trained_model_samples_the_modes(trained):
         ([-1, 0], {}, "labels must lie"),
         ([0], {"num_inference_steps": 0}, "num_inference_steps must be a whole number of at least 1, got 0"),
         ([0], {"num_inference_steps": 2.5}, "got 2.5"),
-        ([0], {"cfg_scale": -1.0}, "cfg_scale must not be negative, got -1.0"),
-        ([0], {"cfg_scale": float("nan")}, "cfg_scale must not be negative, got nan"),
+        ([0], {"cfg_scale": -1.0}, "cfg_scale must be finite and not negative, got -1.0"),
+        ([0], {"cfg_scale": float("nan")}, "cfg_scale must be finite and not negative, got nan"),
+        ([0], {"cfg_scale": float("inf")}, "cfg_scale must be finite and not negative, got inf"),
+        ([0], {"cfg_scale": 1e308}, "got NaN or infinity"),
     ],
 )
 def test_refusals_of_the_sampler(labels, options, message):
