@@ -19,6 +19,7 @@ from dae_kernels.dispatch import FLOAT_DTYPES
 from torch import nn
 
 import dae
+from dae.config import nearest_sibling
 from dae.precision import own_arithmetic
 
 if TYPE_CHECKING:
@@ -204,6 +205,7 @@ def download(repo_id: str, revision: str | None) -> Path:
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(
             f"{repo_id!r} is neither a folder nor a repository of the Hub that can be reached: {error}"
+            f"{nearest_sibling(Path(repo_id))}"
         ) from error
 
 

@@ -103,7 +103,7 @@ class Run:
         # An empty history is that of a run which failed in its first step: nothing would be lost.
         occupied = [p.name for p in (self.history_file, self.folder / "model.safetensors") if p.exists() and p.stat().st_size]
         occupied += [p.name for p in self.checkpoints.all()]
-        remedy = "continue it with resume_from_checkpoint=latest, or choose another output_dir"
+        remedy = "continue it with resume_from_checkpoint=latest, choose another output_dir, or delete it"
         if self.config.resume_from_checkpoint == "latest":  # killed before its first checkpoint: start over, but spare a model
             occupied = [name for name in occupied if name == "model.safetensors"]
             remedy = "it has no checkpoint to continue from; choose another output_dir, or delete it"
@@ -160,7 +160,7 @@ class Run:
         if differences:
             raise ValueError(
                 f"{checkpoint.path} was trained with another configuration: {'; '.join(differences)}. Restore these, or start "
-                "a new run in another output_dir"
+                f"a new run: in another output_dir, or in this one after {self.folder} was deleted"
             )
 
     def _same_data(self, checkpoint: Checkpoint, then: Config) -> bool:

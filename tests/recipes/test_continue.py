@@ -2,6 +2,7 @@
 
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
@@ -122,6 +123,7 @@ def test_an_autoencoder_starts_from_given_weights(chain, recipe, configure, tmp_
     ("override", "message"),
     [
         ("init_from=nowhere", "'nowhere' is neither a folder nor a repository"),
+        (f"init_from={Path(__file__).parent}x", f"neither a folder.*; did you mean '{Path(__file__).parent}'"),
         ("autoencoder.base_channels=16", "the encoder of init_from=.* is a checkpoint of another architecture"),
         (
             "autoencoder.vq.codebook_size=8",

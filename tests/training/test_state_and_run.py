@@ -174,7 +174,7 @@ def test_an_occupied_folder_is_refused(tmp_path, trace):
     path = tmp_path / "prior" / trace
     path.parent.mkdir(parents=True)
     path.write_text("precious")
-    with pytest.raises(FileExistsError, match=r"holds another run .*resume_from_checkpoint=latest, or choose another output_dir"):
+    with pytest.raises(FileExistsError, match=r"holds another run .*resume_from_checkpoint=latest, choose .*or delete it"):
         Run(tiny_config(tmp_path), "prior").open(None)
     assert path.read_text() == "precious" and not (tmp_path / "config.yaml").exists()
     Run(tiny_config(tmp_path), "autoencoder").open(None)  # the other half of the chain is free
