@@ -122,7 +122,7 @@ def _list_images(found: _Found, config: DataConfig, part: str | None, labelled: 
     level = 0 if has_labels or config.label_column == "none" else config.label_level
     wanted = (config.train_split, part or config.validation_split)
     layout = folders.read_layout(places, level, left_out, part=part, labelled=labelled, wanted=wanted)
-    if described is not None:
+    if described is not None and described.table.column_names:
         layout.notes.append(f"columns of metadata files: {few(described.table.column_names)}")
     return Listing("images", layout.splits, left_out, layout.notes, described=described)
 

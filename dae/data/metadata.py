@@ -72,6 +72,8 @@ def read(places: list[Place], image_column: str, left_out: LeftOut) -> Described
 
 
 def _name_column(columns: list[str], image_column: str, file: str) -> str:
+    if len(set(columns)) < len(columns):
+        raise ValueError(f"{file!r}: two columns have one name: {', '.join(columns)}")
     if "file_name" in columns:
         return "file_name"
     found = [name for name in columns if name.endswith("_file_name")]
@@ -90,7 +92,10 @@ def _read_table(file: str) -> pa.Table:
 
     try:
         if suffix_of(file) == ".csv":
-            return pa.csv.read_csv(file, convert_options=pa.csv.ConvertOptions(column_types={"file_name": pa.string()}))
+            table = pa.csv.read_csv(file, convert_options=pa.csv.ConvertOptions(column_types={"file_name": pa.string()}))
+            if binary := [field.name for field in table.schema if pa.types.is_binary(field.type)]:
+                raise ValueError(f"{file!r}: the column {binary[0]!r} is not UTF-8")
+            return table
         return (pa.json.read_json if suffix_of(file) == ".jsonl" else pa.parquet.read_table)(file)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{file!r} is broken: {' '.join(str(error).split())}") from error

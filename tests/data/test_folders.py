@@ -337,6 +337,13 @@ def test_metadata_that_cannot_be_used(tree, configure):
         (root / "metadata.csv").write_text(text)
         with pytest.raises(ValueError, match=message):
             load_data(configure(root), 0)
+    for text, message in (
+        ("file_name,label\na/000.png,é\n", "'label' is not UTF-8"),
+        ("file_name,x,x\na/000.png,1,2\n", "have one name"),
+    ):
+        (root / "metadata.csv").write_text(text, encoding="latin-1")
+        with pytest.raises(ValueError, match=message):
+            load_data(configure(root), 0)
     (root / "metadata.csv").unlink()
     (root / "metadata.jsonl").write_text("{")
     with pytest.raises(ValueError, match=r"metadata\.jsonl' is broken"):
