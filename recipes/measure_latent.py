@@ -27,7 +27,7 @@ from dae.charts import Panel, frontier_panel, save_png
 from dae.cli import main
 from dae.complexity.curves import complexity_curve
 from dae.complexity.distances import ADVERSARIAL, PLAIN, check_name, make_distance
-from dae.complexity.estimate import Estimate, check_seeds, pooled_error
+from dae.complexity.estimate import Estimate, pooled_error
 from dae.complexity.fitting import Fitting, fit, generate, measure_by_jackknife, split_rows
 from dae.complexity.gromov_wasserstein import gromov_wasserstein
 from dae.complexity.latent_page import DISTANCES, FAMILIES, Measured, axes_of, build, series_of
@@ -111,11 +111,10 @@ def measure_latent(config: Config) -> Path:
 def check(config: Config) -> None:
     """ValueError for what is wrong in the section `measure`, before anything is loaded."""
     settings = config.measure
-    for key in ("latents", "distances", "families"):
+    for key in ("latents", "distances", "families", "seeds"):
         values = getattr(settings, key)
         if not values or len(set(values)) < len(values):
             raise ValueError(f"measure.{key}: expected at least one and none twice, got {values}")
-    check_seeds(settings.seeds)
     for name in settings.distances:
         check_name(name)
     for name in settings.families:

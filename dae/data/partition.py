@@ -130,7 +130,7 @@ def _skipped_rows(config: DataConfig, rows: int, bad: list[BadRow]) -> SkippedRo
     """Where bad rows are counted, if they are to be skipped: first those that are known already."""
     if config.on_error == "raise":
         return None
-    skipped = SkippedRows(config.max_skipped, rows)
+    skipped = SkippedRows(config.max_skipped, rows, known=not config.streaming)
     skipped.add(bad)
     return skipped
 

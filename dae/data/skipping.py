@@ -54,10 +54,11 @@ class SkippedRows:
     Args:
         max_skipped: how many there may be: a share of `rows` if below 1, else a number.
         rows: rows of the data set; of a stream, which does not know, at least the rows that were read: see `read`.
+        known: whether `rows` is the number of all rows.
     """
 
-    def __init__(self, max_skipped: float, rows: int):
-        self.max_skipped, self.rows = max_skipped, rows
+    def __init__(self, max_skipped: float, rows: int, known: bool = True):
+        self.max_skipped, self.rows, self.known = max_skipped, rows, known
         self.fingerprint: str | None = None  # of the data; lines of the list with another one say nothing about it
         self.file: Path | None = None
         self._found: dict[tuple[str, int], BadRow] = {}
@@ -66,11 +67,16 @@ class SkippedRows:
         return len(self._found)
 
     def list_in(self, folder: str | Path) -> None:
-        """From now on list the rows in `folder`/skipped.jsonl, and count those that are listed there already."""
+        """From now on list the rows in `folder`/skipped.jsonl, and count those that are listed there already.
+
+        ValueError: these are more than the budget allows; it may have been larger then.
+        """
         self.file = Path(folder) / LISTED_AS
         before, self._found = self._found, {}
         self.add(before.values())
         self._found |= self._listed()
+        if self.known or self.max_skipped >= 1:  # of a stream that has just begun, a share says nothing
+            self._require_budget()
 
     def add(self, rows: Iterable[BadRow]) -> None:
         """Count and list what is new among `rows`.
@@ -96,11 +102,14 @@ class SkippedRows:
             if number <= SHOWN:
                 log.info("left out: %s%s", row, "; further ones only in the list" if number == SHOWN else "")
         self._found |= new
+        self._require_budget()
+
+    def _require_budget(self) -> None:
         share = self.max_skipped < 1
         if len(self) > (self.max_skipped * self.rows if share else self.max_skipped):
             limit = f"data.max_skipped={self.max_skipped:g}" + (f" of {self.rows:,} rows" if share else "")
             listed = f"; all are listed in {self.file}" if self.file else ""
-            last = list(new.values())[-1]
+            last = list(self._found.values())[-1]
             rows = "1 row" if len(self) == 1 else f"{len(self)} rows"
             raise ValueError(f"{rows} cannot be decoded, {limit} may be left out. The last one: {last}{listed}")
 

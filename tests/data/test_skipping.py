@@ -197,6 +197,14 @@ def test_the_list_is_continued_and_shared_and_belongs_to_its_data(tmp_path):
     third.fingerprint = "a"
     third.list_in(tmp_path)
     assert len(third) == 4
+    for budget, known in ((0, True), (3, False), (0.03, True)):  # lower than it was: no row needs to be new
+        with pytest.raises(ValueError, match=f"4 rows cannot be decoded, data.max_skipped={budget}"):
+            lower = SkippedRows(budget, 100, known)
+            lower.fingerprint = "a"
+            lower.list_in(tmp_path)
+    begun = SkippedRows(0.04, 10, known=False)  # a stream of which 10 rows were read so far
+    begun.fingerprint = "a"
+    begun.list_in(tmp_path)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
