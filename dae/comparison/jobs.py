@@ -24,7 +24,6 @@ import numpy as np
 import torch
 
 from dae.comparison.arms import Arm, parse_arms, require_matched
-from dae.comparison.training import refuse_unsupported
 from dae.comparison.trial import Bench, Job, job_config, run_trial
 from dae.config import Config
 from dae.files import write_file
@@ -68,7 +67,8 @@ def check_comparison(config: Config) -> list[Arm]:
     compare, arms = config.compare, parse_arms(config.compare)
     names = [arm.name for arm in arms]
     require_matched(config, arms)
-    refuse_unsupported(config)
+    if config.init_from or config.prior.init_from:
+        raise ValueError("the arms of a comparison start from their seeds: set init_from=null and prior.init_from=null")
     require_guidance(config)
     family = prior_family(config)  # refuses a prior that the bottleneck has no latent for
     _require_known("baseline", [compare.baseline], names)

@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dae.comparison.arms import arm_config, parse_arms
-from dae.comparison.training import encode, rehearse, train_autoencoder, train_prior
 from dae.complexity.report_card import report_card
 from dae.config import Config, with_overrides
 from dae.data import in_memory, load_data
@@ -43,9 +42,11 @@ from dae.models import Autoencoder
 from dae.sampling import balanced_labels, generate
 from dae.sampling.chain import Prior, knows_classes
 from dae.training import plan_stages
+from dae.training.engine import LocalEngine
+from dae.training.in_memory import encode, train_autoencoder, train_prior
 from dae.training.loop import seed_for
 from dae.training.priors import FAMILIES, prior_family
-from dae.training.rehearsal import require_measurable
+from dae.training.rehearsal import rehearse_chain, require_measurable
 
 JUDGE_SEED = 0  # of the classifier and of all subsets: the same for every trial, arm and seed
 SHOWN = 32  # samples kept as pictures
@@ -134,7 +135,9 @@ class Bench:
         require_measurable(config, training_images=rows["train"], held_out_images=rows["validation"])
         data.list_skipped(config.output_dir)
         for arm in parse_arms(config.compare):  # before the classifier is trained
-            rehearse(arm_config(config, arm), data.num_classes, limited(rows["train"], config))
+            chosen = arm_config(config, arm)
+            engine = LocalEngine(device, chosen.mixed_precision)
+            rehearse_chain(chosen, data.num_classes, limited(rows["train"], config), engine)
         train, train_labels = _collect(data.train, config, device)
         heldout, heldout_labels = _collect(data.validation, config, device)
         task = (lambda x, y: (x, y)) if data.labelled else (lambda x, _: rotation_task(x))

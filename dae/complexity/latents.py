@@ -271,7 +271,7 @@ def _posterior(folder: str, images: Tensor, config: Config, seed: int) -> Found:
 
 
 def _trained_autoencoder(spec: str, images: Tensor, labels: Tensor | None, config: Config, seed: int) -> Found:
-    from dae.comparison.training import train_autoencoder
+    from dae.training.in_memory import train_autoencoder
 
     config = dataclasses.replace(configuration_of(spec, config), seed=seed)
     codes, what = _encode(train_autoencoder(images, config), images, config, seed)
@@ -292,9 +292,11 @@ def rehearse_training(spec: str, config: Config, rows: int) -> tuple[int, ...] |
     """
     if spec not in AUTOENCODERS:
         return None
-    from dae.comparison.training import rehearse_autoencoder
+    from dae.training.engine import LocalEngine
+    from dae.training.rehearsal import rehearse_autoencoder
 
-    autoencoder = rehearse_autoencoder(configuration_of(spec, config), rows)
+    config = configuration_of(spec, config)
+    autoencoder = rehearse_autoencoder(config, rows, LocalEngine(mixed_precision=config.mixed_precision))
     return (autoencoder.config.latent_channels, autoencoder.latent_size, autoencoder.latent_size)
 
 

@@ -19,11 +19,44 @@ from dae.data.classes import resolve_classes
 from dae.losses import PerceptualLoss, discriminator_loss
 from dae.memory import require_memory
 from dae.models import ARPrior, Autoencoder, GaussianMixturePrior, PatchDiscriminator, choose_kernels
+from dae.training.autoencoder import build_autoencoder, build_perceptual_loss
+from dae.training.engine import Engine
 from dae.training.priors import FAMILIES, prior_family
-from dae.training.stages import Stage
+from dae.training.stages import Stage, plan_stages
 
 Autocast = Callable[[], AbstractContextManager]
 CLASSIFIER_PIXELS = 8  # a side of the smallest image that `dae.metrics.Classifier` takes
+
+
+def rehearse_chain(config: Config, num_classes: int, rows: int | None, engine: Engine, processes: int = 1) -> None:
+    """Autoencoder and prior, before anything is trained: `rehearse_autoencoder`, `require_batches` and `rehearse_prior`."""
+    autoencoder = rehearse_autoencoder(config, rows, engine)
+    require_batches(config, rows, processes)
+    rehearse_prior(config, autoencoder, num_classes, rows, engine.autocast)
+
+
+def rehearse_autoencoder(config: Config, rows: int | None, engine: Engine) -> Autoencoder:
+    """All stages of `config.method` by `rehearse_stage`, before the first one is trained.
+
+    Args:
+        rows: of the training set; None is not known.
+        engine: where the training will compute.
+
+    Returns:
+        The autoencoder of the last stage, untrained.
+
+    Raises:
+        ValueError, TypeError, ImportError: what a model, a loss or a kernel refuses, or fewer `rows` than a batch.
+    """
+    for stage in plan_stages(config):
+        if engine.scaler is not None and stage.config.loss.adversarial > 0:
+            raise ValueError("an adversarial loss needs mixed_precision=bf16 or no: one loss scale cannot serve two optimisers")
+        if rows is not None and rows < (batch := stage.config.train_batch_size):
+            raise ValueError(f"{stage.name}: the training set has {rows} rows, fewer than one batch of {batch}; make it smaller")
+        with torch.random.fork_rng(devices=[]):
+            autoencoder = build_autoencoder(config, stage).to(engine.device)
+        rehearse_stage(config, stage, autoencoder, build_perceptual_loss(config, stage), engine.autocast)
+    return autoencoder
 
 
 def rehearse_stage(config: Config, stage: Stage, autoencoder: Autoencoder, perceptual: PerceptualLoss | None, autocast: Autocast):

@@ -80,7 +80,7 @@ class Run:
 
             What one process raises, all do.
         """
-        self.inputs = inputs or {}
+        self.accelerator, self.inputs = accelerator, inputs or {}
         wanted = self.config.resume_from_checkpoint
         with failing_together():
             checkpoint = self.checkpoints.load(wanted) if wanted else None
@@ -188,7 +188,7 @@ class Run:
         run_on_first_process(self._require_lock)
         self.checkpoints.save(step, tensors, own | where | state)
 
-    def record(self, accelerator: Accelerator, step: int, values: dict[str, Any], **labels: Any) -> None:
+    def record(self, step: int, values: dict[str, Any], **labels: Any) -> None:
         """The first process appends one line to `logs/history.jsonl` and sends the numbers to the trackers; all must call it.
 
         Raises:
@@ -202,7 +202,7 @@ class Run:
             append_line(self.history_file, json.dumps(row))
             if self.config.report_to != "none":
                 prefix = "/".join(map(str, labels.values()))
-                accelerator.log({f"{prefix}/{k}": v for k, v in values.items()}, step=step)
+                self.accelerator.log({f"{prefix}/{k}": v for k, v in values.items()}, step=step)
 
         run_on_first_process(write)
 
@@ -213,9 +213,9 @@ class Run:
         """Whether this process has pictures to make for a tracker."""
         return rank() == 0 and self.config.logged_images > 0 and self.config.report_to != "none"
 
-    def record_picture(self, accelerator: Accelerator, step: int, name: str, picture_HWC: np.ndarray) -> None:
+    def record_picture(self, step: int, name: str, picture_HWC: np.ndarray) -> None:
         """Send a picture (uint8) to the trackers that take pictures: tensorboard and wandb."""
-        for tracker in accelerator.trackers:
+        for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard":
                 tracker.log_images({name: picture_HWC[None]}, step=step, dataformats="NHWC")
             elif tracker.name == "wandb":

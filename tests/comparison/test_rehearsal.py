@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from dae.comparison.jobs import check_comparison
-from dae.comparison.training import rehearse, rehearse_autoencoder
 from dae.complexity.latents import AUTOENCODERS, rehearse_training
 from dae.config import load_config
+from dae.training.engine import LocalEngine
+from dae.training.rehearsal import rehearse_autoencoder, rehearse_chain
 
 SMALL = (
     "data.resolution=8", "data.channels=1", "autoencoder.base_channels=8", "autoencoder.latent_channels=4",
@@ -31,13 +32,18 @@ def configure(*overrides):
         (["stage2.train_batch_size=51"], "stage2: the training set has 50 rows"),
         (["prior.train_batch_size=51"], "prior.train_batch_size=51"),
         (["kernels.group_norm_silu=triton"], "kernels.group_norm_silu=triton"),
-        (["stage1.gradient_accumulation_steps=2"], "no gradient accumulation"),
     ],
 )
 def test_arms(overrides, message):
     with pytest.raises(ValueError, match=message):
-        rehearse(configure(*overrides), 3, 50)
-    rehearse(configure(), 3, 50)
+        rehearse_chain(configure(*overrides), 3, 50, LocalEngine())
+    rehearse_chain(configure(), 3, 50, LocalEngine())
+
+
+@pytest.mark.parametrize("given", ["init_from=runs/x", "prior.init_from=runs/x"])
+def test_arms_start_from_their_seeds(given):
+    with pytest.raises(ValueError, match=r"set init_from=null and prior\.init_from=null"):
+        check_comparison(configure(given))
 
 
 def test_guidance_without_class_dropout():
@@ -57,4 +63,4 @@ def test_latents_trained_here(spec):
 
 def test_latents_that_are_not():
     assert rehearse_training("pca", configure("stage1.train_batch_size=51"), 50) is None
-    assert rehearse_autoencoder(configure(), None).latent_size == 4
+    assert rehearse_autoencoder(configure(), None, LocalEngine()).latent_size == 4

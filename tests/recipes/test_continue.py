@@ -105,8 +105,8 @@ PARTS = ("encoder", "bottleneck", "decoder")
 def test_an_autoencoder_starts_from_given_weights(chain, recipe, configure, tmp_path):
     from dae.models import Autoencoder
     from dae.training import plan_stages
+    from dae.training.autoencoder import build_autoencoder as build
 
-    build = recipe("train_dae").build_autoencoder
     final, switch = (Autoencoder.from_pretrained(chain / "autoencoder" / part) for part in ("", "stage1"))
     for source in (chain, chain / "autoencoder"):
         config = configure(tmp_path, f"init_from={source}", "seed=5")

@@ -136,7 +136,7 @@ def saved_run(config, step=4, rows=6):
     run = Run(config, "prior")
     run.open(None)
     for i in range(1, rows + 1):
-        run.record(None, i, {"loss": torch.tensor(1.0 / i)}, stage="prior", split="train")
+        run.record(i, {"loss": torch.tensor(1.0 / i)}, stage="prior", split="train")
     run.save(step, {"model": {"w": torch.ones(2)}}, {}, stage="prior", stage_step=step)
     return run
 
@@ -165,7 +165,7 @@ def test_what_was_logged_after_the_checkpoint_is_forgotten(tmp_path):
     checkpoint = run.open(None)
     assert checkpoint.state["step"] == 4 and checkpoint.tensors["model"]["w"].tolist() == [1, 1]
     assert run.history() == before[:4]
-    run.record(None, 5, {"loss": 2.0}, stage="prior")
+    run.record(5, {"loss": 2.0}, stage="prior")
     assert [row["step"] for row in run.history()] == [1, 2, 3, 4, 5]
 
 

@@ -1,0 +1,37 @@
+"""Batches of a data set that lies in memory as tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+
+class TensorLoader:
+    """Shuffled batches without end, in the order of `dae.data.TrainLoader` in one process, at a tenth of its cost.
+
+    Args:
+        columns: tensors of N rows each, on one device; a batch has rows of each, under its name.
+        batch_size: rows per batch.
+        seed: of the order.
+
+    Raises:
+        ValueError: fewer rows than a batch.
+    """
+
+    def __init__(self, columns: dict[str, Tensor], batch_size: int, *, seed: int):
+        self.columns, self.batch_size, self.seed = columns, batch_size, seed
+        self.rows = len(next(iter(columns.values())))
+        if self.rows < batch_size:
+            raise ValueError(
+                f"the training set has {self.rows} rows, fewer than one batch of {batch_size}; make the batch smaller"
+            )
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        epoch = 0
+        while True:
+            order = torch.randperm(self.rows, generator=torch.Generator().manual_seed(self.seed + epoch))
+            for rows in order[: self.rows // self.batch_size * self.batch_size].split(self.batch_size):
+                yield {name: column[rows.to(column.device)] for name, column in self.columns.items()}
+            epoch += 1

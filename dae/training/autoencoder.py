@@ -1,0 +1,305 @@
+"""Training an autoencoder: the step, the loop of a stage, and the stages of a method one after the other."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from dae.config import Config
+from dae.data.augmentation import augment
+from dae.data.loader import evaluation_batches
+from dae.distributed import failing_together, rank, run_on_first_process, sum_over_processes, world_size
+from dae.losses import PerceptualLoss, adaptive_weight, discriminator_loss, generator_loss, reconstruction_loss
+from dae.metrics import CodebookUsage, psnr
+from dae.models import Autoencoder, PatchDiscriminator, choose_kernels
+from dae.quantizers import Encoding, VectorQuantizer
+from dae.training.checkpoint import Checkpoint
+from dae.training.ema import EMA
+from dae.training.engine import Engine
+from dae.training.initialization import load_decoder, load_latent
+from dae.training.loop import (
+    global_mean,
+    is_due,
+    progress_bar,
+    refuse_non_finite,
+    seed_for,
+    set_seed,
+    validation_images,
+)
+from dae.training.optimization import build_optimizer, build_scheduler
+from dae.training.pictures import reconstruction_sheet
+from dae.training.stages import Stage, plan_stages
+from dae.training.state import TrainingState
+
+if TYPE_CHECKING:
+    from dae.data import TrainLoader
+    from dae.data.tensors import TensorLoader
+    from dae.training.run import Run
+
+Loaders = Callable[[Stage, str], "TrainLoader | TensorLoader"]  # a stage's training images, in the order of a purpose
+
+
+def build_autoencoder(config: Config, stage: Stage) -> Autoencoder:
+    """A new one with the decoder of `stage`, from the seed, or with the weights that `init_from` names."""
+    torch.manual_seed(seed_for(config.seed, "autoencoder"))
+    architecture = dataclasses.replace(config.autoencoder, decoder=stage.decoder)
+    autoencoder = Autoencoder(architecture, config.data.channels, config.data.resolution)
+    if config.init_from:
+        load_latent(autoencoder, config.init_from)
+        load_decoder(autoencoder, config.init_from)
+    return autoencoder
+
+
+def build_perceptual_loss(config: Config, stage: Stage) -> PerceptualLoss | None:
+    """The frozen loss network of a stage; None if its weight is 0. ValueError: the images are too small for it."""
+    if stage.config.loss.perceptual == 0:
+        return None
+    if (got := config.data.resolution) < (least := PerceptualLoss.least_size):
+        raise ValueError(f"{stage.name}.loss.perceptual needs data.resolution of at least {least}, got {got}")
+    return PerceptualLoss.from_pretrained(stage.config.loss.perceptual_weights)
+
+
+def train_stages(
+    config: Config,
+    autoencoder: Autoencoder,
+    loaders: Loaders,
+    engine: Engine,
+    *,
+    heldout: Dataset | None = None,
+    run: Run | None = None,
+    resumed: Checkpoint | None = None,
+) -> None:
+    """Train the stages of `config.method`, in place.
+
+    Args:
+        autoencoder: as `build_autoencoder` makes it for the first stage, on the engine's device.
+        loaders: batches {"image": [B, C, H, W], ...} of a stage.
+        heldout: images of the validations; None for none.
+        run: where log and checkpoints go, and the model at the end of each stage but the last; None for nowhere.
+        resumed: the checkpoint to go on from.
+
+    Raises:
+        FloatingPointError: the loss is not finite.
+    """
+    stages, steps_before = plan_stages(config), 0
+    for stage in stages:
+        if stage is not stages[0] and not stage.keeps_decoder:
+            set_seed(config.seed, stage.name, "decoder")
+            autoencoder.replace_decoder(stage.decoder)
+            if config.init_from:
+                load_decoder(autoencoder, config.init_from)
+        if stage.latent_frozen:
+            autoencoder.freeze_latent()
+        if resumed is None or resumed.state["stage"] == stage.name:
+            learns_anew = resumed is None and not config.init_from
+            perceptual = build_perceptual_loss(config, stage)
+            training = StageTraining(config, stage, autoencoder, loaders, engine, perceptual, new_codebook=learns_anew)
+            train_stage(training, heldout, run, steps_before, training.state.restore(resumed))
+            resumed = None
+            if run is not None and stage is not stages[-1]:
+                run_on_first_process(lambda folder=run.folder / stage.name: autoencoder.save_pretrained(folder))
+        steps_before += stage.config.max_train_steps
+
+
+def train_stage(training: StageTraining, heldout: Dataset | None, run: Run | None, steps_before: int, start: int) -> None:
+    """The loop. `steps_before` are those of the stages before, `start` is where in this one it begins."""
+    config, stage, state, ema = training.config, training.stage, training.state, training.state.ema
+    total = stage.config.max_train_steps
+    bar = progress_bar(total, start, f"{stage.name}, {stage.decoder.family} decoder", shown=run is not None)
+    training.autoencoder.train()
+    for step in range(start, total):
+        training.step(step)
+        done, step_of_run = step + 1, steps_before + step + 1
+        bar.update()
+        if is_due(done, config.logging_steps, total):
+            values = {"loss": global_mean(state.losses), "lr": state.scheduler.get_last_lr()[0]}
+            state.losses.clear()
+            refuse_non_finite(values["loss"], stage.name, done)
+            bar.set_postfix(loss=f"{values['loss']:.4f}")
+            if run is not None:
+                run.record(step_of_run, values, stage=stage.name, split="train")
+        if heldout is not None and is_due(done, config.validation_steps, total):
+            with ema.swapped_in(training.trained) if ema else contextlib.nullcontext(), training.engine.autocast():
+                values = validate(config, training.autoencoder, heldout, validation_images(config, stage.config))
+                if run is not None:
+                    show_reconstructions(run, step_of_run, training.autoencoder, heldout)
+            if run is not None:
+                run.record(step_of_run, values, stage=stage.name, split="validation")
+            training.autoencoder.train()
+        if run is not None and is_due(step_of_run, config.checkpointing_steps, steps_before + total):
+            run.save(step_of_run, *state.pack(), stage=stage.name, stage_step=done)
+    bar.close()
+    if ema:
+        training.trained.load_state_dict(ema.state_dict())  # what is delivered, and what stage 2 freezes, is the average
+    training.engine.free_memory()
+
+
+class StageTraining:
+    """What a stage trains with, and its step.
+
+    Args:
+        autoencoder: with the decoder of `stage`, on the engine's device.
+        loaders: batches of the stage's training images.
+        perceptual: the frozen loss network, of no optimiser and in no checkpoint; with a weight above 0 it is needed.
+        new_codebook: initialise the codebook by k-means, if this stage learns it.
+
+    Attributes:
+        trained: everything, or the decoder alone on latents that the frozen encoder computes without gradient.
+        state: all that changes, for checkpoints.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        stage: Stage,
+        autoencoder: Autoencoder,
+        loaders: Loaders,
+        engine: Engine,
+        perceptual: PerceptualLoss | None = None,
+        *,
+        new_codebook: bool = True,
+    ):
+        settings, loss = stage.config, stage.config.loss
+        self.config, self.stage, self.autoencoder, self.engine = config, stage, autoencoder, engine
+        self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
+        choose_kernels(autoencoder.to(memory_format=self.layout), config.kernels)
+        loader = loaders(stage, "order")
+        self.learns_codebook = isinstance(autoencoder.bottleneck, VectorQuantizer) and not stage.latent_frozen
+        if self.learns_codebook and new_codebook:
+            initialize_codebook(config, autoencoder, loaders(stage, "codebook"))
+
+        self.trained = autoencoder.decoder if stage.latent_frozen else autoencoder
+        self.parameters = list(self.trained.parameters())  # to walk through a small module takes a twentieth of a step
+        autoencoder.enable_gradient_checkpointing(settings.gradient_checkpointing)
+        ema = EMA(self.trained, settings.ema_decay) if settings.use_ema else None
+        optimizer = build_optimizer(self.trained, settings)
+        scheduler = build_scheduler(optimizer, settings)
+        compiled = torch.compile(self.trained) if config.compile else self.trained
+        self.model, optimizer = engine.prepare(compiled, optimizer)
+        self.state = TrainingState({"model": autoencoder}, {"optimizer": optimizer}, scheduler, loader, ema, engine.scaler)
+        self.batches = iter(loader)
+
+        self.discriminator = self.prepared_discriminator = None
+        if loss.adversarial > 0:
+            set_seed(config.seed, stage.name, "discriminator")
+            discriminator = PatchDiscriminator(config.data.channels, loss.discriminator_channels, loss.discriminator_layers)
+            optimizer = build_optimizer(discriminator, settings, loss.discriminator_learning_rate)
+            choose_kernels(discriminator.to(engine.device, memory_format=self.layout), config.kernels)
+            self.prepared_discriminator, optimizer = engine.prepare(discriminator, optimizer)
+            self.state.modules["discriminator"], self.state.optimizers["discriminator_optimizer"] = discriminator, optimizer
+            self.discriminator = discriminator
+        self.perceptual = perceptual
+        if perceptual is not None:
+            choose_kernels(perceptual.to(engine.device, memory_format=self.layout), config.kernels)
+
+    def step(self, number: int) -> None:
+        """Step `number` of the stage: losses, optimisers, schedule, codebook, average."""
+        settings, optimizers = self.stage.config, self.state.optimizers.values()
+        for micro in range(settings.gradient_accumulation_steps):
+            set_seed(self.config.seed, self.stage.name, number, micro)  # the only source of this micro-step's randomness
+            last = micro == settings.gradient_accumulation_steps - 1
+            with self.engine.synchronize(self.model, self.prepared_discriminator, when=last):
+                self.state.losses.append(self.micro_step(self.next_images(), number))
+        if settings.max_grad_norm > 0:
+            self.engine.clip(self.parameters, settings.max_grad_norm)
+        self.engine.step(optimizers)
+        self.state.scheduler.step()
+        if self.learns_codebook:
+            self.autoencoder.bottleneck.update_codebook()
+        if self.state.ema:
+            self.state.ema.update(self.trained)
+
+    def next_images(self) -> Tensor:
+        images, data = next(self.batches)["image"].to(self.engine.device, non_blocking=True), self.config.data
+        images = augment(images, random_flip=data.random_flip, random_affine=data.random_affine)
+        return images.contiguous(memory_format=self.layout)
+
+    def micro_step(self, images: Tensor, number: int) -> Tensor:
+        """Add the gradients of a batch; returns its reconstruction loss."""
+        loss_config, parts = self.stage.config.loss, self.stage.config.gradient_accumulation_steps
+        sample, encoding = self.reconstruct(images)
+        reconstruction = reconstruction_loss(sample, images, loss_config)
+        if self.perceptual is not None:
+            with self.engine.autocast():
+                distance = self.perceptual(sample, images).mean()
+            reconstruction = reconstruction + loss_config.perceptual * distance
+        loss = reconstruction if self.stage.latent_frozen else reconstruction + encoding.loss
+        if self.discriminator is not None and number >= loss_config.adversarial_start:
+            self.discriminator.requires_grad_(False)
+            with self.engine.autocast():
+                logits = self.discriminator(sample)
+            adversarial = generator_loss(logits.float())
+            loss = loss + loss_config.adversarial * adaptive_weight(reconstruction, adversarial, sample) * adversarial
+            self.discriminator.requires_grad_(True)
+        self.engine.backward(loss / parts)
+        if self.discriminator is not None:
+            real, fake = self.prepared_discriminator(images), self.prepared_discriminator(sample.detach())
+            self.engine.backward(discriminator_loss(real, fake) / parts)
+        if self.learns_codebook:
+            self.autoencoder.bottleneck.observe(encoding)
+        return reconstruction.detach()
+
+    def reconstruct(self, images: Tensor) -> tuple[Tensor, Encoding]:
+        if not self.stage.latent_frozen:
+            output = self.model(images)
+            return output.sample, output.encoding
+        with torch.no_grad(), self.engine.autocast():
+            encoding = self.autoencoder.encode(images, sample_posterior=True)
+        return self.model(encoding.latents), encoding
+
+
+@torch.no_grad()
+def initialize_codebook(config: Config, autoencoder: Autoencoder, batches: TrainLoader | TensorLoader) -> None:
+    """k-means on the untrained encoder's outputs for the first images: 16 vectors per code, of at most 64 batches."""
+    images = -(-16 * config.autoencoder.vq.codebook_size // autoencoder.latent_size**2)
+    mine, features = len(range(rank(), images, world_size())), []  # not all of a batch: whatever its size
+    with failing_together():
+        for batch in islice(batches, 64):
+            features.append(autoencoder.encode(batch["image"].to(autoencoder.device)).features)
+            if sum(map(len, features)) >= mine:
+                break
+    generator = torch.Generator().manual_seed(seed_for(config.seed, "codebook"))
+    autoencoder.bottleneck.initialize_codebook(torch.cat(features)[:mine], generator)
+
+
+@torch.no_grad()
+def validate(config: Config, autoencoder: Autoencoder, heldout: Dataset, most_images: int) -> dict[str, float]:
+    """PSNR on held-out images, shared by the processes, and for VQ the codebook's use.
+
+    At most `data.validation_size` images and `most_images`.
+    """
+    autoencoder.eval()
+    totals = torch.zeros(2, dtype=torch.float64, device=autoencoder.device)  # sum of PSNR, number of images
+    usage = CodebookUsage(config.autoencoder.vq.codebook_size) if config.autoencoder.bottleneck == "vq" else None
+    limit = min(config.data.validation_size, most_images)
+    batches: Iterator[dict] = evaluation_batches(heldout, config.evaluation.batch_size, limit=limit)
+    with failing_together():
+        for batch in islice(batches, rank(), None, world_size()):
+            images = batch["image"].to(autoencoder.device)
+            output = autoencoder(images)
+            ratios = psnr(output.sample.float().clamp(-1, 1), images).double()
+            totals += torch.stack([ratios.sum(), totals.new_tensor(len(images))])
+            if usage:
+                usage.update(output.encoding.indices.cpu())
+    ratio, images_seen = sum_over_processes(totals).tolist()
+    values = {"psnr": ratio / images_seen}
+    if usage:
+        usage.all_reduce()
+        values |= {"codebook_usage": usage.usage, "codebook_perplexity": usage.perplexity}
+    return values
+
+
+def show_reconstructions(run: Run, step: int, autoencoder: Autoencoder, heldout: Dataset) -> None:
+    """Some held-out images beside their reconstructions, for trackers that take pictures."""
+    with failing_together():
+        if run.shows_images():
+            count = run.config.logged_images
+            shown = next(evaluation_batches(heldout, count, limit=count))
+            run.record_picture(step, "reconstructions", reconstruction_sheet(autoencoder, shown["image"]))

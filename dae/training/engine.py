@@ -1,0 +1,124 @@
+"""Where a training step runs: under Hugging Face's Accelerator, or on one device without it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+
+class Engine(Protocol):
+    """What a training step asks of the place it runs in. A step is written once, for all of them."""
+
+    device: torch.device
+    scaler: torch.amp.GradScaler | None  # of fp16 gradients
+
+    def autocast(self) -> AbstractContextManager:
+        """Context of mixed precision."""
+
+    def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Callable, torch.optim.Optimizer]:
+        """What to call instead of the module, in mixed precision and with a tensor it returns in float32; and what to step."""
+
+    def synchronize(self, *modules: Any, when: bool) -> AbstractContextManager:
+        """Processes add up the gradients of these prepared modules inside the block, or (not `when`) only accumulate them."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of the loss."""
+
+    def clip(self, parameters: Iterable[Tensor], max_norm: float) -> None:
+        """Scale the gradients down to a global norm of at most `max_norm`."""
+
+    def step(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+        """One step of each, and no gradients afterwards."""
+
+    def free_memory(self) -> None:
+        """Forget what was prepared."""
+
+
+class AcceleratorEngine:
+    """On all devices and processes of an Accelerator."""
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.device, self.scaler = accelerator.device, accelerator.scaler
+        self.autocast, self.backward, self.prepare = accelerator.autocast, accelerator.backward, accelerator.prepare
+        self.free_memory = accelerator.free_memory
+
+    @contextlib.contextmanager
+    def synchronize(self, *modules: nn.Module | None, when: bool):
+        with contextlib.ExitStack() as stack:
+            for module in modules:
+                if module is not None and not when:
+                    stack.enter_context(self.accelerator.no_sync(module))
+            yield
+
+    def clip(self, parameters: Iterable[Tensor], max_norm: float) -> None:
+        self.accelerator.clip_grad_norm_(parameters, max_norm)
+
+    def step(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+class LocalEngine:
+    """On one device, in one process, by torch alone.
+
+    Args:
+        mixed_precision: "no" or None, "bf16" or "fp16", as the knob of the configuration.
+
+    Raises:
+        ValueError: fp16 on a CPU, as under accelerate.
+    """
+
+    def __init__(self, device: str | torch.device = "cpu", mixed_precision: str | None = None):
+        self.device = torch.device(device)
+        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision or "no")
+        if self.dtype == torch.float16 and self.device.type == "cpu":
+            raise ValueError("mixed_precision=fp16 has no effect on cpu and would be fp32: use bf16 or no")
+        self.scaler = torch.amp.GradScaler(self.device.type) if self.dtype == torch.float16 else None
+        self.optimizers: list[torch.optim.Optimizer] = []
+
+    def autocast(self) -> AbstractContextManager:
+        return contextlib.nullcontext() if self.dtype is None else torch.autocast(self.device.type, self.dtype)
+
+    def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Callable, torch.optim.Optimizer]:
+        self.optimizers.append(optimizer)
+        if self.dtype is None:
+            return module, optimizer
+
+        def call(*args: Any, **options: Any) -> Any:
+            with self.autocast():
+                result = module(*args, **options)
+            return result.float() if isinstance(result, Tensor) else result
+
+        return call, optimizer
+
+    def synchronize(self, *modules: Any, when: bool) -> AbstractContextManager:
+        return contextlib.nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
+
+    def clip(self, parameters: Iterable[Tensor], max_norm: float) -> None:
+        if self.scaler is not None:
+            for optimizer in self.optimizers:
+                self.scaler.unscale_(optimizer)
+        nn.utils.clip_grad_norm_(parameters, max_norm)
+
+    def step(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+        for optimizer in optimizers:
+            optimizer.step() if self.scaler is None else self.scaler.step(optimizer)
+            optimizer.zero_grad()
+        if self.scaler is not None:
+            self.scaler.update()
+
+    def free_memory(self) -> None:
+        self.optimizers.clear()

@@ -1,0 +1,110 @@
+"""The chain on a data set in memory, on one device and without files: the recipes' weights to the bit, for runs of seconds."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from dae.config import Config
+from dae.data.cache import EncodedDataset, EncodingCache, Fingerprint, transform_fingerprint
+from dae.data.latents import LatentCache
+from dae.data.tensors import TensorLoader
+from dae.data.tokens import TokenCache
+from dae.models import Autoencoder, choose_kernels
+from dae.sampling.chain import Prior
+from dae.training.autoencoder import build_autoencoder, train_stages
+from dae.training.engine import LocalEngine
+from dae.training.initialization import load_prior
+from dae.training.loop import seed_for, set_seed
+from dae.training.prior import PriorTraining, train_by_steps
+from dae.training.priors import FAMILIES, encode_views, fit_mixture, prior_family
+from dae.training.stages import plan_stages
+
+
+def train_autoencoder(images_NCHW: Tensor, config: Config) -> Autoencoder:
+    """Train the stages of `config.method`; returns the model in evaluation mode, on the images' device.
+
+    Args:
+        images_NCHW: in [-1, 1].
+        config: the whole configuration; its seed decides the result. The global random state is left as it was.
+
+    Raises:
+        ValueError: a data set smaller than a batch, or other images than `config.data` says.
+        FloatingPointError: the loss is not finite.
+    """
+    with _own_random_state():
+        autoencoder = build_autoencoder(config, plan_stages(config)[0]).to(images_NCHW.device)
+        autoencoder.refuse_other_data(images_NCHW.shape[1], images_NCHW.shape[2])
+
+        def loader(stage, purpose: str) -> TensorLoader:
+            seed = seed_for(config.seed, stage.name, purpose)
+            return TensorLoader({"image": images_NCHW}, stage.config.train_batch_size, seed=seed)
+
+        train_stages(config, autoencoder, loader, LocalEngine(images_NCHW.device, config.mixed_precision))
+    return autoencoder.eval()
+
+
+@torch.no_grad()
+def encode(
+    autoencoder: Autoencoder, train: tuple[Tensor, Tensor], heldout: tuple[Tensor, Tensor], num_classes: int, config: Config
+) -> EncodingCache:
+    """What recipes/encode.py caches: tokens of VQ, moments of the posteriors of KL, with `prior.augmented_copies`.
+
+    Args:
+        train, heldout: images [N, C, H, W] in [-1, 1] and their labels, int64 [N].
+    """
+    vq = autoencoder.config.bottleneck == "vq"
+    kind = TokenCache if vq else LatentCache
+
+    def rows(name: str, images: Tensor, labels: Tensor, copies: int) -> EncodedDataset:
+        views = []
+        for number, part in enumerate(images.split(config.evaluation.batch_size)):
+            set_seed(config.seed, "encode", name, number)
+            views.append(encode_views(autoencoder, part, copies, config))
+        return kind.dataset(torch.cat(views), labels)
+
+    shape = {"num_classes": num_classes, "latent_size": autoencoder.latent_size}
+    if vq:
+        shape["vocab_size"] = autoencoder.config.vq.codebook_size
+    else:
+        shape["latent_channels"] = autoencoder.config.latent_channels
+    with _own_random_state():
+        parts = rows("train", *train, config.prior.augmented_copies), rows("validation", *heldout, 0)
+    return kind(*parts, **shape, fingerprint=Fingerprint("", "", transform_fingerprint(config)))
+
+
+def train_prior(cache: EncodingCache, config: Config) -> Prior:
+    """Train the prior that `config.prior` describes on encodings; returns it in evaluation mode, where they are.
+
+    With `prior.early_stopping` it is the one of the best validation, every `validation_steps`, as the recipe delivers it.
+
+    Raises:
+        ValueError: a prior that cannot model the latent, or fewer encodings than a batch.
+        FloatingPointError: the loss is not finite.
+    """
+    settings, family, encoded = config.prior, FAMILIES[prior_family(config)], cache.train
+    with _own_random_state():
+        set_seed(config.seed, "prior")
+        prior = family.build(settings, cache).to(encoded.values_NC.device)
+        if settings.init_from:
+            load_prior(prior, settings.init_from)
+        choose_kernels(prior, config.kernels)
+        if family.loss is None:
+            fit_mixture(prior, cache, config)
+        else:
+            columns = {encoded.name: encoded.values_NC.to(encoded.given), "label": encoded.labels_N}
+            loader = TensorLoader(columns, settings.train_batch_size, seed=seed_for(config.seed, "prior", "order"))
+            engine = LocalEngine(encoded.values_NC.device, config.mixed_precision)
+            training = PriorTraining(config, family, prior, loader, engine)
+            train_by_steps(training, cache.validation if settings.early_stopping else None)
+    return prior.eval()
+
+
+@contextlib.contextmanager
+def _own_random_state() -> Iterator[None]:
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        yield
