@@ -1,11 +1,11 @@
 """How fast a training step of the autoencoder is: ours beside the same model of diffusers' blocks, taking turns in one run.
 
     python profiling/bench_step.py                                       # 32x32 VQ on a CPU, 256x256 VQGAN on a GPU
-    python profiling/bench_step.py --preset vqgan256 mixed_precision=bf16 --compile --json out.jsonl
+    python profiling/bench_step.py --config recipes/configs/imagenet256.yaml mixed_precision=bf16 --compile --json out.jsonl
 
 The peer is the same autoencoder with each block replaced by the one that diffusers builds its VQModel from: ResnetBlock2D,
 Downsample2D, Upsample2D, Attention, and torch's own GroupNorm and SiLU for what is left, with the same weights. Everything round
-the blocks is one code for both (profiling/training_step.py): losses, AdamW, clipping, average of weights, and our vector
+the blocks is one code for both (dae/training): losses, AdamW, clipping, average of weights, and our vector
 quantizer with its moving averages, which diffusers' has not; so a difference is the blocks' alone. Before anything is timed, both
 must give one loss and one gradient in float64, which shows that they are the same model; `loss` is each one's first as timed.
 
@@ -33,14 +33,17 @@ from typing import Any
 
 import torch
 from bench_kernels import growth
-from profile_step import machine, synthetic_batches
+from clock import CONFIGS, read_config, state_bytes
+from profile_step import at_full_load, machine, synthetic_images
 from torch import nn
-from training_step import PRESETS, AutoencoderStep, Clock, override
 
 from dae.config import Config, KernelsConfig
+from dae.losses import PerceptualLoss
 from dae.models import Autoencoder, choose_kernels
 from dae.models.layers import Downsample, GroupNorm, ResidualBlock, SelfAttention2d, Upsample
 from dae.training import plan_stages
+from dae.training.autoencoder import StageTraining
+from dae.training.engine import LocalEngine
 
 WARM_UP = 2
 HEADER = f"{'step':<36}{'median ms':>11}{'20 %':>9}{'80 %':>9}{'images/s':>10}{'peak MiB':>10}{'state MiB':>11}{'loss':>10}"
@@ -144,19 +147,28 @@ class Case:
 
     def __init__(self, name: str, config: Config, model: Autoencoder, device: torch.device):
         self.name, self.config, self.device = name, config, device
-        (stage,) = plan_stages(config)
-        torch.manual_seed(0)
-        batches = synthetic_batches(config, stage.config.train_batch_size)
-        torch.manual_seed(0)  # equal discriminators
-        self.step = AutoencoderStep(config, stage, batches, device, Clock(device, on=False), autoencoder=copy.deepcopy(model))
-        self.loss = self.step().item()
+        (stage,) = map(at_full_load, plan_stages(config))
+        loaders, engine = lambda stage, _: synthetic_images(config, stage), LocalEngine(device, config.mixed_precision)
+        perceptual = PerceptualLoss() if stage.config.loss.perceptual else None
+        autoencoder = copy.deepcopy(model).to(device).train()
+        self.training = StageTraining(config, stage, autoencoder, loaders, engine, perceptual, new_codebook=False)
+        self.batch, self.number = stage.config.train_batch_size, 0
+        self.loss = self.step()
         for _ in range(WARM_UP - 1):
             self.step()
-        self.state_bytes = sum(self.step.state_bytes().values())
+        self.state_bytes = sum(state_bytes(self.training).values())
         grown = growth(device)
         self.step()
         self.peak_bytes = grown() if grown else None
         self.samples: list[float] = []
+
+    def step(self) -> float:
+        """Returns the loss, and thereby waits for the device."""
+        self.training.step(self.number)
+        self.number += 1
+        loss = self.training.state.losses[-1].item()
+        self.training.state.losses.clear()
+        return loss
 
     def sample(self) -> None:
         if self.device.type == "cuda":
@@ -169,12 +181,12 @@ class Case:
 
     def row(self) -> dict[str, Any]:
         low, *_, high = statistics.quantiles(self.samples, n=5, method="inclusive")
-        median, batch = statistics.median(self.samples), self.step.settings.train_batch_size
+        median = statistics.median(self.samples)
         return {
             "step": self.name,
             "ms": {"p20": low, "median": median, "p80": high},
             "samples": len(self.samples),
-            "images_per_second": 1000 * batch / median,
+            "images_per_second": 1000 * self.batch / median,
             "peak_bytes": self.peak_bytes,
             "state_bytes": self.state_bytes,
             "first_loss": self.loss,
@@ -212,7 +224,7 @@ def main() -> None:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="of the configuration, such as stage1.train_batch_size=8"
     )
-    parser.add_argument("--preset", choices=sorted(PRESETS), help="default: vqgan256 on a GPU, vq32 elsewhere")
+    parser.add_argument("--config", help="YAML file of a recipe (default: imagenet256 on a GPU, photos elsewhere)")
     parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
     parser.add_argument("--compile", action="store_true", help="measure both under torch.compile too")
     parser.add_argument(
@@ -222,9 +234,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="append one JSON object a line to this file")
     arguments = parser.parse_intermixed_args()
     device = torch.device(arguments.device)
-    preset = arguments.preset or ("vqgan256" if device.type == "cuda" else "vq32")
+    file = arguments.config or CONFIGS / ("imagenet256.yaml" if device.type == "cuda" else "photos.yaml")
     try:
-        config = override(PRESETS[preset](), ["method=joint", *arguments.overrides])
+        config = read_config(file, ["method=joint", *arguments.overrides])
         config.stage2.loss = config.stage1.loss  # of the one stage of `joint`
         (stage,) = plan_stages(config)
     except ValueError as error:
@@ -232,7 +244,7 @@ def main() -> None:
     torch.manual_seed(0)
     ours = Autoencoder(config.autoencoder, config.data.channels, config.data.resolution)
     models = {"ours": ours}
-    where, title = machine(device), " ".join([preset, *arguments.overrides])
+    where, title = machine(device), " ".join([Path(file).stem, *arguments.overrides])
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items() if version)
     print(f"training step of {title}, batch {stage.config.train_batch_size}, on {where['hardware']}; {versions}")
     if importlib.util.find_spec("diffusers") is None:

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything worth measuring on a GPU, in under nine minutes, on a machine with torch, triton and pytest alone.
+# Everything worth measuring on a GPU, in under nine minutes, on a machine with torch, triton, PyYAML and pytest alone.
 #
 #     bash profiling/gpu_session.sh                  # writes profiling/results/<gpu>/
 #     OUT=/tmp/out bash profiling/gpu_session.sh     # writes there
@@ -72,8 +72,10 @@ bench() {
     step "bench $1" "$2" bench.txt "$PYTHON" profiling/bench_kernels.py --op "$1" --seconds 3 --json "$OUT/bench.jsonl" "${@:3}"
 }
 bench nearest_code 45 --shape N=32768,K=16384,D=256 --dtype bfloat16
-step "training step beside diffusers" 60 step.txt "$PYTHON" profiling/bench_step.py --preset vqgan256 --seconds 20 --json "$OUT/step.jsonl"
-step "profile of a training step" 45 step.txt "$PYTHON" profiling/profile_step.py --preset vqgan256 --stage stage1 --stage prior \
+step "training step beside diffusers" 60 step.txt "$PYTHON" profiling/bench_step.py --config recipes/configs/imagenet256.yaml \
+    mixed_precision=bf16 --seconds 20 --json "$OUT/step.jsonl"
+step "profile of a training step" 45 step.txt "$PYTHON" profiling/profile_step.py --config recipes/configs/imagenet256.yaml --synthetic \
+    mixed_precision=bf16 --stage stage1 --stage prior \
     --steps 10 --output "$OUT/profile" --json "$OUT/step.jsonl"
 bench group_norm_silu 60
 bench sinkhorn_divergence 60

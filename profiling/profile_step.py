@@ -2,10 +2,10 @@
 
     python profiling/profile_step.py --config recipes/configs/digits.yaml
     python profiling/profile_step.py --config recipes/configs/photos.yaml --stage stage2 mixed_precision=bf16 channels_last=true
-    python profiling/profile_step.py --preset vqgan256 --output runs/profile      # torch alone: no YAML, no data set
+    python profiling/profile_step.py --config recipes/configs/imagenet256.yaml --synthetic mixed_precision=bf16
 
-The step is the recipe's (profiling/training_step.py says what is left out), with its losses, layout, precision, kernels and
-torch.compile. Printed, and written to --output:
+The step is the recipe's (dae/training), with its losses, layout, precision, kernels and torch.compile; an adversarial loss is on
+from the first step, and the codebook starts at random. Printed, and written to --output:
 
 - time by part: data, forward, backward, update (clipping, AdamW, average of weights, codebook).
 - time by block: forward hooks mark where a block of the model begins, and the gradient that passes the same place in the
@@ -16,13 +16,14 @@ torch.compile. Printed, and written to --output:
 - profile.png: both as a picture (needs matplotlib). trace_<stage>.json.gz: that one step as a Chrome trace, with the same
   phases and blocks as two rows of their own; open it in https://ui.perfetto.dev or chrome://tracing.
 
-Without a data set (--synthetic, --preset) images are random, and there is no augmentation; the prior's tokens are always random.
+With --synthetic images are random, and torch alone is needed; the prior's tokens are always random.
 Figures of different machines, or of one machine under different load, do not compare; shares within one run do.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import gzip
 import importlib.util
 import itertools
@@ -35,52 +36,77 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from clock import Clock, ClockedEngine, ClockedStep, read_config, seconds_of, state_bytes
 from step_figure import draw
-from torch import Tensor
 from torch.profiler import ProfilerActivity, record_function
-from training_step import PRESETS, AutoencoderStep, Clock, PriorStep, TrainingStep, override, seconds_of
 
-from dae.config import Config, load_config
-from dae.training import plan_stages
+from dae.config import Config
+from dae.losses import PerceptualLoss
+from dae.models import ARPrior, choose_kernels
+from dae.training import Stage, plan_stages
+from dae.training.autoencoder import StageTraining, build_autoencoder, build_perceptual_loss
+from dae.training.engine import LocalEngine
+from dae.training.prior import PriorTraining
+from dae.training.priors import FAMILIES
 
 PHASES = ("data", "forward", "backward", "update")
 MARK = "training step"
 
 
-def synthetic_batches(config: Config, batch: int) -> Iterator[Tensor]:
+def synthetic_images(config: Config, stage: Stage) -> Iterator[dict]:
     """The same random images again and again: drawing them is not the step's work."""
-    return itertools.repeat(torch.rand(batch, config.data.channels, config.data.resolution, config.data.resolution) * 2 - 1)
+    shape = (stage.config.train_batch_size, config.data.channels, config.data.resolution, config.data.resolution)
+    return itertools.repeat({"image": torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1})
 
 
-def steps_of(config: Config, device: torch.device, synthetic: bool, only: list[str] | None) -> Iterator[tuple[str, TrainingStep]]:
+def at_full_load(stage: Stage) -> Stage:
+    """The stage with its adversarial loss from the first step."""
+    loss = dataclasses.replace(stage.config.loss, adversarial_start=0)
+    return dataclasses.replace(stage, config=dataclasses.replace(stage.config, loss=loss))
+
+
+def steps_of(config: Config, device: torch.device, synthetic: bool, only: list[str] | None) -> Iterator[tuple[str, ClockedStep]]:
     """Name and step of each stage, then of the prior; one after the other, so that only one is in memory."""
     data = None
     if not synthetic:
-        from dae.data import load_data
+        from dae.data import TrainLoader, load_data
 
         data = load_data(config.data, config.seed)
-    for stage in plan_stages(config):
+    for stage in map(at_full_load, plan_stages(config)):
         if only and stage.name not in only:
             continue
-        torch.manual_seed(0)
-        if data is None:
-            batches, prepare = synthetic_batches(config, stage.config.train_batch_size), lambda images: images
-        else:
-            from dae.data import TrainLoader, augment
 
-            loader = TrainLoader(data.train, stage.config.train_batch_size, seed=0, num_workers=config.data.num_workers)
-            batches = (batch["image"] for batch in loader)
-            flip, affine = config.data.random_flip, config.data.random_affine
-            prepare = lambda images, a=flip, b=affine: augment(images, random_flip=a, random_affine=b)  # noqa: E731
-        pretrained = not synthetic
-        yield stage.name, AutoencoderStep(config, stage, batches, device, Clock(device), prepare=prepare, pretrained=pretrained)
+        def loaders(stage: Stage, purpose: str) -> Iterator[dict]:
+            if data is None:
+                return synthetic_images(config, stage)
+            return TrainLoader(data.train, stage.config.train_batch_size, seed=0, num_workers=config.data.num_workers)
+
+        clock, autoencoder = Clock(device), build_autoencoder(config, stage).to(device).train()
+        if stage.latent_frozen:
+            autoencoder.freeze_latent()
+        perceptual = build_perceptual_loss(config, stage) if data else PerceptualLoss() if stage.config.loss.perceptual else None
+        engine = ClockedEngine(clock, config.mixed_precision)
+        training = StageTraining(config, stage, autoencoder, loaders, engine, perceptual, new_codebook=False)
+        yield stage.name, ClockedStep(training, clock, stage.config)
     if config.autoencoder.bottleneck == "vq" and not (only and "prior" not in only):
-        torch.manual_seed(0)
-        size = config.data.resolution >> (len(config.autoencoder.channel_multipliers) - 1)
-        yield "prior", PriorStep(config, size**2, data.num_classes if data else 1000, device, Clock(device))
+        clock = Clock(device)
+        training = prior_training(config, data, ClockedEngine(clock, config.mixed_precision))
+        yield "prior", ClockedStep(training, clock, config.prior)
 
 
-def measure(step: TrainingStep, steps: int) -> dict[str, Any]:
+def prior_training(config: Config, data: Any, engine: LocalEngine) -> PriorTraining:
+    """Of the autoregressive prior, on random tokens."""
+    torch.manual_seed(0)
+    vocabulary, batch = config.autoencoder.vq.codebook_size, config.prior.train_batch_size
+    length = (config.data.resolution >> (len(config.autoencoder.channel_multipliers) - 1)) ** 2
+    classes = data.num_classes if data else 1000
+    prior = ARPrior(config.prior, vocab_size=vocabulary, sequence_length=length, num_classes=classes).to(engine.device).train()
+    choose_kernels(prior, config.kernels)
+    encodings = {"tokens": torch.randint(vocabulary, (batch, 1, length)), "label": torch.randint(classes, (batch,))}
+    return PriorTraining(config, FAMILIES["ar"], prior, itertools.repeat(encodings), engine)
+
+
+def measure(step: ClockedStep, steps: int) -> dict[str, Any]:
     """Milliseconds of a step, its phases and its blocks: medians over `steps` steps after some of warm-up."""
     samples = []
     warm_up = max(2, steps // 4)
@@ -109,9 +135,9 @@ def measure(step: TrainingStep, steps: int) -> dict[str, Any]:
     }
 
 
-def record(step: TrainingStep, path: Path) -> dict[str, Any]:
+def record(step: ClockedStep, path: Path) -> dict[str, Any]:
     """One step under torch.profiler: writes the trace; returns phases and allocated bytes over milliseconds."""
-    device, state = step.device, step.state_bytes()
+    device, state = step.device, state_bytes(step.training)
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     for _ in range(2):  # the profiler itself has a slow first step
         step.clock.take()
@@ -207,17 +233,9 @@ def blocks_table(name: str, found: dict) -> str:
     return "\n".join(lines)
 
 
-def configuration(arguments: argparse.Namespace) -> Config:
-    if arguments.preset:
-        return override(PRESETS[arguments.preset](), arguments.overrides)
-    return load_config(arguments.config, arguments.overrides)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--config", help="YAML file of a recipe (needs omegaconf)")
-    source.add_argument("--preset", choices=sorted(PRESETS), help="a configuration that is built in; implies --synthetic")
+    parser.add_argument("--config", required=True, help="YAML file of a recipe")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for the recipes, for example compile=true")
     parser.add_argument("--steps", type=int, default=20, help="steps that are timed, after a quarter as many of warm-up")
     parser.add_argument("--stage", action="append", help="only this one: stage1, stage2, joint, prior (may be repeated)")
@@ -230,10 +248,8 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     if arguments.steps < 1:
         parser.error(f"--steps: expected at least 1, got {arguments.steps}")
-    if arguments.config and importlib.util.find_spec("omegaconf") is None:
-        parser.error(f"--config needs omegaconf, which is not installed; without it: --preset {' or '.join(sorted(PRESETS))}")
     try:
-        config = configuration(arguments)
+        config = read_config(arguments.config, arguments.overrides)
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
     names = [stage.name for stage in plan_stages(config)] + ["prior"] * (config.autoencoder.bottleneck == "vq")
@@ -241,11 +257,11 @@ def main() -> None:
         parser.error(f"--stage: expected one of {', '.join(names)}, got {unknown[0]}")
 
     device = torch.device(arguments.device)
-    where, title = machine(device), " ".join([Path(arguments.config or arguments.preset).name, *arguments.overrides])
+    where, title = machine(device), " ".join([Path(arguments.config).name, *arguments.overrides])
     versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items() if version)
     print(f"{title} on {where['hardware']}; {versions}\nmilliseconds, medians of {arguments.steps} steps\n", flush=True)
     profiles: dict[str, dict] = {}
-    for name, step in steps_of(config, device, arguments.synthetic or bool(arguments.preset), arguments.stage):
+    for name, step in steps_of(config, device, arguments.synthetic, arguments.stage):
         found = measure(step, arguments.steps)
         recorded = record(step, arguments.output / f"trace_{name}.json.gz")
         found |= {

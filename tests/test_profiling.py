@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import importlib
 import importlib.util
-import itertools
 import json
 import os
 import re
@@ -19,12 +18,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dae.config import differing_keys, load_config
-from dae.data import load_data
+from dae.config import load_config
+from dae.losses import PerceptualLoss
 from dae.models import Autoencoder
 from dae.models.layers import ResidualBlock
 from dae.training import plan_stages
-from dae.training.loop import seed_for
+from dae.training.autoencoder import StageTraining, build_autoencoder
+from dae.training.engine import LocalEngine
 
 ROOT = Path(__file__).resolve().parents[1]
 FIELDS = {
@@ -179,9 +179,12 @@ def test_exactness_sees_a_wrong_code():
 
 
 @pytest.fixture
-def training_step(monkeypatch):
+def clock(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "profiling")
-    return importlib.import_module("training_step")
+    return importlib.import_module("clock")
+
+
+PHOTOS = ROOT / "recipes" / "configs" / "photos.yaml"
 
 
 TINY = [
@@ -210,15 +213,11 @@ def test_profile_of_a_recipe(tmp_path):
         assert {event["name"] for event in events if event["tid"] == "blocks"} == set(row["blocks"])
         phases = [event["name"] for event in events if event["tid"] == "phases"]
         assert phases[:3] == ["data", "forward", "backward"] and phases[-1] == "update"
-    layers = ["encoder 8x8", "encoder 4x4", "encoder out", "decoder 4x4", "decoder 8x8", "decoder out", "pixel loss"]
+    layers = ["encoder 8x8", "encoder 4x4", "encoder out", "decoder 4x4", "decoder 8x8", "decoder out", "losses"]
     assert all(one["blocks"][name].keys() == {"forward", "backward"} for name in layers)
     # Stage 2's encoder is frozen.
     assert [name for name in layers if two["blocks"][name].keys() == {"forward"}] == layers[:3]
-    assert (
-        two["blocks"]["discriminator's training"].keys()
-        == two["blocks"]["discriminator's verdict"].keys()
-        == {"forward", "backward"}
-    )
+    assert two["blocks"]["discriminator"].keys() == {"forward", "backward"}
     assert {"embedding", "attention", "MLP", "head and loss"} < prior["blocks"].keys()
     assert (tmp_path / "profile" / "profile.png").stat().st_size > 10000
 
@@ -239,77 +238,30 @@ def test_profile_runs_with_torch_alone(tmp_path):
         "sys.path.insert(0, sys.argv[0].rsplit('/', 1)[0])\n"
         "runpy.run_path(sys.argv[0], run_name='__main__')"
     )
-    command = [
-        sys.executable,
-        "-c",
-        script,
-        str(ROOT / "profiling" / "profile_step.py"),
-        "--output",
-        str(tmp_path),
-        "--steps",
-        "1",
-    ]
+    profile = str(ROOT / "profiling" / "profile_step.py")
+    command = [sys.executable, "-c", script, profile, "--output", str(tmp_path), "--steps", "1", "--synthetic"]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT / "kernels"), str(ROOT)])}
     common = {"capture_output": True, "text": True, "env": environment, "check": False}
-    done = subprocess.run([*command, "--preset", "vq32", *TINY, "--stage", "stage1", "--device", "cpu"], **common)
+    done = subprocess.run([*command, "--config", str(PHOTOS), *TINY, "--stage", "stage1", "--device", "cpu"], **common)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "no profile.png: matplotlib is not installed" in done.stdout
     assert (tmp_path / "trace_stage1.json.gz").is_file()
+    done = subprocess.run([*command, "--config", str(PHOTOS), "stage1.batch=3"], **common)
+    assert done.returncode == 2 and "StageConfig has no field 'batch'" in done.stderr
     done = subprocess.run([*command, "--config", "x.yaml"], **common)
-    assert done.returncode == 2 and "--config needs omegaconf, which is not installed; without it: --preset" in done.stderr
+    assert done.returncode == 2 and "x.yaml" in done.stderr and "Traceback" not in done.stderr
 
 
-def test_profile_refuses_what_it_does_not_know(training_step, monkeypatch, capsys):
+def test_profile_refuses_what_it_does_not_know(clock, monkeypatch, capsys):
     def refusal(*arguments: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["profile_step.py", "--preset", "vq32", *arguments])
+        monkeypatch.setattr(sys, "argv", ["profile_step.py", "--config", str(PHOTOS), *arguments])
         with pytest.raises(SystemExit):
             importlib.import_module("profile_step").main()
         return capsys.readouterr().err
 
-    assert "StageConfig has no field 'batch'" in refusal("stage1.batch=3")
+    assert "unknown key 'stage1.batch'; the nearest one is 'stage1.train_batch_size'" in refusal("stage1.batch=3")
     assert "--stage: expected one of joint, prior, got stage1" in refusal("method=joint", "--stage", "stage1")
     assert "--steps: expected at least 1, got 0" in refusal("--steps", "0")
-
-
-def test_presets_are_the_recipes(training_step):
-    """What a machine without OmegaConf measures is what the shipped configurations train."""
-    ignored = re.compile(
-        r"(data|sampling|evaluation)\.(?!resolution|channels)|output_dir|logging_steps|validation_steps|checkpointing_steps"
-    )
-    for preset, file, differences in (
-        (training_step.vqgan256(), "imagenet256", {"mixed_precision"}),
-        (training_step.vq32(), "photos", set()),
-    ):
-        recipe = load_config(ROOT / "recipes" / "configs" / f"{file}.yaml")
-        rows = [row for row in differing_keys(recipe, preset) if not ignored.match(row)]
-        assert {row.split(":")[0] for row in rows} == differences
-
-
-def test_the_step_is_the_recipes(training_step, tmp_path):
-    """Bit for bit: what is timed trains the same weights as recipes/train_dae.py. The clock is off: see the test below."""
-    spec = importlib.util.spec_from_file_location("recipe_train_dae", ROOT / "recipes" / "train_dae.py")
-    recipe = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(recipe)
-    overrides = [
-        f"output_dir={tmp_path}", "stage1.max_train_steps=3", "stage2.max_train_steps=1", "stage1.gradient_accumulation_steps=2",
-        "stage1.loss.adversarial=0.1", "data.random_affine=0", "autoencoder.vq.revive_threshold=0",
-    ]  # fmt: skip
-    config = load_config(ROOT / "tests" / "recipes" / "tiny.yaml", overrides)
-    recipe.train(config)
-    expected = Autoencoder.from_pretrained(tmp_path / "autoencoder" / "stage1").state_dict()
-
-    stage, data, device = plan_stages(config)[0], load_data(config.data, config.seed), torch.device("cpu")
-    autoencoder = recipe.build_autoencoder(config, stage)
-    recipe.initialize_codebook(config, stage, autoencoder, data, device)
-    batches = (batch["image"] for batch in recipe.make_loader(config, stage, data, "order"))
-    torch.manual_seed(seed_for(config.seed, "stage1", "discriminator"))
-    clock = training_step.Clock(device, on=False)
-    step = training_step.AutoencoderStep(config, stage, batches, device, clock, autoencoder=autoencoder)
-    for _ in range(3):
-        step()
-    found = step.ema.state_dict()
-    assert found.keys() == expected.keys()
-    assert not [name for name in found if not torch.equal(found[name], expected[name])]
 
 
 class Slow(torch.autograd.Function):
@@ -330,42 +282,45 @@ class Slow(torch.autograd.Function):
     "where, block",
     [("encoder.levels.1.0", "encoder 8x8"), ("decoder.levels.0.0", "decoder 8x8"), ("decoder.conv_out", "decoder out")],
 )
-def test_time_goes_to_the_block_that_spends_it(training_step, where, block):
+def test_time_goes_to_the_block_that_spends_it(clock, where, block):
     """Also behind a perceptual loss and a discriminator, whose gradients meet those of the pixel loss."""
-    step = tiny_step(training_step, torch.device("cpu"), on=True)
-    step.autoencoder.get_submodule(where).register_forward_pre_hook(lambda _, args: Slow.apply(args[0]))
+    training = tiny_training(clock, on=True)
+    training.autoencoder.get_submodule(where).register_forward_pre_hook(lambda _, args: Slow.apply(args[0]))
+    step = clock.ClockedStep(training, training.engine.clock, training.stage.config)
     step()
     stamps = step.clock.take()
-    spent = training_step.seconds_of(stamps)
+    spent = clock.seconds_of(stamps)
     assert sum(spent.values()) == pytest.approx(stamps[-1].seconds - stamps[0].seconds)
     assert spent["forward", block] > 0.05 and spent["backward", block] > 0.1
-    blocks = {name for _, name in spent}
-    assert {"perceptual loss", "discriminator's verdict", "adaptive weight", "discriminator's training", "codebook"} < blocks
+    assert {"data", "losses", "perceptual loss", "discriminator", "codebook", "AdamW"} < {name for _, name in spent}
 
 
-def tiny_step(training_step, device, on):
+def tiny_training(clock, on):
+    """Training of the one stage of `joint` with every loss, under a clock or not."""
     overrides = [*TINY, "method=joint", "stage2.loss.perceptual=0.1", "stage2.loss.adversarial=0.1", "stage1.loss.perceptual=0.1"]
-    config = training_step.override(training_step.vq32(), [*overrides, "autoencoder.channel_multipliers=[1, 2]"])
-    (stage,) = plan_stages(config)
+    config = load_config(PHOTOS, [*overrides, "autoencoder.channel_multipliers=[1, 2]"])
+    profile_step = importlib.import_module("profile_step")
+    (stage,) = map(profile_step.at_full_load, plan_stages(config))
     torch.manual_seed(0)
-    images = torch.rand(4, 3, 16, 16)
-    return training_step.AutoencoderStep(config, stage, itertools.repeat(images), device, training_step.Clock(device, on))
+    engine = clock.ClockedEngine(clock.Clock(torch.device("cpu")), None) if on else LocalEngine()
+    loaders, perceptual = lambda stage, _: profile_step.synthetic_images(config, stage), PerceptualLoss()
+    autoencoder = build_autoencoder(config, stage).train()
+    return StageTraining(config, stage, autoencoder, loaders, engine, perceptual, new_codebook=False)
 
 
-def test_the_clock_changes_nothing(training_step):
-    """But the order in which the gradients of several losses are added: rounding, of 6e-8 a sum."""
-    losses = []
-    for on in (True, False):
-        step = tiny_step(training_step, torch.device("cpu"), on)
-        torch.manual_seed(1)
-        losses.append([step().item() for _ in range(3)])
-    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+def test_the_clock_changes_nothing(clock):
+    """But the order in which the gradients of several losses are added: rounding, of 6e-8 per sum."""
+    plain, clocked = tiny_training(clock, on=False), tiny_training(clock, on=True)
+    step = clock.ClockedStep(clocked, clocked.engine.clock, clocked.stage.config)
+    for number in range(3):
+        plain.step(number)
+        assert step().item() == pytest.approx(plain.state.losses[-1].item(), rel=1e-5)
 
 
 def test_step_beside_diffusers(tmp_path):
     pytest.importorskip("diffusers")
     output = tmp_path / "out.jsonl"
-    arguments = ["--preset", "vq32", *TINY, "autoencoder.attention_resolutions=[4]", "stage1.loss.adversarial=0.1"]
+    arguments = ["--config", PHOTOS, *TINY, "autoencoder.attention_resolutions=[4]", "stage1.loss.adversarial=0.1"]
     done = run("bench_step.py", *arguments, "--seconds", 0.1, "--device", "cpu", "--json", output)
     (found,) = cases(output)
     assert [row["step"] for row in found["steps"]] == [
@@ -379,11 +334,11 @@ def test_step_beside_diffusers(tmp_path):
         assert 0 < pair["speed"]["p20"] <= pair["speed"]["median"] <= pair["speed"]["p80"]
 
 
-def test_another_model_is_not_compared(training_step):
+def test_another_model_is_not_compared(clock):
     """A block with another epsilon, say, would be a benchmark of something else."""
     pytest.importorskip("diffusers")
     bench_step = importlib.import_module("bench_step")
-    config = training_step.override(training_step.vq32(), [*TINY, "autoencoder.attention_resolutions=[4]"])
+    config = load_config(PHOTOS, [*TINY, "autoencoder.attention_resolutions=[4]"])
     model = Autoencoder(config.autoencoder, 3, 16)
     peer = bench_step.with_diffusers_blocks(model)
     assert not any(isinstance(module, ResidualBlock) for module in peer.modules())

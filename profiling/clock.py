@@ -1,0 +1,256 @@
+"""A clock that divides a training step of `dae.training` among phases and blocks, by hooks."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dae.config import Config, from_dict, load_config
+from dae.models import ARPrior, Autoencoder
+from dae.training.autoencoder import StageTraining
+from dae.training.engine import LocalEngine
+from dae.training.prior import PriorTraining
+
+CONFIGS = Path(__file__).parents[1] / "recipes" / "configs"
+
+
+def read_config(path: str | Path, overrides: list[str]) -> Config:
+    """A recipe's YAML file with `a.b=c` set, also where OmegaConf is not installed: `load_config` then checks less.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a key that there is not, or no YAML.
+    """
+    if importlib.util.find_spec("omegaconf"):
+        return load_config(path, overrides)
+    import yaml
+
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+        for text in overrides:
+            key, equals, value = text.partition("=")
+            if not equals:
+                raise ValueError(f"expected an override `key=value`, got {text!r}")
+            *sections, name = key.split(".")
+            section = values
+            for part in sections:
+                section = section.setdefault(part, {})
+            section[name] = yaml.safe_load(value)
+        return from_dict(Config, values)
+    except (yaml.YAMLError, AttributeError, TypeError) as error:
+        raise ValueError(f"{path} with {overrides}: {' '.join(str(error).split())}") from error
+
+
+@dataclass
+class Stamp:
+    """From here to the next stamp, time belongs to this phase and block; the last stamp of a step has no block."""
+
+    phase: str
+    block: str
+    seconds: float  # of the host's clock
+    event: torch.cuda.Event | None  # the same place in the GPU's stream
+
+
+class Clock:
+    """Divides all of a step's time among phases (data, forward, backward, update) and blocks of the model.
+
+    `enter` is a boundary of the forward pass: what follows belongs to the block it names. The gradient that passes the same
+    boundary in the backward pass hands over to the block before. So the times add up to the step, with nothing left out;
+    a forward hook before a module is enough, and code between modules counts to the block that was entered last. The first
+    block that is entered ends the phase `data`.
+    """
+
+    def __init__(self, device: torch.device, on: bool = True):
+        self.device, self.on = device, on
+        self.phase, self.block = "", ""
+        self.stamps: list[Stamp] = []
+
+    def stamp(self, phase: str, block: str) -> None:
+        if not self.on:
+            return
+        self.phase, self.block = phase, block
+        event = None
+        if self.device.type == "cuda":
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+        self.stamps.append(Stamp(phase, block, time.perf_counter(), event))
+
+    def enter(self, block: str, x: Any) -> Any:
+        """Begin `block` in the forward pass; returns x, whose gradient ends the block's backward pass."""
+        if self.on and self.phase == "data":
+            self.stamp("forward", block)
+            return x
+        # Other phases: layers that gradient checkpointing runs again belong to the backward pass of their block.
+        if not self.on or self.phase != "forward":
+            return x
+        before = self.block
+        self.stamp("forward", block)
+        if isinstance(x, Tensor) and x.requires_grad:
+            x = x.view_as(x)  # a tensor of this block alone: its gradient does not wait for other users of x
+            x.register_hook(lambda _: self._leave(before))
+        return x
+
+    def _leave(self, before: str) -> None:
+        if self.phase == "backward":  # not in the small backward passes that the adaptive weight takes in the forward pass
+            self.stamp("backward", before)
+
+    def watch(self, module: nn.Module, block: str) -> None:
+        """Enter `block` whenever the module is called."""
+        module.register_forward_pre_hook(lambda _, args: (self.enter(block, args[0]), *args[1:]))
+
+    def times(self, owner: Any, method: str, phase: str, block: str) -> None:
+        """Whatever `owner.method` does belongs to this block; what follows it does, too, up to the next stamp."""
+        original = getattr(owner, method)
+
+        def timed(*args: Any) -> Any:
+            self.stamp(phase, block)
+            return original(*args)
+
+        setattr(owner, method, timed)
+
+    def take(self) -> list[Stamp]:
+        stamps, self.stamps = self.stamps, []
+        return stamps
+
+
+def seconds_of(stamps: list[Stamp]) -> dict[tuple[str, str], float]:
+    """Seconds of each (phase, block) of one step, in the order of their first stamps; on CUDA by the stream's own events."""
+    if stamps[-1].event is not None:
+        stamps[-1].event.synchronize()
+    found: dict[tuple[str, str], float] = {}
+    for a, b in itertools.pairwise(stamps):
+        spent = b.seconds - a.seconds if a.event is None else a.event.elapsed_time(b.event) / 1000
+        found[a.phase, a.block] = found.get((a.phase, a.block), 0.0) + spent
+    return found
+
+
+def watch_encoder(clock: Clock, autoencoder: Autoencoder) -> None:
+    encoder, size = autoencoder.encoder, autoencoder.resolution
+    clock.watch(encoder.conv_in, f"encoder {size}x{size}")
+    for level, layers in enumerate(encoder.levels):
+        clock.watch(layers, f"encoder {size >> level}x{size >> level}")
+    clock.watch(encoder.norm_out, "encoder out")
+    clock.watch(autoencoder.bottleneck, "bottleneck")
+
+
+def watch_decoder(clock: Clock, autoencoder: Autoencoder) -> None:
+    decoder, size = autoencoder.decoder, autoencoder.latent_size
+    if not hasattr(decoder, "levels"):
+        clock.watch(decoder, "decoder")
+        return
+    clock.watch(decoder.conv_in, f"decoder {size}x{size}")
+    for level, layers in enumerate(decoder.levels):
+        clock.watch(layers, f"decoder {size << level}x{size << level}")
+    clock.watch(decoder.norm_out, "decoder out")
+
+
+def watch_prior(clock: Clock, prior: ARPrior) -> None:
+    clock.watch(prior, "embedding")
+    for block in prior.blocks:
+        clock.watch(block.norm_attention, "attention")
+        clock.watch(block.norm_mlp, "MLP")
+    clock.watch(prior.norm, "head and loss")
+
+
+class ClockedEngine(LocalEngine):
+    """An engine that tells a clock when the backward pass, the clipping and the optimisers begin."""
+
+    def __init__(self, clock: Clock, mixed_precision: str | None):
+        super().__init__(clock.device, mixed_precision)
+        self.clock = clock
+
+    def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Callable, torch.optim.Optimizer]:
+        call, optimizer = super().prepare(module, optimizer)
+        compiled = isinstance(module, torch._dynamo.OptimizedModule)  # its graph has no blocks to watch
+
+        def clocked(*args: Any, **options: Any) -> Any:
+            if compiled:
+                args = (self.clock.enter("compiled", args[0]), *args[1:])
+            result = call(*args, **options)
+            if isinstance(result, Tensor) and result.ndim == 4:
+                return self.clock.enter("losses", result)
+            if hasattr(result, "sample"):
+                return dataclasses.replace(result, sample=self.clock.enter("losses", result.sample))
+            return result
+
+        return clocked, optimizer
+
+    def backward(self, loss: Tensor) -> None:
+        self.clock.stamp("backward", self.clock.block)
+        super().backward(loss)
+        self.clock.stamp("forward", "losses")
+
+    def clip(self, parameters: Iterable[Tensor], max_norm: float) -> None:
+        self.clock.stamp("update", "gradient clipping")
+        super().clip(parameters, max_norm)
+
+    def step(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
+        self.clock.stamp("update", "AdamW")
+        super().step(optimizers)
+
+
+class ClockedStep:
+    """A step of a training under a clock: call it again and again."""
+
+    def __init__(self, training: StageTraining | PriorTraining, clock: Clock, settings: Any):
+        self.training, self.clock, self.settings, self.number = training, clock, settings, 0
+        self.device = clock.device
+        training.batches = self._clocked(training.batches)
+        compiled = training.config.compile
+        if training.state.ema:
+            clock.times(training.state.ema, "update", "update", "average of weights")
+        if isinstance(training, PriorTraining):
+            if not compiled:
+                watch_prior(clock, training.prior)
+            return
+        frozen = training.stage.latent_frozen
+        if frozen or not compiled:
+            watch_encoder(clock, training.autoencoder)
+        if not compiled:
+            watch_decoder(clock, training.autoencoder)
+        if training.learns_codebook:
+            for method in ("observe", "update_codebook"):
+                clock.times(training.autoencoder.bottleneck, method, "update", "codebook")
+        if training.perceptual is not None:
+            clock.watch(training.perceptual, "perceptual loss")
+        if training.discriminator is not None:
+            clock.watch(training.discriminator, "discriminator")
+
+    def _clocked(self, batches: Iterator[dict]) -> Iterator[dict]:
+        while True:
+            self.clock.stamp("data", "data")
+            yield next(batches)
+
+    def __call__(self) -> Tensor:
+        """Returns the loss of the last micro-batch."""
+        self.training.step(self.number)
+        self.number += 1
+        self.clock.stamp("", "")
+        loss = self.training.state.losses[-1]
+        self.training.state.losses.clear()
+        return loss
+
+
+def state_bytes(training: StageTraining | PriorTraining) -> dict[str, int]:
+    """Bytes that stay from step to step: weights and buffers, the optimisers' moments, the average of the weights."""
+    state, kind = training.state, training.engine.device.type
+
+    def count(tensors: Iterator[Tensor]) -> int:
+        return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors if t.device.type == kind}.values())
+
+    modules = [*state.modules.values(), *filter(None, [getattr(training, "perceptual", None)])]
+    moments = [entry for optimizer in state.optimizers.values() for entry in optimizer.state.values()]
+    return {
+        "weights": count(t for m in modules for t in itertools.chain(m.parameters(), m.buffers())),
+        "optimisers": count(t for entry in moments for t in entry.values() if isinstance(t, Tensor)),
+        "average": count(iter(state.ema.state_dict().values())) if state.ema else 0,
+    }
