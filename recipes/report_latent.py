@@ -24,7 +24,6 @@ from torch import Tensor
 from dae import report as web
 from dae.charts import Bar, bar_chart, interval_chart
 from dae.cli import main
-from dae.comparison.statistics import RankCorrelation
 from dae.complexity import predictors as measure
 from dae.complexity.report_card import PREDICTORS, Encoded, decode_latents, encode_images, rank_predictors, report_card, some_of
 from dae.config import Config
@@ -37,6 +36,7 @@ from dae.metrics import versions
 from dae.models import Autoencoder, choose_kernels
 from dae.record import trained_configuration
 from dae.report import Html, number, paragraph, percent, strip
+from dae.statistics import RankCorrelation
 from dae.training import one_process
 from dae.training.loop import seed_for
 from dae.training.run import refuse_other_data

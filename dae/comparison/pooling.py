@@ -6,7 +6,7 @@ import math
 from typing import Mapping
 
 from dae.comparison.results import BY_KEY, LEVEL, line, verdict
-from dae.comparison.statistics import fisher_z, holm, mean_correlation, mean_interval, paired_p_value
+from dae.statistics import fisher_z, holm, mean_correlation, mean_interval, paired_p_value
 
 OUTCOMES = ("better", "worse", "no difference shown", "not known")
 TABLES = {

@@ -8,7 +8,9 @@ from typing import Any, Callable, Mapping, Sequence
 
 from dae.comparison.arms import arm_config, parse_arms
 from dae.comparison.jobs import Outcome, name_of, own_rate
-from dae.comparison.statistics import (
+from dae.config import Config
+from dae.data.sources import source_title
+from dae.statistics import (
     Interval,
     difference_at_equal_rate,
     holm,
@@ -16,8 +18,6 @@ from dae.comparison.statistics import (
     paired_p_value,
     rank_correlation,
 )
-from dae.config import Config
-from dae.data.sources import source_title
 from dae.training import Stage, plan_stages
 from dae.training.priors import prior_family
 

@@ -2,8 +2,9 @@
 
 from dae.complexity.curves import ComplexityCurve, complexity_curve
 from dae.complexity.distances import Distance, make_distance
-from dae.complexity.estimate import Estimate, check_cloud, check_pair, fit_generator, generator_distance
+from dae.complexity.estimate import Estimate, check_cloud, check_pair
 from dae.complexity.families import ConvDecoders, DropoutNetworks, GeneratorFamily, LinearMaps, LipschitzNetworks, MLPs
+from dae.complexity.generator_distance import fit_generator, generator_distance
 from dae.complexity.gromov_wasserstein import gromov_wasserstein
 from dae.complexity.optimal_latent import OptimalLatent, optimal_latent
 

@@ -11,9 +11,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from dae.complexity.distances import Distance
-from dae.complexity.estimate import Estimate, Trial, check_pair, check_seeds, run_trial, shown, summarize
+from dae.complexity.estimate import Estimate, check_pair, check_seeds
 from dae.complexity.families import GeneratorFamily, check_family
 from dae.complexity.fitting import Fitting
+from dae.complexity.generator_distance import Trial, run_trial, shown, summarize
 from dae.precision import own_arithmetic
 
 

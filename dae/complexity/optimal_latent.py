@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from dae.complexity.distances import Distance
-from dae.complexity.estimate import Estimate, check_cloud, check_seeds, run_trial, shown, summarize
+from dae.complexity.estimate import Estimate, check_cloud, check_seeds
 from dae.complexity.families import GeneratorFamily, LinearMaps, MLPs, Shape, check_count, check_family
 from dae.complexity.fitting import Fitting, Generator, generate
+from dae.complexity.generator_distance import run_trial, shown, summarize
 from dae.complexity.linear import principal_axes
 from dae.precision import own_arithmetic
 

@@ -18,7 +18,7 @@ from dae.models import Autoencoder
 from dae.precision import own_arithmetic
 
 if TYPE_CHECKING:
-    from dae.comparison.statistics import RankCorrelation
+    from dae.statistics import RankCorrelation
 
 FEWEST_IMAGES = 10
 BATCH = 256
@@ -254,7 +254,7 @@ def rank_predictors(records: Sequence[dict], *, seed: int = 0) -> dict[str, Rank
 
     Spearman's rank correlation over the trials that measure (not those that tune) at the configuration's own rate (else what
     a predictor says would follow the rate), with its bootstrap interval over whole seeds
-    (`dae.comparison.statistics.rank_correlation`). 1: the larger the value, the larger the distance, without exception.
+    (`dae.statistics.rank_correlation`). 1: the larger the value, the larger the distance, without exception.
 
     Args:
         records: of one comparison, one data set and one carrier: distances of two do not compare.
@@ -264,7 +264,7 @@ def rank_predictors(records: Sequence[dict], *, seed: int = 0) -> dict[str, Rank
         By name, the strongest correlation first; without predictors that have a value in fewer than 3 trials, and with NaN
         where a predictor is the same in all.
     """
-    from dae.comparison.statistics import rank_correlation
+    from dae.statistics import rank_correlation
 
     found = {}
     for name in PREDICTORS:

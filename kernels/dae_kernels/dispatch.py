@@ -106,6 +106,20 @@ def choose(impl: str, device: torch.device, refusal: str | None = None) -> str:
     raise ValueError(f"impl='triton' cannot run here: {refusal}. Use impl='auto' or impl='reference'")
 
 
+TAKEN_WHOLE: list[Callable] = []
+
+
+def taken_whole(function: Callable) -> Callable:
+    """Decorator of a differentiable function that torch.compile must not look into; its callers import `dae_kernels.whole` first.
+
+    Dynamo ignores the `backward` of an autograd.Function inside torch.func.grad, vjp and jacrev: the derivative would be that of
+    the forward pass, or 0, without an error (torch 2.13). Taken whole, the function is traced below these transforms, as in
+    eager mode.
+    """
+    TAKEN_WHOLE.append(function)
+    return function
+
+
 def register_op(name: str, body: Callable, fake: Callable) -> Callable:
     """`body` as the torch operator `name` ("dae_kernels::..."), opaque to torch.compile; torch.vmap takes it in a loop.
 

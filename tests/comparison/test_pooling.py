@@ -5,7 +5,7 @@ import math
 import pytest
 
 from dae.comparison.pooling import pool, pooled_markdown, pooled_predictors
-from dae.comparison.statistics import fisher_z, mean_interval
+from dae.statistics import fisher_z, mean_interval
 
 BASE = (10.1, 9.9, 10.2, 9.8)
 

@@ -19,9 +19,9 @@ from dae.comparison.results import (
     summarize,
     verdict,
 )
-from dae.comparison.statistics import paired_interval
 from dae.comparison.trial import Job
 from dae.config import load_config
+from dae.statistics import paired_interval
 
 FACTS = {"floor": {"frechet": 2.0, "frechet_std": 0.1}, "copies_floor": 0.01}
 SEEDS = (0, 1, 2, 3)

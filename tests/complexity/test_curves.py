@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from dae.complexity.curves import ComplexityCurve, complexity_curve
-from dae.complexity.estimate import Estimate, generator_distance
+from dae.complexity.estimate import Estimate
 from dae.complexity.families import ConvDecoders, LinearMaps, LipschitzNetworks, MLPs
+from dae.complexity.generator_distance import generator_distance
 
 
 def cloud(N, D, seed):

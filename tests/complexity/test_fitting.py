@@ -1,5 +1,6 @@
 """What trainings, choices and measurements are made on, and the sampling error that is said."""
 
+import importlib
 import math
 import statistics
 
@@ -7,12 +8,12 @@ import numpy
 import pytest
 import torch
 
-from dae.complexity import adversarial, estimate
 from dae.complexity.curves import complexity_curve
 from dae.complexity.distances import Distance, make_distance
-from dae.complexity.estimate import fit_generator, generator_distance
+from dae.complexity.estimate import Estimate
 from dae.complexity.families import ConvDecoders, DropoutNetworks, LinearMaps, MLPs
 from dae.complexity.fitting import Fitting, Rows, jackknife, split_rows
+from dae.complexity.generator_distance import Trial, fit_generator, generator_distance, run_trial
 
 TAIL = torch.tensor([9.0, 5.0, 3.0, 2.0, 1.0, 0.6, 0.3, 0.1])
 
@@ -151,7 +152,7 @@ def test_states_of_a_training_are_chosen_on_rows_that_are_not_measured_on():
 def test_a_curve_keeps_the_better_trial_by_the_rows_to_choose_on():
     """A width that is trained at a rate that ruins it is no better than the smaller one, whose trial is kept."""
     trials = [
-        [estimate.Trial(None, value, score, False, "", (1, 1)) for value, score in row]
+        [Trial(None, value, score, False, "", (1, 1)) for value, score in row]
         for row in ([(1.0, 1.0), (5.0, 0.5)], [(0.5, 2.0), (1.0, 0.7)], [(3.0, 0.9), (9.0, 0.4)])
     ]
     from dae.complexity.curves import best_so_far
@@ -162,7 +163,7 @@ def test_a_curve_keeps_the_better_trial_by_the_rows_to_choose_on():
 
 def test_the_score_of_a_trial_is_that_of_the_rows_to_choose_on():
     z, x = normal(100, 1, 0), normal(100, 1, 1)
-    trial = estimate.run_trial(z, x, LinearMaps(0.5), "reconstruction", 0, Fitting())
+    trial = run_trial(z, x, LinearMaps(0.5), "reconstruction", 0, Fitting())
     split = split_rows(z, x, 0, True, Fitting())
     with torch.no_grad():
         by_hand = [(trial.generator(part.latents) - part.data).square().mean().item() for part in (split.choose, split.measure)]
@@ -181,8 +182,9 @@ def test_adversarial_distances_are_measured_on_held_out_rows(monkeypatch):
         given["measured"] = data.flatten().tolist()
         return ADVERSARIAL
 
-    monkeypatch.setattr(adversarial, "train_adversarial", train)
-    monkeypatch.setattr(adversarial, "adversarial_distance", measured)
+    module = importlib.import_module("dae.complexity.generator_distance")  # as an attribute of its package it is the function
+    monkeypatch.setattr(module, "train_adversarial", train)
+    monkeypatch.setattr(module, "adversarial_distance", measured)
     found = generator_distance(z, x, LinearMaps(), "js", seeds=(0,), heldout=0.4)
     split = split_rows(z, x, 0, False, Fitting(heldout=0.4))
     assert given["measured"] == split.measure.data.flatten().tolist() and given["fitted"] == 120
@@ -190,7 +192,7 @@ def test_adversarial_distances_are_measured_on_held_out_rows(monkeypatch):
     assert found.counts == (120, 80) and found.standard_error == 0.25 and "flat" in found.convention
 
 
-ADVERSARIAL = estimate.Estimate.over(
+ADVERSARIAL = Estimate.over(
     [0.5], (0,), bound="lower", distance="js", convention="", family=None, capacity=None, counts=(1, 1), standard_error=0.25
 )
 

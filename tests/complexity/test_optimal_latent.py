@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from dae.complexity.estimate import generator_distance
 from dae.complexity.families import ConvDecoders, LinearMaps, LipschitzNetworks, MLPs
+from dae.complexity.generator_distance import generator_distance
 from dae.complexity.optimal_latent import optimal_latent
 
 

@@ -139,7 +139,7 @@ def test_one_latent_channel_has_a_picture(recipe):
 
 
 def test_verdicts(recipe):
-    from dae.comparison.statistics import RankCorrelation
+    from dae.statistics import RankCorrelation
 
     def verdict(name, *values):
         return recipe("report_latent").verdict(name, RankCorrelation(*values, 9))

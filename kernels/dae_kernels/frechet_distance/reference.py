@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from dae_kernels.clouds import power_of_two
+from dae_kernels.dispatch import taken_whole
 
 
 def gaussian_w2_reference(mean_a_D: Tensor, cov_a_DD: Tensor, mean_b_D: Tensor, cov_b_DD: Tensor) -> Tensor:
@@ -25,12 +26,11 @@ def gaussian_w2_reference(mean_a_D: Tensor, cov_a_DD: Tensor, mean_b_D: Tensor, 
 
 def square_root(matrix_DD: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
-        from dae_kernels.whole import square_root_function
-    else:
-        square_root_function = apply_square_root
-    return square_root_function(matrix_DD)
+        import dae_kernels.whole  # noqa: F401
+    return apply_square_root(matrix_DD)
 
 
+@taken_whole
 def apply_square_root(matrix_DD: Tensor) -> Tensor:
     return SquareRoot.apply(matrix_DD)[0]
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dae_kernels.checks import as_integer, as_number
-from dae_kernels.dispatch import check_choice, check_floating, choose, dtype_refusal
+from dae_kernels.dispatch import check_choice, check_floating, choose, dtype_refusal, taken_whole
 from dae_kernels.group_norm_silu.reference import group_norm_silu_reference
 
 MAX_GRID = 65535  # the second and third axis of a CUDA grid
@@ -72,12 +72,11 @@ def group_norm_silu(
     if choose(impl, x.device, refusal) == "reference":
         return group_norm_silu_reference(x, num_groups, weight, bias, eps, silu, scale, shift)
     if torch.compiler.is_compiling():
-        from dae_kernels.whole import group_norm_silu_function
-    else:
-        group_norm_silu_function = apply_group_norm_silu
-    return group_norm_silu_function(x, weight, bias, scale, shift, num_groups, eps, silu)
+        import dae_kernels.whole  # noqa: F401
+    return apply_group_norm_silu(x, weight, bias, scale, shift, num_groups, eps, silu)
 
 
+@taken_whole
 def apply_group_norm_silu(
     x: Tensor,
     weight: Tensor | None,

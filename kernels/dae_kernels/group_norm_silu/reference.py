@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from dae_kernels.dispatch import without_autocast
+from dae_kernels.dispatch import taken_whole, without_autocast
 
 
 def group_norm_silu_reference(
@@ -41,12 +41,11 @@ def group_norm_silu_reference(
 
 def input_in_graph(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     if torch.compiler.is_compiling():
-        from dae_kernels.whole import input_in_graph_function
-    else:
-        input_in_graph_function = apply_input_in_graph
-    return input_in_graph_function(x, weight, bias)
+        import dae_kernels.whole  # noqa: F401
+    return apply_input_in_graph(x, weight, bias)
 
 
+@taken_whole
 def apply_input_in_graph(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     return InputInGraph.apply(x, weight, bias)
 

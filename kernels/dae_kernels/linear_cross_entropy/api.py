@@ -128,10 +128,8 @@ def linear_cross_entropy(
         losses = torch_losses(*tensors[:5], dtype, "none" if reduction == "none" else "sum").to(wide)
     else:
         if torch.compiler.is_compiling():
-            from dae_kernels.whole import chunked_losses_function
-        else:
-            chunked_losses_function = apply_chunked_losses
-        losses = chunked_losses_function(*tensors, *options, impl == "triton", reduction != "none")
+            import dae_kernels.whole  # noqa: F401
+        losses = apply_chunked_losses(*tensors, *options, impl == "triton", reduction != "none")
     losses = losses * torch.ones_like(rows).masked_fill(wrong, math.nan)  # not filled, as gradients are to be NaN, too
     if reduction == "none":
         return losses.view(targets.shape)

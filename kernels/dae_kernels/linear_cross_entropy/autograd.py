@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dae_kernels.dispatch import differentiated
+from dae_kernels.dispatch import differentiated, taken_whole
 from dae_kernels.linear_cross_entropy.chunked import chunked_losses
 from dae_kernels.linear_cross_entropy.reference import NOT_COUNTED
 
@@ -113,6 +113,7 @@ def refuse_second(d_gradients: tuple[Tensor | None, ...]) -> None:
         raise RuntimeError("linear_cross_entropy by chunks has no second derivatives: use impl='reference'")
 
 
+@taken_whole
 def apply_chunked_losses(
     hidden_ND: Tensor,
     linear_weight_VD: Tensor,

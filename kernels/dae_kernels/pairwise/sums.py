@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dae_kernels.clouds import unit
-from dae_kernels.dispatch import differentiated, register_op
+from dae_kernels.dispatch import differentiated, register_op, taken_whole
 from dae_kernels.pairwise.reference import (
     pair_rows_empty,
     pair_rows_reference,
@@ -40,12 +40,11 @@ def pair_sums(
         impl: "reference", "triton" or POLYNOMIAL.
     """
     if torch.compiler.is_compiling():
-        from dae_kernels.whole import pair_sums_function
-    else:
-        pair_sums_function = apply_pair_sums
-    return pair_sums_function(x_ND, y_MD, a_N, b_M, parameters, impl)
+        import dae_kernels.whole  # noqa: F401
+    return apply_pair_sums(x_ND, y_MD, a_N, b_M, parameters, impl)
 
 
+@taken_whole
 def apply_pair_sums(
     x_ND: Tensor, y_MD: Tensor, a_N: Tensor, b_M: Tensor, parameters: tuple[float, ...], impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dae_kernels.checks import as_number
-from dae_kernels.dispatch import check_floating, choose, dtype_refusal
+from dae_kernels.dispatch import check_floating, choose, dtype_refusal, taken_whole
 from dae_kernels.perceptual_tap.reference import perceptual_tap_reference
 
 # A tile of the kernel holds all channels of a position.
@@ -56,12 +56,11 @@ def perceptual_tap(a: Tensor, b: Tensor, weight: Tensor | None = None, *, eps: f
     if choose(impl, a.device, refusal) == "reference":
         return perceptual_tap_reference(a, b, weight, eps)
     if torch.compiler.is_compiling():
-        from dae_kernels.whole import perceptual_tap_function
-    else:
-        perceptual_tap_function = apply_perceptual_tap
-    return perceptual_tap_function(a, b, weight, eps)
+        import dae_kernels.whole  # noqa: F401
+    return apply_perceptual_tap(a, b, weight, eps)
 
 
+@taken_whole
 def apply_perceptual_tap(a: Tensor, b: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     return PerceptualTap.apply(a, b, weight, eps)
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dae_kernels.dispatch import register_op, without_autocast
+from dae_kernels.dispatch import register_op, taken_whole, without_autocast
 from dae_kernels.sinkhorn_divergence.reference import ReferenceUpdate
 from dae_kernels.sinkhorn_divergence.solver import Options, Sinkhorn
 
@@ -112,12 +112,11 @@ sinkhorn_transposed = register_op("dae_kernels::sinkhorn_transposed", transposed
 def envelope(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     """The divergence [] and, with `potentials`, f [N] and g [M] by the operator above, with their gradients."""
     if torch.compiler.is_compiling():
-        from dae_kernels.whole import envelope_function
-    else:
-        envelope_function = apply_envelope
-    return envelope_function(*arguments)
+        import dae_kernels.whole  # noqa: F401
+    return apply_envelope(*arguments)
 
 
+@taken_whole
 def apply_envelope(*arguments) -> tuple[Tensor, Tensor, Tensor]:
     return Envelope.apply(*arguments)[:3]
 
@@ -162,12 +161,11 @@ def side_gradients(
 def plan_means(*arguments) -> tuple[Tensor, Tensor]:
     """Means [N, E] of values under the rows of the plan, and the rows' sums [N]; differentiable by the values."""
     if torch.compiler.is_compiling():
-        from dae_kernels.whole import plan_means_function
-    else:
-        plan_means_function = apply_plan_means
-    return plan_means_function(*arguments)
+        import dae_kernels.whole  # noqa: F401
+    return apply_plan_means(*arguments)
 
 
+@taken_whole
 def apply_plan_means(*arguments) -> tuple[Tensor, Tensor]:
     return PlanMeans.apply(*arguments)[:2]
 

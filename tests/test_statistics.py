@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dae.comparison.statistics import (
+from dae.statistics import (
     difference_at_equal_rate,
     fisher_z,
     holm,
