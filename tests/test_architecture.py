@@ -1,6 +1,7 @@
 """The house keeps its arrows: who imports whom, what imports with torch alone, and what is never written."""
 
 import ast
+import graphlib
 import importlib.metadata
 import subprocess
 import sys
@@ -101,6 +102,27 @@ def test_the_library_never_imports_scripts():
     assert not offences(SCRIPTS + TESTS, names("tests"))
     backends = names("triton", "flash_attn", "flash_attn_interface", "xformers")
     assert not offences(LIBRARY, backends), "back-ends belong to dae_kernels"
+
+
+def test_no_circles():
+    """Neither of files nor of rooms (`dae.data`, `dae.training`), imports inside of functions included."""
+    modules = {}
+    for path in LIBRARY + KERNELS:
+        dotted = path.relative_to(ROOT / "kernels" if path in KERNELS else ROOT).with_suffix("").parts
+        modules[".".join(dotted).removesuffix(".__init__")] = path
+
+    def module(name: str) -> str:
+        while name and name not in modules:
+            name = name.rpartition(".")[0]
+        return name
+
+    for depth in (None, 2):
+        graph: dict[str, set[str]] = {}
+        for own, path in modules.items():
+            here = ".".join(own.split(".")[:depth])
+            there = {".".join(module(name).split(".")[:depth]) for name, _ in imports(path)} - {here, ""}
+            graph.setdefault(here, set()).update(there)
+        graphlib.TopologicalSorter(graph).prepare()
 
 
 def test_rooms_of_the_library():
