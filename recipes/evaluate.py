@@ -20,7 +20,6 @@ from zipfile import BadZipFile
 
 import numpy as np
 import torch
-from scipy.stats import binomtest
 from torch import Tensor
 from tqdm import tqdm
 
@@ -28,27 +27,16 @@ from dae.cli import main
 from dae.config import Config
 from dae.data import ImageData, in_memory, load_data
 from dae.data.pictures import to_uint8, write_npz
+from dae.evaluation import Judge, reconstruct, train_extractor
 from dae.files import announce, replaced_folder, write_file
 from dae.hub import fingerprint
 from dae.lock import writes
 from dae.memory import require_memory
 from dae.metrics import (
-    Classifier,
     CodebookUsage,
-    accuracy,
     as_float,
-    equal_count_frechet,
     extract_features,
-    frechet_distance,
     gaussian_rate,
-    kernel_distance,
-    memorisation,
-    precision_recall,
-    predict,
-    psnr,
-    rotation_task,
-    ssim,
-    train_classifier,
     versions,
 )
 from dae.models import ARPrior, Autoencoder
@@ -59,9 +47,6 @@ from dae.training.loop import seed_for
 from dae.training.priors import FAMILIES, Family
 from dae.training.rehearsal import require_measurable
 from dae.training.run import refuse_other_data
-
-KERNEL_SUBSET = 1000  # rows, as for KID; of fewer images half of them, so that subsets differ
-BATCH_PIXELS = 500 * 64 * 64  # of the images that are reconstructed at once: feature maps are larger than images
 
 
 @writes("evaluation")
@@ -86,60 +71,23 @@ def evaluate(config: Config) -> dict:
     train, train_labels = collect(data.train, config)
     heldout, heldout_labels = collect(data.validation, config)
 
-    # The extractor of all feature metrics, and what two sets of real images are apart in its features.
-    classifier = train_extractor(train, train_labels, data, config, device)
-    features = {name: extract_features(classifier, x) for name, x in (("train", train), ("heldout", heldout))}
-    count = min(len(train), len(heldout))
-    floor = equal_count_frechet(features["heldout"], features["train"], count=count, seed=seed)
-
-    def to_heldout(found: Tensor) -> dict:
-        """Kernel distance of features to those of the held-out images, and of which subsets it is the mean."""
-        rows = max(2, min(KERNEL_SUBSET, min(len(found), len(heldout)) // 2))
-        kernel = kernel_distance(features["heldout"], found, subset_size=rows, seed=seed)
-        values = {"kernel_distance": kernel.mean, "kernel_distance_std": kernel.std}
-        return values | {"kernel_subsets": kernel.number_of_subsets, "kernel_subset_size": kernel.subset_size}
-
-    def judge(images: Tensor, labels: Tensor, found: Tensor) -> dict:
-        """A set of samples and its features: distance to held-out images, recognition, copies of training images."""
-        distance = equal_count_frechet(features["heldout"], found, count=min(count, len(found)), seed=seed)
-        manifold = precision_recall(features["heldout"], found[:count], config.evaluation.neighbours)
-        copies = memorisation(images, train, heldout)
-        asked = data.labelled and knows_classes(prior)
-        right = int((predict(classifier, images).cpu() == labels).sum()) if asked else None
-        return {
-            "recognised": None if right is None else right / len(images),
-            "recognised_interval": None if right is None else list(binomtest(right, len(images)).proportion_ci(method="wilson")),
-            "frechet": distance.mean,
-            "frechet_std": distance.std,
-            "frechet_ratio": distance.mean / floor.mean,
-            "precision": manifold.precision,
-            "recall": manifold.recall,
-            "memorised": copies.share_samples,
-            "memorised_heldout": copies.share_heldout,
-            "memorised_threshold": copies.threshold,
-        }
+    steps, labels = config.evaluation.classifier_steps, (train_labels, heldout_labels)
+    classifier = train_extractor(train, train_labels, data, steps=steps, seed=seed, device=device)
+    judge = Judge(classifier, train, labels[0], heldout, labels[1], data.labelled, config.evaluation.neighbours, seed)
 
     shown = (torch.arange(min(32, len(heldout))) * len(heldout)) // min(32, len(heldout))  # of a sorted set not one class
     pictures = {"originals": to_uint8(as_float(heldout[shown]))}
     reconstructions = {}
     for name, model in saved_stages(output / "autoencoder", autoencoder, device).items():
-        measured = reconstruct(model, classifier, heldout, shown, config)
+        measured = reconstruct(model, classifier, heldout, shown, config.evaluation.batch_size)
         pictures[name] = to_uint8(measured["rebuilt"])
-        found = measured["found"]
-        manifold = precision_recall(features["heldout"], found, config.evaluation.neighbours)
-        reconstructions[name] = {
-            "decoder": model.config.decoder.family,
-            "psnr": measured["psnr"].mean().item(),
-            "ssim": measured["ssim"].mean().item(),
-            "frechet": frechet_distance(features["heldout"], found),
-            "precision": manifold.precision,
-            "recall": manifold.recall,
-        }
+        means = {key: measured[key].mean().item() for key in ("psnr", "ssim")}
+        reconstructions[name] = {"decoder": model.config.decoder.family} | means | judge.reconstructions(measured["found"])
 
     generated = torch.from_numpy(samples["arr_0"]).permute(0, 3, 1, 2)  # 8 bits
-    found = extract_features(classifier, generated)
-    generation = judge(generated, torch.from_numpy(samples["arr_1"]), found) | to_heldout(found)
-    copies = memorisation(generated, train, heldout)
+    found, asked = extract_features(classifier, generated), knows_classes(prior)
+    generation = judge.samples(generated, torch.from_numpy(samples["arr_1"]) if asked else None, found) | judge.kernel(found)
+    copies = judge.near_copies(generated)
     closest = copies.nearest_distance.argsort()[:16]  # the worst cases, not a selection that flatters
     pictures |= {
         "samples": samples["arr_0"][closest.numpy()],
@@ -162,7 +110,7 @@ def evaluate(config: Config) -> dict:
                     images[start : start + len(batch)] = batch.clamp(-1, 1)
                     start += len(batch)
                 at = {"prior_step": row["step"], f"heldout_{criterion}": row[criterion], "cfg_scale": cfg_scale}
-                trade.append(at | judge(images, labels, extract_features(classifier, images)))
+                trade.append(at | judge.samples(images, labels))
                 bar.update()
 
     metrics = {
@@ -179,18 +127,18 @@ def evaluate(config: Config) -> dict:
         "generation": generation,
         "floor": {
             "meaning": "training against held-out images, the Frechet distance at equal counts",
-            "frechet": floor.mean,
-            "frechet_std": floor.std,
-            **to_heldout(features["train"]),
+            "frechet": judge.floor.mean,
+            "frechet_std": judge.floor.std,
+            **judge.kernel(judge.train_features),
         },
         "trade": trade,
         "extractor": {
             "id": classifier.identifier,
             "note": f"{data.title} features, not Inception",
-            "heldout_accuracy": accuracy(classifier, *task(heldout, heldout_labels, data.labelled, device)),
+            "heldout_accuracy": judge.accuracy,
         },
         "data": data.describe(),
-        "counts": {"train": len(train), "heldout": len(heldout), "samples": len(generated), "frechet": count},
+        "counts": {"train": len(train), "heldout": len(heldout), "samples": len(generated), "frechet": judge.count},
         "sampling": sampling,
         "method": config.method,
         "seed": seed,
@@ -250,46 +198,10 @@ def collect(dataset, config: Config) -> tuple[Tensor, Tensor]:
     return in_memory(dataset, settings.max_images, **options)
 
 
-def task(images: Tensor, labels: Tensor, labelled: bool, device: torch.device) -> tuple[Tensor, Tensor]:
-    images, labels = (images, labels) if labelled else rotation_task(images)
-    return images, labels
-
-
-def train_extractor(images: Tensor, labels: Tensor, data, config: Config, device: torch.device) -> Classifier:
-    name = data.title if data.labelled else f"{data.title}-rotations"
-    images, labels = task(images, labels, data.labelled, device)
-    classes = data.num_classes if data.labelled else 4
-    steps, seed = config.evaluation.classifier_steps, seed_for(config.seed, "classifier")
-    return train_classifier(images, labels, classes, steps=steps, seed=seed, device=device, name=name)
-
-
 def saved_stages(folder: Path, final: Autoencoder, device: torch.device) -> dict[str, Autoencoder]:
     """The model at the switch, if there was one, and the final model."""
     stage1 = {"stage 1": Autoencoder.from_pretrained(folder / "stage1", device=device)} if (folder / "stage1").is_dir() else {}
     return stage1 | {"final": final}
-
-
-@torch.inference_mode()
-def reconstruct(model: Autoencoder, classifier: Classifier, images: Tensor, shown: Tensor, config: Config) -> dict[str, Tensor]:
-    """What is measured of the reconstructions (of KL: of the posteriors' means), batch by batch: they are never all in memory.
-
-    `psnr`, `ssim` and features `found` of each, the `rebuilt` images of the rows `shown`, and the tokens or posteriors by
-    their names in `Encoding`.
-    """
-    names = ("indices",) if model.config.bottleneck == "vq" else ("features", "log_variance")
-    kept = {name: [] for name in ("psnr", "ssim", "found", "rebuilt", *names)}
-    size = min(config.evaluation.batch_size, max(1, BATCH_PIXELS // (images.shape[2] * images.shape[3])))
-    for rows in torch.arange(len(images)).split(size):
-        batch = as_float(images[rows])
-        output = model(batch.to(next(model.parameters()).device))
-        rebuilt = output.sample.clamp(-1, 1).cpu()
-        kept["psnr"].append(psnr(rebuilt, batch))
-        kept["ssim"].append(ssim(rebuilt, batch))
-        kept["found"].append(extract_features(classifier, rebuilt))
-        kept["rebuilt"].append(rebuilt[torch.isin(rows, shown)])
-        for name in names:
-            kept[name].append(getattr(output.encoding, name).cpu())
-    return {name: torch.cat(parts) for name, parts in kept.items()}
 
 
 def refuse_what_does_not_fit(config: Config, data: ImageData, samples: int) -> None:

@@ -288,7 +288,7 @@ def costs(summaries: dict[str, dict]) -> list[str]:
         "rate_bits": "rate, bits",
         "bits": "bits under the prior",
         "psnr": "PSNR, dB",
-        "copies": "near-copies, percentage points",
+        "memorised": "near-copies, percentage points",
     }
     lines = [
         f"Each arm minus *{baseline}*: in how many comparisons it is shown to be higher or lower (adjusted as above), and the",
@@ -310,7 +310,7 @@ def ways(tables: list[dict], arm: str, key: str) -> str:
     """In how many tables one measure of an arm is shown to be higher or lower, and between what its mean differences lie."""
     rows = [row for table in tables if (row := table[key].get(arm)) and row["mean"] is not None]
     verdicts = [0 if row["low"] is None else row["verdict"] for row in rows]
-    factor, digits = (100, 2) if key == "copies" else (1, 1)
+    factor, digits = (100, 2) if key == "memorised" else (1, 1)
     means = [factor * row["mean"] for row in rows]
     between = f" ({signed(min(means), digits)} to {signed(max(means), digits)})" if means else ""
     return f"{verdicts.count(1)} higher, {verdicts.count(-1)} lower, {verdicts.count(0)} neither{between}"

@@ -222,6 +222,8 @@ def load_trial(config: Config, job: Job) -> Outcome | None:
     if keys:
         listed = "; ".join(f"{key}: {settings.get(key)!r} -> {wanted.get(key)!r}" for key in keys)
         raise ValueError(f"{path} was made by another configuration: {listed}. Choose another output_dir, or delete the trials")
+    for prior in (record or {}).get("priors", ()):
+        prior["memorised"] = prior.pop("copies", prior.get("memorised"))  # its name in earlier versions
     return Outcome(job, record, diverged)
 
 

@@ -275,8 +275,8 @@ def measurements(summary: dict) -> list[Html]:
         )  # fmt: skip
     facts = summary["facts"]
     yardsticks = f"Yardsticks: real training images have a {DISTANCE} of {number(facts['floor']['frechet'])}"
-    if facts.get("copies_floor") is not None:
-        yardsticks += f"; {percent(facts['copies_floor'])} of the held-out images count as near-copies"
+    if facts.get("memorised_heldout") is not None:
+        yardsticks += f"; {percent(facts['memorised_heldout'])} of the held-out images count as near-copies"
     if facts.get("labelled"):
         yardsticks += f"; {percent(facts['heldout_accuracy'])} of them are recognised as their class"
     how = (
@@ -361,12 +361,12 @@ def samples(summary: dict, pictures: Mapping[str, np.ndarray]) -> list[Html]:
 
 
 def copies(summary: dict) -> list[Html]:
-    floor = summary["facts"].get("copies_floor")
+    floor = summary["facts"].get("memorised_heldout")
     bars = []
     for arm in summary["arms"]:
-        if row := arm["measures"]["copies"]:
+        if row := arm["measures"]["memorised"]:
             ends = [None if row[k] is None else 100 * row[k] for k in ("low", "high")]
-            bars.append(Bar(arm["name"], 100 * row["mean"], *ends, [100 * v for v in arm["values"]["copies"]]))
+            bars.append(Bar(arm["name"], 100 * row["mean"], *ends, [100 * v for v in arm["values"]["memorised"]]))
     axis = "near-copies among the samples, %"
     level = None if floor is None else (100 * floor, "held-out images")
     words = (
@@ -375,9 +375,11 @@ def copies(summary: dict) -> list[Html]:
         "images are."
     )
     drawn = web.chart(interval_chart(bars, x=axis, level=level), _bars_in_words(axis, bars))
-    rows = summary["differences"]["copies"]
+    rows = summary["differences"]["memorised"]
     against = {"worse": "more", "better": "fewer", "no difference shown": "no difference shown", "not known": "not known"}
-    groups = {word: [f"{n} ({detail('copies', rows[n])})" for n in names] for word, names in grouped("copies", rows).items()}
+    groups = {
+        word: [f"{n} ({detail('memorised', rows[n])})" for n in names] for word, names in grouped("memorised", rows).items()
+    }
     said = "; ".join(f"{against[word]}: {', '.join(names)}" for word, names in groups.items())
     chart = web.figure(drawn, f"Means with {100 * summary['level']:.0f}\u00a0% intervals; the rule: real held-out images.")
     return [paragraph(words), web.side_by_side(chart, paragraph(f"Near-copies against {summary['baseline']}’s: {said}."))]

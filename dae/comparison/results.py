@@ -49,7 +49,7 @@ MEASURES = (
     Measure("psnr", "PSNR of reconstructions", 1, lambda r: r["psnr"], 2, "dB"),
     Measure("ssim", "SSIM of reconstructions", 1, lambda r: r["ssim"], 3, least=-1, most=1),
     Measure("reconstruction_frechet", "distance of reconstructions", -1, lambda r: r["reconstruction_frechet"], least=0),
-    Measure("copies", "near-copies of training images", -1, _of_prior("copies"), 1, "%", 0, 1),
+    Measure("memorised", "near-copies of training images", -1, _of_prior("memorised"), 1, "%", 0, 1),
     Measure("recognised", "samples recognised as their class", 1, _of_prior("recognised"), 1, "%", 0, 1),
     Measure("precision", "precision", 1, _of_prior("precision"), 3, least=0, most=1),
     Measure("recall", "recall", 1, _of_prior("recall"), 3, least=0, most=1),
@@ -277,7 +277,7 @@ def _prior_sizes(names: Sequence[str], own: Mapping[str, Sequence[Outcome]]) -> 
                 by_size.setdefault(prior["size"], []).append(prior)
         for size, priors in sorted(by_size.items()):
             row = {"arm": name, "size": size, "parameters": priors[0]["parameters"]}
-            for key in ("frechet", "bits", "copies"):
+            for key in ("frechet", "bits", "memorised"):
                 values = [p[key] for p in priors if p[key] is not None and math.isfinite(p[key])]
                 row[key] = _mean(BY_KEY[key], values) if values else None
             rows.append(row)
@@ -455,7 +455,7 @@ def bits_mean(summary: dict) -> str:
     return words + "."
 
 
-COLUMNS = ("frechet", "bits", "rate_bits", "psnr", "copies", "recognised")
+COLUMNS = ("frechet", "bits", "rate_bits", "psnr", "memorised", "recognised")
 
 
 def markdown(summary: dict) -> str:
@@ -473,7 +473,7 @@ def markdown(summary: dict) -> str:
             at = equal["frechet"].get(arm["name"])
             cells.append(f"{shown(frechet, at, True)} {verdict(frechet, at)} ({at['n']} of {at['of']})" if at else "–")
         lines.append(line(cells))
-    floor, copies = summary["facts"]["floor"]["frechet"], summary["facts"].get("copies_floor")
+    floor, copies = summary["facts"]["floor"]["frechet"], summary["facts"].get("memorised_heldout")
     lines.append(
         f"\nMeans over {len(summary['seeds'])} seeds with their {100 * summary['level']:.0f} % intervals, cut at what is "
     )

@@ -19,23 +19,16 @@ from dae.data import in_memory, load_data
 from dae.data.cache import EncodedDataset, EncodingCache
 from dae.data.pictures import to_uint8
 from dae.data.splits import hold_out
+from dae.evaluation import Judge, train_extractor
 from dae.metrics import (
     Classifier,
     CodebookUsage,
-    EqualCountFrechet,
-    accuracy,
     code_entropy_rate,
-    equal_count_frechet,
     extract_features,
     frechet_distance,
     gaussian_rate,
-    memorisation,
-    precision_recall,
-    predict,
     psnr,
-    rotation_task,
     ssim,
-    train_classifier,
     versions,
 )
 from dae.models import Autoencoder
@@ -95,30 +88,15 @@ def job_config(config: Config, job: Job) -> Config:
 
 
 @dataclass
-class Judged:
-    """Images in memory that a trial is trained on and judged against, and what two sets of real ones are apart."""
-
-    train: Tensor
-    train_labels: Tensor
-    heldout: Tensor
-    heldout_labels: Tensor
-    train_features: Tensor
-    heldout_features: Tensor
-    floor: EqualCountFrechet
-    copies_floor: float  # share of held-out images that count as near-copies
-
-
-@dataclass
 class Bench:
     """What all trials of a comparison share: the images, the classifier whose features judge, the floors."""
 
-    measure: Judged
-    tune: Judged  # held-out: a part of the training images
+    measure: Judge
+    tune: Judge  # held-out: a part of the training images
     classifier: Classifier
     labelled: bool
     num_classes: int
     data: dict
-    heldout_accuracy: float
 
     @classmethod
     def prepare(cls, config: Config) -> Bench:
@@ -140,7 +118,6 @@ class Bench:
             rehearse_chain(chosen, data.num_classes, limited(rows["train"], config), engine)
         train, train_labels = _collect(data.train, config, device)
         heldout, heldout_labels = _collect(data.validation, config, device)
-        task = (lambda x, y: (x, y)) if data.labelled else (lambda x, _: rotation_task(x))
         path = (
             Path(config.output_dir)
             / "bench"
@@ -149,24 +126,20 @@ class Bench:
         if path.is_file():
             classifier = Classifier.load(path, device)
         else:
-            name = data.title if data.labelled else f"{data.title}-rotations"
-            steps, seed = config.evaluation.classifier_steps, seed_for(JUDGE_SEED, "classifier")
-            classes = data.num_classes if data.labelled else 4
-            classifier = train_classifier(
-                *task(train, train_labels), classes, steps=steps, seed=seed, device=device, name=name, progress=False
-            )
+            options = {"steps": config.evaluation.classifier_steps, "seed": JUDGE_SEED, "device": device, "progress": False}
+            classifier = train_extractor(train, train_labels, data, **options)
             path.parent.mkdir(parents=True, exist_ok=True)
             classifier.save(path)
         labels = train_labels.cpu().numpy() if data.labelled else None
         rest, aside = (torch.from_numpy(rows) for rows in hold_out(len(train), min(len(heldout), len(train) // 4), labels))
+        fixed = data.labelled, config.evaluation.neighbours, JUDGE_SEED
         return cls(
-            measure=_judged(classifier, train, train_labels, heldout, heldout_labels),
-            tune=_judged(classifier, train[rest], train_labels[rest], train[aside], train_labels[aside]),
+            measure=Judge(classifier, train, train_labels, heldout, heldout_labels, *fixed),
+            tune=Judge(classifier, train[rest], train_labels[rest], train[aside], train_labels[aside], *fixed),
             classifier=classifier,
             labelled=data.labelled,
             num_classes=data.num_classes,
             data=data.describe(),
-            heldout_accuracy=accuracy(classifier, *task(heldout, heldout_labels)),
         )
 
     def facts(self) -> dict:
@@ -174,13 +147,13 @@ class Bench:
         measure = self.measure
         return {
             "floor": {"frechet": measure.floor.mean, "frechet_std": measure.floor.std},
-            "copies_floor": measure.copies_floor,
-            "heldout_accuracy": self.heldout_accuracy,
+            "memorised_heldout": measure.memorised_heldout,
+            "heldout_accuracy": measure.accuracy,
             "extractor": self.classifier.identifier,
             "counts": {
                 "train": len(measure.train),
                 "heldout": len(measure.heldout),
-                "frechet": _count(measure),
+                "frechet": measure.count,
                 "tuning_train": len(self.tune.train),
                 "tuning_heldout": len(self.tune.heldout),
             },
@@ -201,18 +174,6 @@ def _collect(dataset: Dataset, config: Config, device: torch.device) -> tuple[Te
     return images.to(device), labels.to(device)
 
 
-def _judged(classifier: Classifier, train: Tensor, train_labels: Tensor, heldout: Tensor, heldout_labels: Tensor) -> Judged:
-    features = [extract_features(classifier, x) for x in (train, heldout)]
-    count = min(len(train), len(heldout))
-    floor = equal_count_frechet(features[1], features[0], count=count, seed=JUDGE_SEED)
-    copies = memorisation(heldout, train, heldout).share_heldout
-    return Judged(train, train_labels, heldout, heldout_labels, *features, floor, copies)
-
-
-def _count(judged: Judged) -> int:
-    return min(len(judged.train), len(judged.heldout))
-
-
 def run_trial(bench: Bench, config: Config, job: Job) -> tuple[dict, Tensor]:
     """Train and measure one trial.
 
@@ -229,12 +190,12 @@ def run_trial(bench: Bench, config: Config, job: Job) -> tuple[dict, Tensor]:
         FloatingPointError: the training diverged.
     """
     started, config = time.monotonic(), job_config(config, job)
-    judged = bench.tune if job.purpose == "tune" else bench.measure
-    autoencoder = train_autoencoder(judged.train, config)
+    judge = bench.tune if job.purpose == "tune" else bench.measure
+    autoencoder = train_autoencoder(judge.train, config)
     trained = time.monotonic()
-    pairs = (judged.train, judged.train_labels), (judged.heldout, judged.heldout_labels)
+    pairs = (judge.train, judge.train_labels), (judge.heldout, judge.heldout_labels)
     cache = encode(autoencoder, *pairs, bench.num_classes, config)
-    record = dataclasses.asdict(job) | _reconstruction(bench, judged, autoencoder, config)
+    record = dataclasses.asdict(job) | _reconstruction(bench, judge, autoencoder, config)
     record |= {"rate_bits": _rate(cache.train, config), "codebook": _codebook(cache.validation, config)}
 
     priors, samples = [], None
@@ -250,11 +211,11 @@ def run_trial(bench: Bench, config: Config, job: Job) -> tuple[dict, Tensor]:
         facts |= {"learning_rate": None if prior_family(config) == "mixture" else chosen.prior.learning_rate}
         facts |= {"bits": _bits_an_image(prior, cache, chosen)}
         priors.append(
-            facts | _generation(bench, judged, prior, generated, labels, config) | {"seconds": time.monotonic() - begun}
+            facts | judge.samples(generated, labels if knows_classes(prior) else None) | {"seconds": time.monotonic() - begun}
         )
     record["priors"] = priors
     # At another rate there is no card: what a predictor says would follow the rate.
-    record["card"] = _card(bench, judged, autoencoder, job) if job.purpose == "measure" and job.rate is None else None
+    record["card"] = _card(bench, judge, autoencoder, job) if job.purpose == "measure" and job.rate is None else None
     record["stages"] = [[s.name, s.decoder.family, s.config.max_train_steps] for s in plan_stages(config)]
     record |= {"autoencoder_seconds": trained - started, "seconds": time.monotonic() - started, "versions": versions()}
     return json.loads(json.dumps(record)), torch.from_numpy(to_uint8(samples))
@@ -265,10 +226,10 @@ def _some(count: int, limit: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(JUDGE_SEED))[:limit]
 
 
-def _card(bench: Bench, judged: Judged, autoencoder: Autoencoder, job: Job) -> dict[str, float | None]:
-    rows = _some(len(judged.train), IMAGES_FOR_CARD)
-    train_labels, heldout_labels = (judged.train_labels[rows], judged.heldout_labels) if bench.labelled else (None, None)
-    return report_card(autoencoder, judged.train[rows], train_labels, judged.heldout, heldout_labels, seed=job.seed)
+def _card(bench: Bench, judge: Judge, autoencoder: Autoencoder, job: Job) -> dict[str, float | None]:
+    rows = _some(len(judge.train), IMAGES_FOR_CARD)
+    train_labels, heldout_labels = (judge.train_labels[rows], judge.heldout_labels) if bench.labelled else (None, None)
+    return report_card(autoencoder, judge.train[rows], train_labels, judge.heldout, heldout_labels, seed=job.seed)
 
 
 def _size(config: Config) -> int:
@@ -285,13 +246,13 @@ def _resized(config: Config, size: int) -> Config:
 
 
 @torch.no_grad()
-def _reconstruction(bench: Bench, judged: Judged, autoencoder: Autoencoder, config: Config) -> dict:
-    parts, some = judged.heldout.split(config.evaluation.batch_size), _some(len(judged.heldout), IMAGES_FOR_SSIM)
+def _reconstruction(bench: Bench, judge: Judge, autoencoder: Autoencoder, config: Config) -> dict:
+    parts, some = judge.heldout.split(config.evaluation.batch_size), _some(len(judge.heldout), IMAGES_FOR_SSIM)
     rebuilt = torch.cat([autoencoder(part).sample.clamp(-1, 1) for part in parts])
     return {
-        "psnr": psnr(rebuilt, judged.heldout).mean().item(),
-        "ssim": ssim(rebuilt[some], judged.heldout[some]).mean().item(),
-        "reconstruction_frechet": frechet_distance(judged.heldout_features, extract_features(bench.classifier, rebuilt)),
+        "psnr": psnr(rebuilt, judge.heldout).mean().item(),
+        "ssim": ssim(rebuilt[some], judge.heldout[some]).mean().item(),
+        "reconstruction_frechet": frechet_distance(judge.heldout_features, extract_features(bench.classifier, rebuilt)),
     }
 
 
@@ -314,22 +275,6 @@ def _generate(autoencoder: Autoencoder, prior: Prior, num_classes: int, config: 
     labels_N = balanced_labels(config.sampling.num_samples, num_classes)
     parts = generate(autoencoder, prior, labels_N, config.sampling, seed_for(config.seed, "sampling"))
     return torch.cat([part.clamp(-1, 1) for part in parts]), labels_N
-
-
-def _generation(bench: Bench, judged: Judged, prior: Prior, images: Tensor, labels: Tensor, config: Config) -> dict:
-    features = extract_features(bench.classifier, images)
-    count = min(_count(judged), len(images))
-    distance = equal_count_frechet(judged.heldout_features, features, count=count, seed=JUDGE_SEED)
-    manifold = precision_recall(judged.heldout_features, features[:count], config.evaluation.neighbours)
-    asked = bench.labelled and knows_classes(prior)
-    return {
-        "frechet": distance.mean,
-        "frechet_std": distance.std,
-        "recognised": (predict(bench.classifier, images) == labels).double().mean().item() if asked else None,
-        "precision": manifold.precision,
-        "recall": manifold.recall,
-        "copies": memorisation(images, judged.train, judged.heldout).share_samples,
-    }
 
 
 def _bits_an_image(prior: Prior, cache: EncodingCache, config: Config) -> float:

@@ -23,7 +23,7 @@ from dae.comparison.trial import Job
 from dae.config import load_config
 from dae.statistics import paired_interval
 
-FACTS = {"floor": {"frechet": 2.0, "frechet_std": 0.1}, "copies_floor": 0.01}
+FACTS = {"floor": {"frechet": 2.0, "frechet_std": 0.1}, "memorised_heldout": 0.01}
 SEEDS = (0, 1, 2, 3)
 NOISE = (0.1, -0.1, 0.2, -0.2)  # of the seeds, shared by the arms
 
@@ -35,7 +35,7 @@ def configure(*overrides):
 
 def make(arm, seed, frechet, rate_bits=40.0, *, rate=None, priors=(64,), card=None, purpose="measure"):
     job = Job(arm, seed, 0.001, purpose, rate)
-    prior = {"frechet_std": 0.0, "recognised": 0.9, "precision": 0.5, "recall": 0.4, "copies": 0.02, "seconds": 1.0}
+    prior = {"frechet_std": 0.0, "recognised": 0.9, "precision": 0.5, "recall": 0.4, "memorised": 0.02, "seconds": 1.0}
     rows = [{"size": n, "parameters": n * n, "bits": rate_bits - 5, "frechet": frechet * 64 / n} | prior for n in priors]
     record = {"rate_bits": rate_bits, "psnr": 20.0 + rate_bits / 10, "ssim": 0.8, "reconstruction_frechet": 1.0}
     record |= {"codebook": {"usage": 1.0, "perplexity": 8.0}, "card": card, "stages": [["joint", "full", 800]], "priors": rows}
@@ -57,7 +57,7 @@ def test_means_and_paired_differences():
     joint = summary["arms"][0]
     assert joint["name"] == "joint" and joint["measures"]["frechet"]["mean"] == pytest.approx(10)
     assert (joint["trials"], joint["finished"], joint["diverged"], joint["failed"]) == (4, 4, 0, 0)
-    assert summary["arms"][1]["measures"]["copies"]["mean"] == pytest.approx(0.02)
+    assert summary["arms"][1]["measures"]["memorised"]["mean"] == pytest.approx(0.02)
     assert set(summary["differences"]["frechet"]) == {"weak", "dae-linear"}
     assert (summary["tuning"], summary["equal_rate"], summary["prior_sizes"]) == (None, None, [])
     json.dumps(summary, allow_nan=False)
@@ -144,11 +144,11 @@ def test_a_trial_without_a_finite_distance_is_left_out():
 def test_intervals_stay_where_values_can_be():
     outcomes = three_arms()
     for o, share in zip(outcomes[:4], (0.0, 0.01, 0.0, 0.02), strict=True):
-        o.record["priors"][0] |= {"copies": share, "recognised": 1 - share, "frechet": 100 * share + 0.1}
+        o.record["priors"][0] |= {"memorised": share, "recognised": 1 - share, "frechet": 100 * share + 0.1}
     joint = summarize(configure(), FACTS, outcomes)["arms"][0]["measures"]
     assert paired_interval([0.0, 0.01, 0.0, 0.02], [0] * 4).low < 0
-    assert (joint["copies"]["low"], joint["recognised"]["high"], joint["frechet"]["low"]) == (0, 1, 0)
-    assert 0 < joint["copies"]["high"] < 1
+    assert (joint["memorised"]["low"], joint["recognised"]["high"], joint["frechet"]["low"]) == (0, 1, 0)
+    assert 0 < joint["memorised"]["high"] < 1
 
 
 def test_arms_know_how_they_were_trained():

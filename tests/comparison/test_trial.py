@@ -61,7 +61,7 @@ def test_a_trial_of_each_carrier(bench, tmp_path, overrides):
     rates = [prior["learning_rate"] for prior in (main, small)]
     assert rates == [None, None] if overrides == GAN else rates == [config.prior.learning_rate, 2 * config.prior.learning_rate]
     for prior in record["priors"]:
-        assert all(math.isfinite(prior[k]) for k in ("bits", "frechet", "precision", "recall", "copies"))
+        assert all(math.isfinite(prior[k]) for k in ("bits", "frechet", "precision", "recall", "memorised"))
         assert prior["frechet"] > 0 and (prior["recognised"] is None) == (overrides == GAN)
     if not overrides:
         assert 0 < record["rate_bits"] <= 16 * math.log2(16) and record["card"]["codebook_usage"] is not None

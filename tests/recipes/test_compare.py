@@ -28,8 +28,8 @@ def prepare(config):
     (Path(config.output_dir) / "bench").mkdir(parents=True, exist_ok=True)
     counts = {"train": 1437, "heldout": 360, "frechet": 360}
     facts = {
-        "floor": {"frechet": 2.0, "frechet_std": 0.1}, "copies_floor": 0.011, "heldout_accuracy": 0.99, "extractor": "digits-0",
-        "counts": counts, "labelled": True, "data": {}, "versions": {"torch": "2.99"},
+        "floor": {"frechet": 2.0, "frechet_std": 0.1}, "memorised_heldout": 0.011, "heldout_accuracy": 0.99,
+        "extractor": "digits-0", "counts": counts, "labelled": True, "data": {}, "versions": {"torch": "2.99"},
     }  # fmt: skip
     heldout = torch.linspace(-1, 1, 16 * 64).reshape(16, 1, 8, 8)
     return SimpleNamespace(facts=lambda: facts, measure=SimpleNamespace(heldout=heldout))
@@ -53,7 +53,7 @@ def trial(bench, config, job):
         "recognised": 0.95,
         "precision": 0.7,
         "recall": 0.6,
-        "copies": 0.03 + 0.01 * own,
+        "memorised": 0.03 + 0.01 * own,
         "seconds": 1.0,
         "frechet_std": 0.1,
     }

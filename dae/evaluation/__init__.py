@@ -1,0 +1,7 @@
+"""Judging samples and reconstructions: real images are prepared once, and what is generated is held against them."""
+
+from dae.evaluation.extractor import prediction_task, train_extractor
+from dae.evaluation.judge import Judge
+from dae.evaluation.reconstruction import reconstruct
+
+__all__ = ["Judge", "prediction_task", "reconstruct", "train_extractor"]

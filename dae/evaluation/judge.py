@@ -1,0 +1,124 @@
+"""The judge of samples: what real images and their features say of generated ones."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+
+from dae.evaluation.extractor import prediction_task
+from dae.metrics import (
+    Classifier,
+    EqualCountFrechet,
+    Memorisation,
+    accuracy,
+    equal_count_frechet,
+    extract_features,
+    frechet_distance,
+    kernel_distance,
+    memorisation,
+    precision_recall,
+    predict,
+)
+
+KERNEL_SUBSET = 1000  # rows, as for KID; of fewer images half of them, so that subsets differ
+
+
+@dataclass
+class Judge:
+    """Real images, and the classifier in whose features they are compared with generated ones.
+
+    Args:
+        train, heldout: images [N, C, H, W] in [-1, 1] or as 8 bits.
+        train_labels, heldout_labels: int64 [N].
+        labelled: whether the labels mean anything.
+        neighbours: k of precision and recall.
+        seed: of all subsets.
+    """
+
+    classifier: Classifier
+    train: Tensor
+    train_labels: Tensor
+    heldout: Tensor
+    heldout_labels: Tensor
+    labelled: bool
+    neighbours: int
+    seed: int
+
+    @cached_property
+    def train_features(self) -> Tensor:
+        return extract_features(self.classifier, self.train)
+
+    @cached_property
+    def heldout_features(self) -> Tensor:
+        return extract_features(self.classifier, self.heldout)
+
+    @cached_property
+    def count(self) -> int:
+        """Images at which Frechet distances are taken, so that they compare."""
+        return min(len(self.train), len(self.heldout))
+
+    @cached_property
+    def floor(self) -> EqualCountFrechet:
+        """What two sets of real images are apart: training against held-out images."""
+        return equal_count_frechet(self.heldout_features, self.train_features, count=self.count, seed=self.seed)
+
+    @cached_property
+    def memorised_heldout(self) -> float:
+        """Share of the held-out images that count as near-copies of training images, as chance has it."""
+        return memorisation(self.heldout, self.train, self.heldout).share_heldout
+
+    @cached_property
+    def accuracy(self) -> float:
+        """The classifier's, on held-out images."""
+        return accuracy(self.classifier, *prediction_task(self.heldout, self.heldout_labels, self.labelled))
+
+    def samples(self, images: Tensor, classes: Tensor | None, features: Tensor | None = None) -> dict:
+        """Distance to held-out images, recognition, variety and near-copies of training images.
+
+        Args:
+            images: [M, C, H, W], as the real ones.
+            classes: int64 [M], what they were asked to show; None if nothing was asked, and then nothing is recognised.
+            features: of the images, if they are known.
+        """
+        features = extract_features(self.classifier, images) if features is None else features
+        distance = equal_count_frechet(self.heldout_features, features, count=min(self.count, len(images)), seed=self.seed)
+        manifold = precision_recall(self.heldout_features, features[: self.count], self.neighbours)
+        copies = self.near_copies(images)
+        return self._recognised(images, classes if self.labelled else None) | {
+            "frechet": distance.mean,
+            "frechet_std": distance.std,
+            "frechet_ratio": distance.mean / self.floor.mean,
+            "precision": manifold.precision,
+            "recall": manifold.recall,
+            "memorised": copies.share_samples,
+            "memorised_heldout": copies.share_heldout,
+            "memorised_threshold": copies.threshold,
+        }
+
+    def _recognised(self, images: Tensor, classes: Tensor | None) -> dict:
+        if classes is None:
+            return {"recognised": None, "recognised_interval": None}
+        from scipy.stats import binomtest
+
+        right = int((predict(self.classifier, images) == classes.cpu()).sum())
+        interval = binomtest(right, len(images)).proportion_ci(method="wilson")
+        return {"recognised": right / len(images), "recognised_interval": list(interval)}
+
+    def near_copies(self, images: Tensor) -> Memorisation:
+        """The training image that is nearest to each, and how many are nearer than chance has it."""
+        return memorisation(images, self.train, self.heldout)
+
+    def kernel(self, features: Tensor) -> dict:
+        """Kernel distance of features to those of the held-out images, and of which subsets it is the mean."""
+        rows = max(2, min(KERNEL_SUBSET, min(len(features), len(self.heldout)) // 2))
+        kernel = kernel_distance(self.heldout_features, features, subset_size=rows, seed=self.seed)
+        values = {"kernel_distance": kernel.mean, "kernel_distance_std": kernel.std}
+        return values | {"kernel_subsets": kernel.number_of_subsets, "kernel_subset_size": kernel.subset_size}
+
+    def reconstructions(self, features: Tensor) -> dict:
+        """Of features of the reconstructed held-out images."""
+        manifold = precision_recall(self.heldout_features, features, self.neighbours)
+        distance = frechet_distance(self.heldout_features, features)
+        return {"frechet": distance, "precision": manifold.precision, "recall": manifold.recall}

@@ -1,0 +1,39 @@
+"""Reconstructions of held-out images, measured batch by batch: they are never all in memory."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dae.metrics import Classifier, as_float, extract_features, psnr, ssim
+from dae.models import Autoencoder
+
+BATCH_PIXELS = 500 * 64 * 64  # of the images that are reconstructed at once: feature maps are larger than images
+
+
+@torch.inference_mode()
+def reconstruct(model: Autoencoder, classifier: Classifier, images: Tensor, shown: Tensor, batch_size: int) -> dict[str, Tensor]:
+    """What is measured of the reconstructions of images [N, C, H, W] (of KL: of the posteriors' means).
+
+    Args:
+        shown: row numbers of which the reconstructions are returned.
+        batch_size: images at once, fewer where they are large.
+
+    Returns:
+        `psnr`, `ssim` and features `found` of each, the `rebuilt` images of the rows `shown`, and the tokens or posteriors by
+        their names in `Encoding`.
+    """
+    names = ("indices",) if model.config.bottleneck == "vq" else ("features", "log_variance")
+    kept = {name: [] for name in ("psnr", "ssim", "found", "rebuilt", *names)}
+    size = min(batch_size, max(1, BATCH_PIXELS // (images.shape[2] * images.shape[3])))
+    for rows in torch.arange(len(images)).split(size):
+        batch = as_float(images[rows])
+        output = model(batch.to(model.device))
+        rebuilt = output.sample.clamp(-1, 1).cpu()
+        kept["psnr"].append(psnr(rebuilt, batch.cpu()))
+        kept["ssim"].append(ssim(rebuilt, batch.cpu()))
+        kept["found"].append(extract_features(classifier, rebuilt))
+        kept["rebuilt"].append(rebuilt[torch.isin(rows, shown)])
+        for name in names:
+            kept[name].append(getattr(output.encoding, name).cpu())
+    return {name: torch.cat(parts) for name, parts in kept.items()}
