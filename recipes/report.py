@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from dae import report as web
 from dae.charts import Line, bar_chart, in_words, line_chart
 from dae.cli import main
-from dae.config import Config, differing_keys
+from dae.config import Config, config_differences
 from dae.files import announce
 from dae.lock import writes
 from dae.record import Record, seconds_by_stage
@@ -439,7 +439,7 @@ def timings(run: Record) -> Html:
 
 def configuration(run: Record) -> list[Html]:
     words = OmegaConf.to_yaml(OmegaConf.structured(run.config))
-    summary = f"The resolved configuration ({len(differing_keys(Config(), run.config))} keys differ from the defaults)"
+    summary = f"The resolved configuration ({len(config_differences(Config(), run.config))} keys differ from the defaults)"
     versions = web.table(("software", "version"), list(run.metrics["versions"].items()), prose=(0, 1))
     return [web.details(summary, web.preformatted(words)), versions]
 

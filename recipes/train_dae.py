@@ -34,7 +34,7 @@ from dae.training.rehearsal import rehearse_chain, require_measurable, sampled_c
 def train(config: Config) -> Path:
     """Train, save, and return the folder of the trained autoencoder."""
     require_guidance(config)
-    run = Run(config, "autoencoder", without_influence=("prior.",))
+    run = Run(config, "autoencoder")
     accelerator = make_accelerator(config, run.folder / "logs")
     stages = plan_stages(config)
     engine = AcceleratorEngine(accelerator)

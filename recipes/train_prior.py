@@ -44,7 +44,7 @@ def train(config: Config) -> Path:
     """Train, save, and return the folder of the trained prior."""
     family = FAMILIES[prior_family(config)]
     require_guidance(config)
-    run = Run(config, "prior", without_influence=("method", "autoencoder.", "auxiliary_decoder.", "stage1.", "stage2."))
+    run = Run(config, "prior")
     accelerator = make_accelerator(config, run.folder / "logs")
     settings, output = config.prior, Path(config.output_dir)
     with failing_together():

@@ -13,8 +13,8 @@ from dae.cli import config_from_command_line
 from dae.config import (
     Config,
     PriorConfig,
+    config_differences,
     describe,
-    differing_keys,
     from_dict,
     load_config,
     save_config,
@@ -226,7 +226,7 @@ def test_layers_in_order(yaml):
     path = yaml("seed: 1\ndata: {resolution: 16}\n")
     config = load_config(path, ["seed=2", "seed=3", "prior.width=64", "data.max_train_samples=null"])
     assert (config.seed, config.data.resolution, config.prior.width) == (3, 16, 64)
-    assert differing_keys(Config(), load_config(yaml(""))) == []
+    assert config_differences(Config(), load_config(yaml(""))) == []
 
 
 @pytest.mark.parametrize("bare", ["no", "'no'", "bf16", "null"])
@@ -267,9 +267,9 @@ def test_from_dict_refuses(values, message):
         from_dict(Config, {"data": 5})
 
 
-def test_differing_keys():
+def test_config_differences():
     changed = load_config(None, ["seed=4", "autoencoder.vq.ema_decay=0.5"])
-    assert differing_keys(Config(), changed) == ["seed: 0 -> 4", "autoencoder.vq.ema_decay: 0.99 -> 0.5"]
+    assert list(map(str, config_differences(Config(), changed))) == ["seed: 0 -> 4", "autoencoder.vq.ema_decay: 0.99 -> 0.5"]
 
 
 def leaves(section, prefix=""):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 
-from dae.config import CompareConfig, Config, differing_keys, with_overrides
+from dae.config import CompareConfig, Config, StageConfig, config_differences, knobs, with_overrides
 from dae.training import plan_stages
 
 
@@ -27,10 +27,6 @@ STANDARD = {
     "dae-shallow": ("method=dae", "auxiliary_decoder.family=shallow"),
     "dae-dropout": ("method=dae", "auxiliary_decoder.family=dropout"),
 }
-# What an arm is: the method, and the decoder that stage 1 trains with. Everything else must be equal.
-COMPARED = ("method", "auxiliary_decoder.")
-# In what the stages may differ: all methods train for the steps of both, and the adversarial loss belongs to the second.
-OF_ONE_STAGE = ("max_train_steps", "loss.adversarial", "loss.discriminator")
 
 
 def parse_arms(config: CompareConfig) -> list[Arm]:
@@ -65,25 +61,27 @@ def arm_config(config: Config, arm: Arm, *further: str) -> Config:
 
 
 def require_matched(config: Config, arms: list[Arm]) -> None:
-    """Refuse arms that differ in anything but how the encoder is trained (`COMPARED`).
+    """Refuse arms that differ in anything but how the encoder is trained: knobs of the role `arm`.
 
     Raises:
         ValueError: lists in what each arm differs from the comparison's configuration.
     """
     problems = []
     for arm in arms:
-        differences = [d for d in differing_keys(config, arm_config(config, arm)) if not d.startswith(COMPARED)]
-        if differences:
-            problems.append(f"{arm.name} in {'; '.join(differences)}")
+        found = [str(d) for d in config_differences(config, arm_config(config, arm)) if knobs()[d.key].role != "arm"]
+        if found:
+            problems.append(f"{arm.name} in {'; '.join(found)}")
     if problems:
         raise ValueError(
-            f"the arms are not matched: {'. '.join(problems)}. An arm may change {' and '.join(COMPARED)}*; change the rest for "
-            "all arms alike, in the configuration"
+            f"the arms are not matched: {'. '.join(problems)}. An arm may change method and auxiliary_decoder.*; change the rest "
+            "for all arms alike, in the configuration"
         )
     # Methods of one stage take its optimisation from stage 1: what stage 2 does otherwise, only those of two stages would do.
-    between = [d for d in differing_keys(config.stage1, config.stage2) if not d.startswith(OF_ONE_STAGE)]
+    roles = knobs(StageConfig)
+    between = [d for d in config_differences(config.stage1, config.stage2) if roles[d.key].role not in ("length", "second stage")]
+    listed = "; ".join(map(str, between))
     if between and len({len(plan_stages(arm_config(config, arm))) for arm in arms}) > 1:
         raise ValueError(
-            f"the arms are not matched: stage1 and stage2 differ in {'; '.join(between)}, and arms of one stage train as stage1 "
+            f"the arms are not matched: stage1 and stage2 differ in {listed}, and arms of one stage train as stage1 "
             "does from first to last. Give both stages the same"
         )

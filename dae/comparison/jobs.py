@@ -25,14 +25,10 @@ import torch
 
 from dae.comparison.arms import Arm, parse_arms, require_matched
 from dae.comparison.trial import Bench, Job, job_config, run_trial
-from dae.config import Config
+from dae.config import Config, knobs
 from dae.files import write_file
 from dae.metrics import versions
 from dae.training.priors import prior_family, require_guidance
-from dae.training.run import FREE_TO_CHANGE
-
-# What may change between two starts of one comparison: where trials run, and which others there are.
-FREE = (*(key for key in FREE_TO_CHANGE if key not in ("sampling.", "evaluation.")), "push_to_hub", "hub_model_id")
 
 
 @dataclass(frozen=True)
@@ -194,7 +190,7 @@ def trial_settings(config: Config, job: Job) -> dict[str, Any]:
     """All that a trial's result depends on: its configuration by dotted keys, and the versions of the software."""
     used = ("compare.prior_widths",) if job.purpose == "measure" else ()
     leaves = _leaves(dataclasses.asdict(job_config(config, job)))
-    settings = {key: value for key, value in leaves if key in used or not key.startswith(FREE)}
+    settings = {key: value for key, value in leaves if key in used or knobs()[key].role != "free"}
     return settings | {f"versions.{name}": version for name, version in versions().items()}
 
 
@@ -223,7 +219,8 @@ def load_trial(config: Config, job: Job) -> Outcome | None:
         listed = "; ".join(f"{key}: {settings.get(key)!r} -> {wanted.get(key)!r}" for key in keys)
         raise ValueError(f"{path} was made by another configuration: {listed}. Choose another output_dir, or delete the trials")
     for prior in (record or {}).get("priors", ()):
-        prior["memorised"] = prior.pop("copies", prior.get("memorised"))  # its name in earlier versions
+        if "copies" in prior:  # its name in earlier versions
+            prior["memorised"] = prior.pop("copies")
     return Outcome(job, record, diverged)
 
 

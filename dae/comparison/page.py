@@ -38,7 +38,7 @@ from dae.comparison.results import (
     verdict,
     yardsticks,
 )
-from dae.config import Config, differing_keys
+from dae.config import Config, config_differences
 from dae.report import Html, element, number, paragraph, percent
 
 PAPER = web.link("Hu et al., “Complexity Matters”, NeurIPS 2023", "https://arxiv.org/abs/2307.08283")
@@ -375,11 +375,9 @@ def copies(summary: dict) -> list[Html]:
         "images are."
     )
     drawn = web.chart(interval_chart(bars, x=axis, level=level), _bars_in_words(axis, bars))
-    rows = summary["differences"]["memorised"]
+    rows, key = summary["differences"]["memorised"], "memorised"
     against = {"worse": "more", "better": "fewer", "no difference shown": "no difference shown", "not known": "not known"}
-    groups = {
-        word: [f"{n} ({detail('memorised', rows[n])})" for n in names] for word, names in grouped("memorised", rows).items()
-    }
+    groups = {word: [f"{n} ({detail(key, rows[n])})" for n in names] for word, names in grouped(key, rows).items()}
     said = "; ".join(f"{against[word]}: {', '.join(names)}" for word, names in groups.items())
     chart = web.figure(drawn, f"Means with {100 * summary['level']:.0f}\u00a0% intervals; the rule: real held-out images.")
     return [paragraph(words), web.side_by_side(chart, paragraph(f"Near-copies against {summary['baseline']}’s: {said}."))]
@@ -475,7 +473,7 @@ def configuration(config: Config, summary: dict) -> list[Html]:
     from omegaconf import OmegaConf
 
     words = OmegaConf.to_yaml(OmegaConf.structured(config))
-    title = f"The resolved configuration ({len(differing_keys(Config(), config))} keys differ from the defaults)"
+    title = f"The resolved configuration ({len(config_differences(Config(), config))} keys differ from the defaults)"
     facts: dict[str, Any] = summary["facts"]
     rows = [(f"images: {name.replace('_', ' ')}", f"{count:,}") for name, count in facts["counts"].items()]
     rows += [("classifier whose features judge", str(facts["extractor"]))] if facts.get("extractor") else []

@@ -1,6 +1,16 @@
 """The configuration of the chain: every knob (schema.py), and reading, checking and writing it (load.py)."""
 
-from dae.config.load import describe, differing_keys, from_dict, load_config, nearest_sibling, save_config, with_overrides
+from dae.config.load import (
+    Difference,
+    config_differences,
+    describe,
+    from_dict,
+    knobs,
+    load_config,
+    nearest_sibling,
+    save_config,
+    with_overrides,
+)
 from dae.config.schema import (
     AutoencoderConfig,
     CompareConfig,
@@ -25,6 +35,7 @@ __all__ = [
     "Config",
     "DataConfig",
     "DecoderConfig",
+    "Difference",
     "EvaluationConfig",
     "KLConfig",
     "KernelsConfig",
@@ -35,9 +46,10 @@ __all__ = [
     "SamplingConfig",
     "StageConfig",
     "VQConfig",
+    "config_differences",
     "describe",
-    "differing_keys",
     "from_dict",
+    "knobs",
     "load_config",
     "nearest_sibling",
     "save_config",

@@ -12,7 +12,7 @@ import operator
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, NamedTuple
 
 from dae.config.schema import Config
 
@@ -279,15 +279,26 @@ def from_dict(schema: type, values: dict) -> Any:
     return schema(**{k: from_dict(sections[k], v) if k in sections else v for k, v in values.items()})
 
 
-def differing_keys(a: Any, b: Any, prefix: str = "") -> list[str]:
-    """`key: value in a -> value in b` for each leaf in which two configurations of one class differ."""
+class Difference(NamedTuple):
+    """A knob in which two configurations differ."""
+
+    key: str
+    first: Any
+    second: Any
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.first!r} -> {self.second!r}"
+
+
+def config_differences(a: Any, b: Any, prefix: str = "") -> list[Difference]:
+    """One for each leaf in which two configurations of one class differ."""
     rows = []
     for f in dataclasses.fields(a):
         x, y = getattr(a, f.name), getattr(b, f.name)
         if dataclasses.is_dataclass(x):
-            rows += differing_keys(x, y, f"{prefix}{f.name}.")
+            rows += config_differences(x, y, f"{prefix}{f.name}.")
         elif x != y:
-            rows.append(f"{prefix}{f.name}: {x!r} -> {y!r}")
+            rows.append(Difference(f"{prefix}{f.name}", x, y))
     return rows
 
 
@@ -297,18 +308,29 @@ class Row:
     type: str
     default: Any
     help: str
+    role: str | None  # of `dae.config.schema.ROLES`
+    run: str | None  # the run that depends on it, None for both
 
 
-def describe(schema: type = Config, prefix: str = "", defaults: Any = None) -> list[Row]:
-    """One row for each leaf key: dotted name, type, default and meaning."""
+def describe(
+    schema: type = Config, prefix: str = "", defaults: Any = None, role: str | None = None, run: str | None = None
+) -> list[Row]:
+    """One row for each leaf key: dotted name, type, default, meaning, and what it is to whoever compares two configurations."""
     defaults = schema() if defaults is None else defaults
     rows = []
     for f in dataclasses.fields(schema):
         value = getattr(defaults, f.name)
+        inherited = f.metadata["role"] or role, f.metadata["run"] or run
         if dataclasses.is_dataclass(value):
-            rows += describe(type(value), f"{prefix}{f.name}.", value)
+            rows += describe(type(value), f"{prefix}{f.name}.", value, *inherited)
             continue
         choices = f.metadata.get("choices")
         help_text = f.metadata["help"] + (f" [{' | '.join('null' if c is None else str(c) for c in choices)}]" if choices else "")
-        rows.append(Row(f"{prefix}{f.name}", str(f.type), value, help_text))
+        rows.append(Row(f"{prefix}{f.name}", str(f.type), value, help_text, *inherited))
     return rows
+
+
+@functools.cache
+def knobs(schema: type = Config) -> dict[str, Row]:
+    """The rows of `describe` by their keys."""
+    return {row.key: row for row in describe(schema)}

@@ -7,12 +7,32 @@ run cannot disagree. Names follow diffusers' training scripts where the thing is
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, List, Optional
+from typing import Any, Callable, List, Optional
 
 LARGEST_SEED = 2**63 - 1
 
 
-def knob(default: Any, help: str, choices: tuple = (), path: bool = False, **bounds: float) -> Any:
+# What a knob is to whoever compares two configurations: of a run and its resumption, of arms, of trials of a comparison.
+ROLES = {
+    "free": "nothing that is computed depends on it: it may change when a run is resumed",
+    "judging": "samples and metrics depend on it, no training does: free to change on resuming, but part of a trial",
+    "place": "where the data are: if their content is known to be the same it may change",
+    "batch": "compared as the batch of all processes together",
+    "length": "may change while the stage, or a later one, is not at its end",
+    "arm": "what the arms of a comparison may differ in",
+    "second stage": "what the second stage alone may do in a comparison",
+}
+
+
+def knob(
+    default: Any,
+    help: str,
+    choices: tuple = (),
+    path: bool = False,
+    role: str | None = None,
+    run: str | None = None,
+    **bounds: float,
+) -> Any:
     """A dataclass field that carries its meaning (shown by `--help`) and which values it takes (checked on loading).
 
     Args:
@@ -20,12 +40,24 @@ def knob(default: Any, help: str, choices: tuple = (), path: bool = False, **bou
         help: meaning and unit.
         choices: the values it takes; empty for any.
         path: whether it may name a file or folder, so that a leading `~` is the home directory.
+        role: one of `ROLES`, else that of its section; None is compared like anything else.
+        run: the one of the runs `autoencoder` and `prior` that depends on it, else that of its section; None is both.
         bounds: `least` and `most` (inclusive), `above` and `below` (exclusive), of each element of a list.
     """
-    metadata = {"help": help, "choices": choices, "path": path, "bounds": bounds}
+    metadata = {"help": help, "choices": choices, "path": path, "bounds": bounds, "role": role, "run": run}
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def section(kind: Callable[[], Any], help: str, role: str | None = None, run: str | None = None) -> Any:
+    """A group of knobs.
+
+    Args:
+        kind: makes one with its defaults.
+        role, run: of all its knobs that have none of their own.
+    """
+    return field(default_factory=kind, metadata={"help": help, "role": role, "run": run})
 
 
 @dataclass
@@ -35,9 +67,14 @@ class DataConfig:
         "`digits`, `photos`, a Hugging Face id, a folder saved by `save_to_disk`, a folder of images, or a file, folder "
         "or glob of images, .parquet or WebDataset .tar files",
         path=True,
+        role="place",
     )
-    train_files: List[str] = knob([], "paths or globs of files or folders to train on, instead of dataset_name", path=True)
-    validation_files: List[str] = knob([], "paths or globs of held-out files or folders, instead of a split", path=True)
+    train_files: List[str] = knob(
+        [], "paths or globs of files or folders to train on, instead of dataset_name", path=True, role="place"
+    )
+    validation_files: List[str] = knob(
+        [], "paths or globs of held-out files or folders, instead of a split", path=True, role="place"
+    )
     label_level: int = knob(
         1, "image folders: the level of folders below the split that are the classes; 0 reads no classes", least=0
     )
@@ -74,18 +111,23 @@ class DataConfig:
         least=0,
         most=6,
     )
-    num_workers: int = knob(0, "processes that decode images, for each training process", least=0, most=1024)
-    allow_other: bool = knob(False, "let encode, evaluate and measurements read other data than the autoencoder was trained on")
+    num_workers: int = knob(0, "processes that decode images, for each training process", least=0, most=1024, role="free")
+    allow_other: bool = knob(
+        False, "let encode, evaluate and measurements read other data than the autoencoder was trained on", role="free"
+    )
     verify_rows: int = knob(
-        10000, "rows whose image bytes and label are checked before training; -1 checks all, 0 none", least=-1
+        10000, "rows whose image bytes and label are checked before training; -1 checks all, 0 none", least=-1, role="free"
     )
     on_error: str = knob(
         "raise",
         "a row that cannot be decoded: raise stops; skip lists it in <output_dir>/skipped.jsonl and leaves it out, in training "
         "replaced by the next good row of the data set",
         choices=("raise", "skip"),
+        role="free",
     )
-    max_skipped: float = knob(0.1, "skip: how many such rows stop the run after all: a share below 1, else a number", least=0)
+    max_skipped: float = knob(
+        0.1, "skip: how many such rows stop the run after all: a share below 1, else a number", least=0, role="free"
+    )
 
 
 @dataclass
@@ -133,9 +175,9 @@ class AutoencoderConfig:
     attention_resolutions: List[int] = knob([], "feature-map sizes at which self-attention is added", least=1)
     latent_channels: int = knob(16, "channels of the latent", least=1, most=65536)
     bottleneck: str = knob("vq", "vq (tokens) or kl (continuous)", choices=("vq", "kl"))
-    vq: VQConfig = field(default_factory=VQConfig, metadata={"help": "vector quantization"})
-    kl: KLConfig = field(default_factory=KLConfig, metadata={"help": "Gaussian posterior"})
-    decoder: DecoderConfig = field(default_factory=DecoderConfig, metadata={"help": "the real decoder"})
+    vq: VQConfig = section(VQConfig, "vector quantization")
+    kl: KLConfig = section(KLConfig, "Gaussian posterior")
+    decoder: DecoderConfig = section(DecoderConfig, "the real decoder")
 
 
 @dataclass
@@ -150,20 +192,29 @@ class LossConfig:
         "its weights by torchvision's names, and LPIPS's `lin0.weight` ... if there: a .safetensors file, a folder, a Hub id",
         path=True,
     )
-    adversarial: float = knob(0.0, "weight of the hinge loss of a patch discriminator; 0 trains none", least=0)
-    adversarial_start: int = knob(0, "step of the stage at which the adversarial loss is switched on", least=0)
-    discriminator_channels: int = knob(64, "channels of the discriminator's first layer", least=1, most=16384)
-    discriminator_layers: int = knob(2, "strided layers of the discriminator", least=0, most=14)
-    discriminator_learning_rate: float = knob(1e-4, "learning rate of the discriminator", least=0, most=1)
+    adversarial: float = knob(
+        0.0, "weight of the hinge loss of a patch discriminator; 0 trains none", least=0, role="second stage"
+    )
+    adversarial_start: int = knob(
+        0, "step of the stage at which the adversarial loss is switched on", least=0, role="second stage"
+    )
+    discriminator_channels: int = knob(
+        64, "channels of the discriminator's first layer", least=1, most=16384, role="second stage"
+    )
+    discriminator_layers: int = knob(2, "strided layers of the discriminator", least=0, most=14, role="second stage")
+    discriminator_learning_rate: float = knob(1e-4, "learning rate of the discriminator", least=0, most=1, role="second stage")
 
 
 @dataclass
 class OptimizationConfig:
     """One optimisation: of a stage of the autoencoder, or of the prior."""
 
-    max_train_steps: int = knob(1000, "optimiser steps", least=1)
+    max_train_steps: int = knob(1000, "optimiser steps", least=1, role="length")
     train_batch_size: int = knob(
-        64, "images a process and micro-batch; global batch = this x processes x gradient_accumulation_steps", least=1
+        64,
+        "images a process and micro-batch; global batch = this x processes x gradient_accumulation_steps",
+        least=1,
+        role="batch",
     )
     gradient_accumulation_steps: int = knob(1, "micro-batches an optimiser step", least=1, most=100_000)
     learning_rate: float = knob(1e-3, "peak learning rate of AdamW", least=0, most=1)
@@ -180,7 +231,7 @@ class OptimizationConfig:
 
 @dataclass
 class StageConfig(OptimizationConfig):
-    loss: LossConfig = field(default_factory=LossConfig, metadata={"help": "weights of the losses"})
+    loss: LossConfig = section(LossConfig, "weights of the losses")
 
 
 @dataclass
@@ -341,26 +392,30 @@ class Config:
         "joint_dropout: the same with dropout in it; joint_finetuned: joint, then its decoder alone on the frozen latent; "
         "weak: one stage with the auxiliary decoder",
         choices=("dae", "joint", "joint_dropout", "joint_finetuned", "weak"),
+        role="arm",
+        run="autoencoder",
     )
-    output_dir: str = knob("runs/digits", "folder of the run", path=True)
+    output_dir: str = knob("runs/digits", "folder of the run", path=True, role="free")
     seed: int = knob(0, "seed of everything random; one seed, one result", least=0, most=LARGEST_SEED)
     mixed_precision: Optional[str] = knob(
         None, "no, fp16 or bf16; null leaves it to `accelerate launch --mixed_precision`", choices=(None, "no", "fp16", "bf16")
     )
-    compile: bool = knob(False, "compile the models with torch.compile")
+    compile: bool = knob(False, "compile the models with torch.compile", role="free")
     channels_last: bool = knob(False, "keep feature maps of the autoencoder in memory as NHWC, which convolutions on GPUs prefer")
-    report_to: str = knob("tensorboard", "tracker of accelerate", choices=("none", "tensorboard", "wandb", "trackio"))
-    logged_images: int = knob(
-        8, "reconstructions and samples that each validation shows in the tracker; 0 shows none", least=0, most=1000
+    report_to: str = knob(
+        "tensorboard", "tracker of accelerate", choices=("none", "tensorboard", "wandb", "trackio"), role="free"
     )
-    logging_steps: int = knob(10, "steps between two entries of the training log", least=1)
+    logged_images: int = knob(
+        8, "reconstructions and samples that each validation shows in the tracker; 0 shows none", least=0, most=1000, role="free"
+    )
+    logging_steps: int = knob(10, "steps between two entries of the training log", least=1, role="free")
     validation_steps: int = knob(
         200, "steps between two validations; each takes at most as many images as were trained on since", least=1
     )
-    checkpointing_steps: int = knob(500, "steps between two checkpoints", least=1)
-    checkpoints_total_limit: int = knob(2, "checkpoints to keep", least=1)
+    checkpointing_steps: int = knob(500, "steps between two checkpoints", least=1, role="free")
+    checkpoints_total_limit: int = knob(2, "checkpoints to keep", least=1, role="free")
     resume_from_checkpoint: Optional[str] = knob(
-        None, "`latest`, or the path of a checkpoint folder; null starts a new run", path=True
+        None, "`latest`, or the path of a checkpoint folder; null starts a new run", path=True, role="free"
     )
     init_from: Optional[str] = knob(
         None,
@@ -368,20 +423,18 @@ class Config:
         "bottleneck, and the decoder of each stage if one of that architecture is there",
         path=True,
     )
-    push_to_hub: bool = knob(False, "upload the trained model")
-    hub_model_id: Optional[str] = knob(None, "repository to upload to")
-    data: DataConfig = field(default_factory=DataConfig, metadata={"help": "images"})
-    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig, metadata={"help": "architecture"})
-    auxiliary_decoder: DecoderConfig = field(
-        default_factory=lambda: DecoderConfig(family="narrow"), metadata={"help": "the weak decoder of stage 1"}
+    push_to_hub: bool = knob(False, "upload the trained model", role="free")
+    hub_model_id: Optional[str] = knob(None, "repository to upload to", role="free")
+    data: DataConfig = section(DataConfig, "images")
+    autoencoder: AutoencoderConfig = section(AutoencoderConfig, "architecture", run="autoencoder")
+    auxiliary_decoder: DecoderConfig = section(
+        lambda: DecoderConfig(family="narrow"), "the weak decoder of stage 1", role="arm", run="autoencoder"
     )
-    stage1: StageConfig = field(default_factory=StageConfig, metadata={"help": "encoder, quantizer and auxiliary decoder"})
-    stage2: StageConfig = field(default_factory=StageConfig, metadata={"help": "the real decoder on the frozen latent"})
-    prior: PriorConfig = field(default_factory=PriorConfig, metadata={"help": "prior over the latent"})
-    kernels: KernelsConfig = field(
-        default_factory=KernelsConfig, metadata={"help": "which implementation of an operation runs, where it runs"}
-    )
-    sampling: SamplingConfig = field(default_factory=SamplingConfig, metadata={"help": "sampling"})
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig, metadata={"help": "metrics"})
-    measure: MeasureConfig = field(default_factory=MeasureConfig, metadata={"help": "distances between a latent and the data"})
-    compare: CompareConfig = field(default_factory=CompareConfig, metadata={"help": "arms of a comparison"})
+    stage1: StageConfig = section(StageConfig, "encoder, quantizer and auxiliary decoder", run="autoencoder")
+    stage2: StageConfig = section(StageConfig, "the real decoder on the frozen latent", run="autoencoder")
+    prior: PriorConfig = section(PriorConfig, "prior over the latent", run="prior")
+    kernels: KernelsConfig = section(KernelsConfig, "which implementation of an operation runs, where it runs", role="free")
+    sampling: SamplingConfig = section(SamplingConfig, "sampling", role="judging")
+    evaluation: EvaluationConfig = section(EvaluationConfig, "metrics", role="judging")
+    measure: MeasureConfig = section(MeasureConfig, "distances between a latent and the data", role="free")
+    compare: CompareConfig = section(CompareConfig, "arms of a comparison", role="free")

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dae.config import Config, describe
+from dae.config import Config, knobs
 from dae.distributed import agree
 from dae.lock import RANKS, SIZES
 from dae.optional import optional
-from dae.training.run import FREE_TO_CHANGE, look_up
+from dae.training.run import look_up
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -77,7 +77,7 @@ def make_accelerator(config: Config, logging_dir: Path | None = None) -> Acceler
         raise ValueError(f"accelerate cannot do what it is asked for: {error}") from error
     _compare(accelerator, config, tracker, trains)
     config.mixed_precision = accelerator.mixed_precision
-    agree({row.key: look_up(config, row.key) for row in describe() if not row.key.startswith(FREE_TO_CHANGE)})
+    agree({key: look_up(config, key) for key, knob in knobs().items() if knob.role not in ("free", "judging")})
     if trains and accelerator.is_main_process:
         processes = f"{accelerator.num_processes} process" + ("es" if accelerator.num_processes > 1 else "")
         precision = accelerator.mixed_precision.replace("no", "fp32")

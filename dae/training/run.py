@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dae.config import Config, DataConfig, describe, differing_keys, from_dict, load_config, save_config
+from dae.config import Config, DataConfig, Difference, config_differences, from_dict, knobs, load_config, save_config
 from dae.data.sources import source_name
 from dae.distributed import agree, failing_together, rank, run_on_first_process, world_size
 from dae.files import append_line, replaced_folder, write_file
@@ -26,17 +26,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 log = logging.getLogger(__name__)
-DATA_NAMES = ("data.dataset_name", "data.train_files", "data.validation_files")
 INPUTS = "inputs.json"  # in a run's folder: fingerprints of what it read
 DATA = "data.json"  # likewise: the data set in words and numbers, see `recorded_data`
-
-# What may change between a checkpoint and its resumption without changing what is computed; batch sizes are compared globally.
-FREE_TO_CHANGE = (
-    "output_dir", "compile", "report_to", "logged_images", "logging_steps", "checkpointing_steps", "checkpoints_total_limit",
-    "resume_from_checkpoint", "push_to_hub", "hub_model_id", "kernels.",
-    "data.num_workers", "data.verify_rows", "data.allow_other", "data.on_error", "data.max_skipped",
-    "sampling.", "evaluation.", "measure.", "compare.",
-)  # fmt: skip
 
 
 class Run:
@@ -45,13 +36,11 @@ class Run:
     Args:
         config: of the whole chain.
         name: subfolder, `autoencoder` or `prior`.
-        without_influence: parts of the configuration that this run does not use, so they may change on resuming.
     """
 
-    def __init__(self, config: Config, name: str, *, without_influence: tuple[str, ...] = ()):
+    def __init__(self, config: Config, name: str):
         self.config, self.name = config, name
         self.folder = Path(config.output_dir) / name
-        self.free = FREE_TO_CHANGE + without_influence
         self.checkpoints = Checkpoints(self.folder, config.checkpoints_total_limit)
         self.history_file = self.folder / "logs" / "history.jsonl"
         self.inputs: dict[str, str] = {}
@@ -94,7 +83,7 @@ class Run:
             log.info("resuming from %s", checkpoint.path)
         run_on_first_process(lambda: self._prepare_folder(checkpoint, data))
         if self.config.report_to != "none":
-            settings = {row.key: str(look_up(self.config, row.key)) for row in describe()}
+            settings = {row.key: str(look_up(self.config, row.key)) for row in knobs().values()}
             with failing_together():
                 start_tracker(accelerator, self.config.report_to, settings)
         return checkpoint
@@ -143,25 +132,34 @@ class Run:
         if (kind := checkpoint.state.get("run", self.name)) != self.name:
             raise ValueError(f"{checkpoint.path} is a checkpoint of the run {kind!r}, this one is {self.name!r}")
         then = from_dict(Config, checkpoint.state["config"])
-        differences = [d for d in differing_keys(then, self.config) if not d.startswith(self.free)]
-        differences = [d for d in differences if not d.split(":")[0].endswith(".train_batch_size")]
-        differences = [d for d in differences if d.split(":")[0] not in self._may_change_length(checkpoint)]
-        if self._same_data(checkpoint, then):
-            differences = [d for d in differences if d.split(":")[0] not in DATA_NAMES]
+        lengths, same_data = self._may_change_length(checkpoint), self._same_data(checkpoint, then)
+
+        def matters(difference: Difference) -> bool:
+            role = knobs()[difference.key].role
+            if not self._depends_on(difference.key) or role == "batch":
+                return False
+            return not (role == "place" and same_data) and difference.key not in lengths
+
+        found = [str(each) for each in config_differences(then, self.config) if matters(each)]
         processes = checkpoint.state["processes"]
         for section in ("stage1", "stage2", "prior"):
-            if f"{section}." in self.free:
+            if not self._depends_on(f"{section}.train_batch_size"):
                 continue
             before, now = (getattr(c, section).train_batch_size * w for c, w in ((then, processes), (self.config, world_size())))
             if before != now:
-                differences.append(f"{section}: global batch {before} -> {now}")
+                found.append(f"{section}: global batch {before} -> {now}")
         seen = checkpoint.state.get("inputs", {})
-        differences += [f"another {name} (fingerprint)" for name, now in self.inputs.items() if seen.get(name, now) != now]
-        if differences:
+        found += [f"another {name} (fingerprint)" for name, now in self.inputs.items() if seen.get(name, now) != now]
+        if found:
             raise ValueError(
-                f"{checkpoint.path} was trained with another configuration: {'; '.join(differences)}. Restore these, or start "
+                f"{checkpoint.path} was trained with another configuration: {'; '.join(found)}. Restore these, or start "
                 f"a new run: in another output_dir, or in this one after {self.folder} was deleted"
             )
+
+    def _depends_on(self, key: str) -> bool:
+        """Whether what this run computes depends on a knob."""
+        knob = knobs()[key]
+        return knob.role not in ("free", "judging") and knob.run in (None, self.name)
 
     def _same_data(self, checkpoint: Checkpoint, then: Config) -> bool:
         """Whether the contents are known to be the same, so that the path may be another; of a stream only in part: not so."""
@@ -270,7 +268,7 @@ def refuse_other_data(folder: Path, config: DataConfig, fingerprint: str) -> Non
     trained = load_config(file).data if file.is_file() else config
     if trained_on is None and source_name(trained) == source_name(config):
         return
-    changed = differing_keys(trained, config, "data.")
+    changed = map(str, config_differences(trained, config, "data."))
     raise ValueError(
         f"{folder} was trained on another data set than the one asked for "
         f"({'; '.join(changed) or 'the files have changed since'}): take the configuration of the run, {file}, or set "
