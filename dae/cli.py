@@ -52,8 +52,8 @@ def main(recipe: Callable[[Config], Any], doc: str) -> None:
         advice = advice_on(error)
         if os.environ.get("DAE_TRACEBACK") or not (advice or is_message(error, script)):
             raise
-        processes = int(os.environ.get("WORLD_SIZE", 1))
-        where = f" in process {os.environ.get('RANK', '?')} of {processes}" if processes > 1 else ""
+        processes = os.environ.get("WORLD_SIZE", "1")  # of a launcher, or of whoever set it to what is no number
+        where = f" in process {os.environ.get('RANK', '?')} of {processes}" if processes != "1" else ""
         message = f"{str(error).strip()} {advice}"
         print(f"{script.name}: error{where}: {one_line(message)}", file=sys.stderr)
         sys.exit(2)

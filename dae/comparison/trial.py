@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dae.comparison.arms import arm_config, parse_arms
-from dae.complexity.report_card import report_card
+from dae.complexity.report_card import report_card, require_images
 from dae.config import Config, with_overrides
 from dae.data import in_memory, load_data
 from dae.data.cache import EncodedDataset, EncodingCache
@@ -118,6 +118,11 @@ class Bench:
             rehearse_chain(chosen, data.num_classes, limited(rows["train"], config), engine)
         train, train_labels = _collect(data.train, config, device)
         heldout, heldout_labels = _collect(data.validation, config, device)
+        require_images(train_images=len(train), heldout_images=len(heldout))
+        labels = train_labels.cpu().numpy() if data.labelled else None
+        rest, aside = (torch.from_numpy(rows) for rows in hold_out(len(train), min(len(heldout), len(train) // 4), labels))
+        if len(config.compare.learning_rates) * max(1, len(config.compare.prior_learning_rates)) > 1:
+            require_measurable(config, images_held_out_for_tuning=len(aside))
         path = (
             Path(config.output_dir)
             / "bench"
@@ -130,8 +135,6 @@ class Bench:
             classifier = train_extractor(train, train_labels, data, **options)
             path.parent.mkdir(parents=True, exist_ok=True)
             classifier.save(path)
-        labels = train_labels.cpu().numpy() if data.labelled else None
-        rest, aside = (torch.from_numpy(rows) for rows in hold_out(len(train), min(len(heldout), len(train) // 4), labels))
         fixed = data.labelled, config.evaluation.neighbours, JUDGE_SEED
         return cls(
             measure=Judge(classifier, train, train_labels, heldout, heldout_labels, *fixed),

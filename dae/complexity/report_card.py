@@ -141,6 +141,13 @@ class Encoded:
     log_variance: Tensor | None  # [N, D, h, w]
 
 
+def require_images(**counts: int) -> None:
+    """ValueError if a report card cannot be made of so many images."""
+    for name, count in counts.items():
+        if count < FEWEST_IMAGES:
+            raise ValueError(f"{name}: expected at least {FEWEST_IMAGES} images, got {count}; give more")
+
+
 @own_arithmetic(gradients=True)
 def report_card(
     autoencoder: Autoencoder,
@@ -333,10 +340,9 @@ def check_images_and_labels(
     """The checks of `report_card`."""
     check_images(train_images=train_images, heldout_images=heldout_images)  # floating point: encoders read no bytes
     check_same_pixels(train_images=train_images, heldout_images=heldout_images)
+    require_images(train_images=len(train_images), heldout_images=len(heldout_images))
     sets = {"train": (train_images, train_labels), "heldout": (heldout_images, heldout_labels)}
     for name, (images, labels) in sets.items():
-        if len(images) < FEWEST_IMAGES:
-            raise ValueError(f"{name}_images: expected at least {FEWEST_IMAGES} images, got {len(images)}; give more")
         expected = (autoencoder.image_channels, autoencoder.resolution, autoencoder.resolution)
         if tuple(images.shape[1:]) != expected:
             raise ValueError(

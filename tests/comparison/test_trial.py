@@ -44,6 +44,15 @@ def test_bench_is_found_again_and_says_what_it_is(tmp_path):
     assert len(tuned.train) + len(tuned.heldout) == len(measured.train)
 
 
+def test_too_few_images_are_refused_before_the_classifier_is_trained(tmp_path):
+    fewest, tuning = "train_images: expected at least 10 images, got 8", "at least 4 images held out for tuning, got 3"
+    small = [f"{section}.train_batch_size=4" for section in ("stage1", "stage2", "prior")]
+    for count, message in ((8, fewest), (12, tuning)):
+        with pytest.raises(ValueError, match=message):
+            Bench.prepare(configure(tmp_path, f"evaluation.max_images={count}", "compare.learning_rates=[1e-3,2e-3]", *small))
+    assert not (tmp_path / "bench").exists()
+
+
 @pytest.mark.parametrize("overrides", [[], KL, GAN], ids=["vq", "kl", "gan"])
 def test_a_trial_of_each_carrier(bench, tmp_path, overrides):
     config, job = configure(tmp_path, *overrides), Job("dae-linear", 3, 2e-3)
