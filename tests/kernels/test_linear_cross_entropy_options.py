@@ -300,6 +300,18 @@ def test_a_wrong_target_that_is_not_read_makes_all_nan(impl):
         assert loss.isnan().all() and torch.autograd.grad(loss.sum(), matrix)[0].isnan().any()
 
 
+@pytest.mark.parametrize("impl", IMPLS)
+@pytest.mark.parametrize("smoothing, z_loss", [(0.0, 0.0), (0.3, 0.5), (1.0, 0.0)])
+def test_the_mean_over_targets_without_weight(impl, smoothing, z_loss):
+    """There is none, and it moves nothing; rows that are ignored are no others."""
+    leaves, weight, _ = operands(5, 3, 2)
+    targets = torch.tensor([-100, 1, 1, 1, 1], device=DEVICE)  # class 1 has the weight 0
+    options = {"weight": weight, "label_smoothing": smoothing, "z_loss": z_loss, "impl": impl}
+    loss = linear_cross_entropy(leaves[0], leaves[1], targets, **options)
+    assert loss.isnan()
+    assert not any(gradient.any() for gradient in torch.autograd.grad(loss, leaves[:2]))
+
+
 @settings(max_examples=15, deadline=None)
 @given(
     N=st.integers(0, 30),

@@ -73,7 +73,7 @@ def linear_cross_entropy(
         ignore_index: rows with this target have no loss, no gradient, and no part in the mean, whatever hidden is there: NaN,
             infinities and overflows of such rows reach neither the loss nor a gradient.
         reduction: "mean" over the rows that are not ignored, weighted by w[t]; "sum"; or "none". The mean over no rows is NaN
-            with a gradient of zero, as torch's; their sum is 0.
+            with a gradient of zero, as torch's; their sum is 0. Likewise where all w[t] are 0 (torch: NaN gradients).
         impl: "reference": all logits at once, plain torch. "chunked": the above by torch's own operations. "triton": the same
             with one kernel between the products. "torch": `torch.nn.functional.linear_cross_entropy` with its default chunks
             (torch 2.13 or later; no soft cap, smoothing or z-loss, nor torch.func's transforms; it rounds bfloat16 losses and
@@ -136,7 +136,7 @@ def linear_cross_entropy(
     if reduction == "sum":
         return losses.sum()
     # Filled, as the gradient of 0 / 0 would be NaN.
-    return (losses.sum() / mass.masked_fill(rows == 0, 1.0)).masked_fill(rows == 0, math.nan)
+    return (losses.sum() / mass.masked_fill(mass == 0, 1.0)).masked_fill(mass == 0, math.nan)
 
 
 def compute_dtype(hidden: Tensor) -> torch.dtype:
