@@ -28,8 +28,8 @@ from dae.files import announce
 from dae.hub import fingerprint, require_model
 from dae.lock import writes
 from dae.models import Autoencoder, choose_kernels
+from dae.seeding import seed_for
 from dae.training import make_accelerator
-from dae.training.loop import seed_for
 from dae.training.priors import encode_views
 from dae.training.run import refuse_other_data
 

@@ -42,8 +42,8 @@ from dae.metrics import (
 from dae.models import ARPrior, Autoencoder
 from dae.sampling import balanced_labels, generate, load_chain
 from dae.sampling.chain import Prior, knows_classes
+from dae.seeding import seed_for
 from dae.training import Run, one_process
-from dae.training.loop import seed_for
 from dae.training.priors import FAMILIES, Family
 from dae.training.rehearsal import require_measurable
 from dae.training.run import refuse_other_data

@@ -36,9 +36,9 @@ from dae.metrics import versions
 from dae.models import Autoencoder, choose_kernels
 from dae.record import trained_configuration
 from dae.report import Html, number, paragraph, percent, strip
+from dae.seeding import seed_for
 from dae.statistics import RankCorrelation
 from dae.training import one_process
-from dae.training.loop import seed_for
 from dae.training.run import refuse_other_data
 
 PAPER = web.link("Hu et al., “Complexity Matters”, NeurIPS 2023", "https://arxiv.org/abs/2307.08283")

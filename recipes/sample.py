@@ -28,8 +28,8 @@ from dae.lock import writes
 from dae.memory import require_memory
 from dae.sampling import balanced_labels, generate, load_chain
 from dae.sampling.chain import Prior, knows_classes
+from dae.seeding import seed_for
 from dae.training import one_process
-from dae.training.loop import seed_for
 from dae.training.run import recorded_data
 
 

@@ -29,10 +29,10 @@ from dae.files import announce
 from dae.hub import fingerprint, prepare_repository, require_model
 from dae.lock import writes
 from dae.models import Autoencoder, choose_kernels
+from dae.seeding import seed_for
 from dae.training import Run, make_accelerator
 from dae.training.engine import AcceleratorEngine
 from dae.training.initialization import load_prior
-from dae.training.loop import seed_for
 from dae.training.pictures import sample_sheet
 from dae.training.prior import Best, PriorTraining, deliver, fit, train_by_steps
 from dae.training.priors import FAMILIES, prior_family, require_guidance

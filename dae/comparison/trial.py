@@ -34,10 +34,10 @@ from dae.metrics import (
 from dae.models import Autoencoder
 from dae.sampling import balanced_labels, generate
 from dae.sampling.chain import Prior, knows_classes
+from dae.seeding import seed_for
 from dae.training import plan_stages
 from dae.training.engine import LocalEngine
 from dae.training.in_memory import encode, train_autoencoder, train_prior
-from dae.training.loop import seed_for
 from dae.training.priors import FAMILIES, prior_family
 from dae.training.rehearsal import rehearse_chain, require_measurable
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dae.complexity.distances import Distance
 from dae.complexity.families import GeneratorFamily, check_count, check_positive
-from dae.training.loop import seed_for
+from dae.seeding import seed_for
 
 CHECKS = 10  # how often in a training its state is compared with the best before
 GROUPS = 10  # of rows, that a jackknife leaves out in turn

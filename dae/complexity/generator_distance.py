@@ -29,7 +29,7 @@ from dae.complexity.fitting import (
     split_rows,
 )
 from dae.precision import own_arithmetic
-from dae.training.loop import progress_bar
+from dae.progress import progress_bar
 
 PAIRS_LIMIT = 4096  # rows to measure on, and to choose on, by a distance that compares all pairs
 

@@ -11,7 +11,7 @@ from dae.complexity.estimate import Estimate, check_pair, check_seeds
 from dae.complexity.families import check_count
 from dae.optional import optional
 from dae.precision import own_arithmetic
-from dae.training.loop import seed_for
+from dae.seeding import seed_for
 
 
 @own_arithmetic(gradients=False)

@@ -26,8 +26,8 @@ from dae.metrics import Classifier, extract_features
 from dae.models import Autoencoder
 from dae.optional import optional
 from dae.precision import own_arithmetic
+from dae.seeding import seed_for
 from dae.training import plan_stages
-from dae.training.loop import seed_for
 
 MIXTURE_COMPONENTS, MIXTURE_WITHIN = 10, 0.1  # Gaussians, and the share of the variance that lies within one
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from dae.data import ImageData
 from dae.metrics import Classifier, rotation_task, train_classifier
-from dae.training.loop import seed_for
+from dae.seeding import seed_for
 
 
 def prediction_task(images: Tensor, labels: Tensor, labelled: bool) -> tuple[Tensor, Tensor]:

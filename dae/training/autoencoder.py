@@ -19,20 +19,14 @@ from dae.distributed import failing_together, rank, run_on_first_process, sum_ov
 from dae.losses import PerceptualLoss, adaptive_weight, discriminator_loss, generator_loss, reconstruction_loss
 from dae.metrics import CodebookUsage, psnr
 from dae.models import Autoencoder, PatchDiscriminator, choose_kernels
+from dae.progress import progress_bar
 from dae.quantizers import Encoding, VectorQuantizer
+from dae.seeding import seed_for, set_seed
 from dae.training.checkpoint import Checkpoint
 from dae.training.ema import EMA
 from dae.training.engine import Engine
 from dae.training.initialization import load_decoder, load_latent
-from dae.training.loop import (
-    global_mean,
-    is_due,
-    progress_bar,
-    refuse_non_finite,
-    seed_for,
-    set_seed,
-    validation_images,
-)
+from dae.training.loop import global_mean, is_due, refuse_non_finite, validation_images
 from dae.training.optimization import build_optimizer, build_scheduler
 from dae.training.pictures import reconstruction_sheet
 from dae.training.stages import Stage, plan_stages

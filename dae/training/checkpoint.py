@@ -5,7 +5,7 @@
         state.json           where the run stands: stage, step, schedules, loader positions, configuration
         manifest.json        SHA-256 of each file above
 
-There is no RNG state: all randomness of a step is seeded by (seed, stage, step), see `dae.training.loop.seed_for`.
+There is no RNG state: all randomness of a step is seeded by (seed, stage, step), see `dae.seeding.seed_for`.
 """
 
 from __future__ import annotations

@@ -15,10 +15,10 @@ from dae.data.tensors import TensorLoader
 from dae.data.tokens import TokenCache
 from dae.models import Autoencoder, choose_kernels
 from dae.sampling.chain import Prior
+from dae.seeding import seed_for, set_seed
 from dae.training.autoencoder import build_autoencoder, train_stages
 from dae.training.engine import LocalEngine
 from dae.training.initialization import load_prior
-from dae.training.loop import seed_for, set_seed
 from dae.training.prior import PriorTraining, train_by_steps
 from dae.training.priors import FAMILIES, encode_views, fit_mixture, prior_family
 from dae.training.stages import plan_stages

@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from typing import TYPE_CHECKING
 
 import torch
 
-from dae.distributed import rank, sum_over_processes, world_size
+from dae.distributed import sum_over_processes, world_size
 
 if TYPE_CHECKING:
-    from tqdm import tqdm
-
     from dae.config import Config, OptimizationConfig
-
-
-def seed_for(*names: object) -> int:
-    """A 63-bit seed for whatever `names` identify, such as (seed, stage, step); unlike Python's `hash`, the same in every run."""
-    return int.from_bytes(hashlib.sha256("/".join(map(str, names)).encode()).digest()[:8], "little") >> 1
-
-
-def set_seed(*names: object) -> None:
-    """torch.manual_seed(seed_for(*names)), without the stack traces that it takes for a GPU not yet in use: 0.2 ms per call."""
-    seed = seed_for(*names)
-    torch.default_generator.manual_seed(seed)
-    if torch.cuda.is_initialized():
-        torch.cuda.manual_seed_all(seed)
 
 
 def global_mean(values: list[torch.Tensor]) -> float:
@@ -57,11 +41,3 @@ def validation_images(config: Config, settings: OptimizationConfig) -> int:
 def is_due(step: int, every: int, last: int) -> bool:
     """Whether after `step` steps it is time for what happens `every` so many steps, and after the last one."""
     return step % every == 0 or step == last
-
-
-def progress_bar(total: int, initial: int, description: str, shown: bool = True) -> tqdm:
-    """tqdm, if it is to be shown, on the first process."""
-    from tqdm import tqdm
-
-    options = {"disable": not shown or rank() != 0, "dynamic_ncols": True, "mininterval": 0.5}
-    return tqdm(total=total, initial=initial, desc=description, **options)

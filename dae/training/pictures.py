@@ -13,7 +13,7 @@ from dae.data.pictures import grid, to_uint8
 from dae.models import Autoencoder
 from dae.sampling import balanced_labels, generate
 from dae.sampling.chain import Prior
-from dae.training.loop import seed_for
+from dae.seeding import seed_for
 
 if TYPE_CHECKING:
     import numpy as np

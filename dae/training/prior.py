@@ -14,10 +14,12 @@ from dae.config import Config
 from dae.data.cache import EncodedDataset, EncodingCache
 from dae.distributed import failing_together, run_on_first_process
 from dae.hub import PretrainedModel, load_weights
+from dae.progress import progress_bar
+from dae.seeding import set_seed
 from dae.training.checkpoint import Checkpoint
 from dae.training.ema import EMA
 from dae.training.engine import Engine
-from dae.training.loop import global_mean, is_due, progress_bar, refuse_non_finite, set_seed, validation_images
+from dae.training.loop import global_mean, is_due, refuse_non_finite, validation_images
 from dae.training.optimization import build_optimizer, build_scheduler
 from dae.training.priors import Family, fit_mixture
 from dae.training.state import TrainingState

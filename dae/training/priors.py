@@ -26,7 +26,7 @@ from dae.metrics import bits_back
 from dae.models import ARPrior, Autoencoder, DiT, GaussianMixturePrior
 from dae.quantizers import Encoding
 from dae.sampling import log_likelihood
-from dae.training.loop import seed_for
+from dae.seeding import seed_for
 
 LIKELIHOOD_STEPS = 32  # of the ODE whose likelihood gives a DiT's bits an image
 LIKELIHOOD_IMAGES = 256  # held-out images of which it is taken at most

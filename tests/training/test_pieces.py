@@ -9,8 +9,9 @@ from torch import nn
 
 from dae.config import Config, DecoderConfig, LossConfig, OptimizationConfig, StageConfig, load_config
 from dae.models import Autoencoder
+from dae.seeding import seed_for
 from dae.training import EMA, build_optimizer, build_scheduler, plan_stages
-from dae.training.loop import global_mean, refuse_non_finite, seed_for
+from dae.training.loop import global_mean, refuse_non_finite
 
 
 def rates(shape, warmup, total, steps):

@@ -11,9 +11,9 @@ from torch.utils.data import Dataset
 from dae.config import Config
 from dae.data import TrainLoader
 from dae.models import Autoencoder
+from dae.seeding import seed_for
 from dae.training import EMA, Run, TrainingState, build_optimizer, build_scheduler
 from dae.training.checkpoint import Checkpoint
-from dae.training.loop import seed_for
 
 
 class Rows(Dataset):
