@@ -413,7 +413,7 @@ def step_prior(prior, encoding, settings):
     elif isinstance(prior, DiT):
         for parameter in prior.parameters():  # as after some steps: at first all but its last matrix has zero gradient
             parameter.data += 0.02 * torch.randn_like(parameter)
-        step(prior, flow_matching_loss(prior, prior.normalise(encoding.latents.detach()), prior.hide_classes(labels)), settings)
+        step(prior, flow_matching_loss(prior, prior.normalise(encoding.latents.detach()), prior.drop_labels(labels)), settings)
     else:
         tokens = encoding.indices.flatten(1)
-        step(prior, prior(prior.hide_classes(labels), prior.corrupt(tokens[:, :-1]), targets_BT=tokens), settings)
+        step(prior, prior(prior.drop_labels(labels), prior.corrupt(tokens[:, :-1]), targets_BT=tokens), settings)

@@ -40,7 +40,7 @@ def flow_matching_loss(
         model: called as model(x_BDhw, t_B, labels_B), a `dae.models.DiT` or a wrapper of one.
         latents_BDhw: clean latents or the means of posteriors, normalised (`DiT.normalise`), of the dtype that the model takes;
             16 bits are widened for all but the model.
-        labels_B: int64 classes, some of them hidden (`DiT.hide_classes`).
+        labels_B: int64 classes, some of them hidden (`DiT.drop_labels`).
         variance_BDhw: of the posteriors, in the same scale squared, not negative; None for latents that are known.
         generator: on the latents' device; None draws from the global one. Drawn for the global batch (`draw_rows`).
 

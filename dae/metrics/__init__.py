@@ -8,10 +8,10 @@ from dae.metrics.codebook import CodebookUsage
 from dae.metrics.frechet import EqualCountFrechet, FeatureStatistics, equal_count_frechet, frechet_distance
 from dae.metrics.kernel import KernelDistance, kernel_distance
 from dae.metrics.manifolds import PrecisionRecall, precision_recall
-from dae.metrics.memory import Memorisation, memorisation
+from dae.metrics.memorisation import Memorisation, memorisation
 from dae.metrics.provenance import versions
+from dae.metrics.psnr import psnr
 from dae.metrics.rate import bits_back, code_entropy_rate, gaussian_rate
-from dae.metrics.signal_to_noise import psnr
 from dae.metrics.structural_similarity import ssim
 from dae.metrics.validation import as_float
 

@@ -54,7 +54,7 @@ class ClassConditional:
     def null_class(self) -> int:
         return self.num_classes
 
-    def hide_classes(self, labels_B: Tensor) -> Tensor:
+    def drop_labels(self, labels_B: Tensor) -> Tensor:
         """Labels with each replaced by the null class with probability `class_dropout`, as guidance needs in training."""
         draws = draw_rows(torch.rand, labels_B.shape, device=labels_B.device, dtype=torch.float32)
         hidden = draws < self.config.class_dropout

@@ -110,7 +110,7 @@ def build_ar(settings: PriorConfig, cache: TokenCache) -> ARPrior:
 def token_loss(model: nn.Module, prior: ARPrior, batch: dict[str, Tensor]) -> Tensor:
     """Mean of -log p(token | class, earlier tokens) in nats, with hidden classes and noise on what is read."""
     tokens = choose_copies(batch["tokens"], draw_rows(torch.rand, batch["label"].shape, device=batch["label"].device))
-    return model(prior.hide_classes(batch["label"]), prior.corrupt(tokens[:, :-1]), targets_BT=tokens)
+    return model(prior.drop_labels(batch["label"]), prior.corrupt(tokens[:, :-1]), targets_BT=tokens)
 
 
 @torch.inference_mode()
@@ -150,7 +150,7 @@ def velocity_loss(model: nn.Module, prior: DiT, batch: dict[str, Tensor]) -> Ten
     """`flow_matching_loss` of each image's posterior, with hidden classes."""
     moments = choose_copies(batch["moments"], draw_rows(torch.rand, batch["label"].shape, device=batch["label"].device))
     mean, variance = normalised_posteriors(prior, moments)
-    return flow_matching_loss(model, mean, prior.hide_classes(batch["label"]), variance_BDhw=variance)
+    return flow_matching_loss(model, mean, prior.drop_labels(batch["label"]), variance_BDhw=variance)
 
 
 @torch.no_grad()

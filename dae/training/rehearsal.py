@@ -84,9 +84,9 @@ def rehearse_stage(config: Config, stage: Stage, autoencoder: Autoencoder, perce
                 choose_kernels(perceptual.to(device), config.kernels)
                 total = total + perceptual(output.sample, images).mean()
             if loss.adversarial > 0:
-                critic = PatchDiscriminator(config.data.channels, loss.discriminator_channels, loss.discriminator_layers)
-                choose_kernels(critic.to(device), config.kernels)
-                total = total + discriminator_loss(critic(images), critic(output.sample))
+                discriminator = PatchDiscriminator(config.data.channels, loss.discriminator_channels, loss.discriminator_layers)
+                choose_kernels(discriminator.to(device), config.kernels)
+                total = total + discriminator_loss(discriminator(images), discriminator(output.sample))
         total.backward()
         with torch.inference_mode():
             autoencoder.eval()(images)

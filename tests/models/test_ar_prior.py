@@ -169,19 +169,19 @@ def processes(monkeypatch, rank, world):
     monkeypatch.setattr(dae.distributed, "world_size", lambda: world)
 
 
-def test_hide_classes(monkeypatch):
+def test_drop_labels(monkeypatch):
     prior, labels = make(class_dropout=0.3), torch.arange(6000) % C
     torch.manual_seed(0)
-    hidden = prior.hide_classes(labels)
+    hidden = prior.drop_labels(labels)
     rate = (hidden == prior.null_class).double().mean().item()
     assert abs(rate - 0.3) < 4 * (0.3 * 0.7 / 6000) ** 0.5
     assert torch.equal(hidden[hidden != C], labels[hidden != C])
     for p, expected in ((0.0, labels), (1.0, torch.full_like(labels, C))):
-        assert torch.equal(make(class_dropout=p).hide_classes(labels), expected)
+        assert torch.equal(make(class_dropout=p).drop_labels(labels), expected)
     for rank in range(3):  # process r holds rows r, r + 3, ...
         processes(monkeypatch, rank, 3)
         torch.manual_seed(0)
-        assert torch.equal(prior.hide_classes(labels[rank::3]), hidden[rank::3])
+        assert torch.equal(prior.drop_labels(labels[rank::3]), hidden[rank::3])
 
 
 def test_corrupt(monkeypatch):

@@ -151,13 +151,13 @@ def test_dropout_in_training_alone(inputs):
 def test_hidden_classes(monkeypatch):
     dit, labels = make(class_dropout=0.4), torch.arange(5000) % C
     torch.manual_seed(0)
-    hidden = dit.hide_classes(labels)
+    hidden = dit.drop_labels(labels)
     assert abs((hidden == dit.null_class).double().mean().item() - 0.4) < 4 * (0.4 * 0.6 / 5000) ** 0.5
     assert torch.equal(hidden[hidden != C], labels[hidden != C])
     monkeypatch.setattr(dae.distributed, "rank", lambda: 1)
     monkeypatch.setattr(dae.distributed, "world_size", lambda: 2)
     torch.manual_seed(0)
-    assert torch.equal(dit.hide_classes(labels[1::2]), hidden[1::2])
+    assert torch.equal(dit.drop_labels(labels[1::2]), hidden[1::2])
 
 
 def test_compiles_whole(inputs):

@@ -207,7 +207,7 @@ def trained():
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         for _ in range(steps):
             rows = torch.randint(len(z), (256,))
-            loss = flow_matching_loss(dit, dit.normalise(z[rows]), dit.hide_classes(labels[rows]))
+            loss = flow_matching_loss(dit, dit.normalise(z[rows]), dit.drop_labels(labels[rows]))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
