@@ -47,7 +47,7 @@ from dae.training import Stage, plan_stages
 from dae.training.autoencoder import StageTraining, build_autoencoder, build_perceptual_loss
 from dae.training.engine import LocalEngine
 from dae.training.prior import PriorTraining
-from dae.training.priors import FAMILIES
+from dae.training.priors import PRIOR_FAMILIES
 
 PHASES = ("data", "forward", "backward", "update")
 MARK = "training step"
@@ -103,7 +103,7 @@ def prior_training(config: Config, data: Any, engine: LocalEngine) -> PriorTrain
     prior = ARPrior(config.prior, vocab_size=vocabulary, sequence_length=length, num_classes=classes).to(engine.device).train()
     choose_kernels(prior, config.kernels)
     encodings = {"tokens": torch.randint(vocabulary, (batch, 1, length)), "label": torch.randint(classes, (batch,))}
-    return PriorTraining(config, FAMILIES["ar"], prior, itertools.repeat(encodings), engine)
+    return PriorTraining(config, PRIOR_FAMILIES["ar"], prior, itertools.repeat(encodings), engine)
 
 
 def measure(step: ClockedStep, steps: int) -> dict[str, Any]:

@@ -44,7 +44,7 @@ from dae.sampling import balanced_labels, generate, load_chain
 from dae.sampling.chain import Prior, knows_classes
 from dae.seeding import seed_for
 from dae.training import Run, one_process
-from dae.training.priors import FAMILIES, Family
+from dae.training.priors import PRIOR_FAMILIES, Family
 from dae.training.rehearsal import require_measurable
 from dae.training.run import refuse_other_data
 
@@ -58,8 +58,8 @@ def evaluate(config: Config) -> dict:
     if knows_classes(prior):
         for cfg_scale in config.evaluation.cfg_scales:
             prior.check_guidance(cfg_scale)
-    family = next(name for name, each in FAMILIES.items() if each.model is type(prior))
-    history, validations = load_history(config, FAMILIES[family])
+    family = next(name for name, each in PRIOR_FAMILIES.items() if each.model is type(prior))
+    history, validations = load_history(config, PRIOR_FAMILIES[family])
     data = load_data(config.data, seed)
     refuse_other_data(output / "autoencoder", config.data, data.fingerprint)
     autoencoder.refuse_other_data(config.data.channels, config.data.resolution)
@@ -95,7 +95,7 @@ def evaluate(config: Config) -> dict:
     }
 
     # What guidance and the length of training trade: fidelity against variety and copies.
-    criterion = FAMILIES[family].criterion
+    criterion = PRIOR_FAMILIES[family].criterion
     chosen = min(validations, key=lambda row: row[criterion]) if config.prior.early_stopping else validations[-1]
     candidates = []
     if knows_classes(prior):  # one that does not is fitted at once: there is neither guidance nor length of training

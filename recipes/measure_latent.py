@@ -28,7 +28,7 @@ from dae.cli import main
 from dae.complexity.curves import complexity_curve
 from dae.complexity.distances import ADVERSARIAL, PLAIN, check_name, make_distance
 from dae.complexity.estimate import Estimate, pooled_error
-from dae.complexity.fitting import Fitting, fit, generate, measure_by_jackknife, split_rows
+from dae.complexity.fitting import Fitting, fit, generated_by, measure_by_jackknife, split_rows
 from dae.complexity.gromov_wasserstein import gromov_wasserstein
 from dae.complexity.latent_page import DISTANCES, FAMILIES, Measured, axes_of, build, series_of
 from dae.complexity.latents import AUTOENCODERS, Latent, load_latent, rehearse_training, saved_autoencoder
@@ -233,7 +233,7 @@ def pictures(latent: Latent, codes: Tensor, images: Tensor, config: Config, opti
         strength = "strongest" if capacity == choice.capacities[-1] else "weakest"
         label = f"{'given back' if distance.paired else 'made'} by the {strength} {choice.name}"
         with torch.no_grad():
-            rows.append((label, to_uint8(generate(generator, split.measure.latents[:shown]))))
+            rows.append((label, to_uint8(generated_by(generator, split.measure.latents[:shown]))))
     return rows
 
 

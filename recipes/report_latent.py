@@ -55,7 +55,7 @@ class Ranking(NamedTuple):
     seeds: int
 
 
-class Measured(NamedTuple):
+class MeasuredLatent(NamedTuple):
     """The autoencoder, what it was measured on, and its card."""
 
     config: Config
@@ -92,7 +92,7 @@ def report_latent(config: Config) -> Path:
     return folder
 
 
-def write_page(run: Measured, rankings: dict[Path, Ranking], folder: Path) -> list[str]:
+def write_page(run: MeasuredLatent, rankings: dict[Path, Ranking], folder: Path) -> list[str]:
     """card.html and its pictures; returns the names of all that is then in the folder."""
     page = web.Page(f"Report card of a latent: {run.data.title}", lead(run))
     page.section("In numbers", headline(run))
@@ -110,7 +110,7 @@ def write_page(run: Measured, rankings: dict[Path, Ranking], folder: Path) -> li
 # ---- measuring ----
 
 
-def measure_latent(config: Config, trained: Config) -> Measured:
+def measure_latent(config: Config, trained: Config) -> MeasuredLatent:
     """Load the autoencoder and its data, and measure the card."""
     device, folder = one_process(config), Path(config.output_dir) / "autoencoder"
     autoencoder = Autoencoder.from_pretrained(folder, device=device)
@@ -127,7 +127,7 @@ def measure_latent(config: Config, trained: Config) -> Measured:
     seconds = time.monotonic() - started
     encoded = encode_images(autoencoder, train), encode_images(autoencoder, heldout)
     yardsticks = compare_with(autoencoder, *encoded, labels[1], card, config.seed)
-    return Measured(config, trained.method, autoencoder, data, *encoded, card, yardsticks, seconds)
+    return MeasuredLatent(config, trained.method, autoencoder, data, *encoded, card, yardsticks, seconds)
 
 
 def collect(dataset, config: Config) -> tuple[Tensor, Tensor]:
@@ -216,7 +216,7 @@ def rank(records: list[dict], seed: int) -> Ranking:
     return Ranking(rank_predictors(records, seed=seed), len(measured))
 
 
-def facts(run: Measured, rankings: dict[Path, Ranking]) -> dict:
+def facts(run: MeasuredLatent, rankings: dict[Path, Ranking]) -> dict:
     """All of it for other programs; JSON-able, with None for what does not apply or is not known."""
 
     def finite(r: RankCorrelation, seeds: int) -> dict:
@@ -243,7 +243,7 @@ def facts(run: Measured, rankings: dict[Path, Ranking]) -> dict:
 # ---- sections, in their order on the page ----
 
 
-def lead(run: Measured) -> list[Html]:
+def lead(run: MeasuredLatent) -> list[Html]:
     _, channels, h, w = run.heldout.latents.shape
     if run.heldout.indices is None:
         kind = f"{channels * h * w:,} numbers ({channels} for each of {h} × {w} places)"
@@ -263,7 +263,7 @@ def lead(run: Measured) -> list[Html]:
     return [paragraph(what), paragraph(how)]
 
 
-def headline(run: Measured) -> Html:
+def headline(run: MeasuredLatent) -> Html:
     shown = ("prior_bits", "linear_distance", "reconstruction_error", "sensitivity", "interpolation_distance")
     return web.tiles(
         [(value_of(name, run.card[name]), PREDICTORS[name].title, Html(unit_of(name) + web.text(run.yardsticks[name])))
@@ -284,7 +284,7 @@ def unit_of(name: str) -> str:
     return "" if unit in ("share", "") else f"{unit}; "
 
 
-def card_table(run: Measured) -> Html:
+def card_table(run: MeasuredLatent) -> Html:
     rows = []
     for name, predictor in PREDICTORS.items():
         if run.card[name] is None:
@@ -304,7 +304,7 @@ def card_table(run: Measured) -> Html:
     return web.join([paragraph(words + note), web.table(header, rows, prose=(0, 2, 3))])
 
 
-def reconstructions(run: Measured, folder: Path) -> Html:
+def reconstructions(run: MeasuredLatent, folder: Path) -> Html:
     columns = web.per_row(run.autoencoder.resolution)
     rows = {
         "original": run.heldout.images[:columns],
@@ -314,7 +314,7 @@ def reconstructions(run: Measured, folder: Path) -> Html:
     return picture(rows, caption, folder / "reconstructions.png")
 
 
-def disturbances(run: Measured, folder: Path) -> Html:
+def disturbances(run: MeasuredLatent, folder: Path) -> Html:
     columns = web.per_row(run.autoencoder.resolution)
     latents, seed = run.heldout.latents, run.config.seed
     rows = {"undisturbed": decode_latents(run.autoencoder, latents[:columns])}
@@ -328,7 +328,7 @@ def disturbances(run: Measured, folder: Path) -> Html:
     return picture(rows, caption, folder / "disturbances.png")
 
 
-def interpolations(run: Measured, folder: Path) -> Html:
+def interpolations(run: MeasuredLatent, folder: Path) -> Html:
     latents, rows = run.heldout.latents, {}
     _, first, second = measure.midpoints(latents, seed=run.config.seed)
     share = torch.linspace(0, 1, STEPS_BETWEEN).view(-1, 1, 1, 1)
@@ -351,7 +351,7 @@ def picture(rows: dict[str, Tensor], caption: str, path: Path) -> Html:
     return web.figure(web.strips([(name, strip(x, f"{name}: {len(x)} images")) for name, x in images.items()]), caption)
 
 
-def latent_map(run: Measured, folder: Path) -> Html:
+def latent_map(run: MeasuredLatent, folder: Path) -> Html:
     columns = web.per_row(run.autoencoder.resolution)
     rows = {
         "image": run.heldout.images[:columns].expand(-1, 3, -1, -1),
@@ -378,7 +378,7 @@ def as_colours(latents_NDhw: Tensor) -> Tensor:
     return padded_N3.view(N, h, w, 3).movedim(-1, 1).float()
 
 
-def code_usage(run: Measured) -> list[Html]:
+def code_usage(run: MeasuredLatent) -> list[Html]:
     if run.heldout.indices is None:
         return []
     counts = run.heldout.indices.flatten().bincount(minlength=run.autoencoder.config.vq.codebook_size)
@@ -466,7 +466,7 @@ def no_trials(rankings: dict) -> list[Html]:
     return [paragraph(words)]
 
 
-def provenance(run: Measured) -> Html:
+def provenance(run: MeasuredLatent) -> Html:
     images = run.heldout.images
     rows = [
         ("Autoencoder", f"method {run.method}, bottleneck {run.autoencoder.config.bottleneck}, "

@@ -35,14 +35,14 @@ from dae.training.engine import AcceleratorEngine
 from dae.training.initialization import load_prior
 from dae.training.pictures import sample_sheet
 from dae.training.prior import Best, PriorTraining, deliver, fit, train_by_steps
-from dae.training.priors import FAMILIES, prior_family, require_guidance
+from dae.training.priors import PRIOR_FAMILIES, prior_family, require_guidance
 from dae.training.rehearsal import sampled_classes
 
 
 @writes("prior")
 def train(config: Config) -> Path:
     """Train, save, and return the folder of the trained prior."""
-    family = FAMILIES[prior_family(config)]
+    family = PRIOR_FAMILIES[prior_family(config)]
     require_guidance(config)
     run = Run(config, "prior")
     accelerator = make_accelerator(config, run.folder / "logs")

@@ -38,7 +38,7 @@ from dae.seeding import seed_for
 from dae.training import plan_stages
 from dae.training.engine import LocalEngine
 from dae.training.in_memory import encode, train_autoencoder, train_prior
-from dae.training.priors import FAMILIES, prior_family
+from dae.training.priors import PRIOR_FAMILIES, prior_family
 from dae.training.rehearsal import rehearse_chain, require_measurable
 
 JUDGE_SEED = 0  # of the classifier and of all subsets: the same for every trial, arm and seed
@@ -282,7 +282,7 @@ def _generate(autoencoder: Autoencoder, prior: Prior, num_classes: int, config: 
 
 def _bits_an_image(prior: Prior, cache: EncodingCache, config: Config) -> float:
     """Held-out code length of the latent under the prior, in bits an image."""
-    family = FAMILIES[prior_family(config)]
+    family = PRIOR_FAMILIES[prior_family(config)]
     if family.final_bits is not None:  # it solves an ODE for each image: the same few for every trial
         few = _some(len(cache.validation), IMAGES_FOR_BITS)
         validation = type(cache.validation)(cache.validation.values_NC[few], cache.validation.labels_N[few])

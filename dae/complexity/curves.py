@@ -14,7 +14,7 @@ from dae.complexity.distances import Distance
 from dae.complexity.estimate import Estimate, check_pair, check_seeds
 from dae.complexity.families import GeneratorFamily, check_family
 from dae.complexity.fitting import Fitting
-from dae.complexity.generator_distance import Trial, run_trial, shown, summarize
+from dae.complexity.generator_distance import Trial, fit_trial, summarize, with_progress
 from dae.precision import own_arithmetic
 
 
@@ -115,7 +115,7 @@ def complexity_curve(
     fitting = Fitting.of(options)
     families = [family.at(capacity) for capacity in capacities]
     jobs = [(member, seed) for member in families for seed in seeds]
-    done = [run_trial(latents, data, member, distance, seed, fitting) for member, seed in shown(jobs, "curve", progress)]
+    done = [fit_trial(latents, data, member, distance, seed, fitting) for member, seed in with_progress(jobs, "curve", progress)]
     trials_CS = [done[start : start + len(seeds)] for start in range(0, len(done), len(seeds))]
     chosen = family.nested and all(trial.score is not None for trial in done)
     best_CS = best_so_far(trials_CS) if chosen else trials_CS

@@ -16,7 +16,7 @@ from torch import Tensor
 from dae.metrics.validation import check_values
 
 CRITIC_ROWS = 32  # the least that critics can be fitted, chosen and measured on
-BOUNDS = {"exact": "exact", "upper": "upper bound", "lower": "lower bound", "neither": "no bound"}
+BOUND_NAMES = {"exact": "exact", "upper": "upper bound", "lower": "lower bound", "neither": "no bound"}
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,8 @@ class Estimate:
     standard_error: float | None = None
 
     def __post_init__(self) -> None:
-        if self.bound not in BOUNDS:
-            raise ValueError(f"expected a bound out of {', '.join(BOUNDS)}, got {self.bound!r}")
+        if self.bound not in BOUND_NAMES:
+            raise ValueError(f"expected a bound out of {', '.join(BOUND_NAMES)}, got {self.bound!r}")
         if not self.values or len(self.values) != len(self.seeds):
             raise ValueError(f"expected one value a seed, got {len(self.values)} values and {len(self.seeds)} seeds")
 
@@ -80,7 +80,7 @@ class Estimate:
         seeds = f"{len(self.seeds)} seed" + "s" * (len(self.seeds) != 1)
         spread, over = (f" ± {self.std:.2g}", "± over ") if len(self.seeds) > 1 else ("", "")  # one seed tells none
         sampling = "not included" if self.standard_error is None else f"{self.standard_error:.2g}"
-        return f"{self.value:.4g}{spread} ({BOUNDS[self.bound]}; {over}{seeds}, sampling error {sampling})"
+        return f"{self.value:.4g}{spread} ({BOUND_NAMES[self.bound]}; {over}{seeds}, sampling error {sampling})"
 
 
 def pooled_error(errors: Sequence[float | None]) -> float | None:

@@ -237,14 +237,14 @@ def draw(count: int, rows: int, randomness: torch.Generator) -> Tensor:
 def measure(generator: nn.Module, rows: Rows, distance: Distance, seed: int) -> float:
     """The distance of what it generates to the data; the same randomness for whatever is measured with this seed."""
     with seeded(rows.data.device, seed, "measure") as randomness:
-        return distance(generate(generator, rows.latents), rows.data, randomness).item()
+        return distance(generated_by(generator, rows.latents), rows.data, randomness).item()
 
 
 @torch.no_grad()
 def measure_by_jackknife(generator: nn.Module, rows: Rows, distance: Distance, seed: int) -> tuple[float, float | None]:
     """As `measure`, less the bias of a distance of moments, and the standard error that comes of these rows if it is known."""
     with seeded(rows.data.device, seed, "measure"):
-        made = Rows(generate(generator, rows.latents), rows.data)
+        made = Rows(generated_by(generator, rows.latents), rows.data)
     if distance.pairwise or len(made.data) < 2 * GROUPS:
         return measure(nn.Identity(), made, distance, seed), None
     value, corrected, error = jackknife(lambda kept: measure(nn.Identity(), kept, distance, seed), made, seed)
@@ -272,5 +272,5 @@ def jackknife(statistic: Callable[[Rows], float], rows: Rows, seed: int) -> tupl
     return everything, max(0.0, GROUPS * everything - (GROUPS - 1) * mean), error
 
 
-def generate(generator: nn.Module, latents: Tensor) -> Tensor:
+def generated_by(generator: nn.Module, latents: Tensor) -> Tensor:
     return torch.cat([generator(part) for part in latents.split(ROWS_AT_ONCE)])

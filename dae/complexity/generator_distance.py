@@ -20,7 +20,7 @@ from dae.complexity.fitting import (
     Split,
     closed_form,
     fit,
-    generate,
+    generated_by,
     jackknife,
     measure,
     measure_by_jackknife,
@@ -123,7 +123,7 @@ def generator_distance(
     check_family("family", family)
     options = Fitting(steps, batch_size, learning_rate, heldout, measure_limit)
     seeds = check_seeds(seeds)
-    trials = [run_trial(latents, data, family, distance, seed, options) for seed in shown(seeds, str(family), progress)]
+    trials = [fit_trial(latents, data, family, distance, seed, options) for seed in with_progress(seeds, str(family), progress)]
     return summarize(trials, seeds, family, distance)
 
 
@@ -138,10 +138,10 @@ def fit_generator(
     check_pair(latents, data)
     check_family("family", family)
     check_seeds((seed,))
-    return run_trial(latents, data, family, distance, seed, Fitting.of(options)).generator
+    return fit_trial(latents, data, family, distance, seed, Fitting.of(options)).generator
 
 
-def run_trial(
+def fit_trial(
     latents: Tensor, data: Tensor, family: GeneratorFamily, distance: str | Distance, seed: int, options: Fitting
 ) -> Trial:
     dtype = torch.promote_types(torch.promote_types(latents.dtype, data.dtype), torch.float32)
@@ -224,7 +224,7 @@ def run_adversarial_trial(
         **rates,
     )
     with seeded(data.device, seed, "measure"), torch.no_grad():
-        generated = generate(generator, split.measure.latents)
+        generated = generated_by(generator, split.measure.latents)
     measured = adversarial_distance(split.measure.data.flatten(1), generated.flatten(1), distance, seeds=(seed,))
     where = (
         "; a critic's supremum in an infimum: may fall where the truth is flat, as for points of lower dimension than the data"
@@ -264,7 +264,7 @@ def summarize(trials: Sequence[Trial], seeds: Sequence[int], family: GeneratorFa
     )
 
 
-def shown(items: Sequence, description: str, progress: bool) -> Iterator:
+def with_progress(items: Sequence, description: str, progress: bool) -> Iterator:
     """The items, with a bar if wanted."""
     if not progress:
         yield from items

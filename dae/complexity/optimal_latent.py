@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from dae.complexity.distances import Distance
 from dae.complexity.estimate import Estimate, check_cloud, check_seeds
 from dae.complexity.families import GeneratorFamily, LinearMaps, MLPs, Shape, check_count, check_family
-from dae.complexity.fitting import Fitting, Generator, generate
-from dae.complexity.generator_distance import run_trial, shown, summarize
+from dae.complexity.fitting import Fitting, Generator, generated_by
+from dae.complexity.generator_distance import fit_trial, summarize, with_progress
 from dae.complexity.linear import principal_axes
 from dae.precision import own_arithmetic
 
@@ -90,12 +90,12 @@ def optimal_latent(
     if encoder is None:
         encoder = LinearMaps() if isinstance(family, LinearMaps) else MLPs(width=128)
     both, fitting = Autoencoders(encoder, family, latent_shape), Fitting.of(options)
-    trials = [run_trial(data, data, both, distance, seed, fitting) for seed in shown(seeds, str(both), progress)]
+    trials = [fit_trial(data, data, both, distance, seed, fitting) for seed in with_progress(seeds, str(both), progress)]
     # Critics give no score: then the first.
     best = min(trials, key=lambda trial: 0.0 if trial.score is None else trial.score).generator
     found = Encoder(best)
     with torch.no_grad():
-        codes = generate(found, data.to(best.latent_scale.dtype))
+        codes = generated_by(found, data.to(best.latent_scale.dtype))
     return OptimalLatent(found, Decoder(best), codes, summarize(trials, seeds, both, distance))
 
 

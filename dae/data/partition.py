@@ -19,7 +19,7 @@ from dae.data.images import decode_image, open_image
 from dae.data.rows import ImageDataset, ImageStream, RowDecoder, unbroken
 from dae.data.skipping import BadRow, RowError, SkippedRows
 from dae.data.sources import source_name
-from dae.data.survey import Survey, collect, hold_out, spread, survey_stream, survey_table
+from dae.data.survey import Survey, hold_out, read_rows, spread, survey_stream, survey_table
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -202,7 +202,7 @@ def split_stream(
         survey = survey_stream(train, decoders["train"])
     if "validation" not in parts:
         digests = survey.digests_N[_held_out(survey, config, decoders["train"])].tolist()
-        held_out = collect(train, decoders["validation"], survey, digests)
+        held_out = read_rows(train, decoders["validation"], survey, digests)
         contents.append(sorted(digests))
     skipped = _skipped_rows(config, STREAM_ROWS if survey is None else max(len(survey), STREAM_ROWS), bad)
     validation = ImageStream(parts["validation"], decoders["validation"]) if held_out is None else held_out

@@ -109,7 +109,7 @@ def survey_stream(rows: IterableDataset, decoder: RowDecoder) -> Survey:
     return _survey(digests, labels, counts=[len(part[0]) for part in read])
 
 
-def collect(rows: IterableDataset, decoder: RowDecoder, survey: Survey, digests: list[int]) -> ImageDataset:
+def read_rows(rows: IterableDataset, decoder: RowDecoder, survey: Survey, digests: list[int]) -> ImageDataset:
     """The rows of a surveyed stream that have these digests, in their order, as a table in memory."""
     import datasets
 
@@ -144,7 +144,7 @@ def spread(dataset: ImageDataset | ImageStream, limit: int) -> ImageDataset | li
     digests = digests[~np.isin(digests, list(dataset.held_out))][:limit].tolist()
     if dataset.survey.counts is None and len(digests) < limit:
         return None
-    table = collect(dataset.rows, dataset.decoder, dataset.survey, digests)
+    table = read_rows(dataset.rows, dataset.decoder, dataset.survey, digests)
     table.skipped = dataset.skipped
     dataset.tables[limit] = table
     return table

@@ -20,7 +20,7 @@ from dae.training.autoencoder import build_autoencoder, train_stages
 from dae.training.engine import LocalEngine
 from dae.training.initialization import load_prior
 from dae.training.prior import PriorTraining, train_by_steps
-from dae.training.priors import FAMILIES, encode_views, fit_mixture, prior_family
+from dae.training.priors import PRIOR_FAMILIES, encode_views, fit_mixture, prior_family
 from dae.training.stages import plan_stages
 
 
@@ -85,7 +85,7 @@ def train_prior(cache: EncodingCache, config: Config) -> Prior:
         ValueError: a prior that cannot model the latent, or fewer encodings than a batch.
         FloatingPointError: the loss is not finite.
     """
-    settings, family, encoded = config.prior, FAMILIES[prior_family(config)], cache.train
+    settings, family, encoded = config.prior, PRIOR_FAMILIES[prior_family(config)], cache.train
     with _own_random_state():
         set_seed(config.seed, "prior")
         prior = family.build(settings, cache).to(encoded.values_NC.device)

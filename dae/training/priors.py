@@ -240,7 +240,7 @@ class Family:
     final_bits: Callable[[nn.Module, EncodedDataset, Config], float] | None = None
 
 
-FAMILIES = {
+PRIOR_FAMILIES = {
     "ar": Family(ARPrior, TokenCache, build_ar, token_loss, bits_per_token, "bits_per_token"),
     "dit": Family(DiT, LatentCache, build_dit, velocity_loss, steady_velocity_loss, "loss", dit_bits_per_image),
     "mixture": Family(GaussianMixturePrior, LatentCache, build_mixture, None, mixture_bits_per_image, "bits_per_image"),

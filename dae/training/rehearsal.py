@@ -21,7 +21,7 @@ from dae.memory import require_memory
 from dae.models import ARPrior, Autoencoder, GaussianMixturePrior, PatchDiscriminator, choose_kernels
 from dae.training.autoencoder import build_autoencoder, build_perceptual_loss
 from dae.training.engine import Engine
-from dae.training.priors import FAMILIES, prior_family
+from dae.training.priors import PRIOR_FAMILIES, prior_family
 from dae.training.stages import Stage, plan_stages
 
 Autocast = Callable[[], AbstractContextManager]
@@ -105,7 +105,7 @@ def rehearse_prior(config: Config, autoencoder: Autoencoder, num_classes: int, r
         ValueError, TypeError, ImportError: what the prior or a kernel refuses, or too few rows.
     """
     name, settings, device = prior_family(config), config.prior, autoencoder.device
-    family = FAMILIES[name]
+    family = PRIOR_FAMILIES[name]
     if family.model is GaussianMixturePrior:
         encodings = None if rows is None else rows * (1 + settings.augmented_copies)
         if encodings is not None and encodings < max(2, settings.num_components):

@@ -13,7 +13,7 @@ from dae.complexity.distances import Distance, make_distance
 from dae.complexity.estimate import Estimate
 from dae.complexity.families import ConvDecoders, DropoutNetworks, LinearMaps, MLPs
 from dae.complexity.fitting import Fitting, Rows, jackknife, split_rows
-from dae.complexity.generator_distance import Trial, fit_generator, generator_distance, run_trial
+from dae.complexity.generator_distance import Trial, fit_generator, fit_trial, generator_distance
 
 TAIL = torch.tensor([9.0, 5.0, 3.0, 2.0, 1.0, 0.6, 0.3, 0.1])
 
@@ -163,7 +163,7 @@ def test_a_curve_keeps_the_better_trial_by_the_rows_to_choose_on():
 
 def test_the_score_of_a_trial_is_that_of_the_rows_to_choose_on():
     z, x = normal(100, 1, 0), normal(100, 1, 1)
-    trial = run_trial(z, x, LinearMaps(0.5), "reconstruction", 0, Fitting())
+    trial = fit_trial(z, x, LinearMaps(0.5), "reconstruction", 0, Fitting())
     split = split_rows(z, x, 0, True, Fitting())
     with torch.no_grad():
         by_hand = [(trial.generator(part.latents) - part.data).square().mean().item() for part in (split.choose, split.measure)]
