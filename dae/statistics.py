@@ -48,7 +48,7 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval:
     """Student's interval of a mean: m +- t_{n-1}((1 + level) / 2) s / sqrt(n), exact for independent normal values.
 
     Args:
-        values: n >= 1 finite numbers, one a seed. One value has no interval: its ends are None.
+        values: n >= 1 finite numbers, one per seed. One value has no interval: its ends are None.
         level: coverage, between 0 and 1.
 
     Raises:

@@ -191,7 +191,7 @@ def keep(tensor: Tensor) -> Tensor:
 
 
 def growth(device: torch.device) -> Callable[[], int] | None:
-    """A function that tells the most bytes, beyond those of now, that there have been since; None where that cannot be known."""
+    """Peak bytes allocated since this call, as a function; None where they cannot be known."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()

@@ -224,7 +224,7 @@ def describe_codes(indices: Tensor, codebook_size: int) -> dict:
 
 
 def describe_posteriors(mean: Tensor, log_variance: Tensor) -> dict:
-    """Bits an image that the latent costs under one Gaussian of independent values: of each channel, and of all together."""
+    """Bits per image that the latent costs under one Gaussian of independent values: of each channel, and of all together."""
     pairs = zip(mean.split(1, dim=1), log_variance.split(1, dim=1), strict=True)
     bits = [gaussian_rate(*pair, covariance="diagonal") for pair in pairs]
     return {"channels": mean.shape[1], "size": mean.shape[2], "gaussian_bits": sum(bits), "gaussian_bits_by_channel": bits}
@@ -267,7 +267,7 @@ def show(metrics: dict) -> None:
         ("near-copies of training images", f"{generation['memorised']:.1%}", f"held-out: {generation['memorised_heldout']:.1%}"),
     ]
     prior = metrics["prior"]
-    what, unit = ("held-out bits a token", "token") if prior["family"] == "ar" else ("held-out bits an image", "image")
+    what, unit = ("held-out bits per token", "token") if prior["family"] == "ar" else ("held-out bits per image", "image")
     rows.append((what, f"{prior[f'heldout_bits_per_{unit}']:.3f}", f"step {prior['step']}"))
     if generation["recognised"] is not None:
         yardstick = f"held-out images: {extractor['heldout_accuracy']:.1%}"

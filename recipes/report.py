@@ -152,13 +152,13 @@ def bits(run: Record) -> tuple[str, str, str]:
     """The tile of the prior: number, what it is, what to hold it against."""
     if run.family != "ar":
         plain = number(run.metrics["latent"]["gaussian_bits"], 1)
-        return number(run.bits_an_image, 1), "Bits an image, held-out images", f"{plain} if the prior were one plain Gaussian"
+        return number(run.bits_an_image, 1), "Bits per image, held-out images", f"{plain} if the prior were one plain Gaussian"
     if run.metrics.get("codebook"):
         known = f"{number(math.log2(run.metrics['codebook']['perplexity']))} if only the frequency of each code is known"
     else:
         known = f"{number(math.log2(run.config.autoencoder.vq.codebook_size))} if all codes were equally likely"
     token = number(run.metrics["prior"]["heldout_bits_per_token"])
-    return token, "Bits a token, held-out images", f"{known}; {number(run.bits_an_image, 1)} a whole image"
+    return token, "Bits per token, held-out images", f"{known}; {number(run.bits_an_image, 1)} a whole image"
 
 
 def sample_grid(run: Record) -> Html:
@@ -239,11 +239,11 @@ def prior_curves(run: Record) -> Html:
         fitted, new = (number(rows[-1]["bits_per_image"], 1) for rows in (seen, heldout))
         return paragraph(
             f"The prior is fitted at once, not in steps. It needs {fitted} bits to write down the latent of a training image and "
-            f"{new} for a held-out one. Where the second is much larger than the first, the prior has learned by heart."
+            f"{new} for a held-out one. Where the second is much larger than the first, the prior has memorised training images."
         )
     if run.family == "ar":
-        key, axis, scale = "bits_per_token", "bits a token", math.log(2)
-        meaning = "Bits a token are what the prior needs to write down one token of an image, given those before it."
+        key, axis, scale = "bits_per_token", "bits per token", math.log(2)
+        meaning = "Bits per token are what the prior needs to write down one token of an image, given those before it."
     else:
         key, axis, scale = "loss", "flow-matching loss", 1.0
         meaning = (
@@ -259,7 +259,7 @@ def prior_curves(run: Record) -> Html:
     least = "fewest held-out bits" if run.family == "ar" else "lowest held-out loss"
     marked = f"the step with the {least}, whose weights are" if run.config.prior.early_stopping else "the weights that are"
     words = (
-        f"{meaning} Where the training line falls while the held-out line rises, the prior learns by heart. The training line is "
+        f"{meaning} Where the training line falls while the held-out line rises, the prior memorises. The training line is "
         "measured with dropout and with some classes hidden, so it can lie above the other."
     )
     caption = f"Prior: {axis}; lower is better. The rule marks {marked} used."
@@ -270,12 +270,12 @@ def latent(run: Record) -> Html:
     found = run.metrics["latent"]
     by_channel = sorted(found["gaussian_bits_by_channel"], reverse=True)
     mean, most, total = sum(by_channel) / len(by_channel), number(by_channel[0], 1), number(found["gaussian_bits"], 1)
-    svg = bar_chart(by_channel, x="channel, by rank", y="bits an image", level=(mean, "if all were equal"))
+    svg = bar_chart(by_channel, x="channel, by rank", y="bits per image", level=(mean, "if all were equal"))
     caption = f"What each of the {found['channels']} channels of the latent tells of a held-out image, most telling first."
     alt = f"Bars from {most} bits for the most telling channel to {number(by_channel[-1], 1)} for the least"
     meaning = (
         "The encoder does not say one number but a range, a mean and the noise about it. The wider the means of different images "
-        f"lie apart beside that noise, the more bits the latent carries: {total} bits an image here, if its values were "
+        f"lie apart beside that noise, the more bits the latent carries: {total} bits per image here, if its values were "
         "independent Gaussians. A channel of nearly no bits is capacity left idle."
     )
     return web.side_by_side(web.figure(web.chart(svg, alt), caption), paragraph(meaning))
@@ -315,7 +315,7 @@ def trade(run: Record) -> list[Html]:
     if not run.metrics.get("trade"):
         return []
     score, key, least = {
-        "ar": ("held-out bits a token", "heldout_bits_per_token", "fewest held-out bits"),
+        "ar": ("held-out bits per token", "heldout_bits_per_token", "fewest held-out bits"),
         "dit": ("held-out loss", "heldout_loss", "lowest held-out loss"),
     }[run.family]
     columns = {
@@ -394,14 +394,14 @@ def prior_measurements(run: Record) -> list[tuple[str, str, str]]:
     if run.family == "ar":
         token = number(prior["heldout_bits_per_token"], 3)
         return [
-            ("Held-out bits a token", token, "Code length under the prior, given the class; lower is better."),
-            ("Held-out bits an image", image, "The same for all tokens; compares priors of one autoencoder only."),
+            ("Held-out bits per token", token, "Code length under the prior, given the class; lower is better."),
+            ("Held-out bits per image", image, "The same for all tokens; compares priors of one autoencoder only."),
         ]
     given = "" if run.family == "mixture" else ", given the class"
     meaning = f"Code length of the latent under the prior{given}, less that of its noise; lower is better."
     plain = number(run.metrics["latent"]["gaussian_bits"], 1)
     rows = [
-        ("Held-out bits an image", image, meaning),
+        ("Held-out bits per image", image, meaning),
         ("The same, plain Gaussian", plain, "If all values of the latent were independent Gaussians: what a prior has to beat."),
     ]
     if run.family == "dit":

@@ -276,7 +276,7 @@ def value_of(name: str, value: float | None) -> str:
     unit = PREDICTORS[name].unit
     if value is None or unit == "share":
         return percent(value)
-    return number(value, {"bits an image": 1, "directions": 1, "codes": 1, "squared error": 4, "pixel units": 3}.get(unit, 2))
+    return number(value, {"bits per image": 1, "directions": 1, "codes": 1, "squared error": 4, "pixel units": 3}.get(unit, 2))
 
 
 def unit_of(name: str) -> str:

@@ -33,7 +33,7 @@ from dae.training.priors import prior_family, require_guidance
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a trial: a record, or the words in which it diverged, or those in which it failed.
+    """The result of a trial: its record, or why it diverged or failed.
 
     A trial that diverged is a result: it is saved, and not tried again. A failed one is tried again by the next start.
     """

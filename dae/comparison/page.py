@@ -52,8 +52,8 @@ ABOUT = {
     "dae-shallow": "decoupled, with a decoder of few layers in the first stage",
     "dae-dropout": "decoupled, with a decoder that drops channels at random in the first stage",
 }
-DISTANCE, RATE = "generation distance", "rate, bits an image"
-BITS, SIZE = "bits an image under the prior", "parameters of the prior"
+DISTANCE, RATE = "generation distance", "rate, bits per image"
+BITS, SIZE = "bits per image under the prior", "parameters of the prior"
 
 
 def write_page(config: Config, summary: dict, pictures: Mapping[str, np.ndarray], folder: Path) -> Path:

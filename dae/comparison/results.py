@@ -44,8 +44,8 @@ def _of_prior(key: str) -> Callable[[dict], float | None]:
 
 MEASURES = (
     Measure("frechet", "generation distance", -1, _of_prior("frechet"), least=0),
-    Measure("bits", "bits an image under the prior", 0, _of_prior("bits"), 1),  # a smaller latent has fewer, and is no better
-    Measure("rate_bits", "rate, bits an image", 0, lambda r: r["rate_bits"], 1, least=0),
+    Measure("bits", "bits per image under the prior", 0, _of_prior("bits"), 1),  # a smaller latent has fewer, and is no better
+    Measure("rate_bits", "rate, bits per image", 0, lambda r: r["rate_bits"], 1, least=0),
     Measure("psnr", "PSNR of reconstructions", 1, lambda r: r["psnr"], 2, "dB"),
     Measure("ssim", "SSIM of reconstructions", 1, lambda r: r["ssim"], 3, least=-1, most=1),
     Measure("reconstruction_frechet", "distance of reconstructions", -1, lambda r: r["reconstruction_frechet"], least=0),

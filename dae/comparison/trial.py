@@ -260,7 +260,7 @@ def _reconstruction(bench: Bench, judge: Judge, autoencoder: Autoencoder, config
 
 
 def _rate(encoded: EncodedDataset, config: Config) -> float:
-    """Bits an image of the training set's latents, if a prior knew no more than the frequency of each code, or a Gaussian."""
+    """Bits per image of the training set's latents, if a prior knew no more than the frequency of each code, or a Gaussian."""
     if config.autoencoder.bottleneck == "vq":
         return code_entropy_rate(encoded.values_NC[:, 0], config.autoencoder.vq.codebook_size)
     return gaussian_rate(*encoded.values_NC[:, 0].chunk(2, dim=1))
@@ -281,7 +281,7 @@ def _generate(autoencoder: Autoencoder, prior: Prior, num_classes: int, config: 
 
 
 def _bits_an_image(prior: Prior, cache: EncodingCache, config: Config) -> float:
-    """Held-out code length of the latent under the prior, in bits an image."""
+    """Held-out code length of the latent under the prior, in bits per image."""
     family = PRIOR_FAMILIES[prior_family(config)]
     if family.final_bits is not None:  # it solves an ODE for each image: the same few for every trial
         few = _some(len(cache.validation), IMAGES_FOR_BITS)

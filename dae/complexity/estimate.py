@@ -1,4 +1,4 @@
-"""What every estimate of this package returns, and the checks of the latents and the data that it is made from."""
+"""`Estimate`, the result type of every distance here, and the checks of latents and data."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Estimate:
         value: mean of `values`.
         std: their sample standard deviation; 0 of one. It tells what splits, initial weights and batches change. All seeds share
             the data, so it leaves out what another sample of the data would change: `standard_error`.
-        values: one a seed.
+        values: one per seed.
         seeds: what the randomness of each was drawn from.
         bound: which side of the true value it bounds in expectation over samples, so that one value may lie beyond it by its
             sampling error: "exact"; "upper", an infimum found by training; "lower", a critic's supremum; "neither", both.
@@ -68,7 +68,7 @@ class Estimate:
         return cls(statistics.fmean(values), std, values, tuple(seeds), **rest)
 
     def to_dict(self) -> dict:
-        """For JSON; infinity, which JSON has not, as the word."""
+        """JSON-safe: infinity becomes a string."""
         fields = dataclasses.asdict(self)
         for name in ("values", "seeds", "counts"):
             fields[name] = list(fields[name])
@@ -84,7 +84,7 @@ class Estimate:
 
 
 def pooled_error(errors: Sequence[float | None]) -> float | None:
-    """Root of the mean square of the standard errors, one a seed; None if one is not known."""
+    """Root of the mean square of the standard errors, one per seed; None if one is not known."""
     known = [error for error in errors if error is not None]
     return math.hypot(*known) / math.sqrt(len(known)) if len(known) == len(errors) else None
 

@@ -245,7 +245,7 @@ class ConvDecoders(GeneratorFamily):
     Args:
         width_factor: in (0, 1], channels relative to `base_channels` at full resolution and twice those below; the capacity.
         base_channels: of the widest.
-        num_blocks: residual blocks a level.
+        num_blocks: residual blocks per level.
     """
 
     width_factor: float = 0.5

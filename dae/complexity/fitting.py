@@ -30,7 +30,7 @@ class Fitting:
 
     Args:
         steps: of Adam, at a rate that falls to 0 as a cosine.
-        batch_size: rows a step.
+        batch_size: rows per step.
         learning_rate: at the start; None is the family's own, for latents and data of unit scale, to which they are brought.
         heldout: share of the rows to measure on, in (0, 1/2]; 0 measures on the rows that were fitted on.
         measure_limit: at most so many rows are measured on, and chosen on; None is 4096 for a distance that compares all pairs of

@@ -69,12 +69,12 @@ def generator_distance(
 
         D^G(P_z, P_x) = inf over g in G of D(P_g(z), P_x)
 
-    For each seed the rows are split at random: g is fitted on some and D is measured on the others, so that a generator which
-    knows its points by heart gains nothing. A fifth of the rows to fit on chooses among the states of the training. What
-    training finds is above the infimum: an upper bound, apart from the error of finite samples, which `convention` describes.
-    For linear maps the best g is computed, not trained, with "reconstruction" and "frechet".
+    For each seed the rows are split at random: g is fitted on some and D is measured on the others, so that memorising does
+    not help; 20 % of the fitting rows select the checkpoint. What training finds is above the infimum: an upper bound, apart from
+    the error of finite samples, which `convention` describes. For linear maps the best g is computed, not trained, with
+    "reconstruction" and "frechet".
 
-    "frechet" knows the laws by means and covariances only, so there is nothing to know by heart: for linear maps these moments
+    "frechet" uses means and covariances only, so there is nothing to memorise: for linear maps these moments
     are taken from all rows, whatever `heldout` > 0, and a jackknife removes the bias of order 1/N and tells the standard error.
     What is left is sampling error, so the bound is "exact". For other families the jackknife is over the held-out rows. Measured
     on Gaussians whose variances are (9, 5, 3, 2, 1, 0.6, 0.3, 0.1), with the first 2, 4 or 6 as latent and |W| <= 1: the mean of

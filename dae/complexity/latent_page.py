@@ -480,7 +480,7 @@ def method(measured: Measured) -> list[Html]:
     words = OmegaConf.to_yaml(OmegaConf.structured(measured.config))
     return [
         web.table(("what", "value"), rows, prose=(0, 1)),
-        paragraph("All values, one a seed, with conventions and fingerprints: latents.json beside this page."),
+        paragraph("All values, one per seed, with conventions and fingerprints: latents.json beside this page."),
         web.details("The resolved configuration", web.preformatted(words)),
     ]
 

@@ -83,8 +83,8 @@ def tiny_transformer_bits(train_Nhw: Tensor, heldout_Mhw: Tensor, codebook_size:
         -sum over t of log2 p(token_t | token_<t), a mean over the held-out images, tokens in raster order
 
     Width 32, depth 1, no classes; `PRIOR_STEPS` steps of AdamW on about `PRIOR_TOKENS` tokens each, whatever the length of an
-    image, but at most `PRIOR_PASSES` passes over the training images, lest it learn few of them by heart. It ranks latents
-    by how fast they are learned, and is no estimate of what a prior reaches in the end.
+    image, but at most `PRIOR_PASSES` passes over the training images, so that it does not memorise a small set. It ranks
+    latents by how fast they are learned, and does not estimate what a prior reaches in the end.
 
     Args:
         train_Nhw, heldout_Mhw: int64 codes in 0..K-1.

@@ -56,22 +56,22 @@ PREDICTORS = {
         "How many equally frequent codes would be as varied. More carry more detail, fewer are easier to predict.", "either",
     ),
     "code_entropy": Predictor(
-        "Entropy of a code", "bits a token",
+        "Entropy of a code", "bits per token",
         "The same in bits: what a token costs if only the frequency of each code is known.", "either",
     ),
     "ngram_bits": Predictor(
-        "Code length, neighbours only", "bits an image",
+        "Code length, neighbours only", "bits per image",
         "What an image costs if each code is guessed from its left and upper neighbour. Few bits: the codes follow simple rules.",
         "lower",
     ),
     "prior_bits": Predictor(
-        "Code length, tiny prior", "bits an image",
+        "Code length, tiny prior", "bits per image",
         "What an image costs under a very small generative model of the latent: a Transformer trained for a second "
         "(tokens), or a Gaussian (continuous latents, at the precision of their noise).",
         "lower",
     ),
     "gaussian_rate": Predictor(
-        "Gaussian rate", "bits an image",
+        "Gaussian rate", "bits per image",
         "What a continuous latent costs if each of its values is guessed alone, from a bell curve.",
         "lower",
     ),

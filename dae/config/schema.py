@@ -140,7 +140,7 @@ class DecoderConfig:
         choices=("full", "linear", "narrow", "shallow", "dropout"),
     )
     width_factor: float = knob(0.25, "narrow: channels relative to the full decoder", above=0, most=1)
-    num_blocks: int = knob(0, "shallow: residual blocks a level, where the full decoder has num_blocks + 1", least=0, most=1000)
+    num_blocks: int = knob(0, "shallow: residual blocks per level, where the full decoder has num_blocks + 1", least=0, most=1000)
     dropout: float = knob(0.5, "dropout: probability that Dropout2d zeroes a channel after a residual block", least=0, below=1)
 
 
@@ -171,7 +171,7 @@ class AutoencoderConfig:
         least=1,
         most=1024,
     )
-    num_blocks: int = knob(1, "residual blocks a level in the encoder; a full decoder has one more", least=0, most=1000)
+    num_blocks: int = knob(1, "residual blocks per level in the encoder; a full decoder has one more", least=0, most=1000)
     attention_resolutions: List[int] = knob([], "feature-map sizes at which self-attention is added", least=1)
     latent_channels: int = knob(16, "channels of the latent", least=1, most=65536)
     bottleneck: str = knob("vq", "vq (tokens) or kl (continuous)", choices=("vq", "kl"))
@@ -212,11 +212,11 @@ class OptimizationConfig:
     max_train_steps: int = knob(1000, "optimiser steps", least=1, role="length")
     train_batch_size: int = knob(
         64,
-        "images a process and micro-batch; global batch = this x processes x gradient_accumulation_steps",
+        "images per process and micro-batch; global batch = this x processes x gradient_accumulation_steps",
         least=1,
         role="batch",
     )
-    gradient_accumulation_steps: int = knob(1, "micro-batches an optimiser step", least=1, most=100_000)
+    gradient_accumulation_steps: int = knob(1, "micro-batches per optimiser step", least=1, most=100_000)
     learning_rate: float = knob(1e-3, "peak learning rate of AdamW", least=0, most=1)
     lr_scheduler: str = knob("cosine", "shape after the warm-up", choices=("constant", "linear", "cosine"))
     lr_warmup_steps: int = knob(50, "steps of linear warm-up", least=0)

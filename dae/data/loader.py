@@ -31,7 +31,7 @@ class TrainLoader:
 
     Args:
         dataset: map-style data set, or `ImageStream`.
-        batch_size: rows a process and micro-step.
+        batch_size: rows per process and micro-step.
         seed: of the order.
         num_workers: processes that decode; a stream uses at most one for each of its shards.
         shuffle_buffer_size: rows in the shuffle buffer of a stream.
@@ -310,7 +310,7 @@ def evaluation_batches(dataset: Dataset, batch_size: int, limit: int | None = No
 
     Args:
         dataset: map-style data set or `ImageStream`, which is read by at most one worker to keep its order.
-        batch_size: rows a batch.
+        batch_size: rows per batch.
         limit: number of rows at most.
         num_workers: processes that decode.
 
@@ -362,7 +362,7 @@ def in_memory(
         batches = _once(dataset, batch_size, num_workers, chosen)
     else:
         batches = evaluation_batches(dataset, batch_size, limit=limit, num_workers=num_workers)
-    streamed, copies = isinstance(dataset, IterableDataset), 2 if as_bytes else 6  # bytes a value: parts, whole, float32
+    streamed, copies = isinstance(dataset, IterableDataset), 2 if as_bytes else 6  # bytes per value: parts, whole, float32
     images, labels, held = [], [], 0
     for batch in batches:
         x = batch["image"]

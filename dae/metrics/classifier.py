@@ -148,7 +148,7 @@ def train_classifier(
         num_classes: number of classes.
         steps: optimiser steps.
         seed: of the weights, the batches and the augmentation.
-        batch_size: images a step, at least 2, drawn epoch by epoch without replacement; N where there are fewer.
+        batch_size: images per step, at least 2, drawn epoch by epoch without replacement; N where there are fewer.
         device: where to train; the classifier stays there.
         progress: show a progress bar.
         name: what the images are, for `Classifier.identifier`.

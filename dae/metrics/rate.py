@@ -1,4 +1,4 @@
-"""Rates of a latent in bits an image: what the latent costs, in a unit in which VQ and KL latents compare.
+"""Rates of a latent in bits per image: what the latent costs, in a unit in which VQ and KL latents compare.
 
 VQ:  tokens x entropy of the codes (`code_entropy_rate`), or the bits of a prior over the tokens
 KL:  an upper bound of I(x; z) by one Gaussian (`gaussian_rate`), or the bits of a prior over the latents (`bits_back`)
@@ -19,7 +19,7 @@ from dae.precision import own_arithmetic
 
 @own_arithmetic(gradients=False)
 def gaussian_rate(mean_NDhw: Tensor, log_variance_NDhw: Tensor, *, covariance: str = "auto") -> float:
-    """Mean KL(q(z|x) || N(m, S)) in bits an image, with m and S the moments of the aggregate posterior.
+    """Mean KL(q(z|x) || N(m, S)) in bits per image, with m and S the moments of the aggregate posterior.
 
         m = mean_n mean_n,    S = cov_n(mean_n) + diag(mean_n variance_n)
         rate = 1/2 (log2 det S - mean_n sum_p log2 variance_np)
@@ -36,7 +36,7 @@ def gaussian_rate(mean_NDhw: Tensor, log_variance_NDhw: Tensor, *, covariance: s
             too small. Compare latents by one kind only.
 
     Returns:
-        Bits an image, computed in float64.
+        Bits per image, computed in float64.
 
     Raises:
         TypeError: tensors that are not floating.
@@ -58,7 +58,7 @@ def gaussian_rate(mean_NDhw: Tensor, log_variance_NDhw: Tensor, *, covariance: s
 
 @own_arithmetic(gradients=False)
 def code_entropy_rate(indices_NT: Tensor, codebook_size: int, *, per_position: bool = False) -> float:
-    """Bits an image of a code that knows how often each token occurs, and nothing of its neighbours.
+    """Bits per image of a code that knows how often each token occurs, and nothing of its neighbours.
 
         pooled (default):  T H(token),  H over all positions together = T log2(perplexity)
         per position:      sum_t H(token_t)
@@ -91,7 +91,7 @@ def bits_back(
     log_prob: Callable[[Tensor], Tensor],
     generator: torch.Generator | None = None,
 ) -> float:
-    """Code length of the latent under a prior in bits an image: E_q[log2 q(z|x) - log2 p(z)], averaged over the images.
+    """Code length of the latent under a prior in bits per image: E_q[log2 q(z|x) - log2 p(z)], averaged over the images.
 
     That is KL(q(z|x) || p), what bits-back coding pays for the latent, and at least I(x; z) on average, whatever the prior. It
     compares with the bits that a prior needs for VQ's tokens, the posterior of which has no entropy to give back. The
@@ -115,7 +115,7 @@ def bits_back(
     log_p = log_prob(mean_NDhw + (0.5 * log_variance_NDhw).exp() * noise)
     if log_p.shape != mean_NDhw.shape[:1] or not torch.isfinite(log_p).all():
         raise ValueError(
-            f"log_prob: expected {len(mean_NDhw)} finite numbers, one an image, got shape {list(log_p.shape)}"
+            f"log_prob: expected {len(mean_NDhw)} finite numbers, one per image, got shape {list(log_p.shape)}"
             f"{'' if torch.isfinite(log_p).all() else ' with NaN or infinity'}"
         )
     negative_entropy = -0.5 * (1 + math.log(2 * math.pi) + log_variance).sum(1)

@@ -80,7 +80,7 @@ def check_features(rows: int = 0, **features: Tensor) -> None:
         if len(x) < rows:
             raise ValueError(f"{name}: expected at least {rows} rows, got {len(x)}; add images")
         if dimension is not None and x.shape[1] != dimension:
-            raise ValueError(f"{name}: expected {dimension} features a row, got {x.shape[1]}; use one feature extractor for both")
+            raise ValueError(f"{name}: expected {dimension} features per row, got {x.shape[1]}; use one extractor for both")
         dimension = x.shape[1]
         if not torch.isfinite(x).all():
             raise ValueError(f"{name}: expected finite features, got NaN or infinity; look for diverged weights or broken images")

@@ -77,7 +77,7 @@ class ARPrior(WideBuffers, ClassConditional, PretrainedModel):
     Args:
         config: width, depth, heads, dropout.
         vocab_size: codebook size K of the tokenizer.
-        sequence_length: tokens an image, T.
+        sequence_length: tokens per image, T.
         num_classes: C; label C is the null class.
         tokenizer: fingerprint of the tokenizer whose tokens these are.
     """
@@ -117,7 +117,7 @@ class ARPrior(WideBuffers, ClassConditional, PretrainedModel):
         output holds the logits of all T. With a cache, the input is what follows the cached positions: the class (and
         tokens) in the first call, then tokens only.
 
-        With `targets_BT` [B, L], the tokens that do follow, the result is a scalar: the mean of -log p(target) in nats a token
+        With `targets_BT` [B, L], the tokens that do follow, the result is a scalar: the mean of -log p(target) in nats per token
         (divide by log 2 for bits), without all logits at once. In training mode `label_smoothing` and `z_loss` are in it.
         """
         x = self.token_embedding(tokens_BT)

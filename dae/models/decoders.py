@@ -33,7 +33,7 @@ class ConvDecoder(nn.Module):
         config: widths, levels and attention of the autoencoder, mirrored from its encoder.
         image_channels, resolution: of the images.
         width_factor: scales the channels of every level (at least 4 channels are left).
-        num_blocks: residual blocks a level.
+        num_blocks: residual blocks per level.
         dropout: probability of channel dropout after each residual block.
     """
 

@@ -1,8 +1,8 @@
-"""All in which the training of a prior depends on its family: what it reads, what it is made of, its loss, its held-out score.
+"""Everything that differs between prior families: data, model, loss, held-out score.
 
-ar       autoregressive Transformer over VQ tokens; held-out bits a token
-dit      Diffusion Transformer over a KL latent; held-out flow-matching loss, and bits an image once it is trained
-mixture  Gaussian mixture over a KL latent, fitted at once; held-out bits an image
+ar       autoregressive Transformer over VQ tokens; held-out bits per token
+dit      Diffusion Transformer over a KL latent; held-out flow-matching loss, and bits per image once it is trained
+mixture  Gaussian mixture over a KL latent, fitted at once; held-out bits per image
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from dae.quantizers import Encoding
 from dae.sampling import log_likelihood
 from dae.seeding import seed_for
 
-LIKELIHOOD_STEPS = 32  # of the ODE whose likelihood gives a DiT's bits an image
+LIKELIHOOD_STEPS = 32  # of the ODE whose likelihood gives a DiT's bits per image
 LIKELIHOOD_IMAGES = 256  # held-out images of which it is taken at most
 SCORE_BATCH = 64  # latents at once where numbers are drawn for each batch: no setting may change the score
 
@@ -228,7 +228,7 @@ class Family:
         build: a new model for what a cache holds; ValueError if settings and latent do not go together.
         loss: of the wrapped model, the model itself and a batch of the cache, with draws through `draw_rows`; None is fitted.
         score, criterion: measures encoded images, less is better, and leaves the global random state; its name in the log.
-        final_bits: bits an image, if that takes too long for every validation.
+        final_bits: bits per image, if that takes too long for every validation.
     """
 
     model: type[PretrainedModel]

@@ -93,7 +93,8 @@ class Run:
         occupied = [p.name for p in (self.history_file, self.folder / "model.safetensors") if p.exists() and p.stat().st_size]
         occupied += [p.name for p in self.checkpoints.all()]
         remedy = "continue it with resume_from_checkpoint=latest, choose another output_dir, or delete it"
-        if self.config.resume_from_checkpoint == "latest":  # killed before its first checkpoint: start over, but spare a model
+        # Killed before its first checkpoint: start over, but never overwrite a finished model.
+        if self.config.resume_from_checkpoint == "latest":
             occupied = [name for name in occupied if name == "model.safetensors"]
             remedy = "it has no checkpoint to continue from; choose another output_dir, or delete it"
         if occupied:

@@ -14,7 +14,7 @@ class Stage:
     decoder: DecoderConfig
     latent_frozen: bool  # encoder and bottleneck stay as the stage before left them
     config: StageConfig
-    keeps_decoder: bool = False  # the decoder goes on from the stage before; else it is a new one
+    keeps_decoder: bool = False  # keep the previous stage's decoder instead of initialising a new one
 
 
 def plan_stages(config: Config) -> list[Stage]:

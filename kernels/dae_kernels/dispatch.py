@@ -110,7 +110,7 @@ TAKEN_WHOLE: list[Callable] = []
 
 
 def taken_whole(function: Callable) -> Callable:
-    """Decorator of a differentiable function that torch.compile must not look into; its callers import `dae_kernels.whole` first.
+    """Decorator of a function with an autograd.Function that Dynamo must not trace into; callers import `whole.py` first.
 
     Dynamo ignores the `backward` of an autograd.Function inside torch.func.grad, vjp and jacrev: the derivative would be that of
     the forward pass, or 0, without an error (torch 2.13). Taken whole, the function is traced below these transforms, as in

@@ -1,4 +1,4 @@
-"""Functions that torch.compile takes whole (`dispatch.taken_whole`), told to it while it traces, and only then.
+"""autograd.Functions that Dynamo must not trace into (`allow_in_graph`), registered when something is first compiled.
 
 torch._dynamo takes a second to import; and a function is looked up after the import that stands before its call.
 """

@@ -284,7 +284,7 @@ def test_errors_of_clouds_and_statistics():
         (lambda: statistics.update(x.long()), TypeError, "got torch.int64"),
         (lambda: statistics.state(), ValueError, "got 0"),
         (lambda: GaussianStatistics().update(x[:1]).covariance, ValueError, "at least 2 rows for a covariance, got 1"),
-        (lambda: GaussianStatistics().update(x).update(x[:, :2]), ValueError, "expected 3 features a row, got 2"),
+        (lambda: GaussianStatistics().update(x).update(x[:, :2]), ValueError, "expected 3 features per row, got 2"),
         (lambda: GaussianStatistics.from_state(torch.zeros(5).double()), ValueError, r"got torch.float64 \[5\]"),
         (lambda: GaussianStatistics.from_state(torch.zeros(0).double()), ValueError, r"got torch.float64 \[0\]"),
         *(

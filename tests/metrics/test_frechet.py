@@ -99,7 +99,7 @@ def test_statistics_errors():
         _ = statistics.covariance
     statistics.update(normal(4, 3))
     for x, message in [
-        (normal(4, 2), "expected 3 features a row, got 2"),
+        (normal(4, 2), "expected 3 features per row, got 2"),
         (normal(4), r"features \[N, D\], got shape \(4,\)"),
         (normal(4, 3) * math.nan, "NaN or infinity"),
         (normal(4, 3) / 0, "NaN or infinity"),
@@ -231,5 +231,5 @@ def test_equal_counts_out_of_range(count):
 def test_equal_counts_errors_name_the_argument():
     with pytest.raises(ValueError, match="other_features: expected at least 2 rows, got 1"):
         equal_count_frechet(normal(5, 2), normal(1, 2), seed=0)
-    with pytest.raises(ValueError, match="other_features: expected 2 features a row, got 3"):
+    with pytest.raises(ValueError, match="other_features: expected 2 features per row, got 3"):
         equal_count_frechet(normal(5, 2), normal(5, 3), seed=0)

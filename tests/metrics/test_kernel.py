@@ -63,7 +63,7 @@ def test_user_errors():
         ((x, y), {"subset_size": 1}, "got 1"),
         ((x, y[:3]), {}, "got 1, half of the smaller set"),
         ((x, y), {"subsets": 0}, "subsets: expected at least 1, got 0"),
-        ((x, y[:, :4]), {}, "expected 5 features a row, got 4"),
+        ((x, y[:, :4]), {}, "expected 5 features per row, got 4"),
         ((x, y / 0), {}, "finite features"),
     ):
         with pytest.raises(ValueError, match=message):

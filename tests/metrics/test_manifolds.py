@@ -70,7 +70,7 @@ def test_errors():
         precision_recall(x[:3], x)
     with pytest.raises(ValueError, match="fake_MD: expected at least 6 rows, got 5"):
         precision_recall(x, x[:5], k=5)
-    with pytest.raises(ValueError, match="fake_MD: expected 3 features a row, got 2"):
+    with pytest.raises(ValueError, match="fake_MD: expected 3 features per row, got 2"):
         precision_recall(x, x[:, :2])
     with pytest.raises(ValueError, match="NaN"):
         precision_recall(x, x * math.nan)

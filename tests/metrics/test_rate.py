@@ -1,4 +1,4 @@
-"""Rates in bits an image, against closed forms of Gaussians and of codes."""
+"""Rates in bits per image, against closed forms of Gaussians and of codes."""
 
 import math
 
@@ -151,7 +151,7 @@ def test_other_refusals():
     x = torch.zeros(3, 2)
     with pytest.raises(ValueError, match="covariance: expected 'auto', 'full' or 'diagonal', got 'banded'"):
         gaussian_rate(x, x, covariance="banded")
-    with pytest.raises(ValueError, match=r"expected 3 finite numbers, one an image, got shape \[3, 2\]"):
+    with pytest.raises(ValueError, match=r"expected 3 finite numbers, one per image, got shape \[3, 2\]"):
         bits_back(x, x, lambda z: z)
     with pytest.raises(ValueError, match="with NaN or infinity"):
         bits_back(x, x, lambda z: z.sum(1) / 0)

@@ -77,7 +77,7 @@ def test_diffusion_transformer_is_sampled_measured_and_shown(flow):
     assert {row["prior_step"] for row in metrics["trade"]} == {4, 8, 12}
     page = (flow / "report.html").read_text()
     for words in (
-        "a Diffusion Transformer, the prior", "64 numbers (4 channels of 4 × 4)", "Bits an image, held-out images",
+        "a Diffusion Transformer, the prior", "64 numbers (4 channels of 4 × 4)", "Bits per image, held-out images",
         "<h2>Latent</h2>", "flow-matching loss", "4 steps from noise to latent", "decoder is trained on its latents",
     ):  # fmt: skip
         assert words in page, words

@@ -61,7 +61,7 @@ def test_made_again_where_it_was_cut(chain, copied_chain, run, name):
 
 
 def test_diffusion_transformer_made_again(made_once, tmp_path, run, history):
-    """Its bits an image are measured after the training: at the last step they are there, or made good."""
+    """Its bits per image are measured after the training: at the last step they are there, or made good."""
     kl = ("autoencoder.bottleneck=kl", "prior.max_train_steps=8")
     whole = made_once("kl_outputs", ("train_dae", "encode", "train_prior"), *kl)
     copy = Path(shutil.copytree(whole, tmp_path / "copy"))

@@ -61,7 +61,7 @@ class SquareRoot(torch.autograd.Function):
     def backward(
         ctx: FunctionCtx, grad_DD: Tensor | None, grad_roots_D: Tensor | None, grad_vectors_DD: Tensor | None
     ) -> Tensor | None:
-        if grad_roots_D is not None or grad_vectors_DD is not None:  # whoever differentiates what is below comes by them
+        if grad_roots_D is not None or grad_vectors_DD is not None:  # reached by double backward
             raise RuntimeError("gaussian_w2 and frechet_distance have no second derivatives")
         if grad_DD is None:
             return None

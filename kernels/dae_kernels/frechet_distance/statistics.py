@@ -60,7 +60,7 @@ class GaussianStatistics:
             return self
         if len(self._mean) != len(other._mean):
             raise ValueError(
-                f"expected {len(self._mean)} features a row, got {len(other._mean)}; use one feature extractor for all rows"
+                f"expected {len(self._mean)} features per row, got {len(other._mean)}; use one feature extractor for all rows"
             )
         count = self.count + other.count
         difference = other._mean.to(self._mean.device) - self._mean

@@ -128,7 +128,7 @@ def check_operands(
 
 
 class GroupNormSiLU(torch.autograd.Function):
-    """The kernels with their gradient. A Function, as what `register_autograd` makes is closed to torch.func."""
+    """The kernels with their gradient; `register_autograd` does not support torch.func."""
 
     generate_vmap_rule = True
 

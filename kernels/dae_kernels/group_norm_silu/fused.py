@@ -12,7 +12,7 @@ Roofline (counts, with the measured floors of an H100: 3.0 TB/s of copy, 132 SMs
   the gradient took 243 registers on sm_90, and 127 with 256: either way two blocks fit on an SM, but one of 16 warps hides more.
 - Statistics and sums are kept for each lane of the tile, merged over lanes once at the end, written once for each channel and
   chunk of positions, and merged over the chunks of a group by a small kernel: no atomics, one order of summation. A chunk has at
-  most 16 tiles, and so few that 528 programs (4 an SM) run where the tensor has as many tiles; its two numbers a channel are
+  most 16 tiles, and so few that 528 programs (4 an SM) run where the tensor has as many tiles; its two numbers per channel are
   at most 1/64 of what it read.
 """
 

@@ -28,7 +28,7 @@ def pair_rows_reference(
     rows = max(1, MAX_PAIRS // M)
     # The plain tuple, not a split into one: a graph compiled for one chunk then serves every N up to `rows`.
     chunks = (q_ND,) if rows >= N else q_ND.split(rows)
-    # Made before the large blocks come and go: small results between them would leave the heap in pieces.
+    # Allocated before the large blocks, against fragmentation.
     sum_N, gradient_ND = q_ND.new_empty(N), q_ND.new_empty(N if gradient else 0, q_ND.shape[1])
     for chunk, q_nD in enumerate(chunks):
         here = slice(chunk * rows, chunk * rows + q_nD.shape[0])

@@ -55,7 +55,7 @@ def apply_pair_sums(
 class PairSums(torch.autograd.Function):
     """`pair_sums`, told which sides need gradients.
 
-    The sums and slopes that make the gradients are outputs too: whoever differentiates the gradients again comes by them.
+    The sums and slopes that make the gradients are also outputs, so that double backward reaches them and raises.
     """
 
     generate_vmap_rule = True

@@ -86,7 +86,7 @@ def check_operands(a: Tensor, b: Tensor, weight: Tensor | None, eps: float) -> N
 
 
 class PerceptualTap(torch.autograd.Function):
-    """The kernels with their gradient. A Function, as what `register_autograd` makes is closed to torch.func."""
+    """The kernels with their gradient; `register_autograd` does not support torch.func."""
 
     generate_vmap_rule = True
 

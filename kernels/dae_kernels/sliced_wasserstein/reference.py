@@ -35,7 +35,7 @@ def mean_cost(x_ND: Tensor, y_MD: Tensor, projections_DL: Tensor, p: float, wx_N
 
 
 class Recomputed(torch.autograd.Function):
-    """`projected_cost`, which keeps its operands alone for the backward pass. torch's `checkpoint` is closed to torch.func."""
+    """`projected_cost`, of which only the operands are saved; torch's `checkpoint` does not support torch.func."""
 
     generate_vmap_rule = True
 
