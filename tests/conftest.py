@@ -1,14 +1,19 @@
-"""What must be set before the first import of numpy and triton.
+"""What must be set before the first import of numpy, torch and triton.
 
 Without a CUDA device the Triton kernels run in Triton's CPU interpreter, which tests/kernels/conftest.py mends for bfloat16.
 """
 
 import gc
+import getpass
 import itertools
 import os
 import pickle
+import tempfile
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the interpreter multiplies small blocks: threads only get in the way
+if capability := os.environ.get("ATEN_CPU_CAPABILITY"):  # torch.compile's cache would give back the C++ of another one
+    folder = f"torchinductor_{getpass.getuser()}_{capability}"
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), folder))
 
 import pytest
 import torch
