@@ -34,11 +34,10 @@ from typing import Any
 import torch
 from bench_kernels import growth
 from clock import CONFIGS, read_config, state_bytes
-from profile_step import at_full_load, machine, synthetic_images
+from profile_step import at_full_load, machine, random_perceptual_loss, synthetic_images
 from torch import nn
 
 from dae.config import Config, KernelsConfig
-from dae.losses import PerceptualLoss
 from dae.models import Autoencoder, choose_kernels
 from dae.models.layers import Downsample, GroupNorm, ResidualBlock, SelfAttention2d, Upsample
 from dae.training import plan_stages
@@ -149,9 +148,10 @@ class Case:
         self.name, self.config, self.device = name, config, device
         (stage,) = map(at_full_load, plan_stages(config))
         loaders, engine = lambda stage, _: synthetic_images(config, stage), LocalEngine(device, config.mixed_precision)
-        perceptual = PerceptualLoss() if stage.config.loss.perceptual else None
         autoencoder = copy.deepcopy(model).to(device).train()
-        self.training = StageTraining(config, stage, autoencoder, loaders, engine, perceptual, new_codebook=False)
+        self.training = StageTraining(
+            config, stage, autoencoder, loaders, engine, random_perceptual_loss(stage), new_codebook=False
+        )
         self.batch, self.number = stage.config.train_batch_size, 0
         self.loss = self.step()
         for _ in range(WARM_UP - 1):

@@ -69,14 +69,12 @@ class Clock:
     block that is entered ends the phase `data`.
     """
 
-    def __init__(self, device: torch.device, on: bool = True):
-        self.device, self.on = device, on
+    def __init__(self, device: torch.device):
+        self.device = device
         self.phase, self.block = "", ""
         self.stamps: list[Stamp] = []
 
     def stamp(self, phase: str, block: str) -> None:
-        if not self.on:
-            return
         self.phase, self.block = phase, block
         event = None
         if self.device.type == "cuda":
@@ -86,11 +84,11 @@ class Clock:
 
     def enter(self, block: str, x: Any) -> Any:
         """Begin `block` in the forward pass; returns x, whose gradient ends the block's backward pass."""
-        if self.on and self.phase == "data":
+        if self.phase == "data":
             self.stamp("forward", block)
             return x
         # Other phases: layers that gradient checkpointing runs again belong to the backward pass of their block.
-        if not self.on or self.phase != "forward":
+        if self.phase != "forward":
             return x
         before = self.block
         self.stamp("forward", block)

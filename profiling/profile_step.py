@@ -65,6 +65,12 @@ def at_full_load(stage: Stage) -> Stage:
     return dataclasses.replace(stage, config=dataclasses.replace(stage.config, loss=loss))
 
 
+def random_perceptual_loss(stage: Stage) -> PerceptualLoss | None:
+    """With random weights, the same at each call, which take as long as trained ones; None if the stage has none."""
+    torch.manual_seed(0)
+    return PerceptualLoss() if stage.config.loss.perceptual else None
+
+
 def steps_of(config: Config, device: torch.device, synthetic: bool, only: list[str] | None) -> Iterator[tuple[str, ClockedStep]]:
     """Name and step of each stage, then of the prior; one after the other, so that only one is in memory."""
     data = None
@@ -84,7 +90,7 @@ def steps_of(config: Config, device: torch.device, synthetic: bool, only: list[s
         clock, autoencoder = Clock(device), build_autoencoder(config, stage).to(device).train()
         if stage.latent_frozen:
             autoencoder.freeze_latent()
-        perceptual = build_perceptual_loss(config, stage) if data else PerceptualLoss() if stage.config.loss.perceptual else None
+        perceptual = random_perceptual_loss(stage) if data is None else build_perceptual_loss(config, stage)
         engine = ClockedEngine(clock, config.mixed_precision)
         training = StageTraining(config, stage, autoencoder, loaders, engine, perceptual, new_codebook=False)
         yield stage.name, ClockedStep(training, clock, stage.config)

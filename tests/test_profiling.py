@@ -321,6 +321,7 @@ def test_step_beside_diffusers(tmp_path):
     pytest.importorskip("diffusers")
     output = tmp_path / "out.jsonl"
     arguments = ["--config", PHOTOS, *TINY, "autoencoder.attention_resolutions=[4]", "stage1.loss.adversarial=0.1"]
+    arguments += ["stage1.loss.perceptual=0.1"]
     done = run("bench_step.py", *arguments, "--seconds", 0.1, "--device", "cpu", "--json", output)
     (found,) = cases(output)
     assert [row["step"] for row in found["steps"]] == [
