@@ -86,8 +86,9 @@ def evaluate(config: Config) -> dict:
 
     generated = torch.from_numpy(samples["arr_0"]).permute(0, 3, 1, 2)  # 8 bits
     found, asked = extract_features(classifier, generated), knows_classes(prior)
-    generation = judge.samples(generated, torch.from_numpy(samples["arr_1"]) if asked else None, found) | judge.kernel(found)
     copies = judge.near_copies(generated)
+    classes = torch.from_numpy(samples["arr_1"]) if asked else None
+    generation = judge.samples(generated, classes, found, copies) | judge.kernel(found)
     closest = copies.nearest_distance.argsort()[:16]  # the worst cases, not a selection that flatters
     pictures |= {
         "samples": samples["arr_0"][closest.numpy()],

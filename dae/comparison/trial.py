@@ -93,8 +93,6 @@ class Bench:
 
     measure: Judge
     tune: Judge  # held-out: a part of the training images
-    classifier: Classifier
-    labelled: bool
     num_classes: int
     data: dict
 
@@ -139,8 +137,6 @@ class Bench:
         return cls(
             measure=Judge(classifier, train, train_labels, heldout, heldout_labels, *fixed),
             tune=Judge(classifier, train[rest], train_labels[rest], train[aside], train_labels[aside], *fixed),
-            classifier=classifier,
-            labelled=data.labelled,
             num_classes=data.num_classes,
             data=data.describe(),
         )
@@ -150,9 +146,9 @@ class Bench:
         measure = self.measure
         return {
             "floor": {"frechet": measure.floor.mean, "frechet_std": measure.floor.std},
-            "memorised_heldout": measure.memorised_heldout,
+            "memorised_heldout": measure.heldout_copies.share_heldout,
             "heldout_accuracy": measure.accuracy,
-            "extractor": self.classifier.identifier,
+            "extractor": measure.classifier.identifier,
             "counts": {
                 "train": len(measure.train),
                 "heldout": len(measure.heldout),
@@ -160,7 +156,7 @@ class Bench:
                 "tuning_train": len(self.tune.train),
                 "tuning_heldout": len(self.tune.heldout),
             },
-            "labelled": self.labelled,
+            "labelled": measure.labelled,
             "data": self.data,
             "versions": versions(),
         }
@@ -198,7 +194,7 @@ def run_trial(bench: Bench, config: Config, job: Job) -> tuple[dict, Tensor]:
     trained = time.monotonic()
     pairs = (judge.train, judge.train_labels), (judge.heldout, judge.heldout_labels)
     cache = encode(autoencoder, *pairs, bench.num_classes, config)
-    record = dataclasses.asdict(job) | _reconstruction(bench, judge, autoencoder, config)
+    record = dataclasses.asdict(job) | _reconstruction(judge, autoencoder, config)
     record |= {"rate_bits": _rate(cache.train, config), "codebook": _codebook(cache.validation, config)}
 
     priors, samples = [], None
@@ -218,7 +214,7 @@ def run_trial(bench: Bench, config: Config, job: Job) -> tuple[dict, Tensor]:
         )
     record["priors"] = priors
     # At another rate there is no card: what a predictor says would follow the rate.
-    record["card"] = _card(bench, judge, autoencoder, job) if job.purpose == "measure" and job.rate is None else None
+    record["card"] = _card(judge, autoencoder, job) if job.purpose == "measure" and job.rate is None else None
     record["stages"] = [[s.name, s.decoder.family, s.config.max_train_steps] for s in plan_stages(config)]
     record |= {"autoencoder_seconds": trained - started, "seconds": time.monotonic() - started, "versions": versions()}
     return json.loads(json.dumps(record)), torch.from_numpy(to_uint8(samples))
@@ -229,9 +225,9 @@ def _some(count: int, limit: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(JUDGE_SEED))[:limit]
 
 
-def _card(bench: Bench, judge: Judge, autoencoder: Autoencoder, job: Job) -> dict[str, float | None]:
+def _card(judge: Judge, autoencoder: Autoencoder, job: Job) -> dict[str, float | None]:
     rows = _some(len(judge.train), IMAGES_FOR_CARD)
-    train_labels, heldout_labels = (judge.train_labels[rows], judge.heldout_labels) if bench.labelled else (None, None)
+    train_labels, heldout_labels = (judge.train_labels[rows], judge.heldout_labels) if judge.labelled else (None, None)
     return report_card(autoencoder, judge.train[rows], train_labels, judge.heldout, heldout_labels, seed=job.seed)
 
 
@@ -249,13 +245,13 @@ def _resized(config: Config, size: int) -> Config:
 
 
 @torch.no_grad()
-def _reconstruction(bench: Bench, judge: Judge, autoencoder: Autoencoder, config: Config) -> dict:
+def _reconstruction(judge: Judge, autoencoder: Autoencoder, config: Config) -> dict:
     parts, some = judge.heldout.split(config.evaluation.batch_size), _some(len(judge.heldout), IMAGES_FOR_SSIM)
     rebuilt = torch.cat([autoencoder(part).sample.clamp(-1, 1) for part in parts])
     return {
         "psnr": psnr(rebuilt, judge.heldout).mean().item(),
         "ssim": ssim(rebuilt[some], judge.heldout[some]).mean().item(),
-        "reconstruction_frechet": frechet_distance(judge.heldout_features, extract_features(bench.classifier, rebuilt)),
+        "reconstruction_frechet": frechet_distance(judge.heldout_features, extract_features(judge.classifier, rebuilt)),
     }
 
 

@@ -65,27 +65,29 @@ class Judge:
         return equal_count_frechet(self.heldout_features, self.train_features, count=self.count, seed=self.seed)
 
     @cached_property
-    def memorised_heldout(self) -> float:
-        """Share of the held-out images that count as near-copies of training images, as chance has it."""
-        return memorisation(self.heldout, self.train, self.heldout).share_heldout
+    def heldout_copies(self) -> Memorisation:
+        """How near held-out images are to training images: what chance has."""
+        return memorisation(self.heldout, self.train, self.heldout)
 
     @cached_property
     def accuracy(self) -> float:
         """The classifier's, on held-out images."""
         return accuracy(self.classifier, *prediction_task(self.heldout, self.heldout_labels, self.labelled))
 
-    def samples(self, images: Tensor, classes: Tensor | None, features: Tensor | None = None) -> dict:
+    def samples(
+        self, images: Tensor, classes: Tensor | None, features: Tensor | None = None, copies: Memorisation | None = None
+    ) -> dict:
         """Distance to held-out images, recognition, variety and near-copies of training images.
 
         Args:
             images: [M, C, H, W], as the real ones.
             classes: int64 [M], what they were asked to show; None if nothing was asked, and then nothing is recognised.
-            features: of the images, if they are known.
+            features, copies: `extract_features` and `near_copies` of the images, if they are known.
         """
         features = extract_features(self.classifier, images) if features is None else features
         distance = equal_count_frechet(self.heldout_features, features, count=min(self.count, len(images)), seed=self.seed)
         manifold = precision_recall(self.heldout_features, features[: self.count], self.neighbours)
-        copies = self.near_copies(images)
+        copies = self.near_copies(images) if copies is None else copies
         return self._recognised(images, classes if self.labelled else None) | {
             "frechet": distance.mean,
             "frechet_std": distance.std,
@@ -108,7 +110,7 @@ class Judge:
 
     def near_copies(self, images: Tensor) -> Memorisation:
         """The training image that is nearest to each, and how many are nearer than chance has it."""
-        return memorisation(images, self.train, self.heldout)
+        return memorisation(images, self.train, self.heldout, heldout_distance=self.heldout_copies.heldout_distance)
 
     def kernel(self, features: Tensor) -> dict:
         """Kernel distance of features to those of the held-out images, and of which subsets it is the mean."""

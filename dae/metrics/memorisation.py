@@ -35,7 +35,9 @@ class Memorisation:
 
 
 @own_arithmetic(gradients=False)
-def memorisation(samples: Tensor, train: Tensor, heldout: Tensor, *, block: int = 1024) -> Memorisation:
+def memorisation(
+    samples: Tensor, train: Tensor, heldout: Tensor, *, block: int = 1024, heldout_distance: Tensor | None = None
+) -> Memorisation:
     """Share of samples that are nearer to a training image than all but 1 % of the held-out images are.
 
         distance(x) = min over training images t of sqrt(mean over pixels and channels of (x - t)^2)
@@ -50,6 +52,7 @@ def memorisation(samples: Tensor, train: Tensor, heldout: Tensor, *, block: int 
     Args:
         samples, train, heldout: images [N, C, H, W], [T, C, H, W], [M, C, H, W], float in [-1, 1] or held as uint8.
         block: images compared at once, fewer where they are large: memory is O(block (block + C H W)).
+        heldout_distance: that of an earlier result with the same `train` and `heldout`, which is then not measured again.
 
     Raises:
         TypeError: images that are neither floating point nor uint8.
@@ -67,7 +70,8 @@ def memorisation(samples: Tensor, train: Tensor, heldout: Tensor, *, block: int 
             raise ValueError(f"{name}: expected finite pixels, got NaN or infinity; look for a diverged model")
     block = min(block, max(16, BLOCK_VALUES // train[0].numel()))
     nearest_index, nearest_distance = _nearest(samples, train, block)
-    _, heldout_distance = _nearest(heldout, train, block)
+    if heldout_distance is None:
+        heldout_distance = nearest_distance if samples is heldout else _nearest(heldout, train, block)[1]
     rank = (len(heldout) + 50) // 100
     smallest_positive = torch.finfo(torch.float64).tiny
     threshold = max(heldout_distance.sort().values[rank].item(), smallest_positive)
