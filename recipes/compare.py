@@ -35,13 +35,13 @@ from dae.comparison.jobs import (
     trial_path,
     tuning_jobs,
 )
-from dae.comparison.page import ABOUT, write_page
 from dae.comparison.results import headline, markdown, summarize
 from dae.comparison.trial import Bench, run_trial
 from dae.config import Config, save_config
 from dae.data.pictures import to_uint8
 from dae.files import announce, replaced_files, write_file
 from dae.lock import writes
+from dae.reporting.comparison import ABOUT, write_page
 
 ARMS = "\narms of compare.arms:\n" + "".join(f"  {name:<16} {words}\n" for name, words in ABOUT.items())
 SHOWN = 12

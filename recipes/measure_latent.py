@@ -22,21 +22,21 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from dae import report as web
-from dae.charts import Panel, frontier_panel, save_png
 from dae.cli import main
 from dae.complexity.curves import complexity_curve
 from dae.complexity.distances import ADVERSARIAL, PLAIN, check_name, make_distance
 from dae.complexity.estimate import Estimate, pooled_error
 from dae.complexity.fitting import Fitting, fit, generated_by, measure_by_jackknife, split_rows
 from dae.complexity.gromov_wasserstein import gromov_wasserstein
-from dae.complexity.latent_page import DISTANCES, FAMILIES, Measured, axes_of, build, series_of
 from dae.complexity.latents import AUTOENCODERS, Latent, load_latent, rehearse_training, saved_autoencoder
 from dae.config import Config
 from dae.data import in_memory, load_data
 from dae.data.pictures import grid, to_uint8, write_png
 from dae.files import announce, replaced_folder, write_file
 from dae.lock import writes
+from dae.reporting import elements as web
+from dae.reporting.charts import Panel, frontier_panel, save_png
+from dae.reporting.latents import DISTANCES, FAMILIES, Measured, axes_of, build, series_of
 from dae.training import one_process
 from dae.training.run import refuse_other_data
 

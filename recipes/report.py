@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 from omegaconf import OmegaConf
 
-from dae import report as web
-from dae.charts import Line, bar_chart, in_words, line_chart
 from dae.cli import main
 from dae.config import Config, config_differences
 from dae.files import announce
 from dae.lock import writes
-from dae.record import Record, seconds_by_stage
-from dae.report import Html, number, paragraph, percent, strip
+from dae.reporting import elements as web
+from dae.reporting.charts import Line, bar_chart, in_words, line_chart
+from dae.reporting.elements import Html, number, paragraph, percent, strip
+from dae.reporting.record import Record, seconds_by_stage
 
 PAPER = web.link("Hu et al., “Complexity Matters”, NeurIPS 2023", "https://arxiv.org/abs/2307.08283")
 METHODS = {

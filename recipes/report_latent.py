@@ -21,8 +21,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dae import report as web
-from dae.charts import Bar, bar_chart, interval_chart
 from dae.cli import main
 from dae.complexity import predictors as measure
 from dae.complexity.report_card import PREDICTORS, Encoded, decode_latents, encode_images, rank_predictors, report_card, some_of
@@ -34,8 +32,10 @@ from dae.hub import fingerprint, require_model
 from dae.lock import writes
 from dae.metrics import versions
 from dae.models import Autoencoder, choose_kernels
-from dae.record import trained_configuration
-from dae.report import Html, number, paragraph, percent, strip
+from dae.reporting import elements as web
+from dae.reporting.charts import Bar, bar_chart, interval_chart
+from dae.reporting.elements import Html, number, paragraph, percent, strip
+from dae.reporting.record import trained_configuration
 from dae.seeding import seed_for
 from dae.statistics import RankCorrelation
 from dae.training import one_process

@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
-from dae.cards import autoencoder_card
 from dae.cli import main
 from dae.config import Config
 from dae.data import ImageData, TrainLoader, load_data, summarize
@@ -22,6 +21,7 @@ from dae.distributed import failing_together, run_on_first_process
 from dae.files import announce
 from dae.hub import prepare_repository
 from dae.lock import writes
+from dae.reporting.cards import autoencoder_card
 from dae.seeding import seed_for
 from dae.training import Run, Stage, make_accelerator, plan_stages
 from dae.training.autoencoder import build_autoencoder, train_stages

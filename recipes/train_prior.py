@@ -19,7 +19,6 @@ from pathlib import Path
 
 import torch
 
-from dae.cards import prior_card
 from dae.cli import main
 from dae.config import Config
 from dae.data import TrainLoader, load_data, summarize
@@ -29,6 +28,7 @@ from dae.files import announce
 from dae.hub import fingerprint, prepare_repository, require_model
 from dae.lock import writes
 from dae.models import Autoencoder, choose_kernels
+from dae.reporting.cards import prior_card
 from dae.seeding import seed_for
 from dae.training import Run, make_accelerator
 from dae.training.engine import AcceleratorEngine

@@ -134,6 +134,12 @@ def test_rooms_of_the_library():
     assert not offences([p for p in LIBRARY if p.name != "cli.py"], names("argparse"))
 
 
+def test_pages_are_made_in_reporting():
+    """Statistics know no page: reporting is imported by recipes alone."""
+    assert not offences([p for p in LIBRARY if "reporting" not in p.parts], names("dae.reporting"))
+    assert not offences([p for p in SCRIPTS if "profiling" in p.parts], names("dae.reporting"))
+
+
 def test_nothing_heavy_at_module_level():
     assert len(below(*TORCH_ALONE)) > 12
     assert not offences(below(*TORCH_ALONE), lambda name: top(name) in HEAVY, everywhere=False)

@@ -5,10 +5,10 @@ import os
 
 import pytest
 
-from dae.cards import PRIORS, autoencoder_card, prior_card
 from dae.config import Config, DataConfig
 from dae.data import load_data
 from dae.data.sources import source_title
+from dae.reporting.cards import PRIORS, autoencoder_card, prior_card
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 
 from dae.cli import main
-from dae.complexity import latent_page
 from dae.complexity.estimate import Estimate
 from dae.models import Autoencoder
+from dae.reporting import latents as latent_page
 
 SMALL = ["data.max_train_samples=60", "measure.steps=3", "measure.seeds=[0,1]", "measure.latent_dim=4"]
 OWN = """

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from dae.config import load_config, save_config
-from dae.record import Record, seconds_by_stage
+from dae.reporting.record import Record, seconds_by_stage
 from dae.training import plan_stages
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "report.py"

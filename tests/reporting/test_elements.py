@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dae.charts import CHART_POINTS, PALETTE, Line, bar_chart, in_words, line_chart
-from dae.report import (
+from dae.reporting.charts import CHART_POINTS, PALETTE, Line, bar_chart, in_words, line_chart
+from dae.reporting.elements import (
     LARGEST_SIDE,
     Page,
     chart,

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any, Sequence
 import torch
 from torch import Tensor
 
-from dae import report as web
-from dae.charts import Series, frontier_chart
 from dae.complexity.curves import ComplexityCurve
 from dae.complexity.estimate import Estimate
 from dae.complexity.families import ConvDecoders, DropoutNetworks, GeneratorFamily, LinearMaps, LipschitzNetworks, MLPs
 from dae.complexity.latents import Latent
 from dae.config import Config
 from dae.metrics import versions
-from dae.report import Html, element, number, paragraph
+from dae.reporting import elements as web
+from dae.reporting.charts import Series, frontier_chart
+from dae.reporting.elements import Html, element, number, paragraph
 
 if TYPE_CHECKING:
     import numpy as np

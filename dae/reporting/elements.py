@@ -17,8 +17,8 @@ from typing import Any, Sequence
 
 import numpy as np
 
-from dae.charts import colour_rules
 from dae.files import write_file
+from dae.reporting.charts import colour_rules
 
 PICTURE_SIDE, LARGEST_SIDE = 64, 96  # CSS pixels of a small picture, pixels kept of a large one
 
@@ -183,7 +183,7 @@ def _data_address(kind: str, data: bytes) -> str:
 
 
 def chart(svg: str, alt: str) -> Html:
-    """A chart of `dae.charts`, as wide as its place. It is an image, so its names cannot meet those of the page."""
+    """A chart of `dae.reporting.charts`, as wide as its place. It is an image, so its names cannot meet those of the page."""
     return element("img", src=_data_address("image/svg+xml", svg.encode()), alt=alt, class_="chart")
 
 

@@ -1,4 +1,4 @@
-"""Charts as SVG that follow the reader's light or dark colour scheme; `dae.report` puts them into pages.
+"""Charts as SVG that follow the reader's light or dark colour scheme; `dae.reporting.elements` puts them into pages.
 
 matplotlib writes fixed colours. So it draws in stand-ins, which are then replaced by the CSS variables of one table, and each
 chart carries the rules that give those variables their light and dark values.

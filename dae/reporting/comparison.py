@@ -7,18 +7,6 @@ from typing import Any, Mapping, Sequence
 
 import numpy as np
 
-from dae import report as web
-from dae.charts import (
-    Bar,
-    Panel,
-    Series,
-    frontier_chart,
-    frontier_panel,
-    interval_chart,
-    interval_height,
-    interval_panel,
-    save_png,
-)
 from dae.comparison.jobs import arms_at_rate, learning_rates_in_words, tried_learning_rates
 from dae.comparison.results import (
     BY_KEY,
@@ -39,7 +27,19 @@ from dae.comparison.results import (
     yardsticks,
 )
 from dae.config import Config, config_differences
-from dae.report import Html, element, number, paragraph, percent
+from dae.reporting import elements as web
+from dae.reporting.charts import (
+    Bar,
+    Panel,
+    Series,
+    frontier_chart,
+    frontier_panel,
+    interval_chart,
+    interval_height,
+    interval_panel,
+    save_png,
+)
+from dae.reporting.elements import Html, element, number, paragraph, percent
 
 PAPER = web.link("Hu et al., “Complexity Matters”, NeurIPS 2023", "https://arxiv.org/abs/2307.08283")
 ABOUT = {

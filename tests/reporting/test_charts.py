@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dae.charts import (
+from dae.reporting.charts import (
     MARKERS,
     PALETTE,
     SERIES_COLOURS,
