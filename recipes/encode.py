@@ -3,7 +3,7 @@
     accelerate launch recipes/encode.py --config recipes/configs/digits.yaml
     accelerate launch recipes/encode.py --config recipes/configs/digits-kl.yaml
 
-Each image is encoded once as it is, and `prior.augmented_copies` times otherwise: augmented (`prior.augment_images`), with codes
+Each image is encoded once as it is, and `prior.num_augmentations` times otherwise: augmented (`prior.augment_images`), with codes
 drawn near the encoder's output rather than the nearest ones (`prior.code_temperature`, VQ only), or both.
 Several processes share the work. Writes <output_dir>/tokens, or <output_dir>/latents with mean and log-variance of each
 posterior; both with fingerprints of autoencoder, data set and augmentation.
@@ -54,12 +54,12 @@ def encode(config: Config) -> Path:
             f"{trained_with}: use the configuration that it was trained with"
         )
     cache_class = TokenCache if trained_with == "vq" else LatentCache
-    if cache_class is LatentCache and config.prior.augmented_copies and config.prior.code_temperature:
+    if cache_class is LatentCache and config.prior.num_augmentations and config.prior.code_temperature:
         accelerator.print("prior.code_temperature has no effect: the latent of a KL autoencoder has no codes to draw")
 
     data.list_skipped(output)
     parts = {}
-    for name, copies in {"train": config.prior.augmented_copies, "validation": 0}.items():
+    for name, augmentations in {"train": config.prior.num_augmentations, "validation": 0}.items():
         mine: list[tuple[int, torch.Tensor, torch.Tensor]] = []
         batches = evaluation_batches(getattr(data, name), config.evaluation.batch_size, num_workers=config.data.num_workers)
         bar = tqdm(desc=f"encode {name}", unit="image", disable=not accelerator.is_main_process, mininterval=1)
@@ -69,7 +69,7 @@ def encode(config: Config) -> Path:
                 if number % accelerator.num_processes != accelerator.process_index:
                     continue
                 torch.manual_seed(seed_for(config.seed, "encode", name, number))
-                views = encode_views(autoencoder, batch["image"].to(accelerator.device), copies, config)
+                views = encode_views(autoencoder, batch["image"].to(accelerator.device), augmentations, config)
                 mine.append((number, views.cpu(), batch["label"]))
         bar.close()
         rows = sorted(chain.from_iterable(gather_objects(mine)), key=lambda row: row[0])

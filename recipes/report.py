@@ -329,7 +329,7 @@ def trade(run: Record) -> list[Html]:
         del columns["recognised"]
     shown = (run.metrics["sampling"]["cfg_scale"], run.metrics["prior"]["step"])
     marked = [i for i, row in enumerate(run.metrics["trade"]) if (row["cfg_scale"], row["prior_step"]) == shown]
-    copies_seen, stopping = run.config.prior.augmented_copies or "no", "with" if run.config.prior.early_stopping else "without"
+    copies_seen, stopping = run.config.prior.num_augmentations or "no", "with" if run.config.prior.early_stopping else "without"
     bold = "The row in bold has the settings of the samples above; it is another draw, so its numbers differ a little."
     words = (
         "Stronger guidance and longer training usually make samples easier to recognise, at the price of variety (recall) and, "

@@ -11,11 +11,13 @@ import torch
 
 from dae.cli import config_from_command_line
 from dae.config import (
+    RENAMED,
     Config,
     PriorConfig,
     config_differences,
     describe,
     from_dict,
+    knobs,
     load_config,
     save_config,
 )
@@ -227,6 +229,25 @@ def test_layers_in_order(yaml):
     config = load_config(path, ["seed=2", "seed=3", "prior.width=64", "data.max_train_samples=null"])
     assert (config.seed, config.data.resolution, config.prior.width) == (3, 16, 64)
     assert config_differences(Config(), load_config(yaml(""))) == []
+
+
+@pytest.mark.parametrize("old, new", RENAMED.items(), ids=RENAMED)
+def test_keys_of_earlier_versions_load(yaml, caplog, old, new):
+    """From files, overrides and what was saved, with one line that names today's key; no key is lost or meant twice."""
+    assert old not in knobs() and knobs()[new]
+    (section, _, was), (same_section, _, today) = old.rpartition("."), new.rpartition(".")
+    assert section == same_section
+    value = next(v for v in (3, "reference") if isinstance(v, type(knobs()[new].default)))
+    path = yaml(f"{section}: {{{was}: {value}}}")
+    for config in (load_config(path), load_config(path), load_config(None, [f"{old}={value}"])):
+        assert dict(leaves(config))[new] == value
+    assert caplog.messages == [f"{source}: {old} is now called {new}" for source in (path, f"override '{old}={value}'")]
+    values = dataclasses.asdict(config)
+    values[section][was] = values[section].pop(today)
+    assert from_dict(Config, values) == config
+    assert from_dict(type(getattr(config, section)), values[section]) == getattr(config, section)
+    with pytest.raises(ValueError, match=rf"'{old}' is the earlier name of '{new}', which is given too"):
+        load_config(yaml(f"{section}: {{{was}: {value}, {today}: {value}}}"))
 
 
 @pytest.mark.parametrize("bare", ["no", "'no'", "bf16", "null"])

@@ -25,7 +25,7 @@ import torch
 
 from dae.comparison.arms import Arm, parse_arms, require_matched
 from dae.comparison.trial import Bench, Job, job_config, run_trial
-from dae.config import Config, knobs
+from dae.config import RENAMED, Config, knobs
 from dae.files import write_file
 from dae.metrics import versions
 from dae.training.priors import prior_family, require_guidance
@@ -210,8 +210,9 @@ def load_trial(config: Config, job: Job) -> Outcome | None:
         return None
     try:
         saved = json.loads(path.read_text())
-        settings, record, diverged = saved["settings"], saved["record"], saved["diverged"]
-    except (ValueError, KeyError, TypeError) as error:
+        settings = {RENAMED.get(key, key): value for key, value in saved["settings"].items()}
+        record, diverged = saved["record"], saved["diverged"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error}): delete it to run the trial again") from error
     wanted = json.loads(json.dumps(trial_settings(config, job)))
     keys = sorted(key for key in settings.keys() | wanted.keys() if settings.get(key, ...) != wanted.get(key, ...))

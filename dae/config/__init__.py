@@ -1,6 +1,7 @@
 """The configuration of the chain: every knob (schema.py), and reading, checking and writing it (load.py)."""
 
 from dae.config.load import (
+    RENAMED,
     Difference,
     config_differences,
     describe,
@@ -30,6 +31,7 @@ from dae.config.schema import (
 )
 
 __all__ = [
+    "RENAMED",
     "AutoencoderConfig",
     "CompareConfig",
     "Config",

@@ -8,6 +8,7 @@ import difflib
 import fnmatch
 import functools
 import glob
+import logging
 import operator
 import os
 from dataclasses import dataclass
@@ -15,6 +16,13 @@ from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 from dae.config.schema import Config
+
+log = logging.getLogger(__name__)
+
+# Keys of earlier versions, which files, overrides, saved models and checkpoints may hold, and today's in the same section.
+RENAMED = {
+    "prior.augmented_copies": "prior.num_augmentations",
+}
 
 
 def load_config(path: str | Path | None = None, overrides: list[str] | tuple = ()) -> Config:
@@ -109,7 +117,8 @@ def _parsed(overrides: list[str] | tuple) -> list[tuple[str, Any]]:
 @functools.cache
 def _text_knobs() -> dict[str, str]:
     """Types of the knobs that hold text, by key."""
-    return {row.key: row.type for row in describe() if row.type in ("str", "Optional[str]", "List[str]")}
+    types = {row.key: row.type for row in describe() if row.type in ("str", "Optional[str]", "List[str]")}
+    return types | {old: types[new] for old, new in RENAMED.items() if new in types}
 
 
 def _as_text(value: str, type_: str) -> str | None:
@@ -150,6 +159,7 @@ def _merge(base: Any, layers: list[tuple[str, Any]]) -> Config:
     for source, layer in layers:
         if not OmegaConf.is_dict(layer):
             raise ValueError(f"{source}: expected `key: value` pairs at the top level")
+        _rename_keys(layer, source)
         _reject_unknown_keys(layer, Config, source)
         try:
             config.merge_with(layer)
@@ -164,6 +174,39 @@ def _merge(base: Any, layers: list[tuple[str, Any]]) -> Config:
     _expand_home(loaded)
     _reject_output_inside_input(loaded)
     return loaded
+
+
+def _rename_keys(layer: Any, source: str) -> None:
+    """Move what stands under a key of earlier versions to today's, with a warning."""
+    from omegaconf import OmegaConf
+
+    for old, new in RENAMED.items():
+        *path, name = old.split(".")
+        section = layer
+        for part in path:
+            section = section._get_node(part) if OmegaConf.is_dict(section) else None
+        if OmegaConf.is_dict(section) and (node := section._get_node(name)) is not None:
+            today = new.rpartition(".")[2]
+            if today in section:
+                raise ValueError(f"{source}: {old!r} is the earlier name of {new!r}, which is given too: leave it out")
+            _warn(f"{source}: {old} is now called {new}")
+            section[today] = node
+            del section[name]
+
+
+@functools.cache  # a comparison reads the overrides of an arm again and again
+def _warn(message: str) -> None:
+    log.warning(message)
+
+
+def _renamed_fields(schema: type) -> dict[str, str]:
+    """Today's names of a section's fields by those of earlier versions."""
+    config, found = Config(), {}
+    for old, new in RENAMED.items():
+        section, _, name = old.rpartition(".")
+        if type(operator.attrgetter(section)(config) if section else config) is schema:
+            found[name] = new.rpartition(".")[2]
+    return found
 
 
 def _reject_unknown_keys(layer: Any, schema: type, source: str, prefix: str = "") -> None:
@@ -263,8 +306,12 @@ def save_config(config: Config, path: str | Path) -> None:
 
 
 def from_dict(schema: type, values: dict) -> Any:
-    """The dataclass `schema` from plain nested dictionaries (`dataclasses.asdict` undone); unknown keys raise ValueError."""
-    fields = {f.name: f for f in dataclasses.fields(schema)}
+    """The dataclass `schema` from plain nested dictionaries (`dataclasses.asdict` undone), of earlier versions too.
+
+    ValueError: an unknown key, or a section where a value is expected.
+    """
+    fields, renamed = {f.name: f for f in dataclasses.fields(schema)}, _renamed_fields(schema)
+    values = {renamed.get(name, name): value for name, value in values.items()}
     if unknown := sorted(set(values) - set(fields)):
         raise ValueError(f"{schema.__name__} has no field {unknown[0]!r}; it has {sorted(fields)}")
     sections = {

@@ -259,15 +259,15 @@ class PriorConfig(OptimizationConfig):
     )
     label_smoothing: float = knob(0.0, "share of each target spread over all tokens in training", least=0, below=1)
     z_loss: float = knob(0.0, "weight of the squared log-normaliser of the logits in training: keeps them from drifting", least=0)
-    augmented_copies: int = knob(
+    num_augmentations: int = knob(
         0, "further encodings of each training image in the cache, made by the two knobs below", least=0, most=1000
     )
     code_temperature: float = knob(
         0.0,
-        "vq: in the copies draw each code by exp(-distance / (this x mean distance to the nearest code)); 0 takes the nearest",
+        "vq: in these draw each code by exp(-distance / (this x mean distance to the nearest code)); 0 takes the nearest",
         least=0,
     )
-    augment_images: bool = knob(True, "make the copies from augmented images (data.random_flip, data.random_affine)")
+    augment_images: bool = knob(True, "make these from augmented images (data.random_flip, data.random_affine)")
     early_stopping: bool = knob(
         True, "deliver the weights of the best validation (ar: fewest held-out bits; dit: least loss), not the last ones"
     )

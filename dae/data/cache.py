@@ -29,7 +29,7 @@ class Fingerprint:
 
 
 class EncodedDataset(Dataset):
-    """Rows {name: [copies, ...], "label": int, "row": int}: the plain encoding first, then augmented copies."""
+    """Rows {name: [augmentations, ...], "label": int, "row": int}: the plain encoding first."""
 
     name: ClassVar[str]  # of the encodings, in a row and in the file
     stored: ClassVar[torch.dtype]  # in the file
@@ -127,9 +127,9 @@ class EncodingCache:
 def transform_fingerprint(config: Config) -> str:
     """Identifies how the further copies were made; without copies nothing matters."""
     prior, data = config.prior, config.data
-    if prior.augmented_copies == 0:
+    if prior.num_augmentations == 0:
         return "plain"
-    how = {"copies": prior.augmented_copies, "code_temperature": prior.code_temperature, "seed": config.seed}
+    how = {"copies": prior.num_augmentations, "code_temperature": prior.code_temperature, "seed": config.seed}
     if config.autoencoder.bottleneck == "kl":
         del how["code_temperature"]  # there are no codes
     how["batch_size"] = config.evaluation.batch_size  # one seed a batch
@@ -138,7 +138,7 @@ def transform_fingerprint(config: Config) -> str:
     return json.dumps(how)
 
 
-def choose_copies(encodings_BC: Tensor, draw_B: Tensor) -> Tensor:
-    """[B, ...]: of each row of [B, copies, ...] the copy that a uniform draw in [0, 1) points at."""
+def choose_augmentations(encodings_BC: Tensor, draw_B: Tensor) -> Tensor:
+    """[B, ...]: of each row of [B, augmentations, ...] the one that a uniform draw in [0, 1) points at."""
     chosen = (draw_B * encodings_BC.shape[1]).long()
     return encodings_BC[torch.arange(len(encodings_BC), device=encodings_BC.device), chosen]

@@ -51,7 +51,7 @@ def train_autoencoder(images_NCHW: Tensor, config: Config) -> Autoencoder:
 def encode(
     autoencoder: Autoencoder, train: tuple[Tensor, Tensor], heldout: tuple[Tensor, Tensor], num_classes: int, config: Config
 ) -> EncodingCache:
-    """What recipes/encode.py caches: tokens of VQ, moments of the posteriors of KL, with `prior.augmented_copies`.
+    """What recipes/encode.py caches: tokens of VQ, moments of the posteriors of KL, with `prior.num_augmentations`.
 
     Args:
         train, heldout: images [N, C, H, W] in [-1, 1] and their labels, int64 [N].
@@ -72,7 +72,7 @@ def encode(
     else:
         shape["latent_channels"] = autoencoder.config.latent_channels
     with _own_random_state():
-        parts = rows("train", *train, config.prior.augmented_copies), rows("validation", *heldout, 0)
+        parts = rows("train", *train, config.prior.num_augmentations), rows("validation", *heldout, 0)
     return kind(*parts, **shape, fingerprint=Fingerprint("", "", transform_fingerprint(config)))
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dae.config import Config, PriorConfig
 from dae.data.augmentation import augment
-from dae.data.cache import EncodedDataset, EncodingCache, choose_copies
+from dae.data.cache import EncodedDataset, EncodingCache, choose_augmentations
 from dae.data.latents import LatentCache, PosteriorDataset, latent_statistics, sample_posteriors
 from dae.data.tokens import TokenCache, TokenDataset
 from dae.distributed import draw_rows, each_for_itself, world_size
@@ -109,7 +109,7 @@ def build_ar(settings: PriorConfig, cache: TokenCache) -> ARPrior:
 
 def token_loss(model: nn.Module, prior: ARPrior, batch: dict[str, Tensor]) -> Tensor:
     """Mean of -log p(token | class, earlier tokens) in nats, with hidden classes and noise on what is read."""
-    tokens = choose_copies(batch["tokens"], draw_rows(torch.rand, batch["label"].shape, device=batch["label"].device))
+    tokens = choose_augmentations(batch["tokens"], draw_rows(torch.rand, batch["label"].shape, device=batch["label"].device))
     return model(prior.drop_labels(batch["label"]), prior.corrupt(tokens[:, :-1]), targets_BT=tokens)
 
 
@@ -148,7 +148,7 @@ def normalised_posteriors(prior: DiT, moments_BEhw: Tensor) -> tuple[Tensor, Ten
 
 def velocity_loss(model: nn.Module, prior: DiT, batch: dict[str, Tensor]) -> Tensor:
     """`flow_matching_loss` of each image's posterior, with hidden classes."""
-    moments = choose_copies(batch["moments"], draw_rows(torch.rand, batch["label"].shape, device=batch["label"].device))
+    moments = choose_augmentations(batch["moments"], draw_rows(torch.rand, batch["label"].shape, device=batch["label"].device))
     mean, variance = normalised_posteriors(prior, moments)
     return flow_matching_loss(model, mean, prior.drop_labels(batch["label"]), variance_BDhw=variance)
 

@@ -107,7 +107,7 @@ def rehearse_prior(config: Config, autoencoder: Autoencoder, num_classes: int, r
     name, settings, device = prior_family(config), config.prior, autoencoder.device
     family = PRIOR_FAMILIES[name]
     if family.model is GaussianMixturePrior:
-        encodings = None if rows is None else rows * (1 + settings.augmented_copies)
+        encodings = None if rows is None else rows * (1 + settings.num_augmentations)
         if encodings is not None and encodings < max(2, settings.num_components):
             raise ValueError(
                 f"prior.num_components={settings.num_components}: there are only {encodings} encodings to fit them to; "

@@ -162,6 +162,15 @@ def test_other_software_is_refused(tmp_path):
         load_trial(config, JOBS[0])
 
 
+def test_trials_of_earlier_versions_are_read(tmp_path):
+    config, path = configure(tmp_path), trial_path(configure(tmp_path), JOBS[0])
+    save_trial(config, Outcome(JOBS[0], {}))
+    saved = json.loads(path.read_text())
+    saved["settings"]["prior.augmented_copies"] = saved["settings"].pop("prior.num_augmentations")
+    path.write_text(json.dumps(saved))
+    assert load_trial(config, JOBS[0]) == Outcome(JOBS[0], {})
+
+
 @pytest.mark.parametrize("content", ["", "[]", '{"job": 1}', '{"settings": {'])
 def test_a_damaged_trial_is_named(tmp_path, content):
     config = configure(tmp_path)

@@ -45,7 +45,7 @@ GAN = [
     "stage2.loss.discriminator_channels=8", "stage1.gradient_accumulation_steps=2", "prior.gradient_accumulation_steps=2",
     "prior.num_heads=2", "mixed_precision=bf16", "stage2.loss.adversarial_start=1",
 ]  # fmt: skip
-VQ = ["prior.augmented_copies=2", "prior.code_temperature=0.5", "data.random_affine=0.5", "prior.early_stopping=false"]
+VQ = ["prior.num_augmentations=2", "prior.code_temperature=0.5", "data.random_affine=0.5", "prior.early_stopping=false"]
 
 
 @pytest.mark.parametrize("overrides", [VQ, KL, GAN], ids=["vq-dae-ar", "kl-finetuned-gan-dit", "bf16"])

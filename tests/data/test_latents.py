@@ -51,7 +51,7 @@ def test_codes_have_no_temperature_where_there_are_none():
         seen = {
             transform_fingerprint(
                 load_config(
-                    None, [f"autoencoder.bottleneck={bottleneck}", "prior.augmented_copies=2", f"prior.code_temperature={t}"]
+                    None, [f"autoencoder.bottleneck={bottleneck}", "prior.num_augmentations=2", f"prior.code_temperature={t}"]
                 )
             )
             for t in (0.0, 0.5)

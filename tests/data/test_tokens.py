@@ -9,16 +9,16 @@ import torch
 import dae.data.cache
 from dae.config import Config
 from dae.data import TrainLoader
-from dae.data.cache import Fingerprint, choose_copies, transform_fingerprint
+from dae.data.cache import Fingerprint, choose_augmentations, transform_fingerprint
 from dae.data.tokens import TokenCache, TokenDataset
 
 FINGERPRINT = Fingerprint("tokenizer-1", "data-1", "plain")
 
 
-def make(copies=3, fingerprint=FINGERPRINT) -> TokenCache:
+def make(augmentations=3, fingerprint=FINGERPRINT) -> TokenCache:
     def part(rows, seed):
         generator = torch.Generator().manual_seed(seed)
-        return TokenDataset(torch.randint(50, (rows, copies, 4), generator=generator), torch.arange(rows) % 3)
+        return TokenDataset(torch.randint(50, (rows, augmentations, 4), generator=generator), torch.arange(rows) % 3)
 
     return TokenCache(part(7, 0), part(2, 1), vocab_size=50, num_classes=3, latent_size=2, fingerprint=fingerprint)
 
@@ -120,15 +120,15 @@ def configured(**changes):
     return config
 
 
-def test_the_transform_is_what_the_copies_depend_on():
+def test_the_transform_is_what_the_augmentations_depend_on():
     assert transform_fingerprint(configured()) == "plain"
-    assert transform_fingerprint(configured(data__random_flip=True, prior__code_temperature=0.5)) == "plain"  # no copies
-    base = {"prior__augmented_copies": 2, "data__random_flip": True}
+    assert transform_fingerprint(configured(data__random_flip=True, prior__code_temperature=0.5)) == "plain"  # no augmentations
+    base = {"prior__num_augmentations": 2, "data__random_flip": True}
     seen = {
         transform_fingerprint(configured(**base | more))
         for more in (
             {},
-            {"prior__augmented_copies": 3},
+            {"prior__num_augmentations": 3},
             {"prior__code_temperature": 0.5},
             {"data__random_flip": False},
             {"data__random_affine": 0.5},
@@ -137,15 +137,37 @@ def test_the_transform_is_what_the_copies_depend_on():
     }
     assert len(seen) == 6 and "plain" not in seen
     assert transform_fingerprint(configured(**base, prior__augment_images=False)) == transform_fingerprint(
-        configured(prior__augmented_copies=2, prior__augment_images=False, data__random_affine=1.0)
+        configured(prior__num_augmentations=2, prior__augment_images=False, data__random_affine=1.0)
     )
 
 
-def test_choose_copies():
+@pytest.mark.parametrize(
+    "changes, digest",
+    [
+        ({}, "plain"),
+        (
+            {"prior__num_augmentations": 2, "prior__code_temperature": 0.5, "data__random_flip": True},
+            '{"copies": 2, "code_temperature": 0.5, "seed": 0, "batch_size": 500, "flip": true, "affine": 0.0}',
+        ),
+        (
+            {"prior__num_augmentations": 2, "data__random_affine": 1.0, "autoencoder__bottleneck": "kl"},
+            '{"copies": 2, "seed": 0, "batch_size": 500, "flip": false, "affine": 1.0}',
+        ),
+        (
+            {"prior__num_augmentations": 1, "prior__augment_images": False},
+            '{"copies": 1, "code_temperature": 0.0, "seed": 0, "batch_size": 500}',
+        ),
+    ],
+)
+def test_caches_of_earlier_versions_match(changes, digest):
+    assert transform_fingerprint(configured(**changes)) == digest
+
+
+def test_choose_augmentations():
     tokens = torch.arange(4 * 3 * 2).view(4, 3, 2)
     draw = torch.tensor([0.0, 0.34, 0.999999, 0.66])
-    assert torch.equal(choose_copies(tokens, draw), torch.stack([tokens[0, 0], tokens[1, 1], tokens[2, 2], tokens[3, 1]]))
-    assert torch.equal(choose_copies(tokens[:, :1], draw), tokens[:, 0])
+    assert torch.equal(choose_augmentations(tokens, draw), torch.stack([tokens[0, 0], tokens[1, 1], tokens[2, 2], tokens[3, 1]]))
+    assert torch.equal(choose_augmentations(tokens[:, :1], draw), tokens[:, 0])
     generator = torch.Generator().manual_seed(0)
-    many = choose_copies(torch.arange(3).view(1, 3, 1).expand(6000, 3, 1), torch.rand(6000, generator=generator))
+    many = choose_augmentations(torch.arange(3).view(1, 3, 1).expand(6000, 3, 1), torch.rand(6000, generator=generator))
     assert (many.flatten().bincount(minlength=3) - 2000).abs().max() < 4 * (6000 * 2 / 9) ** 0.5

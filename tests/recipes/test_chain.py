@@ -159,7 +159,7 @@ def test_rgb_folder(tmp_path, run, image_folder, method, labels):
         pytest.skip("labels do not reach the autoencoder")
     options = (
         *COLOUR, *SHORT, f"method={method}", f"data.dataset_name={image_folder}",
-        "prior.augmented_copies=1", "prior.code_temperature=0.5", "auxiliary_decoder.dropout=0.25",
+        "prior.num_augmentations=1", "prior.code_temperature=0.5", "auxiliary_decoder.dropout=0.25",
         "auto" if labels == "labelled" else "none",
     )  # fmt: skip
     options = (*options[:-1], f"data.label_column={options[-1]}")

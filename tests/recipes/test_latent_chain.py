@@ -120,7 +120,7 @@ def test_a_gan_over_an_encoder(tmp_path, run):
 
 def test_copies_are_posteriors_of_augmented_images(flow, tmp_path, run, capsys):
     shutil.copytree(flow / "autoencoder", tmp_path / "run" / "autoencoder")
-    copies = (*KL, "prior.augmented_copies=1", "data.random_affine=1", "prior.code_temperature=0.5")
+    copies = (*KL, "prior.num_augmentations=1", "data.random_affine=1", "prior.code_temperature=0.5")
     run("encode", tmp_path / "run", *copies)
     assert "code_temperature has no effect" in capsys.readouterr().out
     moments = load_file(tmp_path / "run" / "latents" / "moments.safetensors")["train.moments"]

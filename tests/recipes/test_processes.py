@@ -18,7 +18,7 @@ STAGES = ("stage1", "stage2", "prior")
 # Every source of randomness there is: order, mirror, affine maps, channel masks, revived codes, copies, noise, hidden classes.
 DRAWING = (
     "auxiliary_decoder.family=dropout", "auxiliary_decoder.dropout=0.3", "autoencoder.vq.revive_threshold=0.5",
-    "data.random_flip=true", "data.random_affine=0.5", "prior.augmented_copies=2", "prior.code_temperature=0.5",
+    "data.random_flip=true", "data.random_affine=0.5", "prior.num_augmentations=2", "prior.code_temperature=0.5",
     "prior.dropout=0.2", "prior.token_noise=0.2", "prior.class_dropout=0.3",
     "stage1.max_train_steps=24", "stage2.max_train_steps=24", "prior.max_train_steps=24",
     "validation_steps=12", "checkpointing_steps=12",
@@ -77,7 +77,7 @@ def test_two_processes_are_one(tmp_path, run, two, history, same_log, assert_fro
 @pytest.mark.slow
 def test_two_processes_are_one_over_a_continuous_latent(tmp_path, run, two, history, same_log):
     """Posteriors in the cache, samples of them, times and noise of the flow: tolerance as above, in 8 steps."""
-    kl = ("autoencoder.bottleneck=kl", "prior.augmented_copies=1", "data.random_flip=true", "prior.dropout=0.2")
+    kl = ("autoencoder.bottleneck=kl", "prior.num_augmentations=1", "data.random_flip=true", "prior.dropout=0.2")
     kl += ("stage1.max_train_steps=4", "stage2.max_train_steps=2", "prior.max_train_steps=8")
     for name in ("train_dae", "encode", "train_prior"):
         run(name, tmp_path / "one", *kl, *batch(16))

@@ -126,7 +126,7 @@ def test_what_is_missing_names_the_recipe_that_makes_it(copied_chain, run, conte
     [
         (["data.max_train_samples=100"], "data set"),
         (["data.channels=3"], "data set"),
-        (["prior.augmented_copies=1"], "augmentation"),
+        (["prior.num_augmentations=1"], "augmentation"),
     ],
 )
 def test_stale_tokens(copied_chain, run, contents, overrides, what):

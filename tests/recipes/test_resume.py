@@ -19,7 +19,7 @@ STEPS = (
     "auxiliary_decoder.family=dropout", "data.random_flip=true", "data.random_affine=0.5",
     "stage1.gradient_accumulation_steps=2", "autoencoder.vq.revive_threshold=0.5",
     "stage2.loss.adversarial=0.1", "stage2.loss.adversarial_start=2", "stage2.loss.discriminator_channels=8",
-    "prior.augmented_copies=2", "prior.dropout=0.2", "prior.token_noise=0.2",
+    "prior.num_augmentations=2", "prior.dropout=0.2", "prior.token_noise=0.2",
 )  # fmt: skip
 LATEST = "resume_from_checkpoint=latest"
 

@@ -48,7 +48,7 @@ def rehearse(*overrides, rows=50, heldout=10):
         ([KL, "kernels.attention=xformers"], ValueError, r"the prior .*kernels.attention=xformers"),
         ([ATTENTIVE, "kernels.attention=flash_attn"], ValueError, r"the autoencoder .*kernels.attention=flash_attn"),
         ([KL, MIXTURE, "prior.num_components=51"], ValueError, "only 50 encodings.*fewer components"),
-        ([KL, MIXTURE, "prior.num_components=50000", "prior.augmented_copies=1000", WIDE], ValueError, "GB of memory"),
+        ([KL, MIXTURE, "prior.num_components=50000", "prior.num_augmentations=1000", WIDE], ValueError, "GB of memory"),
         ([KL, MIXTURE, "sampling.classes=[0]"], ValueError, "a mixture knows no classes"),
         (["sampling.classes=[3]"], ValueError, "'3' is neither .*There are 3 classes: ant, bee, cat"),
         (["prior.train_batch_size=26"], ValueError, "prior.train_batch_size=26 x 2 processes.*50 rows"),
