@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from dae import complexity, losses, metrics, sampling
-from dae.complexity import adversarial, predictors
+from dae.complexity import adversarial
 from dae.config import AutoencoderConfig, LossConfig, PriorConfig, SamplingConfig, VQConfig
+from dae.diagnostics import predictors
 from dae.models import ARPrior, Autoencoder, DiT
 
 pytest.importorskip("ot")

@@ -291,7 +291,8 @@ def _predictors(measured: Sequence[Outcome]) -> list[dict]:
     the main prior's bits stand beside the card's numbers as yardsticks, under the names of `MEASURES`. A number that
     measures the same as another one is left out: PSNR, which is the reconstruction error, and a code's perplexity, its entropy.
     """
-    from dae.complexity.report_card import PREDICTORS, rank_predictors
+    from dae.diagnostics.ranking import rank_predictors
+    from dae.diagnostics.report_card import PREDICTORS
 
     usable = [o for o in measured if o.record and o.record.get("card")]
     found = rank_predictors([o.record for o in usable])

@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dae.comparison.arms import arm_config, parse_arms
-from dae.complexity.report_card import report_card, require_images
 from dae.config import Config, with_overrides
 from dae.data import in_memory, load_data
 from dae.data.cache import EncodedDataset, EncodingCache
 from dae.data.pictures import to_uint8
 from dae.data.splits import hold_out
+from dae.diagnostics.report_card import report_card, require_images
 from dae.evaluation import Judge, train_extractor
 from dae.metrics import (
     Classifier,

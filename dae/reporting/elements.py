@@ -47,6 +47,9 @@ def link(words: str, address: str) -> Html:
     return element("a", words, href=address)
 
 
+PAPER = link("Hu et al., “Complexity Matters”, NeurIPS 2023", "https://arxiv.org/abs/2307.08283")
+
+
 def paragraph(*parts: Any, class_: str | None = None) -> Html:
     return element("p", *parts, class_=class_)
 

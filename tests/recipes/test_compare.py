@@ -18,7 +18,7 @@ from dae.comparison.arms import STANDARD
 from dae.comparison.jobs import Outcome
 from dae.comparison.results import summarize
 from dae.comparison.trial import Job
-from dae.complexity.report_card import PREDICTORS
+from dae.diagnostics.report_card import PREDICTORS
 from dae.reporting.comparison import write_page
 
 GAIN = {"joint": 0.0, "joint_finetuned": 1.0, "weak": 4.0, "dae-linear": -3.0, "dae-narrow": -0.5, "own": 0.2}

@@ -11,10 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from dae.complexity import predictors
-from dae.complexity.report_card import PREDICTORS
 from dae.config import save_config
+from dae.diagnostics import predictors
+from dae.diagnostics.latent_report import as_colours
+from dae.diagnostics.report_card import PREDICTORS
 from dae.models import Autoencoder
+from dae.reporting import latent_card
+from dae.statistics import RankCorrelation
 
 FEW = "measure.max_images=100"
 PICTURES = ("reconstructions", "disturbances", "interpolations", "map")
@@ -22,7 +25,7 @@ PICTURES = ("reconstructions", "disturbances", "interpolations", "map")
 
 @pytest.fixture(scope="module", autouse=True)
 def short():
-    """The trainings of the card itself are tested in tests/complexity."""
+    """The trainings of the card itself are tested in tests/diagnostics."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(predictors, "PRIOR_STEPS", 5)
         patch.setattr(predictors, "MLP_STEPS", 5)
@@ -132,17 +135,15 @@ def test_unlabelled_images(tmp_path, run, configure):
     assert found["card"]["linear_probe"] is None and found["card"]["linear_distance"] > 0
 
 
-def test_one_latent_channel_has_a_picture(recipe):
-    colours = recipe("report_latent").as_colours(torch.arange(8.0).view(2, 1, 2, 2))
+def test_one_latent_channel_has_a_picture():
+    colours = as_colours(torch.arange(8.0).view(2, 1, 2, 2))
     assert colours.shape == (2, 3, 2, 2) and (colours[:, 1:] == 0).all()
     assert colours[:, 0].flatten().diff().abs().min() > 0 and colours.abs().max() <= 1
 
 
-def test_verdicts(recipe):
-    from dae.statistics import RankCorrelation
-
+def test_verdicts():
     def verdict(name, *values):
-        return recipe("report_latent").verdict(name, RankCorrelation(*values, 9))
+        return latent_card.verdict(name, RankCorrelation(*values, 9))
 
     assert verdict("prior_bits", 0.5, 0.1, 0.9) == "as hoped" and verdict("prior_bits", -0.5, -0.9, -0.1) == "the opposite"
     assert verdict("linear_probe", -0.5, -0.9, -0.1) == "as hoped" and verdict("prior_bits", 0.5, -0.1, 0.9) == "cannot be told"

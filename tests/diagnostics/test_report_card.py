@@ -5,9 +5,10 @@ import math
 import pytest
 import torch
 
-from dae.complexity import predictors as measure
-from dae.complexity.report_card import PREDICTORS, encode_images, rank_predictors, report_card
 from dae.config import AutoencoderConfig
+from dae.diagnostics import predictors as measure
+from dae.diagnostics.ranking import rank_predictors
+from dae.diagnostics.report_card import PREDICTORS, encode_images, report_card
 from dae.models import Autoencoder
 
 

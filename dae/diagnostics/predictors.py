@@ -1,7 +1,7 @@
 """What can be read off a latent before a prior is trained on it: each predictor one function with its formula.
 
 The functions take tensors on the CPU: latents [N, D, h, w], code indices [N, h, w], images [N, C, H, W]. Those that compare a
-training with a held-out set fit on the first and measure on the second. `dae.complexity.report_card` puts them together.
+training with a held-out set fit on the first and measure on the second. `dae.diagnostics.report_card` puts them together.
 """
 
 from __future__ import annotations

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from dae.complexity import predictors as measure
+from dae.diagnostics import predictors as measure
 from dae.metrics import CodebookUsage, gaussian_rate
 from dae.metrics.validation import check_images, check_integers, check_same_pixels
 from dae.models import Autoencoder
 from dae.precision import own_arithmetic
-
-if TYPE_CHECKING:
-    from dae.statistics import RankCorrelation
 
 FEWEST_IMAGES = 10
 BATCH = 256
@@ -181,12 +177,12 @@ def report_card(
             another number.
         FloatingPointError: the autoencoder makes NaN or infinity of them: its training diverged.
     """
-    check_images_and_labels(autoencoder, train_images, train_labels, heldout_images, heldout_labels)
+    check_images_and_labels(autoencoder, train=(train_images, train_labels), heldout=(heldout_images, heldout_labels))
     train, heldout = (encode_images(autoencoder, images) for images in (train_images, heldout_images))
-    card = dict.fromkeys(PREDICTORS)
+    card: dict[str, float | None] = dict.fromkeys(PREDICTORS)
     card |= code_length(autoencoder, train, heldout, seed) | shape_of(train) | answers(autoencoder, heldout, seed)
     card |= readers(train, heldout, seed)
-    if train_labels is not None and len(train_labels.unique()) > 1:
+    if train_labels is not None and heldout_labels is not None and len(train_labels.unique()) > 1:
         card["linear_probe"] = measure.probe_accuracy(train.latents, train_labels.cpu(), heldout.latents, heldout_labels.cpu())
     return card
 
@@ -253,41 +249,6 @@ def readers(train: Encoded, heldout: Encoded, seed: int) -> dict[str, float]:
     }
 
 
-# ---- which predictor to trust ----
-
-
-def rank_predictors(records: Sequence[dict], *, seed: int = 0) -> dict[str, RankCorrelation]:
-    """How well each predictor ranks the latents of finished trials by the generation distance that was reached with them.
-
-    Spearman's rank correlation over the trials that measure (not those that tune) at the configuration's own rate (else what
-    a predictor says would follow the rate), with its bootstrap interval over whole seeds
-    (`dae.statistics.rank_correlation`). 1: the larger the value, the larger the distance, without exception.
-
-    Args:
-        records: of one comparison, one data set and one carrier: distances of two do not compare.
-        seed: of the bootstrap.
-
-    Returns:
-        By name, the strongest correlation first; without predictors that have a value in fewer than 3 trials, and with NaN
-        where a predictor is the same in all.
-    """
-    from dae.statistics import rank_correlation
-
-    found = {}
-    for name in PREDICTORS:
-        rows = [
-            (value, distance, record["seed"])
-            for record in records
-            if record["purpose"] == "measure" and record["rate"] is None
-            and (value := (record["card"] or {}).get(name)) is not None and math.isfinite(value)
-            and math.isfinite(distance := record["priors"][0]["frechet"])
-        ]  # fmt: skip
-        if len(rows) >= 3:
-            x, y, groups = zip(*rows, strict=True)
-            found[name] = rank_correlation(x, y, groups=groups, seed=seed)
-    return dict(sorted(found.items(), key=lambda item: -abs(item[1].rho) if math.isfinite(item[1].rho) else 1))
-
-
 # ---- what the autoencoder makes of images and latents ----
 
 
@@ -330,32 +291,25 @@ def decode_latents(autoencoder: Autoencoder, latents: Tensor) -> Tensor:
     return images
 
 
-def check_images_and_labels(
-    autoencoder: Autoencoder,
-    train_images: Tensor,
-    train_labels: Tensor | None,
-    heldout_images: Tensor,
-    heldout_labels: Tensor | None,
-) -> None:
-    """The checks of `report_card`."""
-    check_images(train_images=train_images, heldout_images=heldout_images)  # floating point: encoders read no bytes
-    check_same_pixels(train_images=train_images, heldout_images=heldout_images)
-    require_images(train_images=len(train_images), heldout_images=len(heldout_images))
-    sets = {"train": (train_images, train_labels), "heldout": (heldout_images, heldout_labels)}
-    for name, (images, labels) in sets.items():
-        expected = (autoencoder.image_channels, autoencoder.resolution, autoencoder.resolution)
+def check_images_and_labels(autoencoder: Autoencoder, **sets: tuple[Tensor, Tensor | None]) -> None:
+    """The checks of `report_card`, of images and labels by the name of their set."""
+    by_name = {f"{name}_images": images for name, (images, _) in sets.items()}
+    check_images(**by_name)  # floating point: encoders read no bytes
+    check_same_pixels(**by_name)
+    require_images(**{name: len(images) for name, images in by_name.items()})
+    expected = (autoencoder.image_channels, autoencoder.resolution, autoencoder.resolution)
+    for name, images in by_name.items():
         if tuple(images.shape[1:]) != expected:
             raise ValueError(
-                f"{name}_images: expected the autoencoder's images {expected}, got {tuple(images.shape[1:])}; "
+                f"{name}: expected the autoencoder's images {expected}, got {tuple(images.shape[1:])}; "
                 "give those that it was trained on"
             )
         if not images.isfinite().all():
-            raise ValueError(f"{name}_images: expected finite pixels, got NaN or infinity; look for broken images")
-        if labels is None:
-            continue
-        check_integers(f"{name}_labels", labels, "convert them by labels.long()")
-        if tuple(labels.shape) != (len(images),):
-            raise ValueError(f"{name}_labels: expected one label an image, [{len(images)}], got {list(labels.shape)}")
-    if (train_labels is None) != (heldout_labels is None):
-        missing = "train" if train_labels is None else "heldout"
-        raise ValueError(f"{missing}_labels are missing: expected labels of both sets, or None for both")
+            raise ValueError(f"{name}: expected finite pixels, got NaN or infinity; look for broken images")
+    for name, (images, labels) in sets.items():
+        if labels is not None:
+            check_integers(f"{name}_labels", labels, "convert them by labels.long()")
+            if tuple(labels.shape) != (len(images),):
+                raise ValueError(f"{name}_labels: expected one label an image, [{len(images)}], got {list(labels.shape)}")
+        elif any(others is not None for _, others in sets.values()):
+            raise ValueError(f"{name}_labels are missing: expected labels of both sets, or None for both")
