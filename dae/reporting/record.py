@@ -105,11 +105,9 @@ class Record:
         return self.metrics["prior"].get("family", "ar")
 
     @property
-    def bits_an_image(self) -> float:
-        prior = self.metrics["prior"]
-        if self.family == "ar":
-            return prior["heldout_bits_per_token"] * prior["tokens_an_image"]
-        return prior["heldout_bits_per_image"]
+    def discrete(self) -> bool:
+        """Whether the latent consists of tokens; of a continuous one evaluate.py tells the bits."""
+        return not self.metrics.get("latent")
 
 
 @contextlib.contextmanager

@@ -1,0 +1,345 @@
+"""The page of a run, from what it left in its folder: a section per question, each one function below, in their order."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from omegaconf import OmegaConf
+
+from dae.config import Config, config_differences
+from dae.reporting import elements as web
+from dae.reporting.charts import Line, bar_chart, in_words, line_chart
+from dae.reporting.elements import Html, number, paragraph, percent, strip
+from dae.reporting.measures import DECODERS, headline, measurements, provenance
+from dae.reporting.record import Record, seconds_by_stage
+
+PAPER = web.link("Hu et al., “Complexity Matters”, NeurIPS 2023", "https://arxiv.org/abs/2307.08283")
+METHODS = {
+    "dae": (
+        "Decoupled Autoencoder",
+        "The method is the Decoupled Autoencoder: the encoder is first trained together with a deliberately weak decoder, so "
+        "that it learns {codes} from which even a simple generator can make images; then the encoder is frozen, and the real "
+        "decoder is trained on its {codes}.",
+    ),
+    "joint": (
+        "Jointly trained autoencoder",
+        "The method is the usual one, which serves as a baseline: encoder and real decoder are trained together.",
+    ),
+    "joint_dropout": (
+        "Jointly trained autoencoder with dropout",
+        "The method is a baseline: encoder and real decoder are trained together, with channel dropout in the decoder.",
+    ),
+    "joint_finetuned": (
+        "Jointly trained autoencoder with a fine-tuned decoder",
+        "The method is a baseline: encoder and real decoder are trained together; then the encoder is frozen, and the same "
+        "decoder is trained further on its {codes}.",
+    ),
+    "weak": (
+        "Weak autoencoder",
+        "The method is a baseline: the encoder is trained together with a deliberately weak decoder, and no other follows.",
+    ),
+}
+STAGES = {
+    "stage1": "stage 1, weak decoder", "stage2": "stage 2, real decoder", "joint": "one stage",
+    "finetune": "decoder fine-tuned", "prior": "prior",
+}  # fmt: skip
+CLASSES_SHOWN = 20
+LATENTS = {  # of a discrete latent or not: what it consists of, what an image is written as, how a draw becomes an image
+    True: ("tokens", "{tokens} tokens, each one of {codes:,} codes", "writes tokens, and the decoder turns them into pixels"),
+    False: (
+        "latents",
+        "a latent: {values:,} numbers ({channels} channels of {size} × {size}), each with a little noise on it",
+        "draws a latent, and the decoder turns it into pixels",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class PriorWords:
+    """What the page says of a prior family.
+
+    Attributes:
+        learned: what it is and does.
+        settings: of sampling, those that it heeds.
+        criterion: key of its held-out score in the logs; None of a family that is fitted at once, and knows no classes.
+        axis, scale, meaning: of the curve of training: its name, nats per unit, and an explanation.
+        best: the step with the best score.
+    """
+
+    learned: str
+    settings: tuple[str, ...] = ()
+    criterion: str | None = None
+    axis: str = ""
+    scale: float = 1.0
+    meaning: str = ""
+    best: str = ""
+
+
+PRIORS = {
+    "ar": PriorWords(
+        "a Transformer, the prior, learned which tokens follow one another",
+        ("cfg_scale", "temperature", "top_k", "top_p"),
+        "bits_per_token",
+        "bits per token",
+        math.log(2),
+        "Bits per token are what the prior needs to write down one token of an image, given those before it.",
+        "fewest held-out bits",
+    ),
+    "dit": PriorWords(
+        "a Diffusion Transformer, the prior, learned to turn pure noise into such a latent, step by step",
+        ("cfg_scale", "num_inference_steps"),
+        "loss",
+        "flow-matching loss",
+        1.0,
+        "The prior sees a latent mixed with noise and estimates the way from the one to the other; the loss is its mean "
+        "squared error. Nobody can undo the mixture exactly, so the loss does not reach 0.",
+        "lowest held-out loss",
+    ),
+    "mixture": PriorWords("a mixture of {components} Gaussians, the prior, was fitted to such latents"),
+}
+SETTINGS = {
+    "cfg_scale": "guidance scale {:g}, ", "temperature": "temperature {:g}, ", "top_k": "top-k {:g}, ", "top_p": "top-p {:g}, ",
+    "num_inference_steps": "{} steps from noise to latent, ",
+}  # fmt: skip
+
+
+def run_page(run: Record) -> web.Page:
+    """The page; it measures nothing anew."""
+    page = web.Page(f"{METHODS[run.config.method][0]} on {run.data_name}", lead(run))
+    page.section("In numbers", web.tiles(headline(run.metrics, run.config.autoencoder.vq.codebook_size)))
+    page.section("Samples", sample_grid(run))
+    page.section("Reconstructions", reconstructions(run))
+    if run.tables:
+        page.section("Data", *data_tables(run))
+    page.section("Training", autoencoder_curves(run.autoencoder), prior_curves(run))
+    if run.discrete:
+        page.section("Codebook", codebook(run.metrics.get("codebook")))
+    else:
+        page.section("Latent", latent(run.metrics["latent"]))
+    page.section("Copies?", *copies(run), *trade(run))
+    measured = web.table(("measure", "value", "what it means"), measurements(run.metrics), prose=(0, 2))
+    origin = web.table(("what", "value"), provenance(run.metrics), prose=(0, 1))
+    page.section("All measurements", measured, web.element("h3", "What was measured"), origin)
+    page.section("Time", timings(run))
+    page.section("Configuration and versions", *configuration(run))
+    ours = "; all hyper-parameters are ours, and no number here is the paper's."
+    page.footer = [paragraph("The method as publicly described in ", PAPER, ours, " Written by recipes/report.py.")]
+    return page
+
+
+def lead(run: Record) -> list[Html]:
+    _, height, width, channels = run.images.shape
+    classes, prior = run.data.get("num_classes") or int(run.labels.max()) + 1, PRIORS[run.family]
+    kind = f"{height} × {width} pixels, {'grey' if channels == 1 else 'colour'}"
+    kind += f", {classes:,} classes" if classes > 1 else ", without classes"
+    kind += ", which this prior does not know" if classes > 1 and not prior.criterion else ""
+    train, heldout = run.data.get("train", run.metrics["counts"]["train"]), run.metrics["counts"]["heldout"]
+    images = "a stream of" if train is None else f"{train:,}"
+    what = f"{how_it_works(run)} Both learned from {images} training images of the data set “{run.data_name}” ({kind})."
+    method = METHODS[run.config.method][1].format(codes=LATENTS[run.discrete][0])
+    if run.config.stage2.loss.adversarial > 0:
+        method += " The final decoder also learned to deceive a discriminator, as the generator of a GAN does."
+    logs = {"autoencoder": run.autoencoder, "prior": run.prior}
+    spent = [f"{web.duration(sum(seconds_by_stage(rows).values()))} for the {name}" for name, rows in logs.items() if rows]
+    when = f"Training took {' and '.join(spent)}. " if spent else ""
+    when += f"The run was measured on {run.measured_on.day} {run.measured_on:%B %Y}, against {heldout:,} held-out images. "
+    stopped = run.config.prior.early_stopping and prior.criterion
+    chosen = "; they did choose the step at which the prior stops" if stopped else ""
+    when += f"No weight was trained on them{chosen}."
+    notices = [paragraph(notice, class_="notice") for notice in run.contradictions]
+    return [paragraph(what), paragraph(method, " See ", PAPER, "."), paragraph(when), *notices]
+
+
+def how_it_works(run: Record) -> str:
+    _, written, drawn = LATENTS[run.discrete]
+    facts = dict(run.metrics.get("latent") or {"tokens": run.metrics["prior"]["tokens_an_image"]})
+    facts |= {"codes": run.config.autoencoder.vq.codebook_size, "components": run.config.prior.num_components}
+    if not run.discrete:
+        facts["values"] = facts["channels"] * facts["size"] ** 2
+    written, learned = written.format(**facts), PRIORS[run.family].learned.format(**facts)
+    return f"An autoencoder learned to write an image as {written}; {learned}. To make a new image, the prior {drawn}."
+
+
+def sample_grid(run: Record) -> Html:
+    images, labels, names = run.images, run.labels, run.data.get("class_names")
+    columns, settings, present = web.per_row(max(images.shape[1:3])), run.metrics["sampling"], np.unique(labels)
+    if len(present) > 1:
+        shown = [(names[c] if names else c, images[labels == c][:columns]) for c in present[:CLASSES_SHOWN].tolist()]
+        rows = [(name, strip(x, f"{len(x)} samples of class {name}")) for name, x in shown]
+        which = "One row a class" + (f" ({len(rows)} of {len(present):,} classes)" if len(present) > len(rows) else "")
+    else:
+        blocks = [images[i : i + columns] for i in range(0, min(len(images), 6 * columns), columns)]
+        rows, which = [("", strip(x, f"{len(x)} samples")) for x in blocks], "New images"
+    heeded = [key for key in PRIORS[run.family].settings if settings[key] is not None]
+    how = "".join(SETTINGS[key].format(settings[key]) for key in heeded)
+    caption = f"{which}: the first of {len(images):,} samples, not a selection. Sampled with {how}seed {settings['seed']}."
+    caption += f" Pictures are reduced to {web.LARGEST_SIDE} pixels." if max(images.shape[1:3]) > web.LARGEST_SIDE else ""
+    return web.figure(web.strips(rows), caption)
+
+
+def reconstructions(run: Record) -> Html:
+    if "originals" not in run.pictures:
+        return paragraph("This run has no evaluation/pictures.npz; recipes/evaluate.py writes it.")
+    columns, rebuilt = web.per_row(max(run.pictures["originals"].shape[1:3])), run.metrics["reconstruction"]
+    rows = [("original", strip(run.pictures["originals"][:columns], "held-out images"))]
+    for name in (n for n in rebuilt if n in run.pictures):
+        words = f"{DECODERS[name]} ({rebuilt[name]['decoder']})"
+        rows.append((words, strip(run.pictures[name][:columns], f"the same images through the {words}")))
+    codes = LATENTS[run.discrete][0]
+    why = f"Both decoders read the same {codes}, so what differs is the decoder's doing. " if "stage 1" in rebuilt else ""
+    quality = ", ".join(f"{DECODERS[n]} {number(v['psnr'], 1)}\u00a0dB (SSIM {number(v['ssim'], 3)})" for n, v in rebuilt.items())
+    caption = f"Held-out images, encoded into {codes} and decoded again. {why}PSNR over all held-out images: {quality}."
+    return web.figure(web.strips(rows), caption)
+
+
+def data_tables(run: Record) -> list[Html]:
+    sentences = ["What training read, as it said before the first step:"]
+    if len(run.tables) > 1:
+        sentences = ["What training of the autoencoder read, as it said before the first step:"]
+        sentences.append("The prior was trained on other data:")
+    pairs = zip(sentences, run.tables, strict=True)
+    return [part for words, table in pairs for part in (paragraph(words), web.table(("what", "read"), table, prose=(0, 1)))]
+
+
+def autoencoder_curves(history: list[dict]) -> Html:
+    charts: list[Html] = []
+    stages: dict[str, list[dict]] = {}
+    for row in history:
+        stages.setdefault(row["stage"], []).append(row)
+    words = "encoder frozen" if "finetune" in stages else "encoder frozen, new decoder"
+    switch = [(rows[-1]["step"], words) for rows in list(stages.values())[:-1]]
+    rule = " The rule marks the switch: from there on, only the real decoder learns." if switch else ""
+    for split, key, axis, caption in (
+        ("train", "loss", "reconstruction loss", "Autoencoder, training images: reconstruction loss, on a logarithmic scale."),
+        ("validation", "psnr", "PSNR, dB", "Autoencoder, held-out images: PSNR of reconstructions; higher is better."),
+    ):
+        lines = []
+        for (name, rows), colour in zip(stages.items(), ("first", "second"), strict=False):
+            if kept := [row for row in rows if row["split"] == split]:
+                lines.append(Line(STAGES[name], [r["step"] for r in kept], [r[key] for r in kept], colour))
+        if lines:
+            svg = line_chart(lines, x="step", y=axis, marks=switch, logarithmic=split == "train")
+            charts.append(web.figure(web.chart(svg, in_words(lines, "step", axis)), caption + rule))
+    return web.side_by_side(*charts) if charts else paragraph("This run has no autoencoder/logs/history.jsonl.")
+
+
+def prior_curves(run: Record) -> Html:
+    seen, heldout = ([row for row in run.prior if row["split"] == split] for split in ("train", "validation"))
+    prior, step = PRIORS[run.family], run.metrics["prior"]["step"]
+    if not seen or not heldout:
+        return paragraph("This run has no prior/logs/history.jsonl.")
+    if not prior.criterion:
+        fitted, new = (number(rows[-1]["bits_per_image"], 1) for rows in (seen, heldout))
+        return paragraph(
+            f"The prior is fitted at once, not in steps. It needs {fitted} bits to write down the latent of a training image and "
+            f"{new} for a held-out one. Where the second is much larger than the first, the prior has memorised training images."
+        )
+    lines = [
+        Line("training", [r["step"] for r in seen], [r["loss"] / prior.scale for r in seen]),
+        Line("held-out", [r["step"] for r in heldout], [r[prior.criterion] for r in heldout], "second", dashed=True),
+    ]
+    svg = line_chart(lines, x="step", y=prior.axis, marks=[(step, f"used: step {step:,}")])
+    marked = f"the step with the {prior.best}, whose weights are" if run.config.prior.early_stopping else "the weights that are"
+    words = (
+        f"{prior.meaning} Where the training line falls while the held-out line rises, the prior memorises. The training line is "
+        "measured with dropout and with some classes hidden, so it can lie above the other."
+    )
+    caption = f"Prior: {prior.axis}; lower is better. The rule marks {marked} used."
+    return web.side_by_side(web.figure(web.chart(svg, in_words(lines, "step", prior.axis)), caption), paragraph(words))
+
+
+def ranked_bars(heights: list, x: str, y: str, alt: str, caption: str, meaning: str) -> Html:
+    """Bars from the highest, with their mean as what all would be if they were equal, beside a paragraph."""
+    svg = bar_chart(heights, x=x, y=y, level=(sum(heights) / len(heights), "if all were equal"))
+    return web.side_by_side(web.figure(web.chart(svg, alt), caption), paragraph(meaning))
+
+
+def latent(found: dict) -> Html:
+    by_channel = sorted(found["gaussian_bits_by_channel"], reverse=True)
+    most, least, total = (number(bits, 1) for bits in (by_channel[0], by_channel[-1], found["gaussian_bits"]))
+    return ranked_bars(
+        by_channel, "channel, by rank", "bits per image",
+        f"Bars from {most} bits for the most telling channel to {least} for the least",
+        f"What each of the {found['channels']} channels of the latent tells of a held-out image, most telling first.",
+        "The encoder does not say one number but a range, a mean and the noise about it. The wider the means of different images "
+        f"lie apart beside that noise, the more bits the latent carries: {total} bits per image here, if its values were "
+        "independent Gaussians. A channel of nearly no bits is capacity left idle.",
+    )  # fmt: skip
+
+
+def codebook(found: dict | None) -> Html:
+    if not found:
+        return paragraph("No codes were counted: the latent of this run is continuous.")
+    counts, perplexity = sorted(found["counts"], reverse=True), number(found["perplexity"], 1)
+    return ranked_bars(
+        counts, "code, by rank", "tokens",
+        f"Bars from {counts[0]:,} tokens for the commonest code to {counts[-1]:,} for the rarest",
+        f"How often each code is used in {sum(counts):,} tokens of held-out images, most frequent first.",
+        f"Of {len(counts):,} codes, {percent(found['usage'])} occur at all. The perplexity is {perplexity}: the tokens are as "
+        f"varied as {perplexity} codes in equal parts would be. A code that is never used is capacity left idle.",
+    )  # fmt: skip
+
+
+def copies(run: Record) -> list[Html]:
+    share, of_heldout = (percent(run.metrics["generation"][key]) for key in ("memorised", "memorised_heldout"))
+    words = (
+        "A generator that repeats its training images looks perfect and is useless. A sample counts as a near-copy if it is "
+        "nearer to a training image, pixel by pixel, than 99\u00a0% of the held-out images are; so about 1\u00a0% is what new "
+        f"images show. Here it is {share} of the samples ({of_heldout} of the held-out images)."
+    )
+    parts = [paragraph(words)]
+    if "nearest training images" in run.pictures:
+        columns = web.per_row(max(run.pictures["samples"].shape[1:3]))
+        rows = [(name, strip(run.pictures[name][:columns], name)) for name in ("samples", "nearest training images")]
+        caption = "The samples nearest to a training image, the worst cases of all; below each, that training image."
+        parts.append(web.figure(web.strips(rows), caption))
+    return parts
+
+
+def trade(run: Record) -> list[Html]:
+    """What stronger guidance and longer training cost; empty for a prior that has neither."""
+    prior = PRIORS[run.family]
+    if not run.metrics.get("trade") or not prior.criterion:
+        return []
+    columns = {
+        "guidance": lambda r: f"{r['cfg_scale']:g}", "prior step": lambda r: f"{r['prior_step']:,}",
+        f"held-out {prior.criterion.replace('_', ' ')}": lambda r: number(r[f"heldout_{prior.criterion}"], 3),
+        "recognised": lambda r: percent(r["recognised"]), "Fréchet ratio": lambda r: number(r["frechet_ratio"]),
+        "precision": lambda r: number(r["precision"]), "recall": lambda r: number(r["recall"]),
+        "near-copies": lambda r: percent(r["memorised"]),
+    }  # fmt: skip
+    if not run.labelled:
+        del columns["recognised"]
+    shown = (run.metrics["sampling"]["cfg_scale"], run.metrics["prior"]["step"])
+    marked = [i for i, row in enumerate(run.metrics["trade"]) if (row["cfg_scale"], row["prior_step"]) == shown]
+    copies_seen, stopping = run.config.prior.num_augmentations or "no", "with" if run.config.prior.early_stopping else "without"
+    bold = "The row in bold has the settings of the samples above; it is another draw, so its numbers differ a little."
+    words = (
+        "Stronger guidance and longer training usually make samples easier to recognise, at the price of variety (recall) and, "
+        f"past the step with the {prior.best}, of copies; augmenting the images and stopping at that step work "
+        f"against copies, for some fidelity. This prior saw {copies_seen} further encodings of each training image and was "
+        f"trained {stopping} early stopping. {bold if marked else ''}"
+    )
+    rows = [[cell(row) for cell in columns.values()] for row in run.metrics["trade"]]
+    return [web.element("h3", "What fidelity costs"), paragraph(words), web.table(list(columns), rows, prose=(), marked=marked)]
+
+
+def timings(run: Record) -> Html:
+    seconds = seconds_by_stage(run.autoencoder) | seconds_by_stage(run.prior)
+    rows = [(f"Training: {STAGES[stage]}", web.duration(s)) for stage, s in seconds.items()]
+    images, sampling = run.metrics["counts"]["samples"], run.metrics["sampling"]["seconds"]
+    rows.append((f"Sampling {images:,} images ({1000 * sampling / images:.3g} ms an image)", web.duration(sampling)))
+    rows.append(("Evaluation, with the training of its classifier", web.duration(run.metrics["seconds"])))
+    note = (
+        "Wall-clock time from the logs, with start, validation and checkpoints. Encoding the images for the prior is not logged."
+    )
+    return web.figure(web.table(("what", "time"), rows), note)
+
+
+def configuration(run: Record) -> list[Html]:
+    words = OmegaConf.to_yaml(OmegaConf.structured(run.config))
+    summary = f"The resolved configuration ({len(config_differences(Config(), run.config))} keys differ from the defaults)"
+    versions = web.table(("software", "version"), list(run.metrics["versions"].items()), prose=(0, 1))
+    return [web.details(summary, web.preformatted(words)), versions]
