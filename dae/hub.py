@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from dae_kernels.dispatch import FLOAT_DTYPES
+from dae_kernels.checks import FLOAT_DTYPES
 from torch import nn
 
 import dae

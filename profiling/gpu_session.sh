@@ -86,7 +86,7 @@ bench vector_quantize 30
 bench codebook_statistics 30
 bench sliced_wasserstein 30
 bench attention 30
-bench perceptual_tap 30
+bench lpips 30
 bench linear_cross_entropy 30
 bench frechet_distance 30
 bench precision_recall_density_coverage 30

@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 # Keys of earlier versions, which files, overrides, saved models and checkpoints may hold, and today's in the same section.
 RENAMED = {
     "prior.augmented_copies": "prior.num_augmentations",
+    "kernels.perceptual_tap": "kernels.lpips",
 }
 
 

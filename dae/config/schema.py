@@ -286,7 +286,7 @@ class KernelsConfig:
     linear_cross_entropy: str = knob(
         "auto", "loss of the prior, with its last matrix", choices=("auto", "reference", "torch", "chunked", "triton")
     )
-    perceptual_tap: str = knob("auto", "distance of features in the perceptual loss", choices=("auto", "reference", "triton"))
+    lpips: str = knob("auto", "distance of features in the perceptual loss", choices=("auto", "reference", "triton"))
     vector_quantize: str = knob("auto", "search for the nearest code", choices=("auto", "reference", "triton"))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from dae_kernels.dispatch import check_floating
+from dae_kernels.checks import check_floating
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from dae_kernels.dispatch import check_floating
+from dae_kernels.checks import check_floating
 from torch import Tensor, nn
 
 from dae.distributed import draw_rows

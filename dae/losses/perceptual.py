@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Self
 
 import torch
-from dae_kernels.perceptual_tap import perceptual_tap
+from dae_kernels.lpips import lpips
 from torch import Tensor, nn
 
 from dae.hub import WEIGHTS, download, load_weights
@@ -19,14 +19,14 @@ from dae.precision import ordinary
 class PerceptualLoss(nn.Module):
     """Distance of VGG16's features (Simonyan & Zisserman 2015, configuration D) at relu1_2, 2_2, 3_3, 4_3 and 5_3.
 
-        loss = sum over the five taps of mean over positions of sum_c weight_c (u_c - v_c)^2       (dae_kernels.perceptual_tap)
+        loss = sum over the five taps of mean over positions of sum_c weight_c (u_c - v_c)^2       (dae_kernels.lpips)
 
     with unit vectors u and v of the two images' features. All parameters are frozen and have the names that they have in
     torchvision's and lpips's files: `features.0.weight`, ..., `features.28.bias` and `lin0.weight`, ..., `lin4.weight`.
     They start at random, `lin` at ones; `from_pretrained` reads them.
     """
 
-    operation, impl = "perceptual_tap", "auto"  # for dae.models.kernels
+    operation, impl = "lpips", "auto"  # for dae.models.kernels
     depths, widths = (2, 2, 3, 3, 3), (64, 128, 256, 512, 512)
     least_size = 16  # pixels, of which four poolings leave one position
 
@@ -73,7 +73,7 @@ class PerceptualLoss(nn.Module):
         sample, images = ordinary((sample, images))
         pairs = zip(self.taps(sample), self.taps(images), strict=True)
         weights = [self.get_submodule(f"lin{tap}").weight.flatten() for tap in range(len(self.widths))]
-        terms = [perceptual_tap(a, b, weight, impl=self.impl) for (a, b), weight in zip(pairs, weights, strict=True)]
+        terms = [lpips(a, b, weight, impl=self.impl) for (a, b), weight in zip(pairs, weights, strict=True)]
         return torch.stack(terms).sum(dim=0)
 
     @classmethod

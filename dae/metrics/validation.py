@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from dae_kernels.dispatch import FLOAT_DTYPES
+from dae_kernels.checks import FLOAT_DTYPES
 from torch import Tensor
 
 

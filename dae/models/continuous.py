@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Self
 
-from dae_kernels.dispatch import check_floating
+from dae_kernels.checks import check_floating
 from torch import Tensor
 
 from dae.config import PriorConfig, from_dict

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dae_kernels.dispatch import check_floating
+from dae_kernels.checks import check_floating
 from torch import Tensor
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from dae_kernels.checks import as_integer, as_number
-from dae_kernels.dispatch import check_floating
+from dae_kernels.checks import as_integer, as_number, check_floating
 from torch import Tensor
 
 from dae.models.ar_prior import ARPrior

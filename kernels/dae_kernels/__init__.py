@@ -7,9 +7,10 @@ from dae_kernels.energy_distance import energy_distance
 from dae_kernels.frechet_distance import GaussianStatistics, frechet_distance, gaussian_w2
 from dae_kernels.group_norm_silu import group_norm_silu
 from dae_kernels.linear_cross_entropy import linear_cross_entropy
+from dae_kernels.lpips import lpips
+from dae_kernels.lpips import perceptual_tap as perceptual_tap  # the old name, for one release
 from dae_kernels.mmd import mmd
 from dae_kernels.nearest_code import nearest_code
-from dae_kernels.perceptual_tap import perceptual_tap
 from dae_kernels.precision_recall_density_coverage import k_nearest_distances, precision_recall_density_coverage
 from dae_kernels.sinkhorn_divergence import barycentric_map, sinkhorn_divergence, sinkhorn_transport
 from dae_kernels.sliced_wasserstein import max_sliced_wasserstein, sliced_wasserstein
@@ -40,10 +41,10 @@ __all__ = [
     "k_nearest_distances",
     "layer_norm_modulate",
     "linear_cross_entropy",
+    "lpips",
     "max_sliced_wasserstein",
     "mmd",
     "nearest_code",
-    "perceptual_tap",
     "precision_recall_density_coverage",
     "qk_norm",
     "rms_norm",

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dae_kernels.dispatch import differentiated, values_readable
+from dae_kernels.tracing import differentiated, values_readable
+
+FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def as_number(operation: str, name: str, got: Any) -> float:
@@ -84,3 +86,85 @@ def described(got: Any) -> str:
     if isinstance(got, bool | int | float | str):
         return f"{kind} {got!r:.60}"
     return f"{kind} {list(got.shape)}" if getattr(got, "shape", ()) else kind
+
+
+def check_choice(name: str, got: Any, choices: Sequence[str | None]) -> None:
+    """ValueError unless `got` is one of `choices`."""
+    if not isinstance(got, str | None) or got not in choices:  # an array would compare by element
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {' '.join(repr(got).split()):.80}")
+
+
+def check_dense(operation: str, name: str, operand: Any) -> None:
+    """TypeError unless `operand` is a tensor whose elements all lie in memory: sparse and nested ones have little arithmetic."""
+    if not isinstance(operand, torch.Tensor):
+        raise TypeError(f"{operation} needs {name} as a torch.Tensor, got {type(operand).__name__}")
+    if operand.is_nested or operand.layout != torch.strided:
+        got = "a nested one" if operand.is_nested else operand.layout
+        raise TypeError(f"{operation} needs {name} as a dense tensor, got {got}")
+
+
+def check_tensors(operation: str, **operands: Tensor) -> None:
+    """TypeError unless all operands are dense tensors."""
+    for name, operand in operands.items():
+        check_dense(operation, name, operand)
+
+
+def check_floating(operation: str, name: str, operand: Any, remedy: str | None = None) -> None:
+    """TypeError unless `operand` is a dense tensor of 16, 32 or 64 bits floating point: 8 bits have no arithmetic in torch."""
+    if not isinstance(operand, torch.Tensor) or operand.dtype not in FLOAT_DTYPES:
+        got = operand.dtype if isinstance(operand, torch.Tensor) else type(operand)
+        takes = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
+        raise TypeError(f"{operation} needs a floating point tensor {name}, got {got}; {remedy or f'it takes {takes}'}")
+    check_dense(operation, name, operand)
+
+
+def check_clouds(operation: str, x: Tensor, y: Tensor) -> None:
+    """Two clouds x [N, D] and y [M, D], N, M, D >= 1, floating, of one dtype and on one device.
+
+    Raises:
+        TypeError: not tensors, not floating point, or two dtypes.
+        ValueError: other shapes, an empty cloud, or two devices.
+    """
+    check_tensors(operation, x=x, y=y)
+    shapes = f"got x {list(x.shape)}, y {list(y.shape)}"
+    for name, cloud in (("x", x), ("y", y)):
+        if cloud.dtype not in FLOAT_DTYPES:
+            raise TypeError(f"{operation} needs floating point clouds, got {name} of {cloud.dtype}")
+    if x.dim() != 2 or y.dim() != 2 or x.shape[1] != y.shape[1]:
+        raise ValueError(f"{operation} needs clouds x [N, D] and y [M, D], {shapes}")
+    if x.numel() == 0 or y.numel() == 0:
+        raise ValueError(f"{operation} needs at least one point and one dimension in each cloud, {shapes}")
+    if x.dtype != y.dtype:
+        raise TypeError(f"{operation} needs clouds of one dtype, got x {x.dtype}, y {y.dtype}")
+    if x.device != y.device:
+        raise ValueError(f"{operation} needs clouds on one device, got x on {x.device}, y on {y.device}")
+
+
+def check_weights(operation: str, name: str, weights: Tensor | None, cloud: Tensor) -> None:
+    """Weights [N] of a cloud [N, D]: floating, finite, not negative, with a positive sum; None stands for equal weights.
+
+    The values are read, which on a GPU waits for it, but not while torch.compile traces, inside torch.vmap and of fake tensors,
+    where they cannot be: there bad values give a meaningless result.
+
+    Raises:
+        TypeError: not a tensor, or not floating point.
+        ValueError: another shape or device, a negative or not finite weight, or a sum that is not positive.
+    """
+    if weights is None:
+        return
+    check_tensors(operation, **{name: weights})
+    if weights.dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{operation} needs floating point weights, got {name} of {weights.dtype}")
+    if weights.shape != cloud.shape[:1]:
+        raise ValueError(f"{operation} needs {name} [{cloud.shape[0]}], one weight a point, got {list(weights.shape)}")
+    if weights.device != cloud.device:
+        raise ValueError(f"{operation} needs {name} on {cloud.device}, where the cloud is, got {weights.device}")
+    if not values_readable(weights):
+        return
+    # float64, as the sum of float16 weights need not be one
+    total, least = weights.detach().sum(dtype=torch.float64).item(), weights.detach().min().item()
+    if not (least >= 0 and 0 < total < float("inf")):
+        raise ValueError(
+            f"{operation} needs weights that are not negative and sum to a positive number, "
+            f"got {name} with minimum {least} and sum {total}"
+        )

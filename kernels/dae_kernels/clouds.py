@@ -8,8 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dae_kernels.dispatch import FLOAT_DTYPES, check_dense, values_readable
-
 SAMPLES = 512  # points of a cloud that stand for it where a centre is looked for
 
 
@@ -38,34 +36,6 @@ def convention(value: str, cost: str, bias: str) -> Callable[[Callable], Callabl
     return attach
 
 
-def check_tensors(operation: str, **operands: Tensor) -> None:
-    """TypeError unless all operands are dense tensors."""
-    for name, operand in operands.items():
-        check_dense(operation, name, operand)
-
-
-def check_clouds(operation: str, x: Tensor, y: Tensor) -> None:
-    """Two clouds x [N, D] and y [M, D], N, M, D >= 1, floating, of one dtype and on one device.
-
-    Raises:
-        TypeError: not tensors, not floating point, or two dtypes.
-        ValueError: other shapes, an empty cloud, or two devices.
-    """
-    check_tensors(operation, x=x, y=y)
-    shapes = f"got x {list(x.shape)}, y {list(y.shape)}"
-    for name, cloud in (("x", x), ("y", y)):
-        if cloud.dtype not in FLOAT_DTYPES:
-            raise TypeError(f"{operation} needs floating point clouds, got {name} of {cloud.dtype}")
-    if x.dim() != 2 or y.dim() != 2 or x.shape[1] != y.shape[1]:
-        raise ValueError(f"{operation} needs clouds x [N, D] and y [M, D], {shapes}")
-    if x.numel() == 0 or y.numel() == 0:
-        raise ValueError(f"{operation} needs at least one point and one dimension in each cloud, {shapes}")
-    if x.dtype != y.dtype:
-        raise TypeError(f"{operation} needs clouds of one dtype, got x {x.dtype}, y {y.dtype}")
-    if x.device != y.device:
-        raise ValueError(f"{operation} needs clouds on one device, got x on {x.device}, y on {y.device}")
-
-
 def normalised(weights: Tensor | None, cloud: Tensor, dtype: torch.dtype) -> Tensor:
     """Weights [N] of a cloud [N, D] in `dtype` that sum to 1; None stands for equal ones."""
     if weights is None:
@@ -81,36 +51,6 @@ def unit(*tensors: Tensor) -> Tensor:
     """
     largest = torch.stack([t.detach().abs().amax() for t in tensors]).amax()
     return torch.exp2(-largest.clamp_min(torch.finfo(largest.dtype).tiny).double().log2().floor())
-
-
-def check_weights(operation: str, name: str, weights: Tensor | None, cloud: Tensor) -> None:
-    """Weights [N] of a cloud [N, D]: floating, finite, not negative, with a positive sum; None stands for equal weights.
-
-    The values are read, which on a GPU waits for it, but not while torch.compile traces, inside torch.vmap and of fake tensors,
-    where they cannot be: there bad values give a meaningless result.
-
-    Raises:
-        TypeError: not a tensor, or not floating point.
-        ValueError: another shape or device, a negative or not finite weight, or a sum that is not positive.
-    """
-    if weights is None:
-        return
-    check_tensors(operation, **{name: weights})
-    if weights.dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{operation} needs floating point weights, got {name} of {weights.dtype}")
-    if weights.shape != cloud.shape[:1]:
-        raise ValueError(f"{operation} needs {name} [{cloud.shape[0]}], one weight a point, got {list(weights.shape)}")
-    if weights.device != cloud.device:
-        raise ValueError(f"{operation} needs {name} on {cloud.device}, where the cloud is, got {weights.device}")
-    if not values_readable(weights):
-        return
-    # float64, as the sum of float16 weights need not be one
-    total, least = weights.detach().sum(dtype=torch.float64).item(), weights.detach().min().item()
-    if not (least >= 0 and 0 < total < float("inf")):
-        raise ValueError(
-            f"{operation} needs weights that are not negative and sum to a positive number, "
-            f"got {name} with minimum {least} and sum {total}"
-        )
 
 
 def sampled(cloud_ND: Tensor, weights_N: Tensor) -> Tensor:

@@ -5,25 +5,22 @@ Also the one place that knows how a Triton launcher becomes a torch operator. No
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
+
+from dae_kernels.checks import check_choice
+from dae_kernels.tracing import TAKEN_WHOLE, traced, valueless
 
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
-
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-FLOAT_DTYPES = (*KERNEL_DTYPES, torch.float64)
 
 INTERPRETED_BFLOAT16 = False  # set by who has mended Triton's interpreter, as the tests do
-
-MODES = torch._C._TorchDispatchModeKey
-TRACING_MODES = (MODES.FAKE, MODES.FUNCTIONAL, MODES.PROXY)
 
 
 def dtype_refusal(*operands: torch.Tensor) -> str | None:
@@ -34,30 +31,6 @@ def dtype_refusal(*operands: torch.Tensor) -> str | None:
         if operand.dtype == torch.bfloat16 and operand.device.type == "cpu" and interpreting() and not INTERPRETED_BFLOAT16:
             return "Triton's CPU interpreter computes with the bits of bfloat16 (seen in 3.7.1), so its results are wrong"
     return None
-
-
-def check_dense(operation: str, name: str, operand: Any) -> None:
-    """TypeError unless `operand` is a tensor whose elements all lie in memory: sparse and nested ones have little arithmetic."""
-    if not isinstance(operand, torch.Tensor):
-        raise TypeError(f"{operation} needs {name} as a torch.Tensor, got {type(operand).__name__}")
-    if operand.is_nested or operand.layout != torch.strided:
-        got = "a nested one" if operand.is_nested else operand.layout
-        raise TypeError(f"{operation} needs {name} as a dense tensor, got {got}")
-
-
-def check_floating(operation: str, name: str, operand: Any, remedy: str | None = None) -> None:
-    """TypeError unless `operand` is a dense tensor of 16, 32 or 64 bits floating point: 8 bits have no arithmetic in torch."""
-    if not isinstance(operand, torch.Tensor) or operand.dtype not in FLOAT_DTYPES:
-        got = operand.dtype if isinstance(operand, torch.Tensor) else type(operand)
-        takes = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
-        raise TypeError(f"{operation} needs a floating point tensor {name}, got {got}; {remedy or f'it takes {takes}'}")
-    check_dense(operation, name, operand)
-
-
-def check_choice(name: str, got: Any, choices: Sequence[str | None]) -> None:
-    """ValueError unless `got` is one of `choices`."""
-    if not isinstance(got, str | None) or got not in choices:  # an array would compare by element
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {' '.join(repr(got).split()):.80}")
 
 
 def interpreting() -> bool:
@@ -106,18 +79,22 @@ def choose(impl: str, device: torch.device, refusal: str | None = None) -> str:
     raise ValueError(f"impl='triton' cannot run here: {refusal}. Use impl='auto' or impl='reference'")
 
 
-TAKEN_WHOLE: list[Callable] = []
-
-
 def taken_whole(function: Callable) -> Callable:
-    """Decorator of a function with an autograd.Function that Dynamo must not trace into; callers import `whole.py` first.
+    """Decorator of a function with an autograd.Function that Dynamo must not trace into (`allow_in_graph`).
 
     Dynamo ignores the `backward` of an autograd.Function inside torch.func.grad, vjp and jacrev: the derivative would be that of
     the forward pass, or 0, without an error (torch 2.13). Taken whole, the function is traced below these transforms, as in
     eager mode.
     """
     TAKEN_WHOLE.append(function)
-    return function
+
+    @functools.wraps(function)
+    def run(*arguments: Any) -> Any:
+        if torch.compiler.is_compiling():
+            import dae_kernels.whole  # noqa: F401
+        return function(*arguments)
+
+    return run
 
 
 def register_op(name: str, body: Callable, fake: Callable) -> Callable:
@@ -134,21 +111,13 @@ def register_op(name: str, body: Callable, fake: Callable) -> Callable:
     """
     op = opaque_op(name, body, fake)
 
-    def run(*arguments: Any) -> Any:
+    def call(*arguments: Any) -> Any:
         abstract = any(isinstance(argument, torch.Tensor) and valueless(argument) for argument in arguments)
         return op(*arguments) if abstract or traced() else body(*arguments)
 
+    run: Any = call
     run.op = op
     return run
-
-
-def traced() -> bool:
-    """Whether torch.compile, a transform of torch.func or a dispatch mode (fake tensors) looks at operators."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
-    )
 
 
 def opaque_op(name: str, body: Callable, fake: Callable) -> Callable:
@@ -170,7 +139,7 @@ def register_triton_op(name: str, launcher: Callable, fake: Callable) -> Callabl
     """
     if interpreting():
         return opaque_op(name, launcher, fake)
-    op = torch.library.triton_op(name, launcher, mutates_args=())
+    op: Any = torch.library.triton_op(name, launcher, mutates_args=())
     op.register_vmap(loop_over_batch(op))
     return op
 
@@ -189,45 +158,6 @@ def loop_over_batch(op: Callable) -> Callable:
         return results, (0,) * len(results)
 
     return rule
-
-
-def values_readable(*tensors: torch.Tensor) -> bool:
-    """Whether Python may look at values.
-
-    Not while torch.compile, torch.export or make_fx traces, not of meta and fake tensors, which have none, and not of those
-    that torch.vmap batches.
-    """
-    if torch.compiler.is_compiling() or any(torch._C._get_dispatch_mode(mode) is not None for mode in TRACING_MODES):
-        return False
-    return not (batched(*tensors) or any(valueless(level) for tensor in tensors for level in transform_levels(tensor)))
-
-
-def valueless(tensor: torch.Tensor) -> bool:
-    return tensor.is_meta or isinstance(tensor, FakeTensor)
-
-
-def batched(*tensors: torch.Tensor) -> bool:
-    """Whether torch.vmap has wrapped one of these."""
-    return any(torch._C._functorch.is_batchedtensor(level) for tensor in tensors for level in transform_levels(tensor))
-
-
-def without_autocast(device: torch.device) -> AbstractContextManager:
-    """For operations that choose their own precision: autocast would cast float32 down again."""
-    known = torch.amp.is_autocast_available(device.type)  # not for meta tensors
-    return torch.autocast(device.type, enabled=False) if known else nullcontext()
-
-
-def differentiated(*tensors: torch.Tensor) -> bool:
-    """Whether a derivative by one of these may be taken, also by a torch.func transform outside of a torch.vmap."""
-    return torch.is_grad_enabled() and any(level.requires_grad for tensor in tensors for level in transform_levels(tensor))
-
-
-def transform_levels(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """`tensor` and what the transforms of torch.func have wrapped in it."""
-    yield tensor
-    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        tensor = torch._C._functorch.get_unwrapped(tensor)
-        yield tensor
 
 
 def launchable(kernel: Any) -> Any:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from dae_kernels.dispatch import TAKEN_WHOLE
+from dae_kernels.tracing import TAKEN_WHOLE
 
 for function in TAKEN_WHOLE:
     torch.compiler.allow_in_graph(function)

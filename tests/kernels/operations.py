@@ -138,8 +138,8 @@ for impl in ("reference", "triton"):
     )
     case(
         f"perceptual {impl}",
-        "perceptual_tap",
-        lambda a, b, w, i=impl: k.perceptual_tap(a, b, w, impl=i),
+        "lpips",
+        lambda a, b, w, i=impl: k.lpips(a, b, w, impl=i),
         *(MAP, MAP, positive(8)),
     )
     case(f"nearest {impl}", "nearest_code", lambda x, c, i=impl: k.nearest_code(x, c, impl=i), X, normal(11, 4), leaves=())
@@ -162,7 +162,7 @@ case("mmd polynomial", "mmd", lambda x, y, w: k.mmd(x, y, kernel="polynomial", w
 case("quantize", "vector_quantize", lambda x, c: k.vector_quantize(x, c), X, normal(11, 4), leaves=(0,))
 case("group norm bare", "group_norm_silu", lambda x: k.group_norm_silu(x, 2), CHANNELS_LAST)
 case("group norm contiguous", "group_norm_silu", lambda x, w, b: k.group_norm_silu(x, 2, w, b), MAP, positive(8), normal(8))
-case("perceptual layouts", "perceptual_tap", lambda a, b: k.perceptual_tap(a, b), MAP, CHANNELS_LAST)
+case("perceptual layouts", "lpips", lambda a, b: k.lpips(a, b), MAP, CHANNELS_LAST)
 case("nearest cosine", "nearest_code", lambda x, c: k.nearest_code(x, c, metric="cosine"), X, normal(11, 4), leaves=())
 
 ROWS, WEIGHT, TARGETS = normal(3, 5, 8), normal(11, 8), integers(11, 3, 5)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from dae_kernels import dispatch, nearest_code
+from dae_kernels import dispatch, nearest_code, tracing
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -81,7 +81,7 @@ def test_what_transforms_have_wrapped_is_seen():
     x, seen = torch.zeros(2, 3), []
 
     def look(row):
-        seen.append((dispatch.values_readable(row), dispatch.differentiated(row)))
+        seen.append((tracing.values_readable(row), tracing.differentiated(row)))
         return row.sum()
 
     look(x[0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from dae_kernels import group_norm_silu, perceptual_tap
+from dae_kernels import group_norm_silu, lpips
 from dae_kernels.dispatch import TRITON_INSTALLED, interpreting
 
 pytestmark = pytest.mark.skipif(not (TRITON_INSTALLED and interpreting()), reason="kernels in Triton's CPU interpreter")
@@ -48,7 +48,7 @@ def test_maps_that_lie_far_apart(sparse, along):
     far, results = sparse(a, along), []
     for first in (a[None], far):
         first = first.detach().requires_grad_()
-        distance = perceptual_tap(first, b[None], impl="triton")
+        distance = lpips(first, b[None], impl="triton")
         results.append((distance, torch.autograd.grad(distance.sum(), first)[0]))
     for near, there in zip(*results, strict=True):
         assert torch.equal(near, there)
@@ -67,7 +67,7 @@ def test_sizes_beyond_a_grid_are_refused():
     positions = torch.empty(1, 1, 1).expand(1, 1, 2**31)
     for refused in (
         lambda: group_norm_silu(positions, 1, impl="triton"),
-        lambda: perceptual_tap(positions, positions, impl="triton"),
+        lambda: lpips(positions, positions, impl="triton"),
     ):
         with pytest.raises(ValueError, match=r"at most .* positions"):
             refused()

@@ -83,7 +83,7 @@ OPERANDS = {
     "max_sliced_wasserstein": (X, Y),
     "mmd": (X, Y),
     "nearest_code": (X, Y),
-    "perceptual_tap": (IMAGE, IMAGE + 1),
+    "lpips": (IMAGE, IMAGE + 1),
     "precision_recall_density_coverage": (X, Y),
     "qk_norm": (X, Y, X[0], X[0]),
     "rms_norm": (X,),

@@ -81,7 +81,7 @@ def by_hand(weights, lin, x, y):
 def test_value_and_gradient(tmp_path, weights, lin, impl, layout):
     save_file(weights | {f"lin{i}.weight": w for i, w in enumerate(lin)}, tmp_path / "model.safetensors")
     loss = PerceptualLoss.from_pretrained(tmp_path).to(memory_format=layout)
-    choose_kernels(loss, KernelsConfig(perceptual_tap=impl))
+    choose_kernels(loss, KernelsConfig(lpips=impl))
     assert loss.impl == impl
     x, y = (image.contiguous(memory_format=layout) for image in images())
     got, expected = loss(x.requires_grad_(), y), by_hand(weights, lin, wide := x.detach().double().requires_grad_(), y)
@@ -216,7 +216,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dae.losses import PerceptualLoss
 
 kernels, layout = sys.argv[1], getattr(torch, sys.argv[2])
-importlib.import_module("dae_kernels.perceptual_tap.api").choose = lambda *_: kernels  # as on a GPU
+importlib.import_module("dae_kernels.lpips.api").choose = lambda *_: kernels  # as on a GPU
 copies = []
 
 class Copies(TorchDispatchMode):

@@ -42,7 +42,7 @@ def losses(tmp_path, run, history, monkeypatch):
     "change",
     [
         triton("kernels.group_norm_silu=triton"),
-        triton("kernels.perceptual_tap=triton"),
+        triton("kernels.lpips=triton"),
         triton("kernels.vector_quantize=triton"),
         "kernels.attention=reference",
         "channels_last=true",
@@ -50,7 +50,7 @@ def losses(tmp_path, run, history, monkeypatch):
 )
 def test_autoencoder(tmp_path, losses, change):
     """Sums in another order, two steps of each stage long: 1e-4 of the loss."""
-    plain = ["kernels.group_norm_silu=reference", "kernels.perceptual_tap=reference", "kernels.vector_quantize=reference"]
+    plain = ["kernels.group_norm_silu=reference", "kernels.lpips=reference", "kernels.vector_quantize=reference"]
     expected = losses("train_dae", tmp_path / "plain", *plain, "kernels.attention=sdpa")
     assert len(expected) == 2 * STEPS
     assert losses("train_dae", tmp_path / "changed", *plain, change) == pytest.approx(expected, rel=1e-4)

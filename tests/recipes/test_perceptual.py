@@ -37,7 +37,7 @@ def test_both_stages_train_with_it(tmp_path, run, history, vgg, monkeypatch):
     monkeypatch.setattr(PerceptualLoss, "forward", counted)
     adversarial = ["stage2.loss.adversarial=0.1", "stage2.loss.discriminator_channels=4"]
     pixels = [f"{stage}.loss.l2=0" for stage in ("stage1", "stage2")]  # the decoder then learns from this loss alone
-    run("train_dae", tmp_path / "with", *SMALL, *weigh(2, vgg), *adversarial, *pixels, "kernels.perceptual_tap=reference")
+    run("train_dae", tmp_path / "with", *SMALL, *weigh(2, vgg), *adversarial, *pixels, "kernels.lpips=reference")
     assert [call[:2] for call in calls] == [("reference", True)] * 6
     calls = calls[2:]  # both stages are rehearsed first
     logged = [row["loss"] for row in history(tmp_path / "with" / "autoencoder") if row["split"] == "train"]

@@ -18,7 +18,7 @@ from dae_kernels.attention.checks import (
 )
 from dae_kernels.attention.options import Options, as_options, check_bias
 from dae_kernels.attention.packing import Packing
-from dae_kernels.dispatch import check_choice
+from dae_kernels.checks import check_choice
 
 BACKENDS = {
     "auto": sdpa,

@@ -7,7 +7,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from dae_kernels.dispatch import FLOAT_DTYPES, batched, check_dense, differentiated, values_readable
+from dae_kernels.checks import FLOAT_DTYPES, check_dense
+from dae_kernels.tracing import batched, differentiated, values_readable
 
 FUSED_DEVICES = ("cuda",)  # where flash-attn and xformers run; the tests of their adapters add "cpu"
 

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dae_kernels.checks import as_flag, as_integer, as_number, described
-from dae_kernels.dispatch import check_dense
+from dae_kernels.checks import as_flag, as_integer, as_number, check_dense, described
 
 
 @dataclass(frozen=True)

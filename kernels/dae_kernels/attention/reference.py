@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dae_kernels.attention.options import Options
 from dae_kernels.attention.packing import Packing, documents
-from dae_kernels.dispatch import without_autocast
+from dae_kernels.tracing import without_autocast
 
 
 def position_mask(num_queries: int, num_keys: int, options: Options, device: torch.device) -> Tensor | None:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dae_kernels.checks import as_integer
-from dae_kernels.clouds import check_tensors
+from dae_kernels.checks import FLOAT_DTYPES, as_integer, check_tensors
 from dae_kernels.codebook_statistics.reference import codebook_statistics_reference
-from dae_kernels.dispatch import FLOAT_DTYPES, choose, register_op, values_readable
+from dae_kernels.dispatch import choose, register_op
+from dae_kernels.tracing import values_readable
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 

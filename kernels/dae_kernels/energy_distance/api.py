@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dae_kernels.clouds import check_clouds, check_weights, convention, normalised
+from dae_kernels.checks import check_clouds, check_weights
+from dae_kernels.clouds import convention, normalised
 from dae_kernels.dispatch import choose, dtype_refusal
 from dae_kernels.pairwise.sums import pair_sums
 

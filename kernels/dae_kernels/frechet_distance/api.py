@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dae_kernels.clouds import check_tensors, convention
-from dae_kernels.dispatch import FLOAT_DTYPES, check_dense, values_readable
+from dae_kernels.checks import FLOAT_DTYPES, check_dense, check_tensors
+from dae_kernels.clouds import convention
 from dae_kernels.frechet_distance.reference import gaussian_w2_reference
 from dae_kernels.frechet_distance.statistics import GaussianStatistics, mean_and_scatter
+from dae_kernels.tracing import values_readable
 
 
 @convention(value="squared", cost="|x - y|^2, without a factor", bias="none: exact in the moments it is given")

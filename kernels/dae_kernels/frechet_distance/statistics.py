@@ -9,8 +9,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from dae_kernels.clouds import check_tensors
-from dae_kernels.dispatch import FLOAT_DTYPES
+from dae_kernels.checks import FLOAT_DTYPES, check_tensors
 
 
 class GaussianStatistics:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dae_kernels.checks import as_integer, as_number
-from dae_kernels.dispatch import check_choice, check_floating, choose, dtype_refusal, taken_whole
+from dae_kernels.checks import as_integer, as_number, check_choice, check_floating
+from dae_kernels.dispatch import choose, dtype_refusal, taken_whole
 from dae_kernels.group_norm_silu.reference import group_norm_silu_reference
 
 MAX_GRID = 65535  # the second and third axis of a CUDA grid

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from dae_kernels.dispatch import taken_whole, without_autocast
+from dae_kernels.dispatch import taken_whole
+from dae_kernels.tracing import without_autocast
 
 
 def group_norm_silu_reference(

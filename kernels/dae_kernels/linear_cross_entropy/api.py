@@ -8,18 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dae_kernels.checks import as_integer, as_number
-from dae_kernels.dispatch import (
-    check_choice,
-    check_dense,
-    check_floating,
-    choose,
-    dtype_refusal,
-    values_readable,
-    without_autocast,
-)
+from dae_kernels.checks import as_integer, as_number, check_choice, check_dense, check_floating
+from dae_kernels.dispatch import choose, dtype_refusal
 from dae_kernels.linear_cross_entropy.autograd import apply_chunked_losses
 from dae_kernels.linear_cross_entropy.reference import NOT_COUNTED, counted_rows, linear_cross_entropy_reference
+from dae_kernels.tracing import values_readable, without_autocast
 
 IMPLS = ("auto", "reference", "torch", "chunked", "triton")
 FEW_LOGITS = 1 << 20  # of all rows together; on a CPU they are then as fast at once

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dae_kernels.dispatch import register_op, without_autocast
+from dae_kernels.dispatch import register_op
 from dae_kernels.linear_cross_entropy.reference import NOT_COUNTED, counted_rows
+from dae_kernels.tracing import without_autocast
 
 # Elements of a chunk of logits, which are float32. CPU: 4 MiB, about what the caches hold. GPU: 64 MiB, which at V = 16384 makes
 # 1024 rows, so that adding a chunk's weight gradient to the float32 sum costs no more than the product it comes from.

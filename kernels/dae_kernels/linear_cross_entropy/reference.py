@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dae_kernels.dispatch import without_autocast
+from dae_kernels.tracing import without_autocast
 
 NOT_COUNTED = -1  # the target of a row without a loss
 

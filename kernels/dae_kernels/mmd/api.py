@@ -8,10 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dae_kernels.checks import as_flag, as_integer, as_number, as_numbers, described
-from dae_kernels.clouds import check_clouds, check_weights, convention, normalised
-from dae_kernels.dispatch import check_choice, choose, dtype_refusal, values_readable
+from dae_kernels.checks import as_flag, as_integer, as_number, as_numbers, check_choice, check_clouds, check_weights, described
+from dae_kernels.clouds import convention, normalised
+from dae_kernels.dispatch import choose, dtype_refusal
 from dae_kernels.pairwise.sums import POLYNOMIAL, pair_sums
+from dae_kernels.tracing import values_readable
 
 
 @convention(

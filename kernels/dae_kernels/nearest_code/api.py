@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dae_kernels.clouds import check_tensors, convention
-from dae_kernels.dispatch import FLOAT_DTYPES, check_choice, choose, dtype_refusal
+from dae_kernels.checks import FLOAT_DTYPES, check_choice, check_tensors
+from dae_kernels.clouds import convention
+from dae_kernels.dispatch import choose, dtype_refusal
 from dae_kernels.nearest_code.reference import nearest_code_reference
 
 MAX_HEADS = 65535  # the second axis of a CUDA grid

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from dae_kernels.clouds import power_of_two
-from dae_kernels.dispatch import register_op, without_autocast
+from dae_kernels.dispatch import register_op
+from dae_kernels.tracing import without_autocast
 
 MAX_CODES = 1 << 18  # coordinates of codes alive at once: 2 MiB in float64
 MAX_SCORES = {"cpu": 1 << 19, "gpu": 1 << 23}  # alive at once; on a CPU 2 MiB of float32, which are read again from its cache

@@ -7,10 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dae_kernels.checks import as_flag, as_integer
-from dae_kernels.clouds import check_clouds, check_tensors, convention
-from dae_kernels.dispatch import register_op, values_readable
+from dae_kernels.checks import as_flag, as_integer, check_clouds, check_tensors
+from dae_kernels.clouds import convention
+from dae_kernels.dispatch import register_op
 from dae_kernels.precision_recall_density_coverage import reference
+from dae_kernels.tracing import values_readable
 
 # Operators, as what they compute depends on values: how many distances are in doubt, of which torch.compile cannot know.
 k_nearest = register_op(

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dae_kernels.checks import as_flag, as_integer, as_number
-from dae_kernels.clouds import check_clouds, check_tensors, check_weights, convention, normalised
+from dae_kernels.checks import as_flag, as_integer, as_number, check_clouds, check_tensors, check_weights
+from dae_kernels.clouds import convention, normalised
 from dae_kernels.dispatch import choose, dtype_refusal
 from dae_kernels.sinkhorn_divergence.autograd import envelope, plan_means
 

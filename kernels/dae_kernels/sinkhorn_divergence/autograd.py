@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dae_kernels.dispatch import register_op, taken_whole, without_autocast
+from dae_kernels.dispatch import register_op, taken_whole
 from dae_kernels.sinkhorn_divergence.reference import ReferenceUpdate
 from dae_kernels.sinkhorn_divergence.solver import Options, Sinkhorn
+from dae_kernels.tracing import without_autocast
 
 
 def sinkhorn(x_ND: Tensor, y_MD: Tensor, a_N: Tensor, b_M: Tensor, options: Options, debias: bool, triton: bool) -> Sinkhorn:

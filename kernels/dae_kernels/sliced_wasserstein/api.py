@@ -5,19 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dae_kernels.checks import as_integer, as_number
-from dae_kernels.clouds import (
-    check_clouds,
-    check_tensors,
-    check_weights,
-    convention,
-    middle,
-    normalised,
-    sampled,
-    unit,
-)
-from dae_kernels.dispatch import FLOAT_DTYPES, without_autocast
+from dae_kernels.checks import FLOAT_DTYPES, as_integer, as_number, check_clouds, check_tensors, check_weights
+from dae_kernels.clouds import convention, middle, normalised, sampled, unit
 from dae_kernels.sliced_wasserstein.reference import greatest_cost, mean_cost
+from dae_kernels.tracing import without_autocast
 
 COST = "|<direction, x - y>|^p, without a factor"
 

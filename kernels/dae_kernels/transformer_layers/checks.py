@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dae_kernels.checks import as_number
-from dae_kernels.dispatch import check_floating
+from dae_kernels.checks import as_number, check_floating
 
 
 def check_operands(operation: str, **tensors: Tensor) -> None:

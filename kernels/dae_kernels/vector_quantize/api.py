@@ -8,9 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dae_kernels.checks import as_number
-from dae_kernels.clouds import check_tensors, convention
-from dae_kernels.dispatch import check_choice
+from dae_kernels.checks import as_number, check_choice, check_tensors
+from dae_kernels.clouds import convention
 from dae_kernels.nearest_code import nearest_code
 from dae_kernels.vector_quantize.reference import commitment, rotated, straight_through, unit
 

@@ -14,7 +14,7 @@ def unit(x: Tensor, eps: float) -> Tensor:
     return torch.where(present, x / (norm + eps), 0)
 
 
-def perceptual_tap_reference(a: Tensor, b: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+def lpips_reference(a: Tensor, b: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """mean over positions of sum_c weight_c (a_c / (|a| + eps) - b_c / (|b| + eps))^2, [B] float32 (float64 for float64)."""
     wide = torch.promote_types(a.dtype, torch.float32)
     if a.stride() != b.stride():  # equal maps in two layouts would be summed in two orders

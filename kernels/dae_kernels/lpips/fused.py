@@ -297,5 +297,5 @@ def backward_launcher(
     return da, db, a.new_empty(0, dtype=torch.float32) if part is None else part.sum(dim=0)
 
 
-perceptual_tap_forward = register_triton_op("dae_kernels::perceptual_tap_forward", forward_launcher, forward_empty)
-perceptual_tap_backward = register_triton_op("dae_kernels::perceptual_tap_backward", backward_launcher, backward_empty)
+lpips_forward = register_triton_op("dae_kernels::lpips_forward", forward_launcher, forward_empty)
+lpips_backward = register_triton_op("dae_kernels::lpips_backward", backward_launcher, backward_empty)

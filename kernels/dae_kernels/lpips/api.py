@@ -1,20 +1,23 @@
-"""`perceptual_tap`: checks, dispatch, and the gradient of the fused kernels."""
+"""`lpips`: checks and dispatch."""
 
 from __future__ import annotations
 
-import torch
+import warnings
+from typing import Any
+
 from torch import Tensor
 
-from dae_kernels.checks import as_number
-from dae_kernels.dispatch import check_floating, choose, dtype_refusal, taken_whole
-from dae_kernels.perceptual_tap.reference import perceptual_tap_reference
+from dae_kernels.checks import as_number, check_floating
+from dae_kernels.dispatch import choose, dtype_refusal
+from dae_kernels.lpips.autograd import lpips_fused
+from dae_kernels.lpips.reference import lpips_reference
 
 # A tile of the kernel holds all channels of a position.
 MAX_CHANNELS = 2048
 MAX_POSITIONS = 2**31 - 2**16  # counted in int32, a chunk beyond the last
 
 
-def perceptual_tap(a: Tensor, b: Tensor, weight: Tensor | None = None, *, eps: float = 1e-10, impl: str = "auto") -> Tensor:
+def lpips(a: Tensor, b: Tensor, weight: Tensor | None = None, *, eps: float = 1e-10, impl: str = "auto") -> Tensor:
     """One layer's term of LPIPS: the weighted squared distance of two feature maps' unit vectors, averaged over positions.
 
         u = a / (|a| + eps), v = b / (|b| + eps)              norms over the channels of one position
@@ -44,7 +47,7 @@ def perceptual_tap(a: Tensor, b: Tensor, weight: Tensor | None = None, *, eps: f
     Source: Zhang et al. 2018, "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric", arXiv 1801.03924, eq. 1;
     eps as in the lpips package.
     """
-    eps = as_number("perceptual_tap", "eps", eps)
+    eps = as_number("lpips", "eps", eps)
     check_operands(a, b, weight, eps)
     refusal = dtype_refusal(a) if weight is None else dtype_refusal(a, weight)
     if a.shape[1] > MAX_CHANNELS:
@@ -54,19 +57,20 @@ def perceptual_tap(a: Tensor, b: Tensor, weight: Tensor | None = None, *, eps: f
     if a.numel() == 0:
         refusal = f"the kernel needs at least one element, got {list(a.shape)}"
     if choose(impl, a.device, refusal) == "reference":
-        return perceptual_tap_reference(a, b, weight, eps)
-    if torch.compiler.is_compiling():
-        import dae_kernels.whole  # noqa: F401
-    return apply_perceptual_tap(a, b, weight, eps)
+        return lpips_reference(a, b, weight, eps)
+    return lpips_fused(a, b, weight, eps)
 
 
-@taken_whole
-def apply_perceptual_tap(a: Tensor, b: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    return PerceptualTap.apply(a, b, weight, eps)
+def perceptual_tap(*arguments: Any, **options: Any) -> Tensor:
+    """The old name of `lpips`, which goes with the next release."""
+    warnings.warn(
+        "dae_kernels.perceptual_tap is now dae_kernels.lpips; the old name goes with the next release", FutureWarning, 2
+    )
+    return lpips(*arguments, **options)
 
 
 def check_operands(a: Tensor, b: Tensor, weight: Tensor | None, eps: float) -> None:
-    operation = "perceptual_tap"
+    operation = "lpips"
     for name, operand in (("a", a), ("b", b), ("weight", weight)):
         if operand is None and name == "weight":
             continue
@@ -83,48 +87,3 @@ def check_operands(a: Tensor, b: Tensor, weight: Tensor | None, eps: float) -> N
         raise ValueError(f"{operation} needs weight [{a.shape[1]}] for a {list(a.shape)}, got {list(weight.shape)}")
     if not eps >= 0:
         raise ValueError(f"{operation} needs an eps that is not negative, got {eps}")
-
-
-class PerceptualTap(torch.autograd.Function):
-    """The kernels with their gradient; `register_autograd` does not support torch.func."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(a, b, weight, eps):
-        from dae_kernels.perceptual_tap.fused import perceptual_tap_forward
-
-        return perceptual_tap_forward(a, b, weight, eps)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        a, b, weight, ctx.eps = inputs
-        ctx.save_for_backward(a, b, weight)
-
-    @staticmethod
-    def backward(ctx, d_out):
-        wants = ctx.needs_input_grad[:3]
-        a, b, weight = ctx.saved_tensors
-        gradients = FirstDerivative.apply(d_out, a, b, weight, ctx.eps, *wants)
-        da, db, d_weight = (gradient if wanted else None for gradient, wanted in zip(gradients, wants, strict=True))
-        return da, db, None if d_weight is None else d_weight.to(weight.dtype), None
-
-
-class FirstDerivative(torch.autograd.Function):
-    """The backward kernel, which says so when it is to be differentiated in turn."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(d_out, a, b, weight, eps, wants_a, wants_b, wants_weight):
-        from dae_kernels.perceptual_tap.fused import perceptual_tap_backward
-
-        return perceptual_tap_backward(d_out, a, b, weight, eps, wants_a, wants_b, wants_weight)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *_):
-        raise RuntimeError("perceptual_tap's kernels have no second derivatives: use impl='reference'")

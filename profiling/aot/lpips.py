@@ -1,6 +1,6 @@
-"""Variants of perceptual_tap: VGG16's widths in both layouts, all gradients and one, and as many channels as the kernel takes."""
+"""Variants of lpips: VGG16's widths in both layouts, all gradients and one, and as many channels as the kernel takes."""
 
-from dae_kernels.perceptual_tap import fused
+from dae_kernels.lpips import fused
 
 # element type, channels_last, C, P, weight, gradients to a, b and weight
 VARIANTS = {

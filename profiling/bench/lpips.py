@@ -1,10 +1,10 @@
-"""Cases of perceptual_tap: both maps read forward; read again backward, with one gradient written, as in training."""
+"""Cases of lpips: both maps read forward; read again backward, with one gradient written, as in training."""
 
 from __future__ import annotations
 
 import torch
 from dae_kernels.dispatch import triton_refusal
-from dae_kernels.perceptual_tap import perceptual_tap
+from dae_kernels.lpips import lpips
 from torch import Tensor
 
 SHAPES = {
@@ -21,7 +21,7 @@ def cases(Case, shape, dtype, device):
     a.requires_grad_()
     weight = torch.rand(C, device=device)
 
-    def lpips() -> Tensor:
+    def formula() -> Tensor:
         """As the lpips package computes it, with its 1x1 convolution."""
         u, v = (x / (x.square().sum(dim=1, keepdim=True).sqrt() + 1e-10) for x in (a, b))
         return torch.nn.functional.conv2d((u - v) ** 2, weight.to(u.dtype).view(1, -1, 1, 1)).mean(dim=(2, 3)).flatten()
@@ -30,10 +30,10 @@ def cases(Case, shape, dtype, device):
     least = {"flops": 8 * a.numel(), "bytes": 2 * moved, "backward_flops": 12 * a.numel(), "backward_bytes": 3 * moved}
 
     def case(impl, run, **options):
-        return Case("perceptual_tap", impl, lambda: (run, [a]), **least, **options)
+        return Case("lpips", impl, lambda: (run, [a]), **least, **options)
 
-    yield case("reference", lambda: perceptual_tap(a, b, weight, impl="reference"))
-    compiled = torch.compile(lambda: perceptual_tap(a, b, weight, impl="reference"))
+    yield case("reference", lambda: lpips(a, b, weight, impl="reference"))
+    compiled = torch.compile(lambda: lpips(a, b, weight, impl="reference"))
     yield case("compile", lambda: compiled(), note="of the reference")
-    yield case("triton", lambda: perceptual_tap(a, b, weight, impl="triton"), refusal=triton_refusal(device))
-    yield case("lpips's formula", lpips, note="in the dtype of the maps")
+    yield case("triton", lambda: lpips(a, b, weight, impl="triton"), refusal=triton_refusal(device))
+    yield case("lpips's formula", formula, note="in the dtype of the maps")

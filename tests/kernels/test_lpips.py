@@ -1,4 +1,4 @@
-"""`perceptual_tap` against the lpips package's formula, written out in float64: values and all three gradients.
+"""`lpips` against the lpips package's formula, written out in float64: values and all three gradients.
 
 Tolerances: an implementation may err as much as twice that formula does when torch computes it in the dtype of the maps. Where
 torch happens to be (nearly) exact, which is often so for the few numbers that are sums, the roundings of the formula stand in for
@@ -9,9 +9,10 @@ import os
 import subprocess
 import sys
 
+import dae_kernels
 import pytest
 import torch
-from dae_kernels.perceptual_tap import api, perceptual_tap
+from dae_kernels.lpips import api, lpips
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import assert_errors
@@ -22,7 +23,7 @@ IMPLS = ["reference", "triton"]
 SHAPES = [(2, 64, 8, 8), (3, 60, 7, 9), (1, 1, 1, 1), (2, 63, 60), (5, 3), (1, 130, 5, 1), (2, 5, 2, 3, 4), (3, 512, 3, 3)]
 
 
-def lpips(a: Tensor, b: Tensor, weight: Tensor | None, eps: float = 1e-10) -> Tensor:
+def lpips_formula(a: Tensor, b: Tensor, weight: Tensor | None, eps: float = 1e-10) -> Tensor:
     """normalize_tensor, difference, 1x1 convolution and spatial_average of the lpips package."""
     u, v = (x / (torch.sqrt(torch.sum(x**2, dim=1, keepdim=True)) + eps) for x in (a, b))
     squares = (u - v) ** 2
@@ -64,12 +65,12 @@ def gradients(function, a, b, weight, cotangent):
 
 
 def check(a, b, weight, cotangent, **options) -> None:
-    out, grads = gradients(lambda *x: perceptual_tap(*x, **options), a, b, weight, cotangent)
+    out, grads = gradients(lambda *x: lpips(*x, **options), a, b, weight, cotangent)
     eps = options.get("eps", 1e-10)
     wide = [None if x is None else x.double() for x in (a, b, weight)]
 
     def formula(*operands):
-        value, derivatives = gradients(lambda *x: lpips(*x, eps), *operands, cotangent)
+        value, derivatives = gradients(lambda *x: lpips_formula(*x, eps), *operands, cotangent)
         return [value, *derivatives]
 
     assert out.dtype == torch.float32 and out.shape == a.shape[:1]
@@ -113,10 +114,10 @@ def test_each_gradient_has_the_layout_of_its_map(impl, layouts):
 def test_expanded_map(impl):
     a, b, weight, cotangent = draw((3, 6, 5, 4))
     base = a[:1].clone().requires_grad_()
-    out = perceptual_tap(base.expand(3, 6, 5, 4), b, weight, impl=impl)
+    out = lpips(base.expand(3, 6, 5, 4), b, weight, impl=impl)
     (gradient,) = torch.autograd.grad(out, base, cotangent)
     wide = base.detach().double().requires_grad_()
-    truth = lpips(wide.expand(3, 6, 5, 4), b.double(), weight)
+    truth = lpips_formula(wide.expand(3, 6, 5, 4), b.double(), weight)
     torch.testing.assert_close(out.double(), truth)
     torch.testing.assert_close(gradient.double(), torch.autograd.grad(truth, wide, cotangent.double())[0])
 
@@ -126,7 +127,7 @@ def test_expanded_map(impl):
 def test_equal_maps_have_distance_and_gradients_of_exactly_zero(impl, layouts):
     a, _, weight, cotangent = draw((2, 67, 6, 5))
     a, b = (arrange(a.clone(), layout) for layout in layouts)
-    out, grads = gradients(lambda *x: perceptual_tap(*x, impl=impl), a, b, weight, cotangent)
+    out, grads = gradients(lambda *x: lpips(*x, impl=impl), a, b, weight, cotangent)
     assert (out == 0).all() and all((gradient == 0).all() for gradient in grads)
 
 
@@ -136,13 +137,13 @@ def test_zero_vectors(impl):
     a[:, :, 1] = 0
     b[:, :, 2] = 0
     a[0, :, 3], b[0, :, 3] = 0, 0
-    out, (da, db, d_weight) = gradients(lambda *x: perceptual_tap(*x, impl=impl), a, b, weight, cotangent)
+    out, (da, db, d_weight) = gradients(lambda *x: lpips(*x, impl=impl), a, b, weight, cotangent)
     assert all(g.isfinite().all() for g in (da, db, d_weight))
-    torch.testing.assert_close(out.double(), lpips(a.double(), b.double(), weight))  # |0 - v|^2 = weight . v^2
+    torch.testing.assert_close(out.double(), lpips_formula(a.double(), b.double(), weight))  # |0 - v|^2 = weight . v^2
     assert (da[:, :, 1] == 0).all() and (db[:, :, 2] == 0).all()
     assert (da[:, :, 2] != 0).any() and (db[:, :, 1] != 0).any()
     zero = torch.zeros_like(a).requires_grad_()
-    nothing = perceptual_tap(zero, zero, impl=impl)
+    nothing = lpips(zero, zero, impl=impl)
     assert (nothing == 0).all() and (torch.autograd.grad(nothing.sum(), zero)[0] == 0).all()
 
 
@@ -152,7 +153,7 @@ def test_nan_is_not_hidden(impl, value):
     """NaN, or an infinity, whose unit vector is NaN, in one channel of one position of the first image."""
     a, b, weight, cotangent = draw((2, 6, 4, 3))
     a[0, 2, 1, 1] = value
-    out, (da, db, d_weight) = gradients(lambda *x: perceptual_tap(*x, impl=impl), a, b, weight, cotangent)
+    out, (da, db, d_weight) = gradients(lambda *x: lpips(*x, impl=impl), a, b, weight, cotangent)
     assert out[0].isnan() and out[1].isfinite()
     here = torch.zeros_like(a, dtype=torch.bool)
     here[0, 2 if value == torch.inf else slice(None), 1, 1] = True
@@ -160,9 +161,9 @@ def test_nan_is_not_hidden(impl, value):
     assert db[:, :, 2:].isfinite().all() and d_weight[2].isnan()
     if value != value:
         assert db[here].isnan().all() and d_weight.isnan().all()
-        assert perceptual_tap(a, a, impl=impl)[0].isnan()
+        assert lpips(a, a, impl=impl)[0].isnan()
         single = torch.full((1, 1), torch.nan, device=DEVICE)
-        assert perceptual_tap(single, single, impl=impl).isnan().all()
+        assert lpips(single, single, impl=impl).isnan().all()
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -170,10 +171,10 @@ def test_closed_forms(impl):
     a = torch.tensor([[3.0, 0.0], [0.0, 2.0], [5.0, 0.0]], device=DEVICE)
     b = torch.tensor([[0.0, 7.0], [0.0, -1.0], [1.0, 0.0]], device=DEVICE)
     weight = torch.tensor([2.0, 0.5], device=DEVICE)
-    torch.testing.assert_close(perceptual_tap(a, b, impl=impl).cpu(), torch.tensor([2.0, 4.0, 0.0]))  # 2 - 2 cos
-    torch.testing.assert_close(perceptual_tap(a, b, weight, impl=impl).cpu(), torch.tensor([2.5, 2.0, 0.0]))
+    torch.testing.assert_close(lpips(a, b, impl=impl).cpu(), torch.tensor([2.0, 4.0, 0.0]))  # 2 - 2 cos
+    torch.testing.assert_close(lpips(a, b, weight, impl=impl).cpu(), torch.tensor([2.5, 2.0, 0.0]))
     # A large eps: u = 3 / (3 + 1), v = 7 / (7 + 1).
-    torch.testing.assert_close(perceptual_tap(a, b, eps=1.0, impl=impl)[0].cpu(), torch.tensor(0.75**2 + 0.875**2))
+    torch.testing.assert_close(lpips(a, b, eps=1.0, impl=impl)[0].cpu(), torch.tensor(0.75**2 + 0.875**2))
     check(a + 0.5, b - 0.5, weight, weight.new_ones(3), eps=0.3, impl=impl)
 
 
@@ -188,14 +189,14 @@ def test_length_of_the_vectors_does_not_matter(impl, scale):
 @pytest.mark.parametrize("wanted", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1)])
 def test_only_what_is_wanted_is_computed(impl, wanted, monkeypatch):
     a, b, weight, cotangent = draw((2, 9, 3, 5))
-    _, expected = gradients(lambda *x: perceptual_tap(*x, impl=impl), a, b, weight, cotangent)
+    _, expected = gradients(lambda *x: lpips(*x, impl=impl), a, b, weight, cotangent)
     operands = [x.requires_grad_(bool(wants)) for x, wants in zip((a, b, weight), wanted, strict=True)]
     if impl == "triton":
-        from dae_kernels.perceptual_tap import fused
+        from dae_kernels.lpips import fused
 
         launch, asked = fused.launch_gradient, []
         monkeypatch.setattr(fused, "launch_gradient", lambda *x: (asked.append([y is not None for y in x[5:8]]), launch(*x)))
-    perceptual_tap(*operands, impl=impl).backward(cotangent)
+    lpips(*operands, impl=impl).backward(cotangent)
     if impl == "triton":
         assert asked == [[bool(wants) for wants in wanted]]
     for x, wants, gradient in zip(operands, wanted, expected, strict=True):
@@ -207,7 +208,7 @@ def test_saved_for_backward():
     a, b, weight, _ = draw((2, 9, 3, 5))
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: (saved.append(x.data_ptr()), x)[1], lambda x: x):
-        perceptual_tap(a.requires_grad_(), b, weight, impl="triton")
+        lpips(a.requires_grad_(), b, weight, impl="triton")
     assert set(saved) == {a.data_ptr(), b.data_ptr(), weight.data_ptr()}
 
 
@@ -215,7 +216,7 @@ def test_saved_for_backward():
 @pytest.mark.parametrize("B, C, P", [(2, 63, 60), (1, 5, 1), (3, 130, 33)])
 def test_kernels_stay_inside_their_buffers(monkeypatch, layout, B, C, P):
     """NaN around what is read, and a value around what is written. A small tile makes many programs and loops."""
-    from dae_kernels.perceptual_tap import fused
+    from dae_kernels.lpips import fused
 
     monkeypatch.setattr(fused, "TILE", 256)
     monkeypatch.setattr(fused, "PROGRAMS", 4)
@@ -240,7 +241,7 @@ def test_kernels_stay_inside_their_buffers(monkeypatch, layout, B, C, P):
     for whole, value in wholes:
         ends = torch.cat([whole[:guard], whole[-guard:]])
         assert torch.equal(ends, torch.full_like(ends, value)) or (value != value and ends.isnan().all())
-    truth, (true_da, true_db, true_dw) = gradients(lpips, a.double(), b.double(), weight.double(), d_out)
+    truth, (true_da, true_db, true_dw) = gradients(lpips_formula, a.double(), b.double(), weight.double(), d_out)
     for got, true in ((part.sum(1) / P, truth), (da, true_da), (db, true_db), (part_weight.sum(0), true_dw)):
         # Rounding of C terms and some more in each number, each at most as large as the largest.
         assert (got.double() - true).abs().max() <= 1e-6 * true.abs().max().clamp_min(1e-3)
@@ -248,57 +249,57 @@ def test_kernels_stay_inside_their_buffers(monkeypatch, layout, B, C, P):
 
 @pytest.mark.parametrize("splits", [(64, 1), (64, 528), (4096, 4)])
 def test_splits_do_not_show(monkeypatch, splits):
-    from dae_kernels.perceptual_tap import fused
+    from dae_kernels.lpips import fused
 
     a, b, weight, cotangent = draw((2, 7, 5, 9))
     monkeypatch.setattr(fused, "TILE", splits[0])
     monkeypatch.setattr(fused, "PROGRAMS", splits[1])
     check(a, b, weight, cotangent, impl="triton")
-    again = [gradients(lambda *x: perceptual_tap(*x, impl="triton"), a, b, weight, cotangent) for _ in range(2)]
+    again = [gradients(lambda *x: lpips(*x, impl="triton"), a, b, weight, cotangent) for _ in range(2)]
     assert torch.equal(again[0][0], again[1][0]) and all(map(torch.equal, again[0][1], again[1][1]))
 
 
 def test_float64_is_for_the_reference_alone():
     a, b, weight, _ = draw((2, 4, 3, 2), dtype=torch.float64)
-    out = perceptual_tap(a, b, weight)
+    out = lpips(a, b, weight)
     assert out.dtype == torch.float64
-    torch.testing.assert_close(out, lpips(a, b, weight.double()), rtol=1e-14, atol=1e-14)
+    torch.testing.assert_close(out, lpips_formula(a, b, weight.double()), rtol=1e-14, atol=1e-14)
     operands = [x.double().requires_grad_() for x in (a, b, weight)]
-    assert torch.autograd.gradcheck(perceptual_tap, operands) and torch.autograd.gradgradcheck(perceptual_tap, operands)
+    assert torch.autograd.gradcheck(lpips, operands) and torch.autograd.gradgradcheck(lpips, operands)
     with pytest.raises(ValueError, match="float64"):
-        perceptual_tap(a, b, impl="triton")
+        lpips(a, b, impl="triton")
 
 
 @pytest.mark.parametrize("impl", IMPLS)
 def test_compiles_as_one_graph(impl):
     a, b, weight, cotangent = draw((2, 6, 4, 3))
-    compiled = torch.compile(lambda *x: perceptual_tap(*x, impl=impl), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(lambda *x: lpips(*x, impl=impl), fullgraph=True, backend="aot_eager")
     out, grads = gradients(compiled, a, b, weight, cotangent)
-    expected, expected_grads = gradients(lpips, a, b, weight, cotangent)
+    expected, expected_grads = gradients(lpips_formula, a, b, weight, cotangent)
     torch.testing.assert_close(out, expected)
     torch.testing.assert_close(grads, expected_grads)
 
 
 def test_operators():
     """opcheck with the interpreter's custom operators; the compiled kind is checked in a process of its own below."""
-    from dae_kernels.perceptual_tap.fused import perceptual_tap_backward, perceptual_tap_forward
+    from dae_kernels.lpips.fused import lpips_backward, lpips_forward
 
     a, b, weight, cotangent = draw((2, 6, 4, 3))
     turned = arrange(a, "channels_last")
-    torch.library.opcheck(perceptual_tap_forward, (a, turned, weight, 1e-10))
-    torch.library.opcheck(perceptual_tap_backward, (cotangent, turned, b, None, 1e-10, True, True, False))
-    torch.library.opcheck(perceptual_tap_backward, (cotangent, a, b, weight, 1e-10, False, False, True))
+    torch.library.opcheck(lpips_forward, (a, turned, weight, 1e-10))
+    torch.library.opcheck(lpips_backward, (cotangent, turned, b, None, 1e-10, True, True, False))
+    torch.library.opcheck(lpips_backward, (cotangent, a, b, weight, 1e-10, False, False, True))
 
 
 FAKE = """
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from dae_kernels.perceptual_tap.fused import perceptual_tap_backward, perceptual_tap_forward
+from dae_kernels.lpips.fused import lpips_backward, lpips_forward
 with FakeTensorMode():
     make = lambda *strides: torch.empty_strided((2, 6, 4, 3), strides, device="cuda", dtype=torch.bfloat16)
     last, first = make(72, 1, 18, 6), make(72, 12, 3, 1)
-    out = perceptual_tap_forward(last, first, None, 1e-10)
-    da, db, dw = perceptual_tap_backward(out, last, first, torch.empty(6, device="cuda"), 1e-10, True, True, True)
+    out = lpips_forward(last, first, None, 1e-10)
+    da, db, dw = lpips_backward(out, last, first, torch.empty(6, device="cuda"), 1e-10, True, True, True)
 assert out.shape == (2,) and out.dtype == dw.dtype == torch.float32 and dw.shape == (6,)
 assert da.stride() == last.stride() and db.stride() == first.stride() and da.dtype == db.dtype == torch.bfloat16
 print("traced")
@@ -315,9 +316,9 @@ def test_fake_cuda_tensors_without_the_interpreter():
 def test_autocast_leaves_the_sums_in_float32(impl):
     a, b, weight, _ = draw((2, 6, 4, 3), dtype=torch.bfloat16)
     with torch.autocast(DEVICE, torch.bfloat16):
-        out = perceptual_tap(a, b, weight, impl=impl)
+        out = lpips(a, b, weight, impl=impl)
     assert out.dtype == torch.float32
-    torch.testing.assert_close(out, perceptual_tap(a, b, weight))
+    torch.testing.assert_close(out, lpips(a, b, weight))
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -340,18 +341,18 @@ def test_bad_input(impl):
         ((a, b), {"eps": float("nan")}, ValueError, "not negative, got nan"),
     ]:
         with pytest.raises(kind, match=message):
-            perceptual_tap(*operands, **options, impl=impl)
+            lpips(*operands, **options, impl=impl)
     with pytest.raises(ValueError, match="impl must be one of"):
-        perceptual_tap(a, b, impl="cuda")
+        lpips(a, b, impl="cuda")
 
 
 def test_too_many_channels_and_no_images():
     wide = torch.randn(1, api.MAX_CHANNELS + 1, 1, 1, device=DEVICE)
     with pytest.raises(ValueError, match="at most 2048 channels, got 2049"):
-        perceptual_tap(wide, wide, impl="triton")
+        lpips(wide, wide, impl="triton")
     check(wide[:, :-1], wide[:, 1:], None, wide.new_ones(1), impl="triton")
     none = torch.empty(0, 3, 2, 2, device=DEVICE, requires_grad=True)
-    out = perceptual_tap(none, none)
+    out = lpips(none, none)
     assert out.shape == (0,) and torch.autograd.grad(out.sum(), none)[0].shape == none.shape
 
 
@@ -361,9 +362,16 @@ def test_properties(B, C, P, last, seed, impl):
     a, b, weight, _ = draw((B, C, P), seed)
     a, b = (arrange(x, "channels_last" if last else "contiguous") for x in (a, b))
     weight = weight.abs()
-    distance = perceptual_tap(a, b, weight, impl=impl)
+    distance = lpips(a, b, weight, impl=impl)
     assert (distance >= 0).all() and (distance <= 2 * weight.max() * (1 + 1e-6)).all()  # of vectors without negative entries
-    torch.testing.assert_close(distance, perceptual_tap(b, a, weight, impl=impl))
-    torch.testing.assert_close(distance, perceptual_tap(a * 4, b / 2, weight, impl=impl))
+    torch.testing.assert_close(distance, lpips(b, a, weight, impl=impl))
+    torch.testing.assert_close(distance, lpips(a * 4, b / 2, weight, impl=impl))
     order = torch.randperm(P)
-    torch.testing.assert_close(distance, perceptual_tap(a[..., order], b[..., order], weight, impl=impl))
+    torch.testing.assert_close(distance, lpips(a[..., order], b[..., order], weight, impl=impl))
+
+
+def test_the_old_name_works_with_a_warning():
+    a, b, weight, _ = draw((2, 5, 3, 3))
+    with pytest.warns(FutureWarning, match=r"dae_kernels\.lpips"):
+        distance = dae_kernels.perceptual_tap(a, b, weight, eps=0.1)
+    assert torch.equal(distance, lpips(a, b, weight, eps=0.1))

@@ -1,0 +1,62 @@
+"""What torch does around a call: whether it traces, transforms, batches or differentiates, and autocast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+MODES = torch._C._TorchDispatchModeKey
+TRACING_MODES = (MODES.FAKE, MODES.FUNCTIONAL, MODES.PROXY)
+
+TAKEN_WHOLE: list[Callable] = []  # functions that Dynamo must not trace into, see `dispatch.taken_whole`
+
+
+def traced() -> bool:
+    """Whether torch.compile, a transform of torch.func or a dispatch mode (fake tensors) looks at operators."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+    )
+
+
+def values_readable(*tensors: torch.Tensor) -> bool:
+    """Whether Python may look at values.
+
+    Not while torch.compile, torch.export or make_fx traces, not of meta and fake tensors, which have none, and not of those
+    that torch.vmap batches.
+    """
+    if torch.compiler.is_compiling() or any(torch._C._get_dispatch_mode(mode) is not None for mode in TRACING_MODES):
+        return False
+    return not (batched(*tensors) or any(valueless(level) for tensor in tensors for level in transform_levels(tensor)))
+
+
+def valueless(tensor: torch.Tensor) -> bool:
+    return tensor.is_meta or isinstance(tensor, FakeTensor)
+
+
+def batched(*tensors: torch.Tensor) -> bool:
+    """Whether torch.vmap has wrapped one of these."""
+    return any(torch._C._functorch.is_batchedtensor(level) for tensor in tensors for level in transform_levels(tensor))
+
+
+def differentiated(*tensors: torch.Tensor) -> bool:
+    """Whether a derivative by one of these may be taken, also by a torch.func transform outside of a torch.vmap."""
+    return torch.is_grad_enabled() and any(level.requires_grad for tensor in tensors for level in transform_levels(tensor))
+
+
+def transform_levels(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    """`tensor` and what the transforms of torch.func have wrapped in it."""
+    yield tensor
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+        yield tensor
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """For operations that choose their own precision: autocast would cast float32 down again."""
+    known = torch.amp.is_autocast_available(device.type)  # not for meta tensors
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
