@@ -140,7 +140,7 @@ def fields(section, prefix=""):
 def test_every_number_has_a_least_value():
     numbers = [(key, f.metadata) for key, f in fields(Config()) if any(kind in str(f.type) for kind in ("int", "float"))]
     assert len(numbers) > 50
-    assert not [key for key, knob in numbers if not knob["choices"] and not {"least", "above"} & set(knob["bounds"])]
+    assert not [key for key, knob in numbers if not knob["choices"] and not {"ge", "gt"} & set(knob["bounds"])]
 
 
 MAY_BE_LARGE = (  # a period, a limit, a number of rows, or of steps that are what the user asks for
@@ -153,7 +153,7 @@ MAY_BE_LARGE = (  # a period, a limit, a number of rows, or of steps that are wh
 def test_no_number_sizes_a_model_or_a_loop_without_limit():
     """What is as large as it is asked for is compared with the data or does no harm; the rest has a greatest value."""
     numbers = [(key, f.metadata) for key, f in fields(Config()) if any(kind in str(f.type) for kind in ("int", "float"))]
-    unbounded = {key for key, knob in numbers if not knob["choices"] and not {"most", "below"} & set(knob["bounds"])}
+    unbounded = {key for key, knob in numbers if not knob["choices"] and not {"le", "lt"} & set(knob["bounds"])}
     assert sorted(key for key in unbounded if not key.endswith(MAY_BE_LARGE)) == []
     assert not {"autoencoder.vq.codebook_size", "prior.depth", "stage1.gradient_accumulation_steps"} & unbounded
 

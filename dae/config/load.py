@@ -13,8 +13,9 @@ import operator
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, NamedTuple
+from typing import Any, NamedTuple, cast
 
+from dae.config.knobs import BOUNDS, leaves, sections
 from dae.config.schema import Config
 
 log = logging.getLogger(__name__)
@@ -106,7 +107,7 @@ def _parsed(overrides: list[str] | tuple) -> list[tuple[str, Any]]:
         try:
             if (type_ := text_knobs.get(key)) is not None:
                 layer = OmegaConf.create()
-                OmegaConf.update(layer, key, _as_texts(value) if type_ == "List[str]" else _as_text(value, type_))
+                OmegaConf.update(layer, key, _as_text(value, type_))
             else:
                 layer = OmegaConf.from_dotlist([override])
         except Exception as error:  # as in _read_yaml
@@ -122,17 +123,16 @@ def _text_knobs() -> dict[str, str]:
     return types | {old: types[new] for old, new in RENAMED.items() if new in types}
 
 
-def _as_text(value: str, type_: str) -> str | None:
+def _as_text(value: str, type_: str) -> str | list[str] | None:
+    """The value of a knob of text, written in an override; of a list `[a, b]` in YAML's notation, or its one element."""
+    if type_ == "List[str]" and value.startswith("["):
+        return yaml_texts(value, null=False)
+    if value == "" and type_ == "List[str]":
+        return []
     if type_ == "Optional[str]" and value in ("", "null"):
         return None
-    return value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" else value
-
-
-def _as_texts(value: str) -> list[str]:
-    """`[a, b]` in YAML's notation, or one element as it stands."""
-    if not value.startswith("["):
-        return [] if value == "" else [_as_text(value, "str")]
-    return yaml_texts(value, null=False)
+    text = value[1:-1] if len(value) > 1 and value[0] == value[-1] and value[0] in "'\"" else value
+    return [text] if type_ == "List[str]" else text
 
 
 def yaml_texts(text: str, null: bool = True) -> Any:
@@ -168,7 +168,7 @@ def _merge(base: Any, layers: list[tuple[str, Any]]) -> Config:
             key = getattr(error, "full_key", None) or "?"
             raise ValueError(f"{source}: wrong type at {key}: {str(error).splitlines()[0]}") from error
     try:
-        loaded = OmegaConf.to_object(config)
+        loaded = cast(Config, OmegaConf.to_object(config))
     except OmegaConfBaseException as error:
         raise ValueError(f"{source}: {str(error).splitlines()[0]}") from error
     _reject_wrong_values(loaded)
@@ -211,40 +211,28 @@ def _renamed_fields(schema: type) -> dict[str, str]:
 
 
 def _reject_unknown_keys(layer: Any, schema: type, source: str, prefix: str = "") -> None:
-    sections = {f.name: f.default_factory for f in dataclasses.fields(schema)}
-    for key in layer:
+    names, inner = [f.name for f in dataclasses.fields(schema)], sections(schema)
+    for key in map(str, layer):
         name = f"{prefix}{key}"
-        if str(key) not in sections:
-            leaves = [row.key for row in describe(schema, prefix)] + [prefix + s for s in sections]
-            everywhere = [row.key for row in describe(Config)]
-            by_leaf = [k for k in everywhere if k.rsplit(".", 1)[-1] == str(key)]
-            near = by_leaf or difflib.get_close_matches(name, leaves + everywhere, 1, 0.0)
+        if key not in names:
+            here, everywhere = [*(prefix + each for each in names), *(row.key for row in describe(schema, prefix))], list(knobs())
+            by_leaf = [known for known in everywhere if known.rsplit(".", 1)[-1] == key]
+            near = by_leaf or difflib.get_close_matches(name, here + everywhere, 1, 0.0)
             raise ValueError(f"{source}: unknown key {name!r}; the nearest one is {near[0]!r}")
-        value = layer._get_node(key)
-        factory = sections[str(key)]
-        if factory is not dataclasses.MISSING and dataclasses.is_dataclass(section := factory()):
-            if not hasattr(value, "keys"):
+        if key in inner:
+            if not hasattr(value := layer._get_node(key), "keys"):
                 raise ValueError(f"{source}: {name} is a section, expected `{name}.<key>`")
-            _reject_unknown_keys(value, type(section), source, f"{name}.")
+            _reject_unknown_keys(value, inner[key], source, f"{name}.")
 
 
 LARGEST = (2 - 2**-23) * 2.0**127  # of float32, in which models and losses compute
-BOUNDS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {
-    "least": ("at least {}", operator.ge),
-    "most": ("at most {}", operator.le),
-    "above": ("more than {}", operator.gt),
-    "below": ("less than {}", operator.lt),
-}
 
 
-def _reject_wrong_values(section: Any, prefix: str = "") -> None:
-    for f in dataclasses.fields(section):
-        name, value, bounds = f"{prefix}{f.name}", getattr(section, f.name), f.metadata.get("bounds", {})
-        if dataclasses.is_dataclass(value):
-            _reject_wrong_values(value, f"{name}.")
-            continue
+def _reject_wrong_values(config: Config) -> None:
+    for name, _, f, value, *_ in leaves(config):
+        bounds, choices = f.metadata["bounds"], f.metadata["choices"]
         elements = value if isinstance(value, list) else [] if value is None else [value]
-        if (choices := f.metadata["choices"]) and value not in choices:
+        if choices and value not in choices:
             near = difflib.get_close_matches(str(value), map(str, choices), 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"{name}: expected one of {list(choices)}, got {value!r}{hint}")
@@ -257,12 +245,9 @@ def _reject_wrong_values(section: Any, prefix: str = "") -> None:
             raise ValueError(f"{name}: expected text, got {value!r}")
 
 
-def _expand_home(section: Any) -> None:
-    for f in dataclasses.fields(section):
-        value = getattr(section, f.name)
-        if dataclasses.is_dataclass(value):
-            _expand_home(value)
-        elif f.metadata["path"] and value:
+def _expand_home(config: Config) -> None:
+    for _, section, f, value, *_ in leaves(config):
+        if f.metadata["path"] and value:
             expanded = [os.path.expanduser(each) for each in value] if isinstance(value, list) else os.path.expanduser(value)
             setattr(section, f.name, expanded)
 
@@ -311,20 +296,15 @@ def from_dict(schema: type, values: dict) -> Any:
 
     ValueError: an unknown key, or a section where a value is expected.
     """
-    fields, renamed = {f.name: f for f in dataclasses.fields(schema)}, _renamed_fields(schema)
+    names, inner, renamed = [f.name for f in dataclasses.fields(schema)], sections(schema), _renamed_fields(schema)
     values = {renamed.get(name, name): value for name, value in values.items()}
-    if unknown := sorted(set(values) - set(fields)):
-        raise ValueError(f"{schema.__name__} has no field {unknown[0]!r}; it has {sorted(fields)}")
-    sections = {
-        name: type(section)
-        for name, f in fields.items()
-        if f.default_factory is not dataclasses.MISSING and dataclasses.is_dataclass(section := f.default_factory())
-    }
+    if unknown := sorted(values.keys() - set(names)):
+        raise ValueError(f"{schema.__name__} has no field {unknown[0]!r}; it has {sorted(names)}")
     for name, value in values.items():
-        if (name in sections) != isinstance(value, dict):
-            expected = "a section" if name in sections else "a value"
+        if (name in inner) != isinstance(value, dict):
+            expected = "a section" if name in inner else "a value"
             raise ValueError(f"{schema.__name__}.{name}: expected {expected}, got {value!r}")
-    return schema(**{k: from_dict(sections[k], v) if k in sections else v for k, v in values.items()})
+    return schema(**{name: from_dict(inner[name], value) if name in inner else value for name, value in values.items()})
 
 
 class Difference(NamedTuple):
@@ -339,42 +319,31 @@ class Difference(NamedTuple):
 
 
 def config_differences(a: Any, b: Any, prefix: str = "") -> list[Difference]:
-    """One for each leaf in which two configurations of one class differ."""
-    rows = []
-    for f in dataclasses.fields(a):
-        x, y = getattr(a, f.name), getattr(b, f.name)
-        if dataclasses.is_dataclass(x):
-            rows += config_differences(x, y, f"{prefix}{f.name}.")
-        elif x != y:
-            rows.append(Difference(f"{prefix}{f.name}", x, y))
-    return rows
+    """One for each knob in which two configurations of one class differ."""
+    pairs = zip(leaves(a, prefix), leaves(b, prefix), strict=True)
+    return [Difference(x.key, x.value, y.value) for x, y in pairs if x.value != y.value]
 
 
 @dataclass
 class Row:
+    """What `describe` says of a knob; role, run and encoding as in `dae.config.knobs.knob`, inherited from its section."""
+
     key: str
     type: str
     default: Any
     help: str
-    role: str | None  # of `dae.config.schema.ROLES`
-    run: str | None  # the run that depends on it, None for both
+    role: str | None
+    run: str | None
+    encoding: str | None
 
 
-def describe(
-    schema: type = Config, prefix: str = "", defaults: Any = None, role: str | None = None, run: str | None = None
-) -> list[Row]:
-    """One row for each leaf key: dotted name, type, default, meaning, and what it is to whoever compares two configurations."""
-    defaults = schema() if defaults is None else defaults
+def describe(schema: type = Config, prefix: str = "") -> list[Row]:
+    """One row for each knob: dotted name, type, default, meaning, and what it is to whoever compares two configurations."""
     rows = []
-    for f in dataclasses.fields(schema):
-        value = getattr(defaults, f.name)
-        inherited = f.metadata["role"] or role, f.metadata["run"] or run
-        if dataclasses.is_dataclass(value):
-            rows += describe(type(value), f"{prefix}{f.name}.", value, *inherited)
-            continue
-        choices = f.metadata.get("choices")
-        help_text = f.metadata["help"] + (f" [{' | '.join('null' if c is None else str(c) for c in choices)}]" if choices else "")
-        rows.append(Row(f"{prefix}{f.name}", str(f.type), value, help_text, *inherited))
+    for key, _, f, value, role, run in leaves(schema(), prefix):
+        choices = " | ".join("null" if choice is None else str(choice) for choice in f.metadata["choices"])
+        help_text = f.metadata["help"] + (f" [{choices}]" if choices else "")
+        rows.append(Row(key, str(f.type), value, help_text, role, run, f.metadata["encoding"]))
     return rows
 
 

@@ -1,63 +1,18 @@
 """Every knob of the chain as dataclasses: name, default, meaning and the values that are allowed.
 
 One file configures the whole chain, so the autoencoder, the token cache, the prior, the samples and the report of one
-run cannot disagree. Names follow diffusers' training scripts where the thing is the same. Reading and checking: load.py.
+run cannot disagree. Names follow diffusers' training scripts where the thing is the same. What a knob carries: knobs.py; reading
+and checking: load.py.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Callable, List, Optional
+from dataclasses import dataclass
+from typing import List, Optional
+
+from dae.config.knobs import knob, section
 
 LARGEST_SEED = 2**63 - 1
-
-
-# What a knob is to whoever compares two configurations: of a run and its resumption, of arms, of trials of a comparison.
-ROLES = {
-    "free": "nothing that is computed depends on it: it may change when a run is resumed",
-    "judging": "samples and metrics depend on it, no training does: free to change on resuming, but part of a trial",
-    "place": "where the data are: if their content is known to be the same it may change",
-    "batch": "compared as the batch of all processes together",
-    "length": "may change while the stage, or a later one, is not at its end",
-    "arm": "what the arms of a comparison may differ in",
-    "second stage": "what the second stage alone may do in a comparison",
-}
-
-
-def knob(
-    default: Any,
-    help: str,
-    choices: tuple = (),
-    path: bool = False,
-    role: str | None = None,
-    run: str | None = None,
-    **bounds: float,
-) -> Any:
-    """A dataclass field that carries its meaning (shown by `--help`) and which values it takes (checked on loading).
-
-    Args:
-        default: value where nothing is configured.
-        help: meaning and unit.
-        choices: the values it takes; empty for any.
-        path: whether it may name a file or folder, so that a leading `~` is the home directory.
-        role: one of `ROLES`, else that of its section; None is compared like anything else.
-        run: the one of the runs `autoencoder` and `prior` that depends on it, else that of its section; None is both.
-        bounds: `least` and `most` (inclusive), `above` and `below` (exclusive), of each element of a list.
-    """
-    metadata = {"help": help, "choices": choices, "path": path, "bounds": bounds, "role": role, "run": run}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-def section(kind: Callable[[], Any], help: str, role: str | None = None, run: str | None = None) -> Any:
-    """A group of knobs.
-
-    Args:
-        kind: makes one with its defaults.
-        role, run: of all its knobs that have none of their own.
-    """
-    return field(default_factory=kind, metadata={"help": help, "role": role, "run": run})
 
 
 @dataclass
@@ -76,7 +31,7 @@ class DataConfig:
         [], "paths or globs of held-out files or folders, instead of a split", path=True, role="place"
     )
     label_level: int = knob(
-        1, "image folders: the level of folders below the split that are the classes; 0 reads no classes", least=0
+        1, "image folders: the level of folders below the split that are the classes; 0 reads no classes", ge=0
     )
     dataset_config_name: Optional[str] = knob(None, "configuration of a Hugging Face data set")
     train_split: str = knob("train", "split to train on")
@@ -89,34 +44,35 @@ class DataConfig:
         1000,
         "rows to hold out where there is no held-out split (at most a tenth of the rows), and the most that validation in "
         "training measures; chosen by a digest of the image, each class in proportion",
-        least=1,
+        ge=1,
     )
     streaming: bool = knob(False, "read as a stream, never the whole set: for sets larger than the disk")
-    shuffle_buffer_size: int = knob(10000, "rows in the shuffle buffer of a stream", least=1)
+    shuffle_buffer_size: int = knob(10000, "rows in the shuffle buffer of a stream", ge=1)
     max_train_samples: Optional[int] = knob(
-        None, "use only this many training rows, chosen by the seed (of a stream by a digest)", least=1
+        None, "use only this many training rows, chosen by the seed (of a stream by a digest)", ge=1
     )
     image_column: str = knob("auto", "column with the images; `auto` takes the only image column")
     label_column: str = knob(
         "auto", "column with labels; `auto` looks for `label`, `labels`, `cls` and the same in JSON; `none` ignores them"
     )
-    num_classes: Optional[int] = knob(None, "number of classes; null counts those that occur in training", least=1)
-    resolution: int = knob(8, "images are resized to resolution x resolution pixels", least=1, most=16384)
+    num_classes: Optional[int] = knob(None, "number of classes; null counts those that occur in training", ge=1)
+    resolution: int = knob(8, "images are resized to resolution x resolution pixels", ge=1, le=16384)
     channels: int = knob(1, "1 for grey, 3 for RGB", choices=(1, 3))
     center_crop: bool = knob(True, "ADM centre crop (resize the short side, crop the middle); false squeezes to a square")
-    random_flip: bool = knob(False, "mirror half of the training images, chosen at random")
+    random_flip: bool = knob(False, "mirror half of the training images, chosen at random", encoding="flip")
     random_affine: float = knob(
         0.0,
         "strength of random shift, rotation and scale of the training images: 1.0 is 12.5 % shift, 15 degrees, 15 % scale",
-        least=0,
-        most=6,
+        ge=0,
+        le=6,
+        encoding="affine",
     )
-    num_workers: int = knob(0, "processes that decode images, for each training process", least=0, most=1024, role="free")
+    num_workers: int = knob(0, "processes that decode images, for each training process", ge=0, le=1024, role="free")
     allow_other: bool = knob(
         False, "let encode, evaluate and measurements read other data than the autoencoder was trained on", role="free"
     )
     verify_rows: int = knob(
-        10000, "rows whose image bytes and label are checked before training; -1 checks all, 0 none", least=-1, role="free"
+        10000, "rows whose image bytes and label are checked before training; -1 checks all, 0 none", ge=-1, role="free"
     )
     on_error: str = knob(
         "raise",
@@ -126,7 +82,7 @@ class DataConfig:
         role="free",
     )
     max_skipped: float = knob(
-        0.1, "skip: how many such rows stop the run after all: a share below 1, else a number", least=0, role="free"
+        0.1, "skip: how many such rows stop the run after all: a share below 1, else a number", ge=0, role="free"
     )
 
 
@@ -139,41 +95,41 @@ class DecoderConfig:
         "full; or weaker: linear (one linear map a latent position), narrow, shallow, dropout",
         choices=("full", "linear", "narrow", "shallow", "dropout"),
     )
-    width_factor: float = knob(0.25, "narrow: channels relative to the full decoder", above=0, most=1)
-    num_blocks: int = knob(0, "shallow: residual blocks per level, where the full decoder has num_blocks + 1", least=0, most=1000)
-    dropout: float = knob(0.5, "dropout: probability that Dropout2d zeroes a channel after a residual block", least=0, below=1)
+    width_factor: float = knob(0.25, "narrow: channels relative to the full decoder", gt=0, le=1)
+    num_blocks: int = knob(0, "shallow: residual blocks per level, where the full decoder has num_blocks + 1", ge=0, le=1000)
+    dropout: float = knob(0.5, "dropout: probability that Dropout2d zeroes a channel after a residual block", ge=0, lt=1)
 
 
 @dataclass
 class VQConfig:
-    codebook_size: int = knob(64, "number of codes K", least=1, most=2**24)
-    ema_decay: float = knob(0.99, "decay of the moving average that carries the codebook", least=0, below=1)
-    commitment_weight: float = knob(0.25, "weight of |z - sg(code)|^2 that keeps the encoder near its codes", least=0)
+    codebook_size: int = knob(64, "number of codes K", ge=1, le=2**24)
+    ema_decay: float = knob(0.99, "decay of the moving average that carries the codebook", ge=0, lt=1)
+    commitment_weight: float = knob(0.25, "weight of |z - sg(code)|^2 that keeps the encoder near its codes", ge=0)
     kmeans_iterations: int = knob(
-        10, "Lloyd iterations that place the codebook on the first batches; 0 starts at random", least=0, most=10_000
+        10, "Lloyd iterations that place the codebook on the first batches; 0 starts at random", ge=0, le=10_000
     )
     revive_threshold: float = knob(
-        0.1, "a code used less than this share of the average is moved onto a latent; 0 never", least=0, below=1
+        0.1, "a code used less than this share of the average is moved onto a latent; 0 never", ge=0, lt=1
     )
 
 
 @dataclass
 class KLConfig:
-    kl_weight: float = knob(1e-6, "weight of KL(q(z|x) || N(0, I)), summed over a latent, averaged over the batch", least=0)
+    kl_weight: float = knob(1e-6, "weight of KL(q(z|x) || N(0, I)), summed over a latent, averaged over the batch", ge=0)
 
 
 @dataclass
 class AutoencoderConfig:
-    base_channels: int = knob(64, "channels at full resolution", least=1, most=16384)
+    base_channels: int = knob(64, "channels at full resolution", ge=1, le=16384)
     channel_multipliers: List[int] = knob(
         [1, 2],
         "channels of each level relative to base_channels; each level after the first halves the resolution",
-        least=1,
-        most=1024,
+        ge=1,
+        le=1024,
     )
-    num_blocks: int = knob(1, "residual blocks per level in the encoder; a full decoder has one more", least=0, most=1000)
-    attention_resolutions: List[int] = knob([], "feature-map sizes at which self-attention is added", least=1)
-    latent_channels: int = knob(16, "channels of the latent", least=1, most=65536)
+    num_blocks: int = knob(1, "residual blocks per level in the encoder; a full decoder has one more", ge=0, le=1000)
+    attention_resolutions: List[int] = knob([], "feature-map sizes at which self-attention is added", ge=1)
+    latent_channels: int = knob(16, "channels of the latent", ge=1, le=65536)
     bottleneck: str = knob("vq", "vq (tokens) or kl (continuous)", choices=("vq", "kl"))
     vq: VQConfig = section(VQConfig, "vector quantization")
     kl: KLConfig = section(KLConfig, "Gaussian posterior")
@@ -184,49 +140,43 @@ class AutoencoderConfig:
 class LossConfig:
     """Weights of the reconstruction losses; the bottleneck adds its own term (commitment or KL)."""
 
-    l1: float = knob(0.0, "weight of the mean absolute error", least=0)
-    l2: float = knob(1.0, "weight of the mean squared error", least=0)
-    perceptual: float = knob(0.0, "weight of LPIPS, the distance of VGG16's features; 0 loads no network", least=0)
+    l1: float = knob(0.0, "weight of the mean absolute error", ge=0)
+    l2: float = knob(1.0, "weight of the mean squared error", ge=0)
+    perceptual: float = knob(0.0, "weight of LPIPS, the distance of VGG16's features; 0 loads no network", ge=0)
     perceptual_weights: str = knob(
         "timm/vgg16.tv_in1k",
         "its weights by torchvision's names, and LPIPS's `lin0.weight` ... if there: a .safetensors file, a folder, a Hub id",
         path=True,
     )
-    adversarial: float = knob(
-        0.0, "weight of the hinge loss of a patch discriminator; 0 trains none", least=0, role="second stage"
-    )
-    adversarial_start: int = knob(
-        0, "step of the stage at which the adversarial loss is switched on", least=0, role="second stage"
-    )
-    discriminator_channels: int = knob(
-        64, "channels of the discriminator's first layer", least=1, most=16384, role="second stage"
-    )
-    discriminator_layers: int = knob(2, "strided layers of the discriminator", least=0, most=14, role="second stage")
-    discriminator_learning_rate: float = knob(1e-4, "learning rate of the discriminator", least=0, most=1, role="second stage")
+    adversarial: float = knob(0.0, "weight of the hinge loss of a patch discriminator; 0 trains none", ge=0, role="second stage")
+    adversarial_start: int = knob(0, "step of the stage at which the adversarial loss is switched on", ge=0, role="second stage")
+    discriminator_channels: int = knob(64, "channels of the discriminator's first layer", ge=1, le=16384, role="second stage")
+    discriminator_layers: int = knob(2, "strided layers of the discriminator", ge=0, le=14, role="second stage")
+    discriminator_learning_rate: float = knob(1e-4, "learning rate of the discriminator", ge=0, le=1, role="second stage")
 
 
 @dataclass
 class OptimizationConfig:
     """One optimisation: of a stage of the autoencoder, or of the prior."""
 
-    max_train_steps: int = knob(1000, "optimiser steps", least=1, role="length")
+    max_train_steps: int = knob(1000, "optimiser steps", ge=1, role="length")
     train_batch_size: int = knob(
         64,
         "images per process and micro-batch; global batch = this x processes x gradient_accumulation_steps",
-        least=1,
+        ge=1,
         role="batch",
     )
-    gradient_accumulation_steps: int = knob(1, "micro-batches per optimiser step", least=1, most=100_000)
-    learning_rate: float = knob(1e-3, "peak learning rate of AdamW", least=0, most=1)
+    gradient_accumulation_steps: int = knob(1, "micro-batches per optimiser step", ge=1, le=100_000)
+    learning_rate: float = knob(1e-3, "peak learning rate of AdamW", ge=0, le=1)
     lr_scheduler: str = knob("cosine", "shape after the warm-up", choices=("constant", "linear", "cosine"))
-    lr_warmup_steps: int = knob(50, "steps of linear warm-up", least=0)
-    adam_beta1: float = knob(0.9, "AdamW's beta_1", least=0, below=1)
-    adam_beta2: float = knob(0.99, "AdamW's beta_2", least=0, below=1)
-    adam_weight_decay: float = knob(0.0, "AdamW's decoupled weight decay of matrices and kernels", least=0, most=10)
-    max_grad_norm: float = knob(1.0, "gradients are clipped to this norm; 0 does not clip", least=0)
+    lr_warmup_steps: int = knob(50, "steps of linear warm-up", ge=0)
+    adam_beta1: float = knob(0.9, "AdamW's beta_1", ge=0, lt=1)
+    adam_beta2: float = knob(0.99, "AdamW's beta_2", ge=0, lt=1)
+    adam_weight_decay: float = knob(0.0, "AdamW's decoupled weight decay of matrices and kernels", ge=0, le=10)
+    max_grad_norm: float = knob(1.0, "gradients are clipped to this norm; 0 does not clip", ge=0)
     gradient_checkpointing: bool = knob(False, "recompute activations in the backward pass: less memory, more time")
     use_ema: bool = knob(True, "keep an exponential moving average of the weights and deliver that")
-    ema_decay: float = knob(0.999, "its decay, after a warm-up", least=0, below=1)
+    ema_decay: float = knob(0.999, "its decay, after a warm-up", ge=0, lt=1)
 
 
 @dataclass
@@ -248,24 +198,23 @@ class PriorConfig(OptimizationConfig):
         "start new if their number differs",
         path=True,
     )
-    num_components: int = knob(16, "mixture: Gaussians", least=1, most=1_000_000)
-    width: int = knob(128, "channels of the residual stream", least=1, most=65536)
-    depth: int = knob(4, "number of Transformer blocks", least=1, most=1000)
-    num_heads: int = knob(4, "attention heads; width / num_heads is the head dimension", least=1)
-    dropout: float = knob(0.0, "dropout of embeddings and residual branches", least=0, below=1)
-    class_dropout: float = knob(0.1, "probability of hiding the class, which classifier-free guidance needs", least=0, below=1)
-    token_noise: float = knob(
-        0.0, "probability that a token the prior reads in training is replaced by a random one", least=0, below=1
-    )
-    label_smoothing: float = knob(0.0, "share of each target spread over all tokens in training", least=0, below=1)
-    z_loss: float = knob(0.0, "weight of the squared log-normaliser of the logits in training: keeps them from drifting", least=0)
+    num_components: int = knob(16, "mixture: Gaussians", ge=1, le=1_000_000)
+    width: int = knob(128, "channels of the residual stream", ge=1, le=65536)
+    depth: int = knob(4, "number of Transformer blocks", ge=1, le=1000)
+    num_heads: int = knob(4, "attention heads; width / num_heads is the head dimension", ge=1)
+    dropout: float = knob(0.0, "dropout of embeddings and residual branches", ge=0, lt=1)
+    class_dropout: float = knob(0.1, "probability of hiding the class, which classifier-free guidance needs", ge=0, lt=1)
+    token_noise: float = knob(0.0, "probability that a token the prior reads in training is replaced by a random one", ge=0, lt=1)
+    label_smoothing: float = knob(0.0, "share of each target spread over all tokens in training", ge=0, lt=1)
+    z_loss: float = knob(0.0, "weight of the squared log-normaliser of the logits in training: keeps them from drifting", ge=0)
     num_augmentations: int = knob(
-        0, "further encodings of each training image in the cache, made by the two knobs below", least=0, most=1000
+        0, "further encodings of each training image in the cache, made by the two knobs below", ge=0, le=1000, encoding="copies"
     )
     code_temperature: float = knob(
         0.0,
         "vq: in these draw each code by exp(-distance / (this x mean distance to the nearest code)); 0 takes the nearest",
-        least=0,
+        ge=0,
+        encoding="code_temperature",
     )
     augment_images: bool = knob(True, "make these from augmented images (data.random_flip, data.random_affine)")
     early_stopping: bool = knob(
@@ -278,9 +227,7 @@ class KernelsConfig:
     """Which implementation of an operation of dae_kernels runs; a choice of the machine, which no saved model remembers."""
 
     attention: str = knob(
-        "auto",
-        "attention of autoencoder and prior",
-        choices=("auto", "sdpa", "flash_attn", "xformers", "flex", "reference"),
+        "auto", "attention of autoencoder and prior", choices=("auto", "sdpa", "flash_attn", "xformers", "flex", "reference")
     )
     group_norm_silu: str = knob("auto", "GroupNorm and SiLU of the autoencoder", choices=("auto", "reference", "triton"))
     linear_cross_entropy: str = knob(
@@ -292,31 +239,29 @@ class KernelsConfig:
 
 @dataclass
 class SamplingConfig:
-    num_samples: int = knob(2000, "images to sample, classes in equal parts", least=1)
+    num_samples: int = knob(2000, "images to sample, classes in equal parts", ge=1)
     classes: List[str] = knob(
         [],
         "sample these classes alone, as in [cat,dog] or [1990,2020]: each the name of a class, or if none is called so the label "
         "that stands in the data; none: all",
     )
-    batch_size: int = knob(500, "images sampled at once", least=1)
-    num_inference_steps: int = knob(32, "dit: steps of the ODE solver from noise to latent", least=1, most=10_000)
-    cfg_scale: float = knob(
-        1.0, "classifier-free guidance: 1 samples the model, more trades variety for fidelity", least=0, most=100
-    )
-    temperature: float = knob(1.0, "divides the logits; below 1 is safer, above 1 more varied", least=0, most=100)
-    top_k: Optional[int] = knob(None, "keep only the k likeliest tokens", least=1)
-    top_p: Optional[float] = knob(None, "keep only the likeliest tokens that together have this probability", above=0, most=1)
+    batch_size: int = knob(500, "images sampled at once", ge=1)
+    num_inference_steps: int = knob(32, "dit: steps of the ODE solver from noise to latent", ge=1, le=10_000)
+    cfg_scale: float = knob(1.0, "classifier-free guidance: 1 samples the model, more trades variety for fidelity", ge=0, le=100)
+    temperature: float = knob(1.0, "divides the logits; below 1 is safer, above 1 more varied", ge=0, le=100)
+    top_k: Optional[int] = knob(None, "keep only the k likeliest tokens", ge=1)
+    top_p: Optional[float] = knob(None, "keep only the likeliest tokens that together have this probability", gt=0, le=1)
 
 
 @dataclass
 class EvaluationConfig:
     classifier_steps: int = knob(
-        800, "training steps of the small classifier whose features and verdicts the metrics use", least=1, most=1_000_000
+        800, "training steps of the small classifier whose features and verdicts the metrics use", ge=1, le=1_000_000
     )
-    max_images: int = knob(10000, "images of a split to measure on, chosen at random where there are more", least=1)
-    cfg_scales: List[float] = knob([1.0, 1.5, 2.0], "guidance scales of the table in the report", least=0, most=100)
-    neighbours: int = knob(3, "k of precision and recall", least=1)
-    batch_size: int = knob(500, "images evaluated at once", least=1)
+    max_images: int = knob(10000, "images of a split to measure on, chosen at random where there are more", ge=1)
+    cfg_scales: List[float] = knob([1.0, 1.5, 2.0], "guidance scales of the table in the report", ge=0, le=100)
+    neighbours: int = knob(3, "k of precision and recall", ge=1)
+    batch_size: int = knob(500, "images evaluated at once", ge=1, encoding="batch_size")
 
 
 @dataclass
@@ -328,38 +273,38 @@ class CompareConfig:
         "arms by name (recipes/compare.py --help lists them), or `name: key=value key=value` for one of your own",
     )
     baseline: str = knob("joint", "the arm that the others are held against, pair by pair of seeds")
-    seeds: List[int] = knob([0, 1, 2, 3, 4], "seeds; each trains every arm once", least=0, most=LARGEST_SEED)
+    seeds: List[int] = knob([0, 1, 2, 3, 4], "seeds; each trains every arm once", ge=0, le=LARGEST_SEED)
     learning_rates: List[float] = knob(
         [1e-3, 2e-3, 4e-3],
         "learning rates among which each arm is tuned, all arms by as many trials; one value tunes none",
-        above=0,
-        most=1,
+        gt=0,
+        le=1,
     )
     prior_learning_rates: List[float] = knob(
         [],
         "learning rates of the prior (ar, dit) tried with each of the above; none trains all priors with prior.learning_rate",
-        above=0,
-        most=1,
+        gt=0,
+        le=1,
     )
     tuning_seed: int = knob(
-        1000, "seed of the tuning trials, on images held out of the training set; not among the seeds", least=0, most=LARGEST_SEED
+        1000, "seed of the tuning trials, on images held out of the training set; not among the seeds", ge=0, le=LARGEST_SEED
     )
     rates: List[float] = knob(
-        [], "further rates for the arms of rate_arms: codebook sizes (vq) or KL weights (kl); none draws no frontier", least=0
+        [], "further rates for the arms of rate_arms: codebook sizes (vq) or KL weights (kl); none draws no frontier", ge=0
     )
     rate_arms: List[str] = knob(["joint", "dae-linear"], "arms that get the further rates and priors")
     other_rates: List[float] = knob(
         [],
         "those of `rates` that rate_arms other than the baseline get, whose frontier alone others are held against; none: all",
-        least=0,
+        ge=0,
     )
     prior_widths: List[int] = knob(
         [],
         "further priors of the rate_arms: widths of ar and dit (learning rate ~ 1 / width), components of a mixture",
-        least=1,
-        most=65536,
+        ge=1,
+        le=65536,
     )
-    processes: int = knob(2, "trials that run at the same time, one thread each", least=1, most=1024)
+    processes: int = knob(2, "trials that run at the same time, one thread each", ge=1, le=1024)
 
 
 @dataclass
@@ -371,12 +316,12 @@ class MeasureConfig:
         "latents: gaussian, uniform, mixture, pca, features:<timm name or folder>, autoencoder:<folder of a run>, "
         "ae, vae, vq, dae (trained here by this configuration), or package.module:function",
     )
-    latent_dim: int = knob(16, "dimensions of gaussian, uniform, mixture and pca", least=1, most=65536)
+    latent_dim: int = knob(16, "dimensions of gaussian, uniform, mixture and pca", ge=1, le=65536)
     distances: List[str] = knob(["sinkhorn", "frechet"], "distances D of D^G, by the names of dae.complexity")
     families: List[str] = knob(["linear", "mlp"], "generator families G: linear, mlp, lipschitz, conv, dropout")
-    seeds: List[int] = knob([0, 1, 2], "seeds of the estimators", least=0, most=LARGEST_SEED)
-    steps: int = knob(500, "training steps of a generator", least=1, most=1_000_000)
-    max_images: int = knob(2000, "images measured on, chosen at random where there are more", least=2)
+    seeds: List[int] = knob([0, 1, 2], "seeds of the estimators", ge=0, le=LARGEST_SEED)
+    steps: int = knob(500, "training steps of a generator", ge=1, le=1_000_000)
+    max_images: int = knob(2000, "images measured on, chosen at random where there are more", ge=2)
     compare_folders: List[str] = knob(
         [],
         "report card: output folders of recipes/compare.py, the trials of which say how well each predictor ranks latents",
@@ -396,7 +341,7 @@ class Config:
         run="autoencoder",
     )
     output_dir: str = knob("runs/digits", "folder of the run", path=True, role="free")
-    seed: int = knob(0, "seed of everything random; one seed, one result", least=0, most=LARGEST_SEED)
+    seed: int = knob(0, "seed of everything random; one seed, one result", ge=0, le=LARGEST_SEED, encoding="seed")
     mixed_precision: Optional[str] = knob(
         None, "no, fp16 or bf16; null leaves it to `accelerate launch --mixed_precision`", choices=(None, "no", "fp16", "bf16")
     )
@@ -406,14 +351,14 @@ class Config:
         "tensorboard", "tracker of accelerate", choices=("none", "tensorboard", "wandb", "trackio"), role="free"
     )
     logged_images: int = knob(
-        8, "reconstructions and samples that each validation shows in the tracker; 0 shows none", least=0, most=1000, role="free"
+        8, "reconstructions and samples that each validation shows in the tracker; 0 shows none", ge=0, le=1000, role="free"
     )
-    logging_steps: int = knob(10, "steps between two entries of the training log", least=1, role="free")
+    logging_steps: int = knob(10, "steps between two entries of the training log", ge=1, role="free")
     validation_steps: int = knob(
-        200, "steps between two validations; each takes at most as many images as were trained on since", least=1
+        200, "steps between two validations; each takes at most as many images as were trained on since", ge=1
     )
-    checkpointing_steps: int = knob(500, "steps between two checkpoints", least=1, role="free")
-    checkpoints_total_limit: int = knob(2, "checkpoints to keep", least=1, role="free")
+    checkpointing_steps: int = knob(500, "steps between two checkpoints", ge=1, role="free")
+    checkpoints_total_limit: int = knob(2, "checkpoints to keep", ge=1, role="free")
     resume_from_checkpoint: Optional[str] = knob(
         None, "`latest`, or the path of a checkpoint folder; null starts a new run", path=True, role="free"
     )

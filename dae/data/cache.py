@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import operator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Self
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from dae.config import Config
+from dae.config import Config, knobs
 from dae.files import replaced_folder, write_file
 
 DESCRIPTION = "cache.json"
@@ -124,18 +125,19 @@ class EncodingCache:
         return cls(**parts, **description, fingerprint=found)
 
 
+_ORDER = ("copies", "code_temperature", "seed", "batch_size", "flip", "affine")  # in the fingerprints of existing caches
+
+
 def transform_fingerprint(config: Config) -> str:
-    """Identifies how the further copies were made; without copies nothing matters."""
-    prior, data = config.prior, config.data
-    if prior.num_augmentations == 0:
+    """Identifies how images were augmented, by the knobs that name an `encoding`; without augmentations nothing matters."""
+    if config.prior.num_augmentations == 0:
         return "plain"
-    how = {"copies": prior.num_augmentations, "code_temperature": prior.code_temperature, "seed": config.seed}
+    how = {knob.encoding: operator.attrgetter(key)(config) for key, knob in knobs().items() if knob.encoding}
     if config.autoencoder.bottleneck == "kl":
         del how["code_temperature"]  # there are no codes
-    how["batch_size"] = config.evaluation.batch_size  # one seed a batch
-    if prior.augment_images:
-        how |= {"flip": data.random_flip, "affine": data.random_affine}
-    return json.dumps(how)
+    if not config.prior.augment_images:
+        del how["flip"], how["affine"]
+    return json.dumps(dict(sorted(how.items(), key=lambda item: _ORDER.index(item[0]))))
 
 
 def choose_augmentations(encodings_BC: Tensor, draw_B: Tensor) -> Tensor:
