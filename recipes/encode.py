@@ -20,9 +20,7 @@ from tqdm import tqdm
 from dae.cli import main
 from dae.config import Config
 from dae.data import evaluation_batches, load_data
-from dae.data.cache import Fingerprint, transform_fingerprint
-from dae.data.latents import LatentCache
-from dae.data.tokens import TokenCache
+from dae.data.cache import Fingerprint, LatentCache, TokenCache, transform_fingerprint
 from dae.distributed import agree, each_for_itself, failing_together, gather_objects, run_on_first_process
 from dae.files import announce
 from dae.hub import fingerprint, require_model

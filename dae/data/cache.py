@@ -1,4 +1,7 @@
-"""The cache of a data set's encodings: what every kind has in common, and of what exactly it is the cache."""
+"""The cache of a data set's encodings, tokens of VQ or posteriors of a KL autoencoder, and of what exactly it is the cache.
+
+The posteriors are kept rather than samples of them: a prior learns all of each (`dae.losses.flow_matching_loss`), not one draw.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +11,14 @@ import json
 import operator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from dae.config import Config, knobs
+from dae.distributed import draw_rows
 from dae.files import replaced_folder, write_file
 
 DESCRIPTION = "cache.json"
@@ -26,11 +30,11 @@ class Fingerprint:
 
     tokenizer: str  # dae.hub.fingerprint of the autoencoder's folder
     data: str  # ImageData.fingerprint
-    transform: str  # augmentation of the copies
+    transform: str  # transform_fingerprint: how the images were augmented
 
 
 class EncodedDataset(Dataset):
-    """Rows {name: [augmentations, ...], "label": int, "row": int}: the plain encoding first."""
+    """Rows {name: [C, ...], "label": int, "row": int} of C encodings: of the image, then of its augmentations."""
 
     name: ClassVar[str]  # of the encodings, in a row and in the file
     stored: ClassVar[torch.dtype]  # in the file
@@ -53,6 +57,26 @@ class EncodedDataset(Dataset):
         return {self.name: self.values_NC[row].to(self.given), "label": int(self.labels_N[row]), "row": row}
 
 
+class TokenDataset(EncodedDataset):
+    """Rows {"tokens": int64 [C, T], "label": int, "row": int}."""
+
+    name, stored, given = "tokens", torch.int32, torch.int64
+
+    @property
+    def tokens_NCT(self) -> Tensor:
+        return self.values_NC
+
+
+class PosteriorDataset(EncodedDataset):
+    """Rows {"moments": float32 [C, 2D, h, w], "label": int, "row": int}; of the 2D channels D are means, D log-variances."""
+
+    name, stored, given = "moments", torch.float32, torch.float32
+
+    @property
+    def moments_NCEhw(self) -> Tensor:
+        return self.values_NC
+
+
 @dataclass
 class EncodingCache:
     """Encodings of a training and a held-out set in one file, with a description that says of what they are."""
@@ -66,17 +90,18 @@ class EncodingCache:
     dataset: ClassVar[type[EncodedDataset]]
     folder: ClassVar[str]  # in the folder of a run
     title: ClassVar[str]  # in messages
-    facts: ClassVar[tuple[str, ...]]  # fields beside the encodings
+    size: ClassVar[str]  # the field of its own: how many values an encoding can take, or has
 
     def save(self, folder: Path) -> None:
         """Write `<name>.safetensors` and `cache.json` into `folder`; both or none."""
         from safetensors.torch import save
 
-        tensors, name = {}, self.dataset.name
+        tensors: dict[str, Tensor] = {}
+        name = self.dataset.name
         for part in ("train", "validation"):
             rows: EncodedDataset = getattr(self, part)
             tensors |= {f"{part}.{name}": rows.values_NC.to(rows.stored), f"{part}.labels": rows.labels_N.int()}
-        description = {k: getattr(self, k) for k in self.facts}
+        description: dict[str, Any] = {k: getattr(self, k) for k in (self.size, "num_classes", "latent_size")}
         description["fingerprint"] = dataclasses.asdict(self.fingerprint)
         data = save({k: v.contiguous() for k, v in tensors.items()})
         description["sha256"] = hashlib.sha256(data).hexdigest()  # or a crash could leave new ones under an old description
@@ -121,8 +146,20 @@ class EncodingCache:
                 "the same configuration"
             )
         name = cls.dataset.name
-        parts = {n: cls.dataset(tensors[f"{n}.{name}"], tensors[f"{n}.labels"].long()) for n in ("train", "validation")}
-        return cls(**parts, **description, fingerprint=found)
+        parts = (cls.dataset(tensors[f"{n}.{name}"], tensors[f"{n}.labels"].long()) for n in ("train", "validation"))
+        return cls(*parts, **description, fingerprint=found)
+
+
+@dataclass
+class TokenCache(EncodingCache):
+    vocab_size: int
+    dataset, folder, title, size = TokenDataset, "tokens", "token cache", "vocab_size"
+
+
+@dataclass
+class LatentCache(EncodingCache):
+    latent_channels: int
+    dataset, folder, title, size = PosteriorDataset, "latents", "latent cache", "latent_channels"
 
 
 _ORDER = ("copies", "code_temperature", "seed", "batch_size", "flip", "affine")  # in the fingerprints of existing caches
@@ -141,6 +178,33 @@ def transform_fingerprint(config: Config) -> str:
 
 
 def choose_augmentations(encodings_BC: Tensor, draw_B: Tensor) -> Tensor:
-    """[B, ...]: of each row of [B, augmentations, ...] the one that a uniform draw in [0, 1) points at."""
+    """[B, ...]: of each row of [B, C, ...] the one that a uniform draw in [0, 1) points at."""
     chosen = (draw_B * encodings_BC.shape[1]).long()
     return encodings_BC[torch.arange(len(encodings_BC), device=encodings_BC.device), chosen]
+
+
+def sample_posteriors(moments_BEhw: Tensor) -> Tensor:
+    """Latents [B, D, h, w] drawn from the posteriors N(mean, exp(log-variance)); torch's global generator decides."""
+    mean, log_variance = moments_BEhw.chunk(2, dim=1)
+    return mean + (0.5 * log_variance).exp() * draw_rows(torch.randn, mean.shape, device=mean.device)
+
+
+def latent_statistics(cached: PosteriorDataset) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [D] of each channel of the latents that `sample_posteriors` draws, over all augmentations.
+
+    Exact, without drawing: Var z = Var E[z | x] + E Var[z | x], in float64.
+
+    Raises:
+        ValueError: a channel is constant, or not finite: no scale can be estimated.
+    """
+    mean, log_variance = cached.moments_NCEhw.chunk(2, dim=2)
+    over = (0, 1, 3, 4)
+    centre_D = mean.mean(over, dtype=torch.float64)
+    variance_D = (mean.double() - centre_D.view(-1, 1, 1)).square().mean(over) + log_variance.double().exp().mean(over)
+    std_D = variance_D.sqrt()
+    if not (centre_D.isfinite().all() and std_D.isfinite().all() and (std_D > 0).all()):
+        raise ValueError(
+            f"the latents' standard deviations by channel are {std_D.tolist()}: expected finite, positive ones. Has the "
+            "autoencoder diverged, or its latent collapsed (autoencoder.kl.kl_weight)?"
+        )
+    return centre_D.float(), std_D.float()

@@ -9,10 +9,8 @@ import torch
 from torch import Tensor
 
 from dae.config import Config
-from dae.data.cache import EncodedDataset, EncodingCache, Fingerprint, transform_fingerprint
-from dae.data.latents import LatentCache
+from dae.data.cache import EncodedDataset, EncodingCache, Fingerprint, LatentCache, TokenCache, transform_fingerprint
 from dae.data.tensors import TensorLoader
-from dae.data.tokens import TokenCache
 from dae.models import Autoencoder, choose_kernels
 from dae.sampling.chain import Prior
 from dae.seeding import seed_for, set_seed

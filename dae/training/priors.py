@@ -16,9 +16,17 @@ from torch import Tensor, nn
 
 from dae.config import Config, PriorConfig
 from dae.data.augmentation import augment
-from dae.data.cache import EncodedDataset, EncodingCache, choose_augmentations
-from dae.data.latents import LatentCache, PosteriorDataset, latent_statistics, sample_posteriors
-from dae.data.tokens import TokenCache, TokenDataset
+from dae.data.cache import (
+    EncodedDataset,
+    EncodingCache,
+    LatentCache,
+    PosteriorDataset,
+    TokenCache,
+    TokenDataset,
+    choose_augmentations,
+    latent_statistics,
+    sample_posteriors,
+)
 from dae.distributed import draw_rows, each_for_itself, world_size
 from dae.hub import PretrainedModel
 from dae.losses import flow_matching_loss

@@ -5,15 +5,14 @@ import torch
 
 from dae.config import load_config
 from dae.data import TrainLoader
-from dae.data.cache import Fingerprint, transform_fingerprint
-from dae.data.latents import LatentCache, PosteriorDataset, latent_statistics, sample_posteriors
+from dae.data.cache import Fingerprint, LatentCache, PosteriorDataset, latent_statistics, sample_posteriors, transform_fingerprint
 
 FINGERPRINT = Fingerprint("autoencoder-1", "data-1", "plain")
 
 
-def make(rows=7, copies=3, channels=2) -> PosteriorDataset:
+def make(rows=7, augmentations=3, channels=2) -> PosteriorDataset:
     generator = torch.Generator().manual_seed(rows)
-    return PosteriorDataset(torch.randn(rows, copies, 2 * channels, 2, 2, generator=generator), torch.arange(rows) % 3)
+    return PosteriorDataset(torch.randn(rows, augmentations, 2 * channels, 2, 2, generator=generator), torch.arange(rows) % 3)
 
 
 def save(folder):

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from dae.data import load_data
-from dae.data.latents import PosteriorDataset, latent_statistics
+from dae.data.cache import PosteriorDataset, latent_statistics
 from dae.hub import fingerprint
 from dae.models import Autoencoder, DiT, GaussianMixturePrior
 from dae.sampling import load_chain

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dae.config import load_config
-from dae.data.tokens import TokenDataset
+from dae.data.cache import TokenDataset
 from dae.training.loop import validation_images
 from dae.training.priors import require_guidance
 from dae.training.stages import plan_stages
