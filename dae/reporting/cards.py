@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Sequence
 
 from dae.config import Config
 
 
-def _card(title: str, tags: list[str], usage: str, data: dict, history: list[dict], config: Config, facts: list[str]) -> str:
-    import dataclasses
-
-    validations = [row for row in history if row.get("split") == "validation"]
-    last = [row for row in history if validations and row["step"] == validations[-1]["step"] and row.get("split") != "train"]
-    metrics = {k: v for row in last for k, v in row.items() if isinstance(v, float)}
-    metrics.pop("seconds", None)
-    table = "\n".join(f"| {name} | {value:.4g} |" for name, value in metrics.items())
-    header = "\n".join(f"- {tag}" for tag in tags)
-    facts_block = "\n".join(["", "```", *facts, "```", ""]) if facts else ""
+def _card(
+    title: str, tags: Sequence[str], usage: str, data: dict, history: list[dict], config: Config, facts: Sequence[str]
+) -> str:
+    steps = [row["step"] for row in history if row.get("split") == "validation"]
+    last = [row for row in history if steps and row["step"] == steps[-1] and row.get("split") != "train"]
+    metrics = {k: v for row in last for k, v in row.items() if isinstance(v, float) and k != "seconds"}
+    table, header = "\n".join(f"| {k} | {v:.4g} |" for k, v in metrics.items()), "\n".join(f"- {tag}" for tag in tags)
+    read = "\n".join(["", "```", *facts, "```", ""]) if facts else ""
     return f"""---
 library_name: decoupled-autoencoder
 tags:
@@ -33,7 +33,7 @@ arXiv 2307.08283) as publicly described; the hyper-parameters are ours.
 ```
 
 ## Data
-{facts_block}
+{read}
 ```json
 {json.dumps(data, indent=2)}
 ```
@@ -52,7 +52,7 @@ arXiv 2307.08283) as publicly described; the hyper-parameters are ours.
 """
 
 
-def autoencoder_card(config: Config, data: dict, history: list[dict], facts: list[str] = ()) -> str:
+def autoencoder_card(config: Config, data: dict, history: list[dict], facts: Sequence[str] = ()) -> str:
     """Card of an autoencoder; `facts` is the table of `dae.data.Summary`."""
     usage = (
         "from dae.models import Autoencoder\n"
@@ -73,7 +73,7 @@ PRIORS = {
 }  # fmt: skip
 
 
-def prior_card(config: Config, kind: type, data: dict, history: list[dict], facts: list[str] = ()) -> str:
+def prior_card(config: Config, kind: type, data: dict, history: list[dict], facts: Sequence[str] = ()) -> str:
     """Card of a prior of class `kind`."""
     name, tags, sampler, images = PRIORS[kind.__name__]
     usage = (
