@@ -13,9 +13,9 @@ from dae.config import Config
 from dae.data.sources import source_title
 from dae.diagnostics.ranking import rank_predictors
 from dae.diagnostics.report_card import PREDICTORS
+from dae.priors import prior_family
 from dae.statistics import difference_at_equal_rate, holm, mean_interval, paired_p_value, rank_correlation
 from dae.training import Stage, plan_stages
-from dae.training.priors import prior_family
 
 LEVEL = 0.95
 
@@ -82,7 +82,7 @@ def summarize_comparison(config: Config, facts: dict, outcomes: Sequence[Outcome
     adversarial = ["gan"] if config.stage2.loss.adversarial else []
     summary = {
         "data": source_title(config.data),
-        "latent_type": " + ".join([config.autoencoder.bottleneck, prior_family(config), *adversarial]),
+        "latent_type": " + ".join([config.autoencoder.bottleneck, prior_family(config).name, *adversarial]),
         "baseline": compare.baseline,
         "seeds": compare.seeds,
         "level": LEVEL,

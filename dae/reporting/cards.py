@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 
 from dae.config import Config
+from dae.priors import PriorFamily
 
 
 def _card(
@@ -63,26 +64,16 @@ def autoencoder_card(config: Config, data: dict, history: list[dict], facts: Seq
     return _card(title, ["autoencoder", "image-tokenizer", config.method], usage, data, history, config, facts)
 
 
-PRIORS = {
-    "ARPrior": ("Autoregressive prior", ["autoregressive", "image-generation"], "sample_tokens",
-                "autoencoder.decode_indices(sample_tokens(prior, labels)).sample"),
-    "DiT": ("Diffusion Transformer", ["flow-matching", "image-generation"], "sample_latents",
-            "autoencoder.decode(sample_latents(prior, labels, num_inference_steps=32)).sample"),
-    "GaussianMixturePrior": ("Gaussian mixture prior", ["gaussian-mixture", "image-generation"], None,
-                             "autoencoder.decode(prior.sample(len(labels))).sample"),
-}  # fmt: skip
-
-
-def prior_card(config: Config, kind: type, data: dict, history: list[dict], facts: Sequence[str] = ()) -> str:
-    """Card of a prior of class `kind`."""
-    name, tags, sampler, images = PRIORS[kind.__name__]
+def prior_card(config: Config, family: PriorFamily, data: dict, history: list[dict], facts: Sequence[str] = ()) -> str:
+    """Card of a prior of `family`."""
+    name = family.model.__name__
     usage = (
         "import torch\n"
-        f"from dae.models import {', '.join(sorted(('Autoencoder', kind.__name__)))}\n"
-        + (f"from dae.sampling import {sampler}\n" if sampler else "")
+        f"from dae.models import {', '.join(sorted(('Autoencoder', name)))}\n"
+        + (f"from dae.sampling import {family.imports}\n" if family.imports else "")
         + 'autoencoder = Autoencoder.from_pretrained("path or repository of the autoencoder")\n'
-        f'prior = {kind.__name__}.from_pretrained("path or repository of the prior")\n'
+        f'prior = {name}.from_pretrained("path or repository of the prior")\n'
         "labels = torch.arange(prior.num_classes)\n"
-        f"images = {images}"
+        f"images = {family.usage}"
     )
-    return _card(f"{name} of {data['title']}", tags, usage, data, history, config, facts)
+    return _card(f"{family.title} of {data['title']}", family.tags, usage, data, history, config, facts)
