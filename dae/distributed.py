@@ -1,14 +1,13 @@
-"""What a process needs to know about the others.
+"""Collectives over the processes of a run, and random draws that do not depend on the number of processes.
 
 Every random draw for the rows of a batch goes through `draw_rows`: it draws for the *global* batch and keeps the rows of
-this process. So W processes with batch B/W see the same noise, dropout masks and hidden classes as one process with
+this process. So W processes with batch B/W see the same noise, dropout masks and dropped labels as one process with
 batch B, and a run can be moved from one GPU to several without changing its result. Row i of the global batch belongs
-to process i mod W, which is how `torch.utils.data.DistributedSampler` deals them out.
+to process i mod W, as `torch.utils.data.DistributedSampler` assigns them.
 
-What must be equal everywhere is not assumed to be: numbers of rows are gathered, process 0's random numbers are sent to all
-(`from_first_process`), and an error of one process is raised by all (`failing_together`, `run_on_first_process`), as the others
-would wait for it in their next collective. Every function here but `rank`, `world_size` and `draw_rows` is a collective: all
-processes must call it.
+Every function here but `rank`, `world_size`, `draw_rows` and `as_single_process` is a collective: all processes must call it. An
+error of one process is raised by all (`failing_together`, `run_on_first_process`), as the others would wait for it in their next
+collective.
 """
 
 from __future__ import annotations
@@ -39,11 +38,11 @@ PLAIN = (  # errors that are made from a message
 
 
 @contextmanager
-def each_for_itself() -> Iterator[None]:
-    """Inside the block this process is the only one to every function here but `rank` and `world_size`.
+def as_single_process() -> Iterator[None]:
+    """Inside the block the functions here, except `rank` and `world_size`, act as in a run of one process.
 
-    The rows of `draw_rows` are a whole batch, and what is a collective elsewhere waits for nobody: for work that is dealt out
-    batch by batch, or done by one process for all.
+    `draw_rows` draws for the local batch alone, and collectives return without communicating: for work that one process does for
+    all, or that processes share batch by batch.
     """
     global _alone
     before, _alone = _alone, True
@@ -58,10 +57,9 @@ def _processes() -> int:
 
 
 def draw_rows(draw: Callable[..., Tensor], shape: tuple[int, ...] | torch.Size, **options) -> Tensor:
-    """`draw(shape)` for the rows of this process, as one process would draw them for the whole batch.
+    """This process's rows of `draw(global shape)`: W processes together get what one process draws for the whole batch.
 
-    No collective: processes with other seeds or other numbers of rows still get independent draws of their own, but not those of
-    one process with the whole batch.
+    Not a collective: processes with different seeds or numbers of rows get independent draws, but not those of one process.
 
     Args:
         draw: `torch.rand`, `torch.randn` or the like; called with the global shape and `options` (device, generator, ...).
@@ -92,14 +90,14 @@ def _in_place(x: Tensor, collective: Callable[[Tensor], Any]) -> Tensor:
 
 
 def _reachable(x: Tensor) -> Tensor:
-    """`x` where the process group can read and write it: NCCL knows GPUs only, and no backend other strides."""
+    """`x` where the process group can read and write it: on a GPU for NCCL, and contiguous."""
     return (x.cuda() if dist.get_backend() == "nccl" else x).contiguous()
 
 
 def in_global_order(x_B: Tensor) -> Tensor:
     """All rows of the global batch, in the order one process would have them: row i of process 0, of process 1, ...
 
-    Processes may hold different numbers of rows, also none.
+    The numbers of rows per process may differ, and be 0.
 
     Raises:
         ValueError: on every process, if the dtypes or the shapes of the rows differ.
@@ -131,7 +129,7 @@ def gather_numbers(*numbers: int) -> list[tuple[int, ...]]:
 
 
 def gather_objects(value: Any) -> list:
-    """`value`, which can be pickled, of every process, in order of rank."""
+    """The `value` of every process, in order of rank; it must be picklable."""
     if _processes() == 1:
         return [value]
     values = [None] * world_size()
@@ -158,14 +156,14 @@ def agree(values: dict[str, Any]) -> None:
 
 @contextmanager
 def failing_together() -> Iterator[None]:
-    """For work that each process does for itself, without a collective in it: if one of them fails, all of them raise.
+    """If one process raises in the block, all raise at its end. There must be no collective in the block.
 
     The process that failed raises its own error, the others one of the same builtin type with the same message.
     """
     failure = None
     try:
         yield
-    except Exception as error:  # raised again below, after the others have heard of it
+    except Exception as error:  # raised below, once the others know of it
         failure = error
     described = gather_objects(_described(failure))
     if failure is not None:
@@ -176,14 +174,14 @@ def failing_together() -> Iterator[None]:
 
 
 def run_on_first_process(action: Callable[[], Any]) -> Any:
-    """What `action` returns on process 0, while the others wait; if it raises there, every process does.
+    """On every process what `action` returns on process 0, which must be picklable; if it raises there, every process does.
 
-    Its result can be pickled. Inside, process 0 is alone (`each_for_itself`): what it calls may use the functions of this module.
+    Process 0 runs it `as_single_process`: what it calls may use the functions of this module.
     """
     value = None
     with failing_together():
         if _alone or rank() == 0:
-            with each_for_itself():
+            with as_single_process():
                 value = action()
     return gather_objects(value)[0]
 

@@ -23,16 +23,16 @@ class WideBuffers:
     hundreds is off by a radian.
     """
 
+    _buffers: dict[str, Tensor | None]
     buffer_dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float32, torch.float64)  # else float32
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = dict(self._buffers)
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[misc]  # of nn.Module
         for name, buffer in before.items():
-            if buffer is not None and buffer.is_floating_point():
-                cast = self._buffers[name]
-                if cast.dtype not in self.buffer_dtypes:
-                    self._buffers[name] = buffer.to(cast.device, torch.float32)
+            cast = self._buffers[name]
+            if buffer is not None and cast is not None and buffer.is_floating_point() and cast.dtype not in self.buffer_dtypes:
+                self._buffers[name] = buffer.to(cast.device, torch.float32)
         return self
 
 

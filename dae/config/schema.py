@@ -25,13 +25,11 @@ class DataConfig:
         role="place",
     )
     train_files: List[str] = knob(
-        [], "paths or globs of files or folders to train on, instead of dataset_name", path=True, role="place"
+        [], "files to train on instead of dataset_name: paths, folders or globs", path=True, role="place"
     )
-    validation_files: List[str] = knob(
-        [], "paths or globs of held-out files or folders, instead of a split", path=True, role="place"
-    )
+    validation_files: List[str] = knob([], "held-out files instead of a split: paths, folders or globs", path=True, role="place")
     label_level: int = knob(
-        1, "image folders: the level of folders below the split that are the classes; 0 reads no classes", ge=0
+        1, "image folders: level of the folders below the split that are the classes; 0 reads no classes", ge=0
     )
     dataset_config_name: Optional[str] = knob(None, "configuration of a Hugging Face data set")
     train_split: str = knob("train", "split to train on")
@@ -48,12 +46,10 @@ class DataConfig:
     )
     streaming: bool = knob(False, "read as a stream, never the whole set: for sets larger than the disk")
     shuffle_buffer_size: int = knob(10000, "rows in the shuffle buffer of a stream", ge=1)
-    max_train_samples: Optional[int] = knob(
-        None, "use only this many training rows, chosen by the seed (of a stream by a digest)", ge=1
-    )
+    max_train_samples: Optional[int] = knob(None, "training rows to use, chosen by the seed (of a stream by a digest)", ge=1)
     image_column: str = knob("auto", "column with the images; `auto` takes the only image column")
     label_column: str = knob(
-        "auto", "column with labels; `auto` looks for `label`, `labels`, `cls` and the same in JSON; `none` ignores them"
+        "auto", "column with labels; `auto` looks for `label`, `labels`, `cls`, in JSON too; `none` ignores them"
     )
     num_classes: Optional[int] = knob(None, "number of classes; null counts those that occur in training", ge=1)
     resolution: int = knob(8, "images are resized to resolution x resolution pixels", ge=1, le=16384)
@@ -62,18 +58,14 @@ class DataConfig:
     random_flip: bool = knob(False, "mirror half of the training images, chosen at random", encoding="flip")
     random_affine: float = knob(
         0.0,
-        "strength of random shift, rotation and scale of the training images: 1.0 is 12.5 % shift, 15 degrees, 15 % scale",
+        "strength of random shift, rotation, scale in training: 1.0 is 12.5 %, 15 degrees, 15 %",
         ge=0,
         le=6,
         encoding="affine",
     )
     num_workers: int = knob(0, "processes that decode images, for each training process", ge=0, le=1024, role="free")
-    allow_other: bool = knob(
-        False, "let encode, evaluate and measurements read other data than the autoencoder was trained on", role="free"
-    )
-    verify_rows: int = knob(
-        10000, "rows whose image bytes and label are checked before training; -1 checks all, 0 none", ge=-1, role="free"
-    )
+    allow_other: bool = knob(False, "encode, evaluate and measure other data than the autoencoder was trained on", role="free")
+    verify_rows: int = knob(10000, "rows checked (image bytes, label) before training; -1 checks all, 0 none", ge=-1, role="free")
     on_error: str = knob(
         "raise",
         "a row that cannot be decoded: raise stops; skip lists it in <output_dir>/skipped.jsonl and leaves it out, in training "
@@ -81,9 +73,7 @@ class DataConfig:
         choices=("raise", "skip"),
         role="free",
     )
-    max_skipped: float = knob(
-        0.1, "skip: how many such rows stop the run after all: a share below 1, else a number", ge=0, role="free"
-    )
+    max_skipped: float = knob(0.1, "skip: rows left out before the run stops: a share below 1, else a number", ge=0, role="free")
 
 
 @dataclass
@@ -92,7 +82,7 @@ class DecoderConfig:
 
     family: str = knob(
         "full",
-        "full; or weaker: linear (one linear map a latent position), narrow, shallow, dropout",
+        "full; or weaker: linear (one linear map per latent position), narrow, shallow, dropout",
         choices=("full", "linear", "narrow", "shallow", "dropout"),
     )
     width_factor: float = knob(0.25, "narrow: channels relative to the full decoder", gt=0, le=1)
@@ -105,12 +95,8 @@ class VQConfig:
     codebook_size: int = knob(64, "number of codes K", ge=1, le=2**24)
     ema_decay: float = knob(0.99, "decay of the moving average that carries the codebook", ge=0, lt=1)
     commitment_weight: float = knob(0.25, "weight of |z - sg(code)|^2 that keeps the encoder near its codes", ge=0)
-    kmeans_iterations: int = knob(
-        10, "Lloyd iterations that place the codebook on the first batches; 0 starts at random", ge=0, le=10_000
-    )
-    revive_threshold: float = knob(
-        0.1, "a code used less than this share of the average is moved onto a latent; 0 never", ge=0, lt=1
-    )
+    kmeans_iterations: int = knob(10, "Lloyd iterations that place the codebook on the first batches; 0: random", ge=0, le=10_000)
+    revive_threshold: float = knob(0.1, "codes used below this share of the average are moved onto a latent; 0: none", ge=0, lt=1)
 
 
 @dataclass
@@ -122,10 +108,7 @@ class KLConfig:
 class AutoencoderConfig:
     base_channels: int = knob(64, "channels at full resolution", ge=1, le=16384)
     channel_multipliers: List[int] = knob(
-        [1, 2],
-        "channels of each level relative to base_channels; each level after the first halves the resolution",
-        ge=1,
-        le=1024,
+        [1, 2], "channels of each level relative to base_channels; each level but the first halves the resolution", ge=1, le=1024
     )
     num_blocks: int = knob(1, "residual blocks per level in the encoder; a full decoder has one more", ge=0, le=1000)
     attention_resolutions: List[int] = knob([], "feature-map sizes at which self-attention is added", ge=1)
@@ -255,9 +238,7 @@ class SamplingConfig:
 
 @dataclass
 class EvaluationConfig:
-    classifier_steps: int = knob(
-        800, "training steps of the small classifier whose features and verdicts the metrics use", ge=1, le=1_000_000
-    )
+    classifier_steps: int = knob(800, "training steps of the classifier whose features and verdicts metrics use", ge=1, le=10**6)
     max_images: int = knob(10000, "images of a split to measure on, chosen at random where there are more", ge=1)
     cfg_scales: List[float] = knob([1.0, 1.5, 2.0], "guidance scales of the table in the report", ge=0, le=100)
     neighbours: int = knob(3, "k of precision and recall", ge=1)
@@ -275,32 +256,22 @@ class CompareConfig:
     baseline: str = knob("joint", "the arm that the others are held against, pair by pair of seeds")
     seeds: List[int] = knob([0, 1, 2, 3, 4], "seeds; each trains every arm once", ge=0, le=LARGEST_SEED)
     learning_rates: List[float] = knob(
-        [1e-3, 2e-3, 4e-3],
-        "learning rates among which each arm is tuned, all arms by as many trials; one value tunes none",
-        gt=0,
-        le=1,
+        [1e-3, 2e-3, 4e-3], "learning rates to tune each arm with, all arms by as many trials; one value tunes none", gt=0, le=1
     )
     prior_learning_rates: List[float] = knob(
-        [],
-        "learning rates of the prior (ar, dit) tried with each of the above; none trains all priors with prior.learning_rate",
-        gt=0,
-        le=1,
+        [], "learning rates of the prior (ar, dit) tried with each of the above; none: prior.learning_rate", gt=0, le=1
     )
     tuning_seed: int = knob(
         1000, "seed of the tuning trials, on images held out of the training set; not among the seeds", ge=0, le=LARGEST_SEED
     )
-    rates: List[float] = knob(
-        [], "further rates for the arms of rate_arms: codebook sizes (vq) or KL weights (kl); none draws no frontier", ge=0
-    )
+    rates: List[float] = knob([], "further codebook sizes (vq) or KL weights (kl) for rate_arms; none draws no frontier", ge=0)
     rate_arms: List[str] = knob(["joint", "dae-linear"], "arms that get the further rates and priors")
     other_rates: List[float] = knob(
-        [],
-        "those of `rates` that rate_arms other than the baseline get, whose frontier alone others are held against; none: all",
-        ge=0,
+        [], "those of `rates` that rate_arms other than the baseline get (all are held against its frontier); none: all", ge=0
     )
     prior_widths: List[int] = knob(
         [],
-        "further priors of the rate_arms: widths of ar and dit (learning rate ~ 1 / width), components of a mixture",
+        "further priors of rate_arms: widths of ar and dit (learning rate ~ 1 / width), components of a mixture",
         ge=1,
         le=65536,
     )
@@ -323,9 +294,7 @@ class MeasureConfig:
     steps: int = knob(500, "training steps of a generator", ge=1, le=1_000_000)
     max_images: int = knob(2000, "images measured on, chosen at random where there are more", ge=2)
     compare_folders: List[str] = knob(
-        [],
-        "report card: output folders of recipes/compare.py, the trials of which say how well each predictor ranks latents",
-        path=True,
+        [], "report card: output folders of recipes/compare.py, whose trials say how well each predictor ranks latents", path=True
     )
 
 
@@ -347,16 +316,12 @@ class Config:
     )
     compile: bool = knob(False, "compile the models with torch.compile", role="free")
     channels_last: bool = knob(False, "keep feature maps of the autoencoder in memory as NHWC, which convolutions on GPUs prefer")
-    report_to: str = knob(
-        "tensorboard", "tracker of accelerate", choices=("none", "tensorboard", "wandb", "trackio"), role="free"
-    )
+    report_to: str = knob("tensorboard", "accelerate's tracker", choices=("none", "tensorboard", "wandb", "trackio"), role="free")
     logged_images: int = knob(
         8, "reconstructions and samples that each validation shows in the tracker; 0 shows none", ge=0, le=1000, role="free"
     )
     logging_steps: int = knob(10, "steps between two entries of the training log", ge=1, role="free")
-    validation_steps: int = knob(
-        200, "steps between two validations; each takes at most as many images as were trained on since", ge=1
-    )
+    validation_steps: int = knob(200, "steps between validations, each of at most as many images as were trained on since", ge=1)
     checkpointing_steps: int = knob(500, "steps between two checkpoints", ge=1, role="free")
     checkpoints_total_limit: int = knob(2, "checkpoints to keep", ge=1, role="free")
     resume_from_checkpoint: Optional[str] = knob(

@@ -5,17 +5,3 @@ from dae.data.images import decode_image, to_square, to_tensor
 from dae.data.load import ImageData, load_data
 from dae.data.loader import TrainLoader, evaluation_batches, in_memory
 from dae.data.summary import Summary, summarize
-
-__all__ = [
-    "ImageData",
-    "Summary",
-    "TrainLoader",
-    "augment",
-    "decode_image",
-    "evaluation_batches",
-    "in_memory",
-    "load_data",
-    "summarize",
-    "to_square",
-    "to_tensor",
-]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from dae.data.images import decode_image
-from dae.data.splits import hold_out
+from dae.data.survey import stratified_split
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -22,27 +21,16 @@ NAMES = ("digits", "photos")
 # A photograph is wholly in one split. Of the stereo pair `motorcycle_*` only one picture is used.
 PHOTOS = {
     "train": (
-        "sklearn/datasets/images/china.jpg",
-        "skimage/data/astronaut.png",
-        "skimage/data/brick.png",
-        "skimage/data/camera.png",
-        "skimage/data/coffee.png",
-        "skimage/data/coins.png",
-        "skimage/data/grass.png",
-        "skimage/data/hubble_deep_field.jpg",
-        "skimage/data/ihc.png",
-        "skimage/data/moon.png",
-        "skimage/data/motorcycle_left.png",
-        "skimage/data/retina.jpg",
+        "sklearn/datasets/images/china.jpg", "skimage/data/astronaut.png", "skimage/data/brick.png", "skimage/data/camera.png",
+        "skimage/data/coffee.png", "skimage/data/coins.png", "skimage/data/grass.png", "skimage/data/hubble_deep_field.jpg",
+        "skimage/data/ihc.png", "skimage/data/moon.png", "skimage/data/motorcycle_left.png", "skimage/data/retina.jpg",
         "skimage/data/rocket.jpg",
     ),
     "test": (
-        "sklearn/datasets/images/flower.jpg",
-        "skimage/data/chelsea.png",
-        "skimage/data/clock_motion.png",
+        "sklearn/datasets/images/flower.jpg", "skimage/data/chelsea.png", "skimage/data/clock_motion.png",
         "skimage/data/gravel.png",
     ),
-}
+}  # fmt: skip
 MAX_CROPS = {"train": 4096, "test": 512}
 
 
@@ -58,9 +46,9 @@ def load_digits() -> dict[str, Dataset]:
     digits = load_digits()
     levels = np.rint(digits.images * (255 / 16)).astype(np.uint8)
     names = [str(i) for i in range(10)]
-    train, test = hold_out(len(levels), 360, digits.target)
+    train, test = stratified_split(len(levels), 360, digits.target)
     return {
-        split: _dataset([_png(Image.fromarray(levels[i])) for i in rows], "label", digits.target[rows], ClassLabel(names=names))
+        split: _dataset([Image.fromarray(levels[i]) for i in rows], "label", digits.target[rows], ClassLabel(names=names))
         for split, rows in (("train", train), ("test", test))
     }
 
@@ -77,38 +65,33 @@ def load_photos(resolution: int) -> dict[str, Dataset]:
     """
     from datasets import Value
 
-    names = [Path(path).stem for paths in PHOTOS.values() for path in paths]
+    names = [path for paths in PHOTOS.values() for path in paths]
     splits = {}
     for split, paths in PHOTOS.items():
         photos = [decode_image(_inside_package(path), 3) for path in paths]
         for overlap in (1, 2):
-            places = [(i, corner) for i, photo in enumerate(photos) for corner in _corners(photo, resolution, overlap)]
+            places = [(i, box) for i, photo in enumerate(photos) for box in _boxes(photo, resolution, overlap)]
             if len(places) >= MAX_CROPS[split]:
                 break
         kept = np.unique(np.linspace(0, len(places) - 1, min(len(places), MAX_CROPS[split])).round().astype(int))
-        images = [_png(_crop(photos[i], corner, resolution)) for i, corner in (places[k] for k in kept)]
-        labels = [names.index(Path(paths[places[k][0]]).stem) for k in kept]
+        images = [_shrunk(photos[i].crop(box), resolution) for i, box in (places[k] for k in kept)]
+        labels = [names.index(paths[places[k][0]]) for k in kept]
         splits[split] = _dataset(images, "photograph", labels, Value("int32"))  # `auto` would take a ClassLabel
     return splits
 
 
-def _side(photo: Image.Image, resolution: int) -> int:
-    return min(2 * resolution, *photo.size)
+def _boxes(photo: Image.Image, resolution: int, overlap: int) -> list[tuple[int, int, int, int]]:
+    side = min(2 * resolution, *photo.size)
+    lefts, tops = (range(0, length - side + 1, max(side // overlap, 1)) for length in photo.size)
+    return [(x, y, x + side, y + side) for y in tops for x in lefts]
 
 
-def _corners(photo: Image.Image, resolution: int, overlap: int) -> list[tuple[int, int]]:
-    side = _side(photo, resolution)
-    step = max(side // overlap, 1)
-    return [(x, y) for y in range(0, photo.height - side + 1, step) for x in range(0, photo.width - side + 1, step)]
+def _shrunk(crop: Image.Image, resolution: int) -> Image.Image:
+    side = min(crop.width, resolution)
+    return crop.resize((side, side), Image.Resampling.BOX)
 
 
-def _crop(photo: Image.Image, corner: tuple[int, int], resolution: int) -> Image.Image:
-    (x, y), side = corner, _side(photo, resolution)
-    shrunk = min(side, resolution)
-    return photo.crop((x, y, x + side, y + side)).resize((shrunk, shrunk), Image.Resampling.BOX)
-
-
-def _inside_package(path: str) -> dict:
+def _inside_package(path: str) -> str:
     package, _, inside = path.partition("/")
     spec = importlib.util.find_spec(package)  # finds the folder without importing the package
     file = Path(spec.submodule_search_locations[0]) / inside if spec and spec.submodule_search_locations else None
@@ -117,16 +100,11 @@ def _inside_package(path: str) -> dict:
             f"the data set 'photos' needs {path!r} from the wheel of {package}, which is not there: "
             'pip install "decoupled-autoencoder[photos]"'
         )
-    return {"path": str(file), "bytes": None}
+    return str(file)
 
 
-def _png(image: Image.Image) -> dict:
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return {"bytes": buffer.getvalue(), "path": None}
-
-
-def _dataset(images: list[dict], label_column: str, labels: list | np.ndarray, label: object) -> Dataset:
+def _dataset(images: list[Image.Image], label_column: str, labels: list | np.ndarray, label: object) -> Dataset:
+    """The images as PNG, undecoded."""
     from datasets import Dataset, Features
     from datasets import Image as ImageFeature
 

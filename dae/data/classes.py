@@ -34,7 +34,7 @@ def resolve_classes(wanted: Sequence[str | int], class_names: Sequence[str], lab
             count = "is 1 class" if len(class_names) == 1 else f"are {len(class_names):,} classes"
             raise ValueError(
                 f"sampling.classes: {entry!r} is neither the name nor the label of a class.{hint} There {count}: "
-                f"{few(list(class_names))}"
+                f"{few(class_names)}"
             )
     return list(dict.fromkeys(numbers[entry] for entry in entries))
 

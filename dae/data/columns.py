@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dae.data.files import few
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from datasets import Dataset
 
 LABEL_NAMES = ("label", "labels", "cls", *(f"json.{name}" for name in ("label", "labels", "cls", "class")))
 
@@ -51,19 +55,11 @@ class Labels:
         read = "streaming=false reads which labels occur, " if self.assumed else ""
         return f"{read}num_classes= takes more, label_column=none ignores them"
 
-    def first_bad(self, values: np.ndarray) -> int | None:
-        """The first row whose value is no class, or None."""
-        if self._numbers is None:
-            bad = (values < 0) | (values >= self.num_classes)
-        else:
-            bad = np.asarray([value not in self._numbers for value in values.tolist()], bool)
-        return int(bad.argmax()) if bad.any() else None
-
     def numbers(self, values: np.ndarray) -> np.ndarray:
-        """The class of each value; all of them must be known."""
+        """The class of each value, -1 where it is none."""
         if self._numbers is None:
-            return values.astype(np.int64)
-        return np.asarray([self._numbers[value] for value in values.tolist()], np.int64)
+            return np.where((values >= 0) & (values < self.num_classes), values, -1).astype(np.int64)
+        return np.asarray([self._numbers.get(value, -1) for value in values.tolist()], np.int64)
 
 
 def image_columns(features: Any) -> list[str]:
@@ -81,11 +77,11 @@ def image_columns(features: Any) -> list[str]:
 def find_image_column(features: Any, wanted: str) -> str:
     """The column with the images: `wanted`, or for `auto` the only one of `image_columns`."""
     if wanted != "auto":
-        require_column(features, wanted, "image_column")
+        _require_column(features, wanted, "image_column")
         return wanted
     found = image_columns(features)
     if len(found) > 1:
-        raise ValueError(f"several columns hold images: {few(list(map(repr, found)))}; choose one with image_column")
+        raise ValueError(f"several columns hold images: {few(map(repr, found))}; choose one with image_column")
     if not found:
         raise ValueError(f"no column of type Image; the columns are {describe_columns(features)}; name one with image_column")
     return found[0]
@@ -96,7 +92,7 @@ def find_label_column(features: Any, wanted: str) -> str | None:
     if wanted == "none":
         return None
     if wanted != "auto":
-        require_column(features, wanted, "label_column")
+        _require_column(features, wanted, "label_column")
         return wanted
     if usual := next((name for name in LABEL_NAMES if name in features), None):
         return usual
@@ -106,7 +102,7 @@ def find_label_column(features: Any, wanted: str) -> str | None:
     return classes[0] if classes else None
 
 
-def require_column(features: Any, name: str, key: str) -> None:
+def _require_column(features: Any, name: str, key: str) -> None:
     if name not in features:
         raise ValueError(f"{key}={name!r}: there is no such column; the columns are {describe_columns(features)}")
 
@@ -116,7 +112,7 @@ def describe_columns(features: Any) -> str:
 
 
 def _kind(feature: Any) -> str:
-    return getattr(feature, "dtype", None) if type(feature).__name__ == "Value" else type(feature).__name__
+    return str(feature.dtype) if type(feature).__name__ == "Value" else type(feature).__name__
 
 
 def resolve_labels(
@@ -143,18 +139,16 @@ def resolve_labels(
         TypeError: the column holds neither classes, integers nor strings.
         ValueError: there are other than `num_classes` classes, a class for each row, or a stream leaves them open.
     """
-    if num_classes is not None and num_classes < 1:
-        raise ValueError(f"num_classes: expected at least 1, got {num_classes}")
     if column is None:
         return Labels()
     feature, dtype = features[column], str(getattr(features[column], "dtype", ""))
     if type(feature).__name__ == "ClassLabel":
         names = list(feature.names or map(str, range(feature.num_classes or 0)))
-        occurring = all_of_them = list(range(len(names)))
+        occurring: list = list(range(len(names)))
         if found is not None and num_classes != len(names):
-            occurring = sorted(set(found.tolist()) & set(all_of_them)) or all_of_them
+            occurring = sorted(set(found.tolist()).intersection(occurring)) or occurring
     elif type(feature).__name__ == "Value" and dtype.startswith(("int", "uint", "bool", "string", "large_string")):
-        names = None
+        names = []
         occurring = _occurring(column, "string" in dtype, num_classes, found, held_out)
     else:
         raise TypeError(
@@ -162,28 +156,29 @@ def resolve_labels(
             "or label_column=none to ignore labels"
         )
     if num_classes is not None and num_classes != len(occurring):
-        counts = f"{len(occurring)} classes" if names is None else f"{len(names)} classes, {len(occurring)} of which occur"
+        counts = f"{len(names)} classes, {len(occurring)} of which occur" if names else f"{len(occurring)} classes"
         raise ValueError(f"num_classes={num_classes}, but the column {column!r} has {counts}")
-    class_names = [str(value) if names is None else names[value] for value in occurring]
+    class_names = [names[value] if names else str(value) for value in occurring]
     values = None if occurring == list(range(len(occurring))) else occurring
-    return Labels(column, class_names, values, assumed=found is None and names is None)
+    return Labels(column, class_names, values, assumed=found is None and not names)
 
 
 def _occurring(
     column: str, is_text: bool, num_classes: int | None, found: np.ndarray | None, held_out: np.ndarray | None
-) -> list[str] | list[int]:
+) -> list:
     """The classes of a column of integers or texts; see `resolve_labels`."""
     if found is None and num_classes is None:
         raise ValueError(f"the classes of {column!r} cannot be counted in a stream: set num_classes or streaming=false")
-    occurring = [] if found is None else _in_order(found)
-    if num_classes is None and len(occurring) == len(found) > 1:
+    occurring = together = [] if found is None else _in_order(found)
+    if found is not None and num_classes is None and len(occurring) == len(found) > 1:
         raise ValueError(
             f"the column {column!r} has another value in each of its {len(found):,} rows: no classes to learn. Choose another "
             f"label_column, `none` to ignore labels, or accept them with num_classes={len(occurring)}"
         )
     if num_classes is None or num_classes == len(occurring):
         return occurring
-    together = _in_order(np.concatenate([found, held_out])) if held_out is not None and found is not None else occurring
+    if found is not None and held_out is not None:
+        together = _in_order(np.concatenate([found, held_out]))
     if num_classes == len(together) or (together and _as_integers(together) is None):
         return together
     return [str(i) if is_text else i for i in range(num_classes)]
@@ -205,6 +200,10 @@ def _as_integers(values: list) -> list[int] | None:
     return numbers if len(set(numbers)) == len(numbers) else None
 
 
+def table_column(rows: Dataset, name: str) -> pa.ChunkedArray:
+    return rows.select_columns([name]).with_format("arrow")[:].column(name)
+
+
 def label_values(values: Any, column: str, origin: str) -> np.ndarray:
     """Labels of a split as an array. Raises ValueError naming `origin` and the first row without one.
 
@@ -212,7 +211,7 @@ def label_values(values: Any, column: str, origin: str) -> np.ndarray:
         values: the Arrow column, or the rows of a table.
     """
     if hasattr(values, "select_columns"):
-        values = values.select_columns([column]).with_format("arrow")[:].column(column)
+        values = table_column(values, column)
     if values.null_count:
         missing = np.asarray(values.is_null())
         raise ValueError(f"{origin}, row {int(missing.argmax())}: the label in column {column!r} is missing")

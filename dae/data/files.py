@@ -73,11 +73,11 @@ def expand(name: str, left_out: LeftOut) -> Place | None:
         return Place(path, find_files(path, left_out), whole=True)
     if path.is_file():
         return Place(path.parent, [path.name], whole=False)
-    root, *pattern = _fixed_part(path)
-    if not pattern or not glob.has_magic(pattern[0]) or not root.is_dir():
+    root, pattern = _fixed_part(path)
+    if not pattern or not root.is_dir():
         return None
     if "**" in pattern:
-        files = [file for file in find_files(root, left_out) if _is_below_match(tuple(file.split("/")), tuple(pattern))]
+        files = [file for file in find_files(root, left_out) if _is_below_match(tuple(file.split("/")), pattern)]
         return Place(root, files, whole=False) if files else None
     matches = sorted(glob.glob(str(Path(*pattern)), root_dir=root))
     found: set[str] = set()
@@ -91,26 +91,22 @@ def expand(name: str, left_out: LeftOut) -> Place | None:
     return Place(root, sorted(found), whole=False) if matches else None
 
 
-def _fixed_part(path: Path) -> tuple[Path, *tuple[str, ...]]:
+def _fixed_part(path: Path) -> tuple[Path, tuple[str, ...]]:
     """The part of a path before its first pattern, and the components that follow."""
     parts = path.parts
-    for i in range(len(parts)):
-        if glob.has_magic(parts[i]) and not Path(*parts[: i + 1]).exists():
-            return Path(*parts[:i]), *parts[i:]
-    return (path,)
+    for i, part in enumerate(parts):
+        if glob.has_magic(part) and not Path(*parts[: i + 1]).exists():
+            return Path(*parts[:i]), parts[i:]
+    return path, ()
 
 
 def _is_below_match(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
-    """Whether the pattern matches a file or a folder that it lies in."""
-    return any(_matches(parts[:length], pattern) for length in range(len(parts), -1, -1))
-
-
-def _matches(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
+    """Whether the pattern matches a file or a folder that it lies in; `**` is any number of folders."""
     if not pattern:
-        return not parts
-    if pattern[0] == "**":  # any number of folders
-        return any(_matches(parts[i:], pattern[1:]) for i in range(len(parts) + 1))
-    return bool(parts) and fnmatch.fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
+        return True
+    if pattern[0] == "**":
+        return any(_is_below_match(parts[i:], pattern[1:]) for i in range(len(parts) + 1))
+    return bool(parts) and fnmatch.fnmatchcase(parts[0], pattern[0]) and _is_below_match(parts[1:], pattern[1:])
 
 
 def find_files(folder: Path, left_out: LeftOut) -> list[str]:
@@ -119,7 +115,7 @@ def find_files(folder: Path, left_out: LeftOut) -> list[str]:
     Hidden files and folders (`.name`, `__MACOSX`) and whatever cannot be read are counted in `left_out`.
     """
     found: list[str] = []
-    pending: list[tuple[str, str, frozenset]] = [(str(folder), "", frozenset({_identity(str(folder))}))]
+    pending = [(str(folder), "", frozenset({os.path.realpath(folder)}))]
     while pending:
         path, relative, above = pending.pop()
         try:
@@ -131,14 +127,13 @@ def find_files(folder: Path, left_out: LeftOut) -> list[str]:
             inside = f"{relative}{entry.name}"
             if entry.name.startswith(".") or entry.name == "__MACOSX":
                 left_out.add("hidden file or folder", inside)
-            elif not _is_text(entry.name):
+            elif entry.name.encode(errors="replace").decode() != entry.name:
                 left_out.add("name that is not UTF-8", inside.encode(errors="backslashreplace").decode())
             elif _is(entry.is_dir):
-                identity = _identity(entry.path)
-                if identity in above:
+                if (real := os.path.realpath(entry.path)) in above:
                     left_out.add("link to a folder that it lies in", inside)
                 else:
-                    pending.append((entry.path, f"{inside}/", above | {identity}))
+                    pending.append((entry.path, f"{inside}/", above | {real}))
             elif _is(entry.is_file):
                 found.append(inside)
             else:
@@ -153,24 +148,11 @@ def _is(kind: Callable[[], bool]) -> bool:
         return False
 
 
-def _identity(path: str) -> tuple[int, int]:
-    status = os.stat(path)
-    return status.st_dev, status.st_ino
-
-
-def _is_text(name: str) -> bool:
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def suffix_of(path: str) -> str:
     return PurePosixPath(path).suffix.lower()
 
 
-def nearest(path: Path) -> str:
+def what_is_there(path: Path) -> str:
     """What stands where `path` was looked for: `did you mean ...?`, or the first names that are there."""
     there = path
     while not there.is_dir() and there != there.parent:
@@ -191,6 +173,7 @@ def nearest_name(wanted: str, names: list[str]) -> str | None:
     return by_lower[near[0]] if near else None
 
 
-def few(names: list[str]) -> str:
+def few(names: Iterable[str]) -> str:
     """The first names of many, for a message."""
+    names = list(names)
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

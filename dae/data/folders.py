@@ -15,7 +15,7 @@ Classes = dict[str, str | None]  # of each file
 
 
 @dataclass
-class Layout:
+class FolderLayout:
     """The files of each split and the class of each file, None where there are no classes; `notes` say how it was read."""
 
     splits: dict[str, Classes]
@@ -30,7 +30,7 @@ def read_layout(
     part: str | None = None,
     labelled: bool | None = None,
     wanted: tuple[str | None, ...] = (),
-) -> Layout:
+) -> FolderLayout:
     """Splits and classes of images from the folders that they lie in.
 
     Top-level folders are splits where all of them are named `train`, `validation`, `val` or `test`. Below the split, or at
@@ -56,7 +56,7 @@ def read_layout(
         splits, said = ({"": place.files}, []) if part and not place.whole else _read_splits(place.files, where, left_out)
         notes += said
         if part and len(splits) > 1:
-            raise ValueError(f"{where!r} holds the splits {few(list(splits))}: name one, as data.{part}_files={where}/{part}")
+            raise ValueError(f"{where!r} holds the splits {few(splits)}: name one, as data.{part}_files={where}/{part}")
         for split, files in splits.items():
             depth = level + (split != "")
             classes = _read_classes(files, depth, where, left_out) if level else dict.fromkeys(files)
@@ -65,10 +65,10 @@ def read_layout(
             read.setdefault((part or split or "train", where), {}).update(absolute)
     if level:
         notes += _settle(read, level, sorted(deeper), left_out, labelled, wanted)
-    splits = {split: {} for split, _ in read}
+    merged: dict[str, Classes] = {}
     for (split, _), classes in read.items():
-        splits[split] = classes | splits[split]
-    return Layout(splits, notes)
+        merged[split] = classes | merged.get(split, {})
+    return FolderLayout(merged, notes)
 
 
 def _read_splits(files: list[str], where: str, left_out: LeftOut) -> tuple[dict[str, list[str]], list[str]]:
@@ -87,10 +87,10 @@ def _read_splits(files: list[str], where: str, left_out: LeftOut) -> tuple[dict[
     first = next((word for word in words if word.lower() in ("train", "training")), None)
     if first and (len(words) > 1 or (first == "train" and any(file.count("/") > 1 for file in by_top["train"]))):
         others = [name for name in by_top if name not in words]
-        beside = f" beside {few(others)}" if others else ""
         raise ValueError(
-            f"{where!r} has the folders {few(words)}{beside}: splits or classes? Say data.train_files={where}/{first} "
-            f"(and data.validation_files=...) to read splits, or data.train_files='{where}/*' to read them all as classes"
+            f"{where!r} has the folders {few(words)}{f' beside {few(others)}' if others else ''}: splits or classes? Say "
+            f"data.train_files={where}/{first} (and data.validation_files=...) to read splits, or data.train_files='{where}/*' "
+            "to read them all as classes"
         )
     several = [top for top, inside in by_top.items() if _holds_splits(inside)]
     if several:

@@ -44,17 +44,19 @@ def open_image(source: Any, folder: Path | None = None) -> Image.Image:
         FileNotFoundError: the row names a file that does not exist.
     """
     if isinstance(source, Image.Image):
-        return _within_budget(source)
+        _check_pixels(*source.size, "the image")
+        return source
     data = read_bytes(source, folder)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # our own budget is lower than the one Pillow warns about
-            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
         raise ValueError(f"more than {MAX_PIXELS} pixels: {error}") from error
     except _BROKEN as error:
         raise ValueError(f"{len(data)} bytes starting {data[:12]!r} are no image of the formats {', '.join(FORMATS)}") from error
-    return _within_budget(image)
+    _check_pixels(*image.size, "the image")
+    return image
 
 
 def read_bytes(source: Any, folder: Path | None = None) -> bytes:
@@ -84,11 +86,6 @@ def read_bytes(source: Any, folder: Path | None = None) -> bytes:
     return file.read_bytes()
 
 
-def _within_budget(image: Image.Image, what: str = "the image") -> Image.Image:
-    _check_pixels(*image.size, what)
-    return image
-
-
 def _check_pixels(width: int, height: int, what: str) -> None:
     if width * height > MAX_PIXELS:
         raise ValueError(f"{what} has {width} x {height} pixels; at most {MAX_PIXELS} are decoded")
@@ -110,8 +107,7 @@ def decode_image(source: Any, channels: int, folder: Path | None = None) -> Imag
     image = open_image(source, folder)
     try:
         image.load()
-        image = _over_white(_eight_bit(_upright(image)))
-        return image.convert("L" if channels == 1 else "RGB")
+        return _over_white(_eight_bit(_upright(image))).convert("L" if channels == 1 else "RGB")
     except (*_BROKEN, Image.DecompressionBombError) as error:
         kind = f"{image.format or 'Pillow'} image of {image.width} x {image.height} pixels, mode {image.mode}"
         raise ValueError(f"cannot decode the {kind}: {error}") from error
@@ -126,7 +122,7 @@ def _over_white(image: Image.Image) -> Image.Image:
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
-        turn = _TURNS.get(image.getexif().get(_ORIENTATION_TAG))
+        turn = _TURNS.get(image.getexif().get(_ORIENTATION_TAG, 1))
     except _BROKEN:
         return image
     return image if turn is None else image.transpose(turn)

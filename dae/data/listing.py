@@ -18,8 +18,8 @@ from dae.data.files import (
     Place,
     expand,
     few,
-    nearest,
     suffix_of,
+    what_is_there,
 )
 from dae.data.shards import Footer
 
@@ -73,7 +73,7 @@ def list_files(names: list[str], config: DataConfig, key: str, part: str | None 
             raise ValueError(f"{key}={name!r} was saved by `save_to_disk`: name it by data.dataset_name; here, expected {FILES}")
         place = expand(name, left_out)
         if place is None:
-            raise FileNotFoundError(f"no file or folder matches {key}={name!r}: {nearest(Path(name))} Expected {forms}")
+            raise FileNotFoundError(f"no file or folder matches {key}={name!r}: {what_is_there(Path(name))} Expected {forms}")
         real = {file: os.path.join(os.path.realpath(place.root), file) for file in place.files}
         places.append(place.only(file for file in place.files if real[file] not in seen))  # as before if named twice
         seen.update(real.values())
@@ -87,16 +87,15 @@ def list_files(names: list[str], config: DataConfig, key: str, part: str | None 
             )
     if kind == "images":
         return _list_images(found, config, part, labelled)
-    splits, notes = {}, []
+    splits: dict[str, folders.Classes] = {}
+    notes: list[str] = []
     for place in found.of(kind):
-        where = str(place.root)
-        if part and not place.whole:
-            by_split, said = {part: place.files}, []
-        else:
-            by_split, said = shards.read_splits(place.files, where, whole=place.whole)
+        where, by_split = str(place.root), {part or "": place.files}
+        if place.whole or not part:
+            by_split, said = shards.splits_by_name(place.files, where, whole=place.whole)
+            notes += said
         if part and len(by_split) > 1:
-            raise ValueError(f"{where!r} holds the splits {few(list(by_split))}; {shards.NAME_THEM}")
-        notes += said
+            raise ValueError(f"{where!r} holds the splits {few(by_split)}; {shards.NAME_THEM}")
         for split, files in by_split.items():
             splits.setdefault(part or split, {}).update(dict.fromkeys(map(place.absolute, files)))
     found.refuse_different_columns()
@@ -158,9 +157,8 @@ class _Found:
         present = [kind for kind in TITLES if kind in self.by_kind]
         self._read_footers(only=present == ["parquet"])
         counts = {kind: count for kind in present if (count := self._count(kind, present))}
-        kind = max(
-            counts, key=lambda kind: (counts[kind], kind == "images"), default=next(filter(self.by_kind.get, present), None)
-        )
+        first = next(filter(self.by_kind.get, present), "")  # broken files alone count for nothing
+        kind = max(counts, key=lambda kind: (counts[kind], kind == "images"), default=first)
         others = [other for other in counts if other != kind]
         if others and kind != "images" and counts[kind] < folders.STRAY * max(counts[other] for other in others):
             found = " and ".join(f"{count:,} in {TITLES[each]}" for each, count in counts.items())
@@ -169,15 +167,15 @@ class _Found:
             if other != kind and not (kind == "images" and other == "metadata"):
                 for file in (file for place in self.of(other) for file in place.files):
                     self.left_out.add(_reason(file, kind), file)
-        if kind is None:
+        if not kind:
             found = "; ".join(self.left_out.lines()) or "it is empty"
             raise ValueError(f"{self.where} holds no images: {found}. Expected {self.forms}")
         return kind
 
     def refuse_different_columns(self) -> None:
-        first = next(iter(self.footers), None)
         for path, footer in self.footers.items():
-            if difference := shards.difference(self.footers[first].features, footer.features):
+            first, reference = next(iter(self.footers.items()))
+            if difference := shards.difference(reference.features, footer.features):
                 raise ValueError(f"{first!r} and {path!r} cannot be one set: {difference}; {shards.NAME_THEM}")
 
     def _count(self, kind: str, present: list[str]) -> int:
@@ -207,17 +205,14 @@ class _Found:
                     continue
                 self.footers[place.absolute(file)] = footer
                 kept[-1].append(file)
-        with_images = [
-            path
-            for path, footer in self.footers.items()
-            if self.image_column in footer.features or image_columns(footer.features)
-        ]
-        if len(with_images) < len(self.footers) and (with_images or not only):
-            for i, place in enumerate(self.places[: len(kept)]):
-                plain = [file for file in kept[i] if place.absolute(file) in self.footers.keys() - with_images]
-                self.left_out.add(".parquet file without images", *plain)
-                kept[i] = [file for file in kept[i] if file not in plain]
-            self.footers = {path: self.footers[path] for path in with_images}
+        columns = {path: footer.features for path, footer in self.footers.items()}
+        with_images = {path for path, names in columns.items() if self.image_column in names or image_columns(names)}
+        if with_images or not only:
+            for place, files in zip(self.places, kept, strict=False):
+                plain = {file for file in files if place.absolute(file) not in with_images}
+                self.left_out.add(".parquet file without images", *sorted(plain))
+                files[:] = [file for file in files if file not in plain]
+            self.footers = {path: self.footers[path] for path in columns if path in with_images}
         if any(kept):
             self.by_kind["parquet"] = kept
 
@@ -229,7 +224,7 @@ def _kind(file: str) -> str:
     return "images" if suffix in IMAGE_SUFFIXES else SHARD_SUFFIXES.get(suffix, "other")
 
 
-def _reason(file: str, kind: str | None) -> str:
+def _reason(file: str, kind: str) -> str:
     """Why a file is not read where files of `kind` are."""
     suffix = suffix_of(file)
     if suffix in IMAGE_SUFFIXES:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dae.config import DataConfig
 from dae.data import columns
 from dae.data.files import few
 from dae.data.partition import choose_validation, split_stream, split_table
 from dae.data.rows import ImageDataset, ImageStream, RowDecoder
-from dae.data.sources import Split, read_splits, source_name, source_title
+from dae.data.sources import SourceSplit, read_splits, source_name, source_title
 
 
 @dataclass
@@ -49,25 +52,10 @@ class ImageData:
 
     def describe(self) -> dict:
         """What a model card or a report says about the data; JSON-able. Sizes of streams are None."""
-        sizes = {name: None if isinstance(part, ImageStream) else len(part) for name, part in self._parts()}
-        return {
-            "name": self.name,
-            "title": self.title,
-            **sizes,
-            "labelled": self.labelled,
-            "num_classes": self.num_classes,
-            "class_names": self.class_names,
-            "labels": self.labels,
-            "columns": self.columns,
-            "fingerprint": self.fingerprint,
-            "splits": self.splits,
-            "held_out": self.held_out,
-            "notes": self.notes,
-            "left_out": self.left_out,
-        }
-
-    def _parts(self) -> list[tuple[str, ImageDataset | ImageStream]]:
-        return [("train", self.train), ("validation", self.validation)]
+        facts = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        parts = {"train": self.train, "validation": self.validation}
+        sizes = {name: None if isinstance(part, ImageStream) else len(part) for name, part in parts.items()}
+        return facts | sizes | {"num_classes": self.num_classes}
 
 
 def load_data(config: DataConfig, seed: int) -> ImageData:
@@ -82,11 +70,11 @@ def load_data(config: DataConfig, seed: int) -> ImageData:
         TypeError: a column has a type that cannot be used.
         ImportError: `photos` without its packages.
     """
-    for key, value in (("resolution", config.resolution), ("channels", config.channels)):
-        if value < 1 or (key == "channels" and value not in (1, 3)):
-            raise ValueError(f"data.{key}: expected {'1 or 3' if key == 'channels' else 'at least 1'}, got {value}")
-    if config.max_train_samples is not None and config.max_train_samples < 1:
-        raise ValueError(f"data.max_train_samples: expected at least 1 or null, got {config.max_train_samples}")
+    if config.channels not in (1, 3):
+        raise ValueError(f"data.channels: expected 1 or 3, got {config.channels}")
+    for key in ("resolution", "validation_size", "num_classes", "max_train_samples"):
+        if (value := getattr(config, key)) is not None and value < 1:
+            raise ValueError(f"data.{key}: expected at least 1, got {value}")
     source = read_splits(config)
     names = {"train": config.train_split, "validation": choose_validation(source.splits, config)}
     splits = {part: source.splits[name] for part, name in names.items() if name is not None}
@@ -94,10 +82,8 @@ def load_data(config: DataConfig, seed: int) -> ImageData:
     features = wanted["train"].features
     if features is None:
         raise ValueError(f"{source_name(config)}: the columns of this stream are not known; use streaming=false")
-    used = {
-        "image": columns.find_image_column(features, config.image_column),
-        "label": columns.find_label_column(features, config.label_column),
-    }
+    image_column = columns.find_image_column(features, config.image_column)
+    used = {"image": image_column, "label": columns.find_label_column(features, config.label_column)}
     others = [name for name in features if name not in used.values() and not name.startswith("__")]
     _require_same_labels(wanted, used["label"], source_name(config))
     origins = {part: f"{source_name(config)}, split {name or config.train_split!r}" for part, name in names.items()}
@@ -106,7 +92,7 @@ def load_data(config: DataConfig, seed: int) -> ImageData:
     decoders = {
         part: RowDecoder(
             origin=origin,
-            image_column=used["image"],
+            image_column=image_column,
             labels=labels,
             resolution=config.resolution,
             channels=config.channels,
@@ -146,7 +132,9 @@ def _held_out_rule(split: str | None, config: DataConfig) -> str:
     return "rows taken out of training by a digest of their images, each class in proportion"
 
 
-def _resolve_labels(splits: dict[str, Split], column: str | None, origins: dict[str, str], config: DataConfig) -> columns.Labels:
+def _resolve_labels(
+    splits: dict[str, SourceSplit], column: str | None, origins: dict[str, str], config: DataConfig
+) -> columns.Labels:
     """The classes of the training split; every label that can be read without the images is one of them."""
     found = {
         part: columns.label_values(split.column(column), column, origins[part])
@@ -157,11 +145,11 @@ def _resolve_labels(splits: dict[str, Split], column: str | None, origins: dict[
         column, splits["train"].rows.features, config.num_classes, found.get("train"), found.get("validation")
     )
     for part, values in found.items():
-        if (bad := labels.first_bad(values)) is not None:
+        for row in np.flatnonzero(labels.numbers(values) < 0)[:1]:
             try:
-                labels.number(values.tolist()[bad])
+                labels.number(values.tolist()[row])
             except ValueError as error:
-                raise ValueError(f"{origins[part]}, row {bad}: {error}") from error
+                raise ValueError(f"{origins[part]}, row {row}: {error}") from error
     return labels
 
 

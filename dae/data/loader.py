@@ -5,16 +5,24 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, default_collate
 
 from dae.data.rows import ImageDataset, ImageStream
 from dae.data.skipping import BadRow, RowError, SkippedRows
-from dae.data.survey import spread
+from dae.data.survey import spread_rows, table_of_stream
 from dae.distributed import rank, world_size
 from dae.memory import require_memory
+
+
+class MapStyle(Protocol):
+    """A data set of rows with numbers."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any: ...
 
 
 class TrainLoader:
@@ -41,14 +49,19 @@ class TrainLoader:
         TypeError: an iterable data set that is no `ImageStream`.
     """
 
-    def __init__(self, dataset: Dataset, batch_size: int, *, seed: int, num_workers: int = 0, shuffle_buffer_size: int = 10000):
-        for name, value, least in (
-            ("batch_size", batch_size, 1),
-            ("num_workers", num_workers, 0),
-            ("shuffle_buffer_size", shuffle_buffer_size, 1),
-        ):
-            if value < least:
-                raise ValueError(f"{name}: expected at least {least}, got {value}")
+    def __init__(
+        self,
+        dataset: MapStyle | ImageStream,
+        batch_size: int,
+        *,
+        seed: int,
+        num_workers: int = 0,
+        shuffle_buffer_size: int = 10000,
+    ):
+        minima = {"batch_size": (batch_size, 1), "num_workers": (num_workers, 0), "shuffle_buffer_size": (shuffle_buffer_size, 1)}
+        for name, (value, minimum) in minima.items():
+            if value < minimum:
+                raise ValueError(f"{name}: expected at least {minimum}, got {value}")
         self._order: _MapOrder | _StreamOrder
         if isinstance(dataset, ImageStream):
             self._order = _StreamOrder(dataset, batch_size, seed, num_workers, shuffle_buffer_size)
@@ -91,7 +104,7 @@ class _Rows(Dataset):
     With `replaced`, for training, a good row stands in for each bad one, so that batches stay full.
     """
 
-    def __init__(self, dataset: Dataset, replaced: bool):
+    def __init__(self, dataset: MapStyle, replaced: bool):
         self.dataset, self.replaced = dataset, replaced
 
     def __len__(self) -> int:
@@ -103,15 +116,15 @@ class _Rows(Dataset):
         try:
             return [(row, []) for row in self.dataset.__getitems__(indices)]
         except RowError:  # at least one is bad
-            return [self._item(int(i)) for i in indices]
+            return [self._item(self.dataset, int(i)) for i in indices]
 
-    def _item(self, index: int) -> Item:
-        row = self.dataset.read(index)
+    def _item(self, dataset: ImageDataset, index: int) -> Item:
+        row = dataset.read(index)
         if isinstance(row, dict):
             return row, []
-        if not self.replaced or self.dataset.skipped is None or not row.of_content:
+        if not self.replaced or dataset.skipped is None or not row.of_content:
             return None, [row]
-        good, bad = self.dataset.replace(index)
+        good, bad = dataset.replace(index)
         return good, [row, *bad]
 
 
@@ -164,9 +177,9 @@ def _usable(loader: DataLoader, skipped: SkippedRows | None, full: bool) -> Iter
             if loader.num_workers == 0:
                 raise
             raise RuntimeError(f"DataLoader worker lost ({type(error).__name__}: {error}).") from error
-        if bad and skipped is None:
-            raise RowError(bad[0])
         if bad:
+            if skipped is None:
+                raise RowError(bad[0])
             skipped.add(bad)
         if batch is not None:
             yield batch
@@ -194,7 +207,7 @@ def _stateful_loader(dataset: Dataset, batch_size: int, num_workers: int, **opti
 class _MapOrder:
     """Position of map-style data: one number."""
 
-    def __init__(self, dataset: Dataset, batch_size: int, seed: int, num_workers: int):
+    def __init__(self, dataset: MapStyle, batch_size: int, seed: int, num_workers: int):
         from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
 
         rows, world = len(dataset), world_size()
@@ -208,10 +221,10 @@ class _MapOrder:
         self.sampler = StatefulDistributedSampler(dataset, world, rank(), shuffle=True, seed=seed, drop_last=True)
 
     def batches(self) -> Iterator[Any]:
-        loader, expected = None, -1
+        loader: Any = None
+        expected, options = -1, {"sampler": self.sampler, "persistent_workers": self.num_workers > 0}
         while True:
             if self.micro_step != expected:  # at the start, or somebody called `seek`: let no prefetched batch through
-                options = {"sampler": self.sampler, "persistent_workers": self.num_workers > 0}
                 loader = _stateful_loader(_Rows(self.dataset, True), self.batch_size, self.num_workers, **options)
             epoch, consumed = divmod(self.micro_step, self.batches_per_epoch)
             self.sampler.set_epoch(epoch)
@@ -303,7 +316,9 @@ class _StreamOrder:
         self.position, self.running = copy.deepcopy(state["position"]), None
 
 
-def evaluation_batches(dataset: Dataset, batch_size: int, limit: int | None = None, num_workers: int = 0) -> Iterator[Any]:
+def evaluation_batches(
+    dataset: MapStyle | ImageStream, batch_size: int, limit: int | None = None, num_workers: int = 0
+) -> Iterator[Any]:
     """All rows, or `limit` that are spread over the set, in order and on each process; the last batch may be short.
 
     With `data.on_error=skip` bad rows are left out and not replaced: nothing is measured or encoded twice.
@@ -320,18 +335,21 @@ def evaluation_batches(dataset: Dataset, batch_size: int, limit: int | None = No
     if batch_size < 1 or (limit is not None and limit < 1):
         raise ValueError(f"expected batch_size and limit of at least 1, got {batch_size} and {limit}")
     chosen = None
-    if limit is not None and isinstance(dataset, (ImageDataset, ImageStream)):
-        chosen = spread(dataset, limit)
-    elif limit is not None and limit < len(dataset):
-        chosen = [i * len(dataset) // limit for i in range(limit)]
-    if isinstance(chosen, ImageDataset):
-        dataset, chosen = chosen, None
+    if limit is not None:
+        if isinstance(dataset, ImageStream):
+            table = table_of_stream(dataset, limit)
+            dataset = dataset if table is None else table
+        elif isinstance(dataset, ImageDataset) and limit < len(dataset):
+            chosen = spread_rows(dataset, limit)
+        elif limit < len(dataset):
+            chosen = [i * len(dataset) // limit for i in range(limit)]
     return _once(dataset, batch_size, num_workers, chosen)
 
 
-def _once(dataset: Dataset, batch_size: int, num_workers: int, chosen: list[int] | None = None) -> Iterator[dict]:
+def _once(dataset: MapStyle | ImageStream, batch_size: int, num_workers: int, chosen: list[int] | None = None) -> Iterator[dict]:
     """Batches of the rows in order, or of the `chosen` rows of map-style data."""
-    if isinstance(dataset, IterableDataset):
+    rows: Dataset
+    if isinstance(dataset, ImageStream):
         rows, num_workers = _Stream(dataset, False), min(num_workers, 1)
     else:
         rows = _Rows(dataset, False) if chosen is None else Subset(_Rows(dataset, False), chosen)
@@ -340,7 +358,7 @@ def _once(dataset: Dataset, batch_size: int, num_workers: int, chosen: list[int]
 
 
 def in_memory(
-    dataset: Dataset,
+    dataset: MapStyle | ImageStream,
     limit: int,
     *,
     seed: int,
@@ -356,20 +374,20 @@ def in_memory(
     Raises:
         ValueError: there is not the memory for them, which of a stream is known when it is nearly full; lower `knob`.
     """
-    chosen = None
-    if not isinstance(dataset, IterableDataset) and len(dataset) > limit:
-        chosen = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:limit].tolist()
+    size = None if isinstance(dataset, ImageStream) else len(dataset)
+    if size is not None and size > limit:
+        chosen = torch.randperm(size, generator=torch.Generator().manual_seed(seed))[:limit].tolist()
         batches = _once(dataset, batch_size, num_workers, chosen)
     else:
         batches = evaluation_batches(dataset, batch_size, limit=limit, num_workers=num_workers)
-    streamed, copies = isinstance(dataset, IterableDataset), 2 if as_bytes else 6  # bytes per value: parts, whole, float32
+    bytes_per_value = 2 if as_bytes else 6  # parts, whole, float32
     images, labels, held = [], [], 0
     for batch in batches:
         x = batch["image"]
-        if streamed or not held:
-            count = held + len(x) if streamed else min(limit, len(dataset))
-            what = f"{count:,} images of {'x'.join(map(str, x.shape[1:]))}" + streamed * ", read of the stream so far,"
-            require_memory((count * copies - held) * x[0].numel(), what, f"lower {knob}")
+        if size is None or not held:
+            count, so_far = (held + len(x), ", read of the stream so far,") if size is None else (min(limit, size), "")
+            what = f"{count:,} images of {'x'.join(map(str, x.shape[1:]))}{so_far}"
+            require_memory((count * bytes_per_value - held) * x[0].numel(), what, f"lower {knob}")
         held += len(x)
         images.append(((x + 1) * 127.5).round().byte())
         labels.append(batch["label"])

@@ -38,7 +38,9 @@ def read(places: list[Place], image_column: str, left_out: LeftOut) -> Described
     """
     import pyarrow as pa
 
-    tables, rows, columns = [], {}, set()
+    tables: list[pa.Table] = []
+    rows: dict[str, list[int]] = {}
+    columns: set[str] = set()
     start = 0
     for file in (place.absolute(file) for place in places for file in place.files):
         table = _read_table(file)

@@ -19,7 +19,7 @@ from dae.data.images import decode_image, open_image
 from dae.data.rows import ImageDataset, ImageStream, RowDecoder, unbroken
 from dae.data.skipping import BadRow, RowError, SkippedRows
 from dae.data.sources import source_name
-from dae.data.survey import Survey, hold_out, read_rows, spread, survey_stream, survey_table
+from dae.data.survey import Survey, choose_held_out, read_rows, survey_stream, survey_table, table_of_stream
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -90,9 +90,7 @@ def split_table(
 
 
 def _held_out(survey: Survey, config: DataConfig, decoder: RowDecoder) -> np.ndarray:
-    if config.validation_size < 1:
-        raise ValueError(f"data.validation_size: expected at least 1, got {config.validation_size}")
-    rows = hold_out(survey, config.validation_size, decoder.origin)
+    rows = choose_held_out(survey, config.validation_size, decoder.origin)
     if copies := int(np.isin(survey.digests_N, survey.digests_N[rows]).sum()) - len(rows):
         log.info("%s: %d copies of held-out images are left out of training", decoder.origin, copies)
     return rows
@@ -189,34 +187,35 @@ def split_stream(
     the stream is dealt out to several workers. The rows that `max_train_samples` keeps are chosen and kept in the same way,
     if the stream is not too long for that; then it keeps the first ones. `seed` is not used.
     """
-    train, held_out, bad = parts["train"], None, []
-    heads = {part: list(islice(unbroken(rows, decoders[part].origin), STREAM_VERIFY_ROWS)) for part, rows in parts.items()}
+    rows, bad = parts["train"], []
+    heads = {part: list(islice(unbroken(whole, decoders[part].origin), STREAM_VERIFY_ROWS)) for part, whole in parts.items()}
     for part, head in heads.items():
         if not head:
             raise ValueError(f"{decoders[part].origin} is empty")
         verified = enumerate(head if config.verify_rows < 0 else head[: config.verify_rows])
         bad += _verify(verified, decoders[part], config)
-    contents = [_digests(head, decoders[part]) for part, head in heads.items()]
-    survey, digests = None, []
-    if "validation" not in parts or config.max_train_samples is not None:
-        survey = survey_stream(train, decoders["train"])
-    if "validation" not in parts:
-        digests = survey.digests_N[_held_out(survey, config, decoders["train"])].tolist()
-        held_out = read_rows(train, decoders["validation"], survey, digests)
+    contents: list = [_digests(head, decoders[part]) for part, head in heads.items()]
+    stream = ImageStream(rows, decoders["train"])
+    train: ImageStream | ImageDataset = stream
+    validation: ImageStream | ImageDataset
+    if "validation" in parts:
+        validation = ImageStream(parts["validation"], decoders["validation"])
+    else:
+        stream.survey = survey_stream(rows, decoders["train"])
+        digests = stream.survey.digests_N[_held_out(stream.survey, config, decoders["train"])].tolist()
+        validation = read_rows(rows, decoders["validation"], stream.survey, digests)
+        stream.held_out = frozenset(digests)
         contents.append(sorted(digests))
-    skipped = _skipped_rows(config, STREAM_ROWS if survey is None else max(len(survey), STREAM_ROWS), bad)
-    validation = ImageStream(parts["validation"], decoders["validation"]) if held_out is None else held_out
-    stream = ImageStream(train, decoders["train"], frozenset(digests))
-    stream.survey, validation.skipped = survey, skipped
     if config.max_train_samples is not None:
         contents.append(config.max_train_samples)
-        chosen = spread(stream, config.max_train_samples)
-        if chosen is not None and len(chosen) == config.max_train_samples:
-            stream = chosen
-        elif chosen is not None:
-            stream = ImageStream(train.take(config.max_train_samples + len(digests)), decoders["train"], frozenset(digests))
-    stream.skipped = skipped
-    return stream, validation, contents
+        table = table_of_stream(stream, config.max_train_samples)
+        if table is not None and len(table) == config.max_train_samples:
+            train = table
+        elif table is not None:
+            first = rows.take(config.max_train_samples + len(stream.held_out))
+            train = ImageStream(first, decoders["train"], stream.held_out)
+    train.skipped = validation.skipped = _skipped_rows(config, max(len(stream.survey or ()), STREAM_ROWS), bad)
+    return train, validation, contents
 
 
 def _digests(rows: Iterable[dict], decoder: RowDecoder) -> list[int]:

@@ -17,13 +17,6 @@ def to_uint8(images_BCHW: Tensor) -> np.ndarray:
     return scaled.byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def from_uint8(images_BHWC: np.ndarray) -> Tensor:
-    """[B, C, H, W] in [-1, 1]: the inverse of `to_uint8` up to rounding."""
-    import torch
-
-    return torch.from_numpy(images_BHWC).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
 def grid(images_BHWC: np.ndarray, columns: int, gap: int = 1, background: int = 128) -> np.ndarray:
     """One picture [H', W', C] with `columns` images a row and `gap` pixels between them."""
     B, H, W, C = images_BHWC.shape
@@ -45,5 +38,5 @@ def write_png(path: Path, image_HWC: np.ndarray) -> None:
 def write_npz(path: Path, **arrays: np.ndarray) -> None:
     """`np.savez` of arrays by name; the file appears whole or not at all."""
     buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]
     write_file(path, buffer.getvalue())

@@ -142,7 +142,7 @@ class ImageDataset(Dataset):
 
         It depends on the rows alone: not on the seed, the batch, the process, the worker or what was read before.
         """
-        bad = []
+        bad: list[BadRow] = []
         for step in range(1, len(self)):
             row = self.read((index + step) % len(self))
             if isinstance(row, dict):

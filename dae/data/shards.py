@@ -21,7 +21,7 @@ _SHARD = re.compile(r"(?P<split>\w+(?:\.\w+)*)-\d{5}-of-\d{5}(?:-[0-9a-f]{8,})?"
 NAME_THEM = "name the files yourself: data.train_files= and data.validation_files= take paths and globs"
 
 
-def read_splits(files: list[str], where: str, *, whole: bool) -> tuple[dict[str, list[str]], list[str]]:
+def splits_by_name(files: list[str], where: str, *, whole: bool) -> tuple[dict[str, list[str]], list[str]]:
     """Shards by split, and notes on how that was decided.
 
     A folder named like a split decides, else the name of the file where it follows a convention: `train-00000-of-00003`,
@@ -43,9 +43,10 @@ def read_splits(files: list[str], where: str, *, whole: bool) -> tuple[dict[str,
         path = PurePosixPath(file)
         folder = next((part for part in path.parts[:-1] if part in SPLITS), None)
         name = _CONVENTIONAL.fullmatch(path.stem)
-        if folder or name:
-            found[file] = folder or name["split"]
-        if name and not folder:
+        if folder:
+            found[file] = folder
+        elif name:
+            found[file] = name["split"]
             sets.setdefault(name["set"] or "", file)
     if len(sets) > 1:
         raise ValueError(f"{where!r} holds files of several sets: {few(sorted(sets.values()))}; {NAME_THEM}")
@@ -53,8 +54,8 @@ def read_splits(files: list[str], where: str, *, whole: bool) -> tuple[dict[str,
         _refuse_split_words(files, where)
         return {"train": files}, []
     for file in files:
-        if file not in found and (name := _SHARD.fullmatch(PurePosixPath(file).stem)):
-            found[file] = name["split"]
+        if file not in found and (shard := _SHARD.fullmatch(PurePosixPath(file).stem)):
+            found[file] = shard["split"]
     if rest := [file for file in files if file not in found]:
         raise ValueError(f"{where!r}: {few(rest)}: of no split, while others are, as {next(iter(found))}; {NAME_THEM}")
     names = sorted(set(found.values()), key=lambda name: (name not in SPLITS, SPLITS.index(name) if name in SPLITS else name))
@@ -90,7 +91,7 @@ def difference(a: Features, b: Features) -> str | None:
         if len(kinds) > 1:
             return f"the column {name!r} is {getattr(a[name], 'dtype', a[name])} and {getattr(b[name], 'dtype', b[name])}"
         if (classes := getattr(a[name], "names", None)) != (others := getattr(b[name], "names", None)):
-            return f"the classes of {name!r} are {few(list(classes or []))} and {few(list(others or []))}"
+            return f"the classes of {name!r} are {few(classes or [])} and {few(others or [])}"
     return None
 
 

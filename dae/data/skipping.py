@@ -88,8 +88,8 @@ class SkippedRows:
         rows = list(rows)
         if passing := [row for row in rows if not row.of_content]:
             raise RowError(passing[0])
-        new = {key: row for row in rows if (key := (row.origin, row.key)) not in self._found}
-        if new and self.file is not None:
+        new = {(row.origin, row.key): row for row in rows if (row.origin, row.key) not in self._found}
+        if new:
             self._found |= self._listed()  # by other processes
             new = {key: row for key, row in new.items() if key not in self._found}
         if not new:
@@ -117,8 +117,12 @@ class SkippedRows:
         """For the table of the data: empty if no row was left out."""
         if not self._found:
             return []
-        count, first = len(self), next(iter(self._found.values()))
-        return [f"{count:,} {'row' if count == 1 else 'rows'} that cannot be decoded, {'as ' if count > 1 else ''}{first}"]
+        first = next(iter(self._found.values()))
+        return [
+            f"1 row that cannot be decoded, {first}"
+            if len(self) == 1
+            else f"{len(self):,} rows that cannot be decoded, as {first}"
+        ]
 
     def describe(self) -> str:
         """For the last line of a recipe: empty if no row was left out."""
@@ -129,10 +133,8 @@ class SkippedRows:
 
     def _listed(self) -> dict[tuple[str, int], BadRow]:
         found = {}
-        lines = self.file.read_text().splitlines() if self.file.is_file() else []
-        for row in (
-            json.loads(line) for line in lines if line.endswith("}")
-        ):  # half a line, which a crash may leave, is left out
+        lines = self.file.read_text().splitlines() if self.file is not None and self.file.is_file() else []
+        for row in (json.loads(line) for line in lines if line.endswith("}")):  # a crash may leave half a line
             if row["data"] == self.fingerprint:
                 bad = BadRow(row["split"], row["row"], f"row {row['row']}", row["path"], row["reason"])
                 found[bad.origin, bad.key] = bad

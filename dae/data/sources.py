@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import glob
 import logging
 import os
@@ -16,7 +17,8 @@ import numpy as np
 
 from dae.config import DataConfig
 from dae.data import builtin, webdataset
-from dae.data.files import LeftOut, few, nearest, nearest_name
+from dae.data.columns import table_column
+from dae.data.files import LeftOut, few, nearest_name, what_is_there
 from dae.data.listing import FORMS, Listing, is_saved, list_files
 
 if TYPE_CHECKING:
@@ -32,7 +34,7 @@ HUB_TIMEOUT_S = 5.0
 
 
 @dataclass
-class Split:
+class SourceSplit:
     """The rows of a split, with what is known of it without reading images.
 
     Attributes:
@@ -54,7 +56,7 @@ class Split:
 class Source:
     """A data set found: its splits, how its files were read where there was a choice, and what was left out."""
 
-    splits: dict[str, Split]
+    splits: dict[str, SourceSplit]
     notes: list[str] = field(default_factory=list)
     left_out: LeftOut = field(default_factory=LeftOut)
 
@@ -69,7 +71,7 @@ def read_splits(config: DataConfig) -> Source:
         ValueError: it is there but has none of the accepted forms, or can be read in more than one way.
     """
     if config.train_files:
-        source = _from_listing(list_files(_texts(config.train_files), config, "data.train_files", "train"), config)
+        source = _from_listing(list_files(config.train_files, config, "data.train_files", "train"), config)
     else:
         source = _read_named(config)
     if config.validation_files:
@@ -77,7 +79,7 @@ def read_splits(config: DataConfig) -> Source:
             raise ValueError(f"data.validation_files and data.validation_split={config.validation_split!r}: expected one of them")
         trained_on = source.splits.get(config.train_split)
         labelled = None if trained_on is None else "label" in (trained_on.rows.features or {})
-        listing = list_files(_texts(config.validation_files), config, "data.validation_files", "validation", labelled)
+        listing = list_files(config.validation_files, config, "data.validation_files", "validation", labelled)
         held_out = _from_listing(listing, config)
         _refuse_common_files(trained_on, held_out.splits["validation"])
         source.splits |= held_out.splits
@@ -89,12 +91,12 @@ def read_splits(config: DataConfig) -> Source:
 
 def source_name(config: DataConfig) -> str:
     """What messages and records call the data set: the names that the user gave."""
-    return ", ".join(_texts(config.train_files)) or config.dataset_name
+    return ", ".join(config.train_files) or config.dataset_name
 
 
 def source_title(config: DataConfig) -> str:
     """`source_name` for headings: of local files and folders without the folders that they lie in, and of many the first ones."""
-    return few([_without_folders(name) for name in _texts(config.train_files) or [config.dataset_name]])
+    return few([_without_folders(name) for name in config.train_files or [config.dataset_name]])
 
 
 def _without_folders(name: str) -> str:
@@ -107,11 +109,7 @@ def _without_folders(name: str) -> str:
     return os.path.join(*parts[end - 1 :])
 
 
-def _texts(names: str | list[str]) -> list[str]:
-    return [names] if isinstance(names, str) else list(names)
-
-
-def _refuse_common_files(trained_on: Split | None, held_out: Split) -> None:
+def _refuse_common_files(trained_on: SourceSplit | None, held_out: SourceSplit) -> None:
     known = {os.path.realpath(file) for file in (trained_on.files if trained_on else ())}
     if common := [file for file in held_out.files if os.path.realpath(file) in known]:
         raise ValueError(f"data.validation_files: {len(common):,} of these files are trained on: {few(common)}")
@@ -128,7 +126,7 @@ def _read_named(config: DataConfig) -> Source:
             return _read_saved(path, config)
         return _from_listing(list_files([name], config, "data.dataset_name"), config)
     if not _may_be_on_the_hub(name):
-        raise FileNotFoundError(f"no file or folder matches data.dataset_name={name!r}: {nearest(path)} Expected {FORMS}")
+        raise FileNotFoundError(f"no file or folder matches data.dataset_name={name!r}: {what_is_there(path)} Expected {FORMS}")
     return _read_hub(config)
 
 
@@ -139,15 +137,11 @@ def _may_be_on_the_hub(name: str) -> bool:
     return "/" not in name or not Path(name.partition("/")[0]).exists()
 
 
-def _from_table(rows: Dataset, config: DataConfig, folder: Path | None = None, files: list[str] | None = None) -> Split:
+def _from_table(rows: Dataset, config: DataConfig, folder: Path | None = None, files: list[str] | None = None) -> SourceSplit:
     """A split of a table in memory or on the disk, cut into shards where a stream is wanted."""
     shards = max(1, min(STREAM_SHARDS, len(rows)))
     read = rows.to_iterable_dataset(num_shards=shards) if config.streaming else rows
-    return Split(read, folder, lambda name: _column(rows, name), len(rows), files or [])
-
-
-def _column(rows: Dataset, name: str) -> pa.ChunkedArray:
-    return rows.select_columns([name]).with_format("arrow")[:].column(name)
+    return SourceSplit(read, folder, functools.partial(table_column, rows), len(rows), files or [])
 
 
 def _read_saved(path: Path, config: DataConfig) -> Source:
@@ -168,7 +162,7 @@ def _from_listing(listing: Listing, config: DataConfig) -> Source:
     return Source(splits, listing.notes, listing.left_out)
 
 
-def _read_images(listing: Listing, config: DataConfig) -> dict[str, Split]:
+def _read_images(listing: Listing, config: DataConfig) -> dict[str, SourceSplit]:
     import pyarrow as pa
     from datasets import Dataset, Features, Image, Value
 
@@ -196,7 +190,7 @@ def _read_images(listing: Listing, config: DataConfig) -> dict[str, Split]:
     return splits
 
 
-def _read_parquet(listing: Listing, config: DataConfig) -> dict[str, Split]:
+def _read_parquet(listing: Listing, config: DataConfig) -> dict[str, SourceSplit]:
     import pyarrow as pa
     import pyarrow.parquet as pq
     from datasets import load_dataset
@@ -215,10 +209,10 @@ def _read_parquet(listing: Listing, config: DataConfig) -> dict[str, Split]:
     with _local(source_name(config)):
         read = load_dataset("parquet", data_files=escaped, streaming=config.streaming)
     return {
-        split: Split(
+        split: SourceSplit(
             read[split],
             _common_folder(files),
-            lambda name, files=list(files): column(files, name),
+            functools.partial(column, list(files)),
             sum(listing.footers[file].rows for file in files),
             list(files),
         )
@@ -230,7 +224,7 @@ def _common_folder(files: Iterable[str]) -> Path:
     return Path(os.path.commonpath([os.path.dirname(file) for file in files]))
 
 
-def _read_webdataset(listing: Listing, config: DataConfig) -> dict[str, Split]:
+def _read_webdataset(listing: Listing, config: DataConfig) -> dict[str, SourceSplit]:
     scanned = {
         split: webdataset.scan(list(files), webdataset.PEEK if config.streaming else None, listing.left_out)
         for split, files in listing.splits.items()
@@ -242,9 +236,9 @@ def _read_webdataset(listing: Listing, config: DataConfig) -> dict[str, Split]:
     splits = {}
     for split, files in listing.splits.items():
         with _local(source_name(config)):
-            rows = webdataset.build(list(files), fields, config.streaming)
+            rows = webdataset.read_shards(list(files), fields, config.streaming)
         if config.streaming:
-            splits[split] = Split(rows, _common_folder(files), files=list(files))
+            splits[split] = SourceSplit(rows, _common_folder(files), files=list(files))
         else:
             splits[split] = _from_table(rows, config, _common_folder(files), list(files))
     return splits
@@ -271,11 +265,11 @@ def _read_hub(config: DataConfig) -> Source:
     return Source({split: _from_hub(rows, split, config) for split, rows in read.items()})
 
 
-def _from_hub(rows: Rows, split: str, config: DataConfig) -> Split:
+def _from_hub(rows: Rows, split: str, config: DataConfig) -> SourceSplit:
     if not config.streaming:
         return _from_table(rows, config)
     info = (rows.info.splits or {}).get(split)
-    return Split(rows, size=info.num_examples if info is not None and info.num_examples else None)
+    return SourceSplit(rows, size=info.num_examples if info is not None and info.num_examples else None)
 
 
 def _hub_is_reachable() -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 
 from dae.data.columns import label_values
 from dae.data.images import open_image
-from dae.data.rows import ImageDataset, ImageStream, unbroken
+from dae.data.rows import ImageDataset, ImageStream, RowDecoder, unbroken
 from dae.data.skipping import RowError
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def _sample(dataset: ImageDataset | ImageStream) -> list[dict]:
     return [dataset.rows[int(i)] for i in chosen]
 
 
-def _kind(source: object, decoder: object) -> str:
+def _kind(source: object, decoder: RowDecoder) -> str:
     if isinstance(source, list):
         return "array " + "x".join(map(str, np.asarray(source).shape))
     try:
@@ -119,11 +119,11 @@ def _kind(source: object, decoder: object) -> str:
 
 
 def _classes(data: ImageData) -> dict[str, int | None] | None:
-    if not data.labelled:
+    decoder = data.train.decoder
+    if decoder.labels.column is None:
         return None
     if isinstance(data.train, ImageStream):
         return dict.fromkeys(data.class_names)
-    decoder = data.train.decoder
     values = label_values(data.train.rows, decoder.labels.column, decoder.origin)
     counts = np.bincount(decoder.labels.numbers(values), minlength=data.num_classes)
     return dict(zip(data.class_names, counts.tolist(), strict=True))

@@ -61,7 +61,7 @@ class Survey:
         return rows[np.lexsort((np.arange(len(rows)), (rank + 0.5) / sizes[classes]))]
 
 
-def hold_out(survey: Survey, size: int, origin: str) -> np.ndarray:
+def choose_held_out(survey: Survey, size: int, origin: str) -> np.ndarray:
     """Which rows to hold out: `size` of them, at most a tenth, and the last image of a class only where no other is left.
 
     ValueError: there is only one image.
@@ -74,7 +74,9 @@ def hold_out(survey: Survey, size: int, origin: str) -> np.ndarray:
     size = max(1, min(size, len(order) // 10))
     _, classes = np.unique(survey.labels_N, return_inverse=True)
     images = np.unique(np.array([survey.digests_N, classes])[:, survey.digests_N != UNREADABLE], axis=1)  # and their classes
-    left, taken, passed = np.bincount(images[1], minlength=classes.max() + 1), [], []
+    taken: list[int] = []
+    passed: list[int] = []
+    left = np.bincount(images[1], minlength=classes.max() + 1)
     for row in order:
         if len(taken) == size:
             break
@@ -85,9 +87,29 @@ def hold_out(survey: Survey, size: int, origin: str) -> np.ndarray:
     return np.array(taken + passed)[:size]
 
 
+def stratified_split(rows: int, size: int, labels: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """Rows to train on and rows held out, both ascending; stratified by `labels` where each class has room for it.
+
+    Args:
+        rows: number of rows.
+        size: how many of them to hold out; 1 <= size < rows.
+        labels: [rows] integers, or None.
+    """
+    from sklearn.model_selection import train_test_split
+
+    if labels is not None:
+        counts = np.unique(labels, return_counts=True)[1]
+        if counts.min() < 2 or min(size, rows - size) < len(counts):
+            labels = None
+    train, held_out = train_test_split(np.arange(rows), test_size=size, random_state=0, stratify=labels)
+    return np.sort(train), np.sort(held_out)
+
+
 def survey_table(rows: Dataset, decoder: RowDecoder) -> Survey:
     """All rows of a table. Each image is read once, by several threads: about a tenth of the time that decoding them takes."""
-    digests, labels, column = [], [], decoder.labels.column
+    digests: list[int] = []
+    labels: list = []
+    column = decoder.labels.column
     with ThreadPoolExecutor(8) as pool, _bar(decoder, len(rows)) as bar:
         for start in range(0, len(rows), 256):
             batch = rows[start : start + 256]
@@ -105,8 +127,8 @@ def survey_stream(rows: IterableDataset, decoder: RowDecoder) -> Survey:
     if ended:
         return _survey(digests, labels)
     read = [_read(part, decoder, *(limit // PARTS for limit in limits)) for part in _parts(rows)]
-    digests, labels = ([each for part in read for each in part[i]] for i in (0, 1))
-    return _survey(digests, labels, counts=[len(part[0]) for part in read])
+    counts = [len(digests) for digests, _, _ in read]
+    return _survey([each for part, _, _ in read for each in part], [each for _, part, _ in read for each in part], counts)
 
 
 def read_rows(rows: IterableDataset, decoder: RowDecoder, survey: Survey, digests: list[int]) -> ImageDataset:
@@ -127,27 +149,23 @@ def read_rows(rows: IterableDataset, decoder: RowDecoder, survey: Survey, digest
     return ImageDataset(table, decoder, np.array(numbers))
 
 
-def spread(dataset: ImageDataset | ImageStream, limit: int) -> ImageDataset | list[int] | None:
-    """`limit` rows that are spread over a data set: numbers of rows, ascending; of a stream a table. None: it has no more.
+def spread_rows(dataset: ImageDataset, limit: int) -> list[int]:
+    """Numbers, ascending, of `limit` rows that are spread over the set: the first ones of a sorted set are all of one class."""
+    dataset.survey = dataset.survey or survey_table(dataset.rows, dataset.decoder)
+    return sorted(dataset.survey.order()[:limit].tolist())
 
-    Not the first ones, which in a sorted set are all of one class.
-    """
-    if isinstance(dataset, ImageDataset):
-        if limit >= len(dataset):
+
+def table_of_stream(stream: ImageStream, limit: int) -> ImageDataset | None:
+    """`limit` rows that are spread over a stream, as a table that the stream keeps. None: it has no more."""
+    if limit not in stream.tables:
+        stream.survey = survey = stream.survey or survey_stream(stream.rows, stream.decoder)
+        ordered = survey.digests_N[survey.order()]
+        digests = ordered[~np.isin(ordered, list(stream.held_out))][:limit].tolist()
+        if survey.counts is None and len(digests) < limit:
             return None
-        dataset.survey = dataset.survey or survey_table(dataset.rows, dataset.decoder)
-        return sorted(dataset.survey.order()[:limit].tolist())
-    if limit in dataset.tables:
-        return dataset.tables[limit]
-    dataset.survey = dataset.survey or survey_stream(dataset.rows, dataset.decoder)
-    digests = dataset.survey.digests_N[dataset.survey.order()]
-    digests = digests[~np.isin(digests, list(dataset.held_out))][:limit].tolist()
-    if dataset.survey.counts is None and len(digests) < limit:
-        return None
-    table = read_rows(dataset.rows, dataset.decoder, dataset.survey, digests)
-    table.skipped = dataset.skipped
-    dataset.tables[limit] = table
-    return table
+        stream.tables[limit] = read_rows(stream.rows, stream.decoder, survey, digests)
+        stream.tables[limit].skipped = stream.skipped
+    return stream.tables[limit]
 
 
 def _survey(digests: list[int], labels: list, counts: list[int] | None = None) -> Survey:
@@ -169,7 +187,9 @@ def _digest(row: dict, decoder: RowDecoder) -> tuple[int, int]:
 
 def _read(rows: Iterable[dict], decoder: RowDecoder, most_bytes: int, most_rows: int) -> tuple[list[int], list, bool]:
     """Digests and labels of the first rows, and whether these are all."""
-    digests, labels, total, column = [], [], 0, decoder.labels.column
+    digests: list[int] = []
+    labels: list = []
+    total, column = 0, decoder.labels.column
     with _bar(decoder) as bar:
         for row in unbroken(rows, decoder.origin):
             if total >= most_bytes or len(digests) >= most_rows:
@@ -183,9 +203,9 @@ def _read(rows: Iterable[dict], decoder: RowDecoder, most_bytes: int, most_rows:
 
 
 def _bar(decoder: RowDecoder, total: int | None = None) -> tqdm:
+    """A progress bar, shown where it takes long."""
     from tqdm import tqdm
 
-    """Shown where it takes long."""
     return tqdm(total=total, desc=f"survey of {decoder.origin}", unit="row", delay=5, mininterval=1, disable=rank() != 0)
 
 

@@ -6,12 +6,14 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import operator
 import os
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, cast
 
 from dae.data.files import IMAGE_SUFFIXES, LeftOut, few
 
@@ -49,32 +51,33 @@ def read_samples(path: str, contents: bool = True, left_out: LeftOut | None = No
         ValueError: the files of a sample do not stand together, or two have one name.
         tarfile.TarError: this is no .tar, or it is damaged.
     """
-    key, sample, seen = None, {}, set()
+    seen: set[str] = set()
     with tarfile.open(path, "r:") as tar:
-        for member in tar:
-            tar.members = []  # which would hold the header of every file
-            folder, _, name = member.name.removeprefix("./").rpartition("/")
-            stem, _, field = name.partition(".")
-            hidden = not stem or "__MACOSX" in folder.split("/")
-            if hidden or not member.isfile() or not field:
-                if left_out is not None and not member.isdir():
-                    reason = "hidden file" if hidden else "file without a suffix" if member.isfile() else "link"
-                    left_out.add(f"{reason} in a .tar", f"{path}: {member.name}")
-                continue
-            this, field = f"{folder}/{stem}".removeprefix("/"), field.lower()
-            if this != key:
-                if sample:
-                    yield key, sample
-                if this in seen:
-                    raise ValueError(f"{path!r}: the files of sample {this!r} do not stand together; pack with `tar --sort=name`")
-                seen.add(this)
-                key, sample = this, {}
-            if field in sample:
-                raise ValueError(f"{path!r}: two files of sample {key!r} end in .{field}")
-            read = contents or not is_image(field)
-            sample[field] = tar.extractfile(member).read() if read else b""
-    if sample:
-        yield key, sample
+        for key, files in itertools.groupby(_files(tar, path, left_out), key=operator.itemgetter(0)):
+            if key in seen:
+                raise ValueError(f"{path!r}: the files of sample {key!r} do not stand together; pack with `tar --sort=name`")
+            seen.add(key)
+            sample: Sample = {}
+            for _, field, member in files:
+                if field in sample:
+                    raise ValueError(f"{path!r}: two files of sample {key!r} end in .{field}")
+                read = contents or not is_image(field)
+                sample[field] = cast(IO[bytes], tar.extractfile(member)).read() if read else b""
+            yield key, sample
+
+
+def _files(tar: tarfile.TarFile, path: str, left_out: LeftOut | None) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
+    """Name of the sample, suffix and header of each file that belongs to one; `left_out` counts the others."""
+    for member in tar:
+        tar.members = []  # type: ignore[attr-defined]  # would hold the header of every file
+        folder, _, name = member.name.removeprefix("./").rpartition("/")
+        stem, _, field = name.partition(".")
+        hidden = not stem or "__MACOSX" in folder.split("/")
+        if not hidden and member.isfile() and field:
+            yield f"{folder}/{stem}".removeprefix("/"), field.lower(), member
+        elif left_out is not None and not member.isdir():
+            reason = "hidden file" if hidden else "file without a suffix" if member.isfile() else "link"
+            left_out.add(f"{reason} in a .tar", f"{path}: {member.name}")
 
 
 def is_image(field: str) -> bool:
@@ -128,7 +131,7 @@ def scan(paths: list[str], limit: int | None, left_out: LeftOut) -> tuple[Fields
         raise ValueError(f"no sample of {few(paths)} has an image ({', '.join(sorted(IMAGE_SUFFIXES))})")
     if several and len(images) > MOST_IMAGES:
         raise ValueError(
-            f"{few(paths)}: the images of samples end in {len(images):,} ways, {few(list(images))}: what follows the first dot "
+            f"{few(paths)}: the images of samples end in {len(images):,} ways, {few(images)}: what follows the first dot "
             "of a name tells the files of a sample apart; leave no other dots in the names"
         )
     names = tuple(images) if several or len(images) == 1 else ("image",)
@@ -157,7 +160,9 @@ def _text(value: Any) -> str | None:
     return None if value is None else str(value)
 
 
-def rows_of(shards: list[tuple[str, int, int]], images: tuple[str, ...], texts: tuple[str, ...], version: int) -> Iterator[dict]:
+def generate_rows(
+    shards: list[tuple[str, int, int]], images: tuple[str, ...], texts: tuple[str, ...], version: int
+) -> Iterator[dict]:
     """Rows of the files, named with size and time so that `datasets` does not take what it has read of other ones."""
     for path, *_ in shards:
         for key, sample in read_samples(path):
@@ -171,7 +176,7 @@ def rows_of(shards: list[tuple[str, int, int]], images: tuple[str, ...], texts: 
                 yield row | {name: said.get(name) for name in texts} | {"__key__": key}
 
 
-def build(paths: list[str], fields: Fields, streaming: bool) -> Dataset | IterableDataset:
+def read_shards(paths: list[str], fields: Fields, streaming: bool) -> Dataset | IterableDataset:
     """The rows of these files as a table, which `datasets` keeps in its cache, or as a stream of one shard a file."""
     from datasets import Dataset, IterableDataset
 
@@ -179,7 +184,7 @@ def build(paths: list[str], fields: Fields, streaming: bool) -> Dataset | Iterab
     shards = [(path, status.st_size, status.st_mtime_ns) for path, status in stats]
     arguments = {"shards": shards, "images": fields.images, "texts": fields.texts, "version": READER_VERSION}
     kind = IterableDataset if streaming else Dataset
-    return kind.from_generator(rows_of, features=fields.features, gen_kwargs=arguments)
+    return kind.from_generator(generate_rows, features=fields.features, gen_kwargs=arguments)
 
 
 def common_fields(found: list[Fields]) -> Fields:

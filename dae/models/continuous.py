@@ -1,15 +1,18 @@
-"""What the priors over a continuous latent share: the shape they model, and its checks."""
+"""What the priors over a continuous latent share: the shape they model, its checks, and how they describe themselves."""
 
 from __future__ import annotations
+
+import dataclasses
+from typing import Self
 
 from dae_kernels.checks import check_floating
 from torch import Tensor
 
-from dae.config import PriorConfig
-from dae.models.prior import Prior
+from dae.config import PriorConfig, from_dict
+from dae.hub import PretrainedModel
 
 
-class ContinuousPrior(Prior):
+class ContinuousPrior(PretrainedModel):
     """A prior over latents [D, h, h].
 
     Args:
@@ -23,15 +26,14 @@ class ContinuousPrior(Prior):
         ValueError: a size below 1.
     """
 
-    shape = ("latent_channels", "latent_size")
-
     def __init__(self, config: PriorConfig, *, latent_channels: int, latent_size: int, num_classes: int, tokenizer: str = ""):
-        super().__init__(config, num_classes, tokenizer)
+        super().__init__()
         sizes = {"latent_channels": latent_channels, "latent_size": latent_size, "num_classes": num_classes}
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name}: expected at least 1, got {size}")
-        self.latent_channels, self.latent_size = latent_channels, latent_size
+        self.config, self.latent_channels, self.latent_size = config, latent_channels, latent_size
+        self.num_classes, self.tokenizer = num_classes, tokenizer
 
     def check_latents(self, latents_BDhw: Tensor) -> None:
         """TypeError unless the latents are floating; ValueError unless they are [B, D, h, h]."""
@@ -42,3 +44,11 @@ class ContinuousPrior(Prior):
                 f"latents: expected [B, {', '.join(map(str, shape))}], got {list(latents_BDhw.shape)}; "
                 "make the prior with the autoencoder's latent_channels and latent_size"
             )
+
+    def to_config(self) -> dict:
+        shape = {"latent_channels": self.latent_channels, "latent_size": self.latent_size, "num_classes": self.num_classes}
+        return {"prior": dataclasses.asdict(self.config), **shape, "tokenizer": self.tokenizer}
+
+    @classmethod
+    def from_config(cls, config: dict) -> Self:
+        return cls(from_dict(PriorConfig, config["prior"]), **{k: v for k, v in config.items() if k != "prior"})

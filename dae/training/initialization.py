@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from dae.hub import CONFIG, PretrainedModel, load_weights
-from dae.models import Autoencoder, Prior
-from dae.priors import family_of
+from dae.models import Autoencoder, GaussianMixturePrior
 
 log = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=PretrainedModel)
@@ -50,7 +49,7 @@ def load_decoder(autoencoder: Autoencoder, source: str) -> bool:
     return False
 
 
-def load_prior(prior: Prior, source: str) -> None:
+def load_prior(prior: PretrainedModel, source: str) -> None:
     """Give `prior` the weights of the one at `source`, as `load_latent` does.
 
     Buffers stay: they hold the scale of this run's latent. So does the embedding of the classes where their number differs.
@@ -58,7 +57,7 @@ def load_prior(prior: Prior, source: str) -> None:
     Raises:
         FileNotFoundError, ValueError: as `load_latent`; a Gaussian mixture is fitted and starts from nothing.
     """
-    if family_of(prior).fitted:
+    if isinstance(prior, GaussianMixturePrior):
         raise ValueError(f"prior.init_from={source}: a Gaussian mixture is fitted at once, whatever it starts from; leave it out")
     given = load_trained(type(prior), source, "prior")
     own, weights = prior.state_dict(), given.state_dict()

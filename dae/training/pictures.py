@@ -10,8 +10,9 @@ from torch import Tensor
 
 from dae.config import Config
 from dae.data.pictures import grid, to_uint8
-from dae.models import Autoencoder, Prior
+from dae.models import Autoencoder
 from dae.sampling import balanced_labels, generate
+from dae.sampling.chain import Prior
 from dae.seeding import seed_for
 
 if TYPE_CHECKING:

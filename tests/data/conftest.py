@@ -52,7 +52,8 @@ def saved(tmp_path):
 
 
 def configuration(name, **changes) -> DataConfig:
-    return DataConfig(dataset_name=str(name), **{"resolution": 6, "channels": 3, **changes})
+    files = {key: [value] for key, value in changes.items() if key.endswith("_files") and isinstance(value, str)}
+    return DataConfig(dataset_name=str(name), **{"resolution": 6, "channels": 3, **changes, **files})
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 
 from dae.config import DataConfig
 from dae.data import TrainLoader, load_data
-from dae.data.sources import Source, Split
+from dae.data.sources import Source, SourceSplit
 
 NOT_THERE = ["nobody/has-such-a-set", "digitz", "/no/such/folder", "./no", "no/*.parquet", "a.parquet", "b.tar", "what ?"]
 
@@ -157,7 +157,7 @@ def test_empty_sets(saved, table, streaming, tmp_path, configure, monkeypatch):
     for rows in ({"train": table(0), "test": table(2)}, {"train": table(20), "test": table(0)}):
         with pytest.raises(ValueError, match="split of it is empty"):
             load_data(saved(rows, streaming=streaming), 0)
-        source = Source({name: Split(as_stream(part) if streaming else part) for name, part in rows.items()})
+        source = Source({name: SourceSplit(as_stream(part) if streaming else part) for name, part in rows.items()})
         monkeypatch.setattr("dae.data.load.read_splits", lambda config, source=source: source)
         with pytest.raises(ValueError, match=f"split '{'train' if not len(rows['train']) else 'test'}' is empty"):
             load_data(configure("hub", streaming=streaming), 0)
@@ -248,7 +248,9 @@ def test_label_columns_that_cannot_be_classes(saved, table, configure, monkeypat
     for feature, value in ((Value("int64"), 1), (Value("string"), "x")):
         rows = table(20, label=lambda i, value=value: value, feature=feature)
         assert load_data(saved(rows, streaming=True), 0).class_names == [str(value)]  # a local table is read for its labels
-        monkeypatch.setattr("dae.data.load.read_splits", lambda config, rows=rows: Source({"train": Split(as_stream(rows))}))
+        monkeypatch.setattr(
+            "dae.data.load.read_splits", lambda config, rows=rows: Source({"train": SourceSplit(as_stream(rows))})
+        )
         with pytest.raises(ValueError, match=r"classes of 'label' cannot be counted in a stream: set num_classes"):
             load_data(configure("hub", streaming=True), 0)
         monkeypatch.undo()

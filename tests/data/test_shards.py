@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from dae.data import load_data
-from dae.data.shards import read_splits as split_names
+from dae.data.shards import splits_by_name
 from dae.data.sources import read_splits
 
 
@@ -73,7 +73,7 @@ SPLITS = {
 def test_splits_by_convention(case):
     files, expected = SPLITS[case]
     for suffix in (".parquet", ".tar"):
-        splits, _ = split_names(sorted(file + suffix for file in files), "set", whole=True)
+        splits, _ = splits_by_name(sorted(file + suffix for file in files), "set", whole=True)
         assert {split: len(inside) for split, inside in splits.items()} == expected
 
 
@@ -93,7 +93,7 @@ UNCLEAR = {
 @pytest.mark.parametrize("whole", [False, True])
 def test_shards_of_unclear_splits_are_refused(case, whole):
     with pytest.raises(ValueError, match=r"data.train_files= and data.validation_files= take paths and globs") as raised:
-        split_names(sorted(f"{name}.parquet" for name in UNCLEAR[case]), "set", whole=whole)
+        splits_by_name(sorted(f"{name}.parquet" for name in UNCLEAR[case]), "set", whole=whole)
     assert "\n" not in str(raised.value)
 
 

@@ -10,7 +10,7 @@ from datasets import ClassLabel, Dataset, Features
 from datasets import Image as ImageFeature
 
 from dae.data import TrainLoader, evaluation_batches, in_memory, load_data
-from dae.data.survey import UNREADABLE, Survey, hold_out
+from dae.data.survey import UNREADABLE, Survey, choose_held_out
 
 CLASSES, EACH = 4, 15
 
@@ -181,11 +181,11 @@ def test_the_last_image_of_a_class_is_held_out_only_where_no_other_is_left():
     for sizes, size in (([1] * 5 + [30, 30], 6), ([1] * 20 + [8], 2), ([2, 2, 1, 50], 5)):
         classes = np.repeat(np.arange(len(sizes)), sizes)
         survey = Survey(random.choice(1 << 60, len(classes), replace=False), classes)
-        held_out = hold_out(survey, size, "")
+        held_out = choose_held_out(survey, size, "")
         assert len(set(held_out)) == size and set(np.delete(classes, held_out)) == set(classes)
     copies = Survey(np.array([1, 1, *range(2, 22)]), np.array([7, 8, *[8] * 20]))  # class 7 has but a copy of another's image
-    assert 1 not in copies.digests_N[hold_out(copies, 2, "")]
-    assert len(hold_out(Survey(np.arange(30), np.arange(30)), 3, "")) == 3
+    assert 1 not in copies.digests_N[choose_held_out(copies, 2, "")]
+    assert len(choose_held_out(Survey(np.arange(30), np.arange(30)), 3, "")) == 3
 
 
 def test_unreadable_rows_and_copies_stand_in_no_order():
