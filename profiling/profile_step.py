@@ -43,11 +43,11 @@ from torch.profiler import ProfilerActivity, record_function
 from dae.config import Config
 from dae.losses import PerceptualLoss
 from dae.models import ARPrior, choose_kernels
+from dae.priors import PRIORS
 from dae.training import Stage, plan_stages
 from dae.training.autoencoder import StageTraining, build_autoencoder, build_perceptual_loss
 from dae.training.engine import LocalEngine
 from dae.training.prior import PriorTraining
-from dae.training.priors import PRIOR_FAMILIES
 
 PHASES = ("data", "forward", "backward", "update")
 MARK = "training step"
@@ -109,7 +109,7 @@ def prior_training(config: Config, data: Any, engine: LocalEngine) -> PriorTrain
     prior = ARPrior(config.prior, vocab_size=vocabulary, sequence_length=length, num_classes=classes).to(engine.device).train()
     choose_kernels(prior, config.kernels)
     encodings = {"tokens": torch.randint(vocabulary, (batch, 1, length)), "label": torch.randint(classes, (batch,))}
-    return PriorTraining(config, PRIOR_FAMILIES["ar"], prior, itertools.repeat(encodings), engine)
+    return PriorTraining(config, PRIORS["ar"], prior, itertools.repeat(encodings), engine)
 
 
 def measure(step: ClockedStep, steps: int) -> dict[str, Any]:

@@ -35,13 +35,14 @@ from dae.comparison.jobs import (
     trial_path,
     tuning_jobs,
 )
-from dae.comparison.results import headline, markdown, summarize
+from dae.comparison.results import summarize_comparison
 from dae.comparison.trial import Bench, run_trial
 from dae.config import Config, save_config
 from dae.data.pictures import to_uint8
 from dae.files import announce, replaced_files, write_file
 from dae.lock import writes
-from dae.reporting.comparison import ABOUT, write_page
+from dae.reporting.comparison import ABOUT, write_comparison
+from dae.reporting.findings import headline, results_markdown
 
 ARMS = "\narms of compare.arms:\n" + "".join(f"  {name:<16} {words}\n" for name, words in ABOUT.items())
 SHOWN = 12
@@ -64,12 +65,12 @@ def compare(config: Config, prepare: Callable[[Config], Any] = Bench.prepare, tr
         print(f"\nstopped; finished trials are in {folder / 'trials'}, the same command goes on from there", file=sys.stderr)
         sys.exit(130)
 
-    summary = summarize(config, bench.facts(), tuning + measured)
+    summary = summarize_comparison(config, bench.facts(), tuning + measured)
     with replaced_files(folder) as new:
         save_config(config, new / "compare.yaml")
         write_file(new / "compare.json", json.dumps(summary, indent=1, allow_nan=False).encode())
-        write_file(new / "compare.md", markdown(summary).encode())
-        path = folder / write_page(config, summary, pictures(config, bench, measured), new).name
+        write_file(new / "compare.md", results_markdown(summary).encode())
+        path = folder / write_comparison(config, summary, pictures(config, bench, measured), new).name
     for title, rows in (("equal steps", summary["differences"]), ("equal rate", summary["equal_rate"])):
         if rows:
             print("\n".join([f"At {title}:", *headline(summary, rows["frechet"])]))

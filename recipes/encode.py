@@ -20,7 +20,7 @@ from tqdm import tqdm
 from dae.cli import main
 from dae.config import Config
 from dae.data import evaluation_batches, load_data
-from dae.data.cache import Fingerprint, LatentCache, TokenCache, transform_fingerprint
+from dae.data.cache import Fingerprint, transform_fingerprint
 from dae.distributed import agree, as_single_process, failing_together, gather_objects, run_on_first_process
 from dae.files import announce
 from dae.hub import fingerprint, require_model
@@ -28,7 +28,7 @@ from dae.lock import writes
 from dae.models import Autoencoder, choose_kernels
 from dae.seeding import seed_for
 from dae.training import make_accelerator
-from dae.training.priors import encode_views
+from dae.training.encodings import build_cache, cache_class, encode_views
 from dae.training.run import refuse_other_data
 
 
@@ -51,8 +51,8 @@ def encode(config: Config) -> Path:
             f"autoencoder.bottleneck={config.autoencoder.bottleneck} is asked for, the autoencoder in {trained} was trained with "
             f"{trained_with}: use the configuration that it was trained with"
         )
-    cache_class = TokenCache if trained_with == "vq" else LatentCache
-    if cache_class is LatentCache and config.prior.num_augmentations and config.prior.code_temperature:
+    kind = cache_class(autoencoder.bottleneck)
+    if not autoencoder.bottleneck.discrete and config.prior.num_augmentations and config.prior.code_temperature:
         accelerator.print("prior.code_temperature has no effect: the latent of a KL autoencoder has no codes to draw")
 
     data.list_skipped(output)
@@ -71,21 +71,13 @@ def encode(config: Config) -> Path:
                 mine.append((number, views.cpu(), batch["label"]))
         bar.close()
         rows = sorted(chain.from_iterable(gather_objects(mine)), key=lambda row: row[0])
-        parts[name] = cache_class.dataset(torch.cat([row[1] for row in rows]), torch.cat([row[2] for row in rows]))
+        parts[name] = kind.dataset(torch.cat([row[1] for row in rows]), torch.cat([row[2] for row in rows]))
 
-    folder = output / cache_class.folder
+    folder = output / kind.folder
 
     def save() -> None:
-        of_kind = {"latent_channels": autoencoder.config.latent_channels}
-        if cache_class is TokenCache:
-            of_kind = {"vocab_size": autoencoder.config.vq.codebook_size}
-        cache = cache_class(
-            **parts,
-            **of_kind,
-            num_classes=data.num_classes,
-            latent_size=autoencoder.latent_size,
-            fingerprint=Fingerprint(fingerprint(trained), data.fingerprint, transform_fingerprint(config)),
-        )
+        made_of = Fingerprint(fingerprint(trained), data.fingerprint, transform_fingerprint(config))
+        cache = build_cache(autoencoder, parts["train"], parts["validation"], data.num_classes, made_of)
         cache.save(folder)
         note = f": {len(cache.train)} training and {len(cache.validation)} held-out images{data.skipped_note()}"
         announce(folder, cache.files(), note)

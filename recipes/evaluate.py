@@ -39,12 +39,12 @@ from dae.metrics import (
     gaussian_rate,
     versions,
 )
-from dae.models import ARPrior, Autoencoder
+from dae.models import Autoencoder, Prior
+from dae.priors import PriorFamily, family_of
 from dae.sampling import balanced_labels, generate, load_chain
-from dae.sampling.chain import Prior, knows_classes
+from dae.sampling.chain import knows_classes
 from dae.seeding import seed_for
 from dae.training import Run, one_process
-from dae.training.priors import PRIOR_FAMILIES, Family
 from dae.training.rehearsal import require_measurable
 from dae.training.run import refuse_other_data
 
@@ -58,8 +58,8 @@ def evaluate(config: Config) -> dict:
     if knows_classes(prior):
         for cfg_scale in config.evaluation.cfg_scales:
             prior.check_guidance(cfg_scale)
-    family = next(name for name, each in PRIOR_FAMILIES.items() if each.model is type(prior))
-    history, validations = load_history(config, PRIOR_FAMILIES[family])
+    family = family_of(prior)
+    history, validations = load_history(config, family)
     data = load_data(config.data, seed)
     refuse_other_data(output / "autoencoder", config.data, data.fingerprint)
     autoencoder.refuse_other_data(config.data.channels, config.data.resolution)
@@ -96,7 +96,7 @@ def evaluate(config: Config) -> dict:
     }
 
     # What guidance and the length of training trade: fidelity against variety and copies.
-    criterion = PRIOR_FAMILIES[family].criterion
+    criterion = family.criterion
     chosen = min(validations, key=lambda row: row[criterion]) if config.prior.early_stopping else validations[-1]
     candidates = []
     if knows_classes(prior):  # one that does not is fitted at once: there is neither guidance nor length of training
@@ -119,11 +119,11 @@ def evaluate(config: Config) -> dict:
         "codebook": describe_codes(measured["indices"], autoencoder.config.vq.codebook_size) if "indices" in measured else None,
         "latent": None if "indices" in measured else describe_posteriors(measured["features"], measured["log_variance"]),
         "prior": {
-            "family": family,
+            "family": family.name,
             f"heldout_{criterion}": chosen[criterion],
-            "heldout_bits_per_image": bits_an_image(prior, chosen, history),
+            "heldout_bits_per_image": bits_an_image(prior, family, chosen, history),
             "step": chosen["step"],
-            "tokens_an_image": prior.sequence_length if family == "ar" else None,
+            "tokens_an_image": family.tokens_per_image(prior),
         },
         "generation": generation,
         "floor": {
@@ -178,7 +178,7 @@ def load_samples(output: Path) -> tuple[dict[str, np.ndarray], dict]:
     return samples, sampling
 
 
-def load_history(config: Config, family: Family) -> tuple[list[dict], list[dict]]:
+def load_history(config: Config, family: PriorFamily) -> tuple[list[dict], list[dict]]:
     """The log of the prior's training, and its validations. FileNotFoundError, ValueError: it is lost, or damaged."""
     run = Run(config, "prior")
     remedy = "deliver the prior again with recipes/train_prior.py and resume_from_checkpoint=latest"
@@ -186,8 +186,7 @@ def load_history(config: Config, family: Family) -> tuple[list[dict], list[dict]
         raise FileNotFoundError(f"no log of the prior's training, {run.history_file}: {remedy}")
     history = run.history()
     validations = [row for row in history if row.get("split") == "validation" and family.criterion in row]
-    bits = "bits_per_image" if family.final_bits or family.loss is None else family.criterion
-    if not validations or not any(bits in row for row in history if row.get("split") != "train"):
+    if not validations or not any(family.bits_key in row for row in history if row.get("split") != "train"):
         raise ValueError(f"{run.history_file} holds no validation of the prior: {remedy}")
     return history, validations
 
@@ -231,11 +230,11 @@ def describe_posteriors(mean: Tensor, log_variance: Tensor) -> dict:
     return {"channels": mean.shape[1], "size": mean.shape[2], "gaussian_bits": sum(bits), "gaussian_bits_by_channel": bits}
 
 
-def bits_an_image(prior: Prior, chosen: dict, history: list[dict]) -> float:
+def bits_an_image(prior: Prior, family: PriorFamily, chosen: dict, history: list[dict]) -> float:
     """Held-out code length of an image's latent under the delivered prior."""
-    if isinstance(prior, ARPrior):
-        return chosen["bits_per_token"] * prior.sequence_length
-    return [row["bits_per_image"] for row in history if row["split"] != "train" and "bits_per_image" in row][-1]
+    rows = [row for row in history if row["split"] != "train" and family.bits_key in row]
+    row = chosen if family.bits_key in chosen else rows[-1]
+    return row[family.bits_key] * (family.tokens_per_image(prior) or 1)
 
 
 def other_priors(config: Config, prior: Prior, validations: list[dict]) -> Iterator[tuple[dict, Prior]]:

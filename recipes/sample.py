@@ -26,8 +26,9 @@ from dae.files import announce, replaced_folder, write_file
 from dae.hub import fingerprint
 from dae.lock import writes
 from dae.memory import require_memory
+from dae.models import Prior
 from dae.sampling import balanced_labels, generate, load_chain
-from dae.sampling.chain import Prior, knows_classes
+from dae.sampling.chain import knows_classes
 from dae.seeding import seed_for
 from dae.training import one_process
 from dae.training.run import recorded_data

@@ -21,12 +21,12 @@ from dae.distributed import failing_together, run_on_first_process
 from dae.files import announce
 from dae.hub import prepare_repository
 from dae.lock import writes
+from dae.priors import require_guidance
 from dae.reporting.cards import autoencoder_card
 from dae.seeding import seed_for
 from dae.training import Run, Stage, make_accelerator, plan_stages
 from dae.training.autoencoder import build_autoencoder, train_stages
 from dae.training.engine import AcceleratorEngine
-from dae.training.priors import require_guidance
 from dae.training.rehearsal import rehearse_chain, require_measurable, sampled_classes
 
 

@@ -28,21 +28,23 @@ from dae.files import announce
 from dae.hub import fingerprint, prepare_repository, require_model
 from dae.lock import writes
 from dae.models import Autoencoder, choose_kernels
+from dae.priors import prior_family, require_guidance
+from dae.quantizers import bottleneck_class
 from dae.reporting.cards import prior_card
 from dae.seeding import seed_for
 from dae.training import Run, make_accelerator
+from dae.training.encodings import cache_class
 from dae.training.engine import AcceleratorEngine
 from dae.training.initialization import load_prior
 from dae.training.pictures import sample_sheet
 from dae.training.prior import Best, PriorTraining, deliver, fit, train_by_steps
-from dae.training.priors import PRIOR_FAMILIES, prior_family, require_guidance
 from dae.training.rehearsal import sampled_classes
 
 
 @writes("prior")
 def train(config: Config) -> Path:
     """Train, save, and return the folder of the trained prior."""
-    family = PRIOR_FAMILIES[prior_family(config)]
+    family = prior_family(config)
     require_guidance(config)
     run = Run(config, "prior")
     accelerator = make_accelerator(config, run.folder / "logs")
@@ -51,7 +53,8 @@ def train(config: Config) -> Path:
         data = load_data(config.data, config.seed)
         tokenizer = fingerprint(require_model(output / "autoencoder", "train_dae"))
         expected = Fingerprint(tokenizer, data.fingerprint, transform_fingerprint(config))
-        cache = family.cache.load(output / family.cache.folder, expected)
+        kind = cache_class(bottleneck_class(config.autoencoder))
+        cache = kind.load(output / kind.folder, expected)
         torch.manual_seed(seed_for(config.seed, "prior"))
         prior = family.build(settings, cache).to(accelerator.device)
         if settings.init_from:
@@ -60,7 +63,7 @@ def train(config: Config) -> Path:
         classes = sampled_classes(config, data.class_names, data.labels)
         summary = summarize(data) if accelerator.is_main_process else None
         loader = None
-        if family.loss is not None:
+        if not family.fitted:
             loader = TrainLoader(cache.train, settings.train_batch_size, seed=seed_for(config.seed, "prior", "order"))
     repository = f"{config.hub_model_id}-prior"
     if config.push_to_hub:
@@ -71,7 +74,7 @@ def train(config: Config) -> Path:
     def card(step: int) -> str:
         """With what was measured of the weights of this step."""
         rows = [row for row in run.history() if row["step"] <= step or row["split"] == "delivered"]
-        return prior_card(config, type(prior), data.describe(), rows, summary.lines())
+        return prior_card(config, family, data.describe(), rows, summary.lines())
 
     def save_best(best: Best) -> None:
         prior.save_pretrained(run.folder, card=card(best.step))

@@ -14,7 +14,7 @@ LIBRARY = sorted((ROOT / "dae").rglob("*.py"))
 KERNELS = sorted((ROOT / "kernels").rglob("*.py"))
 SCRIPTS = sorted(p for folder in ("recipes", "profiling") for p in (ROOT / folder).rglob("*.py"))
 TESTS = sorted((ROOT / "tests").rglob("*.py"))
-TORCH_ALONE = ("models", "quantizers", "losses", "sampling", "complexity", "diagnostics", "config")
+TORCH_ALONE = ("models", "quantizers", "losses", "sampling", "complexity", "diagnostics", "config", "priors")
 TORCH_ALONE += ("distributed.py", "hub.py", "files.py")
 HEAVY = {
     *("datasets", "accelerate", "omegaconf", "torchdata", "torchmetrics", "sklearn", "skimage", "scipy", "matplotlib"),

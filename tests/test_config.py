@@ -23,8 +23,8 @@ from dae.config import (
 )
 from dae.losses import discriminator_loss, flow_matching_loss, generator_loss, reconstruction_loss
 from dae.models import ARPrior, Autoencoder, DiT, GaussianMixturePrior, PatchDiscriminator
+from dae.priors import prior_family
 from dae.training import build_optimizer, plan_stages
-from dae.training.priors import prior_family
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
@@ -378,7 +378,7 @@ def test_shipped_files_build_at_full_size(path):
 def build_prior(config):
     settings, latent = config.prior, config.autoencoder
     side = config.data.resolution >> (len(latent.channel_multipliers) - 1)
-    if (family := prior_family(config)) == "ar":
+    if (family := prior_family(config).name) == "ar":
         return ARPrior(settings, vocab_size=latent.vq.codebook_size, sequence_length=side**2, num_classes=10)
     kind = DiT if family == "dit" else GaussianMixturePrior
     return kind(settings, latent_channels=latent.latent_channels, latent_size=side, num_classes=10)

@@ -12,7 +12,7 @@ from dae.complexity.adversarial import adversarial_distance
 from dae.config import KLConfig, VQConfig
 from dae.data.augmentation import augment
 from dae.quantizers import GaussianBottleneck, VectorQuantizer
-from dae.sampling.ar import filter_logits
+from dae.sampling import filter_logits
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 GENERATOR = torch.Generator().manual_seed(0)

@@ -28,7 +28,8 @@ from dae.comparison.trial import Bench, Job, job_config, run_trial
 from dae.config import RENAMED, Config, knobs
 from dae.files import write_file
 from dae.metrics import versions
-from dae.training.priors import prior_family, require_guidance
+from dae.priors import prior_family, require_guidance
+from dae.quantizers import bottleneck_class
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def check_comparison(config: Config) -> list[Arm]:
     _require_different("learning_rates", compare.learning_rates)
     if compare.prior_learning_rates:
         _require_different("prior_learning_rates", compare.prior_learning_rates)
-        if family == "mixture":
+        if family.fitted:
             raise ValueError("compare.prior_learning_rates: a mixture is fitted without a learning rate; leave them empty")
     if len(tried_learning_rates(config)) > 1 and compare.tuning_seed in compare.seeds:
         raise ValueError(
@@ -83,10 +84,10 @@ def check_comparison(config: Config) -> list[Arm]:
         )
     if compare.rates:
         _check_rates(config, names)
-    unit = {"ar": 2, "dit": 4}.get(family, 0) * config.prior.num_heads  # rotary positions turn pairs, in two axes for dit
+    unit = family.head_unit * config.prior.num_heads
     if unit and (odd := [w for w in (config.prior.width, *compare.prior_widths) if w % unit]):
         raise ValueError(
-            f"prior.width and compare.prior_widths: {odd} are no multiples of {unit}, which {family} needs for "
+            f"prior.width and compare.prior_widths: {odd} are no multiples of {unit}, which {family.name} needs for "
             f"prior.num_heads={config.prior.num_heads}"
         )
     return arms
@@ -114,18 +115,14 @@ def _check_rates(config: Config, names: Sequence[str]) -> None:
             f"compare.rate_arms: {config.compare.rate_arms} lacks the baseline {config.compare.baseline!r}, whose frontier the "
             "others are held against at equal rate; add it, or leave compare.rates empty"
         )
-    if config.autoencoder.bottleneck == "vq" and any(not r >= 2 or r != int(r) for r in rates):
-        raise ValueError(f"compare.rates: expected codebook sizes (whole numbers from 2) for the vq bottleneck, got {rates}")
-    if config.autoencoder.bottleneck == "kl" and any(not 0 <= r < 1 for r in rates):
-        raise ValueError(f"compare.rates: expected KL weights from 0 to 1 for the kl bottleneck, got {rates}")
+    bottleneck_class(config.autoencoder).check_rates(rates)
     if strange := [rate for rate in config.compare.other_rates if rate not in rates]:
         raise ValueError(f"compare.other_rates: {strange[0]:g} is not among compare.rates={rates}")
 
 
 def own_rate(config: Config) -> float:
     """The rate setting of the configuration itself: its codebook size, or its KL weight."""
-    vq = config.autoencoder.bottleneck == "vq"
-    return float(config.autoencoder.vq.codebook_size if vq else config.autoencoder.kl.kl_weight)
+    return bottleneck_class(config.autoencoder).rate(config.autoencoder)
 
 
 LearningRates = tuple[float, float | None]  # of the autoencoder, and of the prior if it is not the configuration's

@@ -5,18 +5,13 @@ from __future__ import annotations
 import math
 from typing import Mapping
 
-from dae.comparison.results import BY_KEY, LEVEL, line, verdict
+from dae.comparison.results import BY_KEY, LEVEL, verdict
 from dae.statistics import fisher_z, holm, mean_correlation, mean_interval, paired_p_value
 
 OUTCOMES = ("better", "worse", "no difference shown", "not known")
-TABLES = {
-    "equal_steps": "At equal steps",
-    "equal_encoder": "At equal steps of the encoder, against {} instead",
-    "equal_rate": "At equal rate",
-}
 
 
-def pool(summaries: Mapping[str, dict]) -> dict[str, dict]:
+def pool(summaries: Mapping[str, dict]) -> dict[str, dict | None]:
     """For each arm, over several comparisons: in how many it was better, worse or neither, and its mean ratio of distances.
 
     Distances of different data and features have different scales, so each comparison gives the mean over its seeds of
@@ -25,7 +20,7 @@ def pool(summaries: Mapping[str, dict]) -> dict[str, dict]:
     those it has: at equal rate, where the baseline's distance is its frontier's, some lie outside.
 
     Args:
-        summaries: name of the comparison -> `summarize`.
+        summaries: of `summarize_comparison`, by the names of the comparisons.
 
     Returns:
         {"equal_steps": {arm: row}, "equal_encoder": ..., "equal_rate": ...}, row = {"better", "worse", "no difference shown",
@@ -38,57 +33,30 @@ def pool(summaries: Mapping[str, dict]) -> dict[str, dict]:
     baselines = {summary["baseline"] for summary in summaries.values()}
     if len(baselines) != 1:
         raise ValueError(f"expected comparisons with one baseline, got {sorted(baselines)} of {len(summaries)} comparisons")
-    tables = {"equal_steps": {name: s["differences"] for name, s in summaries.items()}}
-    tables |= {key: {name: s[key] for name, s in summaries.items() if s[key]} for key in ("equal_encoder", "equal_rate")}
-    return {key: _pooled({c: t["frechet"] for c, t in of.items()}) if of else None for key, of in tables.items()}
+    keys = {"equal_steps": "differences", "equal_encoder": "equal_encoder", "equal_rate": "equal_rate"}
+    tables = {key: {name: s[of]["frechet"] for name, s in summaries.items() if s[of]} for key, of in keys.items()}
+    return {key: _pooled(table) if table else None for key, table in tables.items()}
 
 
 def _pooled(tables: Mapping[str, dict[str, dict]]) -> dict[str, dict]:
-    measure, pooled = BY_KEY["frechet"], {}
+    pooled = {}
     for name in dict.fromkeys(arm for table in tables.values() for arm in table):
         rows = {comparison: table[name] for comparison, table in tables.items() if name in table}
-        verdicts = {comparison: verdict(measure, row) for comparison, row in rows.items()}
+        verdicts = {comparison: verdict(BY_KEY["frechet"], row) for comparison, row in rows.items()}
         logs = {}
         for comparison, row in rows.items():
             pairs = [(b + d, b) for d, b in zip(row["values"], row["baseline"], strict=True) if b > 0 and b + d > 0]
             if len(pairs) >= max(2, row["of"] / 2):
                 logs[comparison] = sum(math.log(x / y) for x, y in pairs) / len(pairs)
-        ratio = None
-        if logs:
-            interval = mean_interval(list(logs.values()), LEVEL)
-            ends = {k: None if v is None else math.exp(v) for k, v in interval._asdict().items() if k != "n"}
-            ratio = ends | {"n": interval.n}
+        interval = mean_interval(list(logs.values()), LEVEL)._asdict() if logs else {}
         pooled[name] = {word: list(verdicts.values()).count(word) for word in OUTCOMES} | {
             "verdicts": verdicts,
-            "ratios": {c: math.exp(v) for c, v in logs.items()},
-            "ratio": ratio,
+            "ratios": {comparison: math.exp(log) for comparison, log in logs.items()},
+            "ratio": {k: v if k == "n" or v is None else math.exp(v) for k, v in interval.items()} or None,
             "seeds": sum(row["n"] for row in rows.values()),
             "of": sum(row["of"] for row in rows.values()),
         }
     return pooled
-
-
-def pooled_markdown(pooled: dict[str, dict], finetuned: str | None = None) -> str:
-    """The tables of `pool`, one row for each arm; `finetuned` is what arms are held against at equal steps of the encoder."""
-    header = ["arm", *OUTCOMES, "distance / other's", "comparisons in it", "seeds with a difference"]
-    lines = []
-    for key, title in TABLES.items():
-        if table := pooled[key]:
-            lines += [f"{title.format(finetuned)}:", "", line(header), line(["---"] * len(header))]
-            for name, row in table.items():
-                counted = row["ratio"]["n"] if row["ratio"] else 0
-                of = sum(row[word] for word in OUTCOMES)
-                cells = [name, *(row[word] for word in OUTCOMES), ratio_in_figures(row), f"{counted} of {of}"]
-                lines.append(line([*cells, f"{row['seeds']} of {row['of']}"]))
-            lines.append("")
-    return "\n".join(lines)
-
-
-def ratio_in_figures(row: dict) -> str:
-    """`0.93 [0.90, 0.96]`; the mean alone of one comparison; a dash of none."""
-    r = row["ratio"]
-    ends = f" [{r['low']:.2f}, {r['high']:.2f}]" if r and r["low"] is not None else ""
-    return f"{r['mean']:.2f}{ends}" if r else "–"
 
 
 def pooled_predictors(summaries: Mapping[str, dict]) -> list[dict]:
@@ -104,9 +72,9 @@ def pooled_predictors(summaries: Mapping[str, dict]) -> list[dict]:
         for row in known:
             if row["n"] == max(other["n"] for other in known):  # over the trials that all are ranked over
                 found.setdefault(row["name"], {})[comparison] = row["rho"], row["n"]
-    rows = []
-    for name, known in found.items():
-        rhos, counts = zip(*known.values(), strict=True)
+    rows: list[dict] = []
+    for name, pairs in found.items():
+        rhos, counts = zip(*pairs.values(), strict=True)
         rows.append({"name": name, **mean_correlation(rhos, counts, LEVEL)._asdict(), "rivals": None})
     rows.sort(key=lambda row: (-row["n"], -abs(row["mean"])))
     if rows and rows[0]["n"] > 1:

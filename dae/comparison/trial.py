@@ -31,14 +31,15 @@ from dae.metrics import (
     ssim,
     versions,
 )
-from dae.models import Autoencoder
+from dae.models import Autoencoder, Prior
+from dae.priors import prior_family
+from dae.quantizers import bottleneck_class
 from dae.sampling import balanced_labels, generate
-from dae.sampling.chain import Prior, knows_classes
+from dae.sampling.chain import knows_classes
 from dae.seeding import seed_for
 from dae.training import plan_stages
 from dae.training.engine import LocalEngine
 from dae.training.in_memory import encode, train_autoencoder, train_prior
-from dae.training.priors import PRIOR_FAMILIES, prior_family
 from dae.training.rehearsal import rehearse_chain, require_measurable
 
 JUDGE_SEED = 0  # of the classifier and of all subsets: the same for every trial, arm and seed
@@ -82,8 +83,8 @@ def job_config(config: Config, job: Job) -> Config:
     if job.prior_learning_rate is not None:
         overrides.append(f"prior.learning_rate={job.prior_learning_rate!r}")
     if job.rate is not None:
-        vq = config.autoencoder.bottleneck == "vq"
-        overrides.append(f"autoencoder.vq.codebook_size={int(job.rate)}" if vq else f"autoencoder.kl.kl_weight={job.rate!r}")
+        bottleneck = bottleneck_class(config.autoencoder)
+        overrides.append(f"{bottleneck.rate_knob}={int(job.rate) if bottleneck.discrete else job.rate!r}")
     return arm_config(config, arms[job.arm], *overrides)
 
 
@@ -199,17 +200,20 @@ def run_trial(bench: Bench, config: Config, job: Job) -> tuple[dict, Tensor]:
     record = dataclasses.asdict(job) | _reconstruction(judge, autoencoder, config)
     record |= {"rate_bits": _rate(cache.train, config), "codebook": _codebook(cache.validation, config)}
 
-    priors, samples = [], None
+    priors, samples, family = [], None, prior_family(config)
     sized = job.purpose == "measure" and job.rate is None and job.arm in config.compare.rate_arms
     widths = config.compare.prior_widths if sized else []
     for size in [None, *widths]:
-        chosen = config if size is None else _resized(config, size)
+        chosen = config if size is None else with_overrides(config, family.resized(config.prior, size))
         begun = time.monotonic()
         prior = train_prior(cache, chosen)
         generated, labels = _generate(autoencoder, prior, bench.num_classes, config)
         samples = generated[:SHOWN] if samples is None else samples
-        facts = {"size": _size(chosen), "parameters": sum(p.numel() for p in (*prior.parameters(), *prior.buffers()))}
-        facts |= {"learning_rate": None if prior_family(config) == "mixture" else chosen.prior.learning_rate}
+        facts = {
+            "size": getattr(chosen.prior, family.size_knob),
+            "parameters": sum(p.numel() for p in (*prior.parameters(), *prior.buffers())),
+        }
+        facts |= {"learning_rate": None if family.fitted else chosen.prior.learning_rate}
         facts |= {"bits": _bits_an_image(prior, cache, chosen)}
         priors.append(
             facts | judge.samples(generated, labels if knows_classes(prior) else None) | {"seconds": time.monotonic() - begun}
@@ -233,19 +237,6 @@ def _card(judge: Judge, autoencoder: Autoencoder, job: Job) -> dict[str, float |
     return report_card(autoencoder, judge.train[rows], train_labels, judge.heldout, heldout_labels, seed=job.seed)
 
 
-def _size(config: Config) -> int:
-    return config.prior.num_components if prior_family(config) == "mixture" else config.prior.width
-
-
-def _resized(config: Config, size: int) -> Config:
-    """With a prior of another size. Adam's best step falls as 1 / width (Yang et al. 2022, arXiv 2203.03466), so the rate tuned
-    for one width goes over to the other as that says."""
-    if prior_family(config) == "mixture":
-        return with_overrides(config, [f"prior.num_components={size}"])
-    rate = config.prior.learning_rate * config.prior.width / size
-    return with_overrides(config, [f"prior.width={size}", f"prior.learning_rate={rate!r}"])
-
-
 @torch.no_grad()
 def _reconstruction(judge: Judge, autoencoder: Autoencoder, config: Config) -> dict:
     parts, some = judge.heldout.split(config.evaluation.batch_size), _some(len(judge.heldout), IMAGES_FOR_SSIM)
@@ -259,15 +250,16 @@ def _reconstruction(judge: Judge, autoencoder: Autoencoder, config: Config) -> d
 
 def _rate(encoded: EncodedDataset, config: Config) -> float:
     """Bits per image of the training set's latents, if a prior knew no more than the frequency of each code, or a Gaussian."""
-    if config.autoencoder.bottleneck == "vq":
-        return code_entropy_rate(encoded.values_NC[:, 0], config.autoencoder.vq.codebook_size)
+    if (bottleneck := bottleneck_class(config.autoencoder)).discrete:
+        return code_entropy_rate(encoded.values_NC[:, 0], bottleneck.num_codes(config.autoencoder))
     return gaussian_rate(*encoded.values_NC[:, 0].chunk(2, dim=1))
 
 
 def _codebook(encoded: EncodedDataset, config: Config) -> dict | None:
-    if config.autoencoder.bottleneck != "vq":
+    bottleneck = bottleneck_class(config.autoencoder)
+    if not bottleneck.discrete:
         return None
-    usage = CodebookUsage(config.autoencoder.vq.codebook_size).update(encoded.values_NC.cpu())
+    usage = CodebookUsage(bottleneck.num_codes(config.autoencoder)).update(encoded.values_NC.cpu())
     return {"usage": usage.usage, "perplexity": usage.perplexity}
 
 
@@ -280,10 +272,8 @@ def _generate(autoencoder: Autoencoder, prior: Prior, num_classes: int, config: 
 
 def _bits_an_image(prior: Prior, cache: EncodingCache, config: Config) -> float:
     """Held-out code length of the latent under the prior, in bits per image."""
-    family = PRIOR_FAMILIES[prior_family(config)]
-    if family.final_bits is not None:  # it solves an ODE for each image: the same few for every trial
-        few = _some(len(cache.validation), IMAGES_FOR_BITS)
-        validation = type(cache.validation)(cache.validation.values_NC[few], cache.validation.labels_N[few])
-        return family.final_bits(prior, validation, config)
-    score = family.score(prior, cache.validation, config)
-    return score * cache.latent_size**2 if family.criterion == "bits_per_token" else score
+    family, validation = prior_family(config), cache.validation
+    if family.costly_bits:  # it solves an ODE for each image: the same few for every trial
+        few = _some(len(validation), IMAGES_FOR_BITS)
+        validation = type(validation)(validation.values_NC[few], validation.labels_N[few])
+    return family.bits_per_image(prior, validation, config)

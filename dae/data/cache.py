@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dae.config import Config, knobs
-from dae.distributed import draw_rows
 from dae.files import replaced_folder, write_file
+from dae.quantizers import bottleneck_class
 
 DESCRIPTION = "cache.json"
 
@@ -170,41 +170,8 @@ def transform_fingerprint(config: Config) -> str:
     if config.prior.num_augmentations == 0:
         return "plain"
     how = {knob.encoding: operator.attrgetter(key)(config) for key, knob in knobs().items() if knob.encoding}
-    if config.autoencoder.bottleneck == "kl":
+    if not bottleneck_class(config.autoencoder).discrete:
         del how["code_temperature"]  # there are no codes
     if not config.prior.augment_images:
         del how["flip"], how["affine"]
     return json.dumps(dict(sorted(how.items(), key=lambda item: _ORDER.index(item[0]))))
-
-
-def choose_augmentations(encodings_BC: Tensor, draw_B: Tensor) -> Tensor:
-    """[B, ...]: of each row of [B, C, ...] the one that a uniform draw in [0, 1) points at."""
-    chosen = (draw_B * encodings_BC.shape[1]).long()
-    return encodings_BC[torch.arange(len(encodings_BC), device=encodings_BC.device), chosen]
-
-
-def sample_posteriors(moments_BEhw: Tensor) -> Tensor:
-    """Latents [B, D, h, w] drawn from the posteriors N(mean, exp(log-variance)); torch's global generator decides."""
-    mean, log_variance = moments_BEhw.chunk(2, dim=1)
-    return mean + (0.5 * log_variance).exp() * draw_rows(torch.randn, mean.shape, device=mean.device)
-
-
-def latent_statistics(cached: PosteriorDataset) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation [D] of each channel of the latents that `sample_posteriors` draws, over all augmentations.
-
-    Exact, without drawing: Var z = Var E[z | x] + E Var[z | x], in float64.
-
-    Raises:
-        ValueError: a channel is constant, or not finite: no scale can be estimated.
-    """
-    mean, log_variance = cached.moments_NCEhw.chunk(2, dim=2)
-    over = (0, 1, 3, 4)
-    centre_D = mean.mean(over, dtype=torch.float64)
-    variance_D = (mean.double() - centre_D.view(-1, 1, 1)).square().mean(over) + log_variance.double().exp().mean(over)
-    std_D = variance_D.sqrt()
-    if not (centre_D.isfinite().all() and std_D.isfinite().all() and (std_D > 0).all()):
-        raise ValueError(
-            f"the latents' standard deviations by channel are {std_D.tolist()}: expected finite, positive ones. Has the "
-            "autoencoder diverged, or its latent collapsed (autoencoder.kl.kl_weight)?"
-        )
-    return centre_D.float(), std_D.float()

@@ -23,7 +23,7 @@ def reconstruct(model: Autoencoder, classifier: Classifier, images: Tensor, show
         `psnr`, `ssim` and features `found` of each, the `rebuilt` images of the rows `shown`, and the tokens or posteriors by
         their names in `Encoding`.
     """
-    names = ("indices",) if model.config.bottleneck == "vq" else ("features", "log_variance")
+    names = model.bottleneck.kept
     kept = {name: [] for name in ("psnr", "ssim", "found", "rebuilt", *names)}
     size = min(batch_size, max(1, BATCH_PIXELS // (images.shape[2] * images.shape[3])))
     for rows in torch.arange(len(images)).split(size):

@@ -1,6 +1,6 @@
 """Metrics of reconstructions, codebooks and samples, each with its convention and source stated.
 
-Importing this package needs torch alone; torchmetrics and the data pipeline are imported by the functions that use them.
+Importing this package needs torch alone; torchmetrics is imported by the function that uses it.
 """
 
 from dae.metrics.classifier import Classifier, accuracy, extract_features, predict, rotation_task, train_classifier
@@ -16,28 +16,8 @@ from dae.metrics.structural_similarity import ssim
 from dae.metrics.validation import as_float
 
 __all__ = [
-    "Classifier",
-    "CodebookUsage",
-    "EqualCountFrechet",
-    "FeatureStatistics",
-    "KernelDistance",
-    "Memorisation",
-    "PrecisionRecall",
-    "accuracy",
-    "as_float",
-    "bits_back",
-    "code_entropy_rate",
-    "equal_count_frechet",
-    "extract_features",
-    "frechet_distance",
-    "gaussian_rate",
-    "kernel_distance",
-    "memorisation",
-    "precision_recall",
-    "predict",
-    "psnr",
-    "rotation_task",
-    "ssim",
-    "train_classifier",
-    "versions",
-]
+    "Classifier", "CodebookUsage", "EqualCountFrechet", "FeatureStatistics", "KernelDistance", "Memorisation", "PrecisionRecall",
+    "accuracy", "as_float", "bits_back", "code_entropy_rate", "equal_count_frechet", "extract_features", "frechet_distance",
+    "gaussian_rate", "kernel_distance", "memorisation", "precision_recall", "predict", "psnr", "rotation_task", "ssim",
+    "train_classifier", "versions",
+]  # fmt: skip

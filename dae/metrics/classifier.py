@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dae.files import write_file
-from dae.metrics.validation import as_float, check_held_images, check_images, check_values
+from dae.metrics.validation import as_float, check_images, check_values
 from dae.precision import own_arithmetic
 
 _FORMAT = "dae-classifier-1"
@@ -24,12 +24,10 @@ class Classifier(nn.Module):
         features = standardised concatenation of the means over positions after each of three levels,   logits = linear(features)
 
     Each level is one or two 3 x 3 convolutions with batch normalization and GELU; the resolution halves between levels. The
-    mean after the first level sees strokes and textures, the last one shapes. A usual penultimate layer sees the last alone,
-    and as a good classifier forgets what does not change the class, a Fréchet distance in it is almost blind to noise and
-    blur. Features are smooth in the image, few (64), and standardised to mean 0 and variance 1 over the training
-    batches (slightly moved images), so none dominates and a distance reads in units of that variance.
-
-    In eval mode, which training and loading leave it in, an image's output does not depend on its batch.
+    mean after the first level sees strokes and textures, the last one shapes: a Fréchet distance in the last level alone, where
+    a good classifier has dropped what does not change the class, is almost blind to noise and blur. Features are few (64) and
+    standardised to mean 0 and variance 1 over the training batches, so none dominates and a distance reads in units of that
+    variance. In eval mode, which training and loading leave it in, an image's output does not depend on its batch.
 
     Args:
         channels: channels of the images.
@@ -45,19 +43,13 @@ class Classifier(nn.Module):
     def __init__(self, channels: int, num_classes: int, *, width: int = 16, patch: int = 1, name: str = "images") -> None:
         super().__init__()
         if min(channels, num_classes, width, patch) < 1 or patch > 8:
-            raise ValueError(
-                "expected channels, num_classes, width and patch of at least 1, patch at most 8, "
-                f"got {channels}, {num_classes}, {width} and {patch}"
-            )
+            expected = "expected channels, num_classes, width and patch of at least 1, patch at most 8"
+            raise ValueError(f"{expected}, got {channels}, {num_classes}, {width} and {patch}")
         self.channels, self.num_classes, self.width, self.patch, self.name = channels, num_classes, width, patch, name
         self.feature_dim = 4 * width
-        self.levels = nn.ModuleList(
-            [
-                nn.Sequential(*_convolution(channels, width, patch + 2, patch), *_convolution(width, width)),
-                nn.Sequential(*_convolution(width, width, stride=2), *_convolution(width, width)),
-                nn.Sequential(*_convolution(width, 2 * width, stride=2)),
-            ]
-        )
+        first = nn.Sequential(*_convolution(channels, width, patch + 2, patch), *_convolution(width, width))
+        second = nn.Sequential(*_convolution(width, width, stride=2), *_convolution(width, width))
+        self.levels = nn.ModuleList([first, second, nn.Sequential(*_convolution(width, 2 * width, stride=2))])
         self.standardise = nn.BatchNorm1d(self.feature_dim, affine=False)
         self.to_logits = nn.Linear(self.feature_dim, num_classes)
 
@@ -73,7 +65,7 @@ class Classifier(nn.Module):
         return self.standardise(torch.cat(means, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits [N, num_classes]."""
+        """Logits [N, num_classes] of images as in `features`."""
         return self.to_logits(self.features(x))
 
     @property
@@ -95,12 +87,7 @@ class Classifier(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> Classifier:
-        """Read what `save` wrote.
-
-        Raises:
-            FileNotFoundError: no such file.
-            ValueError: the file is not a classifier of this format.
-        """
+        """Read what `save` wrote. FileNotFoundError: no such file. ValueError: it is no classifier of this format."""
         from safetensors import SafetensorError, safe_open
 
         if not Path(path).is_file():
@@ -136,25 +123,19 @@ def train_classifier(
     progress: bool = True,
     name: str = "images",
 ) -> Classifier:
-    """Train a `Classifier` by AdamW: one-cycle learning rate, weight decay, label smoothing, slight random affine maps.
+    """A `Classifier` in eval mode, trained by AdamW: one-cycle learning rate, weight decay, label smoothing, affine jitter.
 
-    One seed gives the same weights bit by bit on the same hardware and number of threads, in a run of however many
-    processes (each that calls it trains the same classifier). All random draws are made on the CPU, and the global
-    random state is left as it was. The patch is the shorter side / 16, between 1 and 8.
+    One seed gives the same weights bit by bit on the same hardware and number of threads, in each process that calls it. All
+    random draws are made on the CPU, and the global random state is left as it was. The patch is the shorter side / 16, between
+    1 and 8.
 
     Args:
         images: [N, C, H, W], float, in [-1, 1], or held as 8 bits (uint8, x / 127.5 - 1).
         labels: int64 [N] in 0..num_classes-1.
-        num_classes: number of classes.
-        steps: optimiser steps.
         seed: of the weights, the batches and the augmentation.
         batch_size: images per step, at least 2, drawn epoch by epoch without replacement; N where there are fewer.
         device: where to train; the classifier stays there.
-        progress: show a progress bar.
         name: what the images are, for `Classifier.identifier`.
-
-    Returns:
-        The classifier, in eval mode.
 
     Raises:
         TypeError: images that are neither floating point nor uint8, or labels that are not int64.
@@ -179,13 +160,10 @@ def train_classifier(
         torch.random.default_generator.manual_seed(seed)
         patch = min(max(min(images.shape[2:]) // 16, 1), 8)
         classifier = Classifier(images.shape[1], num_classes, patch=patch, name=name).to(device).train()
-        peak = 3e-3
-        matrices = [p for p in classifier.parameters() if p.ndim > 1]
-        vectors = [p for p in classifier.parameters() if p.ndim == 1]
-        optimizer = torch.optim.AdamW(
-            [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}], lr=peak
-        )
-        total = max(steps, 3)
+        peak, total = 3e-3, max(steps, 3)
+        matrices, vectors = ([p for p in classifier.parameters() if (p.ndim > 1) == matrix] for matrix in (True, False))
+        groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, lr=peak)
         warm_up = max(0.2, 2 / total)  # the two phases end one step apart: OneCycleLR divides by their lengths
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=total, pct_start=warm_up)
         order = torch.empty(0, dtype=torch.int64)
@@ -215,7 +193,7 @@ def _jitter(images: Tensor) -> Tensor:
 
 
 def _check_labels(images: Tensor, labels: Tensor) -> None:
-    check_held_images(images=images)
+    check_images(held=True, images=images)
     check_values("labels", labels, "int64 in a dense tensor", "convert them by labels.long()", (torch.int64,))
     if labels.shape != (len(images),):
         raise ValueError(f"labels: expected shape ({len(images)},), one label an image, got {tuple(labels.shape)}")
@@ -237,7 +215,7 @@ def predict(classifier: Classifier, images: Tensor, batch_size: int = 500) -> Te
 def _in_batches(classifier: Classifier, function: Callable[[Tensor], Tensor], images: Tensor, batch_size: int) -> Tensor:
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1 image, got {batch_size}")
-    check_held_images(images=images)
+    check_images(held=True, images=images)
     device, training = classifier.to_logits.weight.device, classifier.training
     classifier.eval()
     try:
@@ -259,9 +237,6 @@ def accuracy(classifier: Classifier, images: Tensor, labels: Tensor, batch_size:
 def rotation_task(images: Tensor) -> tuple[Tensor, Tensor]:
     """A self-supervised task for images without labels: by how many quarter turns was the image rotated?
 
-    Train a classifier with 4 classes on it where there are no labels, so that features exist; name it after the task
-    (`name="photos-rotation"`), for its features are others than those of a classifier of objects.
-
     Args:
         images: square images [N, C, S, S].
 
@@ -270,13 +245,13 @@ def rotation_task(images: Tensor) -> tuple[Tensor, Tensor]:
         labels [4 N] in 0..3.
 
     Raises:
-        TypeError: images that are not floating point.
+        TypeError: images that are neither floating point nor uint8.
         ValueError: images that are not square.
 
     Source: Gidaris, Singh and Komodakis, "Unsupervised Representation Learning by Predicting Image Rotations", ICLR 2018
     (arXiv 1803.07728).
     """
-    check_held_images(images=images)
+    check_images(held=True, images=images)
     if images.shape[2] != images.shape[3]:
         raise ValueError(f"images: expected square images, got {images.shape[2]} x {images.shape[3]}; crop them")
     rotated = torch.cat([images.rot90(turns, (2, 3)) for turns in range(4)])

@@ -31,9 +31,7 @@ class CodebookUsage:
     def update(self, indices: Tensor) -> CodebookUsage:
         """Add integer indices of any shape (also none); returns itself.
 
-        Raises:
-            TypeError: indices that are not integers.
-            ValueError: an index outside of 0..K-1; nothing is counted then.
+        TypeError: indices that are not integers. ValueError: an index outside of 0..K-1; nothing is counted then.
         """
         check_integers("indices", indices, "pass the codes, not the latents")
         size = len(self.counts)

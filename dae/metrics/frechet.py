@@ -54,25 +54,22 @@ def equal_count_frechet(
 ) -> EqualCountFrechet:
     """Fréchet distances of disjoint random subsets of `other_features` to a random subset of the reference, all of n rows.
 
-    Both sets are shuffled `repeats` times: which rows fall together moves a single distance more than most changes of a model.
-
-    The bias of the estimate depends on n, so distances compare only at one n: give `count` the same value wherever
-    the results will be compared. The floor of such a table is the distance of real held-out images to the reference.
+    The bias of the estimate depends on n, so distances compare only at one `count`. The floor of such a table is the distance of
+    real held-out images to the reference.
 
     Args:
         reference_features: [N, D].
         other_features: [M, D]; floor(M / n) subsets are drawn in each repeat.
         count: rows n of every subset, at most min(N, M), which is the default.
-        repeats: shuffles of both sets, at least 1.
+        repeats: shuffles of both sets, at least 1: which rows fall together moves a distance more than most changes of a model.
         seed: of the subsets; the global random state is neither read nor changed.
 
     Returns:
-        mean, std and number of the distances. The std is the sample standard deviation over the distances (0 of a single
-        one). It says how far a single subset strays, not how sure the mean is: subsets of different repeats share rows, and
-        where n is all of the reference, its part is missing.
+        mean, sample standard deviation (0 of a single one) and number of the distances. The deviation is that of one subset, not
+        of the mean: subsets of different repeats share rows, and where n is all of the reference, its part is missing.
 
     Raises:
-        TypeError, ValueError: as `frechet_distance`; count below 2 or above min(N, M); or no repeats.
+        TypeError, ValueError: as `frechet_distance`; count below 2 or above min(N, M); no repeats.
     """
     check_features(rows=2, reference_features=reference_features, other_features=other_features)
     available = min(len(reference_features), len(other_features))
@@ -84,11 +81,10 @@ def equal_count_frechet(
     generator = torch.Generator().manual_seed(seed)
     distances = []
     for _ in range(repeats):
-        reference_order, other_order = (
-            torch.randperm(len(x), generator=generator).to(x.device) for x in (reference_features, other_features)
+        first, second = (
+            x[torch.randperm(len(x), generator=generator).to(x.device)] for x in (reference_features, other_features)
         )
-        reference = FeatureStatistics().update(reference_features[reference_order[:count]])
-        subsets = [rows for rows in other_order.split(count) if len(rows) == count]
-        distances += [frechet_distance(reference, other_features[rows]) for rows in subsets]
+        reference = FeatureStatistics().update(first[:count])
+        distances += [frechet_distance(reference, rows) for rows in second.split(count) if len(rows) == count]
     mean, std = statistics.fmean(distances), statistics.stdev(distances) if len(distances) > 1 else 0.0
     return EqualCountFrechet(mean, std, len(distances))

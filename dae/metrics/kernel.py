@@ -39,8 +39,8 @@ def kernel_distance(
         MMD^2(X, Y) = mean_{i != j} k(x_i, x_j) + mean_{i != j} k(y_i, y_j) - 2 mean_{ij} k(x_i, y_j)
         k(x, y)     = (gamma x.y + coef0)^degree
 
-    This is the formula of KID; it is KID only with the features of its Inception network. Unlike the Frechet distance the
-    estimate is unbiased at any number of rows: it may be negative, and compares also between unequal counts. Of all rows it is
+    The formula of KID, which it is only with the features of an Inception network. Unlike the Frechet distance the estimate is
+    unbiased at any number of rows: it may be negative, and compares also between unequal counts. Of all rows it is
     `dae_kernels.mmd(x, y, kernel="polynomial")`; subsets show how much it strays. In float64.
 
     Args:
@@ -51,8 +51,8 @@ def kernel_distance(
         seed: of the subsets; the global random state is neither read nor changed.
 
     Returns:
-        mean and sample standard deviation of the distances (0 of a single one; torchmetrics divides by their number), and how
-        many of which size they are. The deviation is that of one subset, not of the mean: subsets share rows.
+        mean and sample standard deviation of the distances (0 of a single one; torchmetrics divides by their number), their
+        number and size. The deviation is that of one subset, not of the mean: subsets share rows.
 
     Raises:
         TypeError, ValueError: features that are not floating point [N, D], not finite, of different D, or with fewer than 2
@@ -76,5 +76,4 @@ def kernel_distance(
 
     kernel = {"kernel": "polynomial", "degree": degree, "gamma": gamma, "coef0": coef0}
     distances = [mmd(drawn(reference_features), drawn(other_features), **kernel).item() for _ in range(subsets)]
-    std = statistics.stdev(distances) if subsets > 1 else 0.0
-    return KernelDistance(statistics.fmean(distances), std, subsets, size)
+    return KernelDistance(statistics.fmean(distances), statistics.stdev(distances) if subsets > 1 else 0.0, subsets, size)

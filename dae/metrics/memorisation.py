@@ -42,12 +42,10 @@ def memorisation(
 
         distance(x) = min over training images t of sqrt(mean over pixels and channels of (x - t)^2)
 
-    that is the root mean square difference a pixel, in units of [-1, 1]: black and white images are 2 apart. The threshold is
-    the 1 % quantile of the held-out images' distances by nearest rank: the (r + 1)-th smallest, where r is 0.01 M rounded
-    (halves up), and an image counts if it is *strictly* below. So without ties r of the M held-out images count: 1 % as
-    nearly as whole images allow, none if M is below 50. If that many held-out images are exact copies of training
-    images, the threshold would be 0 and nothing could be below; it is then the smallest positive number: exact copies
-    count, and share_heldout says how many there were.
+    the root mean square difference per pixel, in units of [-1, 1]: black and white images are 2 apart. The threshold is the 1 %
+    quantile of the held-out images' distances by nearest rank, the (r + 1)-th smallest, where r is 0.01 M rounded (halves up).
+    An image counts if it is *strictly* below: without ties r of the M held-out images do, none if M is below 50. A threshold of
+    0 (so many held-out images are copies of training images) becomes the smallest positive number, so that exact copies count.
 
     Args:
         samples, train, heldout: images [N, C, H, W], [T, C, H, W], [M, C, H, W], float in [-1, 1] or held as uint8.
@@ -72,26 +70,18 @@ def memorisation(
     nearest_index, nearest_distance = _nearest(samples, train, block)
     if heldout_distance is None:
         heldout_distance = nearest_distance if samples is heldout else _nearest(heldout, train, block)[1]
-    rank = (len(heldout) + 50) // 100
-    smallest_positive = torch.finfo(torch.float64).tiny
-    threshold = max(heldout_distance.sort().values[rank].item(), smallest_positive)
-    return Memorisation(
-        share_samples=(nearest_distance < threshold).double().mean().item(),
-        share_heldout=(heldout_distance < threshold).double().mean().item(),
-        threshold=threshold,
-        nearest_index=nearest_index,
-        nearest_distance=nearest_distance,
-        heldout_distance=heldout_distance,
-    )
+    threshold = heldout_distance.sort().values[(len(heldout) + 50) // 100].item()
+    threshold = max(threshold, torch.finfo(torch.float64).tiny)
+    samples_below, heldout_below = ((d < threshold).double().mean().item() for d in (nearest_distance, heldout_distance))
+    return Memorisation(samples_below, heldout_below, threshold, nearest_index, nearest_distance, heldout_distance)
 
 
 def _nearest(images: Tensor, train: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """Index of the training image nearest to each image, and its root mean square distance a pixel."""
+    """Index of the training image nearest to each image, and its root mean square distance per pixel."""
     indices, distances = [], []
     for rows in images.flatten(1).split(block):
         x_BP = as_float(rows).double()
-        best_B = torch.full((len(rows),), torch.inf, dtype=torch.float64, device=rows.device)
-        index_B = torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
+        best_B, index_B = x_BP.new_full((len(rows),), torch.inf), torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
         for start, candidates in zip(range(0, len(train), block), train.flatten(1).split(block), strict=True):
             t_KP = as_float(candidates.to(rows.device)).double()
             # |x - t|^2 less |x|^2, which does not change which t is nearest: one matrix product.

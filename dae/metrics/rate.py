@@ -24,9 +24,9 @@ def gaussian_rate(mean_NDhw: Tensor, log_variance_NDhw: Tensor, *, covariance: s
         m = mean_n mean_n,    S = cov_n(mean_n) + diag(mean_n variance_n)
         rate = 1/2 (log2 det S - mean_n sum_p log2 variance_np)
 
-    The trace term of the KL cancels, because S is the aggregate's own second moment. Exactly for these N images, the rate
-    is at least their mutual information I(x; z) with the posterior's samples: it is I plus KL(aggregate || N(m, S)). Scaling
-    the latent's values changes nothing, nor does any linear map of a latent with a full covariance.
+    The trace term of the KL cancels, because S is the aggregate's own second moment. For these N images the rate is
+    I(x; z) + KL(aggregate || N(m, S)), so at least their mutual information with the posterior's samples. Scaling the latent's
+    values changes nothing, nor does any linear map of a latent with a full covariance.
 
     Args:
         mean_NDhw: posterior means, [N, ...], floating, N >= 1.
@@ -63,7 +63,7 @@ def code_entropy_rate(indices_NT: Tensor, codebook_size: int, *, per_position: b
         pooled (default):  T H(token),  H over all positions together = T log2(perplexity)
         per position:      sum_t H(token_t)
 
-    Per position is never more; it knows T times as many frequencies, and of few images reads too low: it is at most log2 N a
+    Per position is never more; it knows T times as many frequencies, and of few images reads too low: it is at most log2 N per
     position. Neither knows how tokens depend on another: a prior's held-out bits do.
 
     Args:
@@ -93,14 +93,13 @@ def bits_back(
 ) -> float:
     """Code length of the latent under a prior in bits per image: E_q[log2 q(z|x) - log2 p(z)], averaged over the images.
 
-    That is KL(q(z|x) || p), what bits-back coding pays for the latent, and at least I(x; z) on average, whatever the prior. It
-    compares with the bits that a prior needs for VQ's tokens, the posterior of which has no entropy to give back. The
-    entropy of q is exact; log p is read at one posterior sample of each image.
+    That is KL(q(z|x) || p), what bits-back coding pays for the latent, at least I(x; z) whatever the prior. It compares with
+    the bits of VQ's tokens, whose posterior has no entropy to give back. The entropy of q is exact; log p is read at one
+    posterior sample of each image.
 
     Args:
         mean_NDhw, log_variance_NDhw: as in `gaussian_rate`.
-        log_prob: latents [N, D, h, w] to log p [N] in nats, in the scale of the latents: `GaussianMixturePrior.log_prob`, or a
-            function that calls `dae.sampling.log_likelihood` with the images' labels, in batches.
+        log_prob: latents [N, D, h, w] to log p [N] in nats, in the scale of the latents.
         generator: of the posterior samples, on the device of the means.
 
     Raises:
@@ -113,11 +112,10 @@ def bits_back(
     _, log_variance = check_posterior(mean_NDhw, log_variance_NDhw)
     noise = torch.randn(mean_NDhw.shape, generator=generator, device=mean_NDhw.device, dtype=mean_NDhw.dtype)
     log_p = log_prob(mean_NDhw + (0.5 * log_variance_NDhw).exp() * noise)
-    if log_p.shape != mean_NDhw.shape[:1] or not torch.isfinite(log_p).all():
-        raise ValueError(
-            f"log_prob: expected {len(mean_NDhw)} finite numbers, one per image, got shape {list(log_p.shape)}"
-            f"{'' if torch.isfinite(log_p).all() else ' with NaN or infinity'}"
-        )
+    finite = bool(torch.isfinite(log_p).all())
+    if log_p.shape != mean_NDhw.shape[:1] or not finite:
+        got = f"{list(log_p.shape)}{'' if finite else ' with NaN or infinity'}"
+        raise ValueError(f"log_prob: expected {len(mean_NDhw)} finite numbers, one per image, got shape {got}")
     negative_entropy = -0.5 * (1 + math.log(2 * math.pi) + log_variance).sum(1)
     return ((negative_entropy - log_p.double()).mean() / math.log(2)).item()
 
@@ -129,8 +127,6 @@ def check_posterior(mean_NDhw: Tensor, log_variance_NDhw: Tensor) -> tuple[Tenso
         if not torch.isfinite(x).all():
             raise ValueError(f"{name}: expected finite numbers, got NaN or infinity; has the autoencoder diverged?")
     if mean_NDhw.shape != log_variance_NDhw.shape or mean_NDhw.ndim < 2 or len(mean_NDhw) == 0:
-        raise ValueError(
-            "expected mean and log_variance of one shape [N, D, h, w] with N >= 1, "
-            f"got {list(mean_NDhw.shape)} and {list(log_variance_NDhw.shape)}"
-        )
+        got = f"{list(mean_NDhw.shape)} and {list(log_variance_NDhw.shape)}"
+        raise ValueError(f"expected mean and log_variance of one shape [N, D, h, w] with N >= 1, got {got}")
     return mean_NDhw.double().flatten(1), log_variance_NDhw.double().flatten(1)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from typing import cast
+
+import torch
 from torch import Tensor
 
 from dae.metrics.validation import check_image_pairs
@@ -19,9 +22,8 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     not be negative (with both signs the two brackets flip together, and an image resembles its negative), so pixels are
     moved to [0, 2] first: the values are those of the usual SSIM of images in [0, 1] with R = 1.
 
-    The window is the paper's, 11 x 11 with sigma 1.5, where it fits. In images smaller than that it shrinks to the largest
-    odd window that fits, with sigma 0.3 pixel for each pixel of its radius: 7 x 7 with sigma 0.9 for 8 x 8 images. Values
-    of images smaller than 11 pixels therefore compare only with values at the same resolution.
+    The window is the paper's, 11 x 11 with sigma 1.5; in smaller images the largest odd one that fits, with a sigma of 0.3
+    radius: 7 x 7 with sigma 0.9 for 8 x 8 images. Values below 11 pixels therefore compare only at the same resolution.
 
     Args:
         a, b: images [N, C, H, W], float, in [-1, 1], H and W at least 3.
@@ -41,11 +43,11 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
     if side < 3:
         raise ValueError(f"expected images of at least 3 x 3 pixels, got {a.shape[2]} x {a.shape[3]}; no window fits")
     if len(a) == 0:
-        return a.new_zeros(0).double()
+        return a.new_zeros(0, dtype=torch.float64)
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     radius = min(5, (side - 1) // 2)
     # torchmetrics derives the window from sigma: radius = int(3.5 sigma + 0.5), which 0.3 x radius inverts for 1..5.
-    return structural_similarity_index_measure(
-        a.double() + 1, b.double() + 1, sigma=0.3 * radius, reduction="none", data_range=2.0
-    ).reshape(len(a))
+    x, y = a.double() + 1, b.double() + 1
+    values = structural_similarity_index_measure(x, y, sigma=0.3 * radius, reduction="none", data_range=2.0)
+    return cast(Tensor, values).reshape(len(a))

@@ -6,13 +6,12 @@ import torch
 from dae_kernels.checks import FLOAT_DTYPES
 from torch import Tensor
 
+INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+
 
 def as_float(images: Tensor) -> Tensor:
     """Images in [-1, 1] of images that are held as 8 bits, x / 127.5 - 1 in float32; others as they are."""
     return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images
-
-
-INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def check_integers(name: str, x: object, remedy: str) -> None:
@@ -22,6 +21,7 @@ def check_integers(name: str, x: object, remedy: str) -> None:
 
 def check_values(name: str, x: object, expected: str, remedy: str, dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES) -> None:
     """TypeError unless x is a dense tensor of one of these dtypes, with values: not of 8 bits, sparse, nested or on meta."""
+    got: object
     if not isinstance(x, Tensor):
         got = type(x).__name__
     elif x.dtype not in dtypes:
@@ -35,17 +35,9 @@ def check_values(name: str, x: object, expected: str, remedy: str, dtypes: tuple
     raise TypeError(f"{name}: expected {expected}, got {got}; {remedy}")
 
 
-def check_held_images(**images: Tensor) -> None:
-    """Each argument is a batch of images [N, C, H, W], floating point or held as 8 bits (a quarter of the memory)."""
-    _check_images(images, (*FLOAT_DTYPES, torch.uint8))
-
-
-def check_images(**images: Tensor) -> None:
-    """Each argument is a batch of floating point images [N, C, H, W]."""
-    _check_images(images, FLOAT_DTYPES)
-
-
-def _check_images(images: dict[str, Tensor], dtypes: tuple[torch.dtype, ...]) -> None:
+def check_images(held: bool = False, **images: Tensor) -> None:
+    """Each argument is a batch of floating point images [N, C, H, W], or also one held as 8 bits (a quarter of the memory)."""
+    dtypes = (*FLOAT_DTYPES, torch.uint8) if held else FLOAT_DTYPES
     for name, x in images.items():
         check_values(name, x, "floating point images in [-1, 1]", "for uint8, x.float() / 127.5 - 1", dtypes)
         if x.ndim != 4:
@@ -61,13 +53,12 @@ def check_image_pairs(a: Tensor, b: Tensor) -> None:
 
 def check_same_pixels(**images: Tensor) -> None:
     """Batches of any length whose images have one size, so that pixels can be compared."""
-    check_held_images(**images)
+    check_images(held=True, **images)
     (first, reference), *others = images.items()
     for name, x in others:
         if x.shape[1:] != reference.shape[1:]:
-            raise ValueError(
-                f"expected images of one size, got {tuple(reference.shape[1:])} ({first}) and {tuple(x.shape[1:])} ({name})"
-            )
+            sizes = f"{tuple(reference.shape[1:])} ({first}) and {tuple(x.shape[1:])} ({name})"
+            raise ValueError(f"expected images of one size, got {sizes}")
 
 
 def check_features(rows: int = 0, **features: Tensor) -> None:

@@ -4,5 +4,6 @@ from dae.models.discriminator import PatchDiscriminator
 from dae.models.dit import DiT
 from dae.models.kernels import choose_kernels
 from dae.models.mixture import GaussianMixturePrior
+from dae.models.prior import Prior
 
-__all__ = ["ARPrior", "Autoencoder", "DiT", "GaussianMixturePrior", "PatchDiscriminator", "choose_kernels"]
+__all__ = ["ARPrior", "Autoencoder", "DiT", "GaussianMixturePrior", "PatchDiscriminator", "Prior", "choose_kernels"]

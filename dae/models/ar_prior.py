@@ -7,17 +7,15 @@ positions are added at the input: rotary ones say how far apart two tokens are, 
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 from dae_kernels import attention, linear_cross_entropy, qk_norm, rotary_table, rotate, swiglu
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dae.config import PriorConfig, from_dict
+from dae.config import PriorConfig
 from dae.distributed import draw_rows
-from dae.hub import PretrainedModel
 from dae.models.layers import ClassConditional, Dropout
+from dae.models.prior import Prior
 from dae.precision import WideBuffers
 
 
@@ -71,7 +69,7 @@ class Block(nn.Module):
         return x + self.dropout(self.down(swiglu(self.gate_up(self.norm_mlp(x)))))
 
 
-class ARPrior(WideBuffers, ClassConditional, PretrainedModel):
+class ARPrior(WideBuffers, ClassConditional, Prior):
     """p(tokens | class) = prod_t p(token_t | class, token_<t).
 
     Args:
@@ -83,16 +81,15 @@ class ARPrior(WideBuffers, ClassConditional, PretrainedModel):
     """
 
     operation, impl = "linear_cross_entropy", "auto"
+    shape = ("vocab_size", "sequence_length")
 
     def __init__(self, config: PriorConfig, *, vocab_size: int, sequence_length: int, num_classes: int, tokenizer: str = ""):
-        super().__init__()
+        super().__init__(config, num_classes, tokenizer)
         if config.width % config.num_heads or (config.width // config.num_heads) % 2:
             raise ValueError(
                 f"prior.width={config.width} over prior.num_heads={config.num_heads}: expected an even, whole head dimension"
             )
-        self.config, self.vocab_size, self.sequence_length = config, vocab_size, sequence_length
-        self.num_classes, self.tokenizer = num_classes, tokenizer
-        self.gradient_checkpointing = False
+        self.vocab_size, self.sequence_length = vocab_size, sequence_length
         self.class_embedding = nn.Embedding(num_classes + 1, config.width)
         self.token_embedding = nn.Embedding(vocab_size, config.width)
         self.position_embedding = nn.Embedding(sequence_length, config.width)
@@ -171,11 +168,3 @@ class ARPrior(WideBuffers, ClassConditional, PretrainedModel):
             device=weight.device,
             dtype=weight.dtype,
         )
-
-    def to_config(self) -> dict:
-        shape = {"vocab_size": self.vocab_size, "sequence_length": self.sequence_length, "num_classes": self.num_classes}
-        return {"prior": dataclasses.asdict(self.config), **shape, "tokenizer": self.tokenizer}
-
-    @classmethod
-    def from_config(cls, config: dict) -> ARPrior:
-        return cls(from_dict(PriorConfig, config["prior"]), **{k: v for k, v in config.items() if k != "prior"})

@@ -12,7 +12,7 @@ from dae.config import AutoencoderConfig, DecoderConfig, from_dict
 from dae.hub import PretrainedModel
 from dae.models.decoders import build_decoder
 from dae.models.layers import Downsample, GroupNorm, ResidualBlock, SelfAttention2d
-from dae.quantizers import Encoding, GaussianBottleneck, VectorQuantizer
+from dae.quantizers import Encoding, bottleneck_class
 
 
 @dataclass
@@ -80,12 +80,7 @@ class Autoencoder(PretrainedModel):
                 f"the resolution by {self.factor}; data.resolution={resolution} is not divisible. "
                 f"The nearest that are: {resolution // self.factor * self.factor}, {-(-resolution // self.factor) * self.factor}"
             )
-        if config.bottleneck == "vq":
-            self.bottleneck = VectorQuantizer(config.vq, config.latent_channels)
-        elif config.bottleneck == "kl":
-            self.bottleneck = GaussianBottleneck(config.kl)
-        else:
-            raise ValueError(f"autoencoder.bottleneck: expected 'vq' or 'kl', got {config.bottleneck!r}")
+        self.bottleneck = bottleneck_class(config).build(config)
         features = config.latent_channels * self.bottleneck.features_per_latent
         self.encoder = Encoder(config, image_channels, resolution, features)
         self.decoder = build_decoder(config, image_channels, resolution)
@@ -121,9 +116,9 @@ class Autoencoder(PretrainedModel):
         Raises:
             ValueError: the bottleneck has no codebook, an index lies outside it, or a raster of another length.
         """
-        if self.config.bottleneck != "vq":
+        if not self.bottleneck.discrete:
             raise ValueError("only a VQ bottleneck has indices; this autoencoder's is KL: use .decode(latents)")
-        codes = self.config.vq.codebook_size
+        codes = self.bottleneck.num_codes(self.config)
         if indices.numel() and not (indices.min() >= 0 and indices.max() < codes):
             raise ValueError(f"indices must lie in 0..{codes - 1}, got {int(indices.min())}..{int(indices.max())}")
         if indices.ndim == 2:

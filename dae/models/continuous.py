@@ -1,18 +1,15 @@
-"""What the priors over a continuous latent share: the shape they model, its checks, and how they describe themselves."""
+"""What the priors over a continuous latent share: the shape they model, and its checks."""
 
 from __future__ import annotations
-
-import dataclasses
-from typing import Self
 
 from dae_kernels.checks import check_floating
 from torch import Tensor
 
-from dae.config import PriorConfig, from_dict
-from dae.hub import PretrainedModel
+from dae.config import PriorConfig
+from dae.models.prior import Prior
 
 
-class ContinuousPrior(PretrainedModel):
+class ContinuousPrior(Prior):
     """A prior over latents [D, h, h].
 
     Args:
@@ -26,14 +23,15 @@ class ContinuousPrior(PretrainedModel):
         ValueError: a size below 1.
     """
 
+    shape = ("latent_channels", "latent_size")
+
     def __init__(self, config: PriorConfig, *, latent_channels: int, latent_size: int, num_classes: int, tokenizer: str = ""):
-        super().__init__()
+        super().__init__(config, num_classes, tokenizer)
         sizes = {"latent_channels": latent_channels, "latent_size": latent_size, "num_classes": num_classes}
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name}: expected at least 1, got {size}")
-        self.config, self.latent_channels, self.latent_size = config, latent_channels, latent_size
-        self.num_classes, self.tokenizer = num_classes, tokenizer
+        self.latent_channels, self.latent_size = latent_channels, latent_size
 
     def check_latents(self, latents_BDhw: Tensor) -> None:
         """TypeError unless the latents are floating; ValueError unless they are [B, D, h, h]."""
@@ -44,11 +42,3 @@ class ContinuousPrior(PretrainedModel):
                 f"latents: expected [B, {', '.join(map(str, shape))}], got {list(latents_BDhw.shape)}; "
                 "make the prior with the autoencoder's latent_channels and latent_size"
             )
-
-    def to_config(self) -> dict:
-        shape = {"latent_channels": self.latent_channels, "latent_size": self.latent_size, "num_classes": self.num_classes}
-        return {"prior": dataclasses.asdict(self.config), **shape, "tokenizer": self.tokenizer}
-
-    @classmethod
-    def from_config(cls, config: dict) -> Self:
-        return cls(from_dict(PriorConfig, config["prior"]), **{k: v for k, v in config.items() if k != "prior"})

@@ -89,19 +89,13 @@ class DiT(WideBuffers, ClassConditional, ContinuousPrior):
     """
 
     def __init__(self, config: PriorConfig, *, latent_channels: int, latent_size: int, num_classes: int, tokenizer: str = ""):
-        super().__init__(
-            config,
-            latent_channels=latent_channels,
-            latent_size=latent_size,
-            num_classes=num_classes,
-            tokenizer=tokenizer,
-        )
+        shape = {"latent_channels": latent_channels, "latent_size": latent_size}
+        super().__init__(config, **shape, num_classes=num_classes, tokenizer=tokenizer)
         width = config.width
         if width % config.num_heads or (width // config.num_heads) % 4:
             raise ValueError(
                 f"prior.width={width} over prior.num_heads={config.num_heads}: expected a head dimension that 4 divides"
             )
-        self.gradient_checkpointing = False
         self.register_buffer("latent_mean", torch.zeros(latent_channels, 1, 1))
         self.register_buffer("latent_std", torch.ones(latent_channels, 1, 1))
         self.register_buffer("rotary", rotary_table_2d(latent_size, latent_size, width // config.num_heads), persistent=False)

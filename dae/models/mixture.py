@@ -24,13 +24,8 @@ class GaussianMixturePrior(WideBuffers, ContinuousPrior):
     """
 
     def __init__(self, config: PriorConfig, *, latent_channels: int, latent_size: int, num_classes: int, tokenizer: str = ""):
-        super().__init__(
-            config,
-            latent_channels=latent_channels,
-            latent_size=latent_size,
-            num_classes=num_classes,
-            tokenizer=tokenizer,
-        )
+        shape = {"latent_channels": latent_channels, "latent_size": latent_size}
+        super().__init__(config, **shape, num_classes=num_classes, tokenizer=tokenizer)
         K, P = config.num_components, latent_channels * latent_size**2
         self.register_buffer("weights", torch.full((K,), 1 / K))
         self.register_buffer("means", torch.zeros(K, P))

@@ -1,5 +1,26 @@
-from dae.quantizers.encoding import Encoding
-from dae.quantizers.kl import GaussianBottleneck
+from dae.config import AutoencoderConfig
+from dae.quantizers.bottleneck import Bottleneck, Encoding
+from dae.quantizers.kl import GaussianBottleneck, latent_statistics, sample_posteriors
 from dae.quantizers.vq import VectorQuantizer
 
-__all__ = ["Encoding", "GaussianBottleneck", "VectorQuantizer"]
+BOTTLENECKS: dict[str, type[Bottleneck]] = {"vq": VectorQuantizer, "kl": GaussianBottleneck}
+
+
+def bottleneck_class(config: AutoencoderConfig) -> type[Bottleneck]:
+    """The class that `config.bottleneck` names. ValueError: there is none of that name."""
+    if config.bottleneck not in BOTTLENECKS:
+        names = " or ".join(map(repr, BOTTLENECKS))
+        raise ValueError(f"autoencoder.bottleneck: expected {names}, got {config.bottleneck!r}")
+    return BOTTLENECKS[config.bottleneck]
+
+
+__all__ = [
+    "BOTTLENECKS",
+    "Bottleneck",
+    "Encoding",
+    "GaussianBottleneck",
+    "VectorQuantizer",
+    "bottleneck_class",
+    "latent_statistics",
+    "sample_posteriors",
+]

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Self
+
 import torch
 import torch.nn.functional as F
 from dae_kernels.codebook_statistics import codebook_statistics
 from dae_kernels.nearest_code import nearest_code
 from dae_kernels.vector_quantize import vector_quantize
-from torch import Tensor, nn
+from torch import Tensor
 
-from dae.config import VQConfig
+from dae.config import AutoencoderConfig, VQConfig
 from dae.distributed import from_first_process, gather_numbers, in_global_order, rank, sum_over_processes
 from dae.precision import WideBuffers, wide
-from dae.quantizers.encoding import Encoding, check_features
+from dae.quantizers.bottleneck import Bottleneck, Encoding, check_features
 
 
-class VectorQuantizer(WideBuffers, nn.Module):
+class VectorQuantizer(WideBuffers, Bottleneck):
     """Nearest code in l2, straight-through gradient, commitment loss, and a codebook that follows the latents.
 
     latents = code[argmin_k |z - code_k|^2], loss = commitment_weight * mean |z - sg(latents)|^2.
@@ -28,7 +31,8 @@ class VectorQuantizer(WideBuffers, nn.Module):
     all end with its codebook to the bit. The codebook and its averages are float32, whatever the module is cast to.
     """
 
-    features_per_latent = 1
+    discrete = learns_codebook = True
+    kept, rate_knob = ("indices",), "autoencoder.vq.codebook_size"
     operation, impl = "vector_quantize", "auto"  # for dae.models.kernels
     buffer_dtypes = (torch.float32,)
 
@@ -37,7 +41,6 @@ class VectorQuantizer(WideBuffers, nn.Module):
         if config.codebook_size < 1:
             raise ValueError(f"autoencoder.vq.codebook_size must be positive, got {config.codebook_size}")
         self.config = config
-        self.frozen = False
         K = config.codebook_size
         self.register_buffer("codebook", torch.randn(K, channels, dtype=torch.float32))
         self.register_buffer("average_counts", torch.ones(K, dtype=torch.float32))
@@ -46,12 +49,39 @@ class VectorQuantizer(WideBuffers, nn.Module):
         self._sums: Tensor | None = None
         self._latest: Tensor | None = None  # [B, T, D] latents of the last micro-batch that had any: where dead codes go
 
+    @classmethod
+    def build(cls, config: AutoencoderConfig) -> Self:
+        return cls(config.vq, config.latent_channels)
+
     def forward(self, features: Tensor, sample_posterior: bool = False) -> Encoding:
         """Features [B, D, h, w] to latents of the same shape and dtype and indices [B, h, w]; a code is never sampled."""
         check_features("VectorQuantizer", features, self.codebook.shape[1])
         z_BhwD, weight = features.to(wide(features.dtype)).movedim(1, -1), self.config.commitment_weight
         out = vector_quantize(z_BhwD, self.codebook, commitment_weight=weight, impl=self.impl)
         return Encoding(out.quantized.movedim(-1, 1).to(features.dtype), out.loss, features, out.indices)
+
+    def pack(self, encoding: Encoding) -> Tensor:
+        if encoding.indices is None:
+            raise ValueError("VectorQuantizer packs encodings with indices, got one without")
+        return encoding.indices.flatten(1).int()
+
+    def resample(self, encoding: Encoding, temperature: float) -> Encoding:
+        if temperature == 0:
+            return encoding
+        return dataclasses.replace(encoding, indices=self.sample_indices(encoding.features, temperature))
+
+    @staticmethod
+    def rate(config: AutoencoderConfig) -> float:
+        return float(config.vq.codebook_size)
+
+    @staticmethod
+    def check_rates(rates: list[float]) -> None:
+        if any(not r >= 2 or r != int(r) for r in rates):
+            raise ValueError(f"compare.rates: expected codebook sizes (whole numbers from 2) for the vq bottleneck, got {rates}")
+
+    @staticmethod
+    def num_codes(config: AutoencoderConfig) -> int:
+        return config.vq.codebook_size
 
     def lookup(self, indices_Bhw: Tensor) -> Tensor:
         """Codes [B, D, h, w] of indices [B, h, w], in float32."""

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+from collections.abc import Sequence
 
 from dae.config import Config
+from dae.priors import PriorFamily
 
 
-def _card(title: str, tags: list[str], usage: str, data: dict, history: list[dict], config: Config, facts: list[str]) -> str:
-    import dataclasses
-
-    validations = [row for row in history if row.get("split") == "validation"]
-    last = [row for row in history if validations and row["step"] == validations[-1]["step"] and row.get("split") != "train"]
-    metrics = {k: v for row in last for k, v in row.items() if isinstance(v, float)}
-    metrics.pop("seconds", None)
-    table = "\n".join(f"| {name} | {value:.4g} |" for name, value in metrics.items())
-    header = "\n".join(f"- {tag}" for tag in tags)
-    facts_block = "\n".join(["", "```", *facts, "```", ""]) if facts else ""
+def _card(
+    title: str, tags: Sequence[str], usage: str, data: dict, history: list[dict], config: Config, facts: Sequence[str]
+) -> str:
+    steps = [row["step"] for row in history if row.get("split") == "validation"]
+    last = [row for row in history if steps and row["step"] == steps[-1] and row.get("split") != "train"]
+    metrics = {k: v for row in last for k, v in row.items() if isinstance(v, float) and k != "seconds"}
+    table, header = "\n".join(f"| {k} | {v:.4g} |" for k, v in metrics.items()), "\n".join(f"- {tag}" for tag in tags)
+    read = "\n".join(["", "```", *facts, "```", ""]) if facts else ""
     return f"""---
 library_name: decoupled-autoencoder
 tags:
@@ -33,7 +34,7 @@ arXiv 2307.08283) as publicly described; the hyper-parameters are ours.
 ```
 
 ## Data
-{facts_block}
+{read}
 ```json
 {json.dumps(data, indent=2)}
 ```
@@ -52,7 +53,7 @@ arXiv 2307.08283) as publicly described; the hyper-parameters are ours.
 """
 
 
-def autoencoder_card(config: Config, data: dict, history: list[dict], facts: list[str] = ()) -> str:
+def autoencoder_card(config: Config, data: dict, history: list[dict], facts: Sequence[str] = ()) -> str:
     """Card of an autoencoder; `facts` is the table of `dae.data.Summary`."""
     usage = (
         "from dae.models import Autoencoder\n"
@@ -63,26 +64,16 @@ def autoencoder_card(config: Config, data: dict, history: list[dict], facts: lis
     return _card(title, ["autoencoder", "image-tokenizer", config.method], usage, data, history, config, facts)
 
 
-PRIORS = {
-    "ARPrior": ("Autoregressive prior", ["autoregressive", "image-generation"], "sample_tokens",
-                "autoencoder.decode_indices(sample_tokens(prior, labels)).sample"),
-    "DiT": ("Diffusion Transformer", ["flow-matching", "image-generation"], "sample_latents",
-            "autoencoder.decode(sample_latents(prior, labels, num_inference_steps=32)).sample"),
-    "GaussianMixturePrior": ("Gaussian mixture prior", ["gaussian-mixture", "image-generation"], None,
-                             "autoencoder.decode(prior.sample(len(labels))).sample"),
-}  # fmt: skip
-
-
-def prior_card(config: Config, kind: type, data: dict, history: list[dict], facts: list[str] = ()) -> str:
-    """Card of a prior of class `kind`."""
-    name, tags, sampler, images = PRIORS[kind.__name__]
+def prior_card(config: Config, family: PriorFamily, data: dict, history: list[dict], facts: Sequence[str] = ()) -> str:
+    """Card of a prior of `family`."""
+    name = family.model.__name__
     usage = (
         "import torch\n"
-        f"from dae.models import {', '.join(sorted(('Autoencoder', kind.__name__)))}\n"
-        + (f"from dae.sampling import {sampler}\n" if sampler else "")
+        f"from dae.models import {', '.join(sorted(('Autoencoder', name)))}\n"
+        + (f"from dae.sampling import {family.imports}\n" if family.imports else "")
         + 'autoencoder = Autoencoder.from_pretrained("path or repository of the autoencoder")\n'
-        f'prior = {kind.__name__}.from_pretrained("path or repository of the prior")\n'
+        f'prior = {name}.from_pretrained("path or repository of the prior")\n'
         "labels = torch.arange(prior.num_classes)\n"
-        f"images = {images}"
+        f"images = {family.usage}"
     )
-    return _card(f"{name} of {data['title']}", tags, usage, data, history, config, facts)
+    return _card(f"{family.title} of {data['title']}", family.tags, usage, data, history, config, facts)

@@ -102,16 +102,13 @@ def line_chart(
     for where, words in marks:
         left = where > end / 2
         axes.axvline(where, color=PALETTE["soft"][0], linewidth=1, linestyle=(0, (2, 2)))
-        axes.annotate(
-            words, (where, 1), xycoords=("data", "axes fraction"), xytext=(-5 if left else 5, -4), textcoords="offset points",
-            ha="right" if left else "left", va="top", color=PALETTE["soft"][0],
-        )  # fmt: skip
+        _note(axes, words, (where, 1), (-5 if left else 5, -4), ha="right" if left else "left", color=PALETTE["soft"][0])
     if marks:
         axes.margins(y=0.14)  # room for their words
     if logarithmic:
         _logarithmic(axes.yaxis, axes.set_yscale)
     if len(lines) > 1:
-        axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=3, frameon=False, labelcolor=PALETTE["ink"][0])
+        _legend(axes, 0, ncols=3)
     return _draw(drawing)
 
 
@@ -124,33 +121,18 @@ def bar_chart(heights: Sequence[float], *, x: str, y: str, level: tuple[float, s
     axes.set_ylim(bottom=0)
     if level:
         axes.axhline(level[0], color=PALETTE["second"][0], linewidth=1.4, linestyle=(0, (5, 2)))
-        axes.annotate(level[1], (1, level[0]), xycoords=("axes fraction", "data"), xytext=(-4, 4), textcoords="offset points",
-                      ha="right", color=PALETTE["second"][0])  # fmt: skip
+        _note(axes, level[1], (1, level[0]), (-4, 4), above=True, color=PALETTE["second"][0])
     return _draw(drawing)
 
 
-def interval_chart(
-    bars: Sequence[Bar], *, x: str, level: tuple[float, str] | None = (0.0, ""), ends: tuple[str, str] | None = None
-) -> str:
-    """Estimates with their intervals, one below the other (a forest plot), about a vertical rule `level` (where, words).
-
-    Args:
-        bars: rows from top to bottom; an interval that leaves the rule out is drawn in colour, one that holds it in grey.
-        x: name of the axis.
-        level: the rule, such as (0, "no difference"); None draws none.
-        ends: what lies to the left and to the right of the rule, such as ("better", "worse"); they take the place of its words.
-    """
-    return _draw(_figure([interval_panel(bars, x=x, level=level, ends=ends)], [interval_height(bars)], 0))
+def interval_chart(bars: Sequence[Bar], **options: Any) -> str:
+    """`interval_panel` as SVG."""
+    return _draw(_figure([interval_panel(bars, **options)], [interval_height(bars)], 0))
 
 
-def frontier_chart(
-    series: Sequence[Series], *, x: str, y: str, level: tuple[float, str] | None = None, logarithmic: bool = False
-) -> str:
-    """Points of several series in one plane, each with its colour and its marker; `level` is a horizontal rule (y, words).
-
-    `logarithmic` is about x. The axes fit the points: they need not start at 0.
-    """
-    return _draw(_figure([frontier_panel(series, x=x, y=y, level=level, logarithmic=logarithmic)], [3.6], 0))
+def frontier_chart(series: Sequence[Series], **options: Any) -> str:
+    """`frontier_panel` as SVG."""
+    return _draw(_figure([frontier_panel(series, **options)], [3.6], 0))
 
 
 def save_png(panels: Sequence[Panel], heights: Sequence[float], path: str | Path) -> None:
@@ -163,18 +145,26 @@ def save_png(panels: Sequence[Panel], heights: Sequence[float], path: str | Path
 def interval_panel(
     bars: Sequence[Bar], *, x: str, level: tuple[float, str] | None = (0.0, ""), ends: tuple[str, str] | None = None
 ) -> Panel:
-    """What `interval_chart` draws, for `save_png`."""
+    """Estimates with their intervals, one below the other (a forest plot), about a vertical rule `level` (where, words).
+
+    Args:
+        bars: rows from top to bottom; an interval that leaves the rule out is drawn in colour, one that holds it in grey.
+        x: name of the axis.
+        level: the rule, such as (0, "no difference"); None draws none.
+        ends: what lies to the left and to the right of the rule, such as ("better", "worse"); they take the place of its words.
+    """
 
     def draw(axes: Any, scheme: int) -> None:
         ink, soft, first = (PALETTE[name][scheme] for name in ("ink", "soft", "first"))
         _dress(axes, scheme, x, "", grid="x")
         for row, bar in enumerate(bars):
-            clear = level is not None and bar.low is not None and not bar.low <= level[0] <= bar.high
+            colour = soft
             if bar.values:
                 axes.plot(bar.values, [row + 0.22] * len(bar.values), "|", color=soft, markersize=5, alpha=0.8)
-            if bar.low is not None:
-                axes.plot([bar.low, bar.high], [row, row], color=first if clear else soft, linewidth=1.9, solid_capstyle="butt")
-            axes.plot([bar.mean], [row], "o", color=first if clear else soft, markersize=6.5)
+            if bar.low is not None and bar.high is not None:
+                colour = soft if level is None or bar.low <= level[0] <= bar.high else first
+                axes.plot([bar.low, bar.high], [row, row], color=colour, linewidth=1.9, solid_capstyle="butt")
+            axes.plot([bar.mean], [row], "o", color=colour, markersize=6.5)
         axes.set_yticks(range(len(bars)), [bar.name for bar in bars], color=ink)
         axes.tick_params(axis="y", length=0)
         axes.set_ylim(len(bars) - 0.4, -0.75 if level or ends else -0.5)
@@ -183,10 +173,7 @@ def interval_panel(
             return
         axes.axvline(level[0], color=soft, linewidth=1.1, linestyle=(0, (4, 2)), zorder=1)
         for words, side, shift in zip(ends or ("", level[1]), ("right", "left"), (-6, 6), strict=True):
-            axes.annotate(
-                words, (level[0], 1), xycoords=("data", "axes fraction"), xytext=(shift, -2), textcoords="offset points",
-                ha=side, va="top", color=soft, fontsize=9,
-            )  # fmt: skip
+            _note(axes, words, (level[0], 1), (shift, -2), ha=side, color=soft, fontsize=9)
 
     return draw
 
@@ -194,7 +181,10 @@ def interval_panel(
 def frontier_panel(
     series: Sequence[Series], *, x: str, y: str, level: tuple[float, str] | None = None, logarithmic: bool = False
 ) -> Panel:
-    """What `frontier_chart` draws, for `save_png`."""
+    """Points of several series in one plane, each with its colour and its marker; `level` is a horizontal rule (y, words).
+
+    `logarithmic` is about x. The axes fit the points: they need not start at 0.
+    """
 
     def draw(axes: Any, scheme: int) -> None:
         soft = PALETTE["soft"][scheme]
@@ -203,7 +193,7 @@ def frontier_panel(
             colour = PALETTE[SERIES_COLOURS[each.style % len(SERIES_COLOURS)]][scheme]
             order = np.argsort(each.x, kind="stable")
             xs, ys = np.asarray(each.x, float)[order], np.asarray(each.y, float)[order]
-            if each.low is not None:
+            if each.low is not None and each.high is not None:
                 low, high = (np.array([np.nan if v is None else v for v in ends])[order] for ends in (each.low, each.high))
                 axes.vlines(xs, low, high, color=colour, linewidth=1.1, alpha=0.75)
             marker = MARKERS[each.style % len(MARKERS)]
@@ -211,18 +201,12 @@ def frontier_panel(
             axes.plot(xs, ys, color=colour, linestyle=line, linewidth=1.3, marker=marker, markersize=6, label=each.name)
         if level:
             axes.axhline(level[0], color=soft, linewidth=1.1, linestyle=(0, (4, 2)), zorder=1)
-            axes.annotate(
-                level[1], (1, level[0]), xycoords=("axes fraction", "data"), xytext=(-4, 4), textcoords="offset points",
-                ha="right", color=soft, fontsize=9,
-            )  # fmt: skip
+            _note(axes, level[1], (1, level[0]), (-4, 4), above=True, color=soft, fontsize=9)
         axes.margins(0.08)
         if logarithmic:
             _logarithmic(axes.xaxis, axes.set_xscale)
         if len(series) > 1:
-            axes.legend(
-                loc="lower left", bbox_to_anchor=(-0.02, 1.0), ncols=4, frameon=False, labelcolor=PALETTE["ink"][scheme],
-                fontsize=9, handletextpad=0.3, columnspacing=1.2,
-            )  # fmt: skip
+            _legend(axes, scheme, ncols=4, fontsize=9, handletextpad=0.3, columnspacing=1.2)
 
     return draw
 
@@ -232,9 +216,21 @@ def interval_height(bars: Sequence[Bar]) -> float:
     return 0.9 + 0.36 * len(bars)
 
 
+def _note(axes: Any, words: str, at: tuple[float, float], shift: tuple[float, float], above: bool = False, **style: Any) -> None:
+    """Words beside a vertical rule, at its upper end, or above the right end of a horizontal one."""
+    coordinates = ("axes fraction", "data") if above else ("data", "axes fraction")
+    style = ({"ha": "right"} if above else {"va": "top"}) | style
+    axes.annotate(words, at, xycoords=coordinates, xytext=shift, textcoords="offset points", **style)
+
+
+def _legend(axes: Any, scheme: int, **style: Any) -> None:
+    axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), frameon=False, labelcolor=PALETTE["ink"][scheme], **style)
+
+
 def _thin(x: Sequence[float], y: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     block = math.ceil(len(x) / CHART_POINTS) or 1
-    return tuple(np.array([np.mean(v[i : i + block]) for i in range(0, len(v), block)]) for v in (np.asarray(x), np.asarray(y)))
+    xs, ys = ([np.mean(v[i : i + block]) for i in range(0, len(v), block)] for v in (np.asarray(x), np.asarray(y)))
+    return np.array(xs), np.array(ys)
 
 
 def _figure(panels: Sequence[Panel], heights: Sequence[float], scheme: int) -> Any:

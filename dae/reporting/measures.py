@@ -22,7 +22,8 @@ def bits_per_image(metrics: dict) -> float:
 def headline(metrics: dict, codebook_size: int) -> list[Row]:
     """The numbers that tell most, each as (value, what it is, what to hold it against)."""
     g, floor, rebuilt = metrics["generation"], metrics["floor"]["frechet"], metrics["reconstruction"]
-    weak = f"weak decoder of stage 1: {_shown(rebuilt['stage 1']['psnr'], 'dB', 1)}" if "stage 1" in rebuilt else None
+    psnr = {stage: f"{number(found['psnr'], 1)}\u00a0dB" for stage, found in rebuilt.items()}
+    weak = f"weak decoder of stage 1: {psnr['stage 1']}" if "stage 1" in psnr else "mean of held-out images"
     entries = [
         (percent(g["recognised"]), "Samples recognised as their class",
          f"real held-out images: {percent(metrics['extractor']['heldout_accuracy'])}"),
@@ -30,7 +31,7 @@ def headline(metrics: dict, codebook_size: int) -> list[Row]:
          f"{number(g['frechet_ratio'])} × that of real training images ({number(floor)})"),
         (percent(g["memorised"]), "Near-copies of training images", f"real held-out images: {percent(g['memorised_heldout'])}"),
         _prior_bits(metrics, codebook_size),
-        (_shown(rebuilt["final"]["psnr"], "dB", 1), "PSNR of reconstructions", weak or "mean of held-out images"),
+        (psnr["final"], "PSNR of reconstructions", weak),
     ]  # fmt: skip
     return entries if g["recognised"] is not None else entries[1:]
 
@@ -57,9 +58,8 @@ def measurements(metrics: dict) -> list[Row]:
     elif (metrics.get("data") or {}).get("labelled"):
         task = "telling their classes apart"
     given = ", given the class" if "heldout_loss" in prior else ""
-    rows: list[
-        tuple[str, Any, str | int, str]
-    ] = []  # name, value (None: not measured) or (mean, deviation), how it is shown, meaning
+    # Name, value or (mean, deviation) or None for what was not measured, digits or unit, meaning.
+    rows: list[tuple[str, Any, int | str, str]] = []
     for stage, found in metrics["reconstruction"].items():
         of = DECODERS[stage]
         rows += [
@@ -95,7 +95,7 @@ def measurements(metrics: dict) -> list[Row]:
         ("Near-copies, threshold", g["memorised_threshold"], 3, "RMS difference a pixel; black and white are 2 apart."),
         ("Classifier's accuracy", metrics["extractor"]["heldout_accuracy"], "%", f"On held-out images: {task}."),
     ]  # fmt: skip
-    return [(name, _shown(value, form), meaning) for name, value, form, meaning in rows if value is not None]
+    return [(name, _shown(value, digits), meaning) for name, value, digits, meaning in rows if value is not None]
 
 
 def _kernel_distance(of: dict, what: str) -> tuple[tuple[float, float] | None, int, str]:
@@ -106,12 +106,10 @@ def _kernel_distance(of: dict, what: str) -> tuple[tuple[float, float] | None, i
     return (of["kernel_distance"], of["kernel_distance_std"]), 4, meaning
 
 
-def _shown(value: Any, form: str | int, decibels: int = 2) -> str:
-    if form == "%":
-        return percent(value)
-    if form == "dB":
-        return f"{number(value, decibels)}\u00a0dB"
-    return spread(*value, int(form)) if isinstance(value, tuple) else number(value, int(form))
+def _shown(value: Any, digits: int | str) -> str:
+    if isinstance(digits, str):
+        return percent(value) if digits == "%" else f"{number(value)}\u00a0{digits}"
+    return spread(value[0], value[1], digits) if isinstance(value, tuple) else number(value, digits)
 
 
 def provenance(metrics: dict) -> list[tuple[str, str]]:

@@ -21,29 +21,18 @@ from dae.training.run import Run, recorded_data
 
 @dataclass
 class Record:
-    """A run that was trained, sampled and evaluated.
+    """A run that was trained, sampled and evaluated."""
 
-    Attributes:
-        config: what was really trained, see `trained_configuration`.
-        metrics: metrics.json of recipes/evaluate.py.
-        images: uint8 [N, H, W, C], the samples; labels: int64 [N], their classes.
-        pictures: by name, the images that recipes/evaluate.py kept; empty if there are none.
-        autoencoder, prior: rows of the logs, oldest first; empty if there is no log.
-        tables: of each data set that was read, which is one as a rule, the table of `dae.data.Summary`; none of earlier versions.
-        measured_on: the day metrics.json was written.
-        contradictions: sentences on what in the folder is newer than the measurements.
-    """
-
-    config: Config
-    metrics: dict
-    images: np.ndarray
-    labels: np.ndarray
-    pictures: dict[str, np.ndarray]
-    autoencoder: list[dict]
-    prior: list[dict]
-    tables: list[list[tuple[str, str]]]
-    measured_on: datetime.date
-    contradictions: list[str]
+    config: Config  # what was really trained, see `trained_configuration`
+    metrics: dict  # metrics.json of recipes/evaluate.py
+    images: np.ndarray  # uint8 [N, H, W, C], the samples
+    labels: np.ndarray  # int64 [N], their classes
+    pictures: dict[str, np.ndarray]  # by name, the images that recipes/evaluate.py kept
+    autoencoder: list[dict]  # rows of its log, oldest first; empty if there is no log
+    prior: list[dict]  # likewise
+    tables: list[list[tuple[str, str]]]  # of `dae.data.Summary`, one per data set that was read; none of earlier versions
+    measured_on: datetime.date  # the day metrics.json was written
+    contradictions: list[str]  # sentences on what in the folder is newer than the measurements
 
     @classmethod
     def load(cls, config: Config) -> Record:
@@ -68,19 +57,12 @@ class Record:
             pictures = dict(np.load(pictures_file)) if pictures_file.is_file() else {}
         with _undamaged(sampling_file, "sample"):
             contradicted = contradictions(output, metrics)
-        runs = {name: Run(config, name) for name in ("autoencoder", "prior")}
-        read = {data["fingerprint"]: data["table"] for run in runs.values() if (data := recorded_data(run.folder))}
-        return cls(
-            config=trained_configuration(config),
-            metrics=metrics,
-            images=images,
-            labels=labels,
-            pictures=pictures,
-            **{name: run.history() if run.history_file.is_file() else [] for name, run in runs.items()},
-            tables=list(read.values()),
-            measured_on=datetime.date.fromtimestamp(metrics_file.stat().st_mtime),
-            contradictions=contradicted,
-        )
+        runs = [Run(config, name) for name in ("autoencoder", "prior")]
+        autoencoder, prior = (run.history() if run.history_file.is_file() else [] for run in runs)
+        read = {data["fingerprint"]: data["table"] for run in runs if (data := recorded_data(run.folder))}
+        day = datetime.date.fromtimestamp(metrics_file.stat().st_mtime)
+        parts = trained_configuration(config), metrics, images, labels, pictures, autoencoder, prior
+        return cls(*parts, list(read.values()), day, contradicted)
 
     @property
     def data(self) -> dict:
@@ -101,7 +83,7 @@ class Record:
 
     @property
     def family(self) -> str:
-        """Of the prior: ar, dit or mixture; runs of earlier versions have ar."""
+        """Of the prior; runs of earlier versions have ar."""
         return self.metrics["prior"].get("family", "ar")
 
     @property
@@ -116,9 +98,8 @@ def _undamaged(file: Path, recipe: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, TypeError, KeyError, EOFError, BadZipFile) as error:
-        raise ValueError(
-            f"{file} is damaged ({error}): run `python recipes/{recipe}.py` with the same configuration again"
-        ) from error
+        remedy = f"run `python recipes/{recipe}.py` with the same configuration again"
+        raise ValueError(f"{file} is damaged ({error}): {remedy}") from error
 
 
 def trained_configuration(config: Config) -> Config:
@@ -144,8 +125,9 @@ def contradictions(output: Path, metrics: dict) -> list[str]:
 
 
 def seconds_by_stage(history: list[dict]) -> dict[str, float]:
-    """Seconds a stage; the clock of a resumed run starts at 0 again, which shows as a step back."""
-    seconds, before = {}, 0.0
+    """Seconds per stage; the clock of a resumed run starts at 0 again, which shows as a step back."""
+    seconds: dict[str, float] = {}
+    before = 0.0
     for row in history:
         passed = row["seconds"] - before if row["seconds"] >= before else row["seconds"]
         seconds[row["stage"]] = seconds.get(row["stage"], 0.0) + passed

@@ -6,16 +6,13 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-from omegaconf import OmegaConf
 
-from dae.config import Config, config_differences
 from dae.reporting import elements as web
 from dae.reporting.charts import Line, bar_chart, in_words, line_chart
 from dae.reporting.elements import Html, number, paragraph, percent, strip
 from dae.reporting.measures import DECODERS, headline, measurements, provenance
 from dae.reporting.record import Record, seconds_by_stage
 
-PAPER = web.link("Hu et al., “Complexity Matters”, NeurIPS 2023", "https://arxiv.org/abs/2307.08283")
 METHODS = {
     "dae": (
         "Decoupled Autoencoder",
@@ -123,9 +120,10 @@ def run_page(run: Record) -> web.Page:
     origin = web.table(("what", "value"), provenance(run.metrics), prose=(0, 1))
     page.section("All measurements", measured, web.element("h3", "What was measured"), origin)
     page.section("Time", timings(run))
-    page.section("Configuration and versions", *configuration(run))
+    versions = web.table(("software", "version"), list(run.metrics["versions"].items()), prose=(0, 1))
+    page.section("Configuration and versions", web.configuration(run.config), versions)
     ours = "; all hyper-parameters are ours, and no number here is the paper's."
-    page.footer = [paragraph("The method as publicly described in ", PAPER, ours, " Written by recipes/report.py.")]
+    page.footer = [paragraph("The method as publicly described in ", web.PAPER, ours, " Written by recipes/report.py.")]
     return page
 
 
@@ -149,7 +147,7 @@ def lead(run: Record) -> list[Html]:
     chosen = "; they did choose the step at which the prior stops" if stopped else ""
     when += f"No weight was trained on them{chosen}."
     notices = [paragraph(notice, class_="notice") for notice in run.contradictions]
-    return [paragraph(what), paragraph(method, " See ", PAPER, "."), paragraph(when), *notices]
+    return [paragraph(what), paragraph(method, " See ", web.PAPER, "."), paragraph(when), *notices]
 
 
 def how_it_works(run: Record) -> str:
@@ -336,10 +334,3 @@ def timings(run: Record) -> Html:
         "Wall-clock time from the logs, with start, validation and checkpoints. Encoding the images for the prior is not logged."
     )
     return web.figure(web.table(("what", "time"), rows), note)
-
-
-def configuration(run: Record) -> list[Html]:
-    words = OmegaConf.to_yaml(OmegaConf.structured(run.config))
-    summary = f"The resolved configuration ({len(config_differences(Config(), run.config))} keys differ from the defaults)"
-    versions = web.table(("software", "version"), list(run.metrics["versions"].items()), prose=(0, 1))
-    return [web.details(summary, web.preformatted(words)), versions]

@@ -12,13 +12,9 @@ from torch import Tensor
 
 from dae.config import KernelsConfig, SamplingConfig
 from dae.hub import CONFIG, fingerprint, require_model
-from dae.models import ARPrior, Autoencoder, DiT, GaussianMixturePrior, choose_kernels
+from dae.models import Autoencoder, Prior, choose_kernels
 from dae.precision import own_arithmetic
-from dae.sampling.ar import sample_tokens
-from dae.sampling.flow import sample_latents
-
-Prior = ARPrior | DiT | GaussianMixturePrior
-PRIORS = {kind.__name__: kind for kind in (ARPrior, DiT, GaussianMixturePrior)}
+from dae.priors import PRIORS, family_of
 
 
 def load_chain(
@@ -37,7 +33,7 @@ def load_chain(
     autoencoder = Autoencoder.from_pretrained(require_model(output / "autoencoder", "train_dae"), **options)
     prior = prior_class(require_model(output / "prior", "train_prior")).from_pretrained(output / "prior", **options)
     if prior.tokenizer != fingerprint(output / "autoencoder"):
-        what = "tokens" if isinstance(prior, ARPrior) else "latents"
+        what = "tokens" if family_of(prior).discrete else "latents"
         raise ValueError(
             f"{output / 'prior'} was trained on the {what} of another autoencoder than {output / 'autoencoder'}: "
             "encode the data again (recipes/encode.py) and train the prior again (recipes/train_prior.py)"
@@ -49,15 +45,16 @@ def load_chain(
 
 def prior_class(folder: Path) -> type[Prior]:
     """The class of the prior saved in `folder`; of a damaged one any, whose `from_pretrained` says what is wrong."""
+    classes = {family.model.__name__: family.model for family in PRIORS.values()}
     try:
-        return PRIORS[json.loads((folder / CONFIG).read_text())["_class_name"]]
+        return classes[json.loads((folder / CONFIG).read_text())["_class_name"]]
     except (ValueError, TypeError, KeyError):
-        return ARPrior
+        return next(iter(classes.values()))
 
 
 def knows_classes(prior: Prior) -> bool:
-    """Whether it can be asked for a class; a Gaussian mixture cannot."""
-    return not isinstance(prior, GaussianMixturePrior)
+    """Whether it can be asked for a class; one that is fitted at once cannot."""
+    return not family_of(prior).fitted
 
 
 @own_arithmetic(gradients=False)
@@ -76,35 +73,13 @@ def balanced_labels(count: int, num_classes: int, classes: Sequence[int] = ()) -
 def generate(autoencoder: Autoencoder, prior: Prior, labels_N: Tensor, settings: SamplingConfig, seed: int) -> Iterator[Tensor]:
     """Images [B, C, H, W] of the given classes, in batches of `settings.batch_size`, on the models' device, not clipped.
 
-    A Gaussian mixture ignores the classes and guidance; temperature, top_k and top_p are settings of a prior over tokens.
+    Of the settings, those count that the prior's family reads (`PriorFamily.sampling_knobs`); a Gaussian mixture reads none, and
+    ignores the classes.
     """
-    device = prior.device
+    family, device = family_of(prior), prior.device
     generator = torch.Generator(device).manual_seed(seed)
     for labels in labels_N.split(settings.batch_size):
-        if isinstance(prior, ARPrior):
-            tokens = sample_tokens(
-                prior,
-                labels.to(device),
-                cfg_scale=settings.cfg_scale,
-                temperature=settings.temperature,
-                top_k=settings.top_k,
-                top_p=settings.top_p,
-                generator=generator,
-            )
-            with torch.inference_mode():
-                images = autoencoder.decode_indices(tokens).sample
-        else:
-            latents = draw_latents(prior, labels.to(device), settings, generator)
-            with torch.inference_mode():
-                images = autoencoder.decode(latents.to(autoencoder.dtype)).sample
-        yield images
-
-
-def draw_latents(
-    prior: DiT | GaussianMixturePrior, labels_B: Tensor, settings: SamplingConfig, generator: torch.Generator
-) -> Tensor:
-    """Latents [B, D, h, w] of the given classes."""
-    if isinstance(prior, GaussianMixturePrior):
-        return prior.sample(len(labels_B), generator)
-    steps, scale = settings.num_inference_steps, settings.cfg_scale
-    return sample_latents(prior, labels_B, num_inference_steps=steps, cfg_scale=scale, generator=generator)
+        drawn = family.sample(prior, labels.to(device), settings, generator)
+        with torch.inference_mode():
+            decoding = autoencoder.decode_indices(drawn) if family.discrete else autoencoder.decode(drawn.to(autoencoder.dtype))
+        yield decoding.sample

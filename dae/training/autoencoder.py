@@ -20,7 +20,7 @@ from dae.losses import PerceptualLoss, adaptive_weight, discriminator_loss, gene
 from dae.metrics import CodebookUsage, psnr
 from dae.models import Autoencoder, PatchDiscriminator, choose_kernels
 from dae.progress import progress_bar
-from dae.quantizers import Encoding, VectorQuantizer
+from dae.quantizers import Encoding
 from dae.seeding import seed_for, set_seed
 from dae.training.checkpoint import Checkpoint
 from dae.training.ema import EMA
@@ -165,7 +165,7 @@ class StageTraining:
         self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
         choose_kernels(autoencoder.to(memory_format=self.layout), config.kernels)
         loader = loaders(stage, "order")
-        self.learns_codebook = isinstance(autoencoder.bottleneck, VectorQuantizer) and not stage.latent_frozen
+        self.learns_codebook = autoencoder.bottleneck.learns_codebook and not stage.latent_frozen
         if self.learns_codebook and new_codebook:
             initialize_codebook(config, autoencoder, loaders(stage, "codebook"))
 
@@ -252,7 +252,7 @@ class StageTraining:
 @torch.no_grad()
 def initialize_codebook(config: Config, autoencoder: Autoencoder, batches: TrainLoader | TensorLoader) -> None:
     """k-means on the untrained encoder's outputs for the first images: 16 vectors per code, of at most 64 batches."""
-    images = -(-16 * config.autoencoder.vq.codebook_size // autoencoder.latent_size**2)
+    images = -(-16 * autoencoder.bottleneck.num_codes(autoencoder.config) // autoencoder.latent_size**2)
     mine, features = len(range(rank(), images, world_size())), []  # not all of a batch: whatever its size
     with failing_together():
         for batch in islice(batches, 64):
@@ -271,7 +271,8 @@ def validate(config: Config, autoencoder: Autoencoder, heldout: Dataset, most_im
     """
     autoencoder.eval()
     totals = torch.zeros(2, dtype=torch.float64, device=autoencoder.device)  # sum of PSNR, number of images
-    usage = CodebookUsage(config.autoencoder.vq.codebook_size) if config.autoencoder.bottleneck == "vq" else None
+    bottleneck = autoencoder.bottleneck
+    usage = CodebookUsage(bottleneck.num_codes(autoencoder.config)) if bottleneck.discrete else None
     limit = min(config.data.validation_size, most_images)
     batches: Iterator[dict] = evaluation_batches(heldout, config.evaluation.batch_size, limit=limit)
     with failing_together():

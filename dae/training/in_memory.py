@@ -9,16 +9,16 @@ import torch
 from torch import Tensor
 
 from dae.config import Config
-from dae.data.cache import EncodedDataset, EncodingCache, Fingerprint, LatentCache, TokenCache, transform_fingerprint
+from dae.data.cache import EncodedDataset, EncodingCache, Fingerprint, transform_fingerprint
 from dae.data.tensors import TensorLoader
-from dae.models import Autoencoder, choose_kernels
-from dae.sampling.chain import Prior
+from dae.models import Autoencoder, Prior, choose_kernels
+from dae.priors import prior_family
 from dae.seeding import seed_for, set_seed
 from dae.training.autoencoder import build_autoencoder, train_stages
+from dae.training.encodings import build_cache, cache_class, encode_views
 from dae.training.engine import LocalEngine
 from dae.training.initialization import load_prior
 from dae.training.prior import PriorTraining, train_by_steps
-from dae.training.priors import PRIOR_FAMILIES, encode_views, fit_mixture, prior_family
 from dae.training.stages import plan_stages
 
 
@@ -54,24 +54,17 @@ def encode(
     Args:
         train, heldout: images [N, C, H, W] in [-1, 1] and their labels, int64 [N].
     """
-    vq = autoencoder.config.bottleneck == "vq"
-    kind = TokenCache if vq else LatentCache
 
     def rows(name: str, images: Tensor, labels: Tensor, copies: int) -> EncodedDataset:
         views = []
         for number, part in enumerate(images.split(config.evaluation.batch_size)):
             set_seed(config.seed, "encode", name, number)
             views.append(encode_views(autoencoder, part, copies, config))
-        return kind.dataset(torch.cat(views), labels)
+        return cache_class(autoencoder.bottleneck).dataset(torch.cat(views), labels)
 
-    shape = {"num_classes": num_classes, "latent_size": autoencoder.latent_size}
-    if vq:
-        shape["vocab_size"] = autoencoder.config.vq.codebook_size
-    else:
-        shape["latent_channels"] = autoencoder.config.latent_channels
     with _own_random_state():
         parts = rows("train", *train, config.prior.num_augmentations), rows("validation", *heldout, 0)
-    return kind(*parts, **shape, fingerprint=Fingerprint("", "", transform_fingerprint(config)))
+    return build_cache(autoencoder, *parts, num_classes, Fingerprint("", "", transform_fingerprint(config)))
 
 
 def train_prior(cache: EncodingCache, config: Config) -> Prior:
@@ -83,15 +76,15 @@ def train_prior(cache: EncodingCache, config: Config) -> Prior:
         ValueError: a prior that cannot model the latent, or fewer encodings than a batch.
         FloatingPointError: the loss is not finite.
     """
-    settings, family, encoded = config.prior, PRIOR_FAMILIES[prior_family(config)], cache.train
+    settings, family, encoded = config.prior, prior_family(config), cache.train
     with _own_random_state():
         set_seed(config.seed, "prior")
         prior = family.build(settings, cache).to(encoded.values_NC.device)
         if settings.init_from:
             load_prior(prior, settings.init_from)
         choose_kernels(prior, config.kernels)
-        if family.loss is None:
-            fit_mixture(prior, cache, config)
+        if family.fitted:
+            family.fit(prior, cache, config)
         else:
             columns = {encoded.name: encoded.values_NC.to(encoded.given), "label": encoded.labels_N}
             loader = TensorLoader(columns, settings.train_batch_size, seed=seed_for(config.seed, "prior", "order"))

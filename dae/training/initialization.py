@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from dae.hub import CONFIG, PretrainedModel, load_weights
-from dae.models import Autoencoder, GaussianMixturePrior
+from dae.models import Autoencoder, Prior
+from dae.priors import family_of
 
 log = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=PretrainedModel)
@@ -49,7 +50,7 @@ def load_decoder(autoencoder: Autoencoder, source: str) -> bool:
     return False
 
 
-def load_prior(prior: PretrainedModel, source: str) -> None:
+def load_prior(prior: Prior, source: str) -> None:
     """Give `prior` the weights of the one at `source`, as `load_latent` does.
 
     Buffers stay: they hold the scale of this run's latent. So does the embedding of the classes where their number differs.
@@ -57,7 +58,7 @@ def load_prior(prior: PretrainedModel, source: str) -> None:
     Raises:
         FileNotFoundError, ValueError: as `load_latent`; a Gaussian mixture is fitted and starts from nothing.
     """
-    if isinstance(prior, GaussianMixturePrior):
+    if family_of(prior).fitted:
         raise ValueError(f"prior.init_from={source}: a Gaussian mixture is fitted at once, whatever it starts from; leave it out")
     given = load_trained(type(prior), source, "prior")
     own, weights = prior.state_dict(), given.state_dict()

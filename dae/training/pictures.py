@@ -10,9 +10,8 @@ from torch import Tensor
 
 from dae.config import Config
 from dae.data.pictures import grid, to_uint8
-from dae.models import Autoencoder
+from dae.models import Autoencoder, Prior
 from dae.sampling import balanced_labels, generate
-from dae.sampling.chain import Prior
 from dae.seeding import seed_for
 
 if TYPE_CHECKING:

@@ -13,7 +13,9 @@ from torch import Tensor
 from dae.config import Config
 from dae.data.cache import EncodedDataset, EncodingCache
 from dae.distributed import failing_together, run_on_first_process
-from dae.hub import PretrainedModel, load_weights
+from dae.hub import load_weights
+from dae.models import Prior
+from dae.priors import PriorFamily
 from dae.progress import progress_bar
 from dae.seeding import set_seed
 from dae.training.checkpoint import Checkpoint
@@ -21,7 +23,6 @@ from dae.training.ema import EMA
 from dae.training.engine import Engine
 from dae.training.loop import global_mean, is_due, refuse_non_finite, validation_images
 from dae.training.optimization import build_optimizer, build_scheduler
-from dae.training.priors import Family, fit_mixture
 from dae.training.state import TrainingState
 
 if TYPE_CHECKING:
@@ -45,14 +46,12 @@ class PriorTraining:
     """What a prior trains with, and its step.
 
     Args:
-        family: of the prior; one with a loss.
+        family: of the prior; one that is not fitted.
         prior: on the engine's device.
         loader: batches of encodings and labels.
     """
 
-    def __init__(
-        self, config: Config, family: Family, prior: PretrainedModel, loader: TrainLoader | TensorLoader, engine: Engine
-    ):
+    def __init__(self, config: Config, family: PriorFamily, prior: Prior, loader: TrainLoader | TensorLoader, engine: Engine):
         settings = config.prior
         self.config, self.family, self.prior, self.engine = config, family, prior, engine
         self.parameters = list(prior.parameters())
@@ -154,20 +153,19 @@ def _copied(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: weight.detach().cpu().clone() for name, weight in weights.items()}
 
 
-def deliver(
-    prior: PretrainedModel, best: Best, family: Family, heldout: EncodedDataset, run: Run, card: Callable[[int], str]
-) -> None:
+def deliver(prior: Prior, best: Best, family: PriorFamily, heldout: EncodedDataset, run: Run, card: Callable[[int], str]) -> None:
     """Measure what takes too long for every validation, and save the prior; for one process."""
     logged, last = {(row["split"], row["step"]) for row in run.history()}, run.config.prior.max_train_steps
     if best.score is not None and ("validation", best.step) not in logged:  # the log was lost
         run.record(best.step, {family.criterion: best.score}, stage="prior", split="validation")
-    if family.final_bits is not None and ("delivered", last) not in logged:
-        run.record(last, {"bits_per_image": family.final_bits(prior, heldout, run.config)}, stage="prior", split="delivered")
+    if family.costly_bits and ("delivered", last) not in logged:
+        bits = family.bits_per_image(prior, heldout, run.config)
+        run.record(last, {family.bits_key: bits}, stage="prior", split="delivered")
     prior.save_pretrained(run.folder, card=card(best.step))
 
 
 def fit(
-    prior: PretrainedModel, family: Family, cache: EncodingCache, run: Run, resumed: Checkpoint | None, card: Callable[[int], str]
+    prior: Prior, family: PriorFamily, cache: EncodingCache, run: Run, resumed: Checkpoint | None, card: Callable[[int], str]
 ) -> None:
     """A prior without steps: one fit, one entry of the log per split, one checkpoint; resuming finds it done."""
     if resumed is not None:
@@ -175,7 +173,7 @@ def fit(
 
     def log_fit() -> None:
         if resumed is None:
-            fit_mixture(prior, cache, run.config)
+            family.fit(prior, cache, run.config)
         if not run.history():
             for split, encoded in (("train", cache.train), ("validation", cache.validation)):
                 values = {family.criterion: family.score(prior, encoded, run.config)}

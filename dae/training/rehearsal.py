@@ -17,11 +17,12 @@ from dae.config import Config
 from dae.data.cache import Fingerprint
 from dae.data.classes import resolve_classes
 from dae.losses import PerceptualLoss, discriminator_loss
-from dae.memory import require_memory
-from dae.models import ARPrior, Autoencoder, GaussianMixturePrior, PatchDiscriminator, choose_kernels
+from dae.models import Autoencoder, PatchDiscriminator, choose_kernels
+from dae.priors import prior_family
+from dae.quantizers import bottleneck_class
 from dae.training.autoencoder import build_autoencoder, build_perceptual_loss
+from dae.training.encodings import build_cache, cache_class
 from dae.training.engine import Engine
-from dae.training.priors import PRIOR_FAMILIES, prior_family
 from dae.training.stages import Stage, plan_stages
 
 Autocast = Callable[[], AbstractContextManager]
@@ -104,27 +105,14 @@ def rehearse_prior(config: Config, autoencoder: Autoencoder, num_classes: int, r
     Raises:
         ValueError, TypeError, ImportError: what the prior or a kernel refuses, or too few rows.
     """
-    name, settings, device = prior_family(config), config.prior, autoencoder.device
-    family = PRIOR_FAMILIES[name]
-    if family.model is GaussianMixturePrior:
-        encodings = None if rows is None else rows * (1 + settings.num_augmentations)
-        if encodings is not None and encodings < max(2, settings.num_components):
-            raise ValueError(
-                f"prior.num_components={settings.num_components}: there are only {encodings} encodings to fit them to; "
-                "ask for fewer components, or give more images"
-            )
-        values = autoencoder.config.latent_channels * autoencoder.latent_size**2
-        what = f"the covariances of {settings.num_components} components over {values:,} values of a latent"
-        require_memory(4 * settings.num_components * values**2, what, "lower prior.num_components or the size of the latent")
+    family, settings, device = prior_family(config), config.prior, autoencoder.device
+    family.require_rows(config, autoencoder, rows)
+    if family.fitted:
         return
-    with _rehearsal(config, device, f"the prior ({name})"):
-        encoded = family.cache.dataset(*_encoding(config, autoencoder))
-        shape = {"num_classes": num_classes, "latent_size": autoencoder.latent_size, "fingerprint": Fingerprint("", "", "")}
-        vq = family.model is ARPrior
-        shape |= (
-            {"vocab_size": config.autoencoder.vq.codebook_size} if vq else {"latent_channels": config.autoencoder.latent_channels}
-        )
-        prior = family.build(dataclasses.replace(settings, depth=1), family.cache(encoded, encoded, **shape)).to(device)
+    with _rehearsal(config, device, f"the prior ({family.name})"):
+        encoded = cache_class(autoencoder.bottleneck).dataset(*_encoding(config, autoencoder))
+        cache = build_cache(autoencoder, encoded, encoded, num_classes, Fingerprint("", "", ""))
+        prior = family.build(dataclasses.replace(settings, depth=1), cache).to(device)
         choose_kernels(prior, config.kernels)
         batch = {encoded.name: encoded.values_NC.to(device, encoded.given), "label": encoded.labels_N.to(device)}
         with autocast():
@@ -132,15 +120,12 @@ def rehearse_prior(config: Config, autoencoder: Autoencoder, num_classes: int, r
         loss.backward()
         with torch.inference_mode():
             family.score(prior.eval(), encoded, config)
-            if vq and autoencoder.latent_size > 1:  # sampling: one token after the other
-                cache, labels = prior.make_cache(1), batch["label"][:1]
-                first = prior(labels, batch["tokens"][:1, 0, :0], cache)
-                prior(labels, first[:, -1:].argmax(-1), cache)
+            family.rehearse(prior, batch)
 
 
 def sampled_classes(config: Config, class_names: list[str], labels: list | None) -> list[int]:
     """Numbers of the classes that `sampling.classes` names, none for all. ValueError: unknown, or the prior knows no classes."""
-    if config.sampling.classes and prior_family(config) == "mixture":
+    if config.sampling.classes and prior_family(config).fitted:
         raise ValueError(f"sampling.classes={config.sampling.classes}: a mixture knows no classes; leave it out")
     return resolve_classes(config.sampling.classes, class_names, labels)
 
@@ -148,7 +133,7 @@ def sampled_classes(config: Config, class_names: list[str], labels: list | None)
 def require_batches(config: Config, rows: int | None, processes: int) -> None:
     """ValueError if `rows` training rows (None: unknown) are fewer than a global batch of the prior."""
     batch = config.prior.train_batch_size * processes
-    if rows is not None and rows < batch and prior_family(config) != "mixture":
+    if rows is not None and rows < batch and not prior_family(config).fitted:
         raise ValueError(
             f"prior.train_batch_size={config.prior.train_batch_size} x {processes} processes: the training set has {rows} rows, "
             "fewer than one global batch; make the batch smaller"
@@ -176,9 +161,11 @@ def require_measurable(config: Config, **images: int | None) -> None:
 
 def _encoding(config: Config, autoencoder: Autoencoder) -> tuple[Tensor, Tensor]:
     """What recipes/encode.py would cache of two images: [2, 1, ...] and labels [2]."""
-    side, size = autoencoder.latent_size, config.autoencoder.vq.codebook_size
-    if config.autoencoder.bottleneck == "vq":
-        return torch.randint(size, (2, 1, side**2), dtype=torch.int32), torch.zeros(2, dtype=torch.int64)
+    side, bottleneck = autoencoder.latent_size, bottleneck_class(config.autoencoder)
+    if bottleneck.discrete:
+        return torch.randint(bottleneck.num_codes(config.autoencoder), (2, 1, side**2), dtype=torch.int32), torch.zeros(
+            2, dtype=torch.int64
+        )
     return torch.randn(2, 1, 2 * config.autoencoder.latent_channels, side, side), torch.zeros(2, dtype=torch.int64)
 
 

@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from dae.comparison.pooling import pool, pooled_markdown, pooled_predictors
+from dae.comparison.pooling import pool, pooled_predictors
+from dae.reporting.evidence import pooled_tables
 from dae.statistics import fisher_z, mean_interval
 
 BASE = (10.1, 9.9, 10.2, 9.8)
@@ -36,7 +37,7 @@ def test_each_comparison_counts_once():
     assert weak["ratios"]["digits"] == pytest.approx(weak["ratios"]["photos"])  # a ratio knows no scale
     expected = math.exp(sum(math.log((b + x) / b) for b, x in zip(BASE, d, strict=True)) / 4)
     assert weak["ratio"]["mean"] == pytest.approx(expected) and weak["ratio"]["n"] == 2
-    table = pooled_markdown(pooled)
+    table = "\n".join(pooled_tables(pooled))
     assert f"| weak | 1 | 1 | 0 | 0 | {expected:.2f} [" in table and "| 2 of 2 | 8 of 8 |" in table
     assert "At equal rate" not in table and "of the encoder" not in table
 
@@ -49,7 +50,7 @@ def test_a_comparison_with_too_few_seeds_inside_does_not_enter_the_ratio():
     assert pool({"x": comparison(steps, {"a": row((-1, -1), of=5)})})["equal_rate"]["a"]["ratio"] is None  # under half
     assert pool({"x": comparison(steps, {"a": row((), of=4)})})["equal_rate"]["a"]["ratio"] is None
     both = {"x": comparison(steps, half), "z": comparison(steps, lone, {"a": row((-1, -1, -1, -1))})}
-    table = pooled_markdown(pool(both), "tuned")
+    table = "\n".join(pooled_tables(pool(both), "tuned"))
     assert "| 1 of 2 | 3 of 8 |" in table and "against tuned instead" in table
 
 

@@ -5,7 +5,8 @@ import torch
 
 from dae.config import load_config
 from dae.data import TrainLoader
-from dae.data.cache import Fingerprint, LatentCache, PosteriorDataset, latent_statistics, sample_posteriors, transform_fingerprint
+from dae.data.cache import Fingerprint, LatentCache, PosteriorDataset, transform_fingerprint
+from dae.quantizers import latent_statistics, sample_posteriors
 
 FINGERPRINT = Fingerprint("autoencoder-1", "data-1", "plain")
 
@@ -75,7 +76,7 @@ def test_statistics_are_those_of_the_samples():
     """By hand: one channel, two posteriors N(-1, 4) and N(3, 0): mean 1, variance 4 + (4 + 0) / 2."""
     moments = torch.tensor([[-1.0, 4.0], [3.0, 0.0]])
     moments[:, 1] = moments[:, 1].log().clamp(min=-30)  # what the bottleneck clamps to
-    mean, std = latent_statistics(PosteriorDataset(moments.view(2, 1, 2, 1, 1), torch.zeros(2)))
+    mean, std = latent_statistics(moments.view(2, 1, 2, 1, 1))
     assert mean.item() == 1.0 and std.item() == pytest.approx(6**0.5, rel=1e-6)
     assert mean.dtype == std.dtype == torch.float32
 
@@ -84,4 +85,4 @@ def test_statistics_of_a_diverged_autoencoder():
     moments = torch.zeros(3, 1, 2, 1, 1)
     moments[1, 0, 0] = torch.nan
     with pytest.raises(ValueError, match=r"expected finite, positive.*autoencoder"):
-        latent_statistics(PosteriorDataset(moments, torch.zeros(3)))
+        latent_statistics(moments)

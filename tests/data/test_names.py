@@ -8,7 +8,8 @@ import pytest
 from dae.config import Config, DataConfig
 from dae.data import load_data
 from dae.data.sources import source_title
-from dae.reporting.cards import PRIORS, autoencoder_card, prior_card
+from dae.priors import PRIORS
+from dae.reporting.cards import autoencoder_card, prior_card
 
 
 @pytest.mark.parametrize(
@@ -47,7 +48,7 @@ def test_what_is_read_names_the_models(tmp_path, png):
     assert data.title == "pictures" and data.name == str(tmp_path / "pictures") and data.describe()["title"] == "pictures"
     whole = dataclasses.replace(Config(), data=config)
     cards = [autoencoder_card(whole, data.describe(), [])]
-    cards += [prior_card(whole, type(name, (), {}), data.describe(), []) for name in PRIORS]
+    cards += [prior_card(whole, family, data.describe(), []) for family in PRIORS.values()]
     for card in cards:
         title = next(line for line in card.splitlines() if line.startswith("# "))
         assert " of pictures" in title and "digits" not in title

@@ -9,7 +9,8 @@ import torch
 import dae.data.cache
 from dae.config import Config
 from dae.data import TrainLoader
-from dae.data.cache import Fingerprint, TokenCache, TokenDataset, choose_augmentations, transform_fingerprint
+from dae.data.cache import Fingerprint, TokenCache, TokenDataset, transform_fingerprint
+from dae.priors.family import choose_augmentations
 
 FINGERPRINT = Fingerprint("tokenizer-1", "data-1", "plain")
 

@@ -16,10 +16,10 @@ from PIL import Image
 
 from dae.comparison.arms import STANDARD
 from dae.comparison.jobs import Outcome
-from dae.comparison.results import summarize
+from dae.comparison.results import summarize_comparison
 from dae.comparison.trial import Job
 from dae.diagnostics.report_card import PREDICTORS
-from dae.reporting.comparison import write_page
+from dae.reporting.comparison import write_comparison
 
 GAIN = {"joint": 0.0, "joint_finetuned": 1.0, "weak": 4.0, "dae-linear": -3.0, "dae-narrow": -0.5, "own": 0.2}
 
@@ -149,8 +149,8 @@ def test_failures_and_divergence_are_on_the_page(tmp_path, compare, read_page):
 def test_one_seed_has_no_interval(tmp_path, configure, read_page):
     config = configure(tmp_path, *SMALL, "compare.seeds=[4]", "autoencoder.vq.codebook_size=64")
     outcomes = [Outcome(Job(arm, 4, 0.002), trial(None, config, Job(arm, 4, 0.002))[0]) for arm in ("joint", "weak")]
-    summary = summarize(config, prepare(config).facts(), outcomes)
-    words = read_page(write_page(config, summary, {}, tmp_path)).words
+    summary = summarize_comparison(config, prepare(config).facts(), outcomes)
+    words = read_page(write_comparison(config, summary, {}, tmp_path)).words
     assert "One seed shows no spread" in words and "Not known, for want of two seeds: weak." in words
     assert "etter than" not in words and "orse than" not in words and "No pictures were kept" in words
     assert "No report cards were made" in words  # of two trials
@@ -159,8 +159,8 @@ def test_one_seed_has_no_interval(tmp_path, configure, read_page):
 def test_one_seed_cannot_tell_the_best_predictor(tmp_path, configure, read_page):
     config = configure(tmp_path, FULL[0], "compare.seeds=[4]", "autoencoder.vq.codebook_size=64")
     jobs = [Job(arm, 4, 0.002) for arm in ("joint", "weak", "dae-linear", "dae-narrow", "own")]
-    summary = summarize(config, prepare(config).facts(), [Outcome(job, trial(None, config, job)[0]) for job in jobs])
-    words = read_page(write_page(config, summary, {}, tmp_path)).words
+    summary = summarize_comparison(config, prepare(config).facts(), [Outcome(job, trial(None, config, job)[0]) for job in jobs])
+    words = read_page(write_comparison(config, summary, {}, tmp_path)).words
     assert "one seed cannot tell which number is best" in words and "reaches as far" not in words and "nan" not in words
 
 

@@ -9,7 +9,7 @@ import torch
 from dae.config import PriorConfig
 from dae.losses.flow_matching import flow_matching_loss
 from dae.models.dit import DiT
-from dae.sampling.flow import log_likelihood, sample_latents
+from dae.priors.dit import log_likelihood, sample_latents
 
 D, SIZE, C = 2, 2, 2
 P = D * SIZE**2

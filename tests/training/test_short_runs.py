@@ -7,8 +7,8 @@ import torch
 
 from dae.config import load_config
 from dae.data.cache import TokenDataset
+from dae.priors import require_guidance
 from dae.training.loop import validation_images
-from dae.training.priors import require_guidance
 from dae.training.stages import plan_stages
 
 CONFIGS = sorted((Path(__file__).parents[2] / "recipes" / "configs").glob("*.yaml"))

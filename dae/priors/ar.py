@@ -1,14 +1,72 @@
-"""Sampling from the autoregressive prior, one token after another, over a static KV cache."""
+"""ar: autoregressive Transformer over tokens; its loss, held-out bits per token, and sampling over a static KV cache."""
 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from dae_kernels.checks import as_integer, as_number, check_floating
-from torch import Tensor
+from torch import Tensor, nn
 
-from dae.models.ar_prior import ARPrior
+from dae.config import Config, PriorConfig, SamplingConfig
+from dae.models import ARPrior
+from dae.priors.family import PriorFamily, draw_augmentations
+
+if TYPE_CHECKING:
+    from dae.data.cache import TokenCache, TokenDataset
+
+
+class Autoregressive(PriorFamily):
+    """Autoregressive Transformer over the tokens of a discrete latent."""
+
+    name, model, discrete = "ar", ARPrior, True
+    criterion = bits_key = "bits_per_token"
+    head_unit = 2  # rotary positions turn pairs
+    sampling_knobs = ("cfg_scale", "temperature", "top_k", "top_p")
+    title, tags = "Autoregressive prior", ("autoregressive", "image-generation")
+    imports, usage = "sample_tokens", "autoencoder.decode_indices(sample_tokens(prior, labels)).sample"
+
+    def build(self, settings: PriorConfig, cache: TokenCache) -> ARPrior:
+        return ARPrior(
+            settings,
+            vocab_size=cache.vocab_size,
+            sequence_length=cache.latent_size**2,
+            num_classes=cache.num_classes,
+            tokenizer=cache.fingerprint.tokenizer,
+        )
+
+    def loss(self, model: nn.Module, prior: ARPrior, batch: dict[str, Tensor]) -> Tensor:
+        """Mean of -log p(token | class, earlier tokens) in nats, with hidden classes and noise on what is read."""
+        tokens = draw_augmentations(batch["tokens"])
+        return model(prior.drop_labels(batch["label"]), prior.corrupt(tokens[:, :-1]), targets_BT=tokens)
+
+    @torch.inference_mode()
+    def score(self, prior: ARPrior, encoded: TokenDataset, config: Config) -> float:
+        """Mean of -log2 p(token | class, earlier tokens)."""
+        prior.eval()
+        batch_size = config.evaluation.batch_size
+        device, total = prior.head.weight.device, 0.0
+        for labels, batch in zip(encoded.labels_N.split(batch_size), encoded.tokens_NCT[:, 0].split(batch_size), strict=True):
+            batch = batch.long().to(device)
+            total += prior(labels.to(device), batch[:, :-1], targets_BT=batch).item() * len(labels)
+        return total / len(encoded) / math.log(2)
+
+    def bits_per_image(self, prior: ARPrior, encoded: TokenDataset, config: Config) -> float:
+        return self.score(prior, encoded, config) * prior.sequence_length
+
+    def tokens_per_image(self, prior: ARPrior) -> int:
+        return prior.sequence_length
+
+    def sample(self, prior: ARPrior, labels_B: Tensor, settings: SamplingConfig, generator: torch.Generator) -> Tensor:
+        options = {knob: getattr(settings, knob) for knob in self.sampling_knobs}
+        return sample_tokens(prior, labels_B, **options, generator=generator)
+
+    def rehearse(self, prior: ARPrior, batch: dict[str, Tensor]) -> None:
+        if prior.sequence_length > 1:  # one token after the other
+            cache, labels = prior.make_cache(1), batch["label"][:1]
+            first = prior(labels, batch["tokens"][:1, 0, :0], cache)
+            prior(labels, first[:, -1:].argmax(-1), cache)
 
 
 def filter_logits(logits_BK: Tensor, top_k: int | None = None, top_p: float | None = None) -> Tensor:

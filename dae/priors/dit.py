@@ -1,14 +1,94 @@
-"""The flow of a Diffusion Transformer: from noise to latents, and from latents to their likelihood."""
+"""dit: Diffusion Transformer over a continuous latent; its loss and score, and its flow between noise and latents."""
 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dae.models.dit import DiT
+from dae.config import Config, PriorConfig, SamplingConfig
+from dae.distributed import as_single_process, world_size
+from dae.losses import flow_matching_loss
+from dae.metrics import bits_back
+from dae.models import DiT
 from dae.precision import ordinary, wide
+from dae.priors.family import SCORE_BATCH, PriorFamily, draw_augmentations, latent_shape
+from dae.quantizers import latent_statistics
+from dae.seeding import seed_for
+
+if TYPE_CHECKING:
+    from dae.data.cache import LatentCache, PosteriorDataset
+
+LIKELIHOOD_STEPS = 32  # of the ODE whose likelihood gives the bits per image
+LIKELIHOOD_IMAGES = 256  # held-out images of which it is taken at most
+
+
+class DiffusionTransformer(PriorFamily):
+    """Diffusion Transformer with flow matching over a continuous latent."""
+
+    name, model, discrete = "dit", DiT, False
+    criterion, costly_bits = "loss", True
+    head_unit = 4  # rotary positions turn pairs, in two axes
+    sampling_knobs = ("cfg_scale", "num_inference_steps")
+    title, tags = "Diffusion Transformer", ("flow-matching", "image-generation")
+    imports, usage = "sample_latents", "autoencoder.decode(sample_latents(prior, labels, num_inference_steps=32)).sample"
+
+    def build(self, settings: PriorConfig, cache: LatentCache) -> DiT:
+        """A new model that knows the scale of this autoencoder's latent."""
+        prior = DiT(settings, **latent_shape(cache))
+        prior.set_latent_statistics(*latent_statistics(cache.train.moments_NCEhw))
+        return prior
+
+    def loss(self, model: nn.Module, prior: DiT, batch: dict[str, Tensor]) -> Tensor:
+        """`flow_matching_loss` of each image's posterior, with hidden classes."""
+        mean, variance = normalised_posteriors(prior, draw_augmentations(batch["moments"]))
+        return flow_matching_loss(model, mean, prior.drop_labels(batch["label"]), variance_BDhw=variance)
+
+    @torch.no_grad()
+    def score(self, prior: DiT, encoded: PosteriorDataset, config: Config) -> float:
+        """`flow_matching_loss`, at the same times and noise whenever it is called."""
+        prior.eval()
+        device, total = prior.latent_mean.device, 0.0
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), as_single_process():
+            torch.manual_seed(seed_for(config.seed, "prior", "validation"))
+            plain = encoded.moments_NCEhw[:, 0]
+            for labels, moments in zip(encoded.labels_N.split(SCORE_BATCH), plain.split(SCORE_BATCH), strict=True):
+                mean, variance = normalised_posteriors(prior, moments.to(device))
+                total += flow_matching_loss(prior, mean, labels.to(device), variance_BDhw=variance).item() * len(labels)
+        return total / len(encoded)
+
+    def bits_per_image(self, prior: DiT, encoded: PosteriorDataset, config: Config) -> float:
+        """See `dae.metrics.bits_back`; of `LIKELIHOOD_IMAGES` images at most.
+
+        After a short training of fewer: they cost `LIKELIHOOD_STEPS` evaluations each, together no more than the training did.
+        """
+        prior.eval()
+        settings = config.prior
+        trained = settings.max_train_steps * settings.train_batch_size * settings.gradient_accumulation_steps * world_size()
+        order = torch.randperm(len(encoded), generator=torch.Generator().manual_seed(seed_for(config.seed, "prior", "bits")))
+        rows, device = order[: min(LIKELIHOOD_IMAGES, max(1, trained // LIKELIHOOD_STEPS))], prior.latent_mean.device
+        labels_N = encoded.labels_N[rows].to(device)
+        generator = torch.Generator(device).manual_seed(seed_for(config.seed, "prior", "likelihood"))
+
+        def log_prob(latents: Tensor) -> Tensor:
+            batches = zip(latents.split(SCORE_BATCH), labels_N.split(SCORE_BATCH), strict=True)
+            options = {"num_steps": LIKELIHOOD_STEPS, "generator": generator}
+            return torch.cat([log_likelihood(prior, *batch, **options) for batch in batches])
+
+        mean, log_variance = encoded.moments_NCEhw[rows, 0].to(device).chunk(2, dim=1)
+        return bits_back(mean, log_variance, log_prob, generator)
+
+    def sample(self, prior: DiT, labels_B: Tensor, settings: SamplingConfig, generator: torch.Generator) -> Tensor:
+        options = {knob: getattr(settings, knob) for knob in self.sampling_knobs}
+        return sample_latents(prior, labels_B, **options, generator=generator)
+
+
+def normalised_posteriors(prior: DiT, moments_BEhw: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance [B, D, h, w] of cached posteriors, in the prior's scale."""
+    mean, log_variance = moments_BEhw.chunk(2, dim=1)
+    return prior.normalise(mean), log_variance.exp() / prior.latent_std.square()
 
 
 @torch.no_grad()  # not inference_mode, whose tensors no later training could take

@@ -1,0 +1,89 @@
+"""What every bottleneck is, what it returns, and what it says of itself to whoever works with its latent."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import ClassVar, Self
+
+from dae_kernels.checks import check_floating
+from torch import Tensor, nn
+
+from dae.config import AutoencoderConfig
+
+
+@dataclass
+class Encoding:
+    """All but `loss` and `indices` in the dtype of the features; `loss` is never narrower than float32."""
+
+    latents: Tensor  # [B, D, h, w]: what the decoder reads
+    loss: Tensor  # scalar: the bottleneck's own term of the objective, weighted
+    features: Tensor  # [B, D, h, w]: the encoder's output before the bottleneck (KL: the posterior's mean)
+    indices: Tensor | None = None  # [B, h, w] int64, of discrete bottlenecks only
+    log_variance: Tensor | None = None  # [B, D, h, w] of the posterior, of continuous bottlenecks only
+
+
+class Bottleneck(nn.Module, ABC):
+    """Between encoder and decoder: features [B, features_per_latent D, h, w] to an `Encoding`.
+
+    One subclass per paper, in `dae.quantizers.BOTTLENECKS` under its name in `autoencoder.bottleneck`. Caches, priors, metrics,
+    comparisons and pages ask it what its latent is, and never for its name.
+
+    Attributes:
+        discrete: its latent is a grid of indices, which a prior models as tokens; else it is a Gaussian posterior.
+        learns_codebook: training calls `initialize_codebook`, `observe` and `update_codebook`.
+        features_per_latent: channels that the encoder puts out per channel of the latent.
+        kept: fields of an `Encoding` that describe the latent of an image completely.
+        rate_knob: key of the configuration that sets how much the latent can tell of an image.
+        frozen: its state does not change any more.
+    """
+
+    discrete: ClassVar[bool]
+    learns_codebook: ClassVar[bool] = False
+    features_per_latent: ClassVar[int] = 1
+    kept: ClassVar[tuple[str, ...]]
+    rate_knob: ClassVar[str]
+    frozen: bool = False
+
+    @classmethod
+    @abstractmethod
+    def build(cls, config: AutoencoderConfig) -> Self:
+        """A new one for latents of `config.latent_channels` channels."""
+
+    @abstractmethod
+    def forward(self, features: Tensor, sample_posterior: bool = False) -> Encoding: ...
+
+    @abstractmethod
+    def pack(self, encoding: Encoding) -> Tensor:
+        """What a cache keeps of each image: int32 tokens [B, h w] in raster order, or moments [B, 2D, h, w] in float32."""
+
+    def resample(self, encoding: Encoding, temperature: float) -> Encoding:
+        """Another encoding of the same features, drawn at `temperature`, see `prior.code_temperature`; the same without codes."""
+        return encoding
+
+    @staticmethod
+    @abstractmethod
+    def rate(config: AutoencoderConfig) -> float:
+        """The value of `rate_knob`."""
+
+    @staticmethod
+    @abstractmethod
+    def check_rates(rates: list[float]) -> None:
+        """ValueError unless `rate_knob` can take all of these values."""
+
+    @staticmethod
+    def num_codes(config: AutoencoderConfig) -> int:
+        """K, how many values an index has; ValueError for a continuous bottleneck."""
+        raise ValueError(f"autoencoder.bottleneck={config.bottleneck} has no codes")
+
+    def lookup(self, indices_Bhw: Tensor) -> Tensor:
+        """Latents [B, D, h, w] of indices [B, h, w]; ValueError for a continuous bottleneck."""
+        raise ValueError(f"{type(self).__name__} has no codes to look up")
+
+
+def check_features(bottleneck: str, features: Tensor, channels: int | None = None) -> None:
+    """TypeError unless the features are floating; ValueError unless they are [B, channels, h, w], of any even number if None."""
+    check_floating(bottleneck, "features", features)
+    if features.ndim != 4 or (features.shape[1] % 2 if channels is None else features.shape[1] != channels):
+        expected = "2 D" if channels is None else channels
+        raise ValueError(f"{bottleneck} needs features [B, {expected}, h, w], got {list(features.shape)}")

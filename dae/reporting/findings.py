@@ -1,0 +1,185 @@
+"""What a comparison found in words and figures: the sentences that its page, the terminal and docs/evidence.md share."""
+
+from __future__ import annotations
+
+from typing import Any, Mapping, Sequence
+
+from dae.comparison.results import BY_KEY, Measure, verdict
+
+COLUMNS = ("frechet", "bits", "rate_bits", "psnr", "memorised", "recognised")  # of `results_table`
+
+
+# ---- figures ----
+
+
+def signed(value: float | None, digits: int = 2) -> str:
+    """`+1.20`, `−0.30`; a dash for None."""
+    return "–" if value is None else f"{value:+,.{digits}f}".replace("-", "−")
+
+
+def with_interval(measure: Measure, row: dict | None, sign: bool = False) -> str:
+    """A mean with its interval: `12.3 [10.1, 14.5] dB`; the mean alone where there is no interval."""
+    if row is None or row["mean"] is None:
+        return "–"
+    factor, unit = (100, "\u00a0%") if measure.unit == "%" else (1, f"\u00a0{measure.unit}" if measure.unit else "")
+
+    def figure(value: float) -> str:
+        return f"{factor * value:{'+' if sign else ''},.{measure.digits}f}".replace("-", "−")
+
+    ends = "" if row["low"] is None else f" [{figure(row['low'])}, {figure(row['high'])}]"
+    return f"{figure(row['mean'])}{ends}{unit}"
+
+
+def with_seeds(key: str, row: dict) -> str:
+    """A difference in figures: `−3.05 [−3.26, −2.84]; 4 of 5 seeds`."""
+    pairs = f"{row['n']} of {row['of']} seeds" if row["n"] < row["of"] else f"{row['n']} seed{'s' if row['n'] > 1 else ''}"
+    return f"{with_interval(BY_KEY[key], row, sign=True)}; {pairs}"
+
+
+def in_percent(summary: dict, row: dict) -> tuple[str, str]:
+    """A difference of distances in % of the baseline's own distance, and of that of training images; dashes without one."""
+    own = sum(row["baseline"]) / len(row["baseline"]) if row["baseline"] else None
+
+    def share(of: float | None) -> str:
+        return f"{signed(round(100 * row['mean'] / of), 0)}\u00a0%" if of and row["mean"] is not None else "–"
+
+    return share(own), share(summary["facts"]["floor"]["frechet"])
+
+
+def distance_in_figures(summary: dict, row: dict, base: str | None = None) -> str:
+    """A difference in generation distance with its interval and seeds, and in percent of the distances it is held against."""
+    ours, floor = in_percent(summary, row)
+    scale = "" if ours == "–" else f" ({ours} of {base or summary['baseline']}'s distance, {floor} of training images')"
+    return with_seeds("frechet", row) + scale
+
+
+def adjusted_p(row: dict) -> str:
+    """p after Holm's adjustment; a dash where there is none."""
+    return "–" if row["p"] is None else f"{row['adjusted']:.3f}" if row["adjusted"] >= 0.001 else "< 0.001"
+
+
+# ---- sentences ----
+
+
+def by_verdict(key: str, rows: dict[str, dict]) -> dict[str, list[str]]:
+    """Names of arms by their `verdict`, in the order better, worse, no difference shown, not known."""
+    words = ("better", "worse", "higher", "lower", "no difference shown", "not known")
+    found = {word: [name for name, row in rows.items() if verdict(BY_KEY[key], row) == word] for word in words}
+    return {word: names for word, names in found.items() if names}
+
+
+def in_short(summary: dict, rows: dict[str, dict], base: str | None = None) -> str:
+    """One sentence that answers, for one table of differences, which arms are better or worse than `base`, the baseline.
+
+    Arms without any result are named, too, and those of which trials diverged are marked.
+    """
+    base, arms = base or summary["baseline"], {arm["name"]: arm for arm in summary["arms"]}
+    words = {"better": f"better than {base}", "worse": f"worse than {base}", "not known": "not known, for want of two seeds"}
+    groups = {words.get(word, word): names for word, names in by_verdict("frechet", rows).items()}
+    if lost := [name for name, arm in arms.items() if arm["diverged"] and not arm["finished"] and name != base]:
+        groups["no result"] = lost
+    flagged = {
+        name: name + (f" ({arm['diverged']} of {arm['trials']} diverged)" if arm["diverged"] else "")
+        for name, arm in arms.items()
+    }
+    said = "; ".join(f"{word}: {', '.join(flagged[name] for name in names)}" for word, names in groups.items())
+    itself = f" {flagged[base]} itself." if arms[base]["diverged"] else ""
+    return (f"{said[0].upper()}{said[1:]}." if said else f"No arm can be held against {base}.") + itself
+
+
+def caveats(summary: dict, rows: dict[str, dict]) -> str:
+    """How a difference came to count as shown, and what the intervals do not know; empty where there is nothing to say."""
+    words, tested = [], {name: row for name, row in rows.items() if row["p"] is not None}
+    if len(tested) > 1:
+        words.append(
+            f"These are {len(tested)} comparisons at once: a difference counts as shown if its p is below "
+            f"{1 - summary['level']:.2f} after Holm's adjustment for that. The intervals are each arm's own, not adjusted."
+        )
+        if alone := [name for name, row in tested.items() if row["alone"] != row["verdict"]]:
+            words.append(f"By its own interval, which leaves out 0, {' and '.join(alone)} would count, too.")
+    if any(arm["diverged"] for arm in summary["arms"]):
+        words.append("The figures know only the trials that did not diverge, and so flatter an arm of which some did.")
+    return " ".join(words)
+
+
+def headline(summary: dict, rows: dict[str, dict] | None) -> list[str]:
+    """The answer of one table of generation distances, for a terminal: in short, each arm's figures, and the caveats."""
+    if rows is None:
+        return []
+    figures = [f"  {name}: {distance_in_figures(summary, row)}" for name, row in rows.items()]
+    return [in_short(summary, rows), *figures, *filter(None, [caveats(summary, rows)])]
+
+
+def budgets(summary: dict) -> str:
+    """What equal numbers of steps mean for encoder and decoder, and which arms' images another decoder makes."""
+    by_steps: dict[tuple[int, int], list[str]] = {}
+    for arm in summary["arms"]:
+        by_steps.setdefault((arm["encoder_steps"], arm["decoder_steps"]), []).append(arm["name"])
+    parts = [f"{', '.join(names)}: encoder {e:,}, decoder {d:,}" for (e, d), names in by_steps.items()]
+    words = "The encoder and the decoder that makes the images are trained equally long in all arms"
+    if len(parts) > 1:
+        words = "Steps are equal in sum only; the encoder and the decoder that makes the images are not trained equally long"
+    words += f" (steps of {'; of '.join(parts)})."
+    usual = next(arm["decoder"] for arm in summary["arms"] if arm["name"] == summary["baseline"])
+    others = [f"{arm['name']} ({arm['decoder']})" for arm in summary["arms"] if arm["decoder"] != usual]
+    return words + (f" The decoder is that of {summary['baseline']} in all but {', '.join(others)}." if others else "")
+
+
+def latent_type(summary: dict) -> list[str]:
+    """Names of the bottleneck, of the family of the prior, and `gan` after an adversarial loss."""
+    return summary.get("latent_type", summary.get("carrier", "")).split(" + ")  # its name in earlier versions
+
+
+def rate_means(summary: dict) -> str:
+    """What the rate is, for the bottleneck of this comparison."""
+    rate = "the mean Kullback-Leibler divergence of an image's latent distribution from a Gaussian with the moments of them all"
+    if "vq" in latent_type(summary):
+        rate = "the entropy of the codes as if the tokens of an image were independent"
+    return f"Rate: {rate}, an upper bound of the information that the latent has of the image, not that information itself."
+
+
+def bits_mean(summary: dict) -> str:
+    """What the bits under the prior are; only some priors are told the class, and only of labelled images."""
+    words = "Bits under the prior: what the trained prior needs to write down the latent of a held-out image"
+    if summary["facts"].get("labelled"):
+        words += ", not told its class" if "mixture" in latent_type(summary) else ", told the image's class"
+    return words + "."
+
+
+# ---- Markdown ----
+
+
+def markdown_table(header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> list[str]:
+    """Its lines."""
+    cells = [[str(cell).replace("|", "\\|") for cell in row] for row in (header, ["---"] * len(header), *rows)]
+    return [f"| {' | '.join(row)} |" for row in cells]
+
+
+def results_markdown(summary: dict) -> str:
+    """The table of all arms with intervals and paired differences, and what its numbers are."""
+    measures = [BY_KEY[k] for k in COLUMNS if any(arm["measures"][k] for arm in summary["arms"])]
+    base, frechet, equal, rows = summary["baseline"], BY_KEY["frechet"], summary["equal_rate"], []
+    header = ["arm", *(m.name for m in measures), f"distance minus {base}'s", "p (Holm)"]
+    header += [f"the same at equal rate (seeds inside {base}'s rates)"] if equal else []
+    for arm in summary["arms"]:
+        lost, row = missing(arm), summary["differences"]["frechet"].get(arm["name"])
+        cells = [arm["name"] + (f" ({lost} of {arm['trials']})" if lost else "")]
+        cells += [with_interval(m, arm["measures"][m.key]) for m in measures]
+        cells += [f"{with_interval(frechet, row, True)} {verdict(frechet, row)}", adjusted_p(row)] if row else ["–", "–"]
+        if equal:
+            at = equal["frechet"].get(arm["name"])
+            cells.append(f"{with_interval(frechet, at, True)} {verdict(frechet, at)} ({at['n']} of {at['of']})" if at else "–")
+        rows.append(cells)
+    floor, copies = summary["facts"]["floor"]["frechet"], summary["facts"].get("memorised_heldout")
+    note = (
+        f"Means over {len(summary['seeds'])} seeds with their {100 * summary['level']:.0f} % intervals, cut at what is possible; "
+        f"what a difference is said to be goes by p (Holm). Training images are {floor:,.2f} from the held-out ones"
+        + ("." if copies is None else f"; of the held-out images themselves {100 * copies:.1f} % count as near-copies.")
+    )
+    left_out = [f"- Left out: {lost['trial']} {lost['kind']}: {lost['why']}" for lost in summary["left_out"]]
+    return "\n".join([*markdown_table(header, rows), "", note, *left_out]) + "\n"
+
+
+def missing(arm: Mapping[str, Any]) -> str:
+    """How many trials of an arm have no result: `1 diverged, 2 failed`; empty if all have one."""
+    return ", ".join(f"{arm[kind]} {kind}" for kind in ("diverged", "failed") if arm[kind])
