@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from dae_kernels.checks import check_floating
-from torch import Tensor, nn
+from torch import Tensor
 
 from dae.distributed import draw_rows
 from dae.precision import ordinary, wide
 
 
 def flow_matching_loss(
-    model: nn.Module,
+    model: Callable[..., Tensor],
     latents_BDhw: Tensor,
     labels_B: Tensor,
     *,

@@ -28,6 +28,8 @@ class PerceptualLoss(nn.Module):
 
     operation, impl = "lpips", "auto"  # for dae.models.kernels
     depths, widths = (2, 2, 3, 3, 3), (64, 128, 256, 512, 512)
+    shift: Tensor
+    scale: Tensor
     least_size = 16  # pixels, of which four poolings leave one position
 
     def __init__(self):
@@ -72,7 +74,7 @@ class PerceptualLoss(nn.Module):
             raise ValueError(f"PerceptualLoss needs images of at least {self.least_size} pixels, got {list(sample.shape[2:])}")
         sample, images = ordinary((sample, images))
         pairs = zip(self.taps(sample), self.taps(images), strict=True)
-        weights = [self.get_submodule(f"lin{tap}").weight.flatten() for tap in range(len(self.widths))]
+        weights = [self.get_parameter(f"lin{tap}.weight").flatten() for tap in range(len(self.widths))]
         terms = [lpips(a, b, weight, impl=self.impl) for (a, b), weight in zip(pairs, weights, strict=True)]
         return torch.stack(terms).sum(dim=0)
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dae.config import PriorConfig
 from dae.distributed import draw_rows
-from dae.models.layers import ClassConditional, Dropout
+from dae.models.layers import NORM_EPS, ClassConditional, Dropout
 from dae.models.prior import Prior
 from dae.precision import WideBuffers
 
@@ -47,11 +47,11 @@ class Block(nn.Module):
         self.layer, self.heads = layer, config.num_heads
         width, head_dim = config.width, config.width // config.num_heads
         hidden = -(-width * 8 // 3 // 16) * 16  # the parameters of a 4 x MLP, in a multiple of 16
-        self.norm_attention = nn.RMSNorm(width, eps=1e-6)
+        self.norm_attention = nn.RMSNorm(width, eps=NORM_EPS)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.norm_q, self.norm_k = nn.RMSNorm(head_dim, eps=1e-6), nn.RMSNorm(head_dim, eps=1e-6)
+        self.norm_q, self.norm_k = nn.RMSNorm(head_dim, eps=NORM_EPS), nn.RMSNorm(head_dim, eps=NORM_EPS)
         self.proj = nn.Linear(width, width, bias=False)
-        self.norm_mlp = nn.RMSNorm(width, eps=1e-6)
+        self.norm_mlp = nn.RMSNorm(width, eps=NORM_EPS)
         self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, width, bias=False)
         self.dropout = Dropout(config.dropout)
@@ -60,7 +60,7 @@ class Block(nn.Module):
         B, L, width = x.shape
         qkv = self.qkv(self.norm_attention(x)).view(B, L, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        q, k = qk_norm(q, k, self.norm_q.weight, self.norm_k.weight, self.norm_q.eps)
+        q, k = qk_norm(q, k, self.norm_q.weight, self.norm_k.weight, NORM_EPS)
         q, k = rotate(q, table), rotate(k, table)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
@@ -81,6 +81,7 @@ class ARPrior(WideBuffers, ClassConditional, Prior):
     """
 
     operation, impl = "linear_cross_entropy", "auto"
+    rotary: Tensor
     shape = ("vocab_size", "sequence_length")
 
     def __init__(self, config: PriorConfig, *, vocab_size: int, sequence_length: int, num_classes: int, tokenizer: str = ""):
@@ -95,7 +96,7 @@ class ARPrior(WideBuffers, ClassConditional, Prior):
         self.position_embedding = nn.Embedding(sequence_length, config.width)
         self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList([Block(config, layer) for layer in range(config.depth)])
-        self.norm = nn.RMSNorm(config.width, eps=1e-6)
+        self.norm = nn.RMSNorm(config.width, eps=NORM_EPS)
         self.head = nn.Linear(config.width, vocab_size, bias=False)
         table = rotary_table(sequence_length, config.width // config.num_heads)
         self.register_buffer("rotary", table, persistent=False)

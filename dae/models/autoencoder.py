@@ -149,8 +149,8 @@ class Autoencoder(PretrainedModel):
     def replace_decoder(self, decoder: DecoderConfig) -> None:
         """Put a freshly initialised decoder in place of the present one (the switch from stage 1 to stage 2)."""
         self.config = dataclasses.replace(self.config, decoder=decoder)
-        decoder = build_decoder(self.config, self.image_channels, self.resolution).to(self.device, self.dtype)
-        self.decoder = decoder.train(self.training)
+        new = build_decoder(self.config, self.image_channels, self.resolution)
+        self.decoder = new.to(self.device, self.dtype).train(self.training)
         self.decoder.gradient_checkpointing = self.encoder.gradient_checkpointing
 
     def enable_gradient_checkpointing(self, enabled: bool = True) -> None:

@@ -42,7 +42,6 @@ class ConvDecoder(nn.Module):
         config: AutoencoderConfig,
         image_channels: int,
         resolution: int,
-        *,
         width_factor: float,
         num_blocks: int,
         dropout: float,
@@ -78,30 +77,30 @@ class ConvDecoder(nn.Module):
         return self.conv_out(self.norm_out(h))
 
 
-def build_decoder(config: AutoencoderConfig, image_channels: int, resolution: int) -> nn.Module:
+def build_decoder(config: AutoencoderConfig, image_channels: int, resolution: int) -> LinearDecoder | ConvDecoder:
     """The member of the family that `config.decoder` names; [B, latent_channels, h, w] -> [B, image_channels, H, W].
 
     Raises:
         ValueError: an unknown family, or a capacity outside its range.
     """
     decoder = config.decoder
-    full = {"width_factor": 1.0, "num_blocks": config.num_blocks + 1, "dropout": 0.0}
+    width_factor, num_blocks, dropout = 1.0, config.num_blocks + 1, 0.0
     match decoder.family:
+        case "full":
+            pass
         case "linear":
             return LinearDecoder(config.latent_channels, image_channels, 1 << (len(config.channel_multipliers) - 1))
-        case "full":
-            capacity = full
         case "narrow":
-            if not 0 < decoder.width_factor <= 1:
-                raise ValueError(f"width_factor of a narrow decoder lies in (0, 1], got {decoder.width_factor}")
-            capacity = full | {"width_factor": decoder.width_factor}
+            width_factor = decoder.width_factor
+            if not 0 < width_factor <= 1:
+                raise ValueError(f"width_factor of a narrow decoder lies in (0, 1], got {width_factor}")
         case "shallow":
-            if not 0 <= decoder.num_blocks <= config.num_blocks + 1:
-                raise ValueError(f"num_blocks of a shallow decoder lies in 0..{config.num_blocks + 1}, got {decoder.num_blocks}")
-            capacity = full | {"num_blocks": decoder.num_blocks}
+            if not 0 <= decoder.num_blocks <= num_blocks:
+                raise ValueError(f"num_blocks of a shallow decoder lies in 0..{num_blocks}, got {decoder.num_blocks}")
+            num_blocks = decoder.num_blocks
         case "dropout":
-            capacity = full | {"dropout": decoder.dropout}
+            dropout = decoder.dropout
         case other:
             families = next(f for f in dataclasses.fields(DecoderConfig) if f.name == "family").metadata["choices"]
             raise ValueError(f"decoder family: expected one of {families}, got {other!r}")
-    return ConvDecoder(config, image_channels, resolution, **capacity)
+    return ConvDecoder(config, image_channels, resolution, width_factor, num_blocks, dropout)

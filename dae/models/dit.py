@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dae.config import PriorConfig
 from dae.models.continuous import ContinuousPrior
-from dae.models.layers import ClassConditional, Dropout
+from dae.models.layers import NORM_EPS, ClassConditional, Dropout
 from dae.precision import WideBuffers
 
 
@@ -25,6 +25,8 @@ class TimeEmbedding(WideBuffers, nn.Module):
     w_i falls geometrically from 100 to 0.1. The frequencies of discrete diffusion, up to 1000, are noise to a small model:
     it sees each time once, and the ODE's solver asks for the times between.
     """
+
+    frequencies: Tensor
 
     def __init__(self, width: int, frequencies: int = 64):
         super().__init__()
@@ -49,7 +51,7 @@ class Block(nn.Module):
         hidden = -(-width * 8 // 3 // 16) * 16  # the parameters of a 4 x MLP, in a multiple of 16
         self.modulation = nn.Linear(width, 6 * width)
         self.qkv = nn.Linear(width, 3 * width)
-        self.norm_q, self.norm_k = (nn.RMSNorm(width // config.num_heads, eps=1e-6) for _ in range(2))
+        self.norm_q, self.norm_k = (nn.RMSNorm(width // config.num_heads, eps=NORM_EPS) for _ in range(2))
         self.proj = nn.Linear(width, width)
         self.gate_up = nn.Linear(width, 2 * hidden)
         self.down = nn.Linear(hidden, width)
@@ -60,7 +62,7 @@ class Block(nn.Module):
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = self.modulation(condition_BC).chunk(6, dim=1)
         qkv = self.qkv(layer_norm_modulate(x_BLC, scale, shift)).view(B, L, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        q, k = qk_norm(q, k, self.norm_q.weight, self.norm_k.weight, self.norm_q.eps)
+        q, k = qk_norm(q, k, self.norm_q.weight, self.norm_k.weight, NORM_EPS)
         h = attention(rotate(q, table), rotate(k, table), v, impl=self.impl)
         x = gated_residual(x_BLC, self.dropout(self.proj(h.transpose(1, 2).flatten(2))), gate)
         h = self.down(swiglu(self.gate_up(layer_norm_modulate(x, mlp_scale, mlp_shift))))
@@ -87,6 +89,10 @@ class DiT(WideBuffers, ClassConditional, ContinuousPrior):
     Source: Peebles & Xie 2023, arXiv 2212.09748, section 3.2 (adaLN-zero); the first term: c_skip of Karras et al. 2022,
     arXiv 2206.00364, for this path.
     """
+
+    latent_mean: Tensor
+    latent_std: Tensor
+    rotary: Tensor
 
     def __init__(self, config: PriorConfig, *, latent_channels: int, latent_size: int, num_classes: int, tokenizer: str = ""):
         shape = {"latent_channels": latent_channels, "latent_size": latent_size}

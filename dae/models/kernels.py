@@ -20,7 +20,8 @@ def choose_kernels(model: nn.Module, kernels: KernelsConfig) -> None:
     for module in model.modules():
         if not hasattr(module, "operation"):
             continue
-        module.impl = getattr(kernels, module.operation)
+        operation = str(module.operation)
+        module.impl = getattr(kernels, operation)
         place = next(chain(module.parameters(), module.buffers(), model.parameters()), None)
         if module.impl == "triton" and place is not None and (refusal := triton_refusal(place.device)):
-            raise ValueError(f"kernels.{module.operation}=triton cannot run here: {refusal}. Use auto or reference")
+            raise ValueError(f"kernels.{operation}=triton cannot run here: {refusal}. Use auto or reference")

@@ -10,7 +10,10 @@ from dae_kernels import attention
 from dae_kernels.group_norm_silu import group_norm_silu
 from torch import Tensor, nn
 
+from dae.config import PriorConfig
 from dae.distributed import draw_rows
+
+NORM_EPS = 1e-6  # of all normalisations of the Transformers
 
 
 class GroupNorm(nn.GroupNorm):
@@ -49,6 +52,9 @@ class Dropout(nn.Module):
 
 class ClassConditional:
     """For a prior of `num_classes` classes C whose `config` has `class_dropout`: label C is no class (Ho & Salimans 2022)."""
+
+    num_classes: int
+    config: PriorConfig
 
     @property
     def null_class(self) -> int:

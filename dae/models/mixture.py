@@ -23,6 +23,10 @@ class GaussianMixturePrior(WideBuffers, ContinuousPrior):
         latent_channels, latent_size, num_classes, tokenizer: as of `ContinuousPrior`.
     """
 
+    weights: Tensor  # [K]
+    means: Tensor  # [K, P]
+    cholesky: Tensor  # [K, P, P]
+
     def __init__(self, config: PriorConfig, *, latent_channels: int, latent_size: int, num_classes: int, tokenizer: str = ""):
         shape = {"latent_channels": latent_channels, "latent_size": latent_size}
         super().__init__(config, **shape, num_classes=num_classes, tokenizer=tokenizer)

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from dae_kernels.checks import as_integer, as_number, check_floating
-from torch import Tensor, nn
+from torch import Tensor
 
 from dae.config import Config, PriorConfig, SamplingConfig
 from dae.models import ARPrior
-from dae.priors.family import PriorFamily, draw_augmentations
+from dae.priors.family import PriorFamily, draw_augmentations, latent_shape
 
 if TYPE_CHECKING:
-    from dae.data.cache import TokenCache, TokenDataset
+    from dae.data.cache import EncodedDataset, EncodingCache
 
 
-class Autoregressive(PriorFamily):
+class Autoregressive(PriorFamily[ARPrior]):
     """Autoregressive Transformer over the tokens of a discrete latent."""
 
     name, model, discrete = "ar", ARPrior, True
@@ -27,32 +28,27 @@ class Autoregressive(PriorFamily):
     title, tags = "Autoregressive prior", ("autoregressive", "image-generation")
     imports, usage = "sample_tokens", "autoencoder.decode_indices(sample_tokens(prior, labels)).sample"
 
-    def build(self, settings: PriorConfig, cache: TokenCache) -> ARPrior:
-        return ARPrior(
-            settings,
-            vocab_size=cache.vocab_size,
-            sequence_length=cache.latent_size**2,
-            num_classes=cache.num_classes,
-            tokenizer=cache.fingerprint.tokenizer,
-        )
+    def build(self, settings: PriorConfig, cache: EncodingCache) -> ARPrior:
+        shape = latent_shape(cache)
+        return ARPrior(settings, sequence_length=shape.pop("latent_size") ** 2, **shape)
 
-    def loss(self, model: nn.Module, prior: ARPrior, batch: dict[str, Tensor]) -> Tensor:
+    def loss(self, model: Callable[..., Tensor], prior: ARPrior, batch: dict[str, Tensor]) -> Tensor:
         """Mean of -log p(token | class, earlier tokens) in nats, with hidden classes and noise on what is read."""
         tokens = draw_augmentations(batch["tokens"])
         return model(prior.drop_labels(batch["label"]), prior.corrupt(tokens[:, :-1]), targets_BT=tokens)
 
     @torch.inference_mode()
-    def score(self, prior: ARPrior, encoded: TokenDataset, config: Config) -> float:
+    def score(self, prior: ARPrior, encoded: EncodedDataset, config: Config) -> float:
         """Mean of -log2 p(token | class, earlier tokens)."""
         prior.eval()
         batch_size = config.evaluation.batch_size
         device, total = prior.head.weight.device, 0.0
-        for labels, batch in zip(encoded.labels_N.split(batch_size), encoded.tokens_NCT[:, 0].split(batch_size), strict=True):
+        for labels, batch in zip(encoded.labels_N.split(batch_size), encoded.values_NC[:, 0].split(batch_size), strict=True):
             batch = batch.long().to(device)
             total += prior(labels.to(device), batch[:, :-1], targets_BT=batch).item() * len(labels)
         return total / len(encoded) / math.log(2)
 
-    def bits_per_image(self, prior: ARPrior, encoded: TokenDataset, config: Config) -> float:
+    def bits_per_image(self, prior: ARPrior, encoded: EncodedDataset, config: Config) -> float:
         return self.score(prior, encoded, config) * prior.sequence_length
 
     def tokens_per_image(self, prior: ARPrior) -> int:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dae.config import Config, PriorConfig, SamplingConfig
 from dae.distributed import as_single_process, world_size
@@ -19,13 +20,13 @@ from dae.quantizers import latent_statistics
 from dae.seeding import seed_for
 
 if TYPE_CHECKING:
-    from dae.data.cache import LatentCache, PosteriorDataset
+    from dae.data.cache import EncodedDataset, EncodingCache
 
 LIKELIHOOD_STEPS = 32  # of the ODE whose likelihood gives the bits per image
 LIKELIHOOD_IMAGES = 256  # held-out images of which it is taken at most
 
 
-class DiffusionTransformer(PriorFamily):
+class DiffusionTransformer(PriorFamily[DiT]):
     """Diffusion Transformer with flow matching over a continuous latent."""
 
     name, model, discrete = "dit", DiT, False
@@ -35,31 +36,31 @@ class DiffusionTransformer(PriorFamily):
     title, tags = "Diffusion Transformer", ("flow-matching", "image-generation")
     imports, usage = "sample_latents", "autoencoder.decode(sample_latents(prior, labels, num_inference_steps=32)).sample"
 
-    def build(self, settings: PriorConfig, cache: LatentCache) -> DiT:
+    def build(self, settings: PriorConfig, cache: EncodingCache) -> DiT:
         """A new model that knows the scale of this autoencoder's latent."""
         prior = DiT(settings, **latent_shape(cache))
-        prior.set_latent_statistics(*latent_statistics(cache.train.moments_NCEhw))
+        prior.set_latent_statistics(*latent_statistics(cache.train.values_NC))
         return prior
 
-    def loss(self, model: nn.Module, prior: DiT, batch: dict[str, Tensor]) -> Tensor:
+    def loss(self, model: Callable[..., Tensor], prior: DiT, batch: dict[str, Tensor]) -> Tensor:
         """`flow_matching_loss` of each image's posterior, with hidden classes."""
         mean, variance = normalised_posteriors(prior, draw_augmentations(batch["moments"]))
         return flow_matching_loss(model, mean, prior.drop_labels(batch["label"]), variance_BDhw=variance)
 
     @torch.no_grad()
-    def score(self, prior: DiT, encoded: PosteriorDataset, config: Config) -> float:
+    def score(self, prior: DiT, encoded: EncodedDataset, config: Config) -> float:
         """`flow_matching_loss`, at the same times and noise whenever it is called."""
         prior.eval()
         device, total = prior.latent_mean.device, 0.0
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), as_single_process():
             torch.manual_seed(seed_for(config.seed, "prior", "validation"))
-            plain = encoded.moments_NCEhw[:, 0]
+            plain = encoded.values_NC[:, 0]
             for labels, moments in zip(encoded.labels_N.split(SCORE_BATCH), plain.split(SCORE_BATCH), strict=True):
                 mean, variance = normalised_posteriors(prior, moments.to(device))
                 total += flow_matching_loss(prior, mean, labels.to(device), variance_BDhw=variance).item() * len(labels)
         return total / len(encoded)
 
-    def bits_per_image(self, prior: DiT, encoded: PosteriorDataset, config: Config) -> float:
+    def bits_per_image(self, prior: DiT, encoded: EncodedDataset, config: Config) -> float:
         """See `dae.metrics.bits_back`; of `LIKELIHOOD_IMAGES` images at most.
 
         After a short training of fewer: they cost `LIKELIHOOD_STEPS` evaluations each, together no more than the training did.
@@ -74,10 +75,10 @@ class DiffusionTransformer(PriorFamily):
 
         def log_prob(latents: Tensor) -> Tensor:
             batches = zip(latents.split(SCORE_BATCH), labels_N.split(SCORE_BATCH), strict=True)
-            options = {"num_steps": LIKELIHOOD_STEPS, "generator": generator}
-            return torch.cat([log_likelihood(prior, *batch, **options) for batch in batches])
+            steps = LIKELIHOOD_STEPS
+            return torch.cat([log_likelihood(prior, x, y, num_steps=steps, generator=generator) for x, y in batches])
 
-        mean, log_variance = encoded.moments_NCEhw[rows, 0].to(device).chunk(2, dim=1)
+        mean, log_variance = encoded.values_NC[rows, 0].to(device).chunk(2, dim=1)
         return bits_back(mean, log_variance, log_prob, generator)
 
     def sample(self, prior: DiT, labels_B: Tensor, settings: SamplingConfig, generator: torch.Generator) -> Tensor:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ClassVar, Generic, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dae.config import Config, PriorConfig, SamplingConfig
 from dae.distributed import draw_rows
@@ -14,10 +15,12 @@ from dae.models import Autoencoder, Prior
 if TYPE_CHECKING:
     from dae.data.cache import EncodedDataset, EncodingCache
 
+Model = TypeVar("Model", bound=Prior)
+
 SCORE_BATCH = 64  # latents at once where numbers are drawn for each batch: no setting may change the score
 
 
-class PriorFamily:
+class PriorFamily(Generic[Model]):
     """One kind of prior: its model, loss, held-out score, bits and sampler. A file of `dae.priors` has one, `PRIORS` has all.
 
     Nothing outside of `dae.priors` asks for a family's name to decide anything.
@@ -37,7 +40,7 @@ class PriorFamily:
     """
 
     name: ClassVar[str]
-    model: ClassVar[type[Prior]]
+    model: ClassVar[type]
     discrete: ClassVar[bool]
     fitted: ClassVar[bool] = False
     criterion: ClassVar[str]
@@ -51,40 +54,40 @@ class PriorFamily:
     imports: ClassVar[str | None] = None
     usage: ClassVar[str]
 
-    def build(self, settings: PriorConfig, cache: EncodingCache) -> Prior:
+    def build(self, settings: PriorConfig, cache: EncodingCache) -> Model:
         """A new model for what a cache holds. ValueError: settings and latent do not go together."""
         raise NotImplementedError
 
-    def loss(self, model: nn.Module, prior: Prior, batch: dict[str, Tensor]) -> Tensor:
+    def loss(self, model: Callable[..., Tensor], prior: Model, batch: dict[str, Tensor]) -> Tensor:
         """Training loss in nats or squared error; all draws by `draw_rows`, so that processes share them.
 
         Args:
-            model: what is called: the prior, as the engine wrapped and compiled it.
+            model: what to call in place of the prior: as the engine wrapped and compiled it.
             batch: of the cache, on the prior's device.
         """
         raise NotImplementedError(f"a {self.title} is fitted, it has no loss")
 
-    def fit(self, prior: Prior, cache: EncodingCache, config: Config) -> None:
+    def fit(self, prior: Model, cache: EncodingCache, config: Config) -> None:
         """Fit all of the prior to a cache; only where `fitted`."""
         raise NotImplementedError(f"a {self.title} is trained in steps")
 
-    def score(self, prior: Prior, encoded: EncodedDataset, config: Config) -> float:
+    def score(self, prior: Model, encoded: EncodedDataset, config: Config) -> float:
         """`criterion` of the plain encodings; leaves the global random state as it was."""
         raise NotImplementedError
 
-    def bits_per_image(self, prior: Prior, encoded: EncodedDataset, config: Config) -> float:
+    def bits_per_image(self, prior: Model, encoded: EncodedDataset, config: Config) -> float:
         """Code length of the latent of an image under the prior, given its class if the prior knows classes."""
         return self.score(prior, encoded, config)
 
-    def tokens_per_image(self, prior: Prior) -> int | None:
+    def tokens_per_image(self, prior: Model) -> int | None:
         """How many tokens the prior writes for an image; None if it writes a continuous latent."""
         return None
 
-    def sample(self, prior: Prior, labels_B: Tensor, settings: SamplingConfig, generator: torch.Generator) -> Tensor:
+    def sample(self, prior: Model, labels_B: Tensor, settings: SamplingConfig, generator: torch.Generator) -> Tensor:
         """Tokens [B, T], or latents [B, D, h, w] in the autoencoder's own scale, of the given classes."""
         raise NotImplementedError
 
-    def rehearse(self, prior: Prior, batch: dict[str, Tensor]) -> None:
+    def rehearse(self, prior: Model, batch: dict[str, Tensor]) -> None:
         """Try what sampling needs on a batch of two encodings; raises what sampling would raise."""
 
     def require_rows(self, config: Config, autoencoder: Autoencoder, rows: int | None) -> None:

@@ -17,10 +17,10 @@ from dae.quantizers import sample_posteriors
 from dae.seeding import seed_for
 
 if TYPE_CHECKING:
-    from dae.data.cache import LatentCache, PosteriorDataset
+    from dae.data.cache import EncodedDataset, EncodingCache
 
 
-class Mixture(PriorFamily):
+class Mixture(PriorFamily[GaussianMixturePrior]):
     """Gaussian mixture over a continuous latent."""
 
     name, model, discrete, fitted = "mixture", GaussianMixturePrior, False, True
@@ -29,24 +29,24 @@ class Mixture(PriorFamily):
     title, tags = "Gaussian mixture prior", ("gaussian-mixture", "image-generation")
     usage = "autoencoder.decode(prior.sample(len(labels))).sample"
 
-    def build(self, settings: PriorConfig, cache: LatentCache) -> GaussianMixturePrior:
+    def build(self, settings: PriorConfig, cache: EncodingCache) -> GaussianMixturePrior:
         return GaussianMixturePrior(settings, **latent_shape(cache))
 
-    def fit(self, prior: GaussianMixturePrior, cache: LatentCache, config: Config) -> None:
+    def fit(self, prior: GaussianMixturePrior, cache: EncodingCache, config: Config) -> None:
         """Fit it to one posterior sample of every encoding of every training image."""
         with torch.random.fork_rng(devices=[]), as_single_process():
             torch.manual_seed(seed_for(config.seed, "prior", "posterior"))
-            latents = sample_posteriors(cache.train.moments_NCEhw.flatten(0, 1))
+            latents = sample_posteriors(cache.train.values_NC.flatten(0, 1))
         prior.fit(latents, seed_for(config.seed, "prior", "fit") % 2**32)  # scikit-learn takes 32 bits
 
     @torch.no_grad()
-    def score(self, prior: GaussianMixturePrior, encoded: PosteriorDataset, config: Config) -> float:
+    def score(self, prior: GaussianMixturePrior, encoded: EncodedDataset, config: Config) -> float:
         """Code length of the latent, see `dae.metrics.bits_back`; of `evaluation.max_images` at most."""
         device, limit, rows = prior.means.device, config.evaluation.max_images, torch.arange(len(encoded))
         if len(rows) > limit:  # not the first ones, which may be of one class
             generator = torch.Generator().manual_seed(seed_for(config.seed, "prior", "bits"))
             rows = torch.randperm(len(rows), generator=generator)[:limit]
-        mean, log_variance = encoded.moments_NCEhw[rows, 0].to(device).chunk(2, dim=1)
+        mean, log_variance = encoded.values_NC[rows, 0].to(device).chunk(2, dim=1)
         generator = torch.Generator(device).manual_seed(seed_for(config.seed, "prior", "likelihood"))
         return bits_back(mean, log_variance, lambda x: torch.cat([prior.log_prob(part) for part in x.split(256)]), generator)
 

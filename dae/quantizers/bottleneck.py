@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar, Self
 
+import torch
 from dae_kernels.checks import check_floating
 from torch import Tensor, nn
 
@@ -75,6 +76,15 @@ class Bottleneck(nn.Module, ABC):
     def num_codes(config: AutoencoderConfig) -> int:
         """K, how many values an index has; ValueError for a continuous bottleneck."""
         raise ValueError(f"autoencoder.bottleneck={config.bottleneck} has no codes")
+
+    def initialize_codebook(self, features_NDhw: Tensor, generator: torch.Generator) -> None:
+        """Place the codes before training, on what the encoder makes of some images."""
+
+    def observe(self, encoding: Encoding) -> None:
+        """Count what a micro-batch used."""
+
+    def update_codebook(self) -> None:
+        """Move the codes by all that was observed since the last call."""
 
     def lookup(self, indices_Bhw: Tensor) -> Tensor:
         """Latents [B, D, h, w] of indices [B, h, w]; ValueError for a continuous bottleneck."""

@@ -35,6 +35,9 @@ class VectorQuantizer(WideBuffers, Bottleneck):
     kept, rate_knob = ("indices",), "autoencoder.vq.codebook_size"
     operation, impl = "vector_quantize", "auto"  # for dae.models.kernels
     buffer_dtypes = (torch.float32,)
+    codebook: Tensor  # [K, D]
+    average_counts: Tensor  # [K]
+    average_sums: Tensor  # [K, D]
 
     def __init__(self, config: VQConfig, channels: int):
         super().__init__()
@@ -165,6 +168,8 @@ class VectorQuantizer(WideBuffers, Bottleneck):
     def observe(self, encoding: Encoding) -> None:
         """Count what a micro-batch used."""
         self._refuse_if_frozen()
+        if encoding.indices is None:
+            raise ValueError("observe needs encodings with indices")
         x_BTD = encoding.features.detach().movedim(1, -1).flatten(1, 2)
         # Sums in float64: those of micro-batches and processes add up to the sum of the whole but for its one rounding.
         counts, sums = codebook_statistics(x_BTD.double(), encoding.indices.flatten(1), len(self.codebook))
@@ -186,7 +191,7 @@ class VectorQuantizer(WideBuffers, Bottleneck):
         if not any(observed for observed, _, _ in held):
             raise RuntimeError("update_codebook without observe: there is nothing to update from")
         K, D = self.codebook.shape
-        if self._counts is None:
+        if self._counts is None or self._sums is None:
             self._counts = torch.zeros(K, dtype=torch.int64, device=self.codebook.device)
             self._sums = torch.zeros(K, D, dtype=torch.float64, device=self.codebook.device)
         counts, sums = sum_over_processes(self._counts), sum_over_processes(self._sums)
@@ -201,7 +206,7 @@ class VectorQuantizer(WideBuffers, Bottleneck):
         self._take_first_process_codebook()
         self._counts = self._sums = self._latest = None
 
-    def _random_latents_of_the_global_batch(self, held: list[tuple[int, int, int]]) -> Tensor:
+    def _random_latents_of_the_global_batch(self, held: list[tuple[int, ...]]) -> Tensor:
         """[K, D], drawn by process 0 from [images, positions], the last two numbers `held` by each process.
 
         The latents are numbered as one process would have them. Each process fills in those that it holds, and a sum brings them

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from dae.config import Config
@@ -23,14 +23,12 @@ from dae.progress import progress_bar
 from dae.quantizers import Encoding
 from dae.seeding import seed_for, set_seed
 from dae.training.checkpoint import Checkpoint
-from dae.training.ema import EMA
 from dae.training.engine import Engine
 from dae.training.initialization import load_decoder, load_latent
-from dae.training.loop import global_mean, is_due, refuse_non_finite, validation_images
-from dae.training.optimization import build_optimizer, build_scheduler
+from dae.training.loop import Training, is_due, validation_images
+from dae.training.optimization import build_optimizer
 from dae.training.pictures import reconstruction_sheet
 from dae.training.stages import Stage, plan_stages
-from dae.training.state import TrainingState
 
 if TYPE_CHECKING:
     from dae.data import TrainLoader
@@ -98,13 +96,13 @@ def train_stages(
             train_stage(training, heldout, run, steps_before, training.state.restore(resumed))
             resumed = None
             if run is not None and stage is not stages[-1]:
-                run_on_first_process(lambda folder=run.folder / stage.name: autoencoder.save_pretrained(folder))
+                run_on_first_process(functools.partial(autoencoder.save_pretrained, run.folder / stage.name))
         steps_before += stage.config.max_train_steps
 
 
 def train_stage(training: StageTraining, heldout: Dataset | None, run: Run | None, steps_before: int, start: int) -> None:
     """The loop. `steps_before` are those of the stages before, `start` is where in this one it begins."""
-    config, stage, state, ema = training.config, training.stage, training.state, training.state.ema
+    config, stage, state = training.config, training.stage, training.state
     total = stage.config.max_train_steps
     bar = progress_bar(total, start, f"{stage.name}, {stage.decoder.family} decoder", shown=run is not None)
     training.autoencoder.train()
@@ -113,14 +111,9 @@ def train_stage(training: StageTraining, heldout: Dataset | None, run: Run | Non
         done, step_of_run = step + 1, steps_before + step + 1
         bar.update()
         if is_due(done, config.logging_steps, total):
-            values = {"loss": global_mean(state.losses), "lr": state.scheduler.get_last_lr()[0]}
-            state.losses.clear()
-            refuse_non_finite(values["loss"], stage.name, done)
-            bar.set_postfix(loss=f"{values['loss']:.4f}")
-            if run is not None:
-                run.record(step_of_run, values, stage=stage.name, split="train")
+            training.log(done, bar, run, step_of_run)
         if heldout is not None and is_due(done, config.validation_steps, total):
-            with ema.swapped_in(training.trained) if ema else contextlib.nullcontext(), training.engine.autocast():
+            with training.averaged(), training.engine.autocast():
                 values = validate(config, training.autoencoder, heldout, validation_images(config, stage.config))
                 if run is not None:
                     show_reconstructions(run, step_of_run, training.autoencoder, heldout)
@@ -130,23 +123,19 @@ def train_stage(training: StageTraining, heldout: Dataset | None, run: Run | Non
         if run is not None and is_due(step_of_run, config.checkpointing_steps, steps_before + total):
             run.save(step_of_run, *state.pack(), stage=stage.name, stage_step=done)
     bar.close()
-    if ema:
-        training.trained.load_state_dict(ema.state_dict())  # what is delivered, and what stage 2 freezes, is the average
+    if state.ema:
+        training.trained.load_state_dict(state.ema.state_dict())  # what is delivered, and what stage 2 freezes, is the average
     training.engine.free_memory()
 
 
-class StageTraining:
-    """What a stage trains with, and its step.
+class StageTraining(Training):
+    """The step of a stage of the autoencoder: of all of it, or of the decoder alone on latents that the frozen encoder computes.
 
     Args:
         autoencoder: with the decoder of `stage`, on the engine's device.
         loaders: batches of the stage's training images.
         perceptual: the frozen loss network, of no optimiser and in no checkpoint; with a weight above 0 it is needed.
         new_codebook: initialise the codebook by k-means, if this stage learns it.
-
-    Attributes:
-        trained: everything, or the decoder alone on latents that the frozen encoder computes without gradient.
-        state: all that changes, for checkpoints.
     """
 
     def __init__(
@@ -160,64 +149,47 @@ class StageTraining:
         *,
         new_codebook: bool = True,
     ):
-        settings, loss = stage.config, stage.config.loss
-        self.config, self.stage, self.autoencoder, self.engine = config, stage, autoencoder, engine
+        self.stage, self.autoencoder, self.perceptual = stage, autoencoder, perceptual
         self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
-        choose_kernels(autoencoder.to(memory_format=self.layout), config.kernels)
+        self._place(autoencoder, config, autoencoder.device)
         loader = loaders(stage, "order")
         self.learns_codebook = autoencoder.bottleneck.learns_codebook and not stage.latent_frozen
         if self.learns_codebook and new_codebook:
             initialize_codebook(config, autoencoder, loaders(stage, "codebook"))
+        autoencoder.enable_gradient_checkpointing(stage.config.gradient_checkpointing)
+        trained = autoencoder.decoder if stage.latent_frozen else autoencoder
+        super().__init__(config, stage.config, stage.name, trained, autoencoder, loader, engine)
 
-        self.trained = autoencoder.decoder if stage.latent_frozen else autoencoder
-        self.parameters = list(self.trained.parameters())  # to walk through a small module takes a twentieth of a step
-        autoencoder.enable_gradient_checkpointing(settings.gradient_checkpointing)
-        ema = EMA(self.trained, settings.ema_decay) if settings.use_ema else None
-        optimizer = build_optimizer(self.trained, settings)
-        scheduler = build_scheduler(optimizer, settings)
-        compiled = torch.compile(self.trained) if config.compile else self.trained
-        self.model, optimizer = engine.prepare(compiled, optimizer)
-        self.state = TrainingState({"model": autoencoder}, {"optimizer": optimizer}, scheduler, loader, ema, engine.scaler)
-        self.batches = iter(loader)
-
-        self.discriminator = self.prepared_discriminator = None
+        loss = stage.config.loss
+        self.discriminator: PatchDiscriminator | None = None
         if loss.adversarial > 0:
             set_seed(config.seed, stage.name, "discriminator")
             discriminator = PatchDiscriminator(config.data.channels, loss.discriminator_channels, loss.discriminator_layers)
-            optimizer = build_optimizer(discriminator, settings, loss.discriminator_learning_rate)
-            choose_kernels(discriminator.to(engine.device, memory_format=self.layout), config.kernels)
-            self.prepared_discriminator, optimizer = engine.prepare(discriminator, optimizer)
-            self.state.modules["discriminator"], self.state.optimizers["discriminator_optimizer"] = discriminator, optimizer
+            optimizer = build_optimizer(discriminator, stage.config, loss.discriminator_learning_rate)
+            self._place(discriminator, config, engine.device)
+            self.discriminate, prepared = engine.prepare(discriminator, optimizer)
+            self.synchronized.append(self.discriminate)
+            self.state.modules["discriminator"], self.state.optimizers["discriminator_optimizer"] = discriminator, prepared
             self.discriminator = discriminator
-        self.perceptual = perceptual
         if perceptual is not None:
-            choose_kernels(perceptual.to(engine.device, memory_format=self.layout), config.kernels)
+            self._place(perceptual, config, engine.device)
 
-    def step(self, number: int) -> None:
-        """Step `number` of the stage: losses, optimisers, schedule, codebook, average."""
-        settings, optimizers = self.stage.config, self.state.optimizers.values()
-        for micro in range(settings.gradient_accumulation_steps):
-            set_seed(self.config.seed, self.stage.name, number, micro)  # the only source of this micro-step's randomness
-            last = micro == settings.gradient_accumulation_steps - 1
-            with self.engine.synchronize(self.model, self.prepared_discriminator, when=last):
-                self.state.losses.append(self.micro_step(self.next_images(), number))
-        if settings.max_grad_norm > 0:
-            self.engine.clip(self.parameters, settings.max_grad_norm)
-        self.engine.step(optimizers)
-        self.state.scheduler.step()
+    def _place(self, module: nn.Module, config: Config, device: torch.device) -> None:
+        module.to(device=device, memory_format=self.layout)  # type: ignore[call-overload]
+        choose_kernels(module, config.kernels)
+
+    def update_codebook(self) -> None:
         if self.learns_codebook:
             self.autoencoder.bottleneck.update_codebook()
-        if self.state.ema:
-            self.state.ema.update(self.trained)
 
     def next_images(self) -> Tensor:
         images, data = next(self.batches)["image"].to(self.engine.device, non_blocking=True), self.config.data
         images = augment(images, random_flip=data.random_flip, random_affine=data.random_affine)
         return images.contiguous(memory_format=self.layout)
 
-    def micro_step(self, images: Tensor, number: int) -> Tensor:
+    def micro_step(self, number: int) -> Tensor:
         """Add the gradients of a batch; returns its reconstruction loss."""
-        loss_config, parts = self.stage.config.loss, self.stage.config.gradient_accumulation_steps
+        loss_config, images = self.stage.config.loss, self.next_images()
         sample, encoding = self.reconstruct(images)
         reconstruction = reconstruction_loss(sample, images, loss_config)
         if self.perceptual is not None:
@@ -232,10 +204,10 @@ class StageTraining:
             adversarial = generator_loss(logits.float())
             loss = loss + loss_config.adversarial * adaptive_weight(reconstruction, adversarial, sample) * adversarial
             self.discriminator.requires_grad_(True)
-        self.engine.backward(loss / parts)
+        self.backward(loss)
         if self.discriminator is not None:
-            real, fake = self.prepared_discriminator(images), self.prepared_discriminator(sample.detach())
-            self.engine.backward(discriminator_loss(real, fake) / parts)
+            real, fake = self.discriminate(images), self.discriminate(sample.detach())
+            self.backward(discriminator_loss(real, fake))
         if self.learns_codebook:
             self.autoencoder.bottleneck.observe(encoding)
         return reconstruction.detach()

@@ -6,7 +6,7 @@ import copy
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dae.precision import wide
 
@@ -32,7 +32,7 @@ class EMA:
         """Move towards the weights of `module`, whose tensors must stay the same objects from one update to the next."""
         if self._source is not module:
             self._source = module
-            self._weights = list(self.average.parameters()), list(module.parameters())
+            self._weights: tuple[list[Tensor], list[Tensor]] = list(self.average.parameters()), list(module.parameters())
             self._narrow = any(a.dtype != b.dtype for a, b in zip(*self._weights, strict=True))
             self._buffers = list(self.average.buffers()), list(module.buffers())
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))

@@ -1,19 +1,109 @@
-"""Small pieces of a training loop."""
+"""The training step, and the small pieces of a training loop."""
 
 from __future__ import annotations
 
+import contextlib
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 
+from dae.config import Config, OptimizationConfig
 from dae.distributed import sum_over_processes, world_size
+from dae.seeding import set_seed
+from dae.training.ema import EMA
+from dae.training.engine import Engine
+from dae.training.optimization import build_optimizer, build_scheduler
+from dae.training.state import TrainingState
 
 if TYPE_CHECKING:
-    from dae.config import Config, OptimizationConfig
+    from dae.data import TrainLoader
+    from dae.data.tensors import TensorLoader
+    from dae.training.run import Run
 
 
-def global_mean(values: list[torch.Tensor]) -> float:
+class Training:
+    """One optimisation: what it trains with, and its step. Subclasses define `micro_step`.
+
+    Args:
+        settings: of this optimisation, a section of `config`.
+        name: of the stage, or "prior"; in seeds, logs and messages.
+        trained: the module whose parameters are optimised and averaged, on the engine's device.
+        model: the module that a checkpoint holds, `trained` or what it is a part of.
+
+    Attributes:
+        model: `trained` as it is to be called: compiled, in mixed precision, with synchronised gradients.
+        synchronized: all prepared modules, the gradients of which processes add up at the last micro-step.
+        state: all that changes, for checkpoints.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        settings: OptimizationConfig,
+        name: str,
+        trained: nn.Module,
+        model: nn.Module,
+        loader: TrainLoader | TensorLoader,
+        engine: Engine,
+    ):
+        self.config, self.settings, self.name, self.trained, self.engine = config, settings, name, trained, engine
+        self.parameters = list(trained.parameters())  # to walk through a small module takes a twentieth of a step
+        ema = EMA(trained, settings.ema_decay) if settings.use_ema else None
+        optimizer = build_optimizer(trained, settings)
+        scheduler = build_scheduler(optimizer, settings)
+        if config.compile:
+            trained = torch.compile(trained)  # type: ignore[assignment]  # a module again
+        self.model, prepared = engine.prepare(trained, optimizer)
+        self.synchronized: list[Callable] = [self.model]
+        modules, optimizers = {"model": model}, {"optimizer": prepared}
+        self.state = TrainingState(modules, optimizers, scheduler, loader, ema, engine.scaler)  # type: ignore[arg-type]
+        self.batches = iter(loader)
+
+    def step(self, number: int) -> None:
+        """Step `number`: gradients of all micro-steps, then optimisers, schedule, codebook, average."""
+        for micro in range(self.settings.gradient_accumulation_steps):
+            set_seed(self.config.seed, self.name, number, micro)  # the only source of this micro-step's randomness
+            last = micro == self.settings.gradient_accumulation_steps - 1
+            with self.engine.synchronize(*self.synchronized, when=last):
+                self.state.losses.append(self.micro_step(number))
+        if self.settings.max_grad_norm > 0:
+            self.engine.clip(self.parameters, self.settings.max_grad_norm)
+        self.engine.step(self.state.optimizers.values())
+        self.state.scheduler.step()
+        self.update_codebook()
+        if self.state.ema:
+            self.state.ema.update(self.trained)
+
+    def micro_step(self, number: int) -> Tensor:
+        """Add the gradients of a batch; returns its loss for the log, detached."""
+        raise NotImplementedError
+
+    def update_codebook(self) -> None:
+        """After the optimisers' step, by all micro-batches of it."""
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a micro-batch's share of the step's loss."""
+        self.engine.backward(loss / self.settings.gradient_accumulation_steps)
+
+    def averaged(self) -> AbstractContextManager:
+        """Inside the block the trained module has its averaged weights, if there are any."""
+        return self.state.ema.swapped_in(self.trained) if self.state.ema else contextlib.nullcontext()
+
+    def log(self, done: int, bar: Any, run: Run | None, step_of_run: int) -> None:
+        """Record the mean loss since the last entry of the log. FloatingPointError: it is not finite."""
+        loss, rate = global_mean(self.state.losses), self.state.scheduler.get_last_lr()[0]
+        self.state.losses.clear()
+        refuse_non_finite(loss, self.name, done)
+        bar.set_postfix(loss=f"{loss:.4f}")
+        if run is not None:
+            run.record(step_of_run, {"loss": loss, "lr": rate}, stage=self.name, split="train")
+
+
+def global_mean(values: list[Tensor]) -> float:
     """Mean over a list of scalars and over all processes: the value of the global batch."""
     mean = torch.stack(values).double().mean()
     total, processes = sum_over_processes(torch.stack([mean, torch.ones_like(mean)])).tolist()

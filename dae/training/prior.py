@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from dae.config import Config
@@ -17,13 +16,9 @@ from dae.hub import load_weights
 from dae.models import Prior
 from dae.priors import PriorFamily
 from dae.progress import progress_bar
-from dae.seeding import set_seed
 from dae.training.checkpoint import Checkpoint
-from dae.training.ema import EMA
 from dae.training.engine import Engine
-from dae.training.loop import global_mean, is_due, refuse_non_finite, validation_images
-from dae.training.optimization import build_optimizer, build_scheduler
-from dae.training.state import TrainingState
+from dae.training.loop import Training, is_due, validation_images
 
 if TYPE_CHECKING:
     import numpy as np
@@ -42,8 +37,8 @@ class Best:
     score: float | None = None
 
 
-class PriorTraining:
-    """What a prior trains with, and its step.
+class PriorTraining(Training):
+    """The step of a prior.
 
     Args:
         family: of the prior; one that is not fitted.
@@ -52,33 +47,15 @@ class PriorTraining:
     """
 
     def __init__(self, config: Config, family: PriorFamily, prior: Prior, loader: TrainLoader | TensorLoader, engine: Engine):
-        settings = config.prior
-        self.config, self.family, self.prior, self.engine = config, family, prior, engine
-        self.parameters = list(prior.parameters())
-        prior.gradient_checkpointing = settings.gradient_checkpointing
-        ema = EMA(prior, settings.ema_decay) if settings.use_ema else None
-        optimizer = build_optimizer(prior, settings)
-        scheduler = build_scheduler(optimizer, settings)
-        self.model, optimizer = engine.prepare(torch.compile(prior) if config.compile else prior, optimizer)
-        self.state = TrainingState({"model": prior}, {"optimizer": optimizer}, scheduler, loader, ema, engine.scaler)
-        self.batches = iter(loader)
+        self.family, self.prior = family, prior
+        prior.gradient_checkpointing = config.prior.gradient_checkpointing
+        super().__init__(config, config.prior, "prior", prior, prior, loader, engine)
 
-    def step(self, number: int) -> None:
-        """Step `number`: loss, optimiser, schedule, average."""
-        settings, parts = self.config.prior, self.config.prior.gradient_accumulation_steps
-        for micro in range(parts):
-            set_seed(self.config.seed, "prior", number, micro)  # the only source of this micro-step's randomness
-            batch = {name: column.to(self.engine.device, non_blocking=True) for name, column in next(self.batches).items()}
-            with self.engine.synchronize(self.model, when=micro == parts - 1):
-                loss = self.family.loss(self.model, self.prior, batch)
-                self.engine.backward(loss / parts)
-            self.state.losses.append(loss.detach())
-        if settings.max_grad_norm > 0:
-            self.engine.clip(self.parameters, settings.max_grad_norm)
-        self.engine.step(self.state.optimizers.values())
-        self.state.scheduler.step()
-        if self.state.ema:
-            self.state.ema.update(self.prior)
+    def micro_step(self, number: int) -> Tensor:
+        batch = {name: column.to(self.engine.device, non_blocking=True) for name, column in next(self.batches).items()}
+        loss = self.family.loss(self.model, self.prior, batch)
+        self.backward(loss)
+        return loss.detach()
 
 
 def train_by_steps(
@@ -102,11 +79,9 @@ def train_by_steps(
     Raises:
         FloatingPointError: the loss is not finite.
     """
-    config, family, prior, state, ema = training.config, training.family, training.prior, training.state, training.state.ema
+    config, family, prior, state = training.config, training.family, training.prior, training.state
     settings, total = config.prior, config.prior.max_train_steps
-    start, best = state.restore(resumed), None
-    if resumed and "best" in resumed.state:  # in every checkpoint: whatever becomes of the file, resuming can deliver them
-        best = Best(**resumed.state["best"], tensors=resumed.tensors["best"])
+    start, best = state.restore(resumed), None if resumed is None else _best_of(resumed)
     if heldout is not None:
         heldout = heldout.spread(validation_images(config, settings))
     bar = progress_bar(total, start, "prior", shown=run is not None)
@@ -116,25 +91,20 @@ def train_by_steps(
         done = step + 1
         bar.update()
         if is_due(done, config.logging_steps, total):
-            values = {"loss": global_mean(state.losses), "lr": state.scheduler.get_last_lr()[0]}
-            state.losses.clear()
-            refuse_non_finite(values["loss"], "prior", done)
-            bar.set_postfix(loss=f"{values['loss']:.4f}")
-            if run is not None:
-                run.record(done, values, stage="prior", split="train")
+            training.log(done, bar, run, done)
         if heldout is not None and is_due(done, config.validation_steps, total):
-            with ema.swapped_in(prior) if ema else contextlib.nullcontext():
+            with training.averaged():
                 with failing_together():
                     score = family.score(prior, heldout, config)
                 if run is not None:
                     run.record(done, {family.criterion: score}, stage="prior", split="validation")
                 with failing_together():
-                    if picture is not None:
+                    if picture is not None and run is not None:
                         run.record_picture(done, "samples", picture())
-                if best is None or score < best.score or not settings.early_stopping:
+                if best is None or best.score is None or score < best.score or not settings.early_stopping:
                     best = Best(done, _copied(prior.state_dict()), score)
                     if settings.early_stopping and save_best is not None:
-                        run_on_first_process(lambda best=best: save_best(best))
+                        run_on_first_process(functools.partial(save_best, best))
             prior.train()
         if run is not None and is_due(done, config.checkpointing_steps, total):
             tensors, rest = state.pack()
@@ -143,10 +113,15 @@ def train_by_steps(
             run.save(done, tensors, rest, stage="prior", stage_step=done)
     bar.close()
     if best is None:  # without validation, or of a checkpoint that an earlier version wrote
-        best = Best(total, _copied((ema or prior).state_dict()))
+        best = Best(total, _copied((state.ema or prior).state_dict()))
     prior.load_state_dict(best.tensors)
     training.engine.free_memory()
     return best
+
+
+def _best_of(checkpoint: Checkpoint) -> Best | None:
+    """The best weights are in every checkpoint: whatever becomes of the saved model, resuming can deliver them."""
+    return Best(**checkpoint.state["best"], tensors=checkpoint.tensors["best"]) if "best" in checkpoint.state else None
 
 
 def _copied(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -171,6 +171,7 @@ class Run:
     def _may_change_length(self, checkpoint: Checkpoint) -> tuple[str, ...]:
         """The numbers of steps that may differ from the checkpoint's: of the stage it stands in, and of later ones."""
         stage, done = checkpoint.state["stage"], checkpoint.state["stage_step"]
+        keys: tuple[str, ...]
         if self.name == "prior":
             keys, steps = ("prior.max_train_steps",), self.config.prior.max_train_steps
         else:

@@ -22,7 +22,7 @@ class TrainingState:
     modules: dict[str, nn.Module]  # unwrapped, by the name of their file in a checkpoint
     optimizers: dict[str, torch.optim.Optimizer]
     scheduler: torch.optim.lr_scheduler.LambdaLR
-    loader: TrainLoader
+    loader: TrainLoader  # or, where nothing is saved, a TensorLoader
     ema: EMA | None = None
     scaler: Any = None  # of fp16 training
     losses: list[Tensor] = field(default_factory=list)  # of the micro-steps since the last entry of the log
