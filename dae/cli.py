@@ -17,15 +17,11 @@ import dae
 from dae.config import Config, describe, load_config
 
 MESSAGES = (ValueError, TypeError, OSError, ImportError, RuntimeError, FloatingPointError, MemoryError)
-# torch raises it in a signal handler, wherever the main process happens to be.
-WORKER_DIED = (
-    "A process that decodes images died: if memory ran out, lower data.num_workers; then continue with "
-    "resume_from_checkpoint=latest"
-)
+CONTINUE = "then continue with resume_from_checkpoint=latest"
+WORKER_DIED = f"A process that decodes images died: if memory ran out, lower data.num_workers; {CONTINUE}"
 OUT_OF_MEMORY = (
     "Memory ran out: lower train_batch_size (gradient_accumulation_steps keeps the global batch), evaluation.batch_size or "
-    "sampling.batch_size, set gradient_checkpointing=true, or choose a smaller model; then continue with "
-    "resume_from_checkpoint=latest"
+    f"sampling.batch_size, set gradient_checkpointing=true, or choose a smaller model; {CONTINUE}"
 )
 ENVIRONMENT = "\nOf an error that tells what to do, only the message is shown; DAE_TRACEBACK=1 shows where it arose.\n"
 
@@ -33,10 +29,8 @@ ENVIRONMENT = "\nOf an error that tells what to do, only the message is shown; D
 def main(recipe: Callable[[Config], Any], doc: str) -> None:
     """Call `recipe` with the configuration of the command line; exit with 2 and `<script>: error: <message>` if that fails.
 
-    Ctrl-C ends it with 130 and one line.
-
     An error is a message if a `raise` statement of this project made it, or if it is an OSError (a full disk, a missing
-    permission). Whatever else happens is a bug, ours or another library's, and keeps its traceback.
+    permission). Whatever else happens is a bug, ours or another library's, and keeps its traceback. Ctrl-C exits with 130.
     """
     config, script = config_from_command_line(doc + ENVIRONMENT), Path(sys.argv[0])
     try:
@@ -54,8 +48,7 @@ def main(recipe: Callable[[Config], Any], doc: str) -> None:
             raise
         processes = os.environ.get("WORLD_SIZE", "1")  # of a launcher, or of whoever set it to what is no number
         where = f" in process {os.environ.get('RANK', '?')} of {processes}" if processes != "1" else ""
-        message = f"{str(error).strip()} {advice}"
-        print(f"{script.name}: error{where}: {one_line(message)}", file=sys.stderr)
+        print(f"{script.name}: error{where}: {one_line(f'{str(error).strip()} {advice}')}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -72,7 +65,7 @@ def close_bars() -> None:
 
 def advice_on(error: BaseException) -> str:
     """What to do about an error of torch or Python that says nothing of it; empty for any other."""
-    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
+    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):  # torch's signal handler, anywhere
         return WORKER_DIED
     of_torch = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)  # a GPU's, the CPU's
     return OUT_OF_MEMORY if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and of_torch) else ""
@@ -93,8 +86,6 @@ def config_from_command_line(doc: str, argv: list[str] | None = None) -> Config:
 
     Without `--config` the digits chain is configured, so that each recipe runs as it stands.
     """
-    if argv is None:
-        argv = sys.argv[1:]
     rows = describe()
     width = max(len(r.key) for r in rows)
     keys = "\n".join(f"  {r.key:<{width}}  {r.type} = {'null' if r.default is None else r.default}\n      {r.help}" for r in rows)

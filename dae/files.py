@@ -16,30 +16,32 @@ def write_file(path: Path, data: bytes) -> None:
         OSError: with the path, the size and the remedy; an earlier file of that name stays as it was.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise _with_remedy(error, data, path) from error
+    with _remedy(data, path):
+        try:
+            with open(temporary, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def append_line(path: Path, line: str) -> None:
     """Add `line` to a text file. OSError as in `write_file`; the file may then end in half a line."""
     data = f"{line}\n".encode()
+    with _remedy(data, path), open(path, "ab") as file:
+        file.write(data)
+
+
+@contextmanager
+def _remedy(data: bytes, path: Path) -> Iterator[None]:
     try:
-        with open(path, "ab") as file:
-            file.write(data)
+        yield
     except OSError as error:
-        raise _with_remedy(error, data, path) from error
-
-
-def _with_remedy(error: OSError, data: bytes, path: Path) -> OSError:
-    what = f"could not save {len(data):,} bytes ({error.strerror}); free space or choose another output_dir"
-    return OSError(error.errno, what, str(path))
+        what = f"could not save {len(data):,} bytes ({error.strerror}); free space or choose another output_dir"
+        raise OSError(error.errno, what, str(path)) from error
 
 
 def sync_folder(folder: Path) -> None:
@@ -55,9 +57,8 @@ def sync_folder(folder: Path) -> None:
 def replaced_folder(folder: Path) -> Iterator[Path]:
     """`with replaced_folder(folder) as new`: a new folder, which takes the place of `folder` when the block ends without error.
 
-    Until then, and after an error, `folder` is as it was. Files and folders in it of names that the new one has not, which are
-    somebody else's, move into the new one. Only one process at a time may do this (`dae.lock`): what an earlier one left is
-    cleaned up.
+    Until then, and after an error, `folder` is as it was. Entries of names that the new one has not are somebody else's, and
+    move into it. Only one process at a time may do this (`dae.lock`): what an earlier one left is cleaned up.
     """
     folder = folder.resolve()  # behind a link: the link stays
     new, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("new", "old"))
@@ -106,11 +107,7 @@ def _retire(old: Path, folder: Path) -> None:
 
 
 def announce(folder: Path, names: Iterable[str], note: str = "") -> None:
-    """Print `saved <folder>`, after a look whether each of the files `names` is in it, and not empty.
-
-    Raises:
-        FileNotFoundError: some are not; the message names them.
-    """
+    """Print `saved <folder>`; FileNotFoundError names those of the files `names` that are missing or empty."""
     if missing := [name for name in names if not (folder / name).is_file() or (folder / name).stat().st_size == 0]:
         listed = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise FileNotFoundError(f"{folder} should hold {listed} by now, but does not: was it deleted meanwhile? Run this again")

@@ -21,7 +21,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 log = logging.getLogger(__name__)
 _HELD: dict[Path, FolderLock] = {}  # by this process; closing a second descriptor of such a file would end the kernel's lock
@@ -34,8 +34,7 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 def writes(part: str, *, makes_folder: bool = False) -> Callable:
     """Decorator of a recipe `f(config, ...)`: it alone writes this part of `config.output_dir` while it runs.
 
-    Only the first of several processes takes the lock. A missing folder is made if `makes_folder`, and deleted if it stays empty;
-    a recipe that reads what others left there says itself what is missing.
+    Only the first of several processes takes the lock. A missing folder is made if `makes_folder`, and deleted if it stays empty.
     """
 
     def decorate(recipe: Callable) -> Callable:
@@ -53,15 +52,10 @@ def writes(part: str, *, makes_folder: bool = False) -> Callable:
 
 
 def require_lock(folder: Path, part: str) -> None:
-    """Before writing: is a lock that this process took still its own? Without such a lock nothing is required.
-
-    Raises:
-        FileExistsError: its file was deleted, with the folder perhaps, and another run may have begun there.
-    """
+    """FileExistsError if the file of a lock that this process took was deleted, and another run may have begun there."""
     if (lock := _HELD.get(_path(folder, part))) and not lock.is_own():
-        raise FileExistsError(
-            f"{lock.path} was deleted while this run was writing {folder}: another run may write there now, so this one stops"
-        )
+        deleted = f"{lock.path} was deleted while this run was writing {folder}"
+        raise FileExistsError(f"{deleted}: another run may write there now, so this one stops")
 
 
 class FolderLock:
@@ -75,7 +69,8 @@ class FolderLock:
     def __init__(self, folder: Path, part: str):
         self.folder, self.part, self.path = Path(folder), part, _path(folder, part)
         self.made: list[Path] = []  # folders that were missing, innermost first
-        self.descriptor, self.holder = -1, {}
+        self.descriptor = -1
+        self.holder: dict[str, Any] = {}
 
     def __enter__(self) -> FolderLock:
         if other := _HELD.get(self.path):
@@ -119,8 +114,8 @@ class FolderLock:
                 self.descriptor, new = os.open(self.path, os.O_RDWR), False
             except FileNotFoundError:
                 return False
-        taken = False
-        try:
+        with contextlib.ExitStack() as unless_taken:
+            unless_taken.callback(os.close, self.descriptor)
             before = self._read()
             try:
                 fcntl.lockf(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -141,10 +136,7 @@ class FolderLock:
             self.holder = _myself()
             os.ftruncate(self.descriptor, 0)
             os.pwrite(self.descriptor, json.dumps(self.holder).encode(), 0)
-            taken = True
-        finally:
-            if not taken:
-                os.close(self.descriptor)
+            unless_taken.pop_all()
         return True
 
     def _take_away(self, found: dict) -> None:
@@ -169,15 +161,14 @@ class FolderLock:
             return {}
         return holder if isinstance(holder, dict) and isinstance(holder.get("pid"), int) else {}
 
-    def _refuse(self, holder: dict, known: bool = True) -> None:
+    def _refuse(self, holder: dict, known: bool = True) -> NoReturn:
         launcher = holder.get("launcher") if holder.get("machine") == machine() else None
         orphaned = launcher is not None and parent_of(holder["pid"]) not in (None, launcher)
         told = f", whose launcher is gone: end it with `kill {holder['pid']}`" if orphaned else ": wait for it or end it"
         if not known:
             told += f"; if that process is gone, delete {self.path}"
-        raise FileExistsError(
-            f"{self.folder}: its {self.part} is being written by {describe(holder)}{told}, or choose another output_dir"
-        )
+        by = f"{self.folder}: its {self.part} is being written by {describe(holder)}"
+        raise FileExistsError(f"{by}{told}, or choose another output_dir")
 
     def _remove_empty_folders(self) -> None:
         for folder in self.made:
@@ -216,9 +207,6 @@ def describe(holder: dict) -> str:
     return f"process {holder['pid']}{command} on {holder.get('host')}, since {holder.get('since')}"
 
 
-# ---- processes ----
-
-
 def machine() -> str:
     """Where a process id means the same process: one boot of one machine, and one namespace of its containers."""
     try:
@@ -244,8 +232,7 @@ def process_start(pid: int) -> str | None:
 
 def parent_of(pid: int) -> int | None:
     """The parent of process `pid`; None if that cannot be told."""
-    fields = _stat(pid)
-    return int(fields[1]) if fields else None
+    return int(fields[1]) if (fields := _stat(pid)) else None
 
 
 def _stat(pid: int) -> list[str]:
