@@ -3,7 +3,8 @@
     python recipes/report.py --config recipes/configs/digits.yaml
 
 Reads what recipes/train_dae.py, train_prior.py, sample.py and evaluate.py left in <output_dir>; measures nothing anew.
-Writes <output_dir>/report.html: one file without scripts and without requests, to open in any browser or to send by mail.
+Writes <output_dir>/report.html: one file without scripts and without requests, to open in any browser or to send by mail; and
+report.png: held-out images beside samples.
 """
 
 from __future__ import annotations
@@ -12,17 +13,22 @@ from pathlib import Path
 
 from dae.cli import main
 from dae.config import Config
+from dae.data.pictures import write_png
 from dae.files import announce
 from dae.lock import writes
 from dae.reporting.record import Record
-from dae.reporting.run import run_page
+from dae.reporting.run import run_page, samples_beside_originals
 
 
 @writes("report")
 def report(config: Config) -> Path:
-    """Write the page; returns its path. FileNotFoundError: the run has no samples or no metrics.json yet."""
-    path = run_page(Record.load(config)).write(Path(config.output_dir) / "report.html")
-    announce(path.parent, [path.name], f"/{path.name} ({path.stat().st_size / 1e6:.1f} MB)")
+    """Write page and picture; returns the page's path. FileNotFoundError: the run has no samples or no metrics.json yet."""
+    run, folder = Record.load(config), Path(config.output_dir)
+    path, names = run_page(run).write(folder / "report.html"), ["report.html"]
+    if "originals" in run.pictures:
+        write_png(folder / "report.png", samples_beside_originals(run))
+        names.append("report.png")
+    announce(folder, names, f"/{path.name} ({path.stat().st_size / 1e6:.1f} MB)")
     return path
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from dae.data.pictures import grid
 from dae.reporting import elements as web
 from dae.reporting.charts import Line, bar_chart, in_words, line_chart
 from dae.reporting.elements import Html, number, paragraph, percent, strip
@@ -322,6 +323,18 @@ def trade(run: Record) -> list[Html]:
     )
     rows = [[cell(row) for cell in columns.values()] for row in run.metrics["trade"]]
     return [web.element("h3", "What fidelity costs"), paragraph(words), web.table(list(columns), rows, prose=(), marked=marked)]
+
+
+def samples_beside_originals(run: Record) -> np.ndarray:
+    """uint8 [H, W, C] for a slide or a README: 32 held-out images on the left, as many samples on the right; enlarged."""
+    factor = max(1, web.PICTURE_SIDE // max(run.images.shape[1:3]))
+    blocks = [
+        grid(images[:32].repeat(factor, 1).repeat(factor, 2), 8, gap=2, background=255)
+        for images in (run.pictures["originals"], run.images)
+    ]
+    height, between = max(len(block) for block in blocks), ((0, 0), (0, web.PICTURE_SIDE // 2), (0, 0))
+    fitted = [np.pad(x, ((0, height - len(x)), (0, 0), (0, 0)), constant_values=255) for x in blocks]
+    return np.concatenate([np.pad(fitted[0], between, constant_values=255), fitted[1]], 1)
 
 
 def timings(run: Record) -> Html:

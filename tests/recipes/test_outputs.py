@@ -18,7 +18,7 @@ PROMISED = {
     "train_prior": [f"prior/{name}" for name in MODEL],
     "sample": ["samples/samples.npz", "samples/sampling.json", "samples/grid.png", "samples/png/000007_class7.png"],
     "evaluate": ["metrics.json", "evaluation/classifier.safetensors", "evaluation/pictures.npz"],
-    "report": ["report.html"],
+    "report": ["report.html", "report.png"],
 }
 CASES = [(name, [file]) for name, promised in PROMISED.items() if name != "evaluate" for file in promised]
 CASES.append(("evaluate", PROMISED["evaluate"]))  # which takes longer: all at once

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from dae.config import load_config, save_config
 from dae.reporting.record import Record, seconds_by_stage
@@ -121,6 +122,18 @@ def test_page_is_complete_well_formed_and_self_contained(tmp_path, page_of, kind
         assert 'href="http' not in drawing and "prefers-color-scheme" in drawing
         assert "#0" not in re.sub(r":root\{.*?\}", "", drawing), "a dark colour that is not one of the rules"
     assert len(page) < 5e6
+
+
+@pytest.mark.parametrize("shape", [(8, 8, 1), (64, 64, 3)])
+def test_samples_stand_beside_originals(tmp_path, report, shape):
+    folder = make_run(tmp_path / "run", shape=shape, samples=40)
+    report(load_config(None, [f"output_dir={folder}"]))
+    picture = np.asarray(Image.open(folder / "report.png")).reshape(-1, 2 * (8 * 66 + 2) + 32, shape[2])
+    samples, originals = np.load(folder / "samples" / "samples.npz")["arr_0"], np.load(folder / "evaluation" / "pictures.npz")
+    factor = 64 // shape[0]
+    np.testing.assert_array_equal(picture[2:66:factor, 2:66:factor], originals["originals"][0])
+    np.testing.assert_array_equal(picture[2 + 66 : 66 + 66 : factor, 562 + 2 : 562 + 66 : factor], samples[8])
+    assert (picture[:, 530:562] == 255).all() and (picture[140:, :530] == 255).all(), "16 originals fill two rows"
 
 
 def test_numbers_stand_beside_their_yardsticks(tmp_path, page_of):
