@@ -2,6 +2,6 @@
 
 from dae.evaluation.extractor import prediction_task, train_extractor
 from dae.evaluation.judge import Judge
-from dae.evaluation.reconstruction import reconstruct
+from dae.evaluation.reconstruction import describe_latent, reconstruct
 
-__all__ = ["Judge", "prediction_task", "reconstruct", "train_extractor"]
+__all__ = ["Judge", "describe_latent", "prediction_task", "reconstruct", "train_extractor"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dae.metrics import Classifier, as_float, extract_features, psnr, ssim
+from dae.metrics import Classifier, CodebookUsage, as_float, extract_features, gaussian_rate, psnr, ssim
 from dae.models import Autoencoder
 
 BATCH_PIXELS = 500 * 64 * 64  # of the images that are reconstructed at once: feature maps are larger than images
@@ -24,7 +24,7 @@ def reconstruct(model: Autoencoder, classifier: Classifier, images: Tensor, show
         their names in `Encoding`.
     """
     names = model.bottleneck.kept
-    kept = {name: [] for name in ("psnr", "ssim", "found", "rebuilt", *names)}
+    kept: dict[str, list[Tensor]] = {name: [] for name in ("psnr", "ssim", "found", "rebuilt", *names)}
     size = min(batch_size, max(1, BATCH_PIXELS // (images.shape[2] * images.shape[3])))
     for rows in torch.arange(len(images)).split(size):
         batch = as_float(images[rows])
@@ -37,3 +37,19 @@ def reconstruct(model: Autoencoder, classifier: Classifier, images: Tensor, show
         for name in names:
             kept[name].append(getattr(output.encoding, name).cpu())
     return {name: torch.cat(parts) for name, parts in kept.items()}
+
+
+def describe_latent(autoencoder: Autoencoder, measured: dict[str, Tensor]) -> dict:
+    """How the codes are used ("codebook"), or what a continuous latent costs under one Gaussian ("latent"); the other is None.
+
+    Args:
+        measured: of `reconstruct`.
+    """
+    if autoencoder.bottleneck.discrete:
+        usage = CodebookUsage(autoencoder.bottleneck.num_codes(autoencoder.config)).update(measured["indices"])
+        found = {"usage": usage.usage, "perplexity": usage.perplexity, "counts": usage.counts.tolist()}
+        return {"codebook": found, "latent": None}
+    means, log_variances = (measured[name].split(1, dim=1) for name in ("features", "log_variance"))  # by channel
+    bits = [gaussian_rate(*pair, covariance="diagonal") for pair in zip(means, log_variances, strict=True)]
+    facts = {"channels": len(means), "size": means[0].shape[2], "gaussian_bits": sum(bits), "gaussian_bits_by_channel": bits}
+    return {"codebook": None, "latent": facts}
