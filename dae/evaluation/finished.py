@@ -115,7 +115,7 @@ class PriorLog:
                 print(f"left out of the table of guidance: {error}")
                 continue
             for row in self.validations:
-                if row["step"] == checkpoint.state["step"] and row != self.chosen:
+                if checkpoint and row["step"] == checkpoint.state["step"] and row != self.chosen:
                     other = type(prior).from_config(prior.to_config()).to(prior.device).eval()
                     other.load_state_dict(checkpoint.tensors["ema" if self.run.config.prior.use_ema else "model"])
                     yield row, other

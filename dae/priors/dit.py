@@ -35,6 +35,12 @@ class DiffusionTransformer(PriorFamily[DiT]):
     sampling_knobs = ("cfg_scale", "num_inference_steps")
     title, tags = "Diffusion Transformer", ("flow-matching", "image-generation")
     imports, usage = "sample_latents", "autoencoder.decode(sample_latents(prior, labels, num_inference_steps=32)).sample"
+    learned = "a Diffusion Transformer, the prior, learned to turn pure noise into such a latent, step by step"
+    loss_name, best = "flow-matching loss", "lowest held-out loss"
+    loss_meaning = (
+        "The prior sees a latent mixed with noise and estimates the way from the one to the other; the loss is its mean "
+        "squared error. Nobody can undo the mixture exactly, so the loss does not reach 0."
+    )
 
     def build(self, settings: PriorConfig, cache: EncodingCache) -> DiT:
         """A new model that knows the scale of this autoencoder's latent."""

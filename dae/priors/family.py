@@ -37,6 +37,9 @@ class PriorFamily(Generic[Model]):
         head_unit: what the dimension of an attention head must be a multiple of; 0 without attention.
         sampling_knobs: of `sampling`, those that `sample` reads.
         title, tags, usage: of the model card; `usage` is Python that makes `images` of `labels`, and `imports` what it needs.
+        learned: on the page of a run, what the prior is and does; {components} is `prior.num_components`.
+        loss_name, loss_unit, loss_meaning, best: there, of the curve of training: its name, nats per unit, an explanation, and
+            what distinguishes the step with the best score; not where `fitted`.
     """
 
     name: ClassVar[str]
@@ -53,6 +56,11 @@ class PriorFamily(Generic[Model]):
     tags: ClassVar[tuple[str, ...]]
     imports: ClassVar[str | None] = None
     usage: ClassVar[str]
+    learned: ClassVar[str]
+    loss_name: ClassVar[str] = ""
+    loss_unit: ClassVar[float] = 1.0
+    loss_meaning: ClassVar[str] = ""
+    best: ClassVar[str] = ""
 
     def build(self, settings: PriorConfig, cache: EncodingCache) -> Model:
         """A new model for what a cache holds. ValueError: settings and latent do not go together."""

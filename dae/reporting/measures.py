@@ -5,10 +5,16 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from dae.priors import PRIORS, PriorFamily
 from dae.reporting.elements import number, percent, spread
 
 DECODERS = {"stage 1": "stage 1, weak decoder", "final": "final decoder"}
 Row = tuple[str, str, str]
+
+
+def measured_family(metrics: dict) -> PriorFamily:
+    """Of the prior that was measured; runs of earlier versions have ar."""
+    return PRIORS[metrics["prior"].get("family", "ar")]
 
 
 def bits_per_image(metrics: dict) -> float:
@@ -19,7 +25,7 @@ def bits_per_image(metrics: dict) -> float:
     return prior["heldout_bits_per_token"] * prior["tokens_an_image"]
 
 
-def headline(metrics: dict, codebook_size: int) -> list[Row]:
+def headline(metrics: dict, num_codes: int) -> list[Row]:
     """The numbers that tell most, each as (value, what it is, what to hold it against)."""
     g, floor, rebuilt = metrics["generation"], metrics["floor"]["frechet"], metrics["reconstruction"]
     psnr = {stage: f"{number(found['psnr'], 1)}\u00a0dB" for stage, found in rebuilt.items()}
@@ -30,18 +36,18 @@ def headline(metrics: dict, codebook_size: int) -> list[Row]:
         (number(g["frechet"]), "Fréchet distance to held-out images",
          f"{number(g['frechet_ratio'])} × that of real training images ({number(floor)})"),
         (percent(g["memorised"]), "Near-copies of training images", f"real held-out images: {percent(g['memorised_heldout'])}"),
-        _prior_bits(metrics, codebook_size),
+        _prior_bits(metrics, num_codes),
         (psnr["final"], "PSNR of reconstructions", weak),
     ]  # fmt: skip
     return entries if g["recognised"] is not None else entries[1:]
 
 
-def _prior_bits(metrics: dict, codebook_size: int) -> Row:
+def _prior_bits(metrics: dict, num_codes: int) -> Row:
     image = number(bits_per_image(metrics), 1)
     if latent := metrics.get("latent"):
         plain = number(latent["gaussian_bits"], 1)
         return image, "Bits per image, held-out images", f"{plain} if the prior were one plain Gaussian"
-    known = f"{number(math.log2(codebook_size))} if all codes were equally likely"
+    known = f"{number(math.log2(num_codes))} if all codes were equally likely"
     if codebook := metrics.get("codebook"):
         known = f"{number(math.log2(codebook['perplexity']))} if only the frequency of each code is known"
     token = number(metrics["prior"]["heldout_bits_per_token"])
@@ -57,7 +63,7 @@ def measurements(metrics: dict) -> list[Row]:
         task = "what “recognised” is to be held against"
     elif (metrics.get("data") or {}).get("labelled"):
         task = "telling their classes apart"
-    given = ", given the class" if "heldout_loss" in prior else ""
+    given = "" if measured_family(metrics).fitted else ", given the class"
     # Name, value or (mean, deviation) or None for what was not measured, digits or unit, meaning.
     rows: list[tuple[str, Any, int | str, str]] = []
     for stage, found in metrics["reconstruction"].items():

@@ -16,6 +16,9 @@ import numpy as np
 from dae.config import Config, load_config
 from dae.data.sources import source_title
 from dae.hub import fingerprint
+from dae.priors import PriorFamily
+from dae.quantizers import bottleneck_class
+from dae.reporting.measures import measured_family
 from dae.training.run import Run, recorded_data
 
 
@@ -82,14 +85,15 @@ class Record:
         return self.metrics["generation"]["recognised"] is not None
 
     @property
-    def family(self) -> str:
-        """Of the prior; runs of earlier versions have ar."""
-        return self.metrics["prior"].get("family", "ar")
+    def family(self) -> PriorFamily:
+        """Of the prior."""
+        return measured_family(self.metrics)
 
     @property
-    def discrete(self) -> bool:
-        """Whether the latent consists of tokens; of a continuous one evaluate.py tells the bits."""
-        return not self.metrics.get("latent")
+    def num_codes(self) -> int:
+        """K of a latent of tokens; 0 of a continuous one, of which evaluate.py tells the bits."""
+        autoencoder = self.config.autoencoder
+        return 0 if self.metrics.get("latent") else bottleneck_class(autoencoder).num_codes(autoencoder)
 
 
 @contextlib.contextmanager

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-
 import numpy as np
 
 from dae.data.pictures import grid
@@ -44,59 +41,11 @@ STAGES = {
     "finetune": "decoder fine-tuned", "prior": "prior",
 }  # fmt: skip
 CLASSES_SHOWN = 20
-LATENTS = {  # of a discrete latent or not: what it consists of, what an image is written as, how a draw becomes an image
-    True: ("tokens", "{tokens} tokens, each one of {codes:,} codes", "writes tokens, and the decoder turns them into pixels"),
-    False: (
-        "latents",
-        "a latent: {values:,} numbers ({channels} channels of {size} × {size}), each with a little noise on it",
-        "draws a latent, and the decoder turns it into pixels",
-    ),
-}
-
-
-@dataclass(frozen=True)
-class PriorWords:
-    """What the page says of a prior family.
-
-    Attributes:
-        learned: what it is and does.
-        settings: of sampling, those that it heeds.
-        criterion: key of its held-out score in the logs; None of a family that is fitted at once, and knows no classes.
-        axis, scale, meaning: of the curve of training: its name, nats per unit, and an explanation.
-        best: the step with the best score.
-    """
-
-    learned: str
-    settings: tuple[str, ...] = ()
-    criterion: str | None = None
-    axis: str = ""
-    scale: float = 1.0
-    meaning: str = ""
-    best: str = ""
-
-
-PRIORS = {
-    "ar": PriorWords(
-        "a Transformer, the prior, learned which tokens follow one another",
-        ("cfg_scale", "temperature", "top_k", "top_p"),
-        "bits_per_token",
-        "bits per token",
-        math.log(2),
-        "Bits per token are what the prior needs to write down one token of an image, given those before it.",
-        "fewest held-out bits",
-    ),
-    "dit": PriorWords(
-        "a Diffusion Transformer, the prior, learned to turn pure noise into such a latent, step by step",
-        ("cfg_scale", "num_inference_steps"),
-        "loss",
-        "flow-matching loss",
-        1.0,
-        "The prior sees a latent mixed with noise and estimates the way from the one to the other; the loss is its mean "
-        "squared error. Nobody can undo the mixture exactly, so the loss does not reach 0.",
-        "lowest held-out loss",
-    ),
-    "mixture": PriorWords("a mixture of {components} Gaussians, the prior, was fitted to such latents"),
-}
+TOKENS = ("{tokens} tokens, each one of {codes:,} codes", "writes tokens, and the decoder turns them into pixels")
+LATENT = (
+    "a latent: {values:,} numbers ({channels} channels of {size} × {size}), each with a little noise on it",
+    "draws a latent, and the decoder turns it into pixels",
+)
 SETTINGS = {
     "cfg_scale": "guidance scale {:g}, ", "temperature": "temperature {:g}, ", "top_k": "top-k {:g}, ", "top_p": "top-p {:g}, ",
     "num_inference_steps": "{} steps from noise to latent, ",
@@ -106,13 +55,13 @@ SETTINGS = {
 def run_page(run: Record) -> web.Page:
     """The page; it measures nothing anew."""
     page = web.Page(f"{METHODS[run.config.method][0]} on {run.data_name}", lead(run))
-    page.section("In numbers", web.tiles(headline(run.metrics, run.config.autoencoder.vq.codebook_size)))
+    page.section("In numbers", web.tiles(headline(run.metrics, run.num_codes)))
     page.section("Samples", sample_grid(run))
     page.section("Reconstructions", reconstructions(run))
     if run.tables:
         page.section("Data", *data_tables(run))
     page.section("Training", autoencoder_curves(run.autoencoder), prior_curves(run))
-    if run.discrete:
+    if run.num_codes:
         page.section("Codebook", codebook(run.metrics.get("codebook")))
     else:
         page.section("Latent", latent(run.metrics["latent"]))
@@ -130,34 +79,37 @@ def run_page(run: Record) -> web.Page:
 
 def lead(run: Record) -> list[Html]:
     _, height, width, channels = run.images.shape
-    classes, prior = run.data.get("num_classes") or int(run.labels.max()) + 1, PRIORS[run.family]
+    classes, prior = run.data.get("num_classes") or int(run.labels.max()) + 1, run.family
     kind = f"{height} × {width} pixels, {'grey' if channels == 1 else 'colour'}"
     kind += f", {classes:,} classes" if classes > 1 else ", without classes"
-    kind += ", which this prior does not know" if classes > 1 and not prior.criterion else ""
+    kind += ", which this prior does not know" if classes > 1 and prior.fitted else ""
     train, heldout = run.data.get("train", run.metrics["counts"]["train"]), run.metrics["counts"]["heldout"]
     images = "a stream of" if train is None else f"{train:,}"
     what = f"{how_it_works(run)} Both learned from {images} training images of the data set “{run.data_name}” ({kind})."
-    method = METHODS[run.config.method][1].format(codes=LATENTS[run.discrete][0])
+    method = METHODS[run.config.method][1].format(codes=codes(run))
     if run.config.stage2.loss.adversarial > 0:
         method += " The final decoder also learned to deceive a discriminator, as the generator of a GAN does."
     logs = {"autoencoder": run.autoencoder, "prior": run.prior}
     spent = [f"{web.duration(sum(seconds_by_stage(rows).values()))} for the {name}" for name, rows in logs.items() if rows]
     when = f"Training took {' and '.join(spent)}. " if spent else ""
     when += f"The run was measured on {run.measured_on.day} {run.measured_on:%B %Y}, against {heldout:,} held-out images. "
-    stopped = run.config.prior.early_stopping and prior.criterion
+    stopped = run.config.prior.early_stopping and not prior.fitted
     chosen = "; they did choose the step at which the prior stops" if stopped else ""
     when += f"No weight was trained on them{chosen}."
     notices = [paragraph(notice, class_="notice") for notice in run.contradictions]
     return [paragraph(what), paragraph(method, " See ", web.PAPER, "."), paragraph(when), *notices]
 
 
+def codes(run: Record) -> str:
+    return "tokens" if run.num_codes else "latents"
+
+
 def how_it_works(run: Record) -> str:
-    _, written, drawn = LATENTS[run.discrete]
-    facts = dict(run.metrics.get("latent") or {"tokens": run.metrics["prior"]["tokens_an_image"]})
-    facts |= {"codes": run.config.autoencoder.vq.codebook_size, "components": run.config.prior.num_components}
-    if not run.discrete:
-        facts["values"] = facts["channels"] * facts["size"] ** 2
-    written, learned = written.format(**facts), PRIORS[run.family].learned.format(**facts)
+    written, drawn = TOKENS if run.num_codes else LATENT
+    facts = {"tokens": run.metrics["prior"]["tokens_an_image"], "codes": run.num_codes} | (run.metrics.get("latent") or {})
+    values = facts["channels"] * facts["size"] ** 2 if "channels" in facts else 0
+    written = written.format(**facts, values=values)
+    learned = run.family.learned.format(components=run.config.prior.num_components)
     return f"An autoencoder learned to write an image as {written}; {learned}. To make a new image, the prior {drawn}."
 
 
@@ -171,7 +123,7 @@ def sample_grid(run: Record) -> Html:
     else:
         blocks = [images[i : i + columns] for i in range(0, min(len(images), 6 * columns), columns)]
         rows, which = [("", strip(x, f"{len(x)} samples")) for x in blocks], "New images"
-    heeded = [key for key in PRIORS[run.family].settings if settings[key] is not None]
+    heeded = [key for key in run.family.sampling_knobs if settings[key] is not None]
     how = "".join(SETTINGS[key].format(settings[key]) for key in heeded)
     caption = f"{which}: the first of {len(images):,} samples, not a selection. Sampled with {how}seed {settings['seed']}."
     caption += f" Pictures are reduced to {web.LARGEST_SIDE} pixels." if max(images.shape[1:3]) > web.LARGEST_SIDE else ""
@@ -186,10 +138,9 @@ def reconstructions(run: Record) -> Html:
     for name in (n for n in rebuilt if n in run.pictures):
         words = f"{DECODERS[name]} ({rebuilt[name]['decoder']})"
         rows.append((words, strip(run.pictures[name][:columns], f"the same images through the {words}")))
-    codes = LATENTS[run.discrete][0]
-    why = f"Both decoders read the same {codes}, so what differs is the decoder's doing. " if "stage 1" in rebuilt else ""
+    why = f"Both decoders read the same {codes(run)}, so what differs is the decoder's doing. " if "stage 1" in rebuilt else ""
     quality = ", ".join(f"{DECODERS[n]} {number(v['psnr'], 1)}\u00a0dB (SSIM {number(v['ssim'], 3)})" for n, v in rebuilt.items())
-    caption = f"Held-out images, encoded into {codes} and decoded again. {why}PSNR over all held-out images: {quality}."
+    caption = f"Held-out images, encoded into {codes(run)} and decoded again. {why}PSNR over all held-out images: {quality}."
     return web.figure(web.strips(rows), caption)
 
 
@@ -226,27 +177,27 @@ def autoencoder_curves(history: list[dict]) -> Html:
 
 def prior_curves(run: Record) -> Html:
     seen, heldout = ([row for row in run.prior if row["split"] == split] for split in ("train", "validation"))
-    prior, step = PRIORS[run.family], run.metrics["prior"]["step"]
+    prior, step = run.family, run.metrics["prior"]["step"]
     if not seen or not heldout:
         return paragraph("This run has no prior/logs/history.jsonl.")
-    if not prior.criterion:
+    if prior.fitted:
         fitted, new = (number(rows[-1]["bits_per_image"], 1) for rows in (seen, heldout))
         return paragraph(
             f"The prior is fitted at once, not in steps. It needs {fitted} bits to write down the latent of a training image and "
             f"{new} for a held-out one. Where the second is much larger than the first, the prior has memorised training images."
         )
     lines = [
-        Line("training", [r["step"] for r in seen], [r["loss"] / prior.scale for r in seen]),
+        Line("training", [r["step"] for r in seen], [r["loss"] / prior.loss_unit for r in seen]),
         Line("held-out", [r["step"] for r in heldout], [r[prior.criterion] for r in heldout], "second", dashed=True),
     ]
-    svg = line_chart(lines, x="step", y=prior.axis, marks=[(step, f"used: step {step:,}")])
+    svg = line_chart(lines, x="step", y=prior.loss_name, marks=[(step, f"used: step {step:,}")])
     marked = f"the step with the {prior.best}, whose weights are" if run.config.prior.early_stopping else "the weights that are"
     words = (
-        f"{prior.meaning} Where the training line falls while the held-out line rises, the prior memorises. The training line is "
-        "measured with dropout and with some classes hidden, so it can lie above the other."
+        f"{prior.loss_meaning} Where the training line falls while the held-out line rises, the prior memorises. The training "
+        "line is measured with dropout and with some classes hidden, so it can lie above the other."
     )
-    caption = f"Prior: {prior.axis}; lower is better. The rule marks {marked} used."
-    return web.side_by_side(web.figure(web.chart(svg, in_words(lines, "step", prior.axis)), caption), paragraph(words))
+    caption = f"Prior: {prior.loss_name}; lower is better. The rule marks {marked} used."
+    return web.side_by_side(web.figure(web.chart(svg, in_words(lines, "step", prior.loss_name)), caption), paragraph(words))
 
 
 def ranked_bars(heights: list, x: str, y: str, alt: str, caption: str, meaning: str) -> Html:
@@ -299,8 +250,8 @@ def copies(run: Record) -> list[Html]:
 
 def trade(run: Record) -> list[Html]:
     """What stronger guidance and longer training cost; empty for a prior that has neither."""
-    prior = PRIORS[run.family]
-    if not run.metrics.get("trade") or not prior.criterion:
+    prior = run.family
+    if not run.metrics.get("trade"):
         return []
     columns = {
         "guidance": lambda r: f"{r['cfg_scale']:g}", "prior step": lambda r: f"{r['prior_step']:,}",
