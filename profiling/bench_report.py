@@ -4,8 +4,6 @@ python profiling/bench_report.py profiling/results/cpu/*.jsonl          # a Mark
 python profiling/bench_report.py out.jsonl --plot plots                 # and a figure for each operation
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 from pathlib import Path

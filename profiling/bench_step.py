@@ -15,16 +15,10 @@ allocates beyond the state, which is the weights and what the optimiser keeps: o
 of the process's resident memory.
 """
 
-from __future__ import annotations
-
-import argparse
 import copy
 import dataclasses
-import datetime
-import importlib.metadata
 import importlib.util
 import itertools
-import json
 import statistics
 import sys
 import time
@@ -32,16 +26,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_kernels import growth
-from clock import CONFIGS, read_config, state_bytes
-from profile_step import at_full_load, machine, random_perceptual_loss, synthetic_images
+from configuration import CONFIGS, read_config
+from measuring import append_row, growth, machine, measuring_parser, now, quantiles, software, synchronize
 from torch import nn
+from training_steps import TrainingStep, stage_training, state_bytes
 
 from dae.config import Config, KernelsConfig
 from dae.models import Autoencoder, choose_kernels
 from dae.models.layers import Downsample, GroupNorm, ResidualBlock, SelfAttention2d, Upsample
 from dae.training import plan_stages
-from dae.training.autoencoder import StageTraining
 from dae.training.engine import LocalEngine
 
 WARM_UP = 2
@@ -96,12 +89,12 @@ def diffusers_block(block: nn.Module) -> nn.Module | None:
             channels, heads=1, dim_head=channels, eps=block.norm.eps, norm_num_groups=block.norm.num_groups,
             residual_connection=True, bias=True, _from_deprecated_attn_block=True,
         )  # fmt: skip
-        found = {f"group_norm.{key}": weights[f"norm.{key}"] for key in ("weight", "bias")}
+        flat = {key: value.view(value.shape[:2]) for key, value in weights.items()}  # our 1x1 convolutions are their products
+        names = {"norm.": "group_norm.", "out.": "to_out.0."}
+        found = {new + key: flat[old + key] for old, new in names.items() for key in ("weight", "bias")}
         for key in ("weight", "bias"):
-            rows = weights[f"qkv.{key}"].flatten(1) if key == "weight" else weights[f"qkv.{key}"]
-            for name, part in zip(("to_q", "to_k", "to_v"), rows.chunk(3), strict=True):
-                found[f"{name}.{key}"] = part
-            found[f"to_out.0.{key}"] = weights[f"out.{key}"].flatten(1) if key == "weight" else weights[f"out.{key}"]
+            parts = zip("qkv", flat[f"qkv.{key}"].chunk(3), strict=True)
+            found |= {f"to_{name}.{key}": part for name, part in parts}
         peer.load_state_dict(found)
         return peer
     if isinstance(block, Downsample):
@@ -141,52 +134,36 @@ def difference(config: Config, models: list[Autoencoder], device: torch.device) 
     return max(((a - b).norm() / a.norm()).item() for a, b in zip(*found, strict=True))
 
 
-class Case:
-    """A model in a layout, with its step, its samples and its memory."""
+class MeasuredStep:
+    """The training step of a model in a layout, with its samples and its memory."""
 
     def __init__(self, name: str, config: Config, model: Autoencoder, device: torch.device):
-        self.name, self.config, self.device = name, config, device
-        (stage,) = map(at_full_load, plan_stages(config))
-        loaders, engine = lambda stage, _: synthetic_images(config, stage), LocalEngine(device, config.mixed_precision)
-        autoencoder = copy.deepcopy(model).to(device).train()
-        self.training = StageTraining(
-            config, stage, autoencoder, loaders, engine, random_perceptual_loss(stage), new_codebook=False
-        )
-        self.batch, self.number = stage.config.train_batch_size, 0
-        self.loss = self.step()
-        for _ in range(WARM_UP - 1):
-            self.step()
-        self.state_bytes = sum(state_bytes(self.training).values())
+        self.name, self.device = name, device
+        (stage,) = plan_stages(config)
+        engine = LocalEngine(device, config.mixed_precision)
+        self.step = TrainingStep(stage_training(config, stage, copy.deepcopy(model), engine))
+        self.batch = stage.config.train_batch_size
+        self.loss, *_ = [self.step().item() for _ in range(WARM_UP)]
+        self.state_bytes = sum(state_bytes(self.step.training).values())
         grown = growth(device)
-        self.step()
+        self.step().item()
         self.peak_bytes = grown() if grown else None
         self.samples: list[float] = []
 
-    def step(self) -> float:
-        """Returns the loss, and thereby waits for the device."""
-        self.training.step(self.number)
-        self.number += 1
-        loss = self.training.state.losses[-1].item()
-        self.training.state.losses.clear()
-        return loss
-
     def sample(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(self.device)
         start = time.perf_counter()
-        self.step()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        self.step().item()
+        synchronize(self.device)
         self.samples.append(1000 * (time.perf_counter() - start))
 
     def row(self) -> dict[str, Any]:
-        low, *_, high = statistics.quantiles(self.samples, n=5, method="inclusive")
-        median = statistics.median(self.samples)
+        ms = quantiles(self.samples)
         return {
             "step": self.name,
-            "ms": {"p20": low, "median": median, "p80": high},
+            "ms": ms,
             "samples": len(self.samples),
-            "images_per_second": 1000 * self.batch / median,
+            "images_per_second": 1000 * self.batch / ms["median"],
             "peak_bytes": self.peak_bytes,
             "state_bytes": self.state_bytes,
             "first_loss": self.loss,
@@ -194,44 +171,35 @@ class Case:
 
 
 def show(row: dict[str, Any]) -> str:
+    """One line of the table under HEADER."""
     ms, peak = row["ms"], "" if row["peak_bytes"] is None else format(row["peak_bytes"] / 2**20, ".1f")
     times = f"{ms['median']:>11.2f}{ms['p20']:>9.2f}{ms['p80']:>9.2f}{row['images_per_second']:>10.1f}"
     return f"{row['step']:<36}{times}{peak:>10}{row['state_bytes'] / 2**20:>11.1f}{row['first_loss']:>10.6f}"
 
 
-def verdict(cases: list[Case]) -> list[dict[str, Any]]:
+def verdict(steps: list[MeasuredStep]) -> list[dict[str, Any]]:
     """Ours against diffusers' in each layout, then each at its fastest: how many times as fast, and the memory."""
-    ours, theirs = ([case for case in cases if case.name.startswith(who)] for who in ("ours", "diffusers"))
-    fastest = [min(group, key=lambda case: statistics.median(case.samples)) for group in (ours, theirs)]
+    ours, theirs = ([step for step in steps if step.name.startswith(who)] for who in ("ours", "diffusers"))
+    fastest = [min(group, key=lambda step: statistics.median(step.samples)) for group in (ours, theirs)]
     compared = []
     for a, b in [*zip(ours, theirs, strict=True), fastest]:
-        low, *_, high = statistics.quantiles(
-            ratios := [y / x for x, y in zip(a.samples, b.samples, strict=True)], n=5, method="inclusive"
-        )
-        memory = [case.peak_bytes and case.peak_bytes + case.state_bytes for case in (a, b)]
-        compared.append({
-            "ours": a.name,
-            "diffusers": b.name,
-            "speed": {"p20": low, "median": statistics.median(ratios), "p80": high},
-            "memory": memory[0] / memory[1] if all(memory) else None,
-        })  # fmt: skip
+        speed = quantiles([y / x for x, y in zip(a.samples, b.samples, strict=True)])
+        memory = [step.peak_bytes and step.peak_bytes + step.state_bytes for step in (a, b)]
+        share = memory[0] / memory[1] if all(memory) else None
+        compared.append({"ours": a.name, "diffusers": b.name, "speed": speed, "memory": share})
     return compared
 
 
 def main() -> None:
-    on_gpu = torch.cuda.is_available()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = measuring_parser(__doc__)
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="of the configuration, such as stage1.train_batch_size=8"
     )
     parser.add_argument("--config", help="YAML file of a recipe (default: imagenet256 on a GPU, photos elsewhere)")
-    parser.add_argument("--device", default="cuda" if on_gpu else "cpu")
     parser.add_argument("--compile", action="store_true", help="measure both under torch.compile too")
-    parser.add_argument(
-        "--layout", choices=["contiguous", "channels_last"], action="append", help="default: both (may be repeated)"
-    )
+    layouts = ["contiguous", "channels_last"]
+    parser.add_argument("--layout", choices=layouts, action="append", help="default: both (may be repeated)")
     parser.add_argument("--seconds", type=float, default=30.0, help="measuring time in all, after warm-up; at least three rounds")
-    parser.add_argument("--json", type=Path, help="append one JSON object a line to this file")
     arguments = parser.parse_intermixed_args()
     device = torch.device(arguments.device)
     file = arguments.config or CONFIGS / ("imagenet256.yaml" if device.type == "cuda" else "photos.yaml")
@@ -244,48 +212,36 @@ def main() -> None:
     torch.manual_seed(0)
     ours = Autoencoder(config.autoencoder, config.data.channels, config.data.resolution)
     models = {"ours": ours}
-    where, title = machine(device), " ".join([Path(file).stem, *arguments.overrides])
-    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items() if version)
-    print(f"training step of {title}, batch {stage.config.train_batch_size}, on {where['hardware']}; {versions}")
+    where, title = machine(device, "torch", "triton", "diffusers"), " ".join([Path(file).stem, *arguments.overrides])
+    print(f"training step of {title}, batch {stage.config.train_batch_size}, on {where['hardware']}; {software(where)}")
     if importlib.util.find_spec("diffusers") is None:
         print("not installed: diffusers (pip install diffusers): ours is measured alone")
     else:
         models["diffusers"] = with_diffusers_blocks(ours)
-        where["versions"]["diffusers"] = importlib.metadata.version("diffusers")
         apart = difference(config, list(models.values()), device)
         if not apart < 1e-6:  # float32's rounding unit is 6e-8; that of the quantizer reaches loss and gradients
             sys.exit(f"the models differ: losses, samples or gradients in float64 are {apart:.1e} apart, expected less than 1e-6")
         print(f"diffusers {where['versions']['diffusers']}: the same model, float64 losses and gradients {apart:.0e} apart")
     print(HEADER, flush=True)
-    cases = []
-    for layout, compiled in itertools.product(
-        arguments.layout or ["contiguous", "channels_last"], [False, True][: 1 + arguments.compile]
-    ):
+    steps = []
+    for layout, compiled in itertools.product(arguments.layout or layouts, [False, True][: 1 + arguments.compile]):
         chosen = dataclasses.replace(config, channels_last=layout == "channels_last", compile=compiled)
         for name, model in models.items():
-            cases.append(Case(f"{name}, {layout}{', compiled' if compiled else ''}", chosen, model, device))
+            steps.append(MeasuredStep(f"{name}, {layout}{', compiled' if compiled else ''}", chosen, model, device))
     start = time.perf_counter()
     for turn in itertools.count():
         if turn >= 3 and time.perf_counter() - start > arguments.seconds:
             break
-        for case in cases if turn % 2 == 0 else reversed(cases):
-            case.sample()
-    rows = [case.row() for case in cases]
+        for step in steps if turn % 2 == 0 else reversed(steps):
+            step.sample()
+    rows = [step.row() for step in steps]
     print("\n".join(map(show, rows)))
-    compared = verdict(cases) if "diffusers" in models else []
+    compared = verdict(steps) if "diffusers" in models else []
     for pair in compared:
         memory = "" if pair["memory"] is None else f", {pair['memory']:.2f} x the memory (state and peak)"
         low, median, high = (f"{pair['speed'][name]:.2f}" for name in ("p20", "median", "p80"))
         print(f"{pair['ours']}: {median} ({low} to {high}) x the images/s of {pair['diffusers']}{memory}")
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
-        command = " ".join(["python profiling/bench_step.py", *words])
-        with arguments.json.open("a") as file:
-            file.write(
-                json.dumps({"config": title, "steps": rows, "compared": compared, "time": now, "command": command} | where) + "\n"
-            )
+    append_row(arguments.json, {"config": title, "steps": rows, "compared": compared, "time": now()} | where)
 
 
 if __name__ == "__main__":

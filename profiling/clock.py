@@ -1,53 +1,21 @@
 """A clock that divides a training step of `dae.training` among phases and blocks, by hooks."""
 
-from __future__ import annotations
-
 import dataclasses
-import importlib.util
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import recorded_event
 from torch import Tensor, nn
+from training_steps import TrainingStep
 
-from dae.config import Config, from_dict, load_config
 from dae.models import ARPrior, Autoencoder
 from dae.training.autoencoder import StageTraining
 from dae.training.engine import LocalEngine
 from dae.training.prior import PriorTraining
-
-CONFIGS = Path(__file__).parents[1] / "recipes" / "configs"
-
-
-def read_config(path: str | Path, overrides: list[str]) -> Config:
-    """A recipe's YAML file with `a.b=c` set, also where OmegaConf is not installed: `load_config` then checks less.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: a key that there is not, or no YAML.
-    """
-    if importlib.util.find_spec("omegaconf"):
-        return load_config(path, overrides)
-    import yaml
-
-    try:
-        values = yaml.safe_load(Path(path).read_text())
-        for text in overrides:
-            key, equals, value = text.partition("=")
-            if not equals:
-                raise ValueError(f"expected an override `key=value`, got {text!r}")
-            *sections, name = key.split(".")
-            section = values
-            for part in sections:
-                section = section.setdefault(part, {})
-            section[name] = yaml.safe_load(value)
-        return from_dict(Config, values)
-    except (yaml.YAMLError, AttributeError, TypeError) as error:
-        raise ValueError(f"{path} with {overrides}: {' '.join(str(error).split())}") from error
 
 
 @dataclass
@@ -76,11 +44,7 @@ class Clock:
 
     def stamp(self, phase: str, block: str) -> None:
         self.phase, self.block = phase, block
-        event = None
-        if self.device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-        self.stamps.append(Stamp(phase, block, time.perf_counter(), event))
+        self.stamps.append(Stamp(phase, block, time.perf_counter(), recorded_event(self.device)))
 
     def enter(self, block: str, x: Any) -> Any:
         """Begin `block` in the forward pass; returns x, whose gradient ends the block's backward pass."""
@@ -131,24 +95,30 @@ def seconds_of(stamps: list[Stamp]) -> dict[tuple[str, str], float]:
     return found
 
 
+def phases_of(stamps: list[tuple[str, str, float]]) -> Iterator[tuple[str, float, float]]:
+    """Phase, begin and end of each unbroken phase in stamps of (phase, block, time)."""
+    for phase, group in itertools.groupby(itertools.pairwise(stamps), key=lambda pair: pair[0][0]):
+        pairs = list(group)
+        yield phase, pairs[0][0][2], pairs[-1][1][2]
+
+
 def watch_encoder(clock: Clock, autoencoder: Autoencoder) -> None:
-    encoder, size = autoencoder.encoder, autoencoder.resolution
-    clock.watch(encoder.conv_in, f"encoder {size}x{size}")
-    for level, layers in enumerate(encoder.levels):
-        clock.watch(layers, f"encoder {size >> level}x{size >> level}")
-    clock.watch(encoder.norm_out, "encoder out")
+    watch_levels(clock, autoencoder.encoder, "encoder", lambda level: autoencoder.resolution >> level)
     clock.watch(autoencoder.bottleneck, "bottleneck")
 
 
 def watch_decoder(clock: Clock, autoencoder: Autoencoder) -> None:
-    decoder, size = autoencoder.decoder, autoencoder.latent_size
-    if not hasattr(decoder, "levels"):
-        clock.watch(decoder, "decoder")
-        return
-    clock.watch(decoder.conv_in, f"decoder {size}x{size}")
-    for level, layers in enumerate(decoder.levels):
-        clock.watch(layers, f"decoder {size << level}x{size << level}")
-    clock.watch(decoder.norm_out, "decoder out")
+    if hasattr(autoencoder.decoder, "levels"):
+        watch_levels(clock, autoencoder.decoder, "decoder", lambda level: autoencoder.latent_size << level)
+    else:
+        clock.watch(autoencoder.decoder, "decoder")
+
+
+def watch_levels(clock: Clock, coder: nn.Module, name: str, size: Callable[[int], int]) -> None:
+    """A block for each level of an encoder or decoder, named by its resolution, and one for what follows the last."""
+    for level, layers in [(0, coder.conv_in), *enumerate(coder.levels)]:
+        clock.watch(layers, f"{name} {size(level)}x{size(level)}")
+    clock.watch(coder.norm_out, f"{name} out")
 
 
 def watch_prior(clock: Clock, prior: ARPrior) -> None:
@@ -196,12 +166,12 @@ class ClockedEngine(LocalEngine):
         super().step(optimizers)
 
 
-class ClockedStep:
-    """A step of a training under a clock: call it again and again."""
+class ClockedStep(TrainingStep):
+    """A step of a training under a clock."""
 
     def __init__(self, training: StageTraining | PriorTraining, clock: Clock, settings: Any):
-        self.training, self.clock, self.settings, self.number = training, clock, settings, 0
-        self.device = clock.device
+        super().__init__(training)
+        self.clock, self.settings, self.device = clock, settings, clock.device
         training.batches = self._clocked(training.batches)
         compiled = training.config.compile
         if training.state.ema:
@@ -210,14 +180,14 @@ class ClockedStep:
             if not compiled:
                 watch_prior(clock, training.prior)
             return
-        frozen = training.stage.latent_frozen
-        if frozen or not compiled:
-            watch_encoder(clock, training.autoencoder)
+        autoencoder = training.autoencoder
+        if training.stage.latent_frozen or not compiled:
+            watch_encoder(clock, autoencoder)
         if not compiled:
-            watch_decoder(clock, training.autoencoder)
+            watch_decoder(clock, autoencoder)
         if training.learns_codebook:
             for method in ("observe", "update_codebook"):
-                clock.times(training.autoencoder.bottleneck, method, "update", "codebook")
+                clock.times(autoencoder.bottleneck, method, "update", "codebook")
         if training.perceptual is not None:
             clock.watch(training.perceptual, "perceptual loss")
         if training.discriminator is not None:
@@ -229,26 +199,6 @@ class ClockedStep:
             yield next(batches)
 
     def __call__(self) -> Tensor:
-        """Returns the loss of the last micro-batch."""
-        self.training.step(self.number)
-        self.number += 1
+        loss = super().__call__()
         self.clock.stamp("", "")
-        loss = self.training.state.losses[-1]
-        self.training.state.losses.clear()
         return loss
-
-
-def state_bytes(training: StageTraining | PriorTraining) -> dict[str, int]:
-    """Bytes that stay from step to step: weights and buffers, the optimisers' moments, the average of the weights."""
-    state, kind = training.state, training.engine.device.type
-
-    def count(tensors: Iterator[Tensor]) -> int:
-        return sum({t.data_ptr(): t.numel() * t.element_size() for t in tensors if t.device.type == kind}.values())
-
-    modules = [*state.modules.values(), *filter(None, [getattr(training, "perceptual", None)])]
-    moments = [entry for optimizer in state.optimizers.values() for entry in optimizer.state.values()]
-    return {
-        "weights": count(t for m in modules for t in itertools.chain(m.parameters(), m.buffers())),
-        "optimisers": count(t for entry in moments for t in entry.values() if isinstance(t, Tensor)),
-        "average": count(iter(state.ema.state_dict().values())) if state.ema else 0,
-    }

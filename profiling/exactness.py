@@ -1,6 +1,6 @@
 """How often nearest_code picks a code that is not the nearest by float64, on families where rounding shows.
 
-    python profiling/exactness.py --impl triton --json exactness.jsonl          # 1e6 queries a family, for a GPU
+    python profiling/exactness.py --impl triton --json exactness.jsonl          # 1e6 queries per family, for a GPU
     python profiling/exactness.py --impl reference --queries 2000
 
 - wrong: queries whose code is farther, by float64, than the nearest one. Ties are not wrong.
@@ -10,64 +10,42 @@
 - excess: the greatest error among all queries, as a share of |x| |c|.
 """
 
-from __future__ import annotations
-
-import argparse
-import importlib.metadata
-import json
-import os
-import platform
 import time
-from pathlib import Path
 
 import torch
+from measuring import append_row, machine, measuring_parser
 from torch import Tensor
 from torch.nn.functional import normalize
 
 SCORES = 1 << 27  # float64 scores alive at once: 1 GiB
+FAMILIES = {"random": (8192, 64), "uniform": (1024, 64), "normalized": (16384, 8), "pairs": (1024, 16)}  # K, D
 
 
-def random(N: int, K: int, D: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Both from a standard normal."""
-    return normal(N, D, generator), normal(K, D, generator)
+def operands(family: str, N: int, K: int, D: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Queries [N, D] and codebook [K, D]."""
+    source = {"generator": generator, "device": generator.device}
 
+    def normal(rows: int) -> Tensor:
+        return torch.randn(rows, D, **source)
 
-def uniform(N: int, K: int, D: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The usual start of a codebook, U(-1/K, 1/K): all codes are nearly as near."""
-    codebook_KD = torch.rand(K, D, generator=generator, device=generator.device)
-    return normal(N, D, generator), (2 * codebook_KD - 1) / K
-
-
-def normalized(N: int, K: int, D: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Both on the unit sphere."""
-    return normalize(normal(N, D, generator), dim=1), normalize(normal(K, D, generator), dim=1)
-
-
-def pairs(N: int, K: int, D: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Codes in pairs that differ in the last bit of one coordinate, and vectors beside them: float32 scores cannot choose."""
-    codes_KD = normal(K // 2, D, generator).repeat(2, 1)
-    column_K = torch.randint(D, (len(codes_KD), 1), generator=generator, device=generator.device)
+    if family == "random":
+        return normal(N), normal(K)
+    if family == "normalized":  # both on the unit sphere
+        return normalize(normal(N), dim=1), normalize(normal(K), dim=1)
+    if family == "uniform":  # the usual start of a codebook, U(-1/K, 1/K): all codes are nearly as near
+        codebook_KD = torch.rand(K, D, **source)
+        return normal(N), (2 * codebook_KD - 1) / K
+    # Codes in pairs that differ in the last bit of one coordinate, and queries beside them: float32 scores cannot choose.
+    codes_KD = normal(K // 2).repeat(2, 1)
+    column_K = torch.randint(D, (len(codes_KD), 1), **source)
     changed_K = codes_KD.gather(1, column_K)
     codes_KD.scatter_(1, column_K, torch.nextafter(changed_K, torch.full_like(changed_K, float("inf"))))
-    code_N = torch.randint(K // 2, (N,), generator=generator, device=generator.device)
-    return codes_KD[code_N] + 0.1 * normal(N, D, generator), codes_KD
-
-
-def normal(N: int, D: int, generator: torch.Generator) -> Tensor:
-    return torch.randn(N, D, generator=generator, device=generator.device)
-
-
-# family -> operands, K, D
-FAMILIES = {
-    "random": (random, 8192, 64),
-    "uniform": (uniform, 1024, 64),
-    "normalized": (normalized, 16384, 8),
-    "pairs": (pairs, 1024, 16),
-}
+    code_N = torch.randint(K // 2, (N,), **source)
+    return codes_KD[code_N] + 0.1 * normal(N), codes_KD
 
 
 def judge(x_ND: Tensor, codebook_KD: Tensor, index_N: Tensor) -> tuple[int, int, float]:
-    """wrong, beyond_rounding and excess of the module's docstring."""
+    """The columns wrong, beyond_rounding and excess."""
     codes_KD = codebook_KD.double()
     squares_K = codes_KD.square().sum(dim=1)
     wrong, beyond, excess = 0, 0, 0.0
@@ -86,29 +64,23 @@ def judge(x_ND: Tensor, codebook_KD: Tensor, index_N: Tensor) -> tuple[int, int,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = measuring_parser(__doc__)
     parser.add_argument("--queries", type=int, default=1_000_000, help="of each family")
     parser.add_argument("--codes", type=int, help="K of each family instead of its own")
     parser.add_argument("--family", choices=FAMILIES, action="append", help="only this family (may be repeated)")
     parser.add_argument("--impl", choices=["auto", "reference", "triton", "float32"], default="auto")
     parser.add_argument("--precision", choices=["exact", "fast"], action="append", help="default: exact (may be repeated)")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16"], default="float32")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, help="append one JSON object a line to this file")
     arguments = parser.parse_args()
     from dae_kernels.nearest_code import nearest_code
 
     device = torch.device(arguments.device)
-    hardware = (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU, {os.cpu_count()} cores"
-    )
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "triton")}
+    where = machine(device, "torch", "triton")
     print(f"{'family':<12}{'precision':<11}{'K':>7}{'D':>5}{'queries':>10}{'wrong':>8}{'beyond rounding':>17}{'excess':>10}")
     for family in arguments.family or FAMILIES:
-        operands, K, D = FAMILIES[family]
-        K = arguments.codes or K
-        generator = torch.Generator(device).manual_seed(0)
-        x_ND, codebook_KD = (t.to(getattr(torch, arguments.dtype)) for t in operands(arguments.queries, K, D, generator))
+        K, D = arguments.codes or FAMILIES[family][0], FAMILIES[family][1]
+        drawn = operands(family, arguments.queries, K, D, torch.Generator(device).manual_seed(0))
+        x_ND, codebook_KD = (t.to(getattr(torch, arguments.dtype)) for t in drawn)
         for precision in arguments.precision or ["exact"]:
             start = time.perf_counter()
             if arguments.impl == "float32":  # torch's own arithmetic, for comparison
@@ -124,11 +96,8 @@ def main() -> None:
                 flush=True,
             )
             row = {"family": family, "impl": arguments.impl, "precision": precision, "dtype": arguments.dtype, "K": K, "D": D}
-            row |= {"queries": len(x_ND), "wrong": wrong, "beyond_rounding": beyond, "excess": excess}
-            row |= {"hardware": hardware.replace("_", "-"), "versions": versions, "seed": 0}
-            if arguments.json:
-                with arguments.json.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+            row |= {"queries": len(x_ND), "wrong": wrong, "beyond_rounding": beyond, "excess": excess, "seed": 0}
+            append_row(arguments.json, row | where)
 
 
 if __name__ == "__main__":

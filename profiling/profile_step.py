@@ -20,15 +20,10 @@ With --synthetic images are random, and torch alone is needed; the prior's token
 Figures of different machines, or of one machine under different load, do not compare; shares within one run do.
 """
 
-from __future__ import annotations
-
-import argparse
-import dataclasses
 import gzip
 import importlib.util
 import itertools
 import json
-import platform
 import statistics
 import time
 from collections.abc import Iterator
@@ -36,16 +31,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from clock import Clock, ClockedEngine, ClockedStep, read_config, seconds_of, state_bytes
+from clock import Clock, ClockedEngine, ClockedStep, phases_of, seconds_of
+from configuration import read_config
+from measuring import append_row, machine, measuring_parser, quantiles, software, synchronize
 from step_figure import draw
 from torch.profiler import ProfilerActivity, record_function
+from training_steps import stage_training, state_bytes
 
 from dae.config import Config
-from dae.losses import PerceptualLoss
 from dae.models import ARPrior, choose_kernels
 from dae.priors import PRIORS
-from dae.training import Stage, plan_stages
-from dae.training.autoencoder import StageTraining, build_autoencoder, build_perceptual_loss
+from dae.training import plan_stages
+from dae.training.autoencoder import build_autoencoder
 from dae.training.engine import LocalEngine
 from dae.training.prior import PriorTraining
 
@@ -53,46 +50,19 @@ PHASES = ("data", "forward", "backward", "update")
 MARK = "training step"
 
 
-def synthetic_images(config: Config, stage: Stage) -> Iterator[dict]:
-    """The same random images again and again: drawing them is not the step's work."""
-    shape = (stage.config.train_batch_size, config.data.channels, config.data.resolution, config.data.resolution)
-    return itertools.repeat({"image": torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1})
-
-
-def at_full_load(stage: Stage) -> Stage:
-    """The stage with its adversarial loss from the first step."""
-    loss = dataclasses.replace(stage.config.loss, adversarial_start=0)
-    return dataclasses.replace(stage, config=dataclasses.replace(stage.config, loss=loss))
-
-
-def random_perceptual_loss(stage: Stage) -> PerceptualLoss | None:
-    """With random weights, the same at each call, which take as long as trained ones; None if the stage has none."""
-    torch.manual_seed(0)
-    return PerceptualLoss() if stage.config.loss.perceptual else None
-
-
 def steps_of(config: Config, device: torch.device, synthetic: bool, only: list[str] | None) -> Iterator[tuple[str, ClockedStep]]:
     """Name and step of each stage, then of the prior; one after the other, so that only one is in memory."""
     data = None
     if not synthetic:
-        from dae.data import TrainLoader, load_data
+        from dae.data import load_data
 
         data = load_data(config.data, config.seed)
-    for stage in map(at_full_load, plan_stages(config)):
+    for stage in plan_stages(config):
         if only and stage.name not in only:
             continue
-
-        def loaders(stage: Stage, purpose: str) -> Iterator[dict]:
-            if data is None:
-                return synthetic_images(config, stage)
-            return TrainLoader(data.train, stage.config.train_batch_size, seed=0, num_workers=config.data.num_workers)
-
-        clock, autoencoder = Clock(device), build_autoencoder(config, stage).to(device).train()
-        if stage.latent_frozen:
-            autoencoder.freeze_latent()
-        perceptual = random_perceptual_loss(stage) if data is None else build_perceptual_loss(config, stage)
+        clock = Clock(device)
         engine = ClockedEngine(clock, config.mixed_precision)
-        training = StageTraining(config, stage, autoencoder, loaders, engine, perceptual, new_codebook=False)
+        training = stage_training(config, stage, build_autoencoder(config, stage), engine, data)
         yield stage.name, ClockedStep(training, clock, stage.config)
     if config.autoencoder.bottleneck == "vq" and not (only and "prior" not in only):
         clock = Clock(device)
@@ -121,24 +91,15 @@ def measure(step: ClockedStep, steps: int) -> dict[str, Any]:
         spent = seconds_of(step.clock.take())
         if number >= warm_up:
             samples.append({key: 1000 * value for key, value in spent.items()})
-    keys = list(dict.fromkeys(key for sample in samples for key in sample))
-    totals = [sum(sample.values()) for sample in samples]
-    low, *_, high = statistics.quantiles(totals, n=5, method="inclusive") if len(totals) > 1 else totals * 2
-    cells = {key: statistics.median(sample.get(key, 0.0) for sample in samples) for key in keys}
-    phases = {
+    ms = quantiles([sum(sample.values()) for sample in samples])
+    blocks: dict[str, dict[str, float]] = {}
+    for phase, block in dict.fromkeys(key for sample in samples for key in sample):
+        blocks.setdefault(block, {})[phase] = statistics.median(sample.get((phase, block), 0.0) for sample in samples)
+    parts = {
         phase: statistics.median(sum(v for key, v in sample.items() if key[0] == phase) for sample in samples) for phase in PHASES
     }
-    blocks: dict[str, dict[str, float]] = {}
-    for (phase, block), value in cells.items():
-        blocks.setdefault(block, {})[phase] = value
-    median, batch = statistics.median(totals), step.settings.train_batch_size * step.settings.gradient_accumulation_steps
-    return {
-        "batch": batch,
-        "ms": {"p20": low, "median": median, "p80": high},
-        "images_per_second": batch / median * 1000,
-        "parts": phases,
-        "blocks": blocks,
-    }
+    batch = step.settings.train_batch_size * step.settings.gradient_accumulation_steps
+    return {"batch": batch, "ms": ms, "images_per_second": batch / ms["median"] * 1000, "parts": parts, "blocks": blocks}
 
 
 def record(step: ClockedStep, path: Path) -> dict[str, Any]:
@@ -147,14 +108,12 @@ def record(step: ClockedStep, path: Path) -> dict[str, Any]:
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     for _ in range(2):  # the profiler itself has a slow first step
         step.clock.take()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
         with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
             start = time.perf_counter()
             with record_function(MARK):
                 step()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            synchronize(device)
     stamps = [(s.phase, s.block, 1e3 * (s.seconds - start)) for s in step.clock.take()]
     path.parent.mkdir(parents=True, exist_ok=True)
     profiler.export_chrome_trace(str(path))
@@ -163,13 +122,10 @@ def record(step: ClockedStep, path: Path) -> dict[str, Any]:
     events = trace["traceEvents"]
     zero = next(event["ts"] for event in events if event.get("name") == MARK)  # microseconds
     memory = memory_of(events, zero, device, sum(state.values()))
-    end = stamps[-1][2]
-    for number, (a, b) in enumerate(itertools.pairwise(stamps)):
-        for row, name in (("phases", a[0]), ("blocks", a[1])):
-            if row == "phases" and number and stamps[number - 1][0] == name:
-                continue
-            until = b[2] if row == "blocks" else next((s[2] for s in stamps[number:] if s[0] != name), end)
-            place = {"pid": MARK, "tid": row, "ts": zero + 1000 * a[2], "dur": 1000 * (until - a[2])}
+    blocks = ((a[1], a[2], b[2]) for a, b in itertools.pairwise(stamps))
+    for row, spans in (("phases", phases_of(stamps)), ("blocks", blocks)):
+        for name, begin, end in spans:
+            place = {"pid": MARK, "tid": row, "ts": zero + 1000 * begin, "dur": 1000 * (end - begin)}
             events.append({"ph": "X", "cat": "step", "name": name} | place)
     with gzip.open(path, "wt") as file:
         json.dump(trace, file)
@@ -204,18 +160,6 @@ def kept_bytes(recorded: dict[str, Any]) -> dict[str, int]:
     return found
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    threads = torch.get_num_threads()
-    cpu = f"{platform.machine().replace('_', '-')} CPU, {threads} thread{'s' * (threads > 1)}"
-    triton = importlib.util.find_spec("triton")
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda or torch.version.hip}
-    if triton:
-        import triton
-
-        versions["triton"] = triton.__version__
-    return {"hardware": f"{torch.cuda.get_device_name(device)}, {cpu}" if device.type == "cuda" else cpu, "versions": versions}
-
-
 def parts_table(profiles: dict[str, dict]) -> str:
     lines = [f"{'':<8}{'batch':>7}" + "".join(f"{phase:>10}" for phase in PHASES) + f"{'step':>10}{'images/s':>10}"]
     for name, found in profiles.items():
@@ -240,17 +184,15 @@ def blocks_table(name: str, found: dict) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = measuring_parser(__doc__)
     parser.add_argument("--config", required=True, help="YAML file of a recipe")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for the recipes, for example compile=true")
     parser.add_argument("--steps", type=int, default=20, help="steps that are timed, after a quarter as many of warm-up")
     parser.add_argument("--stage", action="append", help="only this one: stage1, stage2, joint, prior (may be repeated)")
     parser.add_argument("--synthetic", action="store_true", help="random images instead of the data set; random LPIPS weights")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--output", type=Path, default=Path("runs/profile"), help="folder of picture and traces (default: %(default)s)"
     )
-    parser.add_argument("--json", type=Path, help="append one JSON object a line to this file, one for each stage")
     arguments = parser.parse_intermixed_args()
     if arguments.steps < 1:
         parser.error(f"--steps: expected at least 1, got {arguments.steps}")
@@ -263,23 +205,15 @@ def main() -> None:
         parser.error(f"--stage: expected one of {', '.join(names)}, got {unknown[0]}")
 
     device = torch.device(arguments.device)
-    where, title = machine(device), " ".join([Path(arguments.config).name, *arguments.overrides])
-    versions = ", ".join(f"{name} {version}" for name, version in where["versions"].items() if version)
-    print(f"{title} on {where['hardware']}; {versions}\nmilliseconds, medians of {arguments.steps} steps\n", flush=True)
+    where, title = machine(device, "torch", "triton"), " ".join([Path(arguments.config).name, *arguments.overrides])
+    print(f"{title} on {where['hardware']}; {software(where)}\nmilliseconds, medians of {arguments.steps} steps\n", flush=True)
     profiles: dict[str, dict] = {}
     for name, step in steps_of(config, device, arguments.synthetic, arguments.stage):
         found = measure(step, arguments.steps)
         recorded = record(step, arguments.output / f"trace_{name}.json.gz")
-        found |= {
-            "kept_bytes": kept_bytes(recorded),
-            "state_bytes": recorded["state_bytes"],
-            "peak_bytes": recorded["peak_bytes"],
-        }
+        found |= {"kept_bytes": kept_bytes(recorded)} | {key: recorded[key] for key in ("state_bytes", "peak_bytes")}
         print(blocks_table(name, found) + "\n", flush=True)
-        if arguments.json:
-            arguments.json.parent.mkdir(parents=True, exist_ok=True)
-            with arguments.json.open("a") as file:
-                file.write(json.dumps({"stage": name, "config": title, "steps": arguments.steps} | found | where) + "\n")
+        append_row(arguments.json, {"stage": name, "config": title, "steps": arguments.steps} | found | where)
         profiles[name] = found | {"recorded": recorded}
         del step
     print(parts_table(profiles))
@@ -287,12 +221,9 @@ def main() -> None:
     if importlib.util.find_spec("matplotlib") is None:
         print("no profile.png: matplotlib is not installed (pip install matplotlib)")
         return
-    draw(
-        profiles,
-        f"{title} on {where['hardware']}\n{versions}, medians of {arguments.steps} steps",
-        arguments.output / "profile.png",
-    )
-    print(f"wrote {arguments.output / 'profile.png'}")
+    picture = arguments.output / "profile.png"
+    draw(profiles, f"{title} on {where['hardware']}\n{software(where)}, medians of {arguments.steps} steps", picture)
+    print(f"wrote {picture}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,10 @@
 """The picture of profile_step.py: for each stage, time by block on the left and memory over one step on the right."""
 
-from __future__ import annotations
-
 import io
-import itertools
 from pathlib import Path
 from typing import Any
+
+from clock import phases_of
 
 COLOURS = {"forward": "#4c78a8", "backward": "#f58518", "data": "#9d9d9d", "update": "#54a24b"}
 WORDS = {"forward": "forward", "backward": "backward", "data": "loading data", "update": "update of weights"}
@@ -39,24 +38,20 @@ def draw_blocks(axis: Any, name: str, found: dict) -> None:
     blocks = found["blocks"]
     totals = {block: sum(cells.values()) for block, cells in blocks.items()}
     everything, longest = sum(totals.values()), max(totals.values())
+    ends = [0.0] * len(blocks)
     for phase, colour in COLOURS.items():
         widths = [cells.get(phase, 0.0) for cells in blocks.values()]
-        lefts = [
-            sum(cells.get(earlier, 0.0) for earlier in itertools.takewhile(lambda p, end=phase: p != end, COLOURS))
-            for cells in blocks.values()
-        ]
         if any(widths):
-            axis.barh(list(blocks), widths, left=lefts, color=colour, label=WORDS[phase])
+            axis.barh(list(blocks), widths, left=ends, color=colour, label=WORDS[phase])
+        ends = [end + width for end, width in zip(ends, widths, strict=True)]
     for row, total in enumerate(totals.values()):
         words = f"{total:.1f} ms, {total / everything:.0%}" if total >= 0.05 else "less than 0.1 ms"
         axis.text(total + 0.01 * longest, row, words, va="center", fontsize="small")
     axis.invert_yaxis()
     axis.set(xlabel="milliseconds of one step", xlim=(0, 1.25 * longest))
-    axis.set_title(
-        f"{name}: {found['ms']['median']:.1f} ms a step of {found['batch']} images = {found['images_per_second']:.0f} images/s\n"
-        + ", ".join(f"{WORDS[part]} {ms / sum(found['parts'].values()):.0%}" for part, ms in found["parts"].items()),
-        fontsize="medium", loc="left",
-    )  # fmt: skip
+    speed = f"{found['ms']['median']:.1f} ms per step of {found['batch']} images = {found['images_per_second']:.0f} images/s"
+    shares = ", ".join(f"{WORDS[part]} {ms / sum(found['parts'].values()):.0%}" for part, ms in found["parts"].items())
+    axis.set_title(f"{name}: {speed}\n{shares}", fontsize="medium", loc="left")
     axis.grid(axis="x", alpha=0.3)
     axis.legend(loc="lower right", fontsize="small")
 
@@ -68,9 +63,7 @@ def draw_memory(axis: Any, name: str, found: dict) -> None:
     points = [(ms, size / 2**20) for ms, size in memory if ms <= end]
     points.append((end, points[-1][1]))
     peak = max(size for _, size in points)
-    for _, group in itertools.groupby(itertools.pairwise(stamps), key=lambda pair: pair[0][0]):
-        pairs = list(group)
-        phase, begin, until = pairs[0][0][0], pairs[0][0][2], pairs[-1][1][2]
+    for phase, begin, until in phases_of(stamps):
         axis.axvspan(begin, until, color=COLOURS[phase], alpha=0.18, linewidth=0)
         if until - begin > 0.08 * end:
             axis.text((begin + until) / 2, 1.12 * peak, WORDS[phase], ha="center", va="center", fontsize="small")

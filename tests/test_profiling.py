@@ -19,11 +19,10 @@ import pytest
 import torch
 
 from dae.config import load_config
-from dae.losses import PerceptualLoss
 from dae.models import Autoencoder
 from dae.models.layers import ResidualBlock
 from dae.training import plan_stages
-from dae.training.autoencoder import StageTraining, build_autoencoder
+from dae.training.autoencoder import build_autoencoder
 from dae.training.engine import LocalEngine
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -299,13 +298,11 @@ def tiny_training(clock, on):
     """Training of the one stage of `joint` with every loss, under a clock or not."""
     overrides = [*TINY, "method=joint", "stage2.loss.perceptual=0.1", "stage2.loss.adversarial=0.1", "stage1.loss.perceptual=0.1"]
     config = load_config(PHOTOS, [*overrides, "autoencoder.channel_multipliers=[1, 2]"])
-    profile_step = importlib.import_module("profile_step")
-    (stage,) = map(profile_step.at_full_load, plan_stages(config))
+    (stage,) = plan_stages(config)
     torch.manual_seed(0)
     engine = clock.ClockedEngine(clock.Clock(torch.device("cpu")), None) if on else LocalEngine()
-    loaders, perceptual = lambda stage, _: profile_step.synthetic_images(config, stage), PerceptualLoss()
-    autoencoder = build_autoencoder(config, stage).train()
-    return StageTraining(config, stage, autoencoder, loaders, engine, perceptual, new_codebook=False)
+    autoencoder = build_autoencoder(config, stage)
+    return importlib.import_module("training_steps").stage_training(config, stage, autoencoder, engine)
 
 
 def test_the_clock_changes_nothing(clock):

@@ -1,6 +1,7 @@
 """Variants of lpips: VGG16's widths in both layouts, all gradients and one, and as many channels as the kernel takes."""
 
 from dae_kernels.lpips import fused
+from variants import Variant
 
 # element type, channels_last, C, P, weight, gradients to a, b and weight
 VARIANTS = {
@@ -15,22 +16,14 @@ VARIANTS = {
 }
 
 
-def variants(Variant, backend):
+def variants(backend):
     for name, (element, channels_last, C, P, weight, wants) in VARIANTS.items():
-        tile = fused.tile(C, P)
-        constants = {"BLOCK_P": tile["BLOCK_P"], "BLOCK_C": tile["BLOCK_C"], "WEIGHT": weight}
-        constants |= dict(zip(("WANTS_A", "WANTS_B", "WANTS_WEIGHT"), wants, strict=True))
+        constants = {"WEIGHT": weight} | dict(zip(("WANTS_A", "WANTS_B", "WANTS_WEIGHT"), wants, strict=True))
         constants |= {f"{t}_stride_{'c' if channels_last else 'p'}": 1 for t in ("a", "b", "da", "db")}
         constants |= {"P": 1, "chunk": 1, "chunks": 1} if P == 1 else {}
-        absent = {"weight_ptr": weight, "da_ptr": wants[0], "db_ptr": wants[1], "part_ptr": wants[2]}
-        for kernel in (fused.distance_kernel, fused.gradient_kernel):
-            known = {key: value for key, value in constants.items() if key in kernel.arg_names}
-            pointers = {key: "*fp32" for key in kernel.arg_names if key.endswith("_ptr")}
-            pointers |= {key: element for key in ("a_ptr", "b_ptr", "da_ptr", "db_ptr") if key in pointers}
-            if kernel is fused.gradient_kernel:
-                known |= {key: pointers.pop(key) and None for key, present in absent.items() if not present}
-            elif not weight:
-                known |= {"weight_ptr": pointers.pop("weight_ptr") and None}
-            sizes = {key: "i32" for key in kernel.arg_names if key not in pointers and key not in known} | {"eps": "fp32"}
-            aligned = tuple(key for key in sizes if "stride" in key and C % 16 == 0)
-            yield Variant(name, kernel, pointers, sizes, known, {"num_warps": tile["num_warps"]}, divisible=aligned)
+        types = dict.fromkeys(("a_ptr", "b_ptr", "da_ptr", "db_ptr"), element) | {"eps": "fp32"}
+        for kernel, part in ((fused.distance_kernel, True), (fused.gradient_kernel, wants[2])):
+            present = {"weight_ptr": weight, "da_ptr": wants[0], "db_ptr": wants[1], "part_ptr": part}
+            absent = {key: None for key, here in present.items() if not here}
+            divisible = ("stride",) if C % 16 == 0 else ()
+            yield Variant(name, kernel, types, constants | absent, fused.tile(C, P), divisible=divisible)

@@ -2,6 +2,7 @@
 
 import torch
 from dae_kernels.nearest_code import fused
+from variants import Variant
 
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 # x dtype, codebook dtype, exact, D, metric, heads
@@ -21,33 +22,14 @@ VARIANTS = {
 }
 
 
-def split(tile):
-    """Tile sizes, which are constants of the kernel, and options of the launch."""
-    blocks = {key: value for key, value in tile.items() if key.startswith("BLOCK")}
-    return blocks, {key: value for key, value in tile.items() if not key.startswith("BLOCK")}
-
-
-def variants(Variant, backend):
+def variants(backend):
     for name, (x_dtype, code_dtype, exact, D, metric, heads) in VARIANTS.items():
         dtype = fused.dot_dtype(x_dtype, code_dtype, exact)
-        pointers = {"codebook_ptr": POINTERS[code_dtype]}
-        norm, found = {"norm_ptr": "*fp32"}, {"score_ptr": "*fp32", "candidate_ptr": "*i32"}
-        rows = pointers | {"x_ptr": POINTERS[x_dtype]} | found
-        results = {"reach_ptr": "*fp32", "index_ptr": "*i64", "distance_ptr": "*fp32"}
-        codes = {"D": D, "COSINE": metric == "cosine"}
-        constants = codes | {"H": heads, "EXACT": exact}
+        types = {"x_ptr": POINTERS[x_dtype], "codebook_ptr": POINTERS[code_dtype], "candidate_ptr": "*i32", "index_ptr": "*i64"}
+        constants = {"COSINE": metric == "cosine", "H": heads, "EXACT": exact}
         precision = ("ieee" if backend == "hip" else "tf32x3") if exact else "tf32"
-
-        blocks, options = split(fused.search_tile(D, dtype, exact))
-        sizes = {"N": "i32", "K": "i32", "codes_a_split": "i32", "d_end": "i32"}
-        products = constants | blocks | {"UPCAST": dtype != x_dtype, "INPUT_PRECISION": precision}
-        yield Variant(name, fused.search_kernel, rows | norm, sizes, products, options, product=True)
-
-        blocks, options = split(fused.settle_tile(metric == "cosine"))
-        sizes = {"N": "i32", "K": "i32", "S": "i32", "D": "i32"}
-        walks = {"H": heads, "COSINE": metric == "cosine", "EXACT": exact}
-        yield Variant(name, fused.settle_kernel, rows | results, sizes, walks | blocks, options)
-
+        search = constants | {"D": D, "UPCAST": dtype != x_dtype, "INPUT_PRECISION": precision}
+        yield Variant(name, fused.search_kernel, types, search, fused.search_tile(D, dtype, exact), product=True)
+        yield Variant(name, fused.settle_kernel, types, constants, fused.settle_tile(metric == "cosine"))
         if D in (64, 100):
-            blocks, options = split(fused.norm_tile(D))
-            yield Variant(name, fused.code_norm_kernel, pointers | norm, {"K": "i32"}, codes | blocks, options)
+            yield Variant(name, fused.code_norm_kernel, types, constants | {"D": D}, fused.norm_tile(D))

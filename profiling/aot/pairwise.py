@@ -1,6 +1,7 @@
 """Variants of the sums over pairs, of `mmd` (with bandwidths) and `energy_distance` (without); D = 100 leaves a remainder."""
 
 from dae_kernels.pairwise import fused
+from variants import Variant
 
 # bandwidths, D, same, gradient
 VARIANTS = {
@@ -13,14 +14,8 @@ VARIANTS = {
 }
 
 
-def variants(Variant, backend):
-    names = ("q", "s", "q_norm", "s_norm", "v", "rate", "sum", "gradient")
-    pointers = {f"{name}_ptr": "*fp32" for name in names}
+def variants(backend):
+    precision = "ieee" if backend == "hip" else "tf32x3"
     for name, (bandwidths, D, same, gradient) in VARIANTS.items():
-        tile = fused.tile(D, gradient)
-        blocks = {key: value for key, value in tile.items() if key.startswith("BLOCK")}
-        options = {key: value for key, value in tile.items() if not key.startswith("BLOCK")}
-        constants = {"D": D, "BANDWIDTHS": bandwidths, "SAME": same, "GRADIENT": gradient}
-        constants |= blocks | {"INPUT_PRECISION": "ieee" if backend == "hip" else "tf32x3"}
-        sizes = {"N": "i32", "M": "i32", "d_end": "i32"}
-        yield Variant(name, fused.pair_rows_kernel, pointers, sizes, constants, options, product=True)
+        constants = {"D": D, "BANDWIDTHS": bandwidths, "SAME": same, "GRADIENT": gradient, "INPUT_PRECISION": precision}
+        yield Variant(name, fused.pair_rows_kernel, {}, constants, fused.tile(D, gradient), product=True)

@@ -4,27 +4,19 @@ An update is flat where epsilon exceeds every cost; the derivative, and a mean o
 """
 
 from dae_kernels.sinkhorn_divergence import fused
+from variants import Variant
 
 # p, D
 VARIANTS = {"p=2 D=2": (2, 2), "p=2 D=64": (2, 64), "p=2 D=100": (2, 100), "p=1 D=2": (1, 2), "p=1 D=64": (1, 64)}
-VECTORS = ("log_b_ptr", "g_ptr", "f_ptr")
 
 
-def variants(Variant, backend):
-    pointers = dict.fromkeys(("x_ptr", "y_ptr", *VECTORS), "*fp32")
-    scalars = {"N": "i32", "M": "i32", "d_end": "i32", "scale": "fp32"}
+def variants(backend):
     for name, (p, D) in VARIANTS.items():
-        update, mean = fused.sinkhorn_update_kernel, fused.sinkhorn_mean_kernel
-        outputs = {"v_ptr": "*fp32", "out_ptr": "*fp32"}
-        for label, kernel, tile, buffers, sizes, flags in (
-            (name, update, fused.UPDATE_TILE[p], {}, {"share": "i32"}, {"FLAT": False}),
-            (f"{name} flat", update, fused.UPDATE_TILE[p], {}, {"share": "i32"}, {"FLAT": True}),
-            (f"{name} derivative", mean, fused.MEAN_TILE, outputs, {"E": "i32"}, {"GRADIENT": True}),
-            (f"{name} mean", mean, fused.MEAN_TILE, outputs, {"E": "i32"}, {"GRADIENT": False}),
+        shared = {"D": D, "P": p, "INPUT_PRECISION": "ieee" if backend == "hip" else "tf32x3"}
+        for label, kernel, tile, flags in (
+            (name, fused.sinkhorn_update_kernel, fused.UPDATE_TILE[p], {"FLAT": False}),
+            (f"{name} flat", fused.sinkhorn_update_kernel, fused.UPDATE_TILE[p], {"FLAT": True}),
+            (f"{name} derivative", fused.sinkhorn_mean_kernel, fused.MEAN_TILE, {"GRADIENT": True}),
+            (f"{name} mean", fused.sinkhorn_mean_kernel, fused.MEAN_TILE, {"GRADIENT": False}),
         ):
-            constants = {"D": D, "P": p, "INPUT_PRECISION": "ieee" if backend == "hip" else "tf32x3"} | flags
-            constants |= {key: value for key, value in tile.items() if key.startswith("BLOCK")}
-            options = {key: value for key, value in tile.items() if not key.startswith("BLOCK")}
-            yield Variant(
-                label, kernel, pointers | buffers, scalars | sizes, constants, options, product=p == 2 or "mean" in label
-            )
+            yield Variant(label, kernel, {"scale": "fp32"}, shared | flags, tile, product=p == 2 or label.endswith("mean"))

@@ -3,10 +3,11 @@
 The shapes are those of a VQGAN for 256 x 256 images; L is channels_last or not.
 """
 
-from __future__ import annotations
+from functools import partial
 
 import torch
-from dae_kernels.dispatch import triton_refusal
+import torch.nn.functional as F
+from cases import Case, implementations
 from dae_kernels.group_norm_silu import group_norm_silu
 
 SHAPES = {
@@ -19,25 +20,19 @@ SHAPES = {
     ],
     "cpu": [{"B": 4, "C": 64, "H": 32, "L": 0}, {"B": 4, "C": 64, "H": 32, "L": 1}],
 }
-DTYPES = {"cuda": ["bfloat16"], "cpu": ["float32"]}
+DTYPES = {"cuda": ["bfloat16"]}
 
 
-def cases(Case, shape, dtype, device):
-    B, C, H = shape["B"], shape["C"], shape["H"]
-    layout = torch.channels_last if shape["L"] else torch.contiguous_format
+def cases(device, dtype, B, C, H, L):
+    layout = torch.channels_last if L else torch.contiguous_format
     x = torch.randn(B, C, H, H, device=device).to(dtype).contiguous(memory_format=layout).requires_grad_()
     weight, bias = (torch.randn(C, device=device).requires_grad_() for _ in range(2))
-    size = x.numel() * x.element_size()
-    least = {"flops": 10 * x.numel(), "bytes": 3 * size, "backward_flops": 20 * x.numel(), "backward_bytes": 5 * size}
+    n, size = x.numel(), x.nbytes
+    least = {"flops": 10 * n, "bytes": 3 * size, "backward_flops": 20 * n, "backward_bytes": 5 * size}
+    case = partial(Case, "group_norm_silu", leaves=[x, weight, bias], **least)
 
-    def run(impl):
-        return lambda: group_norm_silu(x, 32, weight, bias, 1e-6, impl=impl)
+    def eager():
+        return F.silu(F.group_norm(x, 32, weight.to(dtype), bias.to(dtype), 1e-6))
 
-    leaves = [x, weight, bias]
-    yield Case("group_norm_silu", "reference", lambda: (run("reference"), leaves), **least)
-    compiled = torch.compile(run("reference"))
-    yield Case("group_norm_silu", "compile", lambda: (compiled, leaves), note="of the reference", **least)
-    refusal = triton_refusal(device) if device.type == "cuda" else "the interpreter is no measure"
-    yield Case("group_norm_silu", "triton", lambda: (run("triton"), leaves), refusal=refusal, **least)
-    eager = lambda: torch.nn.functional.silu(torch.nn.functional.group_norm(x, 32, weight.to(dtype), bias.to(dtype), 1e-6))  # noqa: E731
-    yield Case("group_norm_silu", "torch", lambda: (eager, leaves), note="F.group_norm, F.silu in the dtype of x", **least)
+    yield from implementations(case, partial(group_norm_silu, x, 32, weight, bias, 1e-6), device)
+    yield case("torch", eager, note="F.group_norm, F.silu in the dtype of x")

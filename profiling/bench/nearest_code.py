@@ -1,71 +1,64 @@
-"""Cases of nearest_code. 2 N K D flop; each operand read once, an int64 and a float32 a vector written."""
+"""Cases of nearest_code. 2 N K D flop; each operand read once, an int64 and a float32 per vector written."""
 
-from __future__ import annotations
+from functools import partial
 
 import torch
+from cases import Case
 from dae_kernels.dispatch import triton_refusal
 from dae_kernels.nearest_code import nearest_code
-from torch import Tensor
 
 SHAPES = {
     "cuda": [{"N": 32768, "K": 16384, "D": 256}, {"N": 32768, "K": 16384, "D": 8}, {"N": 8192, "K": 1024, "D": 64}],
     "cpu": [{"N": 8192, "K": 4096, "D": 64}],
 }
-DTYPES = {"cuda": ["bfloat16", "float32"], "cpu": ["float32"]}
+DTYPES = {"cuda": ["bfloat16", "float32"]}
 
 
-def cases(Case, shape, dtype, device):
-    N, K, D = shape["N"], shape["K"], shape["D"]
+def cases(device, dtype, N, K, D):
     x_ND, codebook_KD = torch.randn(N, D, device=device).to(dtype), torch.randn(K, D, device=device).to(dtype)
-    product = str(dtype).removeprefix("torch.")
-    moved = (N + K) * D * x_ND.element_size() + 12 * N
+    least = {"flops": 2 * N * K * D, "bytes": x_ND.nbytes + codebook_KD.nbytes + 12 * N}
+    case, ours = partial(Case, "nearest_code", product=dtype, **least), partial(nearest_code, x_ND, codebook_KD)
 
-    def case(impl, run, product=product, **options):
-        return Case("nearest_code", impl, lambda: (run, []), 2 * N * K * D, moved, product=product, **options)
-
-    def product_argmin() -> Tensor:
+    def product_argmin():
         return torch.addmm(codebook_KD.square().sum(dim=1), x_ND, codebook_KD.T, alpha=-2).argmin(dim=1)
 
-    def vector_quantize_pytorch() -> Tensor:
+    def vector_quantize_pytorch():
         from vector_quantize_pytorch.vector_quantize_pytorch import cdist
 
         return (-cdist(x_ND[None].float(), codebook_KD[None].float())).argmax(dim=-1)[0]
 
-    def keops() -> Tensor:
+    def keops():
         from pykeops.torch import LazyTensor
 
         x_N1D, codebook_1KD = LazyTensor(x_ND.float()[:, None]), LazyTensor(codebook_KD.float()[None])
         return ((x_N1D - codebook_1KD) ** 2).sum(dim=2).argmin(dim=1).flatten()
 
-    def flash_kmeans() -> Tensor:
+    def flash_kmeans():
         from flash_kmeans.assign_euclid_triton import euclid_assign_triton
 
         return euclid_assign_triton(x_ND[None], codebook_KD[None], x_ND.float().square().sum(dim=1)[None])[0].long()
 
-    def sklearn() -> Tensor:
+    def sklearn():
         from sklearn.metrics import pairwise_distances_argmin
 
         return torch.from_numpy(pairwise_distances_argmin(x_ND.float().numpy(), codebook_KD.float().numpy()))
 
-    def scipy() -> Tensor:
+    def scipy():
         from scipy.cluster.vq import vq
 
         return torch.from_numpy(vq(x_ND.float().numpy(), codebook_KD.float().numpy())[0])
 
-    yield case("reference", lambda: nearest_code(x_ND, codebook_KD, impl="reference"), note="float64 where float32 cannot decide")
-    refusal = triton_refusal(device)
-    fast_product = "tf32" if dtype == torch.float32 and device.type == "cuda" else product
-    for precision, unit in (("exact", product), ("fast", fast_product)):
-        run = lambda precision=precision: nearest_code(x_ND, codebook_KD, precision=precision, impl="triton")  # noqa: E731
-        yield case(f"triton, {precision}", run, product=unit, refusal=refusal)
+    refusal, on_cpu = triton_refusal(device), None if device.type == "cpu" else "works on the CPU"
+    fast = "tf32" if dtype == torch.float32 and device.type == "cuda" else dtype
+    yield case("reference", partial(ours, impl="reference"), note="float64 where float32 cannot decide")
+    yield case("triton, exact", partial(ours, precision="exact", impl="triton"), refusal=refusal)
+    yield case("triton, fast", partial(ours, precision="fast", impl="triton"), product=fast, refusal=refusal)
     yield case("product + argmin", product_argmin, note="scores in the dtype of x")
-    compiled_product_argmin = torch.compile(product_argmin)
-    yield case("compile, product + argmin", lambda: compiled_product_argmin(), note="scores in the dtype of x")
+    yield case("compile, product + argmin", torch.compile(product_argmin), note="scores in the dtype of x")
     yield case("cdist + argmin", lambda: torch.cdist(x_ND.float(), codebook_KD.float()).argmin(dim=1))
     note = "the two lines of its search, without its one-hot matrix and lookup"
     yield case("vector_quantize_pytorch", vector_quantize_pytorch, needs="vector_quantize_pytorch", note=note)
     yield case("flash-kmeans", flash_kmeans, needs="flash_kmeans", refusal=refusal, note="its assignment step")
     yield case("keops", keops, needs="pykeops")
-    on_cpu = None if device.type == "cpu" else "works on the CPU"
     yield case("scikit-learn", sklearn, needs="sklearn", refusal=on_cpu)
     yield case("scipy vq", scipy, needs="scipy", refusal=on_cpu)

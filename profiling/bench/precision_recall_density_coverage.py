@@ -4,39 +4,32 @@ Flops: the products, 2 D for each of the N^2 + M^2 + N M pairs, in float64; comp
 counted. Bytes: both clouds once.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
+from functools import partial
 
 import torch
+from cases import Case, normal_clouds
 from dae_kernels.precision_recall_density_coverage import precision_recall_density_coverage
-from torch import Tensor
 
 SHAPES = {"cuda": [{"N": 10000, "M": 10000, "D": 1024}], "cpu": [{"N": 2000, "M": 2000, "D": 64}]}
-DTYPES = {"cuda": ["float32"], "cpu": ["float32"]}
 NEIGHBOURS = 5
 
 
-def cases(Case, shape, dtype, device):
-    N, M, D = shape["N"], shape["M"], shape["D"]
-    real_ND = torch.randn(N, D, device=device).to(dtype)
-    fake_MD = (0.9 * torch.randn(M, D, device=device) + 0.1).to(dtype)
-    moved, flops = (N + M) * D * real_ND.element_size(), 2 * D * (N * N + M * M + N * M)
+def cases(device, dtype, N, M, D):
+    real_ND, fake_MD = (cloud.detach() for cloud in normal_clouds(N, M, D, device, dtype, scale=0.9, shift=0.1))
+    least = {"flops": 2 * D * (N * N + M * M + N * M), "bytes": real_ND.nbytes + fake_MD.nbytes}
+    case = partial(Case, "precision_recall_density_coverage", product="float64", **least)
 
-    def case(impl, run, **options):
-        operation = "precision_recall_density_coverage"
-        return Case(operation, impl, lambda: (run, []), flops=flops, bytes=moved, product="float64", **options)
-
-    def ours() -> Tensor:
+    def ours():
         return torch.stack(precision_recall_density_coverage(real_ND, fake_MD, k=NEIGHBOURS))
 
-    def products() -> Tensor:
+    def products():
         """What is left of it without the choice of neighbours, the balls and the cases that rounding could decide."""
         real, fake = real_ND.double(), fake_MD.double()
         return torch.stack([torch.mm(a, b.T)[0, 0] for a, b in ((real, real), (fake, fake), (real, fake))])
 
-    def whole() -> Tensor:
+    def whole():
         radius_N = torch.cdist(real_ND, real_ND).topk(NEIGHBOURS + 1, largest=False).values[:, -1]
         radius_M = torch.cdist(fake_MD, fake_MD).topk(NEIGHBOURS + 1, largest=False).values[:, -1]
         distance_NM = torch.cdist(real_ND, fake_MD)
@@ -46,7 +39,7 @@ def cases(Case, shape, dtype, device):
         precision, recall, coverage = (share.float().mean() for share in shares)
         return torch.stack([precision, recall, density, coverage])
 
-    def prdc() -> Tensor:
+    def prdc():
         from prdc import compute_prdc
 
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its sizes

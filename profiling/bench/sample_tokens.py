@@ -1,11 +1,12 @@
 """Cases of sampling from the prior: T tokens for each of B images, with the keys and values of earlier positions and without.
 
-Both draw from the same generator, so `error` is the share of tokens that differ. Flops are those of the matrices, once a token.
+Both draw from the same generator, so `error` is the share of tokens that differ. Flops are those of the matrices, once per token.
 """
 
-from __future__ import annotations
+from functools import partial
 
 import torch
+from cases import Case
 
 from dae.config import PriorConfig
 from dae.models import ARPrior
@@ -15,28 +16,26 @@ SHAPES = {
     "cuda": [{"B": 32, "T": 256, "width": 768, "depth": 12}],
     "cpu": [{"B": 4, "T": 256, "width": 256, "depth": 4}],
 }
-DTYPES = {"cuda": ["float32"], "cpu": ["float32"]}
 
 
-def cases(Case, shape, dtype, device):
-    config = PriorConfig(width=shape["width"], depth=shape["depth"], num_heads=shape["width"] // 64)
-    prior = ARPrior(config, vocab_size=1024, sequence_length=shape["T"], num_classes=10).to(device, dtype).eval()
-    labels = torch.arange(shape["B"], device=device) % 10
+def cases(device, dtype, B, T, width, depth):
+    config = PriorConfig(width=width, depth=depth, num_heads=width // 64)
+    prior = ARPrior(config, vocab_size=1024, sequence_length=T, num_classes=10).to(device, dtype).eval()
+    labels = torch.arange(B, device=device) % 10
+    matrices = sum(m.weight.numel() for m in prior.modules() if isinstance(m, torch.nn.Linear))
+    least = {"flops": 2 * matrices * B * T, "bytes": matrices * prior.head.weight.element_size()}
+    case = partial(Case, "sample_tokens", product=dtype, **least)
 
-    def generator() -> torch.Generator:
-        return torch.Generator(device).manual_seed(0)
+    def cached():
+        return sample_tokens(prior, labels, generator=torch.Generator(device).manual_seed(0))
 
     @torch.no_grad()
-    def whole_prefix() -> torch.Tensor:
-        drawn, tokens = generator(), labels.new_empty(len(labels), 0)
-        for _ in range(shape["T"]):
+    def whole_prefix():
+        generator, tokens = torch.Generator(device).manual_seed(0), labels.new_empty(B, 0)
+        for _ in range(T):
             logits = prior(labels, tokens)[:, -1].float()
-            tokens = torch.cat([tokens, torch.multinomial(logits.softmax(-1), 1, generator=drawn)], dim=1)
+            tokens = torch.cat([tokens, torch.multinomial(logits.softmax(-1), 1, generator=generator)], dim=1)
         return tokens
 
-    matrices = sum(m.weight.numel() for m in prior.modules() if isinstance(m, torch.nn.Linear))
-    least = {"flops": 2 * matrices * shape["B"] * shape["T"], "bytes": matrices * prior.head.weight.element_size()}
-    product = str(dtype).removeprefix("torch.")
-    cached = lambda: sample_tokens(prior, labels, generator=generator())  # noqa: E731
-    yield Case("sample_tokens", "cached", lambda: (cached, []), product=product, **least)
-    yield Case("sample_tokens", "whole prefix", lambda: (whole_prefix, []), product=product, note="anew for each token", **least)
+    yield case("cached", cached)
+    yield case("whole prefix", whole_prefix, note="anew for each token")

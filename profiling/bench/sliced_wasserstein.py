@@ -4,26 +4,21 @@ Flops: the projections, 2 (N + M) D L, and as much for each gradient; comparison
 clouds once; a sort that does not fit on the chip moves more.
 """
 
-from __future__ import annotations
+from functools import partial
 
 import torch
+from cases import Case, normal_clouds
 from dae_kernels.sliced_wasserstein import sliced_wasserstein
 
 SHAPES = {"cuda": [{"N": 16384, "M": 16384, "D": 64, "L": 128}], "cpu": [{"N": 2000, "M": 2000, "D": 16, "L": 64}]}
-DTYPES = {"cuda": ["float32"], "cpu": ["float32"]}
 
 
-def cases(Case, shape, dtype, device):
-    N, M, D, L = shape["N"], shape["M"], shape["D"], shape["L"]
-    x_ND = torch.randn(N, D, device=device).to(dtype).requires_grad_()
-    y_MD = (torch.randn(M, D, device=device) + 0.5).to(dtype).requires_grad_()
+def cases(device, dtype, N, M, D, L):
+    x_ND, y_MD = clouds = normal_clouds(N, M, D, device, dtype)
     directions_DL = torch.nn.functional.normalize(torch.randn(D, L, device=device), dim=0).to(dtype)
-    moved, flops = (N + M) * D * x_ND.element_size(), 2 * (N + M) * D * L
-
-    def case(impl, run, **options):
-        product = str(dtype).removeprefix("torch.")
-        least = {"flops": flops, "bytes": moved, "backward_flops": flops, "backward_bytes": 2 * moved}
-        return Case("sliced_wasserstein", impl, lambda: (run, [x_ND, y_MD]), **least, product=product, **options)
+    flops, moved = 2 * (N + M) * D * L, x_ND.nbytes + y_MD.nbytes
+    least = {"flops": flops, "bytes": moved, "backward_flops": flops, "backward_bytes": 2 * moved}
+    case = partial(Case, "sliced_wasserstein", leaves=clouds, product=dtype, **least)
 
     def ours():
         return sliced_wasserstein(x_ND, y_MD, p=2, projections=directions_DL)

@@ -1,12 +1,13 @@
 """Cases of the layers that have no kernel, eager and compiled: each reads its operands once and writes its result once.
 
-In the backward the gradient and the operands are read and the gradients are written. A few operations an element: no flops that
-matter.
+In the backward the gradient and the operands are read and the gradients are written. A few operations per element: no flops
+that matter.
 """
 
-from __future__ import annotations
+from functools import partial
 
 import torch
+from cases import Case
 from dae_kernels import gated_residual, layer_norm_modulate, rms_norm, rotary_table, rotate, swiglu
 
 LAYERS = ("layer_norm_modulate", "gated_residual", "rms_norm", "rotate", "swiglu")
@@ -14,17 +15,15 @@ SHAPES = {
     "cuda": [{"B": 32, "L": 1024, "C": 1024, layer: 1} for layer in LAYERS],
     "cpu": [{"B": 4, "L": 256, "C": 512, layer: 1} for layer in LAYERS],
 }
-DTYPES = {"cuda": ["bfloat16"], "cpu": ["float32"]}
+DTYPES = {"cuda": ["bfloat16"]}
 
 
-def cases(Case, shape, dtype, device):
-    B, L, C = shape["B"], shape["L"], shape["C"]
+def cases(device, dtype, B, L, C, **wanted):
     x, h = (torch.randn(B, L, C, device=device).to(dtype).requires_grad_() for _ in range(2))
     scale, shift = (torch.randn(B, C, device=device).to(dtype).requires_grad_() for _ in range(2))
     weight = torch.randn(C, device=device).to(dtype).requires_grad_()
     heads = torch.randn(B, C // 64, L, 64, device=device).to(dtype).requires_grad_()
     table = rotary_table(L, 64).to(device)
-    size = x.numel() * x.element_size()
     # What is run, its operands, and the sizes of x that are moved forward and backward.
     layers = {
         "layer_norm_modulate": (lambda: layer_norm_modulate(x, scale, shift), [x, scale, shift], 2, 3),
@@ -34,9 +33,8 @@ def cases(Case, shape, dtype, device):
         "swiglu": (lambda: swiglu(x), [x], 1.5, 2.5),
     }
     for name in LAYERS:
-        if name in shape:
+        if name in wanted:
             run, leaves, forward, backward = layers[name]
-            least = {"flops": 0.0, "bytes": forward * size, "backward_bytes": backward * size}
-            compiled = torch.compile(run)
-            yield Case(name, "eager", lambda run=run, leaves=leaves: (run, leaves), **least)
-            yield Case(name, "compile", lambda run=compiled, leaves=leaves: (run, leaves), **least)
+            case = partial(Case, name, leaves=leaves, bytes=forward * x.nbytes, backward_bytes=backward * x.nbytes)
+            yield case("eager", run)
+            yield case("compile", torch.compile(run))

@@ -1,0 +1,79 @@
+"""A way to compute an operation, as bench_kernels.py measures it, and what the tables in profiling/bench/ have in common."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from dae_kernels.dispatch import triton_refusal
+from torch import Tensor
+
+
+@dataclass
+class Case:
+    """One way to compute an operation at one shape.
+
+    Args:
+        op: the operation.
+        impl: "reference", "compile", "triton", or the peer's name.
+        run: computes and returns the result anew at each call; the first of a tuple is compared and differentiated.
+        leaves: tensors whose gradients are wanted (none: forward only).
+        flops, bytes: the least that the forward needs.
+        backward_flops, backward_bytes: the same for the backward.
+        product: dtype of the product whose rate bounds the flops, or "tf32".
+        needs: the module it imports, "" for none.
+        refusal: why it cannot run here, or None.
+        note: what differs from the operation (half the value, random directions), if anything.
+    """
+
+    op: str
+    impl: str
+    run: Callable[[], Any]
+    leaves: list[Tensor] = field(default_factory=list)
+    flops: float = 0.0
+    bytes: float = 0.0
+    backward_flops: float = 0.0
+    backward_bytes: float = 0.0
+    product: torch.dtype | str = torch.float32
+    needs: str = ""
+    refusal: str | None = None
+    note: str = ""
+
+    def __post_init__(self):
+        self.product = str(self.product).removeprefix("torch.")
+
+    def least(self, phase: str) -> tuple[float, float]:
+        """Flops and bytes of "forward", "backward" or "both"."""
+        forward, backward = (self.flops, self.bytes), (self.backward_flops, self.backward_bytes)
+        both = forward[0] + backward[0], forward[1] + backward[1]
+        return {"forward": forward, "backward": backward, "both": both}[phase]
+
+
+def implementations(
+    case: Callable[..., Case], run: Callable[..., Any], device: torch.device, note: str = "of the reference"
+) -> Iterator[Case]:
+    """The reference, torch.compile of it and the kernel of an operation that has all three; `note` is on the second."""
+    yield case("reference", partial(run, impl="reference"))
+    yield case("compile", torch.compile(lambda: run(impl="reference")), note=note)
+    yield case("triton", partial(run, impl="triton"), refusal=triton_refusal(device))
+
+
+def geomloss(case: Callable[..., Case], run: Callable[[Callable], Tensor], note: str = "") -> Iterator[Case]:
+    """geomloss with either of its backends: `run` gets its class SamplesLoss and returns the value."""
+
+    def value(backend: str) -> Tensor:
+        from geomloss import SamplesLoss
+
+        return run(partial(SamplesLoss, backend=backend))
+
+    yield case("geomloss, tensorized", partial(value, "tensorized"), needs="geomloss", note=note)
+    yield case("geomloss, keops", partial(value, "online"), needs="pykeops", note=note)
+
+
+def normal_clouds(
+    N: int, M: int, D: int, device: torch.device, dtype: torch.dtype, scale: float = 1.0, shift: float = 0.5
+) -> list[Tensor]:
+    """x [N, D] from a standard normal and y [M, D] from another one, scaled and shifted; both want gradients."""
+    x_ND, y_MD = torch.randn(N, D, device=device), scale * torch.randn(M, D, device=device) + shift
+    return [cloud.to(dtype).requires_grad_() for cloud in (x_ND, y_MD)]

@@ -1,0 +1,43 @@
+"""A Triton kernel as its launcher compiles it, as inspect_kernels.py reads it and the tables in profiling/aot/ list it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass
+class Variant:
+    """One kernel with the types of its arguments and its constants.
+
+    Args:
+        name: tells it from the operation's other variants.
+        kernel: the `triton.jit` function.
+        types: type of an argument that has not the usual one, "*fp32" for `..._ptr` and "i32" for others.
+        constants: the constexpr arguments, and None for a pointer that is absent; what the kernel has not is left out.
+        tile: what the launcher passes as tile: sizes (BLOCK...), which are constants, and num_warps, num_stages.
+        product: whether the kernel multiplies matrices, so tensor-core instructions must be in it.
+        divisible: arguments that are multiples of 16, beside the pointers: those with one of these words in their name.
+    """
+
+    name: str
+    kernel: Any
+    types: dict[str, str]
+    constants: dict[str, Any]
+    tile: dict[str, int]
+    product: bool = False
+    divisible: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        names = self.kernel.arg_names
+        blocks = {key: value for key, value in self.tile.items() if key.startswith("BLOCK")}
+        self.options = {key: value for key, value in self.tile.items() if key not in blocks}
+        self.constants = {key: value for key, value in (blocks | self.constants).items() if key in names}
+        if missing := [p.name for p in self.kernel.params if p.is_constexpr and p.name not in self.constants]:
+            raise ValueError(f"{self.name}: the variant says nothing about {missing}")
+        usual = {key: "*fp32" if key.endswith("_ptr") else "i32" for key in names} | self.types
+        self.signature = {key: "constexpr" if key in self.constants else usual[key] for key in names}
+
+    @property
+    def aligned(self) -> list[str]:
+        """Arguments that are multiples of 16, as the launcher would find out: pointers, and `divisible` ones."""
+        given = [key for key, kind in self.signature.items() if kind != "constexpr"]
+        return [key for key in given if self.signature[key][0] == "*" or any(word in key for word in self.divisible)]
