@@ -25,18 +25,17 @@ import numpy as np
 from dae.cli import main
 from dae.comparison.jobs import (
     Outcome,
-    Workers,
     check_comparison,
     chosen_learning_rates,
     load_samples,
     measuring_jobs,
     name_of,
-    run_jobs,
     trial_path,
     tuning_jobs,
 )
 from dae.comparison.results import summarize_comparison
 from dae.comparison.trial import Bench, run_trial
+from dae.comparison.workers import Workers, run_jobs
 from dae.config import Config, save_config
 from dae.data.pictures import to_uint8
 from dae.files import announce, replaced_files, write_file

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import difflib
+import re
 from dataclasses import dataclass
 
-from dae.config import CompareConfig, Config, StageConfig, config_differences, knobs, with_overrides
+from dae.config import CompareConfig, Config, config_differences, knobs, with_overrides
 from dae.training import plan_stages
 
 
@@ -66,22 +67,21 @@ def require_matched(config: Config, arms: list[Arm]) -> None:
     Raises:
         ValueError: lists in what each arm differs from the comparison's configuration.
     """
-    problems = []
+    problems, roles = [], {key: row.role for key, row in knobs().items()}
     for arm in arms:
-        found = [str(d) for d in config_differences(config, arm_config(config, arm)) if knobs()[d.key].role != "arm"]
-        if found:
+        if found := [str(d) for d in config_differences(config, arm_config(config, arm)) if roles[d.key] != "arm"]:
             problems.append(f"{arm.name} in {'; '.join(found)}")
     if problems:
+        free = dict.fromkeys(re.sub(r"\..*", ".*", key) for key, role in roles.items() if role == "arm")
         raise ValueError(
-            f"the arms are not matched: {'. '.join(problems)}. An arm may change method and auxiliary_decoder.*; change the rest "
-            "for all arms alike, in the configuration"
+            f"the arms are not matched: {'. '.join(problems)}. An arm may change {' and '.join(free)}; change the rest for all "
+            "arms alike, in the configuration"
         )
     # Methods of one stage take its optimisation from stage 1: what stage 2 does otherwise, only those of two stages would do.
-    roles = knobs(StageConfig)
-    between = [d for d in config_differences(config.stage1, config.stage2) if roles[d.key].role not in ("length", "second stage")]
-    listed = "; ".join(map(str, between))
+    alike = ("length", "second stage")
+    between = [str(d) for d in config_differences(config.stage1, config.stage2) if roles[f"stage1.{d.key}"] not in alike]
     if between and len({len(plan_stages(arm_config(config, arm))) for arm in arms}) > 1:
         raise ValueError(
-            f"the arms are not matched: stage1 and stage2 differ in {listed}, and arms of one stage train as stage1 "
-            "does from first to last. Give both stages the same"
+            f"the arms are not matched: stage1 and stage2 differ in {'; '.join(between)}, and arms of one stage train as "
+            "stage1 does from first to last. Give both stages the same"
         )

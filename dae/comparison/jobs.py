@@ -1,35 +1,77 @@
-"""The trials of a comparison: which there are, in worker processes, each saved when it is finished."""
+"""The trials of a comparison: what is refused before any runs, which there are, and the files that keep their outcomes."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
 import io
 import itertools
 import json
 import math
-import multiprocessing
-import os
-import signal
-import threading
-import traceback
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Iterable, Sequence
+from typing import Any, Sequence
 
 import numpy as np
-import torch
 
-from dae.comparison.arms import Arm, parse_arms, require_matched
-from dae.comparison.trial import Bench, Job, job_config, run_trial
-from dae.config import RENAMED, Config, knobs
+from dae.comparison.arms import Arm, arm_config, parse_arms, require_matched
+from dae.config import RENAMED, CompareConfig, Config
+from dae.config.knobs import leaves
 from dae.files import write_file
 from dae.metrics import versions
 from dae.priors import prior_family, require_guidance
 from dae.quantizers import bottleneck_class
+
+
+@dataclass(frozen=True)
+class Job:
+    """One trial of a comparison.
+
+    Args:
+        learning_rate: of both stages of the autoencoder.
+        purpose: "measure" on the held-out images, or "tune" on images held out of the training set.
+        rate: another rate than the configuration's: the codebook size (vq) or the KL weight (kl); None is its own.
+        prior_learning_rate: another one than the configuration's; None is its own.
+    """
+
+    arm: str
+    seed: int
+    learning_rate: float
+    purpose: str = "measure"
+    rate: float | None = None
+    prior_learning_rate: float | None = None
+
+    @property
+    def key(self) -> str:
+        prior = "" if self.prior_learning_rate is None else f"-prior{self.prior_learning_rate:g}"
+        rate = "" if self.rate is None else f"-rate{self.rate:g}"
+        return f"{self.purpose}-{self.arm}-seed{self.seed}-lr{self.learning_rate:g}{prior}{rate}"
+
+
+def job_config(config: Config, job: Job) -> Config:
+    """The configuration that `job` trains. ValueError: no such arm."""
+    arms = {arm.name: arm for arm in parse_arms(config.compare)}
+    if job.arm not in arms:
+        raise ValueError(f"no arm {job.arm!r} in this comparison; it has {', '.join(arms)}")
+    overrides = [f"seed={job.seed}", *(f"{stage}.learning_rate={job.learning_rate!r}" for stage in ("stage1", "stage2"))]
+    if job.prior_learning_rate is not None:
+        overrides.append(f"prior.learning_rate={job.prior_learning_rate!r}")
+    if job.rate is not None:
+        bottleneck = bottleneck_class(config.autoencoder)
+        overrides.append(f"{bottleneck.rate_knob}={int(job.rate) if bottleneck.discrete else job.rate!r}")
+    return arm_config(config, arms[job.arm], *overrides)
+
+
+def name_of(job: Job) -> str:
+    """A trial in words."""
+    rate = "" if job.rate is None else f", rate {job.rate:g}"
+    rates = f"learning rate {learning_rates_in_words(job.learning_rate, job.prior_learning_rate)}{rate}"
+    return f"{'tuning of ' if job.purpose == 'tune' else ''}{job.arm}, seed {job.seed}, {rates}"
+
+
+def learning_rates_in_words(autoencoder: float | None, prior: float | None) -> str:
+    """The learning rate of the autoencoder, and that of the prior if it has one of its own."""
+    return "–" if autoencoder is None else f"{autoencoder:g}" + ("" if prior is None else f", of the prior {prior:g}")
 
 
 @dataclass(frozen=True)
@@ -71,10 +113,9 @@ def check_comparison(config: Config) -> list[Arm]:
     _require_known("baseline", [compare.baseline], names)
     if len(arms) < 2:
         raise ValueError(f"compare.arms: expected the baseline and at least one other, got only {names[0]!r}")
-    _require_different("seeds", compare.seeds)
-    _require_different("learning_rates", compare.learning_rates)
+    _require_different(compare, "seeds", "learning_rates")
     if compare.prior_learning_rates:
-        _require_different("prior_learning_rates", compare.prior_learning_rates)
+        _require_different(compare, "prior_learning_rates")
         if family.fitted:
             raise ValueError("compare.prior_learning_rates: a mixture is fitted without a learning rate; leave them empty")
     if len(tried_learning_rates(config)) > 1 and compare.tuning_seed in compare.seeds:
@@ -100,15 +141,16 @@ def _require_known(key: str, wanted: Sequence[str], names: Sequence[str]) -> Non
             raise ValueError(f"compare.{key}: no arm {name!r} among compare.arms {list(names)}; the nearest one is {near!r}")
 
 
-def _require_different(key: str, values: Sequence[float]) -> None:
-    if not values or len(set(values)) < len(values):
-        raise ValueError(f"compare.{key}: expected different values, at least one, got {values}")
+def _require_different(compare: CompareConfig, *keys: str) -> None:
+    for key in keys:
+        values = getattr(compare, key)
+        if not values or len(set(values)) < len(values):
+            raise ValueError(f"compare.{key}: expected different values, at least one, got {values}")
 
 
 def _check_rates(config: Config, names: Sequence[str]) -> None:
     rates = config.compare.rates
-    _require_different("rates", rates)
-    _require_different("rate_arms", config.compare.rate_arms)
+    _require_different(config.compare, "rates", "rate_arms")
     _require_known("rate_arms", config.compare.rate_arms, names)
     if config.compare.baseline not in config.compare.rate_arms:
         raise ValueError(
@@ -130,7 +172,8 @@ LearningRates = tuple[float, float | None]  # of the autoencoder, and of the pri
 
 def tried_learning_rates(config: Config) -> list[LearningRates]:
     """The pairs that each arm is tuned over; a single one tunes nothing."""
-    return list(itertools.product(config.compare.learning_rates, config.compare.prior_learning_rates or [None]))
+    of_prior: list[float | None] = [*config.compare.prior_learning_rates] or [None]
+    return list(itertools.product(config.compare.learning_rates, of_prior))
 
 
 def tuning_jobs(config: Config, arms: Sequence[Arm]) -> list[Job]:
@@ -186,14 +229,8 @@ def trial_path(config: Config, job: Job) -> Path:
 def trial_settings(config: Config, job: Job) -> dict[str, Any]:
     """All that a trial's result depends on: its configuration by dotted keys, and the versions of the software."""
     used = ("compare.prior_widths",) if job.purpose == "measure" else ()
-    leaves = _leaves(dataclasses.asdict(job_config(config, job)))
-    settings = {key: value for key, value in leaves if key in used or knobs()[key].role != "free"}
+    settings = {leaf.key: leaf.value for leaf in leaves(job_config(config, job)) if leaf.key in used or leaf.role != "free"}
     return settings | {f"versions.{name}": version for name, version in versions().items()}
-
-
-def _leaves(tree: dict, prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in tree.items():
-        yield from _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
 
 
 def load_trial(config: Config, job: Job) -> Outcome | None:
@@ -252,153 +289,3 @@ def save_trial(config: Config, outcome: Outcome, samples: np.ndarray | None = No
     }
     write_file(path, json.dumps(content, indent=1).encode())
     path.with_suffix(".error.txt").unlink(missing_ok=True)
-
-
-# ---- running them ----
-
-
-def run_jobs(
-    config: Config,
-    jobs: Sequence[Job],
-    *,
-    prepare: Callable[[Config], Any] = Bench.prepare,
-    trial: Callable[[Any, Config, Job], tuple[dict, Any]] = run_trial,
-    describe: str = "trials",
-    workers: Workers | None = None,
-) -> list[Outcome]:
-    """Run the trials that are not finished yet, `compare.processes` at a time, and return all outcomes in the order of `jobs`.
-
-    Each trial is saved when it is done. One that raises, or whose process dies, costs itself and no other: its error is kept
-    beside the trials as <key>.error.txt. FloatingPointError means that the training diverged, which is a result.
-
-    Args:
-        config: of the comparison.
-        jobs: the trials.
-        prepare: called once in each worker; its result is the first operand of `trial`. Module-level, as `trial`: workers are
-            new Python processes that import them.
-        trial: returns a record (JSON) and samples, uint8 [n, H, W, C].
-        describe: what the progress bar says.
-        workers: to be used again for other jobs of this comparison; None starts and ends some.
-
-    Raises:
-        ValueError: a trial in the folder belongs to another configuration; nothing was run.
-        OSError: a result could not be saved; the other trials stop.
-        KeyboardInterrupt: the workers are ended, the finished trials are kept.
-    """
-    from tqdm import tqdm
-
-    outcomes = {job: found for job in jobs if (found := load_trial(config, job))}
-    waiting = [job for job in jobs if job not in outcomes]
-    with contextlib.ExitStack() as stack:
-        workers = workers or stack.enter_context(Workers(config.compare.processes))
-        bar = stack.enter_context(tqdm(total=len(jobs), initial=len(outcomes), desc=describe, unit="trial", smoothing=0))
-        idle = list(workers.all)
-        running: dict[Future, tuple[_Worker, Job]] = {}
-        while waiting or running:
-            while idle and waiting:
-                worker, job = idle.pop(), waiting.pop(0)
-                running[worker.submit(_work, prepare, trial, config, job)] = (worker, job)
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                worker, job = running.pop(future)
-                outcomes[job] = _finish(config, job, future)
-                if outcomes[job].failed:
-                    bar.write(f"{name_of(job)} failed: {outcomes[job].failed}")
-                idle.append(worker)
-                bar.update()
-    return [outcomes[job] for job in jobs]
-
-
-def name_of(job: Job) -> str:
-    """A trial in words."""
-    rate = "" if job.rate is None else f", rate {job.rate:g}"
-    rates = f"learning rate {learning_rates_in_words(job.learning_rate, job.prior_learning_rate)}{rate}"
-    return f"{'tuning of ' if job.purpose == 'tune' else ''}{job.arm}, seed {job.seed}, {rates}"
-
-
-def learning_rates_in_words(autoencoder: float | None, prior: float | None) -> str:
-    """The learning rate of the autoencoder, and that of the prior if it has one of its own."""
-    return "–" if autoencoder is None else f"{autoencoder:g}" + ("" if prior is None else f", of the prior {prior:g}")
-
-
-def _finish(config: Config, job: Job, future: Future) -> Outcome:
-    error = future.exception()
-    if error is None:
-        record, samples = future.result()
-        outcome = Outcome(job, record)
-        save_trial(config, outcome, samples)
-        return outcome
-    if isinstance(error, FloatingPointError):
-        outcome = Outcome(job, diverged=str(error))
-        save_trial(config, outcome)
-        return outcome
-    words = "its process died (killed from outside, or out of memory)"
-    if not isinstance(error, BrokenProcessPool):
-        words = f"{type(error).__name__}: {error}"
-    path = trial_path(config, job).with_suffix(".error.txt")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, "".join(traceback.format_exception(error)).encode())
-    return Outcome(job, failed=words)
-
-
-class Workers:
-    """Processes that run trials, started when they are needed; leaving the `with` block ends them, whatever they are doing."""
-
-    def __init__(self, count: int):
-        self.all = [_Worker() for _ in range(count)]
-
-    def __enter__(self) -> Workers:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for worker in self.all:
-            worker.end()
-
-
-class _Worker:
-    """One process that runs one trial at a time, and is replaced should it die.
-
-    A pool of its own for each process, because a process that dies breaks its whole pool, and which trial it ran is then known.
-    The process ends when the other end of `stop` is closed: by us, or by the system if we are killed.
-    """
-
-    def __init__(self) -> None:
-        self.executor: ProcessPoolExecutor | None = None
-
-    def submit(self, function: Callable, *operands: Any) -> Future:
-        if self.executor is not None:
-            with contextlib.suppress(BrokenProcessPool):
-                return self.executor.submit(function, *operands)
-            self.end()
-        context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads in whatever state they are
-        listener, self.stop = context.Pipe(duplex=False)
-        self.executor = ProcessPoolExecutor(1, mp_context=context, initializer=_start, initargs=(listener,))
-        future = self.executor.submit(function, *operands)
-        listener.close()  # the process has its own
-        return future
-
-    def end(self) -> None:
-        if self.executor is not None:
-            self.stop.close()
-            self.executor.shutdown()
-            self.executor = None
-
-
-_prepared: list = []  # in a worker: what `prepare` made, for all of its trials
-
-
-def _start(stop: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the first process decides
-    torch.set_num_threads(1)
-
-    def end() -> None:
-        stop.poll(None)
-        os._exit(1)
-
-    threading.Thread(target=end, daemon=True).start()
-
-
-def _work(prepare: Callable, trial: Callable, config: Config, job: Job) -> tuple[dict, np.ndarray]:
-    if not _prepared:
-        _prepared.append(prepare(config))
-    record, samples = trial(_prepared[0], config, job)
-    return record, np.asarray(samples)

@@ -14,20 +14,21 @@ import pytest
 
 from dae.comparison.arms import parse_arms
 from dae.comparison.jobs import (
+    Job,
     Outcome,
     check_comparison,
     chosen_learning_rates,
+    job_config,
     load_samples,
     load_trial,
     measuring_jobs,
     name_of,
     own_rate,
-    run_jobs,
     save_trial,
     trial_path,
     tuning_jobs,
 )
-from dae.comparison.trial import Job, job_config
+from dae.comparison.workers import run_jobs
 from dae.config import load_config
 
 ROOT = Path(__file__).parents[2]

@@ -6,9 +6,8 @@ import math
 
 import pytest
 
-from dae.comparison.jobs import Outcome
+from dae.comparison.jobs import Job, Outcome
 from dae.comparison.results import BY_KEY, summarize_comparison, verdict
-from dae.comparison.trial import Job
 from dae.config import load_config
 from dae.reporting.findings import bits_mean, budgets, headline, in_short, rate_means, results_markdown, with_interval
 from dae.statistics import paired_interval

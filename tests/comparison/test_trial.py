@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dae.comparison.trial import Bench, Job, job_config, run_trial
+from dae.comparison.jobs import Job, job_config
+from dae.comparison.trial import Bench, run_trial
 from dae.config import load_config
 
 TINY = Path(__file__).parents[1] / "recipes" / "tiny.yaml"

@@ -15,9 +15,8 @@ import torch
 from PIL import Image
 
 from dae.comparison.arms import STANDARD
-from dae.comparison.jobs import Outcome
+from dae.comparison.jobs import Job, Outcome
 from dae.comparison.results import summarize_comparison
-from dae.comparison.trial import Job
 from dae.diagnostics.report_card import PREDICTORS
 from dae.reporting.comparison import write_comparison
 
