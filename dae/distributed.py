@@ -99,8 +99,7 @@ def in_global_order(x_B: Tensor) -> Tensor:
 
     The numbers of rows per process may differ, and be 0.
 
-    Raises:
-        ValueError: on every process, if the dtypes or the shapes of the rows differ.
+    ValueError: on every process, if the dtypes or the shapes of the rows differ.
     """
     if _processes() == 1:
         return x_B
@@ -140,8 +139,7 @@ def gather_objects(value: Any) -> list:
 def agree(values: dict[str, Any]) -> None:
     """Check that all processes have equal `values`.
 
-    Raises:
-        ValueError: on every process, naming what is not equal.
+    ValueError: on every process, naming what is not equal.
     """
     first, *others = gather_objects(values)
     for number, other in enumerate(others, start=1):

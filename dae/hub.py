@@ -56,8 +56,7 @@ class PretrainedModel(nn.Module):
             state_dict: weights to write instead of the module's own (an EMA, say).
             card: text of the model card.
 
-        Raises:
-            OSError: the disk is full or the folder cannot be written; earlier files are then untouched.
+        OSError: the disk is full or the folder cannot be written; earlier files are then untouched.
         """
         from safetensors.torch import save
 
@@ -89,7 +88,7 @@ class PretrainedModel(nn.Module):
             name_or_path: a `Path` is a folder and is never looked for on the Hub; a string that names no folder is a repository.
             revision: of the repository: branch, tag or commit.
             device: where to put the model.
-            torch_dtype: of its parameters, whatever they were saved in; None is float32. Codebooks and tables stay float32.
+            torch_dtype: of its parameters; None is float32. Codebooks and tables stay float32.
 
         Raises:
             TypeError: `torch_dtype` is none of float16, bfloat16, float32 and float64.
@@ -129,8 +128,7 @@ class PretrainedModel(nn.Module):
     def push_to_hub(self, repo_id: str, *, folder: str | Path, private: bool = False, token: str | None = None) -> str:
         """Upload a folder that `save_pretrained` wrote to the Hub repository `repo_id`; returns the commit's URL.
 
-        Raises:
-            OSError: the upload failed; one line says why, that the model is saved in `folder`, and how to upload it later.
+        OSError: the upload failed; one line says why, that the model is saved in `folder`, and how to upload it later.
         """
         api = hub_api(token)
         remedy = (
@@ -162,7 +160,7 @@ def hub_errors(what: str, remedy: str) -> Iterator[None]:
 
 
 def prepare_repository(repo_id: str, *later: str) -> None:
-    """Before training: make the repository `repo_id` if it is not there, and see that it can be written.
+    """Before training: create the repository `repo_id` where it does not exist, and check that it can be written.
 
     Args:
         repo_id: where to upload after this training.

@@ -1,4 +1,4 @@
-"""What keeps its precision, whatever a module is cast to and whatever modes its caller has set."""
+"""float32 where it is needed, independently of casts of a module and of the caller's torch modes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ DEVICES_WITH_AUTOCAST = ("cpu", "cuda", "mps", "xpu")
 
 @contextmanager
 def own_modes(gradients: bool | None) -> Iterator[None]:
-    """torch's modes as they are at the start of a program: no autocast, float32 and the CPU for what names no other.
+    """torch's default modes: no autocast, float32 as default dtype, the CPU as default device.
 
     `gradients` says whether they are recorded, also within inference mode; None leaves both to the caller.
     """

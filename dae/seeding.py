@@ -1,4 +1,4 @@
-"""Seeds by name: whatever is random in a run draws from a seed that says what it is for."""
+"""Seeds by name: each random draw of a run has a seed derived from its purpose."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def seed_for(*names: object) -> int:
-    """A 63-bit seed for whatever `names` identify, such as (seed, stage, step); unlike Python's `hash`, the same in every run."""
+    """A 63-bit seed derived from `names`, such as (seed, stage, step); unlike Python's `hash`, the same in every run."""
     return int.from_bytes(hashlib.sha256("/".join(map(str, names)).encode()).digest()[:8], "little") >> 1
 
 

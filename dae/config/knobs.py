@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import field
 from typing import Any, Callable, NamedTuple
 
-# What a knob is to whoever compares two configurations: of a run and its resumption, of arms, of trials of a comparison.
+# How a knob counts when configurations are compared: of a run and its resumption, of arms, of trials.
 ROLES = {
     "free": "nothing that is computed depends on it: it may change when a run is resumed",
     "judging": "samples and metrics depend on it, no training does: free to change on resuming, but part of a trial",

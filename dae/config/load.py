@@ -9,7 +9,6 @@ import fnmatch
 import functools
 import glob
 import logging
-import operator
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +20,7 @@ from dae.config.schema import Config
 log = logging.getLogger(__name__)
 
 # Keys of earlier versions, which files, overrides, saved models and checkpoints may hold, and today's in the same section.
-RENAMED = {
-    "prior.augmented_copies": "prior.num_augmentations",
-    "kernels.perceptual_tap": "kernels.lpips",
-}
+RENAMED = {"prior.augmented_copies": "prior.num_augmentations", "kernels.perceptual_tap": "kernels.lpips"}
 
 
 def load_config(path: str | Path | None = None, overrides: list[str] | tuple = ()) -> Config:
@@ -182,17 +178,14 @@ def _rename_keys(layer: Any, source: str) -> None:
     from omegaconf import OmegaConf
 
     for old, new in RENAMED.items():
-        *path, name = old.split(".")
-        section = layer
-        for part in path:
-            section = section._get_node(part) if OmegaConf.is_dict(section) else None
-        if OmegaConf.is_dict(section) and (node := section._get_node(name)) is not None:
-            today = new.rpartition(".")[2]
-            if today in section:
+        (section, _, name), today = old.rpartition("."), new.rpartition(".")[2]
+        values = OmegaConf.select(layer, section) if section else layer
+        if OmegaConf.is_dict(values) and name in values:
+            if today in values:
                 raise ValueError(f"{source}: {old!r} is the earlier name of {new!r}, which is given too: leave it out")
             _warn(f"{source}: {old} is now called {new}")
-            section[today] = node
-            del section[name]
+            values[today] = values._get_node(name)
+            del values[name]
 
 
 @functools.cache  # a comparison reads the overrides of an arm again and again
@@ -202,12 +195,10 @@ def _warn(message: str) -> None:
 
 def _renamed_fields(schema: type) -> dict[str, str]:
     """Today's names of a section's fields by those of earlier versions."""
-    config, found = Config(), {}
-    for old, new in RENAMED.items():
-        section, _, name = old.rpartition(".")
-        if type(operator.attrgetter(section)(config) if section else config) is schema:
-            found[name] = new.rpartition(".")[2]
-    return found
+    knob_of = {leaf.key: leaf for leaf in leaves(Config())}
+    return {
+        old.rpartition(".")[2]: knob_of[new].field.name for old, new in RENAMED.items() if type(knob_of[new].section) is schema
+    }
 
 
 def _reject_unknown_keys(layer: Any, schema: type, source: str, prefix: str = "") -> None:
@@ -274,11 +265,8 @@ def _is_read_with(output: Path, name: str) -> bool:
     pattern = Path(os.path.realpath(name)).parts
     pattern = pattern[: pattern.index("**")] if "**" in pattern else pattern
     pattern = tuple(glob.escape(part) if Path(*pattern[: i + 1]).exists() else part for i, part in enumerate(pattern))
-    return any(_begins_with(pattern, (output / image).parts) for image in IMAGES_WRITTEN)
-
-
-def _begins_with(pattern: tuple[str, ...], parts: tuple[str, ...]) -> bool:
-    return len(pattern) <= len(parts) and all(map(fnmatch.fnmatchcase, parts, pattern))
+    written = [(output / image).parts for image in IMAGES_WRITTEN]
+    return any(len(pattern) <= len(parts) and all(map(fnmatch.fnmatchcase, parts, pattern)) for parts in written)
 
 
 def save_config(config: Config, path: str | Path) -> None:
@@ -286,7 +274,7 @@ def save_config(config: Config, path: str | Path) -> None:
     from omegaconf import OmegaConf
 
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # whoever reads the folder finds the old file or the new one
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # readers find the old file or the new one
     temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))))
     os.replace(temporary, path)
 
@@ -338,7 +326,7 @@ class Row:
 
 
 def describe(schema: type = Config, prefix: str = "") -> list[Row]:
-    """One row for each knob: dotted name, type, default, meaning, and what it is to whoever compares two configurations."""
+    """One row for each knob: dotted name, type, default, meaning, role and run."""
     rows = []
     for key, _, f, value, role, run in leaves(schema(), prefix):
         choices = " | ".join("null" if choice is None else str(choice) for choice in f.metadata["choices"])

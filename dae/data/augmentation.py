@@ -1,4 +1,4 @@
-"""Random mirror and affine map of a batch of images, on whatever device the batch is."""
+"""Random horizontal flips and affine maps of a batch of images, on its device."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ MAX_SCALE = 0.15
 def augment(images_BCHW: Tensor, *, random_flip: bool, random_affine: float) -> Tensor:
     """Mirror half of the images, then shift, rotate and scale each by its own random amount.
 
-    The amounts are uniform in plus or minus `random_affine` times 12.5 % of the side, 15 degrees, 15 %; what comes in at
-    the border repeats the border. All random numbers are rows of a draw for the global batch (`dae.distributed.draw_rows`),
+    The amounts are uniform in plus or minus `random_affine` times 12.5 % of the side, 15 degrees, 15 %; the border is
+    replicated. All random numbers are rows of a draw for the global batch (`dae.distributed.draw_rows`),
     so the result depends on the global seed of torch and not on the number of processes.
 
     Args:

@@ -1,4 +1,4 @@
-"""The two data sets that need no download: they lie inside packages."""
+"""The two data sets that need no download: their images are files of installed packages."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PHOTOS = {
 MAX_CROPS = {"train": 4096, "test": 512}
 
 
-@functools.cache  # half a second, which stages, arms and tests of one process would spend again and again
+@functools.cache  # takes half a second
 def load_digits() -> dict[str, Dataset]:
     """scikit-learn's 1,797 handwritten digits, 8 x 8 grey, 10 classes: 1,437 to train on and 360 held out.
 
@@ -60,8 +60,7 @@ def load_photos(resolution: int) -> dict[str, Dataset]:
     they lie on a grid of half their side, so that neighbours overlap. Where there are more, every n-th is kept.
     The column `photograph` numbers the source; there is no label column.
 
-    Raises:
-        ImportError: a package is missing.
+    ImportError: a package is missing.
     """
     from datasets import Value
 

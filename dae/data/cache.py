@@ -1,6 +1,6 @@
-"""The cache of a data set's encodings, tokens of VQ or posteriors of a KL autoencoder, and of what exactly it is the cache.
+"""Caches of a data set's encodings, tokens of VQ or posteriors of a KL autoencoder, with fingerprints of what made them.
 
-The posteriors are kept rather than samples of them: a prior learns all of each (`dae.losses.flow_matching_loss`), not one draw.
+Posteriors are stored rather than samples: a prior is trained on the whole posterior (`dae.losses.flow_matching_loss`).
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class PosteriorDataset(EncodedDataset):
 
 @dataclass
 class EncodingCache:
-    """Encodings of a training and a held-out set in one file, with a description that says of what they are."""
+    """Encodings of a training and a held-out set in one file, and a description of where they come from."""
 
     train: EncodedDataset
     validation: EncodedDataset
@@ -90,24 +90,21 @@ class EncodingCache:
     dataset: ClassVar[type[EncodedDataset]]
     folder: ClassVar[str]  # in the folder of a run
     title: ClassVar[str]  # in messages
-    size: ClassVar[str]  # the field of its own: how many values an encoding can take, or has
+    size: ClassVar[str]  # its own field: the number of codes, or of channels
 
     def save(self, folder: Path) -> None:
         """Write `<name>.safetensors` and `cache.json` into `folder`; both or none."""
         from safetensors.torch import save
 
-        tensors: dict[str, Tensor] = {}
-        name = self.dataset.name
-        for part in ("train", "validation"):
-            rows: EncodedDataset = getattr(self, part)
-            tensors |= {f"{part}.{name}": rows.values_NC.to(rows.stored), f"{part}.labels": rows.labels_N.int()}
+        parts = {"train": self.train, "validation": self.validation}
+        tensors = {f"{part}.{rows.name}": rows.values_NC.to(rows.stored).contiguous() for part, rows in parts.items()}
+        data = save(tensors | {f"{part}.labels": rows.labels_N.int().contiguous() for part, rows in parts.items()})
         description: dict[str, Any] = {k: getattr(self, k) for k in (self.size, "num_classes", "latent_size")}
         description["fingerprint"] = dataclasses.asdict(self.fingerprint)
-        data = save({k: v.contiguous() for k, v in tensors.items()})
         description["sha256"] = hashlib.sha256(data).hexdigest()  # or a crash could leave new ones under an old description
         with replaced_folder(folder) as new:
-            write_file(new / f"{name}.safetensors", data)
-            write_file(new / DESCRIPTION, json.dumps(description, indent=2).encode())
+            for name, content in zip(self.files(), (data, json.dumps(description, indent=2).encode()), strict=True):
+                write_file(new / name, content)
 
     @classmethod
     def files(cls) -> list[str]:
@@ -116,7 +113,7 @@ class EncodingCache:
 
     @classmethod
     def load(cls, folder: Path, expected: Fingerprint) -> Self:
-        """Read a cache and make sure that it is the cache of what is `expected`.
+        """Read a cache whose fingerprint is the `expected` one.
 
         Raises:
             FileNotFoundError: there is no cache in `folder`.
@@ -125,7 +122,7 @@ class EncodingCache:
         from safetensors import SafetensorError
         from safetensors.torch import load
 
-        file = f"{cls.dataset.name}.safetensors"
+        file, name = cls.files()[0], cls.dataset.name
         if not (folder / DESCRIPTION).is_file():
             raise FileNotFoundError(f"no {cls.title} in {folder}: make it with recipes/encode.py and the same configuration")
         try:
@@ -137,15 +134,12 @@ class EncodingCache:
             tensors = load(data)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise ValueError(f"the {cls.title} in {folder} is damaged ({error}): remake it with recipes/encode.py") from error
-        stale = [f.name for f in dataclasses.fields(Fingerprint) if getattr(found, f.name) != getattr(expected, f.name)]
-        if stale:
-            names = {"tokenizer": "tokenizer", "data": "data set", "transform": "augmentation"}
-            what = " and ".join(names[name] for name in stale)
+        titles = {"tokenizer": "tokenizer", "data": "data set", "transform": "augmentation"}
+        if stale := [title for key, title in titles.items() if getattr(found, key) != getattr(expected, key)]:
             raise ValueError(
-                f"the {cls.title} in {folder} is stale: it was made with another {what}. Remake it with recipes/encode.py and "
-                "the same configuration"
+                f"the {cls.title} in {folder} is stale: it was made with another {' and '.join(stale)}. Remake it with "
+                "recipes/encode.py and the same configuration"
             )
-        name = cls.dataset.name
         train, held_out = (cls.dataset(tensors[f"{n}.{name}"], tensors[f"{n}.labels"].long()) for n in ("train", "validation"))
         return cls(train=train, validation=held_out, fingerprint=found, **description)
 

@@ -1,4 +1,4 @@
-"""Which classes of a data set a configuration names."""
+"""From the names in `sampling.classes` to class numbers."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ def resolve_classes(wanted: Sequence[str | int], class_names: Sequence[str], lab
         class_names: in the order of the numbers.
         labels: what stands in the label column for each class; None where these are the numbers 0 to K - 1 themselves.
 
-    Raises:
-        ValueError: an entry is neither; the message names the nearest ones.
+    ValueError: an entry is neither; the message names the nearest ones.
     """
     originals = [str(label) for label in (range(len(class_names)) if labels is None else labels)]
     numbers = dict(zip(originals, range(len(originals)), strict=True))
@@ -40,5 +39,5 @@ def resolve_classes(wanted: Sequence[str | int], class_names: Sequence[str], lab
 
 
 def _composed(name: str) -> str:
-    """One spelling of what reads the same: macOS writes `é` as two characters."""
+    """Unicode's composed form: macOS writes `é` as two characters."""
     return unicodedata.normalize("NFC", name)

@@ -18,7 +18,7 @@ LABEL_NAMES = ("label", "labels", "cls", *(f"json.{name}" for name in ("label", 
 
 @dataclass
 class Labels:
-    """From the value in the label column to a class number; `column` is None for unlabelled data.
+    """Class numbers of the values in the label column; `column` is None for unlabelled data.
 
     Attributes:
         class_names: in the order of the numbers.
@@ -32,7 +32,7 @@ class Labels:
     assumed: bool = False
 
     def __post_init__(self) -> None:
-        self._numbers = None if self.values is None else {value: i for i, value in enumerate(self.values)}
+        self._numbers = {value: i for i, value in enumerate(range(self.num_classes) if self.values is None else self.values)}
 
     @property
     def num_classes(self) -> int:
@@ -42,23 +42,16 @@ class Labels:
         """The class of one row. Raises ValueError where the label is missing, unknown or out of range."""
         if value is None:
             raise ValueError(f"the label in column {self.column!r} is missing")
-        if self._numbers is not None:
-            if value not in self._numbers:
-                classes = f"{self.num_classes} classes to train on: {few(self.class_names)}"
-                raise ValueError(f"label {value!r} is none of the {classes} ({self._remedy()})")
-            return self._numbers[value]
-        if not 0 <= int(value) < self.num_classes:
-            raise ValueError(f"label {int(value)} is out of range: expected 0 to {self.num_classes - 1} ({self._remedy()})")
-        return int(value)
-
-    def _remedy(self) -> str:
-        read = "streaming=false reads which labels occur, " if self.assumed else ""
-        return f"{read}num_classes= takes more, label_column=none ignores them"
+        if value not in self._numbers:
+            wrong = f"{value!r} is none of the {self.num_classes} classes to train on: {few(self.class_names)}"
+            if self.values is None:
+                wrong = f"{int(value)} is out of range: expected 0 to {self.num_classes - 1}"
+            read = "streaming=false reads which labels occur, " if self.assumed else ""
+            raise ValueError(f"label {wrong} ({read}num_classes= takes more, label_column=none ignores them)")
+        return self._numbers[value]
 
     def numbers(self, values: np.ndarray) -> np.ndarray:
         """The class of each value, -1 where it is none."""
-        if self._numbers is None:
-            return np.where((values >= 0) & (values < self.num_classes), values, -1).astype(np.int64)
         return np.asarray([self._numbers.get(value, -1) for value in values.tolist()], np.int64)
 
 
@@ -116,11 +109,7 @@ def _kind(feature: Any) -> str:
 
 
 def resolve_labels(
-    column: str | None,
-    features: Any,
-    num_classes: int | None,
-    found: np.ndarray | None,
-    held_out: np.ndarray | None = None,
+    column: str | None, features: Any, num_classes: int | None, found: np.ndarray | None, held_out: np.ndarray | None = None
 ) -> Labels:
     """The classes: the labels that occur in the rows to train on, in the order of their numbers or names.
 
@@ -185,14 +174,14 @@ def _occurring(
 
 
 def _in_order(values: np.ndarray) -> list:
-    """The different labels: by their numbers, if all of them say different integers, else in the order of the alphabet."""
+    """The distinct labels: by their numbers, if all are different integers, else in alphabetical order."""
     different = sorted(set(values.tolist()))
     numbers = _as_integers(different)
     return different if numbers is None else [value for _, value in sorted(zip(numbers, different, strict=True))]
 
 
 def _as_integers(values: list) -> list[int] | None:
-    """Labels as numbers, if all of them are: integers, or texts that say different integers."""
+    """Labels as integers, None where they are not, or not different ones."""
     try:
         numbers = [int(value) for value in values]
     except ValueError:

@@ -1,4 +1,4 @@
-"""Paths as the user wrote them to the files that they mean: `~`, globs, links, what is left out, and the nearest name."""
+"""The files that paths and globs of a configuration mean, with a count of those left out, and hints for missing names."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def suffix_of(path: str) -> str:
 
 
 def what_is_there(path: Path) -> str:
-    """What stands where `path` was looked for: `did you mean ...?`, or the first names that are there."""
+    """A hint for a missing `path`: `did you mean ...?`, or the first names in its folder."""
     there = path
     while not there.is_dir() and there != there.parent:
         there = there.parent

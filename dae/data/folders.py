@@ -1,4 +1,4 @@
-"""Image folders: which files belong to which split, and which folder is the class. Names of files decide nothing."""
+"""Image folders: splits and classes of files by the folders that they lie in, not by their names."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from dae.data.files import LeftOut, Place, few
 
 SPLITS = ("train", "validation", "val", "test")
-SPLIT_WORDS = {*SPLITS, "training", "valid", "dev", "testing", "eval", "evaluation", "heldout"}  # raise a question
-STRAY = 10  # what is outnumbered this many times is left out and counted; anything nearer is refused
+SPLIT_WORDS = {*SPLITS, "training", "valid", "dev", "testing", "eval", "evaluation", "heldout"}  # may mean a split
+STRAY = 10  # files outnumbered by this factor are left out and counted; otherwise the folder is refused
 
 Classes = dict[str, str | None]  # of each file
 
@@ -45,8 +45,7 @@ def read_layout(
         labelled: whether there must be classes, as in the split to train on; None decides by the folders.
         wanted: splits that must not be left out.
 
-    Raises:
-        ValueError: the folders can be read in two ways that would train on different images or classes.
+    ValueError: the folders can be read in two ways that would train on different images or classes.
     """
     read: dict[tuple[str, str], Classes] = {}
     deeper: set[str] = set()

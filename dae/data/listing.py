@@ -1,4 +1,4 @@
-"""From the names in a configuration to an explicit, ordered list of files by split, before anything is read."""
+"""From the names in a configuration to an ordered list of files by split, before anything is read."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Listing:
 
 
 def list_files(names: list[str], config: DataConfig, key: str, part: str | None = None, labelled: bool | None = None) -> Listing:
-    """What the paths and globs `names` mean.
+    """The files that the paths and globs `names` mean, by split.
 
     Args:
         names: as the user wrote them.
@@ -149,7 +149,7 @@ class _Found:
         return [place.absolute(file) for place in self.of(kind) for file in place.files]
 
     def choose_kind(self) -> str:
-        """What is read: the kind that the images are in. All files of the other kinds are counted as left out.
+        """The kind of file that holds the images. All files of the other kinds are counted as left out.
 
         Loose images win against shards that hold no more of them (an archive of the same images), shards against a few
         loose images (a picture for the README).

@@ -25,6 +25,9 @@ class MapStyle(Protocol):
     def __getitem__(self, index: int) -> Any: ...
 
 
+AnyDataset = MapStyle | ImageStream
+
+
 class TrainLoader:
     """Shuffled batches of this process, epoch after epoch, without end; incomplete batches are left out.
 
@@ -50,13 +53,7 @@ class TrainLoader:
     """
 
     def __init__(
-        self,
-        dataset: MapStyle | ImageStream,
-        batch_size: int,
-        *,
-        seed: int,
-        num_workers: int = 0,
-        shuffle_buffer_size: int = 10000,
+        self, dataset: AnyDataset, batch_size: int, *, seed: int, num_workers: int = 0, shuffle_buffer_size: int = 10000
     ):
         minima = {"batch_size": (batch_size, 1), "num_workers": (num_workers, 0), "shuffle_buffer_size": (shuffle_buffer_size, 1)}
         for name, (value, minimum) in minima.items():
@@ -83,14 +80,13 @@ class TrainLoader:
         self._order.seek(micro_step)
 
     def state_dict(self) -> dict:
-        """JSON-able state after the last batch that was handed out."""
+        """JSON-able state after the last batch that was yielded."""
         return self._order.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
         """Continue after the batch at which `state` was taken.
 
-        Raises:
-            ValueError: the state belongs to another kind of data, or to a stream read with other settings.
+        ValueError: the state belongs to another kind of data, or to a stream read with other settings.
         """
         self._order.load_state_dict(state)
 
@@ -99,7 +95,7 @@ Item = tuple[dict | None, list[BadRow]]  # a row, and the bad ones that were met
 
 
 class _Rows(Dataset):
-    """What a loader fetches of map-style data. Bad rows come as values: an exception from a worker is a page of tracebacks.
+    """Rows of map-style data for a loader. Bad rows are values: an exception from a worker is a page of tracebacks.
 
     With `replaced`, for training, a good row stands in for each bad one, so that batches stay full.
     """
@@ -129,7 +125,7 @@ class _Rows(Dataset):
 
 
 class _Stream(IterableDataset):
-    """The same of a stream, which goes on to the next good row. With `forever` a failure fills the batch, which is delivered."""
+    """The same for a stream, which continues with the next good row. `forever`: a failure is repeated, to fill its batch."""
 
     def __init__(self, stream: ImageStream, forever: bool):
         self.stream, self.forever = stream, forever
@@ -162,10 +158,9 @@ def _collate(items: list[Item]) -> tuple[dict | None, list[BadRow]]:
 
 
 def _usable(loader: DataLoader, skipped: SkippedRows | None, full: bool) -> Iterator[dict]:
-    """The batches without the bad rows, which are counted or raised here, in the process of the user.
+    """The batches without the bad rows, which are counted or raised in this process.
 
-    Raises:
-        RuntimeError: a worker died.
+    RuntimeError: a worker died.
     """
     batches = iter(loader)
     while True:
@@ -199,7 +194,7 @@ def _stateful_loader(dataset: Dataset, batch_size: int, num_workers: int, **opti
             collate_fn=_collate,
             num_workers=num_workers,
             pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # else the loader draws from torch's global generator at each epoch
+            generator=torch.Generator(),  # else each epoch draws from torch's global generator
             **options,
         )
 
@@ -224,7 +219,7 @@ class _MapOrder:
         loader: Any = None
         expected, options = -1, {"sampler": self.sampler, "persistent_workers": self.num_workers > 0}
         while True:
-            if self.micro_step != expected:  # at the start, or somebody called `seek`: let no prefetched batch through
+            if self.micro_step != expected:  # at the start, or after `seek`: drop prefetched batches
                 loader = _stateful_loader(_Rows(self.dataset, True), self.batch_size, self.num_workers, **options)
             epoch, consumed = divmod(self.micro_step, self.batches_per_epoch)
             self.sampler.set_epoch(epoch)
@@ -278,11 +273,11 @@ class _StreamOrder:
                 for batch in _usable(loader, self.stream.skipped, full=True):
                     self.micro_step += 1
                     yield batch
-                    if self.running is not loader:  # somebody called `load_state_dict`
+                    if self.running is not loader:  # `load_state_dict` was called
                         break
             except GeneratorExit:
                 if self.running is loader:
-                    self._stop()  # ends the workers now and not when the garbage collector comes by
+                    self._stop()  # ends the workers now rather than at garbage collection
                 raise
             if self.running is not loader:
                 continue
@@ -316,9 +311,7 @@ class _StreamOrder:
         self.position, self.running = copy.deepcopy(state["position"]), None
 
 
-def evaluation_batches(
-    dataset: MapStyle | ImageStream, batch_size: int, limit: int | None = None, num_workers: int = 0
-) -> Iterator[Any]:
+def evaluation_batches(dataset: AnyDataset, batch_size: int, limit: int | None = None, num_workers: int = 0) -> Iterator[Any]:
     """All rows, or `limit` that are spread over the set, in order and on each process; the last batch may be short.
 
     With `data.on_error=skip` bad rows are left out and not replaced: nothing is measured or encoded twice.
@@ -329,8 +322,7 @@ def evaluation_batches(
         limit: number of rows at most.
         num_workers: processes that decode.
 
-    Raises:
-        ValueError: `batch_size` or `limit` below 1.
+    ValueError: `batch_size` or `limit` below 1.
     """
     if batch_size < 1 or (limit is not None and limit < 1):
         raise ValueError(f"expected batch_size and limit of at least 1, got {batch_size} and {limit}")
@@ -346,7 +338,7 @@ def evaluation_batches(
     return _once(dataset, batch_size, num_workers, chosen)
 
 
-def _once(dataset: MapStyle | ImageStream, batch_size: int, num_workers: int, chosen: list[int] | None = None) -> Iterator[dict]:
+def _once(dataset: AnyDataset, batch_size: int, num_workers: int, chosen: list[int] | None = None) -> Iterator[dict]:
     """Batches of the rows in order, or of the `chosen` rows of map-style data."""
     rows: Dataset
     if isinstance(dataset, ImageStream):
@@ -358,7 +350,7 @@ def _once(dataset: MapStyle | ImageStream, batch_size: int, num_workers: int, ch
 
 
 def in_memory(
-    dataset: MapStyle | ImageStream,
+    dataset: AnyDataset,
     limit: int,
     *,
     seed: int,
@@ -371,8 +363,7 @@ def in_memory(
 
     They are held as 8 bits, which is what they were decoded to, and with `as_bytes` given so: uint8, x / 127.5 - 1.
 
-    Raises:
-        ValueError: there is not the memory for them, which of a stream is known when it is nearly full; lower `knob`.
+    ValueError: there is not the memory for them, which of a stream is known when it is nearly full; lower `knob`.
     """
     size = None if isinstance(dataset, ImageStream) else len(dataset)
     if size is not None and size > limit:

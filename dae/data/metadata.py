@@ -33,8 +33,7 @@ def read(places: list[Place], image_column: str, left_out: LeftOut) -> Described
     The column `file_name` (then the images are called `image`) or `<image_column>_file_name` is the path of an image from the
     folder of the metadata file.
 
-    Raises:
-        ValueError: a file cannot be read, has no such column, or names a file outside of its folder.
+    ValueError: a file cannot be read, has no such column, or names a file outside of its folder.
     """
     import pyarrow as pa
 

@@ -1,4 +1,4 @@
-"""The training and the validation part of a data set, checked, and a digest of what is in them."""
+"""The training and the validation part of a data set, checked, and digests of their contents."""
 
 from __future__ import annotations
 
@@ -36,8 +36,7 @@ STREAM_ROWS = 1000  # of a stream whose rows are not counted, for the share of t
 def choose_validation(splits: dict[str, Any], config: DataConfig) -> str | None:
     """Name of the held-out split; None where rows of the training split have to be held out.
 
-    Raises:
-        ValueError: the training or the validation split does not exist, or both are one.
+    ValueError: the training or the validation split does not exist, or both are one.
     """
     for key in ("train_split", "validation_split"):
         name = getattr(config, key)
@@ -62,8 +61,7 @@ def split_table(
         config: sizes and number of rows to verify.
         seed: chooses the rows that `max_train_samples` keeps.
 
-    Raises:
-        ValueError: no rows, too few rows to hold some out, or a bad row, which is named.
+    ValueError: no rows, too few rows to hold some out, or a bad row, which is named.
     """
     contents, bad, survey = [], [], None
     if "validation" not in parts and len(parts["train"]):
@@ -148,7 +146,7 @@ def _table_digest(rows: Dataset, decoder: RowDecoder, survey: Survey | None) -> 
         chosen = np.unique(np.linspace(0, len(rows) - 1, DIGEST_ROWS).astype(np.int64))
     picked = rows if len(chosen) == len(rows) else rows.select(chosen)
     for _, row in _first_rows(picked, len(picked)):
-        # A row that cannot be read is no matter of the digest: verification or decoding names it.
+        # Rows that cannot be read are reported by verification or decoding.
         with contextlib.suppress(ValueError, OSError):
             digest.update(decoder.encoded(row))
     return digest.hexdigest()
@@ -223,6 +221,6 @@ def _digests(rows: Iterable[dict], decoder: RowDecoder) -> list[int]:
     for i, row in enumerate(rows):
         try:
             digests.append(decoder.digest(row, f"row {i}"))
-        except RowError:  # verification or decoding names it
+        except RowError:  # reported by verification or decoding
             digests.append(decoder.key(row))
     return digests

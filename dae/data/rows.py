@@ -1,4 +1,4 @@
-"""Data sets in the sense of torch over the rows of `datasets`: decoded, square, in [-1, 1]."""
+"""torch data sets of the rows of `datasets`: images decoded, square, in [-1, 1]."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class RowDecoder:
-    """From an encoded row to `{"image", "label", "row"}`; knows how to name the row when it is bad."""
+    """From an encoded row to `{"image", "label", "row"}`; its errors name the row."""
 
     origin: str
     image_column: str
@@ -61,12 +61,12 @@ class RowDecoder:
         return repr(source).encode() if isinstance(source, list) else read_bytes(source, self.folder)
 
     def digest(self, row: dict, where: str) -> int:
-        """63 bits that identify the image of a row wherever it stands. RowError: its bytes cannot be had."""
+        """63-bit digest of the encoded image of a row. RowError: its bytes cannot be read."""
         with self.naming(row, -1, where):
             return digest_bytes(self.encoded(row))
 
     def key(self, row: dict) -> int:
-        """63 bits that tell a bad row of a stream from others, wherever it stands: of its path and its bytes."""
+        """63-bit digest of path and bytes: identifies a bad row of a stream, whatever its position."""
         data = b""
         with contextlib.suppress(ValueError, OSError):
             data = self.encoded(row)
@@ -91,8 +91,7 @@ class ImageDataset(Dataset):
         source_rows: for each row its number in the split it was taken from, which messages name.
         skipped: where bad rows are counted that loaders leave out; None raises at the first one.
 
-    Raises:
-        RowError: the image or the label of the row is bad; the message names data set, split and row.
+    RowError: the image or the label of the row is bad; the message names data set, split and row.
     """
 
     def __init__(
@@ -105,7 +104,7 @@ class ImageDataset(Dataset):
         self.rows, self.decoder, self.skipped = rows, decoder, skipped
         self.source_rows = np.arange(len(rows)) if source_rows is None else source_rows
         self._bad: dict[int, BadRow] = {}  # that this process has met
-        self.survey: Survey | None = None  # once somebody asked for rows that are spread over the set
+        self.survey: Survey | None = None  # once rows that are spread over the set were asked for
 
     def _decode(self, row: dict, index: int) -> dict:
         source = int(self.source_rows[index])
@@ -127,7 +126,7 @@ class ImageDataset(Dataset):
         return [self._decode(row, int(i)) for i, row in zip(indices, rows, strict=True)]
 
     def read(self, index: int) -> dict | BadRow:
-        """Row `index`, or what is wrong with it."""
+        """Row `index`, or its BadRow."""
         if index not in self._bad:
             try:
                 return self[index]
@@ -163,8 +162,7 @@ class ImageStream(IterableDataset):
         held_out: digests of rows that belong to another split and are left out.
         skipped: where bad rows are counted that loaders leave out; None raises at the first one.
 
-    Raises:
-        RowError: the image or the label of a row is bad, or the stream breaks off.
+    RowError: the image or the label of a row is bad, or the stream breaks off.
     """
 
     def __init__(
@@ -175,7 +173,7 @@ class ImageStream(IterableDataset):
         skipped: SkippedRows | None = None,
     ):
         self.rows, self.decoder, self.held_out, self.skipped = rows, decoder, held_out, skipped
-        self.survey: Survey | None = None  # once somebody asked for rows that are spread over it, of which it keeps tables
+        self.survey: Survey | None = None  # once such rows of it were asked for, and their tables
         self.tables: dict[int, ImageDataset] = {}
         self._used = self._to_skip = 0
 
@@ -186,7 +184,7 @@ class ImageStream(IterableDataset):
     def shuffled(self, seed: int, buffer_size: int, rank: int, world_size: int) -> ImageStream:
         """The share of one process in the shuffled stream.
 
-        `split_dataset_by_node` deals out whole shards where the number of shards is a multiple of `world_size`; else each
+        `split_dataset_by_node` assigns whole shards where the number of shards is a multiple of `world_size`; else each
         process reads everything and keeps every `world_size`-th row. Each row goes to exactly one process, but the order
         depends on the number of processes.
         """
@@ -213,7 +211,7 @@ class ImageStream(IterableDataset):
             yield row
 
     def read(self) -> Iterator[dict | BadRow]:
-        """All rows; in the place of a bad one what is wrong with it."""
+        """All rows; instead of a bad one its BadRow."""
         to_skip, self._to_skip = self._to_skip, 0
         self._used = 0
         for row in self._encoded():
@@ -232,7 +230,7 @@ class ImageStream(IterableDataset):
                 yield replace(error.bad, key=self.decoder.key(row))
 
     def _encoded(self) -> Iterator[dict | BadRow]:
-        """The encoded rows, and if the stream breaks off a last one that says why."""
+        """The encoded rows; if the stream breaks off, the last one is a BadRow with the reason."""
         try:
             yield from unbroken(self.rows, self.decoder.origin)
         except RowError as error:
@@ -240,7 +238,7 @@ class ImageStream(IterableDataset):
 
 
 def unbroken(rows: Iterable[dict], origin: str) -> Iterator[dict]:
-    """The rows of a stream. RowError: it breaks off, for whatever reason its reader has."""
+    """The rows of a stream. RowError: reading it fails."""
     import pyarrow
 
     number, broken = 0, (OSError, ValueError, tarfile.TarError, pyarrow.ArrowException)

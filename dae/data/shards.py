@@ -33,8 +33,7 @@ def splits_by_name(files: list[str], where: str, *, whole: bool) -> tuple[dict[s
         where: the folder, for messages.
         whole: the user named the folder and not the files.
 
-    Raises:
-        ValueError: some shards have a split and others do not, or the shards are of several sets.
+    ValueError: some shards have a split and others do not, or the shards are of several sets.
     """
     _refuse_several_folders(files, where)
     found: dict[str, str] = {}
@@ -81,7 +80,7 @@ def _refuse_split_words(files: list[str], where: str) -> None:
 
 
 def difference(a: Features, b: Features) -> str | None:
-    """In what the columns of two files differ so that they cannot be one set, or None."""
+    """Why the columns of two files cannot be one set, or None."""
     if set(a) != set(b):
         return f"only one of them has {few(sorted(set(a) ^ set(b)))}"
     for name in a:
@@ -96,7 +95,7 @@ def difference(a: Features, b: Features) -> str | None:
 
 
 def _family(feature: object) -> str:
-    """What two files may say differently of one column: the width of numbers and of offsets."""
+    """The type of a column without the width of numbers and offsets, in which files may differ."""
     dtype = getattr(feature, "dtype", None) if type(feature).__name__ == "Value" else None
     return re.sub(r"^u?int\d+$|^float\d+$", "number", dtype.removeprefix("large_")) if dtype else ""
 

@@ -1,4 +1,4 @@
-"""Rows that cannot be decoded: what is known of each, and the list, the count and the budget of those that are left out."""
+"""Rows that cannot be decoded: a record of each, and the list, count and budget of those that are left out."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class BadRow:
 
     Attributes:
         origin: data set and split.
-        key: what tells it from other rows of the origin: its number, in a stream a digest of its path and its bytes.
+        key: identifies it among the rows of the origin: its number, in a stream a digest of its path and its bytes.
         where: its place in the words of a message.
         path: of its file, if it has one.
         reason: one line.

@@ -131,7 +131,7 @@ def _read_named(config: DataConfig) -> Source:
 
 
 def _may_be_on_the_hub(name: str) -> bool:
-    """Whether a name that is no file or folder has the form of an id of the hub and begins with no folder that is here."""
+    """Whether a name has the form of a Hub id and does not begin with the name of a local folder."""
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) or Path(name).suffix.lower() in {".parquet", ".tar"}:
         return False
     return "/" not in name or not Path(name.partition("/")[0]).exists()
@@ -166,27 +166,23 @@ def _read_images(listing: Listing, config: DataConfig) -> dict[str, SourceSplit]
     import pyarrow as pa
     from datasets import Dataset, Features, Image, Value
 
-    splits = {}
+    splits, described = {}, listing.described
+    image_column = "image" if described is None else described.image_column
     for split, classes in listing.splits.items():
-        files, names, columns, features = list(classes), list(classes.values()), {}, Features()
-        image_column = "image"
-        if listing.described is not None:
-            table, image_column = listing.described.table, listing.described.image_column
-            files = [file for file in files for _ in listing.described.rows[file]]
-            names = [classes[file] for file in files]
-            taken = table.take([row for file in classes for row in listing.described.rows[file]])
-            columns = dict(zip(taken.column_names, taken.columns, strict=True))
-            features = Features.from_arrow_schema(taken.schema)
-        if names and names[0] is not None and "label" not in columns:
-            columns["label"], features["label"] = pa.array(names), Value("string")
-        order = np.arange(len(files))
+        images = [(file, row) for file in classes for row in ([0] if described is None else described.rows[file])]
         if config.streaming:  # sorted by class: a shuffle buffer would see one class at a time
-            order = np.random.default_rng(0).permutation(len(files))
-        encoded = [pa.nulls(len(files), pa.binary()), pa.array(files, pa.string()).take(pa.array(order))]
-        mapping = {image_column: pa.StructArray.from_arrays(encoded, ["bytes", "path"])}
-        mapping |= {name: column.take(pa.array(order)) for name, column in columns.items()}
-        features = Features({image_column: Image(decode=False)} | features)
-        splits[split] = _from_table(Dataset.from_dict(mapping, features=features), config, _common_folder(files), files)
+            images = [images[i] for i in np.random.default_rng(0).permutation(len(images))]
+        files = [file for file, _ in images]
+        encoded = [pa.nulls(len(files), pa.binary()), pa.array(files, pa.string())]
+        columns, features = {image_column: pa.StructArray.from_arrays(encoded, ["bytes", "path"])}, {}
+        if described is not None:
+            table = described.table.take([row for _, row in images])
+            columns |= zip(table.column_names, table.columns, strict=True)
+            features = Features.from_arrow_schema(table.schema)
+        if files and classes[files[0]] is not None and "label" not in columns:
+            columns["label"], features["label"] = pa.array([classes[file] for file in files]), Value("string")
+        rows = Dataset.from_dict(columns, features=Features({image_column: Image(decode=False)} | features))
+        splits[split] = _from_table(rows, config, _common_folder(files), files)
     return splits
 
 
@@ -208,16 +204,11 @@ def _read_parquet(listing: Listing, config: DataConfig) -> dict[str, SourceSplit
     escaped = {split: [glob.escape(file) for file in files] for split, files in listing.splits.items()}
     with _local(source_name(config)):
         read = load_dataset("parquet", data_files=escaped, streaming=config.streaming)
-    return {
-        split: SourceSplit(
-            read[split],
-            _common_folder(files),
-            functools.partial(column, list(files)),
-            sum(listing.footers[file].rows for file in files),
-            list(files),
-        )
-        for split, files in listing.splits.items()
-    }
+    splits = {}
+    for split, files in ((split, list(files)) for split, files in listing.splits.items()):
+        size = sum(listing.footers[file].rows for file in files)
+        splits[split] = SourceSplit(read[split], _common_folder(files), functools.partial(column, files), size, files)
+    return splits
 
 
 def _common_folder(files: Iterable[str]) -> Path:
@@ -234,13 +225,12 @@ def _read_webdataset(listing: Listing, config: DataConfig) -> dict[str, SourceSp
     if len(inside) > 1:
         listing.notes.append(f"folders inside .tar files are no classes: {few([folder or '.' for folder in inside])}")
     splits = {}
-    for split, files in listing.splits.items():
+    for split, files in ((split, list(files)) for split, files in listing.splits.items()):
         with _local(source_name(config)):
-            rows = webdataset.read_shards(list(files), fields, config.streaming)
-        if config.streaming:
-            splits[split] = SourceSplit(rows, _common_folder(files), files=list(files))
-        else:
-            splits[split] = _from_table(rows, config, _common_folder(files), list(files))
+            rows = webdataset.read_shards(files, fields, config.streaming)
+        folder = _common_folder(files)
+        of_stream = SourceSplit(rows, folder, files=files)
+        splits[split] = of_stream if config.streaming else _from_table(rows, config, folder, files)
     return splits
 
 
@@ -262,14 +252,10 @@ def _read_hub(config: DataConfig) -> Source:
         raise FileNotFoundError(f"no data set data.dataset_name={name!r}: {reason}.{hint} Expected {FORMS}") from error
     except (RuntimeError, ValueError) as error:  # a repository that wants to run its own code; a configuration that is not there
         raise ValueError(f"dataset_name={name!r} cannot be read: {error}") from error
-    return Source({split: _from_hub(rows, split, config) for split, rows in read.items()})
-
-
-def _from_hub(rows: Rows, split: str, config: DataConfig) -> SourceSplit:
     if not config.streaming:
-        return _from_table(rows, config)
-    info = (rows.info.splits or {}).get(split)
-    return SourceSplit(rows, size=info.num_examples if info is not None and info.num_examples else None)
+        return Source({split: _from_table(rows, config) for split, rows in read.items()})
+    sizes = {split: getattr((rows.info.splits or {}).get(split), "num_examples", None) for split, rows in read.items()}
+    return Source({split: SourceSplit(rows, size=sizes[split] or None) for split, rows in read.items()})
 
 
 def _hub_is_reachable() -> bool:
@@ -283,10 +269,8 @@ def _hub_is_reachable() -> bool:
         return False
     try:
         urllib.request.urlopen(urllib.request.Request(constants.ENDPOINT, method="HEAD"), timeout=HUB_TIMEOUT_S).close()
-    except urllib.error.HTTPError:
-        return True  # it answered
-    except OSError:
-        return False
+    except OSError as error:
+        return isinstance(error, urllib.error.HTTPError)  # it answered
     return True
 
 

@@ -1,4 +1,4 @@
-"""What a run reads, in a short table: for the screen before training, and for the card of the model."""
+"""A short table of what a run reads: for the screen before training, and for the card of the model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SHOWN = 10  # classes with their counts; of more the first ones
 
 @dataclass
 class Summary:
-    """Facts about a data set as it was loaded; None is what a stream does not tell before it is read.
+    """Facts about a data set as it was loaded; None where a stream would have to be read for them.
 
     Attributes:
         rows: rows to train on and rows held out.
@@ -47,7 +47,7 @@ class Summary:
     left_out: list[str]
 
     def lines(self) -> list[str]:
-        """The table, one line a fact."""
+        """The table, one line per fact."""
         return [f"{what:<9} {fact}" for what, fact in self.table()]
 
     def table(self) -> list[tuple[str, str]]:
@@ -83,7 +83,7 @@ def summarize(data: ImageData) -> Summary:
         try:
             decoder.decode(row, 0, "a row")
         except RowError:
-            continue  # whether it stops the run is decided where rows are verified and trained on
+            continue  # verification and training decide whether it stops the run
         decoded += 1
     milliseconds = 1000 * (time.perf_counter() - began) / max(decoded, 1)
     for row in sample:

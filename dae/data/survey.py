@@ -1,8 +1,8 @@
-"""Which rows are held out or looked at first, where not all are: chosen by what is in the rows, spread over the whole set.
+"""Choices of rows to hold out or to look at first, made by their content and spread over the whole set.
 
-A row is known by the digest of its encoded image, so the choice stays when files are renamed, when rows are shuffled or dealt
-out to other processes, and nearly so when rows are added; and copies of a held-out image are never trained on. The price is
-that all bytes are read once.
+A row is identified by the digest of its encoded image, so the choice does not change when files are renamed or rows shuffled or
+distributed to other processes, and hardly when rows are added; copies of a held-out image are never trained on. The price is that
+all bytes are read once.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 from dae.data.rows import ImageDataset, ImageStream, RowDecoder, digest_bytes, unbroken
 from dae.data.skipping import RowError
-from dae.distributed import rank
+from dae.progress import progress_bar
 
 if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
@@ -45,10 +45,10 @@ class Survey:
         return len(self.digests_N)
 
     def order(self) -> np.ndarray:
-        """Rows in an order of which every beginning is spread over the set; of copies one, and no unreadable row.
+        """An order of the rows each prefix of which is spread over the set; one of several copies, and no unreadable row.
 
-        The r-th of the N_c images of class c, by digest, stands at (r + 1/2) / N_c: each beginning has of each class its
-        share, as far as whole rows allow, and within a class is as random as the digests are. Ties go by digest.
+        The r-th of the N_c images of class c, by digest, is placed at (r + 1/2) / N_c: each prefix has its share of each
+        class, to within a row, and is as random within a class as the digests are. Ties go by digest.
         """
         by_digest = np.lexsort((self.labels_N, self.digests_N))  # of copies with different labels the least one, in any order
         digests, first = np.unique(self.digests_N[by_digest], return_index=True)
@@ -169,7 +169,7 @@ def table_of_stream(stream: ImageStream, limit: int) -> ImageDataset | None:
 
 
 def _survey(digests: list[int], labels: list, counts: list[int] | None = None) -> Survey:
-    labels = [label if label is not None else 0 for label in labels]  # a row without one is bad, whatever it counts as here
+    labels = [label if label is not None else 0 for label in labels]  # a row without a label is bad anyway
     return Survey(np.array(digests, np.int64), np.array(labels), counts)
 
 
@@ -203,10 +203,7 @@ def _read(rows: Iterable[dict], decoder: RowDecoder, most_bytes: int, most_rows:
 
 
 def _bar(decoder: RowDecoder, total: int | None = None) -> tqdm:
-    """A progress bar, shown where it takes long."""
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc=f"survey of {decoder.origin}", unit="row", delay=5, mininterval=1, disable=rank() != 0)
+    return progress_bar(total, 0, f"survey of {decoder.origin}", unit="row", delay=5)
 
 
 def _parts(rows: IterableDataset) -> list[IterableDataset]:

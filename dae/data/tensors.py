@@ -16,8 +16,7 @@ class TensorLoader:
         batch_size: rows per batch.
         seed: of the order.
 
-    Raises:
-        ValueError: fewer rows than a batch.
+    ValueError: fewer rows than a batch.
     """
 
     def __init__(self, columns: dict[str, Tensor], batch_size: int, *, seed: int):

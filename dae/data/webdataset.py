@@ -1,6 +1,6 @@
 """WebDataset: samples are the files of a .tar that share their name up to the first dot and stand together.
 
-`datasets` reads these too, but wants the same suffixes in all samples and hands out JSON as it is.
+`datasets` reads these too, but requires the same suffixes in all samples and does not unpack JSON.
 """
 
 from __future__ import annotations
@@ -99,8 +99,7 @@ def count_images(paths: list[str], limit: int) -> int:
 def scan(paths: list[str], limit: int | None, left_out: LeftOut) -> tuple[Fields, set[str]]:
     """The columns of these files and the folders inside, from the first `limit` samples of the first file, or from all.
 
-    Raises:
-        ValueError: there are no images, samples have too many, or a file is broken.
+    ValueError: there are no images, samples have too many, or a file is broken.
     """
     images: dict[str, None] = {}
     texts: dict[str, None] = {}
