@@ -37,7 +37,7 @@ from dae.training.encodings import cache_class
 from dae.training.engine import AcceleratorEngine
 from dae.training.initialization import load_prior
 from dae.training.pictures import sample_sheet
-from dae.training.prior import Best, PriorTraining, deliver, fit, train_by_steps
+from dae.training.prior import Best, PriorTraining, deliver, fit_at_once, train_by_steps
 from dae.training.rehearsal import sampled_classes
 
 
@@ -80,7 +80,7 @@ def train(config: Config) -> Path:
         prior.save_pretrained(run.folder, card=card(best.step))
 
     if loader is None:
-        fit(prior, family, cache, run, resumed, card)
+        fit_at_once(prior, family, cache, run, resumed, card)
     else:
         picture = None
         with failing_together():

@@ -37,7 +37,7 @@ class KVCache:
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
 
 
-class Block(nn.Module):
+class ARBlock(nn.Module):
     """x + attention(norm(x)), then x + swiglu(norm(x))."""
 
     operation, impl = "attention", "auto"
@@ -95,7 +95,7 @@ class ARPrior(WideBuffers, ClassConditional, Prior):
         self.token_embedding = nn.Embedding(vocab_size, config.width)
         self.position_embedding = nn.Embedding(sequence_length, config.width)
         self.dropout = Dropout(config.dropout)
-        self.blocks = nn.ModuleList([Block(config, layer) for layer in range(config.depth)])
+        self.blocks = nn.ModuleList([ARBlock(config, layer) for layer in range(config.depth)])
         self.norm = nn.RMSNorm(config.width, eps=NORM_EPS)
         self.head = nn.Linear(config.width, vocab_size, bias=False)
         table = rotary_table(sequence_length, config.width // config.num_heads)

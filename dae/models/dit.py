@@ -40,7 +40,7 @@ class TimeEmbedding(WideBuffers, nn.Module):
         return self.out(F.silu(self.hidden(waves)))
 
 
-class Block(nn.Module):
+class DiTBlock(nn.Module):
     """x + gate * attention(adaLN(x)), then x + gate * swiglu(adaLN(x)); scales, shifts and gates are linear in the condition."""
 
     operation, impl = "attention", "auto"
@@ -110,7 +110,7 @@ class DiT(WideBuffers, ClassConditional, ContinuousPrior):
         self.position_embedding = nn.Embedding(latent_size**2, width)
         self.stem = nn.Linear(latent_channels, width)
         self.dropout = Dropout(config.dropout)
-        self.blocks = nn.ModuleList([Block(config) for _ in range(config.depth)])
+        self.blocks = nn.ModuleList([DiTBlock(config) for _ in range(config.depth)])
         self.modulation = nn.Linear(width, 2 * width)
         self.head = nn.Linear(width, latent_channels)
         for name, module in self.named_modules():

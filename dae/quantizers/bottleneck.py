@@ -91,7 +91,7 @@ class Bottleneck(nn.Module, ABC):
         raise ValueError(f"{type(self).__name__} has no codes to look up")
 
 
-def check_features(bottleneck: str, features: Tensor, channels: int | None = None) -> None:
+def check_feature_map(bottleneck: str, features: Tensor, channels: int | None = None) -> None:
     """TypeError unless the features are floating; ValueError unless they are [B, channels, h, w], of any even number if None."""
     check_floating(bottleneck, "features", features)
     if features.ndim != 4 or (features.shape[1] % 2 if channels is None else features.shape[1] != channels):

@@ -10,7 +10,7 @@ from torch import Tensor
 from dae.config import AutoencoderConfig, KLConfig
 from dae.distributed import draw_rows
 from dae.precision import wide
-from dae.quantizers.bottleneck import Bottleneck, Encoding, check_features
+from dae.quantizers.bottleneck import Bottleneck, Encoding, check_feature_map
 
 
 class GaussianBottleneck(Bottleneck):
@@ -32,7 +32,7 @@ class GaussianBottleneck(Bottleneck):
 
     def forward(self, features: Tensor, sample_posterior: bool = False) -> Encoding:
         """Features [B, 2D, h, w] to latents [B, D, h, w] of the same dtype: a posterior sample, or the posterior's mean."""
-        check_features("GaussianBottleneck", features)
+        check_feature_map("GaussianBottleneck", features)
         dtype = features.dtype
         mean, log_variance = features.to(wide(dtype)).chunk(2, dim=1)
         log_variance = log_variance.clamp(-30, 20)

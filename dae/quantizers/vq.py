@@ -15,7 +15,7 @@ from torch import Tensor
 from dae.config import AutoencoderConfig, VQConfig
 from dae.distributed import from_first_process, gather_numbers, in_global_order, rank, sum_over_processes
 from dae.precision import WideBuffers, wide
-from dae.quantizers.bottleneck import Bottleneck, Encoding, check_features
+from dae.quantizers.bottleneck import Bottleneck, Encoding, check_feature_map
 
 
 class VectorQuantizer(WideBuffers, Bottleneck):
@@ -58,7 +58,7 @@ class VectorQuantizer(WideBuffers, Bottleneck):
 
     def forward(self, features: Tensor, sample_posterior: bool = False) -> Encoding:
         """Features [B, D, h, w] to latents of the same shape and dtype and indices [B, h, w]; a code is never sampled."""
-        check_features("VectorQuantizer", features, self.codebook.shape[1])
+        check_feature_map("VectorQuantizer", features, self.codebook.shape[1])
         z_BhwD, weight = features.to(wide(features.dtype)).movedim(1, -1), self.config.commitment_weight
         out = vector_quantize(z_BhwD, self.codebook, commitment_weight=weight, impl=self.impl)
         return Encoding(out.quantized.movedim(-1, 1).to(features.dtype), out.loss, features, out.indices)
@@ -111,7 +111,7 @@ class VectorQuantizer(WideBuffers, Bottleneck):
         """
         if not temperature > 0:
             raise ValueError(f"the temperature must be positive, got {temperature}; the nearest code is `forward`'s")
-        check_features("VectorQuantizer", features, self.codebook.shape[1])
+        check_feature_map("VectorQuantizer", features, self.codebook.shape[1])
         z_BhwD, codebook_KD = features.movedim(1, -1).double(), self.codebook.double()
         nearest_Bhw, _ = nearest_code(features.float().movedim(1, -1), self.codebook, impl=self.impl)
         least_N = (z_BhwD - codebook_KD[nearest_Bhw]).square().sum(-1).flatten()

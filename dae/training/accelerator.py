@@ -8,6 +8,7 @@ Accelerator is built; what a knob of this project does is refused when accelerat
 from __future__ import annotations
 
 import logging
+import operator
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +19,6 @@ from dae.config import Config, knobs
 from dae.distributed import agree
 from dae.lock import RANKS, SIZES
 from dae.optional import optional
-from dae.training.run import look_up
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -77,7 +77,7 @@ def make_accelerator(config: Config, logging_dir: Path | None = None) -> Acceler
         raise ValueError(f"accelerate cannot do what it is asked for: {error}") from error
     _compare(accelerator, config, tracker, trains)
     config.mixed_precision = accelerator.mixed_precision
-    agree({key: look_up(config, key) for key, knob in knobs().items() if knob.role not in ("free", "judging")})
+    agree({key: operator.attrgetter(key)(config) for key, knob in knobs().items() if knob.role not in ("free", "judging")})
     if trains and accelerator.is_main_process:
         processes = f"{accelerator.num_processes} process" + ("es" if accelerator.num_processes > 1 else "")
         precision = accelerator.mixed_precision.replace("no", "fp32")

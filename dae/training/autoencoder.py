@@ -24,7 +24,7 @@ from dae.quantizers import Encoding
 from dae.seeding import seed_for, set_seed
 from dae.training.checkpoint import Checkpoint
 from dae.training.engine import Engine
-from dae.training.initialization import load_decoder, load_latent
+from dae.training.initialization import load_decoder, load_encoder
 from dae.training.loop import Training, is_due, validation_images
 from dae.training.optimization import build_optimizer
 from dae.training.pictures import reconstruction_sheet
@@ -44,7 +44,7 @@ def build_autoencoder(config: Config, stage: Stage) -> Autoencoder:
     architecture = dataclasses.replace(config.autoencoder, decoder=stage.decoder)
     autoencoder = Autoencoder(architecture, config.data.channels, config.data.resolution)
     if config.init_from:
-        load_latent(autoencoder, config.init_from)
+        load_encoder(autoencoder, config.init_from)
         load_decoder(autoencoder, config.init_from)
     return autoencoder
 

@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=PretrainedModel)
 
 
-def load_latent(autoencoder: Autoencoder, source: str) -> None:
+def load_encoder(autoencoder: Autoencoder, source: str) -> None:
     """Give `autoencoder` the encoder and the bottleneck, codebook included, of the one at `source`.
 
     Args:
@@ -51,12 +51,12 @@ def load_decoder(autoencoder: Autoencoder, source: str) -> bool:
 
 
 def load_prior(prior: Prior, source: str) -> None:
-    """Give `prior` the weights of the one at `source`, as `load_latent` does.
+    """Give `prior` the weights of the one at `source`, as `load_encoder` does.
 
     Buffers stay: they hold the scale of this run's latent. So does the embedding of the classes where their number differs.
 
     Raises:
-        FileNotFoundError, ValueError: as `load_latent`; a Gaussian mixture is fitted and starts from nothing.
+        FileNotFoundError, ValueError: as `load_encoder`; a Gaussian mixture is fitted and starts from nothing.
     """
     if family_of(prior).fitted:
         raise ValueError(f"prior.init_from={source}: a Gaussian mixture is fitted at once, whatever it starts from; leave it out")

@@ -139,7 +139,7 @@ def deliver(prior: Prior, best: Best, family: PriorFamily, heldout: EncodedDatas
     prior.save_pretrained(run.folder, card=card(best.step))
 
 
-def fit(
+def fit_at_once(
     prior: Prior, family: PriorFamily, cache: EncodingCache, run: Run, resumed: Checkpoint | None, card: Callable[[int], str]
 ) -> None:
     """A prior without steps: one fit, one entry of the log per split, one checkpoint; resuming finds it done."""

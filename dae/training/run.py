@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import operator
 import os
 import shutil
 import time
@@ -83,7 +84,7 @@ class Run:
             log.info("resuming from %s", checkpoint.path)
         run_on_first_process(lambda: self._prepare_folder(checkpoint, data))
         if self.config.report_to != "none":
-            settings = {row.key: str(look_up(self.config, row.key)) for row in knobs().values()}
+            settings = {key: str(operator.attrgetter(key)(self.config)) for key in knobs()}
             with failing_together():
                 start_tracker(accelerator, self.config.report_to, settings)
         return checkpoint
@@ -251,12 +252,6 @@ def start_tracker(accelerator: Accelerator, name: str, settings: dict[str, str])
         words = " ".join(f"{type(error).__name__}: {error}".split())
         remedy = "log in with `wandb login`, set WANDB_MODE=offline" if name == "wandb" else "see that it can write and connect"
         raise RuntimeError(f"report_to={name} cannot start ({words}): {remedy}, or set report_to=none") from error
-
-
-def look_up(config: Any, key: str) -> Any:
-    for part in key.split("."):
-        config = getattr(config, part)
-    return config
 
 
 def refuse_other_data(folder: Path, config: DataConfig, fingerprint: str) -> None:

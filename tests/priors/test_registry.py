@@ -1,0 +1,50 @@
+"""The registries of prior families and bottlenecks are what the configuration offers, and nothing outside asks for a name."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from dae.config import AutoencoderConfig, Config, PriorConfig, knobs, load_config
+from dae.priors import PRIORS, family_of, prior_family
+from dae.quantizers import BOTTLENECKS, bottleneck_class
+
+DAE = Path(__file__).parents[2] / "dae"
+
+
+def test_the_configuration_offers_what_there_is():
+    def choices(section, name):
+        return set(next(f for f in dataclasses.fields(section) if f.name == name).metadata["choices"])
+
+    assert choices(PriorConfig, "family") == {"auto", *PRIORS}
+    assert choices(AutoencoderConfig, "bottleneck") == set(BOTTLENECKS)
+    assert all(name == family.name for name, family in PRIORS.items())
+
+
+@pytest.mark.parametrize("name", PRIORS)
+def test_what_a_family_names_exists(name):
+    family = PRIORS[name]
+    config = Config()
+    assert hasattr(config.prior, family.size_knob)
+    assert all(hasattr(config.sampling, knob) for knob in family.sampling_knobs)
+    assert family.fitted or type(family).loss is not type(family).__mro__[1].loss
+    kind = next(key for key, each in BOTTLENECKS.items() if each.discrete == family.discrete)
+    assert prior_family(load_config(None, [f"autoencoder.bottleneck={kind}", f"prior.family={name}"])) is family
+
+
+@pytest.mark.parametrize("name", BOTTLENECKS)
+def test_what_a_bottleneck_says_of_itself(name):
+    config = load_config(None, [f"autoencoder.bottleneck={name}"]).autoencoder
+    kind = bottleneck_class(config)
+    assert kind.rate_knob in knobs()
+    kind.check_rates([kind.rate(config)])
+    assert kind.discrete == hasattr(kind.build(config), "codebook")
+    if not kind.discrete:
+        with pytest.raises(ValueError, match="has no codes"):
+            kind.num_codes(config)
+
+
+def test_every_model_belongs_to_one_family():
+    assert len({family.model for family in PRIORS.values()}) == len(PRIORS)
+    for family in PRIORS.values():
+        assert family_of(family.model.__new__(family.model)) is family
