@@ -7,22 +7,10 @@ from functools import cached_property
 
 from torch import Tensor
 
+from dae import metrics
 from dae.evaluation.extractor import prediction_task
-from dae.metrics import (
-    Classifier,
-    EqualCountFrechet,
-    Memorisation,
-    accuracy,
-    equal_count_frechet,
-    extract_features,
-    frechet_distance,
-    kernel_distance,
-    memorisation,
-    precision_recall,
-    predict,
-)
-
-KERNEL_SUBSET = 1000  # rows, as for KID; of fewer images half of them, so that subsets differ
+from dae.metrics import Classifier, EqualCountFrechet, Memorisation
+from dae.metrics.kernel import MAX_SUBSET
 
 
 @dataclass
@@ -48,11 +36,11 @@ class Judge:
 
     @cached_property
     def train_features(self) -> Tensor:
-        return extract_features(self.classifier, self.train)
+        return metrics.extract_features(self.classifier, self.train)
 
     @cached_property
     def heldout_features(self) -> Tensor:
-        return extract_features(self.classifier, self.heldout)
+        return metrics.extract_features(self.classifier, self.heldout)
 
     @cached_property
     def count(self) -> int:
@@ -62,17 +50,17 @@ class Judge:
     @cached_property
     def floor(self) -> EqualCountFrechet:
         """What two sets of real images are apart: training against held-out images."""
-        return equal_count_frechet(self.heldout_features, self.train_features, count=self.count, seed=self.seed)
+        return metrics.equal_count_frechet(self.heldout_features, self.train_features, count=self.count, seed=self.seed)
 
     @cached_property
     def heldout_copies(self) -> Memorisation:
         """How near held-out images are to training images: what chance has."""
-        return memorisation(self.heldout, self.train, self.heldout)
+        return metrics.memorisation(self.heldout, self.train, self.heldout)
 
     @cached_property
     def accuracy(self) -> float:
         """The classifier's, on held-out images."""
-        return accuracy(self.classifier, *prediction_task(self.heldout, self.heldout_labels, self.labelled))
+        return metrics.accuracy(self.classifier, *prediction_task(self.heldout, self.heldout_labels, self.labelled))
 
     def samples(
         self, images: Tensor, classes: Tensor | None, features: Tensor | None = None, copies: Memorisation | None = None
@@ -84,16 +72,16 @@ class Judge:
             classes: int64 [M], what they were asked to show; None if nothing was asked, and then nothing is recognised.
             features, copies: `extract_features` and `near_copies` of the images, if they are known.
         """
-        features = extract_features(self.classifier, images) if features is None else features
-        distance = equal_count_frechet(self.heldout_features, features, count=min(self.count, len(images)), seed=self.seed)
-        manifold = precision_recall(self.heldout_features, features[: self.count], self.neighbours)
+        features = metrics.extract_features(self.classifier, images) if features is None else features
+        rows = min(self.count, len(images))
+        distance = metrics.equal_count_frechet(self.heldout_features, features, count=rows, seed=self.seed)
+        manifold = metrics.precision_recall(self.heldout_features, features[: self.count], self.neighbours)
         copies = self.near_copies(images) if copies is None else copies
         return self._recognised(images, classes if self.labelled else None) | {
             "frechet": distance.mean,
             "frechet_std": distance.std,
             "frechet_ratio": distance.mean / self.floor.mean,
-            "precision": manifold.precision,
-            "recall": manifold.recall,
+            **manifold._asdict(),
             "memorised": copies.share_samples,
             "memorised_heldout": copies.share_heldout,
             "memorised_threshold": copies.threshold,
@@ -104,23 +92,22 @@ class Judge:
             return {"recognised": None, "recognised_interval": None}
         from scipy.stats import binomtest
 
-        right = int((predict(self.classifier, images) == classes.cpu()).sum())
+        right = int((metrics.predict(self.classifier, images) == classes.cpu()).sum())
         interval = binomtest(right, len(images)).proportion_ci(method="wilson")
         return {"recognised": right / len(images), "recognised_interval": list(interval)}
 
     def near_copies(self, images: Tensor) -> Memorisation:
         """The training image that is nearest to each, and how many are nearer than chance has it."""
-        return memorisation(images, self.train, self.heldout, heldout_distance=self.heldout_copies.heldout_distance)
+        return metrics.memorisation(images, self.train, self.heldout, heldout_distance=self.heldout_copies.heldout_distance)
 
     def kernel(self, features: Tensor) -> dict:
         """Kernel distance of features to those of the held-out images, and of which subsets it is the mean."""
-        rows = max(2, min(KERNEL_SUBSET, min(len(features), len(self.heldout)) // 2))
-        kernel = kernel_distance(self.heldout_features, features, subset_size=rows, seed=self.seed)
-        values = {"kernel_distance": kernel.mean, "kernel_distance_std": kernel.std}
-        return values | {"kernel_subsets": kernel.number_of_subsets, "kernel_subset_size": kernel.subset_size}
+        rows = max(2, min(MAX_SUBSET, min(len(features), len(self.heldout)) // 2))  # half of few images, so that subsets differ
+        found = metrics.kernel_distance(self.heldout_features, features, subset_size=rows, seed=self.seed)
+        keys = ("kernel_distance", "kernel_distance_std", "kernel_subsets", "kernel_subset_size")
+        return dict(zip(keys, found, strict=True))
 
     def reconstructions(self, features: Tensor) -> dict:
         """Of features of the reconstructed held-out images."""
-        manifold = precision_recall(self.heldout_features, features, self.neighbours)
-        distance = frechet_distance(self.heldout_features, features)
-        return {"frechet": distance, "precision": manifold.precision, "recall": manifold.recall}
+        manifold = metrics.precision_recall(self.heldout_features, features, self.neighbours)
+        return {"frechet": metrics.frechet_distance(self.heldout_features, features), **manifold._asdict()}

@@ -10,7 +10,7 @@ import numpy as np
 from dae.comparison.arms import parse_arms
 from dae.comparison.jobs import arms_at_rate, learning_rates_in_words, tried_learning_rates
 from dae.comparison.results import BY_KEY, DETAILS, MEASURES, verdict
-from dae.config import Config, config_differences
+from dae.config import Config
 from dae.reporting import comparison_charts as charts
 from dae.reporting import elements as web
 from dae.reporting import findings
@@ -383,12 +383,8 @@ def _left_out(summary: dict) -> list[Html]:
 
 
 def _configuration(config: Config, summary: dict) -> list[Html]:
-    from omegaconf import OmegaConf
-
-    title = f"The resolved configuration ({len(config_differences(Config(), config))} keys differ from the defaults)"
     facts = summary["facts"]
     rows = [(f"images: {name.replace('_', ' ')}", f"{count:,}") for name, count in facts["counts"].items()]
     rows += [("classifier whose features judge", str(facts["extractor"]))] if facts.get("extractor") else []
     rows += [("computing time of all trials together", web.duration(summary["seconds"])), *facts.get("versions", {}).items()]
-    words = OmegaConf.to_yaml(OmegaConf.structured(config))
-    return [web.table(("what", "value"), rows, prose=(0, 1)), web.details(title, web.preformatted(words))]
+    return [web.table(("what", "value"), rows, prose=(0, 1)), web.configuration(config)]

@@ -19,7 +19,7 @@ import numpy as np
 
 from dae.config import Config, config_differences
 from dae.files import write_file
-from dae.reporting.charts import colour_rules
+from dae.reporting.charts import bar_chart, colour_rules
 
 PICTURE_SIDE, LARGEST_SIDE = 64, 96  # CSS pixels of a small picture, pixels kept of a large one
 STYLE = Path(__file__).with_name("style.css")
@@ -87,21 +87,14 @@ def side_by_side(*figures: Html) -> Html:
     return element("div", *figures, class_="pair")
 
 
-def details(summary: str, *content: Any) -> Html:
-    return element("details", element("summary", summary), *content)
-
-
-def preformatted(words: str) -> Html:
-    return element("div", element("pre", words), class_="scroll", tabindex=0)
-
-
-def configuration(config: Config) -> Html:
+def configuration(config: Config, title: str | None = None) -> Html:
     """The resolved configuration as YAML, folded in."""
     from omegaconf import OmegaConf
 
     changed = len(config_differences(Config(), config))
-    words = preformatted(OmegaConf.to_yaml(OmegaConf.structured(config)))
-    return details(f"The resolved configuration ({changed} keys differ from the defaults)", words)
+    summary = element("summary", title or f"The resolved configuration ({changed} keys differ from the defaults)")
+    words = element("pre", OmegaConf.to_yaml(OmegaConf.structured(config)))
+    return element("details", summary, element("div", words, class_="scroll", tabindex=0))
 
 
 @dataclass
@@ -189,6 +182,20 @@ def _image(kind: str, data: bytes, **attributes: Any) -> Html:
 def chart(svg: str, alt: str) -> Html:
     """A chart of `dae.reporting.charts`, as wide as its place. It is an image, so its names cannot meet those of the page."""
     return _image("image/svg+xml", svg.encode(), alt=alt, class_="chart")
+
+
+def ranked_bars(values: Sequence[float], x: str, y: str, alt: str, caption: str, meaning: str) -> Html:
+    """Bars of ranked values and a rule at their mean, which all would have if they were equal, beside a paragraph."""
+    svg = bar_chart(values, x=x, y=y, level=(sum(values) / len(values), "if all were equal"))
+    return side_by_side(figure(chart(svg, alt), caption), paragraph(meaning))
+
+
+def code_usage(counts: Sequence[int], meaning: str) -> Html:
+    """`ranked_bars` of how often each code occurs."""
+    ranked = sorted(counts, reverse=True)
+    alt = f"Bars from {ranked[0]:,} tokens for the commonest code to {ranked[-1]:,} for the rarest"
+    caption = f"How often each code is used in {sum(ranked):,} tokens of held-out images, most frequent first."
+    return ranked_bars(ranked, "code, by rank", "tokens", alt, caption, meaning)
 
 
 # ---- numbers ----

@@ -16,7 +16,7 @@ from dae.diagnostics.report_card import PREDICTORS
 from dae.hub import fingerprint
 from dae.metrics import versions
 from dae.reporting import elements as web
-from dae.reporting.charts import Bar, bar_chart, interval_chart
+from dae.reporting.charts import Bar, interval_chart
 from dae.reporting.elements import PAPER, Html, number, paragraph, percent, strip
 from dae.statistics import RankCorrelation
 
@@ -156,13 +156,8 @@ def picture(rows: dict[str, Tensor], caption: str, path: Path) -> Html:
 def code_usage(run: MeasuredLatent) -> list[Html]:
     if run.heldout.indices is None:
         return []
-    counts = run.heldout.indices.flatten().bincount(minlength=run.autoencoder.config.vq.codebook_size)
-    counts = counts.sort(descending=True).values.tolist()
-    svg = bar_chart(counts, x="code, by rank", y="tokens", level=(sum(counts) / len(counts), "if all were equal"))
-    alt = f"Bars from {counts[0]:,} tokens for the commonest code to {counts[-1]:,} for the rarest"
-    caption = f"How often each code is used in {sum(counts):,} tokens of held-out images, most frequent first."
-    meaning = "A code that is never used is capacity left idle; one that is used all the time says little."
-    return [web.side_by_side(web.figure(web.chart(svg, alt), caption), paragraph(meaning))]
+    counts = run.heldout.indices.flatten().bincount(minlength=run.autoencoder.config.vq.codebook_size).tolist()
+    return [web.code_usage(counts, "A code that is never used is capacity left idle; one that is used all the time says little.")]
 
 
 def trust(folder: Path, ranking: Ranking) -> Html:

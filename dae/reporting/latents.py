@@ -457,7 +457,6 @@ def limits(measured: Measured) -> Html:
 
 
 def method(measured: Measured) -> list[Html]:
-    from omegaconf import OmegaConf
 
     settings, (fitted, judged) = measured.config.measure, counts(measured)
     rows = [
@@ -477,11 +476,10 @@ def method(measured: Measured) -> list[Html]:
         rows.append((f"Distance: {DISTANCES[distance][0]}", convention))
     rows += [("Time", f"{web.duration(measured.seconds)}; threads: {torch.get_num_threads()}"), ("Day", measured.at[:10])]
     rows += [(name, version) for name, version in versions().items()]
-    words = OmegaConf.to_yaml(OmegaConf.structured(measured.config))
     return [
         web.table(("what", "value"), rows, prose=(0, 1)),
         paragraph("All values, one per seed, with conventions and fingerprints: latents.json beside this page."),
-        web.details("The resolved configuration", web.preformatted(words)),
+        web.configuration(measured.config, "The resolved configuration"),
     ]
 
 

@@ -6,7 +6,7 @@ import numpy as np
 
 from dae.data.pictures import grid
 from dae.reporting import elements as web
-from dae.reporting.charts import Line, bar_chart, in_words, line_chart
+from dae.reporting.charts import Line, in_words, line_chart
 from dae.reporting.elements import Html, number, paragraph, percent, strip
 from dae.reporting.measures import DECODERS, headline, measurements, provenance
 from dae.reporting.record import Record, seconds_by_stage
@@ -200,36 +200,28 @@ def prior_curves(run: Record) -> Html:
     return web.side_by_side(web.figure(web.chart(svg, in_words(lines, "step", prior.loss_name)), caption), paragraph(words))
 
 
-def ranked_bars(heights: list, x: str, y: str, alt: str, caption: str, meaning: str) -> Html:
-    """Bars from the highest, with their mean as what all would be if they were equal, beside a paragraph."""
-    svg = bar_chart(heights, x=x, y=y, level=(sum(heights) / len(heights), "if all were equal"))
-    return web.side_by_side(web.figure(web.chart(svg, alt), caption), paragraph(meaning))
-
-
 def latent(found: dict) -> Html:
     by_channel = sorted(found["gaussian_bits_by_channel"], reverse=True)
     most, least, total = (number(bits, 1) for bits in (by_channel[0], by_channel[-1], found["gaussian_bits"]))
-    return ranked_bars(
-        by_channel, "channel, by rank", "bits per image",
-        f"Bars from {most} bits for the most telling channel to {least} for the least",
-        f"What each of the {found['channels']} channels of the latent tells of a held-out image, most telling first.",
+    caption = f"What each of the {found['channels']} channels of the latent tells of a held-out image, most telling first."
+    meaning = (
         "The encoder does not say one number but a range, a mean and the noise about it. The wider the means of different images "
         f"lie apart beside that noise, the more bits the latent carries: {total} bits per image here, if its values were "
-        "independent Gaussians. A channel of nearly no bits is capacity left idle.",
-    )  # fmt: skip
+        "independent Gaussians. A channel of nearly no bits is capacity left idle."
+    )
+    alt = f"Bars from {most} bits for the most telling channel to {least} for the least"
+    return web.ranked_bars(by_channel, "channel, by rank", "bits per image", alt, caption, meaning)
 
 
 def codebook(found: dict | None) -> Html:
     if not found:
         return paragraph("No codes were counted: the latent of this run is continuous.")
-    counts, perplexity = sorted(found["counts"], reverse=True), number(found["perplexity"], 1)
-    return ranked_bars(
-        counts, "code, by rank", "tokens",
-        f"Bars from {counts[0]:,} tokens for the commonest code to {counts[-1]:,} for the rarest",
-        f"How often each code is used in {sum(counts):,} tokens of held-out images, most frequent first.",
-        f"Of {len(counts):,} codes, {percent(found['usage'])} occur at all. The perplexity is {perplexity}: the tokens are as "
-        f"varied as {perplexity} codes in equal parts would be. A code that is never used is capacity left idle.",
-    )  # fmt: skip
+    perplexity = number(found["perplexity"], 1)
+    meaning = (
+        f"Of {len(found['counts']):,} codes, {percent(found['usage'])} occur at all. The perplexity is {perplexity}: the tokens "
+        f"are as varied as {perplexity} codes in equal parts would be. A code that is never used is capacity left idle."
+    )
+    return web.code_usage(found["counts"], meaning)
 
 
 def copies(run: Record) -> list[Html]:
