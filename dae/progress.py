@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from dae.distributed import rank
 
 if TYPE_CHECKING:
     from tqdm import tqdm
+
+Item = TypeVar("Item")
 
 
 def progress_bar(total: int | None, initial: int, description: str, shown: bool = True, **options: Any) -> tqdm:
@@ -16,3 +19,14 @@ def progress_bar(total: int | None, initial: int, description: str, shown: bool 
 
     options = {"disable": not shown or rank() != 0, "dynamic_ncols": True, "mininterval": 0.5} | options
     return tqdm(total=total, initial=initial, desc=description, **options)
+
+
+def with_progress(items: Sequence[Item], description: str, shown: bool = True) -> Iterator[Item]:
+    """The items one by one, under a `progress_bar` if it is to be shown."""
+    if not shown:
+        yield from items
+        return
+    with progress_bar(len(items), 0, description) as bar:
+        for item in items:
+            yield item
+            bar.update()

@@ -19,7 +19,7 @@ class Interval(NamedTuple):
     @property
     def verdict(self) -> int:
         """-1 if the whole interval is below 0, 1 if it is above, 0 if it holds 0 or there is none."""
-        return 0 if self.low is None or self.low <= 0 <= self.high else 1 if self.low > 0 else -1
+        return 0 if self.low is None or self.high is None or self.low <= 0 <= self.high else 1 if self.low > 0 else -1
 
 
 class RankCorrelation(NamedTuple):
@@ -109,9 +109,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def difference_at_equal_rate(
-    frontier: Mapping[Hashable, Sequence[tuple[float, float]]],
-    ours: Mapping[Hashable, tuple[float, float]],
-    level: float = 0.95,
+    frontier: Mapping[Hashable, Sequence[tuple[float, float]]], ours: Mapping[Hashable, tuple[float, float]], level: float = 0.95
 ) -> EqualRate:
     """Distance of ours minus that of a baseline at our rate, read off the baseline's frontier of the same seed.
 
@@ -214,15 +212,14 @@ def mean_correlation(rhos: Sequence[float], counts: Sequence[int], level: float 
     """The mean of rank correlations and its Student's interval, both taken in `fisher_z`: inside (-1, 1).
 
     Args:
-        rhos: one a comparison.
-        counts: pairs behind each.
+        rhos, counts: of each comparison, and the pairs behind it.
         level: coverage.
 
     Raises:
         ValueError: different lengths, or as `fisher_z` and `mean_interval`.
     """
     mean, low, high, n = mean_interval([fisher_z(rho, count) for rho, count in zip(rhos, counts, strict=True)], level)
-    return Interval(math.tanh(mean), *(None if z is None else math.tanh(z) for z in (low, high)), n)
+    return Interval(math.tanh(mean), None if low is None else math.tanh(low), None if high is None else math.tanh(high), n)
 
 
 def _spearman(x_BN: np.ndarray, y_BN: np.ndarray) -> np.ndarray:

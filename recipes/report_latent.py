@@ -21,7 +21,7 @@ from dae.files import announce, replaced_folder, write_file
 from dae.hub import require_model
 from dae.lock import writes
 from dae.reporting.elements import duration
-from dae.reporting.latent_card import write_page
+from dae.reporting.latent_card import write_card_page
 from dae.reporting.record import trained_configuration
 
 
@@ -42,7 +42,7 @@ def report_latent(config: Config) -> Path:
     folder = Path(config.output_dir) / "latent"
     with replaced_folder(folder) as new:
         write_file(new / "card.json", json.dumps(to_dict(run, rankings), indent=2).encode())
-        write_page(run, rankings, new)
+        write_card_page(run, rankings, new)
         names = [path.name for path in new.iterdir()]
     size = (folder / "card.html").stat().st_size / 1e6
     announce(folder, names, f"/card.html ({size:.1f} MB), measured in {duration(run.seconds)}")

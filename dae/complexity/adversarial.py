@@ -6,11 +6,9 @@ P is the law of the data x and Q that of the generated points y, in every name a
 from __future__ import annotations
 
 import copy
-import difflib
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -21,25 +19,24 @@ from dae.complexity.critics import (
     Parts,
     Stack,
     annealed,
-    critic_step,
+    critic_loss,
+    descend,
     gradient_norms,
     logistic_loss,
     of_rotations,
     parts_of,
     potential_candidates,
+    random_rows,
     ratio_candidates,
-    rows_of,
     standardised,
 )
-from dae.complexity.distances import PLAIN
+from dae.complexity.distances import PLAIN, check_name
 from dae.complexity.estimate import CRITIC_ROWS, Estimate, check_cloud, check_seeds, pooled_error
-from dae.complexity.families import check_count, check_family
+from dae.complexity.families import GeneratorFamily, check_count, check_family
 from dae.precision import own_arithmetic
 
-if TYPE_CHECKING:
-    from dae.complexity.families import GeneratorFamily
-
 RATIO_PENALTY = 0.05  # on squared gradients of the density ratio that a generator is trained against
+ROWS_TO_CHOOSE_ON = 4096  # among trained generators
 SHRINKAGE = (1.0, 0.9, 0.75, 0.5)  # of the logarithm of an overfitted density ratio
 
 
@@ -75,10 +72,7 @@ TABLE = {
         "KL(P|Q) = int p log(p/q), natural logarithms",
     ),
     "reverse_kl": Divergence(
-        lambda l_P: -torch.expm1(-l_P),
-        lambda l_Q: l_Q,
-        lambda l_Q: -l_Q.mean(),
-        "KL(Q|P) = int q log(q/p), natural logarithms",
+        lambda l_P: -torch.expm1(-l_P), lambda l_Q: l_Q, lambda l_Q: -l_Q.mean(), "KL(Q|P) = int q log(q/p), natural logarithms"
     ),
     "chi2": Divergence(
         lambda l_P: 2 * torch.expm1(l_P),
@@ -112,42 +106,30 @@ def adversarial_distance(
         f-divergence:  D_f(P|Q) >= E_P[T] - E_Q[f*(T)] for every T; here T = f'(e^l) with l an estimate of log p/q
         Wasserstein-1: W1(P, Q) >= E_P[f] - E_Q[f] for every 1-Lipschitz f
 
-    The rows of each cloud are shuffled by the seed into three disjoint parts: on a half critics are fitted, on a quarter one is
-    chosen, and on the last quarter it is measured. Four rotations let every row be measured once, and their mean is the value of
-    that seed; so more seeds remove the randomness of splits and networks, but not that of the sample.
+    The rows of each cloud are shuffled by the seed: critics are fitted on a half, one is chosen on a quarter and measured on the
+    last quarter. Four rotations measure every row once, and their mean is the value of that seed; so more seeds remove the
+    randomness of splits and networks, but not that of the sample.
 
-    js, kl, reverse_kl, chi2, hellinger: l comes from logistic regression on monomials of degree 2, alone or with a network
-    added, whichever has the lower logistic loss on the second part. l is cut at 1/2 log(N E_P[p/q]), and likewise below, where
-    less than one point of the other cloud is to be expected. T = 0 gives 0, so 0 is the value where the second part says less
-    than 0, or the mean does.
+    js, kl, reverse_kl, chi2, hellinger: l is a logistic regression on monomials of degree 2, with or without a network added,
+    whichever has the lower logistic loss on the rows to choose on. l is cut at 1/2 log(N E_P[p/q]), and likewise below, where
+    less than one point of the other cloud is to be expected. Negative values are 0, which T = 0 gives.
     wgan_sn: a network that is 1-Lipschitz by its weights (singular values clipped, units sorted). wgan_gp: the same network
-    under the gradient penalty in the first quarter of its training; as a penalty proves nothing away from the points that it is
-    taken at, the weights are clipped from then on. Both may fall back on the projection on the difference of means, W1 of a pure
-    shift.
+    under the gradient penalty in the first quarter of its training, and clipped from then on, as a penalty proves nothing away
+    from the points that it is taken at. Both may be the projection on the difference of means instead, W1 of a pure shift.
 
-    That the value is a lower bound holds in the mean over samples (but for the cut of a negative mean at 0), as every critic is
-    fixed before it meets the rows that it is measured on; a single value may lie above the truth by its sampling error.
-    `standard_error` is that of the measured terms, T and f*(T) or f, over the rows. With heavy tails (kl, chi2) it is too small
-    itself, as rows that decide may be missing.
+    The value is a lower bound in the mean over samples (but for the cut at 0), as every critic is fixed before it meets the rows
+    that it is measured on; a single value may lie above the truth by its sampling error. `standard_error` is that of T and f*(T),
+    or of f, over the rows; with heavy tails (kl, chi2) it is too small, as the rows that decide may be missing.
 
-    How loose: a critic that misses a difference makes the value too small, always. Heavy tails make it uncertain: kl needs
-    E_Q[p/q] and chi2 E_Q[(p/q)^2], which a few rows decide where the ratio is large. Between N(1, 1) and N(0, 1) the standard
-    error of the true critic is 3.7 % of kl and 14 % of chi2 at N = 8,000. Where E_Q[(p/q)^2] is infinite (s1^2 >= 2 s2^2 of two
-    Gaussians), so is that of kl.
-    No sample of N can certify a kl much above log N (McAllester & Stratos 2020): for disjoint supports, where kl and chi2 are
-    infinite, the value is finite and says only that. Measured on two samples of 4,000 (modes: 6,000) rows, one seed, error of the
-    sample included: 0 to 9 % too small for two Gaussians of 5 dimensions, 1 to 9 % for unequal weights of 8 narrow modes; 6 to
-    9 % in js and 13 to 16 % in hellinger for unit intervals shifted by 0.3, whose densities have edges; 9 to 23 % for a shift of
-    1 in 64 dimensions; and 10 % in js (of 2,000 rows) where a plane is told from the volume about it. Of one sample, between
-    N(0, I) and N(0, 4 I), 1,000 rows each, wgan_sn is too small by 1, 4, 12 and 37 % in 5, 8, 16 and 32 dimensions, and wgan_gp
-    by 4, 9, 19 and 38 %. Of two points with shares 0.5 and 0.6, N = 1,000, js is so small (0.005) that its standard error is a
-    third of it: there a critic of the shares themselves, counted on the rows that it may know, is 24 % too small, and this one
-    29 %, in the mean over 8 samples. Two draws of one law, 1,000 rows each: Wasserstein distances up to 1.7 standard errors of a
-    mean, and divergences mostly 0. A row a million times as far out as the rest halves what js finds and hides all from chi2.
+    A critic that misses a difference makes the value too small. kl needs E_Q[p/q] and chi2 E_Q[(p/q)^2], which a few rows decide
+    where the ratio is large; where E_Q[(p/q)^2] is infinite (s1^2 >= 2 s2^2 of two Gaussians), so is the standard error of kl. No
+    sample of N can certify a kl much above log N (McAllester & Stratos 2020), so disjoint supports, of infinite kl and chi2, have
+    a finite value. One row a million times as far out as the rest halves js and hides all from chi2. docs/latents.md has measured
+    errors.
 
     Args:
         x_ND: rows of P, the data [N, ...], floating, at least 32; flattened.
-        y_MD: rows of Q, the generated points [M, ...] of the same size a row, at least 32. If M = N both are shuffled alike, so
+        y_MD: rows of Q, the generated points [M, ...] of the same size per row, at least 32. If M = N both are shuffled alike, so
             that a reconstruction falls in the same part as what it was made from.
         name: "js", "kl", "reverse_kl", "chi2", "hellinger" (invariant to units and origin), "wgan_gp" or "wgan_sn" (in the
             units of x).
@@ -166,8 +148,13 @@ def adversarial_distance(
     Source: Nowozin et al. 2016, arXiv 1606.00709, section 2; Gulrajani et al. 2017, arXiv 1704.00028; Miyato et al. 2018, arXiv
     1802.05957; Anil et al. 2019, arXiv 1811.05381.
     """
-    check_name(name)
-    check_rows(x_ND, y_MD)
+    check_critic(name, x=x_ND, y=y_MD)
+    if x_ND.shape[1:] != y_MD.shape[1:]:
+        raise ValueError(
+            f"expected rows of one size, got x {list(x_ND.shape)} and y {list(y_MD.shape)}; compare points of one space"
+        )
+    if x_ND.device != y_MD.device:
+        raise ValueError(f"expected x and y on one device, got {x_ND.device} and {y_MD.device}; move one with .to()")
     seeds = check_seeds(seeds)
     check_count("steps", steps)
     check_count("batch_size", batch_size)
@@ -188,8 +175,6 @@ def adversarial_distance(
         bound="lower",
         distance=name,
         convention=convention + "; P = data, Q = generated",
-        family=None,
-        capacity=None,
         counts=(len(x_ND) - 2 * (len(x_ND) // FOLDS), len(x_ND) // FOLDS),
         standard_error=pooled_error([error for _, error in found]),
     )
@@ -224,7 +209,7 @@ def pooled(selected_K: Tensor, terms_P: Tensor, terms_Q: Tensor) -> tuple[float,
     """
     measured_K = terms_P.mean(dim=1) - terms_Q.mean(dim=1)
     apart = (terms_P - terms_Q,) if terms_P.shape == terms_Q.shape else (terms_P, terms_Q)
-    variance = sum(terms.var(dim=1).mean() / terms.numel() for terms in apart)
+    variance = torch.stack([terms.var(dim=1).mean() / terms.numel() for terms in apart]).sum()
     return max(0.0, torch.where(selected_K > 0, measured_K, 0.0).mean().item()), variance.sqrt().item()
 
 
@@ -243,42 +228,20 @@ def wasserstein(x_ND: Tensor, y_MD: Tensor, penalty: bool, seed: int, options: d
     return pooled(selected_K, measure_P, measure_Q)
 
 
-def unit_scale(data_ND: Tensor, isotropic: bool) -> tuple[Tensor, Tensor]:
-    """Standard deviation of each column, or of all ([1, 1]), 1 where that is 0; and the mean."""
-    center_1D = data_ND.mean(dim=0, keepdim=True)
-    variance_1D = (data_ND - center_1D).square().mean(dim=0, keepdim=True)
-    scale = (variance_1D.mean(dim=1, keepdim=True) if isotropic else variance_1D).sqrt()
-    return torch.where(scale > 0, scale, 1.0), center_1D
-
-
-def check_name(name: str) -> None:
+def check_critic(name: str, **clouds: Tensor) -> None:
+    """ValueError or TypeError unless `name` is a critic's distance and each cloud has enough rows for one."""
+    check_name(name)
     if name in PLAIN:
         raise ValueError(
             f"{name} needs no critic: call dae.complexity.generator_distance, or dae.complexity.make_distance({name!r}, data)"
         )
-    if name not in ADVERSARIAL:
-        near = difflib.get_close_matches(str(name), ADVERSARIAL, n=1, cutoff=0.0)[0]
-        raise ValueError(f"unknown distance {name!r}; did you mean {near!r}? There are {', '.join(ADVERSARIAL)}")
-
-
-def check_least(name: str, cloud: Tensor) -> None:
-    if len(cloud) < CRITIC_ROWS:
-        raise ValueError(
-            f"{name}: expected at least {CRITIC_ROWS} rows, of which a part is to fit a critic on, one to choose and one to "
-            f"measure, got {len(cloud)}; add rows, or use a distance without a critic (sinkhorn, energy)"
-        )
-
-
-def check_rows(x_ND: Tensor, y_MD: Tensor) -> None:
-    for name, cloud in (("x", x_ND), ("y", y_MD)):
-        check_cloud(name, cloud)
-        check_least(name, cloud)
-    if x_ND.shape[1:] != y_MD.shape[1:]:
-        raise ValueError(
-            f"expected rows of one size, got x {list(x_ND.shape)} and y {list(y_MD.shape)}; compare points of one space"
-        )
-    if x_ND.device != y_MD.device:
-        raise ValueError(f"expected x and y on one device, got {x_ND.device} and {y_MD.device}; move one with .to()")
+    for role, cloud in clouds.items():
+        check_cloud(role, cloud)
+        if len(cloud) < CRITIC_ROWS:
+            raise ValueError(
+                f"{role}: expected at least {CRITIC_ROWS} rows, of which a part is to fit a critic on, one to choose and one to "
+                f"measure, got {len(cloud)}; add rows, or use a distance without a critic (sinkhorn, energy)"
+            )
 
 
 @own_arithmetic(gradients=True)
@@ -318,15 +281,16 @@ def train_adversarial(
         TypeError, ValueError: as `adversarial_distance`, or the family cannot map the shapes.
         FloatingPointError: the training diverged.
     """
-    check_name(name)
+    check_critic(name, latents=latents, data=data)
     check_family("family", family)
-    for role, cloud in (("latents", latents), ("data", data)):
-        check_cloud(role, cloud)
-        check_least(role, cloud)
     check_count("steps", steps)
     check_count("batch_size", batch_size)
-    scale_1D, center_1D = unit_scale(data.flatten(1).double(), isotropic=name in WASSERSTEIN)
-    real = ((data.flatten(1).double() - center_1D) / scale_1D).float()
+    exact_ND = data.flatten(1).double()
+    center_1D = exact_ND.mean(dim=0, keepdim=True)
+    variance_1D = (exact_ND - center_1D).square().mean(dim=0, keepdim=True)
+    scale_1D = (variance_1D.mean(dim=1, keepdim=True) if name in WASSERSTEIN else variance_1D).sqrt()
+    scale_1D = torch.where(scale_1D > 0, scale_1D, 1.0)
+    real = ((exact_ND - center_1D) / scale_1D).float()
     with torch.random.fork_rng(devices=[data.device] if data.is_cuda else []):
         torch.manual_seed(seed)
         start = family.start(latents, data)
@@ -339,9 +303,9 @@ def train_adversarial(
         average = torch.optim.swa_utils.AveragedModel(module, use_buffers=True)
 
         def draw() -> tuple[Tensor, Tensor]:
-            z = rows_of(latents[None], batch_size, randomness)[0]
+            z = random_rows(latents[None], batch_size, randomness)[0]
             fake = (module(z).flatten(1) - center_1D) / scale_1D
-            return rows_of(real[None], batch_size, randomness), fake[None].float()
+            return random_rows(real[None], batch_size, randomness), fake[None].float()
 
         for step in range(steps):
             for _ in range(3 if name in WASSERSTEIN else 1):
@@ -352,23 +316,19 @@ def train_adversarial(
             loss = adversary.generator_loss(fake_1BD)
             if not torch.isfinite(loss):
                 raise FloatingPointError(f"{name}: the generator's loss is {loss.item()} at step {step}; lower learning_rates")
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            adversary.schedule.step()
+            descend(optimizer, loss, schedule, adversary.schedule)
             family.constrain_(module)
             if step >= steps // 2:
                 average.update_parameters(module)
         family.constrain_(average.module)
-        candidates = [candidate.eval() for candidate in (average.module, module, start)]
-        return min(candidates, key=lambda candidate: quick_distance(candidate, latents, data, name, seed))
 
+        def distance(candidate: nn.Module) -> float:
+            with torch.no_grad():
+                generated = candidate(latents[:ROWS_TO_CHOOSE_ON])
+            rows = data[:ROWS_TO_CHOOSE_ON]
+            return adversarial_distance(rows, generated.to(data.dtype), name, seeds=(seed,), steps=100).value
 
-def quick_distance(module: nn.Module, latents: Tensor, data: Tensor, name: str, seed: int, rows: int = 4096) -> float:
-    with torch.no_grad():
-        generated = module(latents[:rows])
-    return adversarial_distance(data[:rows], generated.to(data.dtype), name, seeds=(seed,), steps=100).value
+        return min((candidate.eval() for candidate in (average.module, module, start)), key=distance)
 
 
 class Adversary:
@@ -389,10 +349,8 @@ class Adversary:
             loss = logistic_loss(*self.network(both).chunk(2, dim=1))
             loss = loss + RATIO_PENALTY * gradient_norms(self.network, both, create_graph=True).square().mean(dim=1)
         else:
-            loss = critic_step(self.network, real_1BD, fake_1BD, self.name == "wgan_gp", self.generator)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.sum().backward()
-        self.optimizer.step()
+            loss = critic_loss(self.network, real_1BD, fake_1BD, self.name == "wgan_gp", self.generator)
+        descend(self.optimizer, loss.sum())
         if self.name == "wgan_sn":
             self.network.clip_norms_()
 

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from dae.complexity.linear import clipped, sort_pairs
 
 FOLDS = 4  # a rotation fits on two of them, chooses on one and measures on one
 SNAPSHOTS = 10  # of a network, spread over its training
@@ -60,19 +63,22 @@ def parts_of(x_ND: Tensor, y_MD: Tensor, generator: torch.Generator) -> Parts:
 def standardised(parts: Parts, isotropic: bool) -> tuple[Parts, Tensor]:
     """Subtract the mean and divide by the standard deviation of the rows to fit on, half P and half Q; and that scale [K, 1, D].
 
-    An isotropic scale, one number a rotation [K, 1, 1], keeps the distances but for this factor. Computed in float64, so that a
+    An isotropic scale, one number per rotation [K, 1, 1], keeps the distances but for this factor. Computed in float64, so that a
     cloud far from the origin keeps what digits it has; the result is float32.
     """
-    fit = [part.double() for part in parts.fit]
-    mean = sum(part.mean(dim=1, keepdim=True) for part in fit) / 2
-    variance = sum((part - mean).square().mean(dim=1, keepdim=True) for part in fit) / 2
-    rounding = 1e-14 * sum(part.abs().amax(dim=1, keepdim=True) for part in fit)
+    fit_P, fit_Q = (part.double() for part in parts.fit)
+    mean = (fit_P.mean(dim=1, keepdim=True) + fit_Q.mean(dim=1, keepdim=True)) / 2
+    variance = ((fit_P - mean).square().mean(dim=1, keepdim=True) + (fit_Q - mean).square().mean(dim=1, keepdim=True)) / 2
+    rounding = 1e-14 * (fit_P.abs().amax(dim=1, keepdim=True) + fit_Q.abs().amax(dim=1, keepdim=True))
     if isotropic:
         variance, rounding = variance.mean(dim=2, keepdim=True), rounding.amax(dim=2, keepdim=True)
     scale = variance.sqrt()
     scale = torch.where(scale > rounding, scale, 1.0)  # a constant coordinate stays constant
-    moved = (tuple(((part - mean) / scale).float() for part in pair) for pair in (parts.fit, parts.select, parts.measure))
-    return Parts(*moved), scale
+
+    def moved(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return ((pair[0] - mean) / scale).float(), ((pair[1] - mean) / scale).float()
+
+    return Parts(moved(parts.fit), moved(parts.select), moved(parts.measure)), scale
 
 
 def logistic_loss(logits_P: Tensor, logits_Q: Tensor) -> Tensor:
@@ -81,7 +87,7 @@ def logistic_loss(logits_P: Tensor, logits_Q: Tensor) -> Tensor:
 
 
 def quadratic_logits(parts: Parts) -> tuple[Tensor, Tensor]:
-    """Logistic regressions on all monomials of degree 1 and 2, one a ridge: at rows to fit on [C, K, N] and held out [C, K, R].
+    """Logistic regressions on all monomials of degree 1 and 2, one per ridge: at rows to fit on [C, K, N] and held out [C, K, R].
 
     Exact for two Gaussians. From `QUADRATIC_INPUTS` dimensions on of the leading principal directions only.
     """
@@ -185,13 +191,7 @@ class Stack:
     def clip_norms_(self) -> None:
         """Clip the singular values of all weights at 1, exactly: with `maxmin` the networks are then 1-Lipschitz."""
         for weight in self.weights:
-            u, s, vh = torch.linalg.svd(weight, full_matrices=False)
-            weight.copy_((u * s.clamp(max=1)[:, None]) @ vh)
-
-
-def sort_pairs(x: Tensor) -> Tensor:
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([torch.maximum(a, b), torch.minimum(a, b)], dim=-1)
+            weight.copy_(clipped(weight, 1.0))
 
 
 def gradient_norms(critic: Stack, x_KND: Tensor, create_graph: bool = False) -> Tensor:
@@ -202,14 +202,7 @@ def gradient_norms(critic: Stack, x_KND: Tensor, create_graph: bool = False) -> 
     return (gradient.square().sum(dim=-1) + 1e-12).sqrt()
 
 
-def interpolates(x_KND: Tensor, y_KND: Tensor, generator: torch.Generator) -> Tensor:
-    """Random points on the segments from row n of the one to row n of the other (Gulrajani et al. 2017, algorithm 1)."""
-    rows = min(x_KND.shape[1], y_KND.shape[1])
-    t = torch.rand(x_KND.shape[0], rows, 1, generator=generator).to(x_KND)
-    return x_KND[:, :rows] + t * (y_KND[:, :rows] - x_KND[:, :rows])
-
-
-def rows_of(part_KND: Tensor, size: int, generator: torch.Generator) -> Tensor:
+def random_rows(part_KND: Tensor, size: int, generator: torch.Generator) -> Tensor:
     """`size` random rows with replacement; one draw for all rotations, whose rows differ anyway."""
     return part_KND[:, torch.randint(part_KND.shape[1], (size,), generator=generator).to(part_KND.device)]
 
@@ -218,8 +211,33 @@ def annealed(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_sch
     return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
-def snapshot_steps(steps: int) -> set[int]:
-    return {math.ceil(steps * i / SNAPSHOTS) for i in range(1, SNAPSHOTS + 1)}
+def descend(optimizer: torch.optim.Optimizer, loss: Tensor, *schedules: torch.optim.lr_scheduler.LRScheduler) -> None:
+    """One step of the optimiser, and then of the schedules."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    for schedule in schedules:
+        schedule.step()
+
+
+def snapshots(
+    network: Stack, optimizer: torch.optim.Optimizer, loss: Callable[[int], Tensor], points_KRD: Tensor, steps: int, free: int = 0
+) -> Tensor:
+    """Train a stack by `loss(step)` [K], each step 1 ... `steps`; its values [S, K, R] at the points at `SNAPSHOTS` of these.
+
+    Networks with `maxmin` have their norms clipped after each step but the first `free`, of which there are no snapshots.
+    """
+    schedule, found = annealed(optimizer, steps), []
+    kept = {math.ceil(steps * i / SNAPSHOTS) for i in range(1, SNAPSHOTS + 1)}
+    for step in range(1, steps + 1):
+        descend(optimizer, loss(step).sum(), schedule)
+        if step > free:
+            if network.maxmin:
+                network.clip_norms_()
+            if step in kept:
+                with torch.no_grad():
+                    found.append(network(points_KRD))
+    return torch.stack(found)
 
 
 def ratio_candidates(parts: Parts, *, steps: int, batch_size: int, width: int, generator: torch.Generator) -> Tensor:
@@ -239,21 +257,14 @@ def ratio_candidates(parts: Parts, *, steps: int, batch_size: int, width: int, g
         network.weights[-1].zero_()
         network.weights[0].mul_(2)
         network.biases[0].add_(2 * torch.randn(network.biases[0].shape, generator=generator).to(network.biases[0]))
+
+    def loss(step: int) -> Tensor:
+        batch = torch.cat([random_rows(part, batch_size, generator) for part in rows], dim=1)
+        return logistic_loss(*(batch[..., -1] + network(batch[..., :-1])).chunk(2, dim=1))
+
     optimizer = torch.optim.AdamW(network.parameters, lr=3e-3, weight_decay=1e-2)
-    schedule = annealed(optimizer, steps)
-    snapshots = []
-    for step in range(1, steps + 1):
-        batch = torch.cat([rows_of(part, batch_size, generator) for part in rows], dim=1)
-        logits_P, logits_Q = (batch[..., -1] + network(batch[..., :-1])).chunk(2, dim=1)
-        optimizer.zero_grad(set_to_none=True)
-        logistic_loss(logits_P, logits_Q).sum().backward()
-        optimizer.step()
-        schedule.step()
-        if step in snapshot_steps(steps):
-            with torch.no_grad():
-                snapshots.append(base_KR + network(heldout_KRD))
-    snapshots_CKR = torch.stack(snapshots).double()
-    mean_1KR = snapshots_CKR[len(snapshots) // 2 :].mean(dim=0, keepdim=True)
+    snapshots_CKR = (base_KR + snapshots(network, optimizer, loss, heldout_KRD, steps)).double()
+    mean_1KR = snapshots_CKR[len(snapshots_CKR) // 2 :].mean(dim=0, keepdim=True)
     return torch.cat([heldout_CKR, snapshots_CKR, mean_1KR])
 
 
@@ -262,16 +273,18 @@ def of_rotations(values_CK: Tensor, choice_K: Tensor) -> Tensor:
     return values_CK[choice_K, torch.arange(len(choice_K), device=choice_K.device)]
 
 
-def critic_step(network: Stack, x_KBD: Tensor, y_KBD: Tensor, penalty: bool, generator: torch.Generator) -> Tensor:
-    """[K]: E_Q f - E_P f, to be minimised, plus the penalty of a WGAN on gradients longer than 1 at interpolates.
+def critic_loss(network: Stack, x_KBD: Tensor, y_KBD: Tensor, penalty: bool, generator: torch.Generator) -> Tensor:
+    """[K]: E_Q f - E_P f, to be minimised, plus the penalty of a WGAN on gradients longer than 1.
 
-    One-sided (Petzka et al. 2018, arXiv 1709.08894): the two-sided one of Gulrajani et al. also forbids the short gradients that
+    It is taken at random points on the segments from row n of x to row n of y (Gulrajani et al. 2017, algorithm 1), and is
+    one-sided (Petzka et al. 2018, arXiv 1709.08894): the two-sided one of Gulrajani et al. also forbids the short gradients that
     the best potential has between two scales of one centre, and finds a fifth of that distance.
     """
     values_P, values_Q = network(torch.cat([x_KBD, y_KBD], dim=1)).chunk(2, dim=1)
     loss_K = values_Q.mean(dim=1) - values_P.mean(dim=1)
     if penalty:
-        norms_KB = gradient_norms(network, interpolates(x_KBD, y_KBD, generator), create_graph=True)
+        t_KB1 = torch.rand(*x_KBD.shape[:2], 1, generator=generator).to(x_KBD)
+        norms_KB = gradient_norms(network, x_KBD + t_KB1 * (y_KBD - x_KBD), create_graph=True)
         loss_K = loss_K + GRADIENT_PENALTY * F.relu(norms_KB - 1).square().mean(dim=1)
     return loss_K
 
@@ -290,20 +303,11 @@ def potential_candidates(
     direction_KD = difference_KD / difference_KD.norm(dim=1, keepdim=True).clamp(min=1e-30)
     linear_1KR = (heldout_KRD.double() @ direction_KD[..., None])[None, ..., 0]
     network = Stack(FOLDS, heldout_KRD.shape[2], width, generator, heldout_KRD.device, radial=True, maxmin=True)
+    free = steps // 4 if penalty else 0
+
+    def loss(step: int) -> Tensor:
+        x_KBD, y_KBD = (random_rows(part, batch_size, generator) for part in parts.fit)
+        return critic_loss(network, x_KBD, y_KBD, step <= free, generator)
+
     optimizer = torch.optim.Adam(network.parameters, lr=2e-2, betas=(0.5, 0.9))
-    schedule = annealed(optimizer, steps)
-    snapshots = []
-    for step in range(1, steps + 1):
-        penalised = penalty and step <= steps // 4
-        batch = [rows_of(part, batch_size, generator) for part in parts.fit]
-        optimizer.zero_grad(set_to_none=True)
-        critic_step(network, *batch, penalised, generator).sum().backward()
-        optimizer.step()
-        schedule.step()
-        if penalised:
-            continue
-        network.clip_norms_()
-        if step in snapshot_steps(steps):
-            with torch.no_grad():
-                snapshots.append(network(heldout_KRD).double())
-    return torch.cat([linear_1KR, torch.stack(snapshots)])
+    return torch.cat([linear_1KR, snapshots(network, optimizer, loss, heldout_KRD, steps, free).double()])

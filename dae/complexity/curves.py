@@ -7,43 +7,40 @@ import math
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from torch import Tensor
 
 from dae.complexity.distances import Distance
 from dae.complexity.estimate import Estimate, check_pair, check_seeds
-from dae.complexity.families import GeneratorFamily, check_family
+from dae.complexity.families import GeneratorFamily, check_family, check_number
 from dae.complexity.fitting import Fitting
-from dae.complexity.generator_distance import Trial, fit_trial, summarize, with_progress
+from dae.complexity.generator_distance import Trial, estimate_of, fit_trial
 from dae.precision import own_arithmetic
+from dae.progress import with_progress
 
 
 @dataclass(frozen=True)
 class ComplexityCurve:
     """c -> D^{G_c}(P_z, P_x) at some capacities.
 
-    Args:
-        capacities: increasing.
-        estimates: one a capacity. Where the family is nested, of the best generator fitted at this or a smaller capacity.
-        raw: one a capacity, of the generators fitted at this capacity alone, as `generator_distance` has them.
-        knob: what the capacity is.
-        chosen: whether `estimates` are such choices; else they are `raw`.
+    `raw` has the estimates of the generators fitted at each capacity alone, as `generator_distance` has them. Where the family is
+    nested, `estimates` are those of the best generators fitted at this or a smaller capacity.
     """
 
-    capacities: tuple[float, ...]
-    estimates: tuple[Estimate, ...]
+    capacities: tuple[float, ...]  # increasing
+    estimates: tuple[Estimate, ...]  # one per capacity
     raw: tuple[Estimate, ...]
-    knob: str
-    chosen: bool
+    knob: str  # what the capacity is
+    chosen: bool  # whether `estimates` are the best so far; else they are `raw`
 
     def required_capacity(self, eps: float) -> float | None:
         """C_eps: the smallest capacity of the curve whose estimate is at most eps; None where none is.
 
-        Between two capacities nothing is known, so nothing is interpolated, and C_eps is too great by up to a step of these.
-        Apart from that and from sampling error it is on the side of the curve: with "exact" estimates it is the first of these
-        capacities that suffices; with "upper" ones it is an upper bound too, as a better training could reach eps sooner, and
-        None says only that no such generator was found; with critics ("neither") it bounds nothing. Where the curve is flat about
-        eps, small errors of the estimates move it far: `required_capacity_of_seeds` shows how far.
+        Nothing is interpolated, so C_eps is too great by up to a step of the capacities. Apart from that and from sampling error
+        it is on the side of the curve: exact with "exact" estimates; an upper bound with "upper" ones, as a better training could
+        reach eps sooner; no bound with critics ("neither"). Where the curve is flat about eps, small errors of the estimates move
+        it far: `required_capacity_of_seeds` shows how far.
 
         Raises:
             TypeError: eps is not a number. ValueError: it is not finite.
@@ -59,20 +56,15 @@ class ComplexityCurve:
         return tuple(self._first(eps, values) for values in values_SC)
 
     def _first(self, eps: float, values: Sequence[float]) -> float | None:
-        if isinstance(eps, bool) or not isinstance(eps, int | float):
-            raise TypeError(f"expected eps as a number, got {type(eps).__name__}")
+        check_number("eps", eps)
         if not math.isfinite(eps):
             raise ValueError(f"expected a finite eps, a distance in the unit of the estimates, got {eps}")
         return next((c for c, value in zip(self.capacities, values, strict=True) if value <= eps), None)
 
     def to_dict(self) -> dict:
         """For JSON."""
-        return {
-            "knob": self.knob,
-            "chosen": self.chosen,
-            "estimates": [estimate.to_dict() for estimate in self.estimates],
-            "raw": [estimate.to_dict() for estimate in self.raw],
-        }
+        curves = {name: [e.to_dict() for e in getattr(self, name)] for name in ("estimates", "raw")}
+        return {"knob": self.knob, "chosen": self.chosen, **curves}
 
 
 @own_arithmetic(gradients=True)
@@ -89,13 +81,12 @@ def complexity_curve(
 ) -> ComplexityCurve:
     """The generator-induced distance at several capacities of one family.
 
-    With one seed all capacities share the split of the rows and what measuring draws at random, so that they differ by their
+    With one seed all capacities share the split of the rows and what measuring draws at random, so they differ by their
     generators alone. Where the family is nested, G_c in G_c' for c <= c', what was fitted at a smaller capacity is a member of
-    the greater one too, so an unlucky training need not be reported: each estimate is that of the generator that is best, among
-    those of this and the smaller capacities, on the rows to choose on. The rows to measure on take no part, so the curve falls
-    but for the error of finite samples. (Of linear maps with "frechet", which take the moments of all rows, the least value so
-    far is kept.) `raw` has what was fitted at each capacity alone. With an adversarial distance nothing is
-    chosen, as every score would need a critic of its own.
+    the greater one too: each estimate is that of the generator that is best, among those of this and the smaller capacities, on
+    the rows to choose on (of linear maps with "frechet", by the moments of all rows). So the curve falls but for the error of
+    finite samples. `raw` has what was fitted at each capacity alone. With an adversarial distance nothing is chosen, as every
+    score would need a critic of its own.
 
     Args:
         latents, data, distance: of `generator_distance`.
@@ -121,17 +112,18 @@ def complexity_curve(
     best_CS = best_so_far(trials_CS) if chosen else trials_CS
 
     def estimates(rows: list[list[Trial]]) -> tuple[Estimate, ...]:
-        return tuple(summarize(row, seeds, member, distance) for row, member in zip(rows, families, strict=True))
+        return tuple(estimate_of(row, seeds, member, distance) for row, member in zip(rows, families, strict=True))
 
     return ComplexityCurve(capacities, estimates(best_CS), estimates(trials_CS), family.knob, chosen)
 
 
 def best_so_far(trials_CS: list[list[Trial]]) -> list[list[Trial]]:
     """For each capacity and seed the trial of this or a smaller capacity with the best score."""
-    best_CS = [trials_CS[0]]
-    for row in trials_CS[1:]:
-        best_CS.append([new if new.score < old.score else old for old, new in zip(best_CS[-1], row, strict=True)])
-    return best_CS
+
+    def better(before: list[Trial], row: list[Trial]) -> list[Trial]:
+        return [min(pair, key=lambda trial: cast(float, trial.score)) for pair in zip(before, row, strict=True)]
+
+    return list(itertools.accumulate(trials_CS, better))
 
 
 def check_capacities(capacities: Sequence[float]) -> tuple[float, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -62,12 +63,7 @@ def check_name(name: str) -> None:
 
 @own_arithmetic(gradients=False)
 def make_distance(
-    name: str,
-    data: Tensor,
-    *,
-    num_projections: int = 128,
-    blur: float | None = None,
-    bandwidths: tuple[float, ...] | None = None,
+    name: str, data: Tensor, *, num_projections: int = 128, blur: float | None = None, bandwidths: tuple[float, ...] | None = None
 ) -> Distance:
     """A plain distance by name, with its scales taken from the data where they are not given.
 
@@ -84,8 +80,7 @@ def make_distance(
         name: one of these.
         data: [N, ...], floating.
         num_projections: directions of sliced_wasserstein.
-        blur: of sinkhorn, in the unit of the data.
-        bandwidths: of mmd, in the unit of the data.
+        blur, bandwidths: of sinkhorn and of mmd, in the unit of the data.
 
     Raises:
         ValueError: an unknown name, or an adversarial one, which has no such form; a length that is not positive.
@@ -94,61 +89,41 @@ def make_distance(
     check_name(name)
     check_values("data", data, "a floating torch.Tensor [N, ...]", "torch.as_tensor(data).float() makes one")
     check_count("num_projections", num_projections)
-    for what, lengths in (("blur", (blur,)), ("a bandwidth", bandwidths or ())):
-        for length in lengths:
-            if length is not None:
-                check_positive(what, length)
+    for what, length in (("blur", blur), *(("a bandwidth", length) for length in bandwidths or ())):
+        if length is not None:
+            check_positive(what, length)
     if bandwidths is not None and len(bandwidths) == 0:
         raise ValueError("expected at least one bandwidth, or None to take them from the data, got none")
     if name in ADVERSARIAL:
         raise ValueError(f"{name} is a critic's: call dae.complexity.adversarial.adversarial_distance, or generator_distance")
     if name == "reconstruction":
-        return Distance(
-            name,
-            lambda x, y, _: (x - y).square().mean(),
-            "mean squared error a value, paired rows",
-            paired=True,
-            solvable=True,
-        )
+        convention = "mean squared error a value, paired rows"
+        return Distance(name, lambda x, y, _: (x - y).square().mean(), convention, paired=True, solvable=True)
+    if name == "frechet":
+        convention = "squared, W_2^2 of Gaussians, cost |x - y|^2"
+        options = {"full_batch": True, "solvable": True, "of_moments": True}
+        return Distance(name, lambda x, y, _: frechet_distance(x, y), convention, **options)
     if name == "sliced_wasserstein":
+        cost = sliced_wasserstein.convention.cost  # type: ignore[attr-defined]
         return Distance(
             name,
             lambda x, y, generator: sliced_wasserstein(x, y, p=2, num_projections=num_projections, generator=generator),
-            f"root, p=2, cost {sliced_wasserstein.convention.cost}, {num_projections} directions; finite samples bias it upwards",
+            f"root, p=2, cost {cost}, {num_projections} directions; finite samples bias it upwards",
         )
+    function: Callable[[Tensor, Tensor], Tensor]
     if name == "sinkhorn":
-        blur = typical_distance(data) / 10 if blur is None else blur
-        return Distance(
-            name,
-            lambda x, y, _: sinkhorn_divergence(x, y, p=2, blur=blur),
-            f"squared, cost |x - y|^2 / 2, blur {blur:.4g}, debiased; finite samples bias it upwards",
-            pairwise=True,
-        )
-    if name == "mmd":
-        if bandwidths is None:
-            bandwidths = tuple(typical_distance(data) * factor for factor in (0.5, 1.0, 2.0))
-        listed = ", ".join(f"{bandwidth:.4g}" for bandwidth in bandwidths)
-        return Distance(
-            name,
-            lambda x, y, _: mmd(x, y, bandwidths=bandwidths),
-            f"squared, sum of Gaussian kernels of bandwidths {listed}; unbiased in finite samples, so it may be negative",
-            pairwise=True,
-        )
-    if name == "energy":
-        return Distance(
-            name,
-            lambda x, y, _: energy_distance(x, y),
-            "squared, cost |x - y|, 2 E|x - y| - E|x - x'| - E|y - y'|; finite samples bias it upwards",
-            pairwise=True,
-        )
-    return Distance(
-        name,
-        lambda x, y, _: frechet_distance(x, y),
-        "squared, W_2^2 of Gaussians, cost |x - y|^2",
-        full_batch=True,
-        solvable=True,
-        of_moments=True,
-    )
+        length = typical_distance(data) / 10 if blur is None else blur
+        convention = f"squared, cost |x - y|^2 / 2, blur {length:.4g}, debiased; finite samples bias it upwards"
+        function = functools.partial(sinkhorn_divergence, p=2, blur=length)
+    elif name == "mmd":
+        lengths = bandwidths or tuple(typical_distance(data) * factor for factor in (0.5, 1.0, 2.0))
+        listed = ", ".join(f"{length:.4g}" for length in lengths)
+        convention = f"squared, sum of Gaussian kernels of bandwidths {listed}; unbiased in finite samples, so it may be negative"
+        function = functools.partial(mmd, bandwidths=lengths)
+    else:
+        function = energy_distance
+        convention = "squared, cost |x - y|, 2 E|x - y| - E|x - x'| - E|y - y'|; finite samples bias it upwards"
+    return Distance(name, lambda x, y, _: function(x, y), convention, pairwise=True)
 
 
 def typical_distance(data: Tensor) -> float:

@@ -25,19 +25,18 @@ class Estimate:
 
     Args:
         value: mean of `values`.
-        std: their sample standard deviation; 0 of one. It tells what splits, initial weights and batches change. All seeds share
-            the data, so it leaves out what another sample of the data would change: `standard_error`.
+        std: their sample standard deviation, 0 of one: what splits, initial weights and batches change. All seeds share the data,
+            so it leaves out what another sample of the data would change: `standard_error`.
         values: one per seed.
         seeds: what the randomness of each was drawn from.
-        bound: which side of the true value it bounds in expectation over samples, so that one value may lie beyond it by its
-            sampling error: "exact"; "upper", an infimum found by training; "lower", a critic's supremum; "neither", both.
+        bound: which side of the true value it bounds in expectation over samples: "exact"; "upper", an infimum found by training;
+            "lower", a critic's supremum; "neither", both. One value may lie beyond it by its sampling error.
         distance: its name, such as "sinkhorn".
         convention: one line: squared or root, the cost, its parameters, and what finite samples do to it.
-        family: the generators, such as "linear maps, |W| <= 1"; None for a plain distance of two clouds.
-        capacity: the family's; None without a family.
-        counts: points fitted on, points measured on. Points that only chose among fitted generators are in neither.
-        standard_error: what the finite sample of points makes of one seed's value, root of the mean square over the seeds; None
-            where it is not known. Of the mean of all seeds it is rather less, but not by the root of their number.
+        family, capacity: of the generators, such as "linear maps, |W| <= 1" and 1.0; None for a plain distance of two clouds.
+        counts: points fitted on and measured on; points that only chose among fitted generators are in neither.
+        standard_error: of one seed's value over samples of points, root of the mean square over the seeds; None where it is not
+            known. That of the mean of all seeds is less, but not by the root of their number.
     """
 
     value: float
@@ -60,7 +59,11 @@ class Estimate:
 
     @classmethod
     def over(cls, values: Sequence[float], seeds: Sequence[int], **rest) -> Self:
-        """From one value a seed; `rest` are the fields but `value` and `std`. FloatingPointError: a value is not finite."""
+        """From one value per seed; `rest` are the other fields but `std`, without a family unless it is given.
+
+        FloatingPointError: a value is not finite.
+        """
+        rest = {"family": None, "capacity": None} | rest
         values = tuple(float(value) for value in values)
         if not all(math.isfinite(value) for value in values):
             raise FloatingPointError(f"{rest['distance']}: expected finite values, got {values}; scale the data to unit variance")
@@ -134,13 +137,12 @@ def check_pair(latents: Tensor, data: Tensor) -> None:
 
 def check_seeds(seeds: Sequence[int]) -> tuple[int, ...]:
     """As ints of Python. TypeError or ValueError unless there is at least one whole number, and none twice."""
-    if isinstance(seeds, str | bytes) or not hasattr(seeds, "__len__") or not hasattr(seeds, "__getitem__"):
-        raise TypeError(f"expected seeds as a sequence of ints, such as (0, 1, 2), got {seeds!r}")
+    listed = hasattr(seeds, "__len__") and hasattr(seeds, "__getitem__") and not isinstance(seeds, str | bytes)
     try:
-        whole = tuple(operator.index(seed) for seed in seeds if not isinstance(seed, bool))
-    except TypeError as error:
-        raise TypeError(f"expected seeds as a sequence of ints, such as (0, 1, 2), got {seeds!r}") from error
-    if len(whole) < len(seeds):
+        whole = tuple(operator.index(seed) for seed in seeds) if listed else None
+    except TypeError:
+        whole = None
+    if whole is None or any(isinstance(seed, bool) for seed in seeds):
         raise TypeError(f"expected seeds as a sequence of ints, such as (0, 1, 2), got {seeds!r}")
     if len(whole) == 0 or len(set(whole)) < len(whole):
         raise ValueError(f"expected at least one seed and none twice, got {whole}")

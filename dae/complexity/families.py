@@ -9,32 +9,37 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import ClassVar, Self, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dae.complexity.linear import best_frechet, best_reconstruction
+from dae.complexity.linear import best_frechet, best_reconstruction, sort_pairs
 from dae.config import AutoencoderConfig, DecoderConfig
 from dae.models.decoders import build_decoder
 from dae.precision import own_arithmetic
 
 Shape = tuple[int, ...]
+SOLVERS = {"reconstruction": best_reconstruction, "frechet": best_frechet}  # of the best linear map
 
 
 class GeneratorFamily:
     """What the families share. `str(family)` names the family with its capacity.
 
-    Members are built and constrained in float32 on the CPU unless told otherwise, whatever modes of torch are set (see
-    `dae.precision.own_arithmetic`); as modules they then compute as all modules do, under autocast in its dtype.
+    Members are built and constrained in float32 on the CPU unless told otherwise, whatever modes of torch are set
+    (`dae.precision.own_arithmetic`); as modules they then compute as all modules do, under autocast in its dtype.
 
-    `nested`: whether `at(c)` contains `at(c')` for all c' <= c. `learning_rate`: Adam's, for data of unit scale.
+    Attributes:
+        nested: whether `at(c)` contains `at(c')` for all c' <= c.
+        learning_rate: Adam's, for data of unit scale.
+        knob: what the capacity is.
     """
 
-    nested: ClassVar[bool]
-    learning_rate: ClassVar[float]
+    nested: bool
+    learning_rate: float
     knob: str
+    parameter: ClassVar[str | None] = None  # the field that is the capacity
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()
@@ -42,14 +47,23 @@ class GeneratorFamily:
             if name in vars(cls):
                 setattr(cls, name, own_arithmetic(gradients=True)(vars(cls)[name]))
 
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]  # all families here are dataclasses
+            if field.type == "int":
+                check_count(field.name, getattr(self, field.name))
+
     @property
     def capacity(self) -> float:
         """How much the family can do, in the unit that `knob` names; more is more."""
-        raise NotImplementedError
+        if self.parameter is None:
+            raise NotImplementedError
+        return getattr(self, self.parameter)
 
     def at(self, capacity: float) -> Self:
         """The same family with another capacity. ValueError: it has none such."""
-        raise NotImplementedError
+        if self.parameter is None:
+            raise NotImplementedError
+        return dataclasses.replace(self, **{self.parameter: capacity})  # type: ignore[type-var]
 
     def build(self, latent_shape: Shape, data_shape: Shape) -> nn.Module:
         """A member, freshly drawn from torch's global generator: [B, *latent_shape] -> [B, *data_shape].
@@ -66,7 +80,7 @@ class GeneratorFamily:
         return self
 
     def best(self, latents: Tensor, data: Tensor, distance: str) -> nn.Module | None:
-        """The member with the least distance, for these rows as they are, where a closed form is known."""
+        """The member with the smallest distance for these rows as they are; None where no closed form is known."""
         return None
 
     def start(self, latents: Tensor, data: Tensor) -> nn.Module:
@@ -83,19 +97,10 @@ class LinearMaps(GeneratorFamily):
 
     max_norm: float = math.inf
 
-    nested: ClassVar[bool] = True
-    learning_rate: ClassVar[float] = 2e-2
-    knob: ClassVar[str] = "operator norm"
+    nested, learning_rate, knob, parameter = True, 2e-2, "operator norm", "max_norm"
 
     def __post_init__(self) -> None:
         check_positive("max_norm", self.max_norm)
-
-    @property
-    def capacity(self) -> float:
-        return self.max_norm
-
-    def at(self, capacity: float) -> Self:
-        return dataclasses.replace(self, max_norm=capacity)
 
     def build(self, latent_shape: Shape, data_shape: Shape) -> nn.Module:
         module = nn.Sequential(
@@ -105,28 +110,29 @@ class LinearMaps(GeneratorFamily):
         return module
 
     def constrain_(self, module: nn.Module) -> None:
-        clip_singular_values_(module[1].weight, self.max_norm)
+        (layer,) = affine_layers(module)
+        clip_singular_values_(layer.weight, self.max_norm)
 
     def rescaled(self, ratio: float) -> Self:
         return self.at(self.max_norm * ratio)
 
     def best(self, latents: Tensor, data: Tensor, distance: str) -> nn.Module | None:
-        solvers = {"reconstruction": best_reconstruction, "frechet": best_frechet}
-        if distance not in solvers:
+        if distance not in SOLVERS:
             return None
         z_NK, x_ND = latents.flatten(1).double(), data.flatten(1).double()
-        weight_DK = solvers[distance](z_NK, x_ND, self.max_norm)
+        weight_DK = SOLVERS[distance](z_NK, x_ND, self.max_norm)
         return self.member(latents, data, weight_DK, x_ND.mean(dim=0) - weight_DK @ z_NK.mean(dim=0))
 
     def start(self, latents: Tensor, data: Tensor) -> nn.Module:
-        return self.best(latents, data, "frechet")  # the answer where both are Gaussian
+        return cast(nn.Module, self.best(latents, data, "frechet"))  # the answer where both are Gaussian
 
     def member(self, latents: Tensor, data: Tensor, weight_DK: Tensor, bias_D: Tensor) -> nn.Module:
         """With this weight and bias, between such latents and data."""
         module = self.build(tuple(latents.shape[1:]), tuple(data.shape[1:])).to(data)
+        (layer,) = affine_layers(module)
         with torch.no_grad():
-            module[1].weight.copy_(weight_DK)
-            module[1].bias.copy_(bias_D)
+            layer.weight.copy_(weight_DK)
+            layer.bias.copy_(bias_D)
         return module
 
     def __str__(self) -> str:
@@ -137,8 +143,8 @@ class LinearMaps(GeneratorFamily):
 class MLPs(GeneratorFamily):
     """Perceptrons with `depth` hidden layers of `width` ReLU units, on flattened latents and data.
 
-    Nested in either knob, exactly: a narrower network is a wider one with weights 0, and a shallower one a deeper one with an
-    identity after its last ReLU, where nothing is negative. (What training finds need not be: it is an upper bound.)
+    Nested in either knob: a narrower network is a wider one with weights 0, and a shallower one a deeper one with an identity
+    after its last ReLU, where nothing is negative.
 
     Args:
         width, depth: at least 1.
@@ -149,12 +155,10 @@ class MLPs(GeneratorFamily):
     depth: int = 2
     knob: str = "width"
 
-    nested: ClassVar[bool] = True
-    learning_rate: ClassVar[float] = 1e-2
+    nested, learning_rate = True, 1e-2
 
     def __post_init__(self) -> None:
-        check_count("width", self.width)
-        check_count("depth", self.depth)
+        super().__post_init__()
         if self.knob not in ("width", "depth"):
             raise ValueError(f"the knob of MLPs is 'width' or 'depth', got {self.knob!r}")
 
@@ -163,7 +167,8 @@ class MLPs(GeneratorFamily):
         return float(getattr(self, self.knob))
 
     def at(self, capacity: float) -> Self:
-        return dataclasses.replace(self, **{self.knob: whole(self.knob, capacity)})
+        size = whole(self.knob, capacity)
+        return dataclasses.replace(self, width=size) if self.knob == "width" else dataclasses.replace(self, depth=size)
 
     def build(self, latent_shape: Shape, data_shape: Shape) -> nn.Module:
         return perceptron(latent_shape, data_shape, self.width, self.depth, nn.ReLU)
@@ -176,11 +181,10 @@ class MLPs(GeneratorFamily):
 class LipschitzNetworks(GeneratorFamily):
     """Networks with |g(z) - g(z')| <= constant |z - z'| for all z, z', in Euclidean norms of flattened latents and data.
 
-    g(z) = A_n(s(A_{n-1}(... s(A_1(z))))) with n affine A_i of spectral norm <= constant^(1/n) and s = MaxMin, which sorts pairs
-    of units: 1-Lipschitz, and it keeps the norm of the gradient, so that the bound can be reached. Exact in every member (to
-    rounding): the singular values are clipped, not estimated. Nested in the constant. Training starts from slope 1 or the
-    constant if that is less, as a function that is steep everywhere takes long to unfold. The infimum is over these networks, so
-    it is an upper bound of that over all functions with this constant.
+    g(z) = A_n(s(A_{n-1}(... s(A_1(z))))) with n affine A_i of spectral norm <= constant^(1/n), whose singular values are clipped,
+    and s = MaxMin, which keeps the norm of the gradient, so that the bound can be reached. Nested in the constant. Training
+    starts from slope min(1, constant), as a function that is steep everywhere takes long to unfold. The infimum is over these
+    networks, so it is an upper bound of that over all functions with this constant.
 
     Source: Anil, Lucas and Grosse 2019, "Sorting out Lipschitz function approximation", arXiv 1811.05381.
 
@@ -194,25 +198,15 @@ class LipschitzNetworks(GeneratorFamily):
     width: int = 64
     depth: int = 2
 
-    nested: ClassVar[bool] = True
-    learning_rate: ClassVar[float] = 2e-2
-    knob: ClassVar[str] = "Lipschitz constant"
+    nested, learning_rate, knob, parameter = True, 2e-2, "Lipschitz constant", "constant"
 
     def __post_init__(self) -> None:
         check_positive("constant", self.constant)
         if math.isinf(self.constant):
             raise ValueError("expected a finite Lipschitz constant, got inf; MLPs have none")
-        check_count("width", self.width)
-        check_count("depth", self.depth)
+        super().__post_init__()
         if self.width % 2:
             raise ValueError(f"expected an even width, as MaxMin sorts pairs, got {self.width}")
-
-    @property
-    def capacity(self) -> float:
-        return self.constant
-
-    def at(self, capacity: float) -> Self:
-        return dataclasses.replace(self, constant=capacity)
 
     def build(self, latent_shape: Shape, data_shape: Shape) -> nn.Module:
         network = perceptron(latent_shape, data_shape, self.width, self.depth, MaxMin)
@@ -239,8 +233,7 @@ class LipschitzNetworks(GeneratorFamily):
 class ConvDecoders(GeneratorFamily):
     """The convolutional decoders of `dae.models.decoders`: [D, h, w] -> [C, h 2^k, w 2^k], k = 0, 1, ...
 
-    Not nested strictly: GroupNorm divides by statistics of a group of channels, which channels of weight 0 change. A greater
-    width has more parameters at every layer, no more is said.
+    Not nested: GroupNorm divides by statistics of a group of channels, which channels of weight 0 change.
 
     Args:
         width_factor: in (0, 1], channels relative to `base_channels` at full resolution and twice those below; the capacity.
@@ -252,23 +245,13 @@ class ConvDecoders(GeneratorFamily):
     base_channels: int = 32
     num_blocks: int = 1
 
-    nested: ClassVar[bool] = False
-    learning_rate: ClassVar[float] = 5e-3
-    knob: ClassVar[str] = "width factor"
+    nested, learning_rate, knob, parameter = False, 5e-3, "width factor", "width_factor"
 
     def __post_init__(self) -> None:
         check_positive("width_factor", self.width_factor)
         if self.width_factor > 1:
             raise ValueError(f"expected a width_factor in (0, 1], got {self.width_factor}; raise base_channels instead")
-        check_count("base_channels", self.base_channels)
-        check_count("num_blocks", self.num_blocks)
-
-    @property
-    def capacity(self) -> float:
-        return self.width_factor
-
-    def at(self, capacity: float) -> Self:
-        return dataclasses.replace(self, width_factor=capacity)
+        super().__post_init__()
 
     def build(self, latent_shape: Shape, data_shape: Shape) -> nn.Module:
         got = f"got latents {list(latent_shape)} and data {list(data_shape)}"
@@ -300,10 +283,9 @@ class ConvDecoders(GeneratorFamily):
 class DropoutNetworks(GeneratorFamily):
     """MLPs whose hidden units are zeroed with probability `dropout` whenever they generate, in evaluation too.
 
-    The noise is a part of the generator: left out, every rate would be the same family. The capacity is the rate of units kept,
-    1 - dropout. Not nested: no member has the noise of another rate. The paired reconstruction error suffers from noise
-    (E|x - g(z)|^2 is that of the mean network plus the noise's variance); a distance of distributions can gain from it, where
-    the latent has too little randomness of its own.
+    The capacity is the share of units kept, 1 - dropout. Not nested: no member has the noise of another rate. The paired
+    reconstruction error suffers from the noise (E|x - g(z)|^2 is that of the mean network plus the noise's variance); a distance
+    of distributions can gain from it, where the latent has too little randomness of its own.
 
     Args:
         dropout: in [0, 1).
@@ -314,17 +296,13 @@ class DropoutNetworks(GeneratorFamily):
     width: int = 64
     depth: int = 2
 
-    nested: ClassVar[bool] = False
-    learning_rate: ClassVar[float] = 1e-2
-    knob: ClassVar[str] = "share of units kept"
+    nested, learning_rate, knob = False, 1e-2, "share of units kept"
 
     def __post_init__(self) -> None:
-        if isinstance(self.dropout, bool) or not isinstance(self.dropout, int | float):
-            raise TypeError(f"expected dropout as a number, got {type(self.dropout).__name__}")
+        check_number("dropout", self.dropout)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"expected a dropout in [0, 1), got {self.dropout}")
-        check_count("width", self.width)
-        check_count("depth", self.depth)
+        super().__post_init__()
 
     @property
     def capacity(self) -> float:
@@ -344,11 +322,10 @@ class DropoutNetworks(GeneratorFamily):
 
 
 class MaxMin(nn.Module):
-    """GroupSort of pairs: (u_i, u_{i + n/2}) -> (max, min)."""
+    """GroupSort of pairs, see `sort_pairs`."""
 
     def forward(self, x_BH: Tensor) -> Tensor:
-        first, second = x_BH.chunk(2, dim=1)
-        return torch.cat([torch.maximum(first, second), torch.minimum(first, second)], dim=1)
+        return sort_pairs(x_BH)
 
 
 class NoisyReLU(nn.Module):
@@ -397,9 +374,13 @@ def check_family(name: str, family: GeneratorFamily) -> None:
         )
 
 
-def check_positive(name: str, number: float) -> None:
+def check_number(name: str, number: float) -> None:
     if isinstance(number, bool) or not isinstance(number, int | float):
         raise TypeError(f"expected {name} as a number, got {type(number).__name__}")
+
+
+def check_positive(name: str, number: float) -> None:
+    check_number(name, number)
     if not number > 0:
         raise ValueError(f"expected {name} > 0, got {number}")
 
@@ -412,8 +393,7 @@ def check_count(name: str, number: int) -> None:
 
 
 def whole(name: str, capacity: float) -> int:
-    if isinstance(capacity, bool) or not isinstance(capacity, int | float):
-        raise TypeError(f"expected {name} as a number, got {type(capacity).__name__}")
+    check_number(name, capacity)
     if capacity != math.floor(capacity) or math.isinf(capacity):
         raise ValueError(f"expected a whole {name}, got {capacity}")
     return int(capacity)

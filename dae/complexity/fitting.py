@@ -15,8 +15,9 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from dae.complexity.critics import annealed, descend
 from dae.complexity.distances import Distance
-from dae.complexity.families import GeneratorFamily, check_count, check_positive
+from dae.complexity.families import GeneratorFamily, check_count, check_number, check_positive
 from dae.seeding import seed_for
 
 CHECKS = 10  # how often in a training its state is compared with the best before
@@ -63,8 +64,7 @@ class Fitting:
                 raise ValueError(f"expected {name} >= 2, as one point is no cloud, got {rows}")
         if self.learning_rate is not None:
             check_positive("learning_rate", self.learning_rate)
-        if isinstance(self.heldout, bool) or not isinstance(self.heldout, int | float):
-            raise TypeError(f"expected heldout as a number, got {type(self.heldout).__name__}")
+        check_number("heldout", self.heldout)
         if not 0 <= self.heldout <= 0.5:
             raise ValueError(f"expected heldout in [0, 0.5], a share of the rows, got {self.heldout}")
 
@@ -78,7 +78,7 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Split:
+class RowSplit:
     """Rows to fit on, to choose on (which state of a training, which capacity), and to measure on."""
 
     fit: Rows
@@ -86,7 +86,7 @@ class Split:
     measure: Rows
 
 
-def split_rows(latents: Tensor, data: Tensor, seed: int, paired: bool, options: Fitting, limit: int | None = None) -> Split:
+def split_rows(latents: Tensor, data: Tensor, seed: int, paired: bool, options: Fitting, limit: int | None = None) -> RowSplit:
     """The split of one seed, the same for every family and capacity; at most `limit` rows to measure on, and to choose on.
 
     Where the distance does not pair rows, a latent and the data point that it may be the code of never serve the same purpose
@@ -112,25 +112,31 @@ def split_rows(latents: Tensor, data: Tensor, seed: int, paired: bool, options: 
     fit = take(measured + choosing, N)
     if not measured:
         part = fit if limit is None or limit >= N else take(0, limit)
-        return Split(fit, choose=part, measure=part)
+        return RowSplit(fit, choose=part, measure=part)
     choose = take(measured, measured + choosing) if choosing else fit
-    return Split(fit, choose, measure=take(0, min(measured, limit or measured)))
+    return RowSplit(fit, choose, measure=take(0, min(measured, limit or measured)))
 
 
 class Generator(nn.Module):
     """A member of a family in the units of the latents and the data: g(z) = t inner((z - a) / s) + b.
 
-    a and b are means, one a channel; s and t are scales of all values. So that one learning rate serves latents and data of any
-    scale.
+    a and b are means, one per channel; s and t are scales of all values. So one learning rate serves latents and data of any
+    scale. `inner` is the identity until a member of the family is put there; `ratio` is s / t.
     """
 
-    def __init__(self, inner: nn.Module, latents: Tensor, data: Tensor):
+    latent_center: Tensor
+    latent_scale: Tensor
+    data_center: Tensor
+    data_scale: Tensor
+
+    def __init__(self, latents: Tensor, data: Tensor):
         super().__init__()
-        self.inner = inner
+        self.inner: nn.Module = nn.Identity()
         for name, cloud in (("latent", latents), ("data", data)):
             center, scale = center_and_scale(cloud)
             self.register_buffer(f"{name}_center", center)
             self.register_buffer(f"{name}_scale", scale)
+        self.ratio = (self.latent_scale / self.data_scale).item()
 
     def forward(self, latents: Tensor) -> Tensor:
         return self.inner(self.standard_latents(latents)) * self.data_scale + self.data_center
@@ -150,10 +156,6 @@ def center_and_scale(cloud: Tensor) -> tuple[Tensor, Tensor]:
     return center.to(cloud.dtype), torch.where(scale > 0, scale, 1.0)
 
 
-def scale_ratio(latents: Tensor, data: Tensor) -> float:
-    return (center_and_scale(latents)[1] / center_and_scale(data)[1]).item()
-
-
 @contextmanager
 def seeded(device: torch.device, *names: object) -> Iterator[torch.Generator]:
     """torch's global generators seeded for `names` inside the block and as before after it; yields one more such generator."""
@@ -166,69 +168,56 @@ def closed_form(family: GeneratorFamily, rows: Rows, distance: Distance, seed: i
     """The best generator of the family for these rows, where the family knows it."""
     if not distance.solvable:
         return None
-    generator = Generator(nn.Identity(), rows.latents, rows.data)
+    generator = Generator(rows.latents, rows.data)
+    latents, data = generator.standard_latents(rows.latents), generator.standard_data(rows.data)
     with seeded(rows.data.device, seed, "fit"):
-        best = family.rescaled(scale_ratio(rows.latents, rows.data)).best(
-            generator.standard_latents(rows.latents), generator.standard_data(rows.data), distance.name
-        )
+        best = family.rescaled(generator.ratio).best(latents, data, distance.name)
     if best is None:
         return None
     generator.inner = best
     return generator
 
 
-def fit(family: GeneratorFamily, split: Split, distance: Distance, seed: int, options: Fitting) -> tuple[Generator, bool]:
-    """A generator of the family, fitted on the rows to fit on; and whether it is exactly the best for these."""
+def fit(family: GeneratorFamily, split: RowSplit, distance: Distance, seed: int, options: Fitting) -> tuple[Generator, bool]:
+    """A generator of the family, fitted on the rows to fit on; and whether it is exactly the best for these.
+
+    Where it is not computed it is trained by Adam with a projection into the family after each step, and the state is kept that
+    was best on the rows to choose on.
+    """
     solved = closed_form(family, split.fit, distance, seed)
     if solved is not None:
         return solved, True
     latents, data = split.fit.latents, split.fit.data
-    units = family.rescaled(scale_ratio(latents, data))
-    generator = Generator(nn.Identity(), latents, data)
+    generator = Generator(latents, data)
+    units = family.rescaled(generator.ratio)
     with seeded(data.device, seed, "fit") as randomness:
         generator.inner = units.start(generator.standard_latents(latents), generator.standard_data(data))
-        train(generator, units, split, distance, randomness, seed, options)
+        rows = ROWS_AT_ONCE if distance.full_batch else options.batch_size
+        rate = units.learning_rate if options.learning_rate is None else options.learning_rate
+        optimizer = torch.optim.Adam(generator.parameters(), lr=rate, betas=(0.9, 0.99), eps=1e-12)
+        schedule = annealed(optimizer, options.steps)
+        units.constrain_(generator.inner)
+        best, state = measure(generator, split.choose, distance, seed), copy.deepcopy(generator.state_dict())
+        for step in range(options.steps):
+            z_rows = batch_rows(len(latents), rows, randomness).to(latents.device)
+            x_rows = z_rows if distance.paired else batch_rows(len(data), rows, randomness).to(data.device)
+            loss = distance(generator(latents[z_rows]), data[x_rows], randomness)
+            if not torch.isfinite(loss):
+                raise FloatingPointError(
+                    f"{distance.name}: the loss is {loss.item()} at step {step} of fitting {units}; "
+                    f"lower learning_rate from {rate}"
+                )
+            descend(optimizer, loss, schedule)
+            units.constrain_(generator.inner)
+            if (step + 1) % -(-options.steps // CHECKS) == 0 or step + 1 == options.steps:
+                score = measure(generator, split.choose, distance, seed)
+                if score < best:
+                    best, state = score, copy.deepcopy(generator.state_dict())
+        generator.load_state_dict(state)
     return generator, False
 
 
-def train(
-    generator: Generator,
-    family: GeneratorFamily,
-    split: Split,
-    distance: Distance,
-    randomness: torch.Generator,
-    seed: int,
-    options: Fitting,
-) -> None:
-    """Adam with a projection into the family after each step; leaves the state that was best on the rows to choose on."""
-    latents, data = split.fit.latents, split.fit.data
-    rows = ROWS_AT_ONCE if distance.full_batch else options.batch_size
-    rate = family.learning_rate if options.learning_rate is None else options.learning_rate
-    optimizer = torch.optim.Adam(generator.parameters(), lr=rate, betas=(0.9, 0.99), eps=1e-12)
-    family.constrain_(generator.inner)
-    best, state = measure(generator, split.choose, distance, seed), copy.deepcopy(generator.state_dict())
-    for step in range(options.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = rate * (1 + math.cos(math.pi * step / options.steps)) / 2
-        z_rows = draw(len(latents), rows, randomness).to(latents.device)
-        x_rows = z_rows if distance.paired else draw(len(data), rows, randomness).to(data.device)
-        loss = distance(generator(latents[z_rows]), data[x_rows], randomness)
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"{distance.name}: the loss is {loss.item()} at step {step} of fitting {family}; lower learning_rate from {rate}"
-            )
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        family.constrain_(generator.inner)
-        if (step + 1) % -(-options.steps // CHECKS) == 0 or step + 1 == options.steps:
-            score = measure(generator, split.choose, distance, seed)
-            if score < best:
-                best, state = score, copy.deepcopy(generator.state_dict())
-    generator.load_state_dict(state)
-
-
-def draw(count: int, rows: int, randomness: torch.Generator) -> Tensor:
+def batch_rows(count: int, rows: int, randomness: torch.Generator) -> Tensor:
     """Indices of `rows` of `count` points, each at most once; all if there are no more."""
     return torch.randperm(count, generator=randomness)[:rows] if count > rows else torch.arange(count)
 

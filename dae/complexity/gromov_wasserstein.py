@@ -58,7 +58,7 @@ def gromov_wasserstein(
     for seed in seeds:
         rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed_for(seed, "gromov")))[:num_points]
         within_z, within_x = (distances(cloud[rows.to(cloud.device)], normalize) for cloud in (latents, data))
-        values.append(least_distortion(within_z, within_x, max_iterations))
+        values.append(minimal_distortion(within_z, within_x, max_iterations))
     used = min(num_points, len(data))
     return Estimate.over(
         values,
@@ -66,8 +66,6 @@ def gromov_wasserstein(
         bound="upper",
         distance="gromov_wasserstein",
         convention="squared, sum (|z - z'| - |x - x'|)^2 T T, Euclidean" + ", distances divided by their rms" * normalize,
-        family=None,
-        capacity=None,
         counts=(used, used),
     )
 
@@ -81,7 +79,7 @@ def distances(cloud: Tensor, normalize: bool) -> Tensor:
     return distances_NN / scale if normalize and scale > 0 else distances_NN
 
 
-def least_distortion(within_z_NN: Tensor, within_x_NN: Tensor, max_iterations: int) -> float:
+def minimal_distortion(within_z_NN: Tensor, within_x_NN: Tensor, max_iterations: int) -> float:
     with optional("POT", "gromov_wasserstein"):
         import ot
 

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import difflib
 import hashlib
-import importlib
 import json
 import math
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dae.complexity.estimate import check_cloud, check_pair
+from dae.complexity.own_function import codes_of_function
 from dae.config import Config
 from dae.hub import fingerprint
 from dae.metrics import Classifier, extract_features
@@ -91,12 +89,10 @@ weight 0, KL and VQ trained jointly, and the configured bottleneck by method dae
     kind, separator, argument = spec.partition(":")
     if spec in SOURCES:
         found = SOURCES[spec](spec, images_NCHW, labels_N, config, seed)
-    elif separator and kind in LOADERS:
-        if not argument:
-            raise ValueError(f"latent {spec!r}: expected `{kind}:<what to load>`, got nothing after the colon")
-        found = LOADERS[kind](argument, images_NCHW, config, seed)
     elif separator:
-        found = _from_function(spec, images_NCHW, config, seed)
+        if kind in LOADERS and not argument:
+            raise ValueError(f"latent {spec!r}: expected `{kind}:<what to load>`, got nothing after the colon")
+        found = LOADERS[kind](spec, images_NCHW, config, seed) if kind in LOADERS else _from_function(spec, images_NCHW, seed)
     else:
         near = difflib.get_close_matches(spec, SOURCES, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -104,15 +100,14 @@ weight 0, KL and VQ trained jointly, and the configured bottleneck by method dae
         raise ValueError(
             f"measure.latents: expected one of {', '.join(SOURCES)}, {loaders} or package.module:function, got {spec!r}{hint}"
         )
-    codes, paired, description, facts = found
     try:
-        check_pair(codes, images_NCHW)
-        codes = _in_float32(codes)
+        check_pair(found.codes, images_NCHW)
+        codes = _in_float32(found.codes)
     except (ValueError, TypeError) as error:
         raise type(error)(f"latent {spec!r}: {error}") from error
     digest = hashlib.sha256(codes.numpy().tobytes()).hexdigest()
-    provenance = {"spec": spec, "seed": seed, "shape": list(codes.shape), "codes_sha256": digest, **facts}
-    return Latent(spec, codes, paired, description, provenance)
+    provenance = {"spec": spec, "seed": seed, "shape": list(codes.shape), "codes_sha256": digest, **found.facts}
+    return Latent(spec, codes, found.paired, found.description, provenance)
 
 
 def _in_float32(codes: Tensor) -> Tensor:
@@ -130,7 +125,14 @@ def _in_float32(codes: Tensor) -> Tensor:
     return rounded
 
 
-Found = tuple[Tensor, bool, str, dict[str, Any]]  # codes, paired, description, provenance
+class Found(NamedTuple):
+    """Codes of one source, its description, and what `Latent.provenance` says of it."""
+
+    codes: Tensor
+    description: str
+    facts: dict[str, Any]
+    paired: bool = True
+
 
 # ---- noise and closed forms ----
 
@@ -150,7 +152,7 @@ def _noise(spec: str, images: Tensor, labels: Tensor | None, config: Config, see
         component_N = torch.randint(MIXTURE_COMPONENTS, (count,), generator=generator)
         codes = means[component_N] + math.sqrt(MIXTURE_WITHIN) * torch.randn(count, dim, generator=generator)
         words = f"Noise: {dim} numbers from one of {MIXTURE_COMPONENTS} clumps at random places, {unlike}."
-    return codes, False, words, {}
+    return Found(codes, words, {}, paired=False)
 
 
 def _pca(spec: str, images: Tensor, labels: Tensor | None, config: Config, seed: int) -> Found:
@@ -173,32 +175,39 @@ def _pca(spec: str, images: Tensor, labels: Tensor | None, config: Config, seed:
         f"The {dim} directions in which the images differ most (principal components), computed without training, centred and "
         f"not whitened. They hold {100 * share:.1f} % of the variance of the pixels."
     )
-    return codes.float(), True, words, {"explained_variance": share}
+    return Found(codes.float(), words, {"explained_variance": share})
 
 
 def _label(spec: str, images: Tensor, labels: Tensor | None, config: Config, seed: int) -> Found:
     if labels is None:
         raise ValueError("latent 'label': expected images with labels, this data set has none")
     codes = F.one_hot(labels).float()
-    return codes, True, f"Only the class of the image, one of {codes.shape[1]}: a latent with next to no information.", {}
+    return Found(codes, f"Only the class of the image, one of {codes.shape[1]}: a latent with next to no information.", {})
+
+
+def _from_function(spec: str, images: Tensor, seed: int) -> Found:
+    loaders = ", ".join(f"{name}:" for name in LOADERS)
+    codes, function, facts = codes_of_function(spec, images, seed_for(seed, "latent", spec), f"one of {loaders} and what to load")
+    return Found(codes, f"What the function {function} computes from each image.", facts)
 
 
 # ---- networks ----
 
 
-def _features(name: str, images: Tensor, config: Config, seed: int) -> Found:
+def _features(spec: str, images: Tensor, config: Config, seed: int) -> Found:
+    name = spec.partition(":")[2]
     path = Path(name)
     if path.is_file() or path.suffix == ".safetensors":
         classifier = Classifier.load(path)
         codes = extract_features(classifier, images, config.evaluation.batch_size)
-        return codes, True, f"Features of the small classifier {classifier.identifier}.", {"model": classifier.identifier}
+        return Found(codes, f"Features of the small classifier {classifier.identifier}.", {"model": classifier.identifier})
     model, settings, facts = _load_timm(name)
     prepared = _as_the_model_expects(images, settings)
     with torch.no_grad():
         codes = torch.cat([model(batch).flatten(1) for batch in prepared.split(64)])
     height, width = settings["input_size"][1:]
     words = f"Features of the pretrained network {name}, which sees each image enlarged or reduced to {height} × {width} pixels."
-    return codes, True, words, facts
+    return Found(codes, words, facts)
 
 
 def _load_timm(name: str) -> tuple[torch.nn.Module, dict[str, Any], dict[str, Any]]:
@@ -257,17 +266,14 @@ def saved_autoencoder(spec: str) -> Path | None:
     return path / "autoencoder" if not (path / "config.json").is_file() and (path / "autoencoder").is_dir() else path
 
 
-def _saved_autoencoder(folder: str, images: Tensor, config: Config, seed: int, sample: bool = False) -> Found:
-    path = saved_autoencoder(f"autoencoder:{folder}")
+def _saved_autoencoder(spec: str, images: Tensor, config: Config, seed: int) -> Found:
+    path, sample = cast(Path, saved_autoencoder(spec)), spec.startswith("posterior:")
     autoencoder = Autoencoder.from_pretrained(path)
-    if sample and autoencoder.config.bottleneck != "kl":
-        raise ValueError(f"latent 'posterior:{folder}': a VQ autoencoder has no posterior; use autoencoder:{folder}")
+    if sample and autoencoder.bottleneck.discrete:
+        raise ValueError(f"latent {spec!r}: a VQ autoencoder has no posterior; use autoencoder:{spec.partition(':')[2]}")
     codes, what = _encode(autoencoder, images, config, seed, sample)
-    return codes, True, f"{what} of the autoencoder saved in {path}.", {"model": str(path), "fingerprint": fingerprint(path)}
-
-
-def _posterior(folder: str, images: Tensor, config: Config, seed: int) -> Found:
-    return _saved_autoencoder(folder, images, config, seed, sample=True)
+    facts = {"model": str(path), "fingerprint": fingerprint(path)}
+    return Found(codes, f"{what} of the autoencoder saved in {path}.", facts)
 
 
 def _trained_autoencoder(spec: str, images: Tensor, labels: Tensor | None, config: Config, seed: int) -> Found:
@@ -278,7 +284,7 @@ def _trained_autoencoder(spec: str, images: Tensor, labels: Tensor | None, confi
     steps = sum(stage.config.max_train_steps for stage in plan_stages(config))
     words = f"{what} of {AUTOENCODERS[spec]}, trained here for {steps:,} steps on these images."
     trained = {key: dataclasses.asdict(getattr(config, key)) for key in ("autoencoder", "auxiliary_decoder", "stage1", "stage2")}
-    return codes, True, words, {"method": config.method, **trained}
+    return Found(codes, words, {"method": config.method, **trained})
 
 
 def rehearse_training(spec: str, config: Config, rows: int) -> tuple[int, ...] | None:
@@ -318,103 +324,9 @@ def _encode(autoencoder: Autoencoder, images: Tensor, config: Config, seed: int,
         torch.random.default_generator.manual_seed(seed_for(seed, "posterior"))
         batches = images.split(config.evaluation.batch_size)
         codes = torch.cat([autoencoder.encode(batch, sample_posterior=sample).latents for batch in batches])
-    if autoencoder.config.bottleneck == "vq":
-        return codes, f"The code vectors (out of {autoencoder.config.vq.codebook_size})"
+    if autoencoder.bottleneck.discrete:
+        return codes, f"The code vectors (out of {autoencoder.bottleneck.num_codes(autoencoder.config)})"
     return codes, "A sample of each posterior" if sample else "The means of the posteriors"
-
-
-# ---- a function of the user ----
-
-
-def _from_function(spec: str, images: Tensor, config: Config, seed: int) -> Found:
-    module_name, _, function_name = spec.partition(":")
-    with _importable(Path.cwd()), torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.random.default_generator.manual_seed(seed_for(seed, "latent", spec))
-        module, function = _import_function(spec, module_name, function_name)
-        try:
-            codes = function(images.clone())  # its own copy: what it does to it is not done to ours
-        except (Exception, SystemExit) as error:  # whatever the user's code raises
-            raise RuntimeError(f"latent {spec!r}: the function failed: {_cause(error)}; DAE_TRACEBACK=1 shows where") from error
-    if not isinstance(codes, Tensor):
-        if not hasattr(codes, "__array__"):
-            raise TypeError(
-                f"latent {spec!r}: expected the function to return a tensor or array [N, ...], got {type(codes).__name__}; "
-                "end it with torch.stack(...) or np.asarray(...)"
-            )
-        import numpy
-
-        array = numpy.asarray(codes)
-        if array.dtype.kind not in "fiub" or array.dtype.itemsize > 8:
-            raise TypeError(f"latent {spec!r}: expected an array of floating point numbers, got one of {array.dtype}")
-        codes = torch.from_numpy(array.astype(array.dtype.newbyteorder("=")))
-    if codes.layout is not torch.strided or codes.is_nested:
-        kind = "a nested tensor" if codes.is_nested else f"layout {codes.layout}"
-        raise TypeError(f"latent {spec!r}: expected a dense tensor [N, ...], got {kind}; of a sparse one return .to_dense()")
-    if not codes.dim() or len(codes) != len(images):
-        raise ValueError(
-            f"latent {spec!r}: expected one code an image, {len(images)} in all, got shape {list(codes.shape)}; "
-            "the function is called once, with all images"
-        )
-    source = getattr(module, "__file__", None)
-    facts = {"source": source}
-    if source and source.endswith(".py"):
-        facts["source_sha256"] = hashlib.sha256(Path(source).read_bytes()).hexdigest()
-    return codes, True, f"What the function {function_name} of the module {module_name} computes from each image.", facts
-
-
-def _cause(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
-
-
-def _import_function(spec: str, module_name: str, function_name: str) -> tuple[Any, Callable]:
-    file, hint = Path(module_name), ""
-    if file.suffix == ".py":
-        folder = f" with PYTHONPATH={file.parent}" if file.parent != Path() else ""
-        hint = f"; a module is named without .py: {file.stem}:{function_name}{folder}"
-    if not function_name or not all(part.isidentifier() for part in [*module_name.split("."), *function_name.split(".")]):
-        loaders = ", ".join(f"{name}:" for name in LOADERS)
-        raise ValueError(f"latent {spec!r}: expected package.module:function, or one of {loaders} and what to load{hint}")
-    try:
-        module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:  # whatever the user's code raises
-        missing = error.name if isinstance(error, ModuleNotFoundError) else None
-        if missing is None or not f"{module_name}.".startswith(f"{missing}."):
-            raise ImportError(
-                f"latent {spec!r}: the module {module_name} was found, but its import failed: {_cause(error)}; "
-                "DAE_TRACEBACK=1 shows where"
-            ) from error
-        where = "the current directory" if missing == module_name.split(".")[0] else f"{module_name.rpartition('.')[0]}"
-        remedy = hint or "; start in the folder that holds it, or add that folder: PYTHONPATH=<folder>"
-        raise ImportError(
-            f"latent {spec!r}: no module {missing!r} in {where} ({Path.cwd()}) or elsewhere on sys.path{remedy}"
-        ) from error
-    found: Any = module
-    for part in function_name.split("."):
-        if not hasattr(found, part):
-            names = [name for name in dir(found) if callable(getattr(found, name)) and not name.startswith("__")]
-            near = difflib.get_close_matches(part, names, 3) or names[:5]
-            hint = f"; it has {', '.join(near)}" if near else ""
-            raise ImportError(f"latent {spec!r}: {getattr(found, '__name__', found)} has no {part!r}{hint}")
-        found = getattr(found, part)
-    if isinstance(found, type):
-        raise TypeError(
-            f"latent {spec!r}: expected a function or an instance, got the class {found.__name__}; write "
-            f"`encode = {found.__name__}(...)` in {module_name} and give {module_name}:encode"
-        )
-    if not callable(found):
-        raise TypeError(f"latent {spec!r}: expected a function of images [N, C, H, W], got {type(found).__name__}, not callable")
-    return module, found
-
-
-@contextlib.contextmanager
-def _importable(folder: Path) -> Iterator[None]:
-    """`python recipes/x.py` puts the script's folder on the path, not the one that the user stands in."""
-    sys.path.insert(0, str(folder))
-    try:
-        importlib.invalidate_caches()
-        yield
-    finally:
-        sys.path.remove(str(folder))
 
 
 AUTOENCODERS = {
@@ -431,6 +343,5 @@ SOURCES: dict[str, Callable[..., Found]] = {
 }
 LOADERS: dict[str, Callable[..., Found]] = {
     "features": _features,
-    "autoencoder": _saved_autoencoder,
-    "posterior": _posterior,
+    **dict.fromkeys(("autoencoder", "posterior"), _saved_autoencoder),
 }

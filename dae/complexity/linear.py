@@ -72,5 +72,12 @@ def centred(x_ND: Tensor) -> Tensor:
 
 
 def clipped(W_DK: Tensor, max_norm: float) -> Tensor:
+    """The nearest matrix [..., D, K] in the Frobenius norm whose singular values are at most `max_norm`."""
     left, values, right = torch.linalg.svd(W_DK, full_matrices=False)
-    return (left * values.clamp_max(max_norm)) @ right
+    return (left * values.clamp_max(max_norm)[..., None, :]) @ right
+
+
+def sort_pairs(x: Tensor) -> Tensor:
+    """(u_i, u_{i + n/2}) -> (max, min) along the last axis, of even length n: 1-Lipschitz, and it keeps gradients' norms."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([torch.maximum(first, second), torch.minimum(first, second)], dim=-1)

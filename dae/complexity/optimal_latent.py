@@ -2,38 +2,36 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
 
 from dae.complexity.distances import Distance
 from dae.complexity.estimate import Estimate, check_cloud, check_seeds
-from dae.complexity.families import GeneratorFamily, LinearMaps, MLPs, Shape, check_count, check_family
+from dae.complexity.families import SOLVERS, GeneratorFamily, LinearMaps, MLPs, Shape, check_count, check_family
 from dae.complexity.fitting import Fitting, Generator, generated_by
-from dae.complexity.generator_distance import fit_trial, summarize, with_progress
+from dae.complexity.generator_distance import estimate_of, fit_trial
 from dae.complexity.linear import principal_axes
 from dae.precision import own_arithmetic
+from dae.progress import with_progress
 
 
 @dataclass(frozen=True)
 class OptimalLatent:
     """What `optimal_latent` finds.
 
-    Args:
-        encoder: data [B, ...] -> codes [B, *latent_shape], of the seed that was best on the rows to choose on.
-        generator: codes -> data, of the same seed.
-        codes: [N, *latent_shape], of all rows of the data, in their order.
-        estimate: of D^G(P_z, P_x) with z = f(x), on rows that neither was fitted on; one value a seed. (Of linear maps with
-            "frechet" by the moments of all rows, see `generator_distance`.)
+    `estimate` is of D^G(P_z, P_x) with z = f(x), on rows that neither was fitted on, one value per seed (of linear maps with
+    "frechet" by the moments of all rows, see `generator_distance`).
     """
 
-    encoder: nn.Module
-    generator: nn.Module
-    codes: Tensor
+    encoder: nn.Module  # data [B, ...] -> codes [B, *latent_shape], of the seed that was best on the rows to choose on
+    generator: nn.Module  # codes -> data, of the same seed
+    codes: Tensor  # [N, *latent_shape], of all rows of the data, in their order
     estimate: Estimate
 
 
@@ -49,7 +47,7 @@ def optimal_latent(
     progress: bool = False,
     **options,
 ) -> OptimalLatent:
-    """Train an encoder f and a generator g together, so that the latent z = f(x) has the least generator-induced distance.
+    """Train an encoder f and a generator g together, so that the latent z = f(x) minimises the generator-induced distance.
 
         inf over f of D^G(P_f(x), P_x) = inf over f and g of D(P_g(f(x)), P_x)
 
@@ -92,11 +90,11 @@ def optimal_latent(
     both, fitting = Autoencoders(encoder, family, latent_shape), Fitting.of(options)
     trials = [fit_trial(data, data, both, distance, seed, fitting) for seed in with_progress(seeds, str(both), progress)]
     # Critics give no score: then the first.
-    best = min(trials, key=lambda trial: 0.0 if trial.score is None else trial.score).generator
-    found = Encoder(best)
+    best = cast(Generator, min(trials, key=lambda trial: 0.0 if trial.score is None else trial.score).generator)
+    found = FittedEncoder(best)
     with torch.no_grad():
         codes = generated_by(found, data.to(best.latent_scale.dtype))
-    return OptimalLatent(found, Decoder(best), codes, summarize(trials, seeds, both, distance))
+    return OptimalLatent(found, FittedDecoder(best), codes, estimate_of(trials, seeds, both, distance))
 
 
 @dataclass(frozen=True)
@@ -107,10 +105,10 @@ class Autoencoders(GeneratorFamily):
     decoder: GeneratorFamily
     latent_shape: Shape
 
-    nested: ClassVar[bool] = False
+    nested = False
 
     @property
-    def knob(self) -> str:
+    def knob(self) -> str:  # type: ignore[override]  # read only: it is the decoder's
         return self.decoder.knob
 
     @property
@@ -118,21 +116,20 @@ class Autoencoders(GeneratorFamily):
         return self.decoder.capacity
 
     @property
-    def learning_rate(self) -> float:
+    def learning_rate(self) -> float:  # type: ignore[override]
         return min(self.encoder.learning_rate, self.decoder.learning_rate)
 
     def build(self, latent_shape: Shape, data_shape: Shape) -> nn.Module:
-        return nn.Sequential(
-            self.encoder.build(latent_shape, self.latent_shape), self.decoder.build(self.latent_shape, data_shape)
-        )
+        encoder = self.encoder.build(latent_shape, self.latent_shape)
+        return nn.Sequential(encoder, self.decoder.build(self.latent_shape, data_shape))
 
     def constrain_(self, module: nn.Module) -> None:
-        self.encoder.constrain_(module[0])
-        self.decoder.constrain_(module[1])
+        for family, half in zip((self.encoder, self.decoder), cast(nn.Sequential, module), strict=True):
+            family.constrain_(half)
 
     def rescaled(self, ratio: float) -> Self:
         # The codes in between are divided by what the encoder's input is, which leaves the encoder as it is.
-        return Autoencoders(self.encoder, self.decoder.rescaled(ratio), self.latent_shape)
+        return dataclasses.replace(self, decoder=self.decoder.rescaled(ratio))
 
     def best(self, latents: Tensor, data: Tensor, distance: str) -> nn.Module | None:
         """Of linear maps: PCA, shrunk by the product of the norms if that is below 1.
@@ -140,17 +137,19 @@ class Autoencoders(GeneratorFamily):
         For W = G F of rank <= k and norm <= p, both E|x - W x|^2 and W_2^2 are at least
         sum_{i <= k} max(1 - p, 0)^2 l_i + sum_{i > k} l_i, with equality for W = min(p, 1) V V^T of the first k axes V.
         """
-        if not (type(self.encoder) is type(self.decoder) is LinearMaps and distance in ("reconstruction", "frechet")):
+        encoder, decoder = self.encoder, self.decoder
+        if not (isinstance(encoder, LinearMaps) and isinstance(decoder, LinearMaps) and distance in SOLVERS):
             return None
         mean_D = data.flatten(1).double().mean(dim=0)
-        axes_DK = principal_axes(data.flatten(1))[1][:, : math.prod(self.latent_shape)]
-        axes_DK = nn.functional.pad(axes_DK, (0, math.prod(self.latent_shape) - axes_DK.shape[1]))  # more values than the data
-        shrunk = min(1.0, self.encoder.max_norm * self.decoder.max_norm)
-        gain = min(self.encoder.max_norm, max(1.0, shrunk / self.decoder.max_norm))
+        K = math.prod(self.latent_shape)
+        axes_DK = principal_axes(data.flatten(1))[1][:, :K]
+        axes_DK = nn.functional.pad(axes_DK, (0, K - axes_DK.shape[1]))  # more values than the data
+        shrunk = min(1.0, encoder.max_norm * decoder.max_norm)
+        gain = min(encoder.max_norm, max(1.0, shrunk / decoder.max_norm))
         codes = data.new_empty(1, *self.latent_shape)
         return nn.Sequential(
-            self.encoder.member(latents, codes, gain * axes_DK.T, -gain * axes_DK.T @ mean_D),
-            self.decoder.member(codes, data, shrunk / gain * axes_DK, mean_D),
+            encoder.member(latents, codes, gain * axes_DK.T, -gain * axes_DK.T @ mean_D),
+            decoder.member(codes, data, shrunk / gain * axes_DK, mean_D),
         )
 
     def start(self, latents: Tensor, data: Tensor) -> nn.Module:
@@ -161,7 +160,7 @@ class Autoencoders(GeneratorFamily):
         return f"{self.decoder}; encoded by {self.encoder}"
 
 
-class Encoder(nn.Module):
+class FittedEncoder(nn.Module):
     """The first half of a fitted autoencoder, in the unit of the data."""
 
     def __init__(self, autoencoder: Generator):
@@ -169,17 +168,13 @@ class Encoder(nn.Module):
         self.autoencoder = autoencoder
 
     def forward(self, data: Tensor) -> Tensor:
-        fitted = self.autoencoder
-        return fitted.inner[0](fitted.standard_latents(data)) * fitted.latent_scale
+        encoder, _ = cast(nn.Sequential, self.autoencoder.inner)
+        return encoder(self.autoencoder.standard_latents(data)) * self.autoencoder.latent_scale
 
 
-class Decoder(nn.Module):
+class FittedDecoder(FittedEncoder):
     """The second half."""
 
-    def __init__(self, autoencoder: Generator):
-        super().__init__()
-        self.autoencoder = autoencoder
-
     def forward(self, codes: Tensor) -> Tensor:
-        fitted = self.autoencoder
-        return fitted.inner[1](codes / fitted.latent_scale) * fitted.data_scale + fitted.data_center
+        _, decoder = cast(nn.Sequential, self.autoencoder.inner)
+        return decoder(codes / self.autoencoder.latent_scale) * self.autoencoder.data_scale + self.autoencoder.data_center

@@ -39,7 +39,7 @@ class MeasuredLatent(NamedTuple):
     train: Encoded
     heldout: Encoded
     card: dict[str, float | None]
-    baselines: dict[str, float | None]  # of `baselines`
+    baselines: dict[str, float | None]  # of `without_latent`
     seconds: float
 
 
@@ -57,21 +57,23 @@ def measure_card(config: Config, method: str) -> MeasuredLatent:
     data = load_data(config.data, config.seed)
     refuse_other_data(folder, config.data, data.fingerprint)
     data.list_skipped(config.output_dir)
-    options = {"batch_size": config.evaluation.batch_size, "num_workers": config.data.num_workers, "knob": "measure.max_images"}
     (train, train_labels), (heldout, heldout_labels) = (
-        in_memory(split, config.measure.max_images, seed=seed_for(config.seed, "report card"), **options)
+        in_memory(
+            split, config.measure.max_images, seed=seed_for(config.seed, "report card"), knob="measure.max_images",
+            batch_size=config.evaluation.batch_size, num_workers=config.data.num_workers,
+        )
         for split in (data.train, data.validation)
-    )
+    )  # fmt: skip
     labels = (train_labels, heldout_labels) if data.labelled else (None, None)
     started = time.monotonic()
     card = report_card(autoencoder, train, labels[0], heldout, labels[1], seed=config.seed)
     seconds = time.monotonic() - started
     encoded = encode_images(autoencoder, train), encode_images(autoencoder, heldout)
-    without = baselines(train, heldout, labels[1], config.seed)
+    without = without_latent(train, heldout, labels[1], config.seed)
     return MeasuredLatent(config, method, autoencoder, data, *encoded, card, without, seconds)
 
 
-def baselines(train: Tensor, heldout: Tensor, labels: Tensor | None, seed: int) -> dict[str, float | None]:
+def without_latent(train: Tensor, heldout: Tensor, labels: Tensor | None, seed: int) -> dict[str, float | None]:
     """What doing without the latent gives, by predictor.
 
     The mean image in place of reconstructions and of what linear maps make, training images in place of interpolations and of

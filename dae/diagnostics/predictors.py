@@ -103,13 +103,13 @@ def tiny_transformer_bits(train_Nhw: Tensor, heldout_Mhw: Tensor, codebook_size:
         return model(torch.zeros(len(tokens_BT), dtype=torch.int64), tokens_BT[:, :-1], targets_BT=tokens_BT)
 
     steps = min(PRIOR_STEPS, PRIOR_PASSES * N // batch_size)
-    fit(model, lambda rows_B: loss(train_NT[rows_B]), N, steps=steps, batch_size=batch_size, learning_rate=1e-2, seed=seed)
+    minimise(model, lambda rows_B: loss(train_NT[rows_B]), N, steps=steps, batch_size=batch_size, learning_rate=1e-2, seed=seed)
     with torch.no_grad():
         nats = sum(loss(tokens_BT).double().item() * len(tokens_BT) for tokens_BT in heldout_MT.split(256))
     return nats / len(heldout_MT) * T / math.log(2)
 
 
-def fit(
+def minimise(
     model: nn.Module,
     loss: Callable[[Tensor], Tensor],
     count: int,
@@ -321,13 +321,11 @@ class Ridge:
         self.offset = y_NQ.mean(0)
         x_NP, y_NQ = (x_NP - self.centre) / self.scale, y_NQ - self.offset
         # U with x x^T = U diag(l) U^T, from the smaller of the two Gram matrices.
-        if x_NP.shape[1] <= N:
-            values, V = torch.linalg.eigh(x_NP.T @ x_NP)
-        else:
-            values, U = torch.linalg.eigh(x_NP @ x_NP.T)
+        narrow = x_NP.shape[1] <= N
+        values, vectors = torch.linalg.eigh(x_NP.T @ x_NP if narrow else x_NP @ x_NP.T)
         kept = (values > 1e-12 * values[-1]) & (values > 0)
-        values = values[kept]
-        U_NR = x_NP @ V[:, kept] / values.sqrt() if x_NP.shape[1] <= N else U[:, kept]
+        values, vectors = values[kept], vectors[:, kept]
+        U_NR = x_NP @ vectors / values.sqrt() if narrow else vectors
         projected_RQ, leverage_NR = U_NR.T @ y_NQ, U_NR.square()
 
         def left_out(penalty: float) -> Tensor:
@@ -377,14 +375,14 @@ def mlp_distance(linear: Ridge, train: Tensor, heldout: Tensor, heldout_images: 
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model = nn.Sequential(nn.Linear(x_NP.shape[1], MLP_WIDTH), nn.SiLU(), nn.Linear(MLP_WIDTH, rest_NQ.shape[1]))
-    nn.init.zeros_(model[2].weight)
-    nn.init.zeros_(model[2].bias)
+    for parameter in model[2].parameters():
+        nn.init.zeros_(parameter)
     aside, rows = torch.randperm(N, generator=torch.Generator().manual_seed(seed)).split([N // 5, N - N // 5])
 
     def loss(rows_B: Tensor) -> Tensor:
         return (model(x_NP[rows_B]) - rest_NQ[rows_B]).square().mean()
 
-    fit(model, lambda chosen_B: loss(rows[chosen_B]), len(rows), steps=MLP_STEPS, batch_size=MLP_BATCH, learning_rate=3e-3,
+    minimise(model, lambda chosen_B: loss(rows[chosen_B]), len(rows), steps=MLP_STEPS, batch_size=MLP_BATCH, learning_rate=3e-3,
         seed=seed, validate=lambda: loss(aside).item())  # fmt: skip
     with torch.no_grad():
         made = linear(heldout) + model(z_MP).double()

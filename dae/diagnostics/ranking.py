@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
 from dae.config import Config
 from dae.diagnostics.report_card import PREDICTORS
 from dae.statistics import RankCorrelation, rank_correlation
+
+SHARED = ("data.dataset_name", "data.train_files", "data.resolution", "autoencoder.bottleneck")  # by a latent and its trials
 
 
 class Ranking(NamedTuple):
@@ -84,12 +87,7 @@ def rank_comparisons(config: Config, latent: Config) -> dict[Path, Ranking]:
 def read_trials(folder: Path, latent: Config) -> list[dict]:
     """The records of the trials that finished; those that diverged have none. ValueError: as `rank_comparisons`."""
     records = []
-    ours = {
-        "data.dataset_name": latent.data.dataset_name,
-        "data.train_files": latent.data.train_files,
-        "data.resolution": latent.data.resolution,
-        "autoencoder.bottleneck": latent.autoencoder.bottleneck,
-    }
+    ours = {key: attrgetter(key)(latent) for key in SHARED}
     for path in sorted((folder / "trials").glob("*.json")):
         try:
             saved = json.loads(path.read_text())

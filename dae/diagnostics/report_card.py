@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -48,49 +49,40 @@ PREDICTORS = {
         "Codebook usage", "share", "Share of the codes that occur at all in held-out images. An unused code is idle.", "higher"
     ),
     "codebook_perplexity": Predictor(
-        "Codebook perplexity", "codes",
-        "How many equally frequent codes would be as varied. More carry more detail, fewer are easier to predict.", "either",
+        "Codebook perplexity", "codes", "How many equally frequent codes would be as varied. More carry more detail, fewer are "
+        "easier to predict.", "either",
     ),
     "code_entropy": Predictor(
-        "Entropy of a code", "bits per token",
-        "The same in bits: what a token costs if only the frequency of each code is known.", "either",
+        "Entropy of a code", "bits per token", "The same in bits: what a token costs if only the frequency of each code is "
+        "known.", "either",
     ),
     "ngram_bits": Predictor(
-        "Code length, neighbours only", "bits per image",
-        "What an image costs if each code is guessed from its left and upper neighbour. Few bits: the codes follow simple rules.",
-        "lower",
+        "Code length, neighbours only", "bits per image", "What an image costs if each code is guessed from its left and upper "
+        "neighbour. Few bits: the codes follow simple rules.", "lower",
     ),
     "prior_bits": Predictor(
-        "Code length, tiny prior", "bits per image",
-        "What an image costs under a very small generative model of the latent: a Transformer trained for a second "
-        "(tokens), or a Gaussian (continuous latents, at the precision of their noise).",
+        "Code length, tiny prior", "bits per image", "What an image costs under a very small generative model of the latent: "
+        "a Transformer trained for a second (tokens), or a Gaussian (continuous latents, at the precision of their noise).",
         "lower",
     ),
     "gaussian_rate": Predictor(
-        "Gaussian rate", "bits per image",
-        "What a continuous latent costs if each of its values is guessed alone, from a bell curve.",
-        "lower",
+        "Gaussian rate", "bits per image", "What a continuous latent costs if each of its values is guessed alone, from a bell "
+        "curve.", "lower",
     ),
     "spectrum_slope": Predictor(
-        "Slope of the spectrum", "",
-        "How fast the variance falls from one direction of the latent to the next, on logarithmic axes. Steep (very negative): "
-        "few directions carry most of it.",
-        "lower",
+        "Slope of the spectrum", "", "How fast the variance falls from one direction of the latent to the next, on logarithmic "
+        "axes. Steep (very negative): few directions carry most of it.", "lower",
     ),
     "effective_dimension": Predictor(
         "Effective dimension", "directions", "How many directions of equal variance would spread the latent as widely.", "lower"
     ),
     "sensitivity": Predictor(
-        "Sensitivity", "share",
-        "How much a decoded image changes, relative to how images differ, if each latent value is disturbed by 10\u00a0% of its "
-        "usual spread: how far a prior's small errors show.",
-        "lower",
+        "Sensitivity", "share", "How much a decoded image changes, relative to how images differ, if each latent value is "
+        "disturbed by 10\u00a0% of its usual spread: how far a prior's small errors show.", "lower",
     ),
     "shift_error": Predictor(
-        "Error under a shift", "share",
-        "Whether the latent shifts along if the image is shifted by one latent position: 0\u00a0%, it does; 100\u00a0%, it "
-        "becomes as different as that of another image.",
-        "lower",
+        "Error under a shift", "share", "Whether the latent shifts along if the image is shifted by one latent position: "
+        "0\u00a0%, it does; 100\u00a0%, it becomes as different as that of another image.", "lower",
     ),
     "flip_error": Predictor(
         "Error under mirroring", "share", "The same if the image is mirrored, left to right.", "lower"
@@ -99,30 +91,24 @@ PREDICTORS = {
         "Classes by a linear reader", "share", "Held-out images whose class one linear map can read off the latent.", "higher"
     ),
     "interpolation_distance": Predictor(
-        "Distance of interpolations", "share",
-        "How far images decoded half-way between two latents are from real images as a set: 0\u00a0%, not to be told apart; "
-        "100\u00a0%, two separate points.",
-        "lower",
+        "Distance of interpolations", "share", "How far images decoded half-way between two latents are from real images as a "
+        "set: 0\u00a0%, not to be told apart; 100\u00a0%, two separate points.", "lower",
     ),
     "reconstruction_error": Predictor(
-        "Reconstruction error", "squared error",
-        "Mean squared error a pixel of held-out images that were encoded and decoded; black and white are 2 apart.", "lower",
+        "Reconstruction error", "squared error", "Mean squared error a pixel of held-out images that were encoded and decoded; "
+        "black and white are 2 apart.", "lower",
     ),
     "linear_distance": Predictor(
-        "Distance for linear generators", "squared error",
-        "How well the best linear map makes held-out images from the latent: the paper's distance for the simplest generators. "
-        "Low: even these can use the latent.",
-        "lower",
+        "Distance for linear generators", "squared error", "How well the best linear map makes held-out images from the latent: "
+        "the paper's distance for the simplest generators. Low: even these can use the latent.", "lower",
     ),
     "mlp_distance": Predictor(
         "Distance for slightly richer generators", "squared error", "The same with a small hidden layer beside the linear map.",
         "lower",
     ),
     "linear_sliced_distance": Predictor(
-        "Distance for linear generators, as sets", "pixel units",
-        "How far the linear map's images are, as a set, from the real ones whose latents they were made from (sliced Wasserstein "
-        "distance).",
-        "lower",
+        "Distance for linear generators, as sets", "pixel units", "How far the linear map's images are, as a set, from the real "
+        "ones whose latents they were made from (sliced Wasserstein distance).", "lower",
     ),
 }  # fmt: skip
 
@@ -156,10 +142,10 @@ def report_card(
 ) -> dict[str, float | None]:
     """Measure every entry of `PREDICTORS`.
 
-    What has to be fitted is fitted on the training images, and every value is measured on held-out images, but for the
-    spectrum and the Gaussian rate, which are those of the training latents. Perturbations and interpolations act on the
-    latents that the decoder reads (of VQ the codes, without a new search for the nearest; of KL the posterior's mean) of at
-    most `ANSWERING` held-out images, as does the reconstruction error.
+    What has to be fitted is fitted on the training images, and every value is measured on held-out images, but for the spectrum
+    and the Gaussian rate, which are those of the training latents. Perturbations, interpolations and the reconstruction error
+    are of at most `ANSWERING` held-out images, and of the latents that the decoder reads: of VQ the codes, without a new search
+    for the nearest; of KL the posterior's mean.
 
     Args:
         autoencoder: of either bottleneck, on any device; left in the mode that it is in, but measured in evaluation mode.
@@ -180,8 +166,10 @@ def report_card(
     check_images_and_labels(autoencoder, train=(train_images, train_labels), heldout=(heldout_images, heldout_labels))
     train, heldout = (encode_images(autoencoder, images) for images in (train_images, heldout_images))
     card: dict[str, float | None] = dict.fromkeys(PREDICTORS)
-    card |= code_length(autoencoder, train, heldout, seed) | shape_of(train) | answers(autoencoder, heldout, seed)
-    card |= readers(train, heldout, seed)
+    eigenvalues = measure.spectrum(train.latents)
+    card["spectrum_slope"] = measure.spectrum_slope(eigenvalues)
+    card["effective_dimension"] = measure.effective_dimension(eigenvalues)
+    card |= code_length(autoencoder, train, heldout, seed) | answers(autoencoder, heldout, seed) | readers(train, heldout, seed)
     if train_labels is not None and heldout_labels is not None and len(train_labels.unique()) > 1:
         card["linear_probe"] = measure.probe_accuracy(train.latents, train_labels.cpu(), heldout.latents, heldout_labels.cpu())
     return card
@@ -189,8 +177,8 @@ def report_card(
 
 def code_length(autoencoder: Autoencoder, train: Encoded, heldout: Encoded, seed: int) -> dict[str, float]:
     """What the latent costs in bits, as far as its kind allows."""
-    if heldout.indices is not None:
-        K = autoencoder.config.vq.codebook_size
+    if train.indices is not None and heldout.indices is not None:
+        K = autoencoder.bottleneck.num_codes(autoencoder.config)
         usage = CodebookUsage(K).update(heldout.indices)
         return {
             "codebook_usage": usage.usage,
@@ -199,18 +187,10 @@ def code_length(autoencoder: Autoencoder, train: Encoded, heldout: Encoded, seed
             "ngram_bits": measure.ngram_bits(train.indices, heldout.indices, K),
             "prior_bits": measure.tiny_transformer_bits(train.indices, heldout.indices, K, seed=seed),
         }
-    posteriors = (train.latents, train.log_variance, heldout.latents, heldout.log_variance)
+    ours, theirs = (train.latents, cast(Tensor, train.log_variance)), (heldout.latents, cast(Tensor, heldout.log_variance))
     return {
-        "gaussian_rate": gaussian_rate(train.latents, train.log_variance, covariance="diagonal"),
-        "prior_bits": measure.gaussian_prior_bits(*posteriors),
-    }
-
-
-def shape_of(train: Encoded) -> dict[str, float | None]:
-    eigenvalues = measure.spectrum(train.latents)
-    return {
-        "spectrum_slope": measure.spectrum_slope(eigenvalues),
-        "effective_dimension": measure.effective_dimension(eigenvalues),
+        "gaussian_rate": gaussian_rate(*ours, covariance="diagonal"),
+        "prior_bits": measure.gaussian_prior_bits(*ours, *theirs),
     }
 
 
@@ -219,7 +199,7 @@ def answers(autoencoder: Autoencoder, heldout: Encoded, seed: int) -> dict[str, 
     chosen = some_of(heldout.images)
     images, latents, f = heldout.images[chosen], heldout.latents[chosen], autoencoder.factor
     decoded = decode_latents(autoencoder, latents)
-    card = {"reconstruction_error": measure.mean_squared_error(decoded.clamp(-1, 1), images)}
+    card: dict[str, float | None] = {"reconstruction_error": measure.mean_squared_error(decoded.clamp(-1, 1), images)}
     if not (latents == latents[:1]).all():
         disturbed = decode_latents(autoencoder, measure.perturb(latents, seed=seed))
         card["sensitivity"] = measure.relative_change(disturbed, decoded)
@@ -259,7 +239,7 @@ def in_evaluation_mode(autoencoder: Autoencoder) -> Iterator[torch.device]:
     autoencoder.eval()
     try:
         with torch.no_grad():
-            yield next(autoencoder.encoder.parameters()).device
+            yield autoencoder.device
     finally:
         for module, training in modes.items():
             module.training = training
@@ -269,17 +249,17 @@ def encode_images(autoencoder: Autoencoder, images: Tensor) -> Encoded:
     """Images [N, C, H, W] with their latents. FloatingPointError: the encoder gives NaN or infinity."""
     with in_evaluation_mode(autoencoder) as device:
         found = [autoencoder.encode(batch.to(device)) for batch in images.float().split(BATCH)]
+
+    def joined(name: str) -> Tensor | None:
+        parts = [getattr(encoding, name) for encoding in found]
+        return None if parts[0] is None else torch.cat(parts).cpu()
+
     for name in ("features", "latents", "log_variance"):  # of NaN features the nearest code is still a finite one
-        if any(getattr(e, name) is not None and not getattr(e, name).isfinite().all() for e in found):
+        if (values := joined(name)) is not None and not values.isfinite().all():
             raise FloatingPointError(
                 f"the encoder gives NaN or infinity ({name}): its training diverged; lower stage1.learning_rate"
             )
-
-    def joined(name: str) -> Tensor | None:
-        parts = [getattr(e, name) for e in found]
-        return None if parts[0] is None else torch.cat(parts).cpu()
-
-    return Encoded(images.float().cpu(), joined("latents"), joined("indices"), joined("log_variance"))
+    return Encoded(images.float().cpu(), cast(Tensor, joined("latents")), joined("indices"), joined("log_variance"))
 
 
 def decode_latents(autoencoder: Autoencoder, latents: Tensor) -> Tensor:
@@ -294,7 +274,7 @@ def decode_latents(autoencoder: Autoencoder, latents: Tensor) -> Tensor:
 def check_images_and_labels(autoencoder: Autoencoder, **sets: tuple[Tensor, Tensor | None]) -> None:
     """The checks of `report_card`, of images and labels by the name of their set."""
     by_name = {f"{name}_images": images for name, (images, _) in sets.items()}
-    check_images(**by_name)  # floating point: encoders read no bytes
+    check_images(False, **by_name)  # floating point: encoders read no bytes
     check_same_pixels(**by_name)
     require_images(**{name: len(images) for name, images in by_name.items()})
     expected = (autoencoder.image_channels, autoencoder.resolution, autoencoder.resolution)

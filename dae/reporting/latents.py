@@ -1,67 +1,25 @@
-"""The page of recipes/measure_latent.py and its JSON: what was measured, for a reader who does not know the paper."""
+"""The page of recipes/measure_latent.py: what was measured, for a reader who does not know the paper."""
 
 from __future__ import annotations
 
 import math
+import re
 import statistics
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Sequence
+from typing import Any
 
+import numpy as np
 import torch
-from torch import Tensor
 
-from dae.complexity.curves import ComplexityCurve
 from dae.complexity.estimate import Estimate
-from dae.complexity.families import ConvDecoders, DropoutNetworks, GeneratorFamily, LinearMaps, LipschitzNetworks, MLPs
-from dae.complexity.latents import Latent
-from dae.config import Config
+from dae.complexity.measurement import FAMILIES, GAP_CLOSED, Choice, Measurement
+from dae.data.pictures import grid, to_uint8, write_png
 from dae.metrics import versions
 from dae.reporting import elements as web
-from dae.reporting.charts import Series, frontier_chart
-from dae.reporting.elements import Html, element, number, paragraph
+from dae.reporting.charts import Series, frontier_chart, frontier_panel, save_png
+from dae.reporting.elements import PAPER, Html, element, number, paragraph
 
-if TYPE_CHECKING:
-    import numpy as np
-
-PAPER = web.link("Hu et al., “Complexity Matters”, NeurIPS 2023", "https://arxiv.org/abs/2307.08283")
-GAP_CLOSED = 0.75  # the strength that a generator needs is stated for this share of the way from the average image to real ones
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A family with the capacities to measure, words for a reader, and whether it bounds how much a generator stretches."""
-
-    family: GeneratorFamily
-    capacities: tuple[float, ...]
-    name: str
-    knob: str
-    words: str
-    stretch: bool = False
-
-
-FAMILIES = {
-    "linear": Choice(
-        LinearMaps(), (0.5, 1.0, 2.0), "linear maps", "largest stretch",
-        "each pixel is a weighted sum of the latent's numbers; no direction is stretched more than so many times", True,
-    ),
-    "mlp": Choice(
-        MLPs(width=64, depth=2), (8, 64), "small networks", "width",
-        "perceptrons with two hidden layers of so many units",
-    ),
-    "lipschitz": Choice(
-        LipschitzNetworks(), (0.5, 1.0, 2.0), "smooth networks", "Lipschitz constant",
-        "networks that move an image at most so many times as far as its latent is moved", True,
-    ),
-    "conv": Choice(
-        ConvDecoders(), (0.125, 0.5, 1.0), "convolutional decoders", "width factor",
-        "the decoders of this project's autoencoders, with this share of their channels",
-    ),
-    "dropout": Choice(
-        DropoutNetworks(), (0.5, 0.75, 1.0), "networks with dropout", "share of units kept",
-        "perceptrons of whose units only this share, drawn anew each time, is at work",
-    ),
-}  # fmt: skip
 DISTANCES = {
     "reconstruction": ("Reconstruction error", "how far each held-out image is from what is made from its own code, as the "
         "mean squared difference of the pixels (black and white are 2 apart)"),
@@ -87,76 +45,12 @@ BOUNDS = {
 }
 
 
-@dataclass
-class Measured:
-    """All of one measurement.
-
-    Args:
-        config, data: what was asked for, and `ImageData.describe`.
-        images: [N, C, H, W].
-        latents, scales: each latent, and what its codes were divided by.
-        curves: by (distance, family, latent).
-        yardsticks: by distance, that of "real" images and perhaps of the "average" image.
-        gromov: Gromov-Wasserstein by latent; None without POT.
-        pictures: by latent, rows of uint8 [n, H, W, C] with their labels.
-        at, seconds: when, and how long it took.
-    """
-
-    config: Config
-    data: dict
-    images: Tensor
-    latents: list[Latent]
-    scales: list[float]
-    curves: dict[tuple[str, str, str], ComplexityCurve]
-    yardsticks: dict[str, dict[str, Estimate]]
-    gromov: dict[str, Estimate] | None
-    pictures: dict[str, list[tuple[str, np.ndarray]]]
-    at: str
-    seconds: float
-
-    def of(self, distance: str, family: str) -> dict[str, ComplexityCurve]:
-        """Curves by latent."""
-        return {latent: curve for (d, f, latent), curve in self.curves.items() if (d, f) == (distance, family)}
-
-    def enough(self, distance: str) -> float | None:
-        """The distance at which `GAP_CLOSED` of the way from the average image to real ones is made; None if not known."""
-        marks = self.yardsticks[distance]
-        if "average" not in marks:
-            return None
-        return marks["average"].value + GAP_CLOSED * (marks["real"].value - marks["average"].value)
-
-    def title_of(self, name: str) -> str:
-        """A latent's name, without the folders of a path unless two would look the same."""
-        return shortened(name) if sum(shortened(a.name) == shortened(name) for a in self.latents) == 1 else name
-
-    def to_dict(self) -> dict:
-        """For JSON."""
-        settings = self.config.measure
-        return {
-            "latents": [
-                {"name": a.name, "description": a.description, "paired": a.paired, "divided_by": scale, **a.provenance}
-                for a, scale in zip(self.latents, self.scales, strict=True)
-            ],
-            "curves": [
-                {"distance": distance, "family": family, "latent": latent, "capacities": list(curve.capacities)} | curve.to_dict()
-                for (distance, family, latent), curve in self.curves.items()
-            ],
-            "yardsticks": {d: {name: e.to_dict() for name, e in marks.items()} for d, marks in self.yardsticks.items()},
-            "enough": {distance: self.enough(distance) for distance in self.yardsticks},
-            "gromov_wasserstein": self.gromov and {name: e.to_dict() for name, e in self.gromov.items()},
-            "data": self.data,
-            "images": len(self.images),
-            "seed": self.config.seed,
-            "seeds": list(settings.seeds),
-            "steps": settings.steps,
-            "versions": versions(),
-            "threads": torch.get_num_threads(),
-            "measured_at": self.at,
-            "seconds": self.seconds,
-        }
+def _title_of(measured: Measurement, name: str) -> str:
+    """A latent's name, without the folders of a path unless two would look the same."""
+    return _shortened(name) if sum(_shortened(a.name) == _shortened(name) for a in measured.latents) == 1 else name
 
 
-def shortened(name: str) -> str:
+def _shortened(name: str) -> str:
     kind, colon, path = name.partition(":")
     if not colon or "/" not in path:
         return name
@@ -164,29 +58,33 @@ def shortened(name: str) -> str:
     return f"{kind}: {parts[-1] if parts else path}"
 
 
-def build(measured: Measured) -> web.Page:
-    page = web.Page("Which latent needs the simplest generator?", lead(measured))
-    page.section("What is compared", latents(measured))
-    page.section("The answer", answer(measured), *(part for d in measured.yardsticks for part in table_of(measured, d)))
-    page.section("How strong must the generator be?", *strength(measured))
-    page.section("Pictures", *pictures(measured))
-    page.section("Shape alone", *shape(measured))
-    page.section("What these numbers do not say", limits(measured))
-    page.section("How it was measured", *method(measured))
+def write_latents_page(measured: Measurement, folder: Path) -> list[str]:
+    """Write latents.html, curves-<distance>.png and pictures-<latent>.png into `folder`; returns the names of the PNG."""
+    page = web.Page("Which latent needs the simplest generator?", _lead(measured))
+    page.section("What is compared", _latents(measured))
+    page.section("The answer", _answer(measured), *(part for d in measured.baselines for part in _table_of(measured, d)))
+    page.section("How strong must the generator be?", *_strength(measured))
+    page.section("Pictures", *_pictures(measured))
+    page.section("Shape alone", *_shape(measured))
+    page.section("What these numbers do not say", _limits(measured))
+    page.section("How it was measured", *_method(measured))
     page.footer = [
         paragraph("The quantity as publicly described in ", PAPER, "; all settings are ours, and no number here is the paper's. "
                   "Written by recipes/measure_latent.py.")
     ]  # fmt: skip
-    return page
+    page.write(folder / "latents.html")
+    return _write_pictures(measured, folder)
 
 
 # ---- sections, in their order on the page ----
 
 
-def lead(measured: Measured) -> list[Html]:
+def _lead(measured: Measurement) -> list[Html]:
     _, C, H, W = measured.images.shape
     names = sorted({FAMILIES[name].name for name in measured.config.measure.families})
-    fitted, judged = counts(measured)
+    fitted, judged = _counts(measured)
+    seeds = len(measured.config.measure.seeds)
+    times = "once" if seeds == 1 else f"{seeds} times with another split and another start (seeds)"
     use = f"trained on {fitted:,} and judged on {judged:,} others"
     if judged == len(measured.images):
         use = "computed from and judged on all of them"
@@ -207,50 +105,45 @@ def lead(measured: Measured) -> list[Html]:
         ),
         paragraph(
             f"Measured with {len(measured.images):,} images of {H} × {W} pixels, {'grey' if C == 1 else 'colour'}: generators "
-            f"were {use}, {times(measured)}. The whole took {web.duration(measured.seconds)}."
+            f"were {use}, {times}. The whole took {web.duration(measured.seconds)}."
         ),
     ]  # fmt: skip
 
 
-def certainty(measured: Measured, mark: str = "± is the") -> str:
+def _certainty(measured: Measurement, mark: str = "± is the") -> str:
     many = len(measured.config.measure.seeds) > 1
     words = "larger of two: the standard deviation over the seeds, and the sampling error (what other such images would change)."
     return f"{mark} {words}" if many else "Measured with one seed, which tells no spread."
 
 
-def margin(estimate: Estimate) -> float:
+def _margin(estimate: Estimate) -> float:
     return max(estimate.std, estimate.standard_error or 0.0)
 
 
-def counts(measured: Measured) -> tuple[int, int]:
+def _counts(measured: Measurement) -> tuple[int, int]:
     """Rows that generators were fitted on and judged on; all rows where every distance was computed from moments."""
     return min(e.counts for curve in measured.curves.values() for e in curve.estimates)
 
 
-def times(measured: Measured) -> str:
-    count = len(measured.config.measure.seeds)
-    return "once" if count == 1 else f"{count} times with another split and another start (seeds)"
-
-
-def answer(measured: Measured) -> Html:
+def _answer(measured: Measurement) -> Html:
     """Tiles for the first distance that all latents have."""
-    distance = next((d for d in measured.yardsticks if d != "reconstruction"), next(iter(measured.yardsticks)))
+    distance = next((d for d in measured.baselines if d != "reconstruction"), next(iter(measured.baselines)))
     entries = []
     for name in measured.config.measure.families:
         choice = FAMILIES[name]
         for position, index in (("weakest", 0), ("strongest", -1)):
             ranked = sorted(measured.of(distance, name).items(), key=lambda pair: pair[1].estimates[index].value)
-            found = [(measured.title_of(latent), curve.estimates[index]) for latent, curve in ranked]
+            found = [(_title_of(measured, latent), curve.estimates[index]) for latent, curve in ranked]
             words = f"nearest with the {position} {choice.name} ({choice.knob} {choice.capacities[index]:g})"
             entries.append(tile(found, words))
     note = (
         f"By the {DISTANCES[distance][0]}; every latent and every distance follow below. “Tied” is what the nearest is "
         "not ahead of with every seed and by twice the error of the difference."
     )
-    return web.join([web.figure(web.tiles(entries), note), *unequal(measured)])
+    return web.join([web.figure(web.tiles(entries), note), *_unequal(measured)])
 
 
-def unequal(measured: Measured) -> list[Html]:
+def _unequal(measured: Measurement) -> list[Html]:
     """A warning where codes have different numbers of values, with what that does to each kind of family."""
     sizes = sorted({latent.codes[0].numel() for latent in measured.latents})
     if len(sizes) == 1:
@@ -271,43 +164,46 @@ def unequal(measured: Measured) -> list[Html]:
 def tile(ranked: Sequence[tuple[str, Estimate]], words: str) -> tuple[str, str, str]:
     """The best latent, or all that cannot be told from it: not ahead with each seed, or by less than twice the error of that."""
     (first, best), *others = ranked
-    tied = [name for name, e in others if not ahead(best, e)]
-    places = decimals([e.value for _, e in ranked])
-    runner_up = f"; next {others[0][0]}, {spread(others[0][1], places)}" if others else "; the only latent"
+    tied = [name for name, e in others if not _ahead(best, e)]
+    places = _decimals([e.value for _, e in ranked])
+    runner_up = f"; next {others[0][0]}, {_plus_minus(others[0][1], places)}" if others else "; the only latent"
     if len(best.values) == 1:
-        return first, words, f"{spread(best, places)}{runner_up}; one seed, so how sure this is is not known"
+        return first, words, f"{_plus_minus(best, places)}{runner_up}; one seed, so how sure this is is not known"
     if tied:
         name = f"{first} or {tied[0]}" if len(tied) == 1 else "no clear winner"
-        return name, words, f"{first}, {spread(best, places)}; tied with {', '.join(tied)}"
-    return first, words, f"{spread(best, places)}{runner_up}; ahead with each of {len(best.values)} seeds"
+        return name, words, f"{first}, {_plus_minus(best, places)}; tied with {', '.join(tied)}"
+    return first, words, f"{_plus_minus(best, places)}{runner_up}; ahead with each of {len(best.values)} seeds"
 
 
-def ahead(best: Estimate, other: Estimate) -> bool:
+def _ahead(best: Estimate, other: Estimate) -> bool:
     leads = [b - a for a, b in zip(best.values, other.values, strict=True)]
     of_seeds = statistics.stdev(leads) / math.sqrt(len(leads)) if len(leads) > 1 else 0.0
     error = max(of_seeds, math.hypot(best.standard_error or 0.0, other.standard_error or 0.0))
     return min(leads) > 0 and statistics.fmean(leads) >= 2 * error
 
 
-def table_of(measured: Measured, distance: str) -> list[Html]:
+def _table_of(measured: Measurement, distance: str) -> list[Html]:
     """Latents x families at the weakest and the strongest capacity, with what to hold them against."""
-    families, marks = measured.config.measure.families, measured.yardsticks[distance]
+    families, marks = measured.config.measure.families, measured.baselines[distance]
     columns = [(name, index) for name in families for index in (0, -1)]
     header = ["latent"] + [f"{FAMILIES[n].name}, {FAMILIES[n].knob} {FAMILIES[n].capacities[i]:g}" for n, i in columns]
     curves = {name: measured.of(distance, name) for name in families}
     shown = [curve.estimates[i] for n, i in columns for curve in curves[n].values()]
-    places = decimals([e.value for e in shown])
-    least = {(name, i): min(curve.estimates[i].value for curve in curves[name].values()) for name, i in columns}
+    places = _decimals([e.value for e in shown])
+    lowest = {(name, i): min(curve.estimates[i].value for curve in curves[name].values()) for name, i in columns}
     rows = []
     for latent in curves[families[0]]:
-        found = [(column, curves[column[0]][latent].estimates[column[1]]) for column in columns]
-        words = [(spread(e, places), e.value == least[column]) for column, e in found]
-        rows.append([measured.title_of(latent)] + [element("strong", each) if first else each for each, first in words])
+        cells: list[Any] = [_title_of(measured, latent)]
+        for name, i in columns:
+            estimate = curves[name][latent].estimates[i]
+            words = _plus_minus(estimate, places)
+            cells.append(element("strong", words) if estimate.value == lowest[name, i] else words)
+        rows.append(cells)
     for key, words in (("real", "real images instead, for comparison"), ("average", "the average image, again and again")):
         if key in marks and (key, distance) != ("real", "reconstruction"):
-            rows.append([element("i", words)] + [spread(marks[key], places)] * len(columns))
+            rows.append([element("i", words)] + [_plus_minus(marks[key], places)] * len(columns))
     title, meaning = DISTANCES[distance]
-    caption = f"{title}: {meaning}. Lower is better; the lowest of a column is bold. {certainty(measured)} "
+    caption = f"{title}: {meaning}. Lower is better; the lowest of a column is bold. {_certainty(measured)} "
     of = {name: next(iter(curves[name].values())).estimates[0].bound for name in families}
     for bound in sorted(set(of.values())):
         caption += f"With {' and '.join(FAMILIES[n].name for n in of if of[n] == bound)} each number {BOUNDS[bound]}. "
@@ -316,72 +212,62 @@ def table_of(measured: Measured, distance: str) -> list[Html]:
     return [element("h3", title), web.figure(web.table(header, rows), caption)]
 
 
-def strength(measured: Measured) -> list[Html]:
+def _strength(measured: Measurement) -> list[Html]:
     parts = [
         paragraph(
             "Each line follows one latent from weak generators (left) to strong ones (right). A good latent starts low: weak "
             "generators suffice. The dashed line is where real images are that are as many as the images made; with a finite "
-            "number of images, nothing can be expected far below it. " + certainty(measured, "Thin bars are ± the")
+            "number of images, nothing can be expected far below it. " + _certainty(measured, "Thin bars are ± the")
         )
     ]
     charts = []
-    for distance in measured.yardsticks:
-        for name in measured.config.measure.families:
-            if series := series_of(measured, distance, name):
-                title, words = DISTANCES[distance][0], f"{FAMILIES[name].name}: {FAMILIES[name].words}"
-                svg = frontier_chart(series, **axes_of(measured, distance, name))
-                alt = f"{title} over {FAMILIES[name].knob}: " + "; ".join(
-                    f"{line.name} from {line.y[0]:.3g} to {line.y[-1]:.3g}" for line in series
-                )
-                charts.append(web.figure(web.chart(svg, alt), f"{title}, {words}."))
+    for distance in measured.baselines:
+        title = DISTANCES[distance][0]
+        for choice, series, axes in _lines_of(measured, distance):
+            ranges = "; ".join(f"{line.name} from {line.y[0]:.3g} to {line.y[-1]:.3g}" for line in series)
+            drawn = web.chart(frontier_chart(series, **axes), f"{title} over {choice.knob}: {ranges}")
+            charts.append(web.figure(drawn, f"{title}, {choice.name}: {choice.words}."))
     parts.append(web.side_by_side(*charts))
-    known = [d for d in measured.yardsticks if measured.enough(d) is not None]
-    if known:
-        parts += [element("h3", "Strength needed"), needed(measured, known)]
-    return parts
+    levels = {d: level for d in measured.baselines if (level := measured.enough(d)) is not None}
+    return [*parts, element("h3", "Strength needed"), _needed(measured, levels)] if levels else parts
 
 
-def series_of(measured: Measured, distance: str, name: str) -> list[Series]:
-    found, order = [], [latent.name for latent in measured.latents]
-    for latent, curve in measured.of(distance, name).items():
-        ys = [e.value for e in curve.estimates]
-        ends = [[e.value + sign * margin(e) for e in curve.estimates if len(e.values) > 1] or None for sign in (-1, 1)]
-        found.append(Series(measured.title_of(latent), curve.capacities, ys, order.index(latent), True, *ends))
-    return found
+def _lines_of(measured: Measurement, distance: str) -> Iterator[tuple[Choice, list[Series], dict[str, Any]]]:
+    """For each family: itself, a line per latent, and the axes of their chart."""
+    order = [latent.name for latent in measured.latents]
+    mark = None if distance == "reconstruction" else (measured.baselines[distance]["real"].value, "real images")
+    for name in measured.config.measure.families:
+        choice, series = FAMILIES[name], []
+        for latent, curve in measured.of(distance, name).items():
+            ys = [e.value for e in curve.estimates]
+            ends = [[e.value + sign * _margin(e) for e in curve.estimates if len(e.values) > 1] or None for sign in (-1, 1)]
+            series.append(Series(_title_of(measured, latent), curve.capacities, ys, order.index(latent), True, *ends))
+        axes = {"x": f"{choice.knob} of {choice.name}", "y": DISTANCES[distance][0], "level": mark}
+        yield choice, series, axes | {"logarithmic": choice.capacities[-1] >= 4 * choice.capacities[0]}
 
 
-def axes_of(measured: Measured, distance: str, name: str) -> dict:
-    choice, mark = FAMILIES[name], (measured.yardsticks[distance]["real"].value, "real images")
-    return {
-        "x": f"{choice.knob} of {choice.name}",
-        "y": DISTANCES[distance][0],
-        "level": None if distance == "reconstruction" else mark,
-        "logarithmic": choice.capacities[-1] >= 4 * choice.capacities[0],
-    }
-
-
-def needed(measured: Measured, known: Sequence[str]) -> Html:
-    """C_eps of each latent."""
-    columns = [(d, f) for d in known for f in measured.config.measure.families]
+def _needed(measured: Measurement, levels: dict[str, float]) -> Html:
+    """C_eps of each latent, with eps by distance."""
+    columns = [(d, f) for d in levels for f in measured.config.measure.families]
     rows = []
     for latent in measured.latents:
-        cells: list[Any] = [measured.title_of(latent.name)]
+        cells: list[Any] = [_title_of(measured, latent.name)]
         for distance, name in columns:
             curve = measured.of(distance, name).get(latent.name)
-            capacity = None if curve is None else curve.required_capacity(measured.enough(distance))
+            capacity = None if curve is None else curve.required_capacity(levels[distance])
             most = f"more than {FAMILIES[name].capacities[-1]:g}"
             cells.append("–" if curve is None else most if capacity is None else f"{capacity:g}")
         rows.append(cells)
     header = ["latent"] + [f"{DISTANCES[d][0]}, {FAMILIES[f].knob} of {FAMILIES[f].name}" for d, f in columns]
-    levels = "; ".join(f"{DISTANCES[d][0]} of at most {measured.enough(d):.3g}" for d in known)
+    words = "; ".join(f"{DISTANCES[d][0]} of at most {level:.3g}" for d, level in levels.items())
     caption = (
         f"The smallest strength measured at which {100 * GAP_CLOSED:.0f} % of the way from the average image to real images is "
-        f"made ({levels}). Only the strengths of the charts were tried, so a little less may do."
+        f"made ({words}). Only the strengths of the charts were tried, so a little less may do."
     )
     return web.figure(web.table(header, rows), caption)
 
 
-def pictures(measured: Measured) -> list[Html]:
+def _pictures(measured: Measurement) -> list[Html]:
     parts = [
         paragraph(
             "Made from held-out codes, which no generator was trained on. “Given back” means: a generator was trained to return "
@@ -390,12 +276,12 @@ def pictures(measured: Measured) -> list[Html]:
         )
     ]
     for latent in measured.latents:
-        rows = [(label, web.strip(images, label)) for label, images in measured.pictures[latent.name]]
-        parts += [element("h3", measured.title_of(latent.name)), web.figure(web.strips(rows), latent.description)]
+        rows = [(label, web.strip(to_uint8(images), label)) for label, images in measured.generated[latent.name]]
+        parts += [element("h3", _title_of(measured, latent.name)), web.figure(web.strips(rows), latent.description)]
     return parts
 
 
-def latents(measured: Measured) -> Html:
+def _latents(measured: Measurement) -> Html:
     rows = []
     for latent, scale in zip(measured.latents, measured.scales, strict=True):
         shape = latent.codes.shape[1:]
@@ -410,7 +296,7 @@ def latents(measured: Measured) -> Html:
     return web.figure(web.table(("latent", "what it is", "numbers a code", "divided by"), rows, prose=(0, 1)), caption)
 
 
-def shape(measured: Measured) -> list[Html]:
+def _shape(measured: Measurement) -> list[Html]:
     words = (
         "A comparison that knows no generator. The Gromov–Wasserstein distance asks whether the codes lie to one another as the "
         "images do: 0 if one cloud is the other, turned, mirrored or enlarged. It can disagree with the tables above, since a "
@@ -418,8 +304,8 @@ def shape(measured: Measured) -> list[Html]:
     )
     if measured.gromov is None:
         return [paragraph(words), paragraph("It was not measured: the package POT is not installed (pip install POT).")]
-    places = decimals([e.value for e in measured.gromov.values()])
-    rows = [(measured.title_of(name), spread(estimate, places)) for name, estimate in measured.gromov.items()]
+    places = _decimals([e.value for e in measured.gromov.values()])
+    rows = [(_title_of(measured, name), _plus_minus(estimate, places)) for name, estimate in measured.gromov.items()]
     points = next(iter(measured.gromov.values())).counts[0]
     caption = (
         f"Gromov–Wasserstein distance, squared, of {points} codes and as many images, distances within either divided by their "
@@ -428,50 +314,40 @@ def shape(measured: Measured) -> list[Html]:
     return [paragraph(words), web.figure(web.table(("latent", "distance"), rows), caption)]
 
 
-def limits(measured: Measured) -> Html:
+def _limits(measured: Measurement) -> Html:
     points = [
-        ("The other half of the work.",
-         "A latent computed from images must itself be produced before anything can be generated, and how hard "
-         "that is does not enter here. The image itself, taken as a latent, would look perfect. Noise costs "
+        ("The other half of the work.", "A latent computed from images must itself be produced before anything can be generated, "
+         "and how hard that is does not enter here. The image itself, taken as a latent, would look perfect. Noise costs "
          "nothing to produce; the codes of an encoder cost a second model, the prior."),
-        ("The best generator.",
-         f"What training finds in {measured.config.measure.steps:,} steps may not be the best there is; so the numbers are upper "
-         "bounds, and close ranks may change with more steps (measure.steps)."),
-        ("Certainty.",
-         f"{certainty(measured)} A seed draws the split, the start and the batches. What another data set, another training of "
-         "the encoder, or another family of generators would change is not in it."),
-        ("Zero.",
-         f"With {counts(measured)[1]:,} images a side, even two sets of real images are at some distance (but of Fréchet this is "
-         "taken away). Hold the numbers against the row of real images, not against 0."),
-        ("What people see.",
-         "All distances are taken on pixels. A small shift of a line counts as much as an ugly smear."),
-        ("Single images.",
-         "Only the reconstruction error asks whether a code gives back its own image, so it is measured only for "
-         "latents that are computed from one. All other distances compare whole sets: a generator may do well by "
-         "them and give back no single image."),
-        ("New images.",
-         "Held out means: not used to train the generators. What is fitted to images (pca, and autoencoders "
+        ("The best generator.", f"What training finds in {measured.config.measure.steps:,} steps may not be the best there is; "
+         "so the numbers are upper bounds, and close ranks may change with more steps (measure.steps)."),
+        ("Certainty.", f"{_certainty(measured)} A seed draws the split, the start and the batches. What another data set, "
+         "another training of the encoder, or another family of generators would change is not in it."),
+        ("Zero.", f"With {_counts(measured)[1]:,} images a side, even two sets of real images are at some distance (but of "
+         "Fréchet this is taken away). Hold the numbers against the row of real images, not against 0."),
+        ("What people see.", "All distances are taken on pixels. A small shift of a line counts as much as an ugly smear."),
+        ("Single images.", "Only the reconstruction error asks whether a code gives back its own image, so it is measured only "
+         "for latents that are computed from one. All other distances compare whole sets: a generator may do well by them and "
+         "give back no single image."),
+        ("New images.", "Held out means: not used to train the generators. What is fitted to images (pca, and autoencoders "
          "trained here) has seen all images of this page, and a saved network may have."),
     ]  # fmt: skip
     return element("ul", *(element("li", element("b", title), " ", words) for title, words in points))
 
 
-def method(measured: Measured) -> list[Html]:
-
-    settings, (fitted, judged) = measured.config.measure, counts(measured)
+def _method(measured: Measurement) -> list[Html]:
+    settings, (fitted, judged) = measured.config.measure, _counts(measured)
     rows = [
         ("Question", "D^G(P_z, P_x) = the least distance D between g(z) and x over all generators g of a family G"),
         ("Images", f"{len(measured.images):,} of the training split of {measured.data['name']}"),
         ("Trained on, measured on", f"{fitted:,} and {judged:,}, at random for each seed; the rest chose the best state"),
         ("Seeds", ", ".join(map(str, settings.seeds))),
         ("Training", f"{settings.steps:,} steps of Adam, from whose states the best is chosen"),
-        (
-            "Not trained",
-            "linear maps by reconstruction, and by Fréchet distance (there from the moments of all images): computed",
-        ),
-    ]
+        ("Not trained", "linear maps by reconstruction, and by Fréchet distance (there from the moments of all images): "
+                        "computed"),
+    ]  # fmt: skip
     rows += [(f"Family: {FAMILIES[name].name}", FAMILIES[name].words) for name in settings.families]
-    for distance in measured.yardsticks:
+    for distance in measured.baselines:
         convention = next(curve.estimates[0].convention for (d, _, _), curve in measured.curves.items() if d == distance)
         rows.append((f"Distance: {DISTANCES[distance][0]}", convention))
     rows += [("Time", f"{web.duration(measured.seconds)}; threads: {torch.get_num_threads()}"), ("Day", measured.at[:10])]
@@ -483,16 +359,38 @@ def method(measured: Measured) -> list[Html]:
     ]
 
 
+# ---- pictures of their own ----
+
+
+def _write_pictures(measured: Measurement, folder: Path) -> list[str]:
+    """Write curves-<distance>.png and pictures-<latent>.png; returns their names."""
+    names = []
+    for distance in measured.baselines:
+        panels = [frontier_panel(series, **axes) for _, series, axes in _lines_of(measured, distance)]
+        names.append(f"curves-{_file_name(distance)}.png")
+        save_png(panels, [3.6] * len(panels), folder / names[-1])
+    factor = max(1, 64 // max(measured.images.shape[2:]))
+    for latent, rows in measured.generated.items():
+        sheet = np.concatenate([grid(to_uint8(images), len(images)) for _, images in rows])
+        names.append(f"pictures-{_file_name(latent)}.png")
+        write_png(folder / names[-1], sheet.repeat(factor, 0).repeat(factor, 1))
+    return names
+
+
+def _file_name(name: str) -> str:
+    return re.sub(r"\W+", "-", name).strip("-")
+
+
 # ---- numbers ----
 
 
-def decimals(values: Sequence[float]) -> int:
+def _decimals(values: Sequence[float]) -> int:
     """As many as give the smallest value but 0 three digits, but at most 4."""
-    least = min((abs(value) for value in values if value), default=1.0)
-    return min(max(0, 2 - math.floor(math.log10(least))), 4)
+    smallest = min((abs(value) for value in values if value), default=1.0)
+    return min(max(0, 2 - math.floor(math.log10(smallest))), 4)
 
 
-def spread(estimate: Estimate, places: int) -> str:
+def _plus_minus(estimate: Estimate, places: int) -> str:
     """`value ± deviation`, the deviation left out where there is one seed."""
     words = number(estimate.value, places)
-    return words if len(estimate.values) == 1 else f"{words} ± {number(margin(estimate), places)}"
+    return words if len(estimate.values) == 1 else f"{words} ± {number(_margin(estimate), places)}"

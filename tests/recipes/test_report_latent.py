@@ -143,7 +143,7 @@ def test_one_latent_channel_has_a_picture():
 
 def test_verdicts():
     def verdict(name, *values):
-        return latent_card.verdict(name, RankCorrelation(*values, 9))
+        return latent_card.outcome(name, RankCorrelation(*values, 9))
 
     assert verdict("prior_bits", 0.5, 0.1, 0.9) == "as hoped" and verdict("prior_bits", -0.5, -0.9, -0.1) == "the opposite"
     assert verdict("linear_probe", -0.5, -0.9, -0.1) == "as hoped" and verdict("prior_bits", 0.5, -0.1, 0.9) == "cannot be told"

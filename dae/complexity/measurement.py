@@ -1,0 +1,304 @@
+"""D^G of several latents of one data set, over families, capacities and distances, with what to hold each value against."""
+
+from __future__ import annotations
+
+import datetime
+import difflib
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from dae.complexity.adversarial import adversarial_distance
+from dae.complexity.curves import ComplexityCurve, complexity_curve
+from dae.complexity.distances import ADVERSARIAL, PLAIN, check_name, make_distance
+from dae.complexity.estimate import Estimate, pooled_error
+from dae.complexity.families import ConvDecoders, DropoutNetworks, GeneratorFamily, LinearMaps, LipschitzNetworks, MLPs
+from dae.complexity.fitting import Fitting, Rows, fit, generated_by, measure_by_jackknife, split_rows
+from dae.complexity.gromov_wasserstein import gromov_wasserstein
+from dae.complexity.latents import AUTOENCODERS, Latent, load_latent, rehearse_training, saved_autoencoder
+from dae.config import Config
+from dae.data import in_memory, load_data
+from dae.metrics import versions
+from dae.progress import progress_bar, with_progress
+from dae.training import one_process
+from dae.training.run import refuse_other_data
+
+BATCH_SIZE = 128  # rows per training step of a generator
+GAP_CLOSED = 0.75  # the strength that a generator needs is stated for this share of the way from the average image to real ones
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A family with the capacities to measure, words for a reader, and whether it bounds how much a generator stretches."""
+
+    family: GeneratorFamily
+    capacities: tuple[float, ...]
+    name: str
+    knob: str
+    words: str
+    stretch: bool = False
+
+
+FAMILIES = {
+    "linear": Choice(
+        LinearMaps(), (0.5, 1.0, 2.0), "linear maps", "largest stretch",
+        "each pixel is a weighted sum of the latent's numbers; no direction is stretched more than so many times", True,
+    ),
+    "mlp": Choice(
+        MLPs(width=64, depth=2), (8, 64), "small networks", "width",
+        "perceptrons with two hidden layers of so many units",
+    ),
+    "lipschitz": Choice(
+        LipschitzNetworks(), (0.5, 1.0, 2.0), "smooth networks", "Lipschitz constant",
+        "networks that move an image at most so many times as far as its latent is moved", True,
+    ),
+    "conv": Choice(
+        ConvDecoders(), (0.125, 0.5, 1.0), "convolutional decoders", "width factor",
+        "the decoders of this project's autoencoders, with this share of their channels",
+    ),
+    "dropout": Choice(
+        DropoutNetworks(), (0.5, 0.75, 1.0), "networks with dropout", "share of units kept",
+        "perceptrons of whose units only this share, drawn anew each time, is at work",
+    ),
+}  # fmt: skip
+
+
+@dataclass
+class Measurement:
+    """All of one measurement.
+
+    Args:
+        config, data: what was asked for, and `ImageData.describe`.
+        images: [N, C, H, W].
+        latents, scales: each latent, and what its codes were divided by.
+        curves: by (distance, family, latent).
+        baselines: by distance, that of "real" images and perhaps of the "average" image.
+        gromov: Gromov-Wasserstein by latent; None without POT.
+        generated: by latent, labelled rows of images [n, C, H, W] from held-out codes.
+        at, seconds: when, and how long it took.
+    """
+
+    config: Config
+    data: dict
+    images: Tensor
+    latents: list[Latent]
+    scales: list[float]
+    curves: dict[tuple[str, str, str], ComplexityCurve]
+    baselines: dict[str, dict[str, Estimate]]
+    gromov: dict[str, Estimate] | None
+    generated: dict[str, list[tuple[str, Tensor]]]
+    at: str
+    seconds: float
+
+    def of(self, distance: str, family: str) -> dict[str, ComplexityCurve]:
+        """Curves by latent."""
+        return {latent: curve for (d, f, latent), curve in self.curves.items() if (d, f) == (distance, family)}
+
+    def enough(self, distance: str) -> float | None:
+        """The distance at which `GAP_CLOSED` of the way from the average image to real ones is made; None if not known."""
+        marks = self.baselines[distance]
+        if "average" not in marks:
+            return None
+        return marks["average"].value + GAP_CLOSED * (marks["real"].value - marks["average"].value)
+
+    def to_dict(self) -> dict:
+        """For JSON."""
+        settings = self.config.measure
+        return {
+            "latents": [
+                {"name": a.name, "description": a.description, "paired": a.paired, "divided_by": scale, **a.provenance}
+                for a, scale in zip(self.latents, self.scales, strict=True)
+            ],
+            "curves": [
+                {"distance": distance, "family": family, "latent": latent, "capacities": list(curve.capacities)} | curve.to_dict()
+                for (distance, family, latent), curve in self.curves.items()
+            ],
+            "yardsticks": {d: {name: e.to_dict() for name, e in marks.items()} for d, marks in self.baselines.items()},
+            "enough": {distance: self.enough(distance) for distance in self.baselines},
+            "gromov_wasserstein": self.gromov and {name: e.to_dict() for name, e in self.gromov.items()},
+            "data": self.data,
+            "images": len(self.images),
+            "seed": self.config.seed,
+            "seeds": list(settings.seeds),
+            "steps": settings.steps,
+            "versions": versions(),
+            "threads": torch.get_num_threads(),
+            "measured_at": self.at,
+            "seconds": self.seconds,
+        }
+
+
+def measure_latents(config: Config, columns: int) -> Measurement:
+    """Measure the latents that `config.measure` names on the training images of its data set.
+
+    Each latent is divided by one number, so that it varies as much as the images, summed over a code's values: a bound on the
+    stretch of a generator then means the same for all, and a latent gains nothing by repeating itself.
+
+    Args:
+        config: measure, data, and for autoencoders trained here all of the architecture and training.
+        columns: pictures in a row of `generated`.
+
+    Raises:
+        ValueError: settings of `measure` that do not go together, or what `load_latent` refuses; it has the other errors.
+    """
+    started, device, settings = time.monotonic(), one_process(config), config.measure
+    check_settings(config)
+    options = Fitting(steps=settings.steps, batch_size=BATCH_SIZE)
+    data = load_data(config.data, config.seed)
+    for spec in settings.latents:
+        if (folder := saved_autoencoder(spec)) is not None:
+            refuse_other_data(folder, config.data, data.fingerprint)
+    data.list_skipped(config.output_dir)
+    images, labels = in_memory(
+        data.train, settings.max_images, seed=config.seed, batch_size=config.evaluation.batch_size, knob="measure.max_images"
+    )
+    latents = load_latents(images, labels if data.labelled else None, config)
+    scales = [math.sqrt(total_variance(latent.codes) / total_variance(images)) for latent in latents]
+    codes = {a.name: (a.codes.double() / scale).float().to(device) for a, scale in zip(latents, scales, strict=True)}
+    images = images.to(device)
+    return Measurement(
+        config=config,
+        data=data.describe(),
+        images=images,
+        latents=latents,
+        scales=scales,
+        curves=measure_curves(latents, codes, images, config),
+        baselines={d: baselines_of(images, d, settings.seeds, options) for d in with_progress(settings.distances, "yardsticks")},
+        gromov=gromov(codes, images, settings.seeds),
+        generated={
+            a.name: generated_rows(a, codes[a.name], images, config, options, columns) for a in with_progress(latents, "pictures")
+        },
+        at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        seconds=time.monotonic() - started,
+    )
+
+
+def check_settings(config: Config) -> None:
+    """ValueError for what is wrong in the section `measure`, before anything is loaded."""
+    settings = config.measure
+    for key in ("latents", "distances", "families", "seeds"):
+        values = getattr(settings, key)
+        if not values or len(set(values)) < len(values):
+            raise ValueError(f"measure.{key}: expected at least one and none twice, got {values}")
+    for name in settings.distances:
+        check_name(name)
+    for name in settings.families:
+        if name not in FAMILIES:
+            near = difflib.get_close_matches(name, FAMILIES, 1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"measure.families: expected some of {', '.join(FAMILIES)}, got {name!r}{hint}")
+
+
+def total_variance(cloud: Tensor) -> float:
+    """E|z - mean|^2 of [N, ...]: the variances of the values of a row, summed."""
+    cloud = cloud.flatten(1).double()  # squares of small codes are 0 in float32
+    return (cloud - cloud.mean(0)).square().sum(1).mean().item()
+
+
+def load_latents(images: Tensor, labels: Tensor | None, config: Config) -> list[Latent]:
+    """The latents, those that have to be trained last: what is wrong with any of them shows before."""
+    for spec in config.measure.latents:
+        if (shape := rehearse_training(spec, config, len(images))) is not None:
+            require_maps(spec, shape, images, config)
+    found = {}
+    for spec in with_progress(sorted(config.measure.latents, key=AUTOENCODERS.__contains__), "latents"):
+        found[spec] = load_latent(spec, images, labels, config, config.seed)
+        require_maps(spec, tuple(found[spec].codes.shape[1:]), images, config)
+    return [found[spec] for spec in config.measure.latents]
+
+
+def require_maps(latent: str, shape: tuple[int, ...], images: Tensor, config: Config) -> None:
+    """ValueError if a family of `measure.families` has no map from codes of this shape to images."""
+    for name in config.measure.families:
+        try:
+            with torch.random.fork_rng(devices=[]):
+                FAMILIES[name].family.build(shape, tuple(images.shape[1:]))
+        except ValueError as error:
+            raise ValueError(f"measure.families: {name!r} cannot map the latent {latent!r}: {error}") from error
+
+
+def measure_curves(
+    latents: list[Latent], codes: dict[str, Tensor], images: Tensor, config: Config
+) -> dict[tuple[str, str, str], ComplexityCurve]:
+    """By distance, family and latent. ValueError: a distance that none of the latents has."""
+    settings = config.measure
+    jobs = [(d, f, a) for d in settings.distances for f in settings.families for a in latents]
+    jobs = [(d, f, a) for d, f, a in jobs if a.paired or d != "reconstruction"]  # noise belongs to no image
+    if without := sorted({*settings.distances} - {d for d, _, _ in jobs}):
+        raise ValueError(
+            f"measure.distances: {without[0]} needs a latent that is computed from images, got {', '.join(settings.latents)}; "
+            "add one such as pca, or leave it out"
+        )
+    curves = {}
+    with progress_bar(len(jobs), 0, "curves") as bar:
+        for distance, name, latent in jobs:
+            bar.set_postfix_str(f"{distance}, {name}, {latent.name}")
+            curves[distance, name, latent.name] = complexity_curve(
+                codes[latent.name], images, FAMILIES[name].family, FAMILIES[name].capacities, distance,
+                seeds=settings.seeds, steps=settings.steps, batch_size=BATCH_SIZE,
+            )  # fmt: skip
+            bar.update()
+    return curves
+
+
+def baselines_of(images: Tensor, distance: str, seeds: list[int], options: Fitting) -> dict[str, Estimate]:
+    """The distance of "real" images and of the "average" image to the held-out ones; with a critic of real images alone."""
+    # Images in the place of latents: where rows are not paired, no image meets itself.
+    found: dict[str, list[tuple[float, float | None]]] = {}
+    if distance in ADVERSARIAL:
+        for seed in seeds:
+            rows = split_rows(images, images, seed, False, options).measure
+            last = adversarial_distance(rows.latents, rows.data, distance, seeds=(seed,))
+            found.setdefault("real", []).append((last.value, last.standard_error))
+        bound, convention, counts = last.bound, last.convention, last.counts
+    else:
+        plain = make_distance(distance, images)
+        for seed in seeds:
+            split = split_rows(images, images, seed, plain.paired, options)
+            average = Rows(split.fit.data.mean(0).expand_as(split.measure.data), split.measure.data)
+            for name, rows in (("real", split.measure), ("average", average)):
+                found.setdefault(name, []).append(measure_by_jackknife(nn.Identity(), rows, plain, seed))
+        bound, convention, counts = "exact", plain.convention, (len(rows.data), len(rows.data))
+    facts = {"bound": bound, "distance": distance, "convention": convention, "counts": counts}
+    return {
+        name: Estimate.over([v for v, _ in pairs], seeds, standard_error=pooled_error([e for _, e in pairs]), **facts)
+        for name, pairs in found.items()
+    }
+
+
+def gromov(codes: dict[str, Tensor], images: Tensor, seeds: list[int]) -> dict[str, Estimate] | None:
+    """Gromov-Wasserstein distance of each latent and the images; None, and a line that says so, without POT."""
+    try:
+        return {
+            name: gromov_wasserstein(latents, images, seeds=seeds, num_points=128, normalize=True)
+            for name, latents in with_progress(list(codes.items()), "Gromov-Wasserstein")
+        }
+    except ImportError as error:
+        print(f"left out: {error}")
+        return None
+
+
+def generated_rows(
+    latent: Latent, codes: Tensor, images: Tensor, config: Config, options: Fitting, columns: int
+) -> list[tuple[str, Tensor]]:
+    """Labelled rows of images from held-out codes, by generators of the first seed."""
+    seed, families = config.measure.seeds[0], config.measure.families
+    as_a_set = next((name for name in config.measure.distances if name in PLAIN[1:]), "sinkhorn")
+    ends = [(name, end) for name in families for end in (FAMILIES[name].capacities[0], FAMILIES[name].capacities[-1])]
+    jobs = [(name, capacity, as_a_set) for name, capacity in ends]
+    rows = []
+    if latent.paired:
+        rows.append(("real images", split_rows(codes, images, seed, True, options).measure.data[:columns]))
+        jobs.insert(0, (*ends[-1], "reconstruction"))
+    for name, capacity, aim in jobs:
+        choice, distance = FAMILIES[name], make_distance(aim, images)
+        split = split_rows(codes, images, seed, distance.paired, options)
+        generator, _ = fit(choice.family.at(capacity), split, distance, seed, options)
+        strength = "strongest" if capacity == choice.capacities[-1] else "weakest"
+        label = f"{'given back' if distance.paired else 'made'} by the {strength} {choice.name}"
+        with torch.no_grad():
+            rows.append((label, generated_by(generator, split.measure.latents[:columns])))
+    return rows
