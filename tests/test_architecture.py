@@ -96,6 +96,31 @@ def test_kernels_import_torch_alone():
             assert fused or not (at_module_level and ".fused" in name), f"{path} imports {name} before it launches"
 
 
+def test_operations_hold_the_same_files():
+    """api.py checks, reference.py defines, autograd.py has the gradients, fused.py the kernels."""
+    folders = {path.parent for path in KERNELS if path.parent.name not in ("dae_kernels", "kernels")}
+    composed = {"mmd", "energy_distance"}  # sums over pairs, defined in pairwise, which is no operation of its own
+    for folder in folders:
+        files = {path.name for path in folder.glob("*.py")}
+        assert ("api.py" in files) == (folder.name != "pairwise"), folder
+        assert ("reference.py" in files) == (folder.name not in composed), folder
+        assert folder.name not in composed or "dae_kernels.pairwise" in (folder / "api.py").read_text()
+    for path in KERNELS:
+        body = ast.parse(path.read_text()).body
+        decorators = {ast.unparse(each) for node in body if isinstance(node, ast.FunctionDef) for each in node.decorator_list}
+        bases = {ast.unparse(base) for node in body if isinstance(node, ast.ClassDef) for base in node.bases}
+        if path.name != "autograd.py":
+            assert "torch.autograd.Function" not in bases and "taken_whole" not in decorators, f"{path}: its place is autograd.py"
+        if path.name != "fused.py":
+            assert not any("triton.jit" in each for each in decorators), f"{path}: kernels stand in fused.py"
+        calls = [ast.unparse(node.value.func) if isinstance(getattr(node, "value", None), ast.Call) else "" for node in body]
+        registered = [call for call in calls if call in ("register_op", "register_triton_op")]
+        if registered:
+            assert calls[-len(registered) :] == registered, f"{path}: operators are registered at the end, below what they run"
+            assert path.name not in ("api.py", "autograd.py"), f"{path}: operators are registered where their body stands"
+            assert set(registered) == {"register_triton_op" if path.name == "fused.py" else "register_op"}, path
+
+
 def test_the_library_never_imports_scripts():
     """Arrows 2 and 3."""
     assert not offences(LIBRARY + KERNELS, names(*CONTAINERS))

@@ -26,7 +26,7 @@ def as_number(operation: str, name: str, got: Any) -> float:
         ValueError: too large for a float, or a tensor that cannot be read here or asks for a gradient.
     """
     if isinstance(got, torch.SymInt | torch.SymFloat):
-        return got
+        return got  # type: ignore[return-value]
     value = unwrapped(operation, name, got)
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{operation} needs {name} as a number, got {described(got)}")
@@ -39,13 +39,14 @@ def as_number(operation: str, name: str, got: Any) -> float:
 def as_integer(operation: str, name: str, got: Any) -> int:
     """`got` as an int (or what torch.compile has in its place); errors as `as_number`, beyond 64 bits too. 2.0 is no integer."""
     if isinstance(got, torch.SymInt):
-        return got
+        return got  # type: ignore[return-value]
     value = unwrapped(operation, name, got)
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise TypeError(f"{operation} needs {name} as an int, got {described(got)}")
-    if not -(2**63) <= value < 2**63:
+    integer = int(value)
+    if not -(2**63) <= integer < 2**63:
         raise ValueError(f"{operation} needs {name} as an int of 64 bits, got one beyond 9e18")
-    return int(value)
+    return integer
 
 
 def as_flag(operation: str, name: str, got: Any) -> bool:
@@ -118,6 +119,17 @@ def check_floating(operation: str, name: str, operand: Any, remedy: str | None =
     check_dense(operation, name, operand)
 
 
+def check_operands(operation: str, **tensors: Tensor) -> None:
+    """TypeError unless all are floating point tensors; ValueError unless they are on one device."""
+    for name, x in tensors.items():
+        check_floating(operation, name, x)
+    devices = {name: x.device for name, x in tensors.items()}
+    if len(set(devices.values())) > 1:
+        raise ValueError(
+            f"{operation} needs its tensors on one device, got {', '.join(f'{n} on {d}' for n, d in devices.items())}"
+        )
+
+
 def check_clouds(operation: str, x: Tensor, y: Tensor) -> None:
     """Two clouds x [N, D] and y [M, D], N, M, D >= 1, floating, of one dtype and on one device.
 
@@ -162,9 +174,9 @@ def check_weights(operation: str, name: str, weights: Tensor | None, cloud: Tens
     if not values_readable(weights):
         return
     # float64, as the sum of float16 weights need not be one
-    total, least = weights.detach().sum(dtype=torch.float64).item(), weights.detach().min().item()
-    if not (least >= 0 and 0 < total < float("inf")):
+    total, minimum = weights.detach().sum(dtype=torch.float64).item(), weights.detach().min().item()
+    if not (minimum >= 0 and 0 < total < float("inf")):
         raise ValueError(
             f"{operation} needs weights that are not negative and sum to a positive number, "
-            f"got {name} with minimum {least} and sum {total}"
+            f"got {name} with minimum {minimum} and sum {total}"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ class Convention:
 def convention(value: str, cost: str, bias: str) -> Callable[[Callable], Callable]:
     """Decorator that attaches a `Convention` to a public distance."""
 
-    def attach(function: Callable) -> Callable:
+    def attach(function: Any) -> Callable:
         function.convention = Convention(value, cost, bias)
         return function
 

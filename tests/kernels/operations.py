@@ -13,7 +13,7 @@ from unittest import mock
 
 import dae_kernels as k
 import torch
-from dae_kernels.sliced_wasserstein import reference as sliced
+from dae_kernels.sliced_wasserstein import autograd as sliced
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 from dae_kernels import barycentric_map, sinkhorn_divergence, sinkhorn_transport
-from dae_kernels.sinkhorn_divergence import autograd, reference, solver
+from dae_kernels.sinkhorn_divergence import operators, reference, solver
 from torch import Tensor
 
 with warnings.catch_warnings():
@@ -304,10 +304,12 @@ def test_operators(impl):
     values = torch.randn(5, 3, device=DEVICE)
     options = (2, 1.0, 0.5, 1.0, 1.5)
     triton = impl == "triton"
-    torch.library.opcheck(autograd.sinkhorn_potentials.op, (x, y, a, b, *options, 1, None, True, False, triton))
+    torch.library.opcheck(operators.sinkhorn_potentials.op, (x, y, a, b, *options, 1, None, True, False, triton))
     for some in (values, None):
-        torch.library.opcheck(autograd.sinkhorn_means.op, (x, y, a, b, some, *options, 1, None, triton))
-    torch.library.opcheck(autograd.sinkhorn_transposed.op, (x, y, a, b, a, b, torch.randn(6, 3, device=DEVICE), *options, triton))
+        torch.library.opcheck(operators.sinkhorn_means.op, (x, y, a, b, some, *options, 1, None, triton))
+    torch.library.opcheck(
+        operators.sinkhorn_transposed.op, (x, y, a, b, a, b, torch.randn(6, 3, device=DEVICE), *options, triton)
+    )
 
 
 def test_compile_vmap_and_func():

@@ -14,7 +14,7 @@ import ot
 import pytest
 import scipy.stats
 import torch
-from dae_kernels.sliced_wasserstein import api, max_sliced_wasserstein, reference, sliced_wasserstein
+from dae_kernels.sliced_wasserstein import api, autograd, max_sliced_wasserstein, sliced_wasserstein
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import rounding_bound
@@ -199,7 +199,7 @@ def test_blocks_do_not_show(monkeypatch, weighted):
     projections, L = directions(3, 11), 11
     results = []
     for limit in (1, 50, 1 << 22):  # one, a few, and all projections in a block
-        monkeypatch.setattr(reference, "MAX_PROJECTED", limit)
+        monkeypatch.setattr(autograd, "MAX_PROJECTED", limit)
         leaves = [cloud(8, 3).requires_grad_(), cloud(12, 3, 1).requires_grad_(), weights(8).requires_grad_()]
         value = sliced_wasserstein(
             *leaves[:2], projections=projections, num_projections=L, weights_x=leaves[2] if weighted else None
@@ -213,8 +213,8 @@ def test_blocks_do_not_show(monkeypatch, weighted):
 def test_memory_is_bounded_in_both_passes():
     # 2000 directions of 2^13 points in float32 are 62 MiB an array, and autograd would keep several of them.
     script = (
-        "import torch; from dae_kernels.sliced_wasserstein import reference, sliced_wasserstein\n"
-        "reference.MAX_PROJECTED = 1 << 17\n"
+        "import torch; from dae_kernels.sliced_wasserstein import autograd, sliced_wasserstein\n"
+        "autograd.MAX_PROJECTED = 1 << 17\n"
         "peak = lambda: int(open('/proc/self/status').read().split('VmHWM:')[1].split()[0]) // 1024\n"
         "x, y = torch.randn(1 << 12, 2, requires_grad=True), torch.randn(1 << 12, 2)\n"
         "run = lambda L: sliced_wasserstein(x, y, num_projections=L).backward()\n"
@@ -287,10 +287,10 @@ def test_clouds_of_another_device_stay_there():
     """Meta tensors stand for a GPU (autocast does not know them): drawn directions follow the clouds, nothing is on the CPU."""
     x, w = torch.empty(7, 3, device="meta", requires_grad=True), torch.empty(7, device="meta")
     for M in (7, 9):
-        for cost in (reference.mean_cost, reference.greatest_cost):
+        for cost in (autograd.mean_cost, autograd.greatest_cost):
             for weights_x in (None, w):
-                operands = api.prepare("test", x, torch.empty(M, 3, device="meta"), 2, 5, None, None, None, None)
-                value = cost(*operands[:4], weights_x, None)
+                y = torch.empty(M, 3, device="meta")
+                value = api.projected_distance(cost, "test", x, y, 2, 5, weights_x, None, None, None)
                 assert value.device.type == torch.autograd.grad(value, x)[0].device.type == "meta"
 
 
@@ -309,7 +309,7 @@ def test_compiles_into_one_graph(kind):
 
 
 def test_compiles_with_several_blocks(monkeypatch):
-    monkeypatch.setattr(reference, "MAX_PROJECTED", 50)
+    monkeypatch.setattr(autograd, "MAX_PROJECTED", 50)
     torch._dynamo.reset()
     x, y, projections = cloud(6, 3).requires_grad_(), cloud(9, 3, 1), directions(3)
     expected = sliced_wasserstein(x, y, projections=projections)

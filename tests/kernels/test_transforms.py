@@ -20,7 +20,7 @@ from dae_kernels import (
     sliced_wasserstein,
     vector_quantize,
 )
-from dae_kernels.sliced_wasserstein import reference as sliced_reference
+from dae_kernels.sliced_wasserstein import autograd as sliced
 from torch.func import grad, jacrev, vmap
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -241,7 +241,7 @@ def test_sliced_in_many_blocks(monkeypatch):
     """Blocks are computed again in the backward pass: in eager mode under every transform, compiled by plain autograd."""
     expected = {name: combined(name)(*operands(4)) for name in ("sliced", "sliced weights")}
     seconds = {name: second(CASES[name].function)(*(t[0] for t in operands(4))) for name in expected}
-    monkeypatch.setattr(sliced_reference, "MAX_PROJECTED", 2 * (N + M))  # two directions of five
+    monkeypatch.setattr(sliced, "MAX_PROJECTED", 2 * (N + M))  # two directions of five
     for name in expected:
         for got, want in zip(combined(name)(*operands(4)), expected[name], strict=True):
             close(got, want)

@@ -12,7 +12,7 @@ from dae_kernels.attention.checks import (
     autocast,
     check_integers,
     check_key_lengths,
-    check_tensors,
+    check_shapes,
     check_types,
     sequence_lengths,
 )
@@ -99,7 +99,7 @@ def attention(
     check_choice("impl", impl, tuple(BACKENDS))
     check_types("attention", q, k, v)
     q, k, v = (autocast(t) for t in (q, k, v))
-    check_tensors("attention", "B, H, Lq, D", "B, Hkv, Lk, D", q, k, v)
+    check_shapes("attention", "B, H, Lq, D", "B, Hkv, Lk, D", q, k, v)
     if bias is not None:
         bias = autocast(bias) if isinstance(bias, Tensor) else bias
         check_bias(bias, q, k)
@@ -166,14 +166,14 @@ def attention_varlen(
     check_choice("impl", impl, tuple(BACKENDS))
     check_types("attention_varlen", q, k, v)
     q, k, v = (autocast(t) for t in (q, k, v))
-    check_tensors("attention_varlen", "Tq, H, D", "Tk, Hkv, D", q, k, v)
+    check_shapes("attention_varlen", "Tq, H, D", "Tk, Hkv, D", q, k, v)
     check_integers("cu_seqlens_q", cu_seqlens_q, None, q.device)
     check_integers("cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.shape[0], q.device)
     options = as_options("attention_varlen", q.shape[2], causal, scale, window, softcap, dropout)
     lengths = sequence_lengths(cu_seqlens_q, cu_seqlens_k, q.shape[0], k.shape[0], options.kind)
     if lengths is None:
-        most_q, most_k = q.shape[0], k.shape[0]
+        max_q, max_k = q.shape[0], k.shape[0]
     else:
-        most_q, most_k = (max((pair[side] for pair in lengths), default=0) for side in (0, 1))
-    packing = Packing(cu_seqlens_q.to(torch.int32), cu_seqlens_k.to(torch.int32), lengths, most_q, most_k)
+        max_q, max_k = (max((pair[side] for pair in lengths), default=0) for side in (0, 1))
+    packing = Packing(cu_seqlens_q.to(torch.int32), cu_seqlens_k.to(torch.int32), lengths, max_q, max_k)
     return backend(impl, q, options).packed(q, k, v, packing, options)

@@ -31,7 +31,7 @@ def check_types(operation: str, q: Tensor, k: Tensor, v: Tensor) -> None:
         check_dense(operation, name, x)
 
 
-def check_tensors(operation: str, layout_q: str, layout_k: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+def check_shapes(operation: str, layout_q: str, layout_k: str, q: Tensor, k: Tensor, v: Tensor) -> None:
     """Shapes, dtypes and devices of q and of k and v, laid out as "B, H, Lq, D" and "B, Hkv, Lk, D", or as "Tq, H, D"."""
     shapes = f"got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
     dims, head = layout_q.count(",") + 1, layout_q.split(", ").index("H")
@@ -89,16 +89,18 @@ def check_key_lengths(key_lengths: Tensor, q: Tensor, k: Tensor, kind: str | Non
     check_integers("key_lengths", key_lengths, q.shape[0], q.device)
     if not readable(key_lengths) or key_lengths.shape[0] == 0:
         return
-    least, most = (int(value) for value in key_lengths.aminmax())
-    if least < 1 or most > k.shape[2]:
-        raise ValueError(f"key_lengths must lie in 1..Lk = 1..{k.shape[2]}, got {least}..{most}")
-    if kind and least < q.shape[2]:
+    shortest, longest = (int(value) for value in key_lengths.aminmax())
+    if shortest < 1 or longest > k.shape[2]:
+        raise ValueError(f"key_lengths must lie in 1..Lk = 1..{k.shape[2]}, got {shortest}..{longest}")
+    if kind and shortest < q.shape[2]:
         raise ValueError(
-            f"{kind} attention needs Lq <= key_lengths (the first queries would see no key), got {q.shape[2]} > {least}"
+            f"{kind} attention needs Lq <= key_lengths (the first queries would see no key), got {q.shape[2]} > {shortest}"
         )
 
 
-def sequence_lengths(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, total_q: int, total_k: int, kind: str | None):
+def sequence_lengths(
+    cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, total_q: int, total_k: int, kind: str | None
+) -> tuple[tuple[int, int], ...] | None:
     """((queries, keys), ...) of each sequence, from borders that are checked, or None where they may not be looked at."""
     if not readable(cu_seqlens_q, cu_seqlens_k):
         return None
@@ -123,7 +125,7 @@ def sequence_lengths(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, total_q: int, t
     return pairs
 
 
-def check_operands(impl: str, q: Tensor, dtypes: tuple[torch.dtype, ...], devices: tuple[str, ...] | None = None) -> None:
+def check_device_and_dtype(impl: str, q: Tensor, dtypes: tuple[torch.dtype, ...], devices: tuple[str, ...] | None = None) -> None:
     """ValueError if what is behind `impl` does not take the device or the dtype of `q`."""
     devices = devices or FUSED_DEVICES
     if q.device.type not in devices:
@@ -138,9 +140,9 @@ def check_unbatched(impl: str, what: str, *tensors: Tensor | None) -> None:
         raise ValueError(f"impl={impl!r} does not take {what} that torch.vmap batches, got such; use impl='auto'")
 
 
-def check_head_dimension(impl: str, size: int, least: int = 1, most: int | None = None) -> None:
+def check_head_dimension(impl: str, size: int, minimum: int = 1, maximum: int | None = None) -> None:
     """ValueError if what is behind `impl` does not take heads of this size."""
-    if size < least:
-        raise ValueError(f"impl={impl!r} takes head dimensions from {least}, got {size}; use impl='sdpa'")
-    if most is not None and size > most:
-        raise ValueError(f"impl={impl!r} takes head dimensions up to {most}, got {size}; use impl='sdpa'")
+    if size < minimum:
+        raise ValueError(f"impl={impl!r} takes head dimensions from {minimum}, got {size}; use impl='sdpa'")
+    if maximum is not None and size > maximum:
+        raise ValueError(f"impl={impl!r} takes head dimensions up to {maximum}, got {size}; use impl='sdpa'")

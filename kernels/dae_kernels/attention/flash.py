@@ -22,7 +22,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from dae_kernels.attention.checks import broken_package, check_head_dimension, check_operands, check_unbatched, recorded
+from dae_kernels.attention.checks import broken_package, check_device_and_dtype, check_head_dimension, check_unbatched, recorded
 from dae_kernels.attention.options import Options, refuse, refuse_other_values
 from dae_kernels.attention.packing import Packing, pack_keys, padded_heads, whole_lengths
 
@@ -33,7 +33,7 @@ class Generation:
     module: ModuleType
 
     def head_size(self, D: int, major: int) -> int:
-        """The least head dimension that it takes and that holds `D`."""
+        """The smallest head dimension that it takes and that holds `D`."""
         size = -(-D // 8) * 8
         return 256 if self.number == 4 and major in (10, 11) and size > 128 else size
 
@@ -78,8 +78,8 @@ def packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing, options: Options) 
 
 
 def prepare(q: Tensor) -> tuple[Generation, int]:
-    check_operands("flash_attn", q, (torch.float16, torch.bfloat16))
-    check_head_dimension("flash_attn", q.shape[-1], most=256)
+    check_device_and_dtype("flash_attn", q, (torch.float16, torch.bfloat16))
+    check_head_dimension("flash_attn", q.shape[-1], maximum=256)
     major = compute_capability(q.device)
     generation = newest(major)
     return generation, generation.head_size(q.shape[-1], major)
@@ -91,7 +91,7 @@ def compute_capability(device: torch.device) -> int:
 
 def newest(major: int) -> Generation:
     """The newest generation that is installed, of those for compute capability `major`.x (ROCm has generation 2)."""
-    fits = (2,)
+    fits: tuple[int, ...] = (2,)
     if torch.version.hip is None and major in (9, 10, 11):
         fits = (4, 3, 2) if major == 9 else (4, 2)
     broken = []

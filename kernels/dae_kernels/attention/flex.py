@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dae_kernels.attention.checks import check_head_dimension, check_operands, check_unbatched, recorded
+from dae_kernels.attention.checks import check_device_and_dtype, check_head_dimension, check_unbatched, recorded
 from dae_kernels.attention.options import Options, refuse
 from dae_kernels.attention.packing import Packing, documents
 
@@ -43,8 +43,8 @@ def packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing, options: Options) 
         seen = lambda b, h, i, j: (document_q[i] == document_k[j]) & options.sees(left_q[i] - left_k[j])  # noqa: E731
     else:
         seen = lambda b, h, i, j: document_q[i] == document_k[j]  # noqa: E731
-    out = call(*(x.transpose(0, 1)[None] for x in (q, k, v)), seen, None, options)
-    return out[0].transpose(0, 1)
+    q_1HTD, k_1HTD, v_1HTD = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return call(q_1HTD, k_1HTD, v_1HTD, seen, None, options)[0].transpose(0, 1)
 
 
 def score_change(bias_BHQK: Tensor | None, softcap: float) -> Callable | None:
@@ -63,9 +63,9 @@ def score_change(bias_BHQK: Tensor | None, softcap: float) -> Callable | None:
 def check(q: Tensor, k: Tensor, v: Tensor, *others: Tensor | None, dropout: float) -> None:
     refuse("flex", "sdpa", dropout=dropout)
     check_unbatched("flex", "tensors", q, k, v, *others)
-    check_operands("flex", q, (torch.float16, torch.bfloat16, torch.float32), ("cuda", "cpu"))
+    check_device_and_dtype("flex", q, (torch.float16, torch.bfloat16, torch.float32), ("cuda", "cpu"))
     if q.device.type == "cuda":
-        check_head_dimension("flex", q.shape[-1], least=16)
+        check_head_dimension("flex", q.shape[-1], minimum=16)
     elif recorded(q, k, v, *(x for x in others if x is not None)):
         raise ValueError("impl='flex' has no backward pass on CPUs (torch has none); use torch.no_grad(), or impl='sdpa'")
 

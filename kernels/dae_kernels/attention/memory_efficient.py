@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dae_kernels.attention.checks import broken_package, check_operands, check_unbatched
+from dae_kernels.attention.checks import broken_package, check_device_and_dtype, check_unbatched
 from dae_kernels.attention.options import Options, refuse, refuse_other_values
 from dae_kernels.attention.packing import Packing, pack_keys, padded_heads
 from dae_kernels.attention.reference import position_mask
@@ -69,7 +69,7 @@ def tensor_bias(bias: Tensor, q: Tensor, k: Tensor, options: Options) -> Tensor:
 
 def load(q: Tensor):
     """`memory_efficient_attention` and the module of its biases, for operands that it takes."""
-    check_operands("xformers", q, (torch.float16, torch.bfloat16, torch.float32))
+    check_device_and_dtype("xformers", q, (torch.float16, torch.bfloat16, torch.float32))
     try:
         from xformers.ops import memory_efficient_attention
         from xformers.ops.fmha import attn_bias

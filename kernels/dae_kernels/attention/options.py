@@ -52,7 +52,7 @@ class Options:
     def sees(self, distance: Tensor) -> Tensor:
         """Bool where a key at `distance` (its position less the query's own) is seen; needs `by_position`."""
         if self.before is None:
-            return distance <= self.after
+            return distance <= self.after  # type: ignore[operator]  # a number, by position
         seen = distance >= -self.before
         return seen if self.after is None else seen & (distance <= self.after)
 

@@ -54,7 +54,7 @@ def pack_keys(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, key_lengths_B: Ten
 
 
 def padded_heads(x: Tensor, size: int) -> Tensor:
-    """`x` [..., D] with zeros up to `size` entries a head, which change no score, and with its entries side by side."""
+    """`x` [..., D] with zeros up to `size` entries per head, which change no score, and with its entries side by side."""
     if x.shape[-1] != size:
         return F.pad(x, (0, size - x.shape[-1]))
     return x if x.stride(-1) == 1 else x.contiguous()

@@ -60,6 +60,7 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias:
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, bias: Tensor | None, options: Options) -> Tensor:
+    mask: Tensor | None
     if key_lengths is not None:
         mask = length_mask(key_lengths, q.shape[2], k.shape[2], options)
     else:

@@ -40,8 +40,9 @@ def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, 
     grouped = False
     if q.shape[1] != k.shape[1]:  # a branch, because a graph of dynamic shapes must settle it
         grouped = True
-    rule = {"is_causal": is_causal, "scale": options.scale, "dropout_p": options.dropout, "enable_gqa": grouped}
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, **rule)
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=options.dropout, is_causal=is_causal, scale=options.scale, enable_gqa=grouped
+    )
 
 
 def packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing, options: Options) -> Tensor:
@@ -54,8 +55,8 @@ def packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing, options: Options) 
     if packing.lengths is None:
         refuse("sdpa", "flex", soft_cap=options.softcap)
         mask = document_mask(packing, q.shape[0], k.shape[0], options)
-        out = call(*(x.transpose(0, 1)[None] for x in (q, k, v)), mask, False, options)
-        return out[0].transpose(0, 1)
+        q_1HTD, k_1HTD, v_1HTD = (x.transpose(0, 1)[None] for x in (q, k, v))
+        return call(q_1HTD, k_1HTD, v_1HTD, mask, False, options)[0].transpose(0, 1)
     by_lengths: dict[tuple[int, int], list[tuple[int, int]]] = {}
     start_q = start_k = 0
     for num_queries, num_keys in packing.lengths:

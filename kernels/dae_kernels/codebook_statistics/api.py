@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from dae_kernels.checks import FLOAT_DTYPES, as_integer, check_tensors
-from dae_kernels.codebook_statistics.reference import codebook_statistics_reference
-from dae_kernels.dispatch import choose, register_op
+from dae_kernels.codebook_statistics.reference import check_range, codebook_statistics_reference
+from dae_kernels.dispatch import choose
 from dae_kernels.tracing import values_readable
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
@@ -50,21 +50,7 @@ def codebook_statistics(x: Tensor, indices: Tensor, K: int, *, impl: str = "auto
     if indices.device.type != "cpu" and values_readable(indices):
         check_range(indices, K)
     N = indices.numel()
-    return statistics(x.detach().reshape(N, x.shape[-1]), indices.reshape(N), K)
-
-
-def checked_statistics(x_ND: Tensor, indices_N: Tensor, K: int) -> tuple[Tensor, Tensor]:
-    if indices_N.device.type == "cpu":  # here, as inside an operator values are at hand whatever transforms surround it
-        check_range(indices_N, K)
-    return codebook_statistics_reference(x_ND, indices_N, K)
-
-
-def statistics_empty(x_ND: Tensor, indices_N: Tensor, K: int) -> tuple[Tensor, Tensor]:
-    sums_dtype = torch.promote_types(x_ND.dtype, torch.float32)
-    return x_ND.new_empty(K, dtype=torch.int64), x_ND.new_empty(K, x_ND.shape[1], dtype=sums_dtype)
-
-
-statistics = register_op("dae_kernels::codebook_statistics", checked_statistics, statistics_empty)
+    return codebook_statistics_reference(x.detach().reshape(N, x.shape[-1]), indices.reshape(N), K)
 
 
 def check_operands(x: Tensor, indices: Tensor, K: int) -> None:
@@ -80,11 +66,3 @@ def check_operands(x: Tensor, indices: Tensor, K: int) -> None:
         raise ValueError(f"codebook_statistics needs at least one code, got K = {K}")
     if x.device != indices.device:
         raise ValueError(f"x and indices must be on one device, got {x.device} and {indices.device}")
-
-
-def check_range(indices: Tensor, K: int) -> None:
-    if indices.numel() == 0:
-        return
-    least, greatest = torch.stack(torch.aminmax(indices)).tolist()
-    if least < 0 or greatest >= K:
-        raise ValueError(f"codebook_statistics needs indices in [0, {K}), got {least if least < 0 else greatest}")

@@ -8,7 +8,7 @@ from torch import Tensor
 from dae_kernels.checks import check_clouds, check_weights
 from dae_kernels.clouds import convention, normalised
 from dae_kernels.dispatch import choose, dtype_refusal
-from dae_kernels.pairwise.sums import pair_sums
+from dae_kernels.pairwise.autograd import pair_sums
 
 
 @convention(

@@ -20,7 +20,7 @@ def gaussian_w2(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) ->
 
     All arithmetic is float64. Plain torch is the implementation, two eigendecompositions and one of singular values, as a kernel
     of ours would leave alone what takes the time: these alone, by LAPACK, take 57 % of `frechet_distance`'s forward time on one
-    CPU core at 2000 points a cloud and D = 256, and products of matrices most of the rest. On a GPU it is not measured.
+    CPU core at 2000 points per cloud and D = 256, and products of matrices most of the rest. On a GPU it is not measured.
 
     Differentiable once, with respect to all four, where both covariances are positive definite (equal eigenvalues included).
     Where one of them is singular but A A^T with A of full column rank, as of points from fewer dimensions, the gradient by A is

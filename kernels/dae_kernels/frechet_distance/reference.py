@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 from dae_kernels.clouds import power_of_two
-from dae_kernels.dispatch import taken_whole
+from dae_kernels.frechet_distance.autograd import square_root
 
 
 def gaussian_w2_reference(mean_a_D: Tensor, cov_a_DD: Tensor, mean_b_D: Tensor, cov_b_DD: Tensor) -> Tensor:
@@ -22,53 +21,3 @@ def gaussian_w2_reference(mean_a_D: Tensor, cov_a_DD: Tensor, mean_b_D: Tensor, 
     trace_of_root = torch.linalg.svdvals(square_root(cov_a_DD) @ square_root(cov_b_DD)).sum()
     of_covariances = cov_a_DD.trace() + cov_b_DD.trace() - 2 * trace_of_root
     return ((mean_a_D - mean_b_D).square().sum() + of_covariances / unit / unit).clamp_min(0)
-
-
-def square_root(matrix_DD: Tensor) -> Tensor:
-    if torch.compiler.is_compiling():
-        import dae_kernels.whole  # noqa: F401
-    return apply_square_root(matrix_DD)
-
-
-@taken_whole
-def apply_square_root(matrix_DD: Tensor) -> Tensor:
-    return SquareRoot.apply(matrix_DD)[0]
-
-
-class SquareRoot(torch.autograd.Function):
-    """The positive semi-definite square root of the symmetric part of a matrix; rounding's negative eigenvalues become 0.
-
-    torch's own derivative of eigh divides by differences of eigenvalues and fails where two are equal, as in the
-    identity. The root R itself is smooth: dR solves dS = dR R + R dR, in the eigenbasis a division by sums of roots.
-    The eigenvectors and the roots of the eigenvalues are the further outputs, which the derivative needs.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(matrix_DD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        values_D, vectors_DD = torch.linalg.eigh((matrix_DD + matrix_DD.mT) / 2)
-        roots_D = values_D.clamp_min(0).sqrt()
-        return (vectors_DD * roots_D) @ vectors_DD.mT, roots_D, vectors_DD
-
-    @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        _, roots_D, vectors_DD = output
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(roots_D, vectors_DD)
-
-    @staticmethod
-    def backward(
-        ctx: FunctionCtx, grad_DD: Tensor | None, grad_roots_D: Tensor | None, grad_vectors_DD: Tensor | None
-    ) -> Tensor | None:
-        if grad_roots_D is not None or grad_vectors_DD is not None:  # reached by double backward
-            raise RuntimeError("gaussian_w2 and frechet_distance have no second derivatives")
-        if grad_DD is None:
-            return None
-        roots_D, vectors_DD = ctx.saved_tensors
-        sums_DD = roots_D[:, None] + roots_D
-        # Between two eigenvectors of eigenvalue 0 to rounding there is no derivative: 0 instead of noise divided by nothing.
-        floor = (len(roots_D) * torch.finfo(roots_D.dtype).eps) ** 0.5 * roots_D.max()
-        inverse_DD = torch.where(sums_DD > floor, 1 / sums_DD, 0.0)
-        symmetric_DD = (grad_DD + grad_DD.mT) / 2
-        return vectors_DD @ (vectors_DD.mT @ symmetric_DD @ vectors_DD * inverse_DD) @ vectors_DD.mT

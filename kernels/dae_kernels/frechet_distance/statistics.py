@@ -27,8 +27,7 @@ class GaussianStatistics:
 
     def __init__(self) -> None:
         self.count = 0
-        self._mean: Tensor | None = None
-        self._scatter: Tensor | None = None
+        self._moments: tuple[Tensor, Tensor] | None = None  # mean [D] and M2 [D, D]
 
     def update(self, x: Tensor) -> Self:
         """Add points [N, D] (N may be 0), without their gradient; returns itself.
@@ -43,32 +42,27 @@ class GaussianStatistics:
         batch = GaussianStatistics()
         if len(x):
             batch.count = len(x)
-            batch._mean, batch._scatter = mean_and_scatter(x.detach())
+            batch._moments = mean_and_scatter(x.detach())
         return self.merge(batch)
 
     def merge(self, other: GaussianStatistics) -> Self:
         """Add the points that `other` has seen; returns itself. ValueError: another dimension D. TypeError: another class."""
         if not isinstance(other, GaussianStatistics):
             raise TypeError(f"expected GaussianStatistics to merge, got {type(other).__name__}; points are added by update")
-        if other.count == 0:
+        if other._moments is None:
             return self
-        if other._mean.is_meta and self.count and not self._mean.is_meta:
+        theirs, their_scatter = other._moments
+        if self._moments is None:
+            self.count, self._moments = other.count, (theirs.clone(), their_scatter.clone())
+            return self
+        mean, scatter = self._moments
+        if theirs.is_meta and not mean.is_meta:
             raise ValueError("GaussianStatistics needs points with values, got meta tensors, which have none")
-        if self.count == 0:
-            self.count, self._mean, self._scatter = other.count, other._mean.clone(), other._scatter.clone()
-            return self
-        if len(self._mean) != len(other._mean):
-            raise ValueError(
-                f"expected {len(self._mean)} features per row, got {len(other._mean)}; use one feature extractor for all rows"
-            )
-        count = self.count + other.count
-        difference = other._mean.to(self._mean.device) - self._mean
-        self._mean = self._mean + difference * (other.count / count)
-        self._scatter = (
-            self._scatter
-            + other._scatter.to(self._mean.device)
-            + torch.outer(difference, difference) * (self.count * other.count / count)
-        )
+        if len(mean) != len(theirs):
+            raise ValueError(f"expected {len(mean)} features per row, got {len(theirs)}; use one feature extractor for all rows")
+        count, difference = self.count + other.count, theirs.to(mean.device) - mean
+        between = torch.outer(difference, difference) * (self.count * other.count / count)
+        self._moments = mean + difference * (other.count / count), scatter + their_scatter.to(mean.device) + between
         self.count = count
         return self
 
@@ -85,26 +79,29 @@ class GaussianStatistics:
         Raises:
             ValueError: in every process, where the processes have points of different dimensions.
         """
-        dimension = 0 if self._mean is None else len(self._mean)
+        dimension = 0 if self._moments is None else len(self._moments[0])
         # Where all D are equal, and only there, Cauchy-Schwarz holds with equality: (sum D)^2 = (number) (sum D^2).
         members, total, squares = summed(whole([int(dimension > 0), dimension, dimension**2])).tolist()
         if members * squares != total**2:
             raise ValueError(f"expected one feature dimension in all processes, got {dimension} here; use one feature extractor")
         if members == 0:
             return self
-        mean = torch.zeros(total // members, dtype=torch.float64, device="cpu") if self._mean is None else self._mean
-        scatter = torch.outer(mean, mean) * 0 if self._scatter is None else self._scatter
+        if self._moments is None:
+            mean = torch.zeros(total // members, dtype=torch.float64, device="cpu")
+            scatter = torch.outer(mean, mean)
+        else:
+            mean, scatter = self._moments
         count = int(summed(whole(self.count)))
         common_mean = summed(mean * (self.count / count))
         offset = mean - common_mean
-        self._scatter = summed(scatter + torch.outer(offset, offset) * self.count)
-        self._mean, self.count = common_mean, count
+        self._moments = common_mean, summed(scatter + torch.outer(offset, offset) * self.count)
+        self.count = count
         return self
 
     def state(self) -> Tensor:
         """float64 [1 + D + D D]: count, mean and M2 in one tensor, to gather or to store. ValueError: no points yet."""
-        mean = self.mean
-        return torch.cat([mean.new_tensor([self.count]), mean, self._scatter.flatten()])
+        mean, scatter = self._known(1, "a mean", "call update first")
+        return torch.cat([mean.new_tensor([self.count]), mean, scatter.flatten()])
 
     @classmethod
     def from_state(cls, state: Tensor) -> Self:
@@ -118,22 +115,23 @@ class GaussianStatistics:
             raise ValueError(f"expected a state with a whole count of at least 1, got {count}")
         statistics = cls()
         statistics.count = int(count)
-        statistics._mean, statistics._scatter = state[1 : 1 + D].clone(), state[1 + D :].reshape(D, D).clone()
+        statistics._moments = state[1 : 1 + D].clone(), state[1 + D :].reshape(D, D).clone()
         return statistics
 
     @property
     def mean(self) -> Tensor:
         """float64 [D]. ValueError: no points yet."""
-        if self.count < 1:
-            raise ValueError("expected at least 1 row for a mean, got 0; call update first")
-        return self._mean
+        return self._known(1, "a mean", "call update first")[0]
 
     @property
     def covariance(self) -> Tensor:
         """float64 [D, D], the unbiased estimate M2 / (n - 1). ValueError: fewer than 2 points."""
-        if self.count < 2:
-            raise ValueError(f"expected at least 2 rows for a covariance, got {self.count}; add rows")
-        return self._scatter / (self.count - 1)
+        return self._known(2, "a covariance", "add rows")[1] / (self.count - 1)
+
+    def _known(self, rows: int, what: str, remedy: str) -> tuple[Tensor, Tensor]:
+        if self._moments is None or self.count < rows:
+            raise ValueError(f"expected at least {rows} row{'s' * (rows > 1)} for {what}, got {self.count}; {remedy}")
+        return self._moments
 
 
 def whole(numbers: int | list[int]) -> Tensor:

@@ -1,12 +1,12 @@
-"""`group_norm_silu`: checks, dispatch, and the gradient of the fused kernels."""
+"""`group_norm_silu`: checks and dispatch."""
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from dae_kernels.checks import as_integer, as_number, check_choice, check_floating
-from dae_kernels.dispatch import choose, dtype_refusal, taken_whole
+from dae_kernels.dispatch import choose, dtype_refusal
+from dae_kernels.group_norm_silu.autograd import group_norm_silu_fused
 from dae_kernels.group_norm_silu.reference import group_norm_silu_reference
 
 MAX_GRID = 65535  # the second and third axis of a CUDA grid
@@ -71,23 +71,7 @@ def group_norm_silu(
         refusal = f"the kernel takes at most {MAX_GRID} images and channels and {MAX_POSITIONS} positions, got x {list(x.shape)}"
     if choose(impl, x.device, refusal) == "reference":
         return group_norm_silu_reference(x, num_groups, weight, bias, eps, silu, scale, shift)
-    if torch.compiler.is_compiling():
-        import dae_kernels.whole  # noqa: F401
-    return apply_group_norm_silu(x, weight, bias, scale, shift, num_groups, eps, silu)
-
-
-@taken_whole
-def apply_group_norm_silu(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    num_groups: int,
-    eps: float,
-    silu: bool,
-) -> Tensor:
-    return GroupNormSiLU.apply(x, weight, bias, scale, shift, num_groups, eps, silu)[0]
+    return group_norm_silu_fused(x, weight, bias, scale, shift, num_groups, eps, silu)
 
 
 def check_operands(
@@ -125,59 +109,3 @@ def check_operands(
             raise ValueError(f"{operation} needs {name} {list(shape)} for x {list(x.shape)}, got {list(parameter.shape)}")
         if parameter.device != x.device:
             raise ValueError(f"{operation} needs {name} on {x.device}, where x is, got {parameter.device}")
-
-
-class GroupNormSiLU(torch.autograd.Function):
-    """The kernels with their gradient; `register_autograd` does not support torch.func."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x, weight, bias, scale, shift, num_groups, eps, silu):
-        from dae_kernels.group_norm_silu.fused import group_norm_silu_forward
-
-        return group_norm_silu_forward(x, weight, bias, scale, shift, num_groups, eps, silu)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, weight, bias, scale, shift, ctx.num_groups, _, ctx.silu = inputs
-        _, mean_BG, rstd_BG = output
-        ctx.mark_non_differentiable(mean_BG, rstd_BG)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight, bias, scale, shift, mean_BG, rstd_BG)
-
-    @staticmethod
-    def backward(ctx, dy, _d_mean, _d_rstd):
-        saved = ctx.saved_tensors  # read once: torch.utils.checkpoint unpacks a tensor no second time
-        _, weight, bias, scale, shift, *_ = saved
-        dx, sum_BC, sum_n_BC = FirstDerivative.apply(dy, *saved, ctx.num_groups, ctx.silu)
-        # sum is d out / d h summed over positions, sum_n that times n; they hold the gradients of all parameters.
-        d_scale = d_shift = None
-        if scale is not None:
-            affine_n = sum_n_BC if weight is None else sum_n_BC * weight
-            d_scale = (affine_n if bias is None else affine_n + sum_BC * bias).to(scale.dtype)
-            d_shift = sum_BC.to(shift.dtype)
-            sum_BC, sum_n_BC = sum_BC * (1 + scale), sum_n_BC * (1 + scale)
-        d_weight = None if weight is None else sum_n_BC.sum(dim=0).to(weight.dtype)
-        d_bias = None if bias is None else sum_BC.sum(dim=0).to(bias.dtype)
-        return dx, d_weight, d_bias, d_scale, d_shift, None, None, None
-
-
-class FirstDerivative(torch.autograd.Function):
-    """The backward kernels, which say so when they are to be differentiated in turn."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(*operands):
-        from dae_kernels.group_norm_silu.fused import group_norm_silu_backward
-
-        return group_norm_silu_backward(*operands)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *cotangents):
-        raise RuntimeError("group_norm_silu's kernels have no second derivative: use impl='reference'")

@@ -4,15 +4,15 @@ Roofline (counts, with the measured floors of an H100: 3.0 TB/s of copy, 132 SMs
 - Bound by memory. Forward: x is read for the statistics, read again, y written: 3 n b bytes for n elements of b bytes.
   Backward: x and dy are read for the sums, read again, dx written: 5 n b. [8, 128, 256, 256] in bf16 is 134 MB: 0.13 and
   0.22 ms. What fits into L2 (50 MB) is read from memory once: 2 and 3 passes.
-- Arithmetic: at 3.0 TB/s an SM meets 6.5 bf16 elements a cycle, at 128 float32 instructions: 20 an element. Forward takes about
-  10 for the statistics (Welford) and 10 with one exponential for the rest; backward about 15 and 20 with one exponential each,
-  and an SM does 16 exponentials a cycle. Little slack, so nothing is divided or reduced over threads inside a loop.
+- Arithmetic: at 3.0 TB/s an SM meets 6.5 bf16 elements per cycle, at 128 float32 instructions: 20 per element. Forward takes
+  about 10 for the statistics (Welford) and 10 with one exponential for the rest; backward about 15 and 20 with one exponential each,
+  and an SM does 16 exponentials per cycle. Little slack, so nothing is divided or reduced over threads inside a loop.
 - A tile is [positions, channels] for both layouts, and the strides say which of the two is contiguous: BLOCK_P x BLOCK_C is
-  long along that one. 2048 elements over 256 threads are 8 a thread: one load of 16 bytes in bf16. With 128 threads the sums of
+  long along that one. 2048 elements over 256 threads are 8 per thread: one load of 16 bytes in bf16. With 128 threads the sums of
   the gradient took 243 registers on sm_90, and 127 with 256: either way two blocks fit on an SM, but one of 16 warps hides more.
 - Statistics and sums are kept for each lane of the tile, merged over lanes once at the end, written once for each channel and
   chunk of positions, and merged over the chunks of a group by a small kernel: no atomics, one order of summation. A chunk has at
-  most 16 tiles, and so few that 528 programs (4 an SM) run where the tensor has as many tiles; its two numbers per channel are
+  most 16 tiles, and so few that 528 programs (4 per SM) run where the tensor has as many tiles; its two numbers per channel are
   at most 1/64 of what it read.
 """
 
@@ -37,6 +37,15 @@ def pointers(ptr, b, p0, c0, stride_b, stride_c, stride_p, BLOCK_P: tl.constexpr
     """Of the tile [BLOCK_P, BLOCK_C] that begins at position p0 and channel c0 of image b."""
     ptr += b.to(tl.int64) * stride_b + p0.to(tl.int64) * stride_p + c0.to(tl.int64) * stride_c
     return ptr + tl.arange(0, BLOCK_P)[:, None] * stride_p + tl.arange(0, BLOCK_C)[None, :] * stride_c
+
+
+@triton.jit
+def statistics(mean_ptr, rstd_ptr, b, c, C, channels):
+    """Mean and 1 / std of the group that each channel belongs to, and where that group's numbers stand in [B, groups]."""
+    group = b * (C // channels) + c // channels
+    mean = tl.load(mean_ptr + group, mask=c < C, other=0.0)
+    rstd = tl.load(rstd_ptr + group, mask=c < C, other=0.0)
+    return mean, rstd, group
 
 
 @triton.jit
@@ -66,18 +75,11 @@ def d_activation(h, dy, SILU: tl.constexpr):
 
 @triton.jit
 def moments_kernel(
-    x_ptr,
-    mean_ptr,
-    m2_ptr,
-    x_stride_b,
-    x_stride_c,
-    x_stride_p,
-    C,
-    P,
-    chunk,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    x_ptr, mean_ptr, m2_ptr,
+    x_stride_b, x_stride_c, x_stride_p,
+    C, P, chunk,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """mean and M2 = sum (x - mean)^2 of each channel over a chunk of positions, into [B, C, chunks].
 
     Grid (chunks, blocks of channels, B). Each lane runs Welford's update over its own positions; lanes are merged at the end.
@@ -135,37 +137,17 @@ def merge_moments_kernel(mean_ptr, m2_ptr, group_mean_ptr, group_rstd_ptr, chann
 
 @triton.jit
 def normalise_kernel(
-    x_ptr,
-    y_ptr,
-    weight_ptr,
-    bias_ptr,
-    scale_ptr,
-    shift_ptr,
-    mean_ptr,
-    rstd_ptr,
-    x_stride_b,
-    x_stride_c,
-    x_stride_p,
-    y_stride_b,
-    y_stride_c,
-    y_stride_p,
-    C,
-    P,
-    channels,
-    WEIGHT: tl.constexpr,
-    BIAS: tl.constexpr,
-    ADAPTIVE: tl.constexpr,
-    SILU: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    """y = act((x - mean) rstd factor + term), one tile a program. Grid (tiles of positions, blocks of channels, B)."""
+    x_ptr, y_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr,
+    x_stride_b, x_stride_c, x_stride_p, y_stride_b, y_stride_c, y_stride_p,
+    C, P, channels,
+    WEIGHT: tl.constexpr, BIAS: tl.constexpr, ADAPTIVE: tl.constexpr, SILU: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """y = act((x - mean) rstd factor + term), one tile per program. Grid (tiles of positions, blocks of channels, B)."""
     p0, c0, b = tl.program_id(0) * BLOCK_P, tl.program_id(1) * BLOCK_C, tl.program_id(2).to(tl.int64)
     p, c = p0 + tl.arange(0, BLOCK_P), c0 + tl.arange(0, BLOCK_C)
     inside = (p[:, None] < P) & (c[None, :] < C)
-    group = b * (C // channels) + c // channels
-    mean = tl.load(mean_ptr + group, mask=c < C, other=0.0)
-    rstd = tl.load(rstd_ptr + group, mask=c < C, other=0.0)
+    mean, rstd, _ = statistics(mean_ptr, rstd_ptr, b, c, C, channels)
     factor, term = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, b, c, C, WEIGHT, BIAS, ADAPTIVE)
     x_ptrs = pointers(x_ptr, b, p0, c0, x_stride_b, x_stride_c, x_stride_p, BLOCK_P, BLOCK_C)
     x = tl.load(x_ptrs, mask=inside, other=0.0).to(tl.float32)
@@ -178,41 +160,18 @@ def normalise_kernel(
 
 @triton.jit
 def gradient_sums_kernel(
-    dy_ptr,
-    x_ptr,
-    weight_ptr,
-    bias_ptr,
-    scale_ptr,
-    shift_ptr,
-    mean_ptr,
-    rstd_ptr,
-    sum_ptr,
-    sum_n_ptr,
-    dy_stride_b,
-    dy_stride_c,
-    dy_stride_p,
-    x_stride_b,
-    x_stride_c,
-    x_stride_p,
-    C,
-    P,
-    channels,
-    chunk,
-    WEIGHT: tl.constexpr,
-    BIAS: tl.constexpr,
-    ADAPTIVE: tl.constexpr,
-    SILU: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    dy_ptr, x_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr, sum_ptr, sum_n_ptr,
+    dy_stride_b, dy_stride_c, dy_stride_p, x_stride_b, x_stride_c, x_stride_p,
+    C, P, channels, chunk,
+    WEIGHT: tl.constexpr, BIAS: tl.constexpr, ADAPTIVE: tl.constexpr, SILU: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """Sums of dh and dh n of each channel over a chunk of positions, into [B, C, chunks]. The grid is that of the moments."""
     start = tl.program_id(0) * chunk
     count = tl.minimum(P - start, chunk)
     c0, b = tl.program_id(1) * BLOCK_C, tl.program_id(2).to(tl.int64)
     lane, c = tl.arange(0, BLOCK_P), c0 + tl.arange(0, BLOCK_C)
-    group = b * (C // channels) + c // channels
-    mean = tl.load(mean_ptr + group, mask=c < C, other=0.0)
-    rstd = tl.load(rstd_ptr + group, mask=c < C, other=0.0)
+    mean, rstd, _ = statistics(mean_ptr, rstd_ptr, b, c, C, channels)
     factor, term = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, b, c, C, WEIGHT, BIAS, ADAPTIVE)
     x_ptrs = pointers(x_ptr, b, start, c0, x_stride_b, x_stride_c, x_stride_p, BLOCK_P, BLOCK_C)
     dy_ptrs = pointers(dy_ptr, b, start, c0, dy_stride_b, dy_stride_c, dy_stride_p, BLOCK_P, BLOCK_C)
@@ -233,24 +192,11 @@ def gradient_sums_kernel(
 
 @triton.jit
 def merge_gradient_sums_kernel(
-    part_ptr,
-    part_n_ptr,
-    weight_ptr,
-    scale_ptr,
-    sum_ptr,
-    sum_n_ptr,
-    group_mean_ptr,
-    group_mean_n_ptr,
-    C,
-    P,
-    channels,
-    chunks,
-    WEIGHT: tl.constexpr,
-    ADAPTIVE: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-    BLOCK_S: tl.constexpr,
-):
-    """Chunks' sums to sums a channel [B, C], and to means of d n and (d n) n over a group [B, groups]. Grid (groups, B)."""
+    part_ptr, part_n_ptr, weight_ptr, scale_ptr, sum_ptr, sum_n_ptr, group_mean_ptr, group_mean_n_ptr,
+    C, P, channels, chunks,
+    WEIGHT: tl.constexpr, ADAPTIVE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Chunks' sums to sums per channel [B, C], and to means of d n and (d n) n over a group [B, groups]. Grid (groups, B)."""
     b, first = tl.program_id(1).to(tl.int64), tl.program_id(0) * channels
     i, s = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_S)
     group_total = tl.zeros([BLOCK_C], tl.float32)
@@ -283,43 +229,17 @@ def merge_gradient_sums_kernel(
 
 @triton.jit
 def gradient_kernel(
-    dy_ptr,
-    x_ptr,
-    dx_ptr,
-    weight_ptr,
-    bias_ptr,
-    scale_ptr,
-    shift_ptr,
-    mean_ptr,
-    rstd_ptr,
-    group_mean_ptr,
-    group_mean_n_ptr,
-    dy_stride_b,
-    dy_stride_c,
-    dy_stride_p,
-    x_stride_b,
-    x_stride_c,
-    x_stride_p,
-    dx_stride_b,
-    dx_stride_c,
-    dx_stride_p,
-    C,
-    P,
-    channels,
-    WEIGHT: tl.constexpr,
-    BIAS: tl.constexpr,
-    ADAPTIVE: tl.constexpr,
-    SILU: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    dy_ptr, x_ptr, dx_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr, group_mean_ptr, group_mean_n_ptr,
+    dy_stride_b, dy_stride_c, dy_stride_p, x_stride_b, x_stride_c, x_stride_p, dx_stride_b, dx_stride_c, dx_stride_p,
+    C, P, channels,
+    WEIGHT: tl.constexpr, BIAS: tl.constexpr, ADAPTIVE: tl.constexpr, SILU: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """dx = rstd (d n - mean(d n) - n mean(d n * n)) with d n = dh * factor. The grid is that of normalise_kernel."""
     p0, c0, b = tl.program_id(0) * BLOCK_P, tl.program_id(1) * BLOCK_C, tl.program_id(2).to(tl.int64)
     p, c = p0 + tl.arange(0, BLOCK_P), c0 + tl.arange(0, BLOCK_C)
     inside = (p[:, None] < P) & (c[None, :] < C)
-    group = b * (C // channels) + c // channels
-    mean = tl.load(mean_ptr + group, mask=c < C, other=0.0)
-    rstd = tl.load(rstd_ptr + group, mask=c < C, other=0.0)
+    mean, rstd, group = statistics(mean_ptr, rstd_ptr, b, c, C, channels)
     group_mean = tl.load(group_mean_ptr + group, mask=c < C, other=0.0)
     group_mean_n = tl.load(group_mean_n_ptr + group, mask=c < C, other=0.0)
     factor, term = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, b, c, C, WEIGHT, BIAS, ADAPTIVE)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
-from dae_kernels.dispatch import taken_whole
+from dae_kernels.group_norm_silu.autograd import input_in_graph
 from dae_kernels.tracing import without_autocast
 
 
@@ -31,43 +30,10 @@ def group_norm_silu_reference(
         if x.device.type == "cpu" and not x_.is_contiguous():
             x_ = input_in_graph(x_, weight, bias)
         y = F.group_norm(x_, num_groups, weight, bias, eps)
-        if scale_BC is not None:
+        if scale_BC is not None and shift_BC is not None:
             per_channel = (*scale_BC.shape, *[1] * (x.dim() - 2))
             y = y * (1 + scale_BC.to(wide).view(per_channel)) + shift_BC.to(wide).view(per_channel)
         y = F.silu(y) if silu else y
         y = y.to(x.dtype)
     # CUDA's own GroupNorm returns a contiguous tensor whatever it was given.
     return y if y.stride() == x.stride() else torch.empty_like(x).copy_(y)
-
-
-def input_in_graph(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    if torch.compiler.is_compiling():
-        import dae_kernels.whole  # noqa: F401
-    return apply_input_in_graph(x, weight, bias)
-
-
-@taken_whole
-def apply_input_in_graph(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    return InputInGraph.apply(x, weight, bias)
-
-
-class InputInGraph(torch.autograd.Function):
-    """x, which requires a gradient where x, weight or bias does.
-
-    On a CPU torch writes the gradient of a channels_last x also where nobody asked for it: into no memory, with a segmentation
-    fault, if x requires none and a parameter does (native_group_norm_backward, torch 2.13). Here somebody always asks.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        return x.view_as(x)
-
-    @staticmethod
-    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, dx: Tensor) -> tuple[Tensor, None, None]:
-        return dx, None, None

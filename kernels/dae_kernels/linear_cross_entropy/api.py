@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dae_kernels.checks import as_integer, as_number, check_choice, check_dense, check_floating
 from dae_kernels.dispatch import choose, dtype_refusal
-from dae_kernels.linear_cross_entropy.autograd import apply_chunked_losses
+from dae_kernels.linear_cross_entropy.autograd import chunked_cross_entropy
 from dae_kernels.linear_cross_entropy.reference import NOT_COUNTED, counted_rows, linear_cross_entropy_reference
 from dae_kernels.tracing import values_readable, without_autocast
 
@@ -120,9 +120,7 @@ def linear_cross_entropy(
     elif impl == "torch":
         losses = torch_losses(*tensors[:5], dtype, "none" if reduction == "none" else "sum").to(wide)
     else:
-        if torch.compiler.is_compiling():
-            import dae_kernels.whole  # noqa: F401
-        losses = apply_chunked_losses(*tensors, *options, impl == "triton", reduction != "none")
+        losses = chunked_cross_entropy(*tensors, *options, impl == "triton", reduction != "none")
     losses = losses * torch.ones_like(rows).masked_fill(wrong, math.nan)  # not filled, as gradients are to be NaN, too
     if reduction == "none":
         return losses.view(targets.shape)
@@ -145,8 +143,8 @@ def check_operands(hidden: Tensor, linear_weight: Tensor, targets: Tensor, bias:
     check_floating(operation, "hidden", hidden)
     check_floating(operation, "linear_weight", linear_weight)
     if not isinstance(targets, Tensor) or targets.dtype != torch.int64:
-        got = targets.dtype if isinstance(targets, Tensor) else type(targets)
-        raise TypeError(f"{operation} needs int64 targets, got {got}")
+        kind = targets.dtype if isinstance(targets, Tensor) else type(targets)
+        raise TypeError(f"{operation} needs int64 targets, got {kind}")
     check_dense(operation, "targets", targets)
     shapes = f"got hidden {list(hidden.shape)}, linear_weight {list(linear_weight.shape)}, targets {list(targets.shape)}"
     matrix = linear_weight.dim() == 2 and hidden.dim() >= 1 and hidden.shape[-1] == linear_weight.shape[1]

@@ -74,18 +74,7 @@ class GradientsOfLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        hidden_ND,
-        linear_weight_VD,
-        bias_V,
-        weight_V,
-        target_N,
-        z_loss,
-        d_loss_N,
-        label_smoothing,
-        softcap,
-        dtype,
-        needs,
-        kernel,
+        hidden_ND, linear_weight_VD, bias_V, weight_V, target_N, z_loss, d_loss_N, label_smoothing, softcap, dtype, needs, kernel
     ):
         d_loss_N = d_loss_N.masked_fill(target_N == NOT_COUNTED, 0.0)
         # Less a power of two, rows have factors of at most 1: such as 16 bits can hold.
@@ -115,19 +104,10 @@ def refuse_second(d_gradients: tuple[Tensor | None, ...]) -> None:
 
 
 @taken_whole
-def apply_chunked_losses(
-    hidden_ND: Tensor,
-    linear_weight_VD: Tensor,
-    bias_V: Tensor | None,
-    weight_V: Tensor | None,
-    target_N: Tensor,
-    z_loss: Tensor | None,
-    label_smoothing: float,
-    softcap: float | None,
-    dtype: torch.dtype,
-    kernel: bool,
-    summed: bool,
-) -> Tensor:
+def chunked_cross_entropy(
+    hidden_ND: Tensor, linear_weight_VD: Tensor, bias_V: Tensor | None, weight_V: Tensor | None, target_N: Tensor,
+    z_loss: Tensor | None, label_smoothing: float, softcap: float | None, dtype: torch.dtype, kernel: bool, summed: bool,
+) -> Tensor:  # fmt: skip
     """The [N] losses, or their sum if `summed`."""
     needs = tuple(t is not None and differentiated(t) for t in (hidden_ND, linear_weight_VD, bias_V))
     tensors = hidden_ND, linear_weight_VD, bias_V, weight_V, target_N, z_loss

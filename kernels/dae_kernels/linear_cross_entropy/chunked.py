@@ -28,16 +28,9 @@ def chunk_rows(V: int, device: torch.device) -> int:
 
 
 def softmax_step(
-    logits_nV: Tensor,
-    bias_V: Tensor | None,
-    weight_V: Tensor | None,
-    target_n: Tensor,
-    loss_n: Tensor,
-    z_loss: Tensor | None,
-    label_smoothing: float,
-    softcap: float | None,
-    gradient: bool,
-) -> None:
+    logits_nV: Tensor, bias_V: Tensor | None, weight_V: Tensor | None, target_n: Tensor, loss_n: Tensor,
+    z_loss: Tensor | None, label_smoothing: float, softcap: float | None, gradient: bool,
+) -> None:  # fmt: skip
     """Write the losses of a chunk of float32 or float64 products, and with `gradient` their gradient over the products.
 
     With x the logits, which are the products plus the bias, capped, w the class weights, t the target and s the smoothing:

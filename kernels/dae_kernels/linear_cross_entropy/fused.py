@@ -4,14 +4,14 @@ Roofline (counts, with the measured floors of an H100: 3.0 TB/s of copy, 798 TFL
 - The kernel is bound by memory: n V float32 logits are read, twice where there is a gradient, and n V gradients of b bytes are
   written; the eager steps it stands for move about 8 n V float32 and cast. Logits are float32 because sums in 16 bits round them
   to 3 digits (bfloat16) or overflow at 65504 (float16). From memory, [1024, 16384] in bf16 would take 53 us; the rows at work at
-  once (64 KB a row at V = 16384) do not all fit into the L2 cache (50 MB) for the second reading.
+  once (64 KB per row at V = 16384) do not all fit into the L2 cache (50 MB) for the second reading.
 - The three products around it are 6 n V D flop, 129 us for that chunk and D = 1024: the whole operation is bound by them.
 - Memory of the operation by count, at N = 8192, V = 16384, D = 1024 in bf16: a chunk of logits 64 MiB and its gradient 32, the
   weight's gradient in float32 64 and the block that is added to it 16, hidden's gradient 16: 192 MiB forward; 240 backward. All
   logits, their logarithmic softmax and the gradients of both are 768 MiB.
-- Arithmetic: two exponentials a logit (four with a soft cap); an SM does 16 a cycle and at 3.0 TB/s meets 1.3 logits a cycle
-  (10 bytes each), so the exponentials take less than half of the time of the traffic.
-- A tile is one row of at most 2048 logits over 8 warps: 8 a thread, two loads of 16 bytes. With 16 a thread ptxas spilled
+- Arithmetic: two exponentials per logit (four with a soft cap); an SM does 16 per cycle and at 3.0 TB/s meets 1.3 logits
+  (10 bytes each) per cycle, so the exponentials take less than half of the time of the traffic.
+- A tile is one row of at most 2048 logits over 8 warps: 8 per thread, two loads of 16 bytes. With 16 per thread ptxas spilled
   a few registers on sm_80, sm_90 and sm_100. The loop keeps a maximum and a sum for each lane (online softmax) and merges lanes
   once, so nothing is reduced over threads inside it; a short row gets fewer warps.
 """
@@ -39,26 +39,12 @@ def tanh_and_slope(u):
 
 @triton.jit
 def softmax_step_kernel(
-    logits_ptr,
-    gradient_ptr,
-    bias_ptr,
-    weight_ptr,
-    target_ptr,
-    loss_ptr,
-    z_loss_ptr,
-    stride_n,
-    gradient_stride_n,
-    V,
-    label_smoothing,
-    softcap,
-    GRADIENT: tl.constexpr,
-    SMOOTH: tl.constexpr,
-    Z_LOSS: tl.constexpr,
-    BIAS: tl.constexpr,
-    WEIGHT: tl.constexpr,
-    SOFTCAP: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-):
+    logits_ptr, gradient_ptr, bias_ptr, weight_ptr, target_ptr, loss_ptr, z_loss_ptr,
+    stride_n, gradient_stride_n,
+    V, label_smoothing, softcap,
+    GRADIENT: tl.constexpr, SMOOTH: tl.constexpr, Z_LOSS: tl.constexpr, BIAS: tl.constexpr, WEIGHT: tl.constexpr,
+    SOFTCAP: tl.constexpr, BLOCK_V: tl.constexpr,
+):  # fmt: skip
     """`chunked.softmax_step` of one row: its loss and gradient; a negative target: 0 and zeros. Grid (rows).
 
     gradient_ptr may be logits_ptr, and bias, weight and z_loss anything where they are not used.
@@ -151,23 +137,15 @@ def softmax_step_kernel(
 
 
 def tile(V: int) -> dict[str, int]:
-    """One row of at most MAX_BLOCK logits, 8 a thread."""
+    """One row of at most MAX_BLOCK logits, 8 per thread."""
     block = min(triton.next_power_of_2(V), MAX_BLOCK)
     return {"BLOCK_V": block, "num_warps": max(1, block // 256)}
 
 
 def launch(
-    logits_nV: Tensor,
-    gradient_nV: Tensor,
-    bias_V: Tensor | None,
-    weight_V: Tensor | None,
-    target_n: Tensor,
-    loss_n: Tensor,
-    z_loss: Tensor | None,
-    label_smoothing: float,
-    softcap: float | None,
-    gradient: bool,
-) -> None:
+    logits_nV: Tensor, gradient_nV: Tensor, bias_V: Tensor | None, weight_V: Tensor | None, target_n: Tensor, loss_n: Tensor,
+    z_loss: Tensor | None, label_smoothing: float, softcap: float | None, gradient: bool,
+) -> None:  # fmt: skip
     """`chunked.softmax_step`, but with its gradient into gradient_nV, of any dtype or logits_nV itself.
 
     Rows are contiguous, vectors too; all but the gradient is float32. gradient_nV is not touched unless `gradient`.

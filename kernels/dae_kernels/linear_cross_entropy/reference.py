@@ -23,16 +23,9 @@ def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def linear_cross_entropy_reference(
-    hidden_ND: Tensor,
-    linear_weight_VD: Tensor,
-    bias_V: Tensor | None,
-    weight_V: Tensor | None,
-    target_N: Tensor,
-    z_loss: Tensor | None,
-    label_smoothing: float,
-    softcap: float | None,
-    dtype: torch.dtype,
-) -> Tensor:
+    hidden_ND: Tensor, linear_weight_VD: Tensor, bias_V: Tensor | None, weight_V: Tensor | None, target_N: Tensor,
+    z_loss: Tensor | None, label_smoothing: float, softcap: float | None, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     """[N] losses, 0 where the target is NOT_COUNTED; operands rounded to `dtype`, all else in at least float32."""
     with without_autocast(hidden_ND.device):  # operands are cast by hand
         hidden_ND = rounded(counted_rows(hidden_ND, target_N), dtype)

@@ -71,9 +71,7 @@ def perceptual_tap(*arguments: Any, **options: Any) -> Tensor:
 
 def check_operands(a: Tensor, b: Tensor, weight: Tensor | None, eps: float) -> None:
     operation = "lpips"
-    for name, operand in (("a", a), ("b", b), ("weight", weight)):
-        if operand is None and name == "weight":
-            continue
+    for name, operand in ({"a": a, "b": b} | ({} if weight is None else {"weight": weight})).items():
         check_floating(operation, name, operand)
         if operand.device != a.device:
             raise ValueError(f"{operation} needs {name} on {a.device}, where a is, got {operand.device}")

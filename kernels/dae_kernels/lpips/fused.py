@@ -2,16 +2,16 @@
 
 Roofline (counts, with the measured floors of an H100: 3.0 TB/s of copy, 132 SMs; the kernels themselves are not yet measured).
 - Bound by memory. For n elements of b bytes in each map, forward reads 2 n b; backward reads 2 n b and writes n b for each of the
-  gradients to a and b that is wanted. relu1_2 of VGG16 at [8, 64, 256, 256] in bf16 is 67 MB a map: 0.045 ms forward, 0.067 ms
+  gradients to a and b that is wanted. relu1_2 of VGG16 at [8, 64, 256, 256] in bf16 is 67 MB per map: 0.045 ms forward, 0.067 ms
   backward with the gradient of one.
-- Arithmetic: at 3.0 TB/s an SM meets 3.2 pairs of bf16 a cycle, at 128 float32 instructions: 40 a pair. Forward takes about 12
-  (two conversions, two squares, the difference, five sums), backward about 20.
+- Arithmetic: at 3.0 TB/s an SM meets 3.2 pairs of bf16 per cycle, at 128 float32 instructions: 40 per pair. Forward takes about
+  12 (two conversions, two squares, the difference, five sums), backward about 20.
 - A tile is [BLOCK_P positions, all C channels padded to a power of two], so norms need no second read; it has 4096 elements, 16
-  a thread and map, which lie in registers. In NCHW a row of the tile is BLOCK_P positions of one channel: 8 at C = 512, which is
-  half a sector of 32 bytes in bf16; the other half is read next, by the same program from L1 or by its neighbour from L2.
+  per thread and map, which lie in registers. In NCHW a row of the tile is BLOCK_P positions of one channel: 8 at C = 512, which
+  is half a sector of 32 bytes in bf16; the other half is read next, by the same program from L1 or by its neighbour from L2.
 - What is summed over positions stays in the tile's lanes until the end of a chunk of at most 16 tiles; a program writes its own
   partial sums (one number, and C for the gradient of the weight), and torch adds those: no atomics, one order of summation.
-  Chunks are so short that 528 programs (4 an SM) run where the maps have as many tiles.
+  Chunks are so short that 528 programs (4 per SM) run where the maps have as many tiles.
 """
 
 from __future__ import annotations
@@ -25,6 +25,30 @@ from dae_kernels.dispatch import launchable, register_triton_op
 
 # Python numbers of the launcher. A program for each of them keeps 132 SMs busy; an SM holds several.
 PROGRAMS, TILES_PER_CHUNK, TILE = 528, 16, 4096
+
+
+@triton.jit
+def pointers(ptr, batch, start, lane, c, stride_b, stride_c, stride_p):
+    """Of the tile [BLOCK_P, BLOCK_C] of an image that begins at position `start`."""
+    ptr += batch * stride_b + start.to(tl.int64) * stride_p
+    return ptr + lane[:, None] * stride_p + c.to(tl.int64)[None, :] * stride_c
+
+
+@triton.jit
+def chunk_of_program(
+    a_ptr, b_ptr, a_stride_b, a_stride_c, a_stride_p, b_stride_b, b_stride_c, b_stride_p, P, chunk, chunks,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """A program's image, first position and number of positions; lanes and channels of a tile; pointers to its first tile."""
+    start = tl.program_id(0) % chunks * chunk
+    count = tl.minimum(P - start, chunk)
+    batch = (tl.program_id(0) // chunks).to(tl.int64)
+    lane, c = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_C)
+    a_ptr += batch * a_stride_b + start.to(tl.int64) * a_stride_p
+    b_ptr += batch * b_stride_b + start.to(tl.int64) * b_stride_p
+    a_ptrs = a_ptr + lane[:, None] * a_stride_p + c.to(tl.int64)[None, :] * a_stride_c
+    b_ptrs = b_ptr + lane[:, None] * b_stride_p + c.to(tl.int64)[None, :] * b_stride_c
+    return batch, start, count, lane, c, a_ptrs, b_ptrs
 
 
 @triton.jit
@@ -57,34 +81,15 @@ def through_norm(de, x, squares, inverse_norm):
 
 @triton.jit
 def distance_kernel(
-    a_ptr,
-    b_ptr,
-    weight_ptr,
-    part_ptr,
-    a_stride_b,
-    a_stride_c,
-    a_stride_p,
-    b_stride_b,
-    b_stride_c,
-    b_stride_p,
-    C,
-    P,
-    chunk,
-    chunks,
-    eps,
-    WEIGHT: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    a_ptr, b_ptr, weight_ptr, part_ptr,
+    a_stride_b, a_stride_c, a_stride_p, b_stride_b, b_stride_c, b_stride_p,
+    C, P, chunk, chunks, eps,
+    WEIGHT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """Sum of weight (u - v)^2 over all channels and a chunk of positions, into [B, chunks]. Grid (B * chunks)."""
-    start = tl.program_id(0) % chunks * chunk
-    count = tl.minimum(P - start, chunk)
-    batch = (tl.program_id(0) // chunks).to(tl.int64)
-    lane, c = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_C)
-    a_ptr += batch * a_stride_b + start.to(tl.int64) * a_stride_p
-    b_ptr += batch * b_stride_b + start.to(tl.int64) * b_stride_p
-    a_ptrs = a_ptr + lane[:, None] * a_stride_p + c.to(tl.int64)[None, :] * a_stride_c
-    b_ptrs = b_ptr + lane[:, None] * b_stride_p + c.to(tl.int64)[None, :] * b_stride_c
+    _batch, _start, count, lane, c, a_ptrs, b_ptrs = chunk_of_program(
+        a_ptr, b_ptr, a_stride_b, a_stride_c, a_stride_p, b_stride_b, b_stride_c, b_stride_p, P, chunk, chunks, BLOCK_P, BLOCK_C
+    )
     total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     for p0 in range(0, count, BLOCK_P):
         inside = (p0 + lane[:, None] < count) & (c[None, :] < C)
@@ -101,52 +106,21 @@ def distance_kernel(
 
 @triton.jit
 def gradient_kernel(
-    d_out_ptr,
-    a_ptr,
-    b_ptr,
-    weight_ptr,
-    da_ptr,
-    db_ptr,
-    part_ptr,
-    a_stride_b,
-    a_stride_c,
-    a_stride_p,
-    b_stride_b,
-    b_stride_c,
-    b_stride_p,
-    da_stride_b,
-    da_stride_c,
-    da_stride_p,
-    db_stride_b,
-    db_stride_c,
-    db_stride_p,
-    C,
-    P,
-    chunk,
-    chunks,
-    eps,
-    WEIGHT: tl.constexpr,
-    WANTS_A: tl.constexpr,
-    WANTS_B: tl.constexpr,
-    WANTS_WEIGHT: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
+    d_out_ptr, a_ptr, b_ptr, weight_ptr, da_ptr, db_ptr, part_ptr,
+    a_stride_b, a_stride_c, a_stride_p, b_stride_b, b_stride_c, b_stride_p,
+    da_stride_b, da_stride_c, da_stride_p, db_stride_b, db_stride_c, db_stride_p,
+    C, P, chunk, chunks, eps,
+    WEIGHT: tl.constexpr, WANTS_A: tl.constexpr, WANTS_B: tl.constexpr, WANTS_WEIGHT: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """da, db, and the sums over a chunk of positions of the gradient to the weight, into [B * chunks, C]. Grid (B * chunks)."""
-    start = tl.program_id(0) % chunks * chunk
-    count = tl.minimum(P - start, chunk)
-    batch = (tl.program_id(0) // chunks).to(tl.int64)
-    lane, c = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_C)
-    a_ptr += batch * a_stride_b + start.to(tl.int64) * a_stride_p
-    b_ptr += batch * b_stride_b + start.to(tl.int64) * b_stride_p
-    a_ptrs = a_ptr + lane[:, None] * a_stride_p + c.to(tl.int64)[None, :] * a_stride_c
-    b_ptrs = b_ptr + lane[:, None] * b_stride_p + c.to(tl.int64)[None, :] * b_stride_c
+    batch, start, count, lane, c, a_ptrs, b_ptrs = chunk_of_program(
+        a_ptr, b_ptr, a_stride_b, a_stride_c, a_stride_p, b_stride_b, b_stride_c, b_stride_p, P, chunk, chunks, BLOCK_P, BLOCK_C
+    )
     if WANTS_A:
-        da_ptr += batch * da_stride_b + start.to(tl.int64) * da_stride_p
-        da_ptrs = da_ptr + lane[:, None] * da_stride_p + c.to(tl.int64)[None, :] * da_stride_c
+        da_ptrs = pointers(da_ptr, batch, start, lane, c, da_stride_b, da_stride_c, da_stride_p)
     if WANTS_B:
-        db_ptr += batch * db_stride_b + start.to(tl.int64) * db_stride_p
-        db_ptrs = db_ptr + lane[:, None] * db_stride_p + c.to(tl.int64)[None, :] * db_stride_c
+        db_ptrs = pointers(db_ptr, batch, start, lane, c, db_stride_b, db_stride_c, db_stride_p)
     if WANTS_WEIGHT:
         total = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
     d_out = tl.load(d_out_ptr + batch).to(tl.float32) / P

@@ -11,7 +11,7 @@ from torch import Tensor
 from dae_kernels.checks import as_flag, as_integer, as_number, as_numbers, check_choice, check_clouds, check_weights, described
 from dae_kernels.clouds import convention, normalised
 from dae_kernels.dispatch import choose, dtype_refusal
-from dae_kernels.pairwise.sums import POLYNOMIAL, pair_sums
+from dae_kernels.pairwise.autograd import POLYNOMIAL, pair_sums
 from dae_kernels.tracing import values_readable
 
 
@@ -93,7 +93,7 @@ def mmd(
         check_pairs("x", x, weights_x)
         check_pairs("y", y, weights_y)
     a_N, b_M = normalised(weights_x, x, torch.float64), normalised(weights_y, y, torch.float64)
-    parameters = checked_polynomial(degree, gamma, coef0, x.shape[1])
+    parameters: tuple[float, ...] = checked_polynomial(degree, gamma, coef0, x.shape[1])
     if kernel == "polynomial":
         if bandwidths is not None:
             got = described(bandwidths)
@@ -118,7 +118,7 @@ def mmd(
 
 def own_pairs(x_ND: Tensor, a_N: Tensor, kernel: str, parameters: tuple[float, ...]) -> Tensor:
     """sum_i a_i^2 k(x_i, x_i)."""
-    if kernel == "gaussian":  # the value is exactly 1 a bandwidth
+    if kernel == "gaussian":  # the value is exactly 1 per bandwidth
         return len(parameters) * a_N.square().sum()
     degree, gamma, coef0 = parameters
     return (a_N.square() * (gamma * x_ND.double().square().sum(dim=1) + coef0).pow(degree)).sum()
@@ -136,13 +136,13 @@ def checked_polynomial(degree: int, gamma: float | None, coef0: float, D: int) -
 
 
 def checked_bandwidths(bandwidths: Sequence[float] | None) -> tuple[float, ...]:
-    bandwidths = as_numbers("mmd", "bandwidths", bandwidths)
-    for bandwidth in bandwidths:
+    numbers = as_numbers("mmd", "bandwidths", bandwidths)
+    for bandwidth in numbers:
         if not 1e-150 <= bandwidth <= 1e150:  # the squares beyond are not float64 numbers
             raise ValueError(f"mmd needs bandwidths that are positive and finite, from 1e-150 to 1e150, got {bandwidth!r:.20}")
-    if len(bandwidths) == 0:
+    if len(numbers) == 0:
         raise ValueError("mmd needs at least one bandwidth, got none")
-    return bandwidths
+    return numbers
 
 
 def check_pairs(name: str, cloud: Tensor, weights: Tensor | None) -> None:

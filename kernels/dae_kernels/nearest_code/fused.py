@@ -16,22 +16,22 @@ Roofline (counts, with the measured floors of an H100: 3.0 TB/s, 798 TFLOP/s in 
 - Every program reads its codes, K D b bytes for its BLOCK_N rows, but a codebook (16384 x 256 in bf16: 8 MB) stays
   in the L2 cache (50 MB). Out of L2 the intensity is 2 BLOCK_N / b flop per byte while the rows of x stay on the chip (128 for
   bf16 and BLOCK_N = 128), and 2 / b / (1 / BLOCK_N + 1 / BLOCK_K) where D is looped and they stream too (64; 16 in float32).
-- Comparing costs a score about six float32 or integer instructions (scale, minimum, equality, select, minimum of the index),
-  and "exact" three more for the second score of the tile. An SM does 128 of them a cycle, so 20 or 14 scores, while its tensor
+- Comparing costs about six float32 or integer instructions (scale, minimum, equality, select, minimum of the index),
+  and "exact" three more for the second score of the tile. An SM does 128 of them per cycle, so 20 or 14 scores, while its tensor
   cores do 2048 bf16 multiply-adds: the comparison is the bound below D = 100 or so (bf16, "fast"), the product above.
-- So the tile is chosen for registers: BLOCK_N x BLOCK_K sums over 32 * num_warps threads, 64 a thread for a 16-bit product
+- So the tile is chosen for registers: BLOCK_N x BLOCK_K sums over 32 * num_warps threads, 64 per thread for a 16-bit product
   (32 in "exact", which spilled on sm_100 with 64), 32 for tf32 and tf32x3,
   whose operands take more; tf32x3 holds each twice, hence the steps of 32 and 16 in D (sm_80).
 - D is padded to a power of two of at least 16, the least a tensor core takes. Above BLOCK_D it is looped and both operands
   stream; up to BLOCK_D the rows of x stay on the chip and only codes stream.
 - N / BLOCK_N programs fill 132 SMs from N = 17000 (float32: 8500). Below that the codes are split into S shares, so that
   S N / BLOCK_N programs do; they cost 8 S N bytes ("exact" 20 S N), written and read once.
-- Settling reads a row of x and a code that lies anywhere, 2 N D b bytes, with three float64 operations a coordinate; "exact"
+- Settling reads a row of x and a code that lies anywhere, 2 N D b bytes, with three float64 operations per coordinate; "exact"
   twice that. A coordinate of the search is K bf16 multiply-adds, 32 of which take as long as one float64 operation: settling
   is a few percent from K = 5000 on, and as long as the search at K = 200.
 - A row that walks reads the codebook, K D b bytes, from L2, and costs two float64 operations ("cosine": two multiply-adds) and
   two conversions for each of K D coordinates; the 32 rows of a program walk one after the other. An SM does 64 such operations
-  a cycle (sm_80: 32) where its tensor cores do 2048 bf16 multiply-adds: if all rows walk, that takes 64 to 128 times as long
+  per cycle (sm_80: 32) where its tensor cores do 2048 bf16 multiply-adds: if all rows walk, that takes 64 to 128 times as long
   as the bf16 product at least.
 """
 
@@ -47,14 +47,10 @@ from dae_kernels.dispatch import launchable, register_triton_op
 
 @triton.jit(do_not_specialize=["K"])
 def code_norm_kernel(
-    codebook_ptr,
-    norm_ptr,
+    codebook_ptr, norm_ptr,
     K,
-    D: tl.constexpr,
-    COSINE: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    D: tl.constexpr, COSINE: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """norm[k] = |c_k|^2, or 1 / |c_k| (0 for a zero code), rounded once from float64."""
     code = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     d = tl.arange(0, BLOCK_D)
@@ -83,25 +79,11 @@ def insert(best, index, second, second_index, rest, score, code, others):
 
 @triton.jit(do_not_specialize=["N", "K", "codes_a_split", "d_end"])
 def search_kernel(
-    x_ptr,
-    codebook_ptr,
-    norm_ptr,
-    score_ptr,
-    candidate_ptr,
-    N,
-    K,
-    codes_a_split,
-    d_end,
-    H: tl.constexpr,
-    D: tl.constexpr,
-    COSINE: tl.constexpr,
-    EXACT: tl.constexpr,
-    UPCAST: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    x_ptr, codebook_ptr, norm_ptr, score_ptr, candidate_ptr,
+    N, K, codes_a_split, d_end,
+    H: tl.constexpr, D: tl.constexpr, COSINE: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """A program owns BLOCK_N rows of x of one head and walks over one split of its codes; scores are |c|^2 - 2 x . c.
 
     x is [N, H, D], the codebook [H, K, D]; scores are [1, S, N, H], candidates too. EXACT: scores [3, S, N, H] (best, second,
@@ -238,23 +220,10 @@ def rounding_error(x_square, distance, reach, D, COSINE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["N", "K", "S", "D"])
 def settle_kernel(
-    x_ptr,
-    codebook_ptr,
-    reach_ptr,
-    score_ptr,
-    candidate_ptr,
-    index_ptr,
-    distance_ptr,
-    N,
-    K,
-    S,
-    D,
-    H: tl.constexpr,
-    COSINE: tl.constexpr,
-    EXACT: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-):
+    x_ptr, codebook_ptr, reach_ptr, score_ptr, candidate_ptr, index_ptr, distance_ptr,
+    N, K, S, D,
+    H: tl.constexpr, COSINE: tl.constexpr, EXACT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
     """Index and distance [N, H] of BLOCK_N rows of one head, out of what the S splits found; `reach` [H] is for the bound."""
     head = tl.program_id(1).to(tl.int64)
     n = tl.arange(0, BLOCK_N)
@@ -328,7 +297,7 @@ def search_tile(D: int, dot_dtype: torch.dtype, exact: bool) -> dict[str, int]:
 
 
 def settle_tile(cosine: bool) -> dict[str, int]:
-    """Tile sizes and launch options of the settlement, with which no target spills: four coordinates a thread, or two."""
+    """Tile sizes and launch options of the settlement, with which no target spills: four coordinates per thread, or two."""
     return {"BLOCK_N": 32, "BLOCK_E": 16 if cosine else 8, "num_warps": 4}
 
 
@@ -338,7 +307,7 @@ def dot_dtype(x: torch.dtype, codebook: torch.dtype, exact: bool) -> torch.dtype
 
 
 def split_count(N: int, H: int, K: int, tile: dict[str, int], device: torch.device) -> int:
-    """Into how many splits the codes go: two programs an SM, and four tiles a program at least."""
+    """Into how many splits the codes go: two programs per SM, and at least four tiles per program."""
     processors = 132  # of an H100, for tracing and tests without a GPU
     if device.type == "cuda" and torch.cuda.is_available():
         processors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -366,6 +335,7 @@ def launch(
     H, D = int(codebook_HKD.shape[0]), int(codebook_HKD.shape[2])  # constants of the kernels
     dtype = dot_dtype(x_NHD.dtype, codebook_HKD.dtype, exact)
     norm_options, search_options, settle_options = norm_tile(D), search_tile(D, dtype, exact), settle_tile(cosine)
+    constants = {"H": H, "COSINE": cosine, "EXACT": exact}
     # AMD has no tf32x3; its float32 product is a float32 product.
     exact_precision = "ieee" if torch.version.hip else "tf32x3"
     launchable(code_norm_kernel)[(triton.cdiv(H * K, norm_options["BLOCK_K"]),)](
@@ -375,40 +345,13 @@ def launch(
     reach_HK = torch.maximum(norm_HK, (1.0 / norm_HK).where(norm_HK > 0, 0.0)) if cosine else norm_HK
     block_k = search_options["BLOCK_K"]
     launchable(search_kernel)[(triton.cdiv(N, search_options["BLOCK_N"]), H, S)](
-        x_NHD,
-        codebook_HKD,
-        norm_HK,
-        score_RSNH,
-        candidate_RSNH,
-        N,
-        K,
-        triton.cdiv(triton.cdiv(K, block_k), S) * block_k,
-        D,
-        H=H,
-        D=D,
-        COSINE=cosine,
-        EXACT=exact,
-        UPCAST=dtype != x_NHD.dtype,
-        INPUT_PRECISION=exact_precision if exact else "tf32",
-        **search_options,
-    )
+        x_NHD, codebook_HKD, norm_HK, score_RSNH, candidate_RSNH, N, K, triton.cdiv(triton.cdiv(K, block_k), S) * block_k, D,
+        UPCAST=dtype != x_NHD.dtype, INPUT_PRECISION=exact_precision if exact else "tf32", **constants, D=D, **search_options,
+    )  # fmt: skip
     launchable(settle_kernel)[(triton.cdiv(N, settle_options["BLOCK_N"]), H)](
-        x_NHD,
-        codebook_HKD,
-        reach_HK.amax(dim=1) if exact else norm_HK,
-        score_RSNH,
-        candidate_RSNH,
-        index_NH,
-        distance_NH,
-        N,
-        K,
-        S,
-        D,
-        H=H,
-        COSINE=cosine,
-        EXACT=exact,
-        **settle_options,
-    )
+        x_NHD, codebook_HKD, reach_HK.amax(dim=1) if exact else norm_HK, score_RSNH, candidate_RSNH, index_NH, distance_NH,
+        N, K, S, D, **constants, **settle_options,
+    )  # fmt: skip
 
 
 def nearest_code_empty(x_NHD: Tensor, codebook_HKD: Tensor, cosine: bool, exact: bool) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,10 +30,11 @@ def reference(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tensor]
         heads = [reference(x_ND, c_KD, metric) for x_ND, c_KD in zip(x.unbind(1), codebook.unbind(0), strict=True)]
         indices, distances = zip(*heads, strict=True)
         return torch.stack(indices, dim=1), torch.stack(distances, dim=1)
-    scale, view = 1.0, unit
+    scale: Tensor | float = 1.0
+    view: Callable[[Tensor], Tensor] = unit
     if metric == "l2":
-        centre_D, scale = frame(codebook)
-        view = lambda rows: (rows.double() - centre_D) * scale  # noqa: E731
+        centre_D, power = frame(codebook)
+        view, scale = lambda rows: (rows.double() - centre_D) * power, power
     index_N = torch.zeros(len(x), dtype=torch.int64, device=x.device)
     unsure = torch.arange(len(x), device=x.device)
     with without_autocast(x.device):
@@ -179,7 +181,8 @@ def float32_products(x: Tensor, codebook: Tensor) -> bool:
     """Whether float32 scores may decide: float32 products are that here, and no operand is wider."""
     if x.device.type != "cpu" or torch.promote_types(x.dtype, codebook.dtype) == torch.float64:
         return False
-    settings = (torch.backends, torch.backends.mkldnn, torch.backends.mkldnn.matmul)
+    mkldnn: Any = torch.backends.mkldnn
+    settings = (torch.backends, mkldnn, mkldnn.matmul)
     return all(setting.fp32_precision in ("none", "ieee") for setting in settings)
 
 

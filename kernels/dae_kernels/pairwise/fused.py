@@ -1,11 +1,11 @@
 """Sums over pairs in Triton: one pass over the distances, which never leave the chip. Serves `mmd` and `energy_distance`.
 
 Roofline, by counting (the kernel is not measured; H100: 3.0 TB/s, 67 TFLOP/s in float32, about half of 990 / 2 in tf32).
-- Flop a pass over N M pairs: 2 N M D for the distances and, with the gradient, 2 N M D more for its sums; tf32x3 takes three
-  products for one. Bytes: 4 (N + M) D in and 4 N D out, so with N = M = 16384, D = 64 thousands of flop a byte: bound by
+- Flop per pass over N M pairs: 2 N M D for the distances and, with the gradient, 2 N M D more for its sums; tf32x3 takes three
+  products for one. Bytes: 4 (N + M) D in and 4 N D out, so with N = M = 16384, D = 64 thousands of flop per byte: bound by
   arithmetic. Every program reads all of s, M D 4 bytes, from L2 (4 MB there, of 50 MB).
-- An SM does 16 exponentials or roots a cycle and, in tf32, 1024 multiply-adds. A pair takes one root for the energy distance and
-  one exponential a bandwidth for mmd: B / 16 cycles against 3 D / 1024 (6 D / 1024 with the gradient). With B = 5 the
+- An SM does 16 exponentials or roots per cycle and, in tf32, 1024 multiply-adds. A pair takes one root for the energy distance
+  and one exponential per bandwidth for mmd: B / 16 cycles against 3 D / 1024 (6 D / 1024 with the gradient). With B = 5 the
   exponentials are the bound below D = 107 (53 with the gradient), the products above.
 - At N = M = 16384, D = 64, B = 5 that makes 0.36 ms for a pass over 2.7e8 pairs on 132 SMs at 1.76 GHz, and 0.43 ms with the
   gradient.
@@ -33,27 +33,11 @@ from dae_kernels.dispatch import launchable, register_triton_op
 
 @triton.jit(do_not_specialize=["N", "M", "d_end"])
 def pair_rows_kernel(
-    q_ptr,
-    s_ptr,
-    q_norm_ptr,
-    s_norm_ptr,
-    v_ptr,
-    rate_ptr,
-    sum_ptr,
-    gradient_ptr,
-    N,
-    M,
-    d_end,
-    D: tl.constexpr,
-    BANDWIDTHS: tl.constexpr,
-    SAME: tl.constexpr,
-    GRADIENT: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-):
+    q_ptr, s_ptr, q_norm_ptr, s_norm_ptr, v_ptr, rate_ptr, sum_ptr, gradient_ptr,
+    N, M, d_end,
+    D: tl.constexpr, BANDWIDTHS: tl.constexpr, SAME: tl.constexpr, GRADIENT: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
     """A program owns BLOCK_N rows of q and BLOCK_E dimensions of their gradients, and walks over all of s.
 
     `d_end` is D once more, at run time: the compiler would unroll a loop over D of known length, and spill.

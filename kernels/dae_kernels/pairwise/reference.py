@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dae_kernels.dispatch import register_op
+
 MAX_PAIRS = 1 << 20  # pairs alive at once: 8 MiB for each of the few float64 matrices
 
 
@@ -87,3 +89,7 @@ def pair_rows_empty(
 ) -> tuple[Tensor, Tensor]:
     N, D = q_ND.shape
     return q_ND.new_empty(N, dtype=torch.float64), q_ND.new_empty(N if gradient else 0, D, dtype=torch.float64)
+
+
+pair_rows = register_op("dae_kernels::pair_rows_reference", pair_rows_reference, pair_rows_empty)
+polynomial_rows = register_op("dae_kernels::polynomial_rows", polynomial_rows_reference, polynomial_rows_empty)

@@ -9,17 +9,8 @@ from torch import Tensor
 
 from dae_kernels.checks import as_flag, as_integer, check_clouds, check_tensors
 from dae_kernels.clouds import convention
-from dae_kernels.dispatch import register_op
-from dae_kernels.precision_recall_density_coverage import reference
+from dae_kernels.precision_recall_density_coverage.reference import k_nearest_reference, shares_reference
 from dae_kernels.tracing import values_readable
-
-# Operators, as what they compute depends on values: how many distances are in doubt, of which torch.compile cannot know.
-k_nearest = register_op(
-    "dae_kernels::k_nearest",
-    reference.k_nearest,
-    lambda x_ND, y_MD, k, exclude_self: x_ND.new_empty(x_ND.shape[0], k),
-)
-shares = register_op("dae_kernels::prdc_shares", reference.shares, lambda real_ND, fake_MD, k: real_ND.new_empty(4))
 
 
 class PrecisionRecallDensityCoverage(NamedTuple):
@@ -55,9 +46,9 @@ def precision_recall_density_coverage(real: Tensor, fake: Tensor, *, k: int = 5)
     Compare results only at equal N, M and k. Memory beside the operands and their copies in float64 is O(N + M + block), with
     arrays of at most 64 MiB in a block. Nothing is differentiable: all four are counts.
 
-    There is no Triton kernel, as this is computed once an evaluation and not at each step of training. One might pay: on one CPU
-    core at 2000 points a cloud, D = 64, products are 9 to 22 % of the time, the rest mostly passes over blocks of distances, and
-    the whole is 1.3 to 2.0 times the time of `prdc` (five runs on a shared machine). On a GPU it is not measured.
+    There is no Triton kernel, as this is computed once per evaluation and not at each step of training. One might pay: on one CPU
+    core at 2000 points per cloud, D = 64, products are 9 to 22 % of the time, the rest mostly passes over blocks of distances,
+    and the whole is 1.3 to 2.0 times the time of `prdc` (five runs on a shared machine). On a GPU it is not measured.
 
     Args:
         real, fake: features [N, D] and [M, D], floating.
@@ -82,7 +73,7 @@ def precision_recall_density_coverage(real: Tensor, fake: Tensor, *, k: int = 5)
     for name, cloud in (("real", real), ("fake", fake)):
         check_k(operation, k, cloud.shape[0] - 1, f"{cloud.shape[0]} points in {name}")
     dtype = torch.promote_types(real.dtype, torch.float32)
-    result = shares(real.detach().double(), fake.detach().double(), k)
+    result = shares_reference(real.detach().double(), fake.detach().double(), k)
     return PrecisionRecallDensityCoverage(*result.to(dtype).unbind())
 
 
@@ -98,7 +89,7 @@ def k_nearest_distances(x: Tensor, y: Tensor, k: int, exclude_self: bool = False
     differences. So every distance is that of differences in float64, to (D + 2) 2^-53 of itself. Memory beside the operands and
     their copies in float64 is O(N k + M + block), with arrays of at most 64 MiB in a block. Not differentiable.
 
-    There is no Triton kernel, for the reason in `precision_recall_density_coverage`; on one CPU core at 2000 points a cloud,
+    There is no Triton kernel, for the reason in `precision_recall_density_coverage`; on one CPU core at 2000 points per cloud,
     D = 64, k = 5, torch's products and `topk` are 45 % of the time. On a GPU it is not measured.
 
     Args:
@@ -121,7 +112,7 @@ def k_nearest_distances(x: Tensor, y: Tensor, k: int, exclude_self: bool = False
     if exclude_self and x.shape != y.shape:
         raise ValueError(f"exclude_self needs x and y to be the same points, got x {list(x.shape)}, y {list(y.shape)}")
     check_k(operation, k, y.shape[0] - exclude_self, f"{y.shape[0]} points in y, exclude_self={exclude_self}")
-    distance_Nk = k_nearest(x.detach().double(), y.detach().double(), k, exclude_self)
+    distance_Nk = k_nearest_reference(x.detach().double(), y.detach().double(), k, exclude_self)
     return distance_Nk.to(torch.promote_types(x.dtype, torch.float32))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from dae_kernels.dispatch import register_op
 from dae_kernels.precision_recall_density_coverage.distances import (
     EPS,
     Frame,
@@ -112,3 +113,10 @@ def balls(x_ND: Tensor, radius_N: Tensor, y_MD: Tensor) -> tuple[Tensor, Tensor]
             count_S, filled_N[rows] = balls(x_ND[rows], radius_N[rows], y_MD[columns])
             count_M[columns] += count_S
     return count_M, filled_N
+
+
+# Operators, as what they compute depends on values: how many distances are in doubt, of which torch.compile cannot know.
+k_nearest_reference = register_op(
+    "dae_kernels::k_nearest", k_nearest, lambda x_ND, y_MD, k, exclude_self: x_ND.new_empty(x_ND.shape[0], k)
+)
+shares_reference = register_op("dae_kernels::prdc_shares", shares, lambda real_ND, fake_MD, k: real_ND.new_empty(4))

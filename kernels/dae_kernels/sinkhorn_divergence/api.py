@@ -9,6 +9,7 @@ from dae_kernels.checks import as_flag, as_integer, as_number, check_clouds, che
 from dae_kernels.clouds import convention, normalised
 from dae_kernels.dispatch import choose, dtype_refusal
 from dae_kernels.sinkhorn_divergence.autograd import envelope, plan_means
+from dae_kernels.sinkhorn_divergence.solver import Options
 
 
 @convention(
@@ -48,7 +49,7 @@ def sinkhorn_divergence(
     (p = 1); as blur grows, to half the squared distance of the means, or half the energy distance 2 E|x-y| - E|x-x'| - E|y-y'|.
 
     Computed by symmetric, averaged Sinkhorn updates in the log domain while epsilon falls from diameter^p to blur^p by
-    scaling^p a step. As in geomloss the number of updates is set by that schedule and nothing tests for convergence, unless
+    scaling^p per step. As in geomloss the number of updates is set by that schedule and nothing tests for convergence, unless
     `max_iter` or `tolerance` is given: then alternating updates follow at the final blur, until the plan has its marginals.
     `scaling` nearer to 1 is more accurate and slower, too. Points are moved and scaled by a power of 2 first, so neither their
     origin nor their unit matters: a value beyond the dtype is infinite or 0, and its gradient right. Memory is O(N + M): scores
@@ -110,21 +111,11 @@ def sinkhorn_divergence(
 
 
 def sinkhorn_transport(
-    x: Tensor,
-    y: Tensor,
-    values: Tensor,
-    *,
-    p: int = 2,
-    blur: float = 0.05,
-    scaling: float = 0.5,
-    reach: float | None = None,
-    max_iter: int | None = None,
-    tolerance: float | None = 1e-3,
-    weights_x: Tensor | None = None,
-    weights_y: Tensor | None = None,
-    diameter: float | None = None,
-    impl: str = "auto",
-) -> Tensor:
+    x: Tensor, y: Tensor, values: Tensor, *,
+    p: int = 2, blur: float = 0.05, scaling: float = 0.5, reach: float | None = None,
+    max_iter: int | None = None, tolerance: float | None = 1e-3,
+    weights_x: Tensor | None = None, weights_y: Tensor | None = None, diameter: float | None = None, impl: str = "auto",
+) -> Tensor:  # fmt: skip
     """The product P v of the entropic transport plan with values on the points of y, without the plan.
 
         P = argmin of OT(a, b) in `sinkhorn_divergence`,   out_i = sum_j P_ij v_j
@@ -163,20 +154,11 @@ def sinkhorn_transport(
 
 @torch.no_grad()
 def barycentric_map(
-    x: Tensor,
-    y: Tensor,
-    *,
-    p: int = 2,
-    blur: float = 0.05,
-    scaling: float = 0.5,
-    reach: float | None = None,
-    max_iter: int | None = None,
-    tolerance: float | None = 1e-3,
-    weights_x: Tensor | None = None,
-    weights_y: Tensor | None = None,
-    diameter: float | None = None,
-    impl: str = "auto",
-) -> Tensor:
+    x: Tensor, y: Tensor, *,
+    p: int = 2, blur: float = 0.05, scaling: float = 0.5, reach: float | None = None,
+    max_iter: int | None = None, tolerance: float | None = 1e-3,
+    weights_x: Tensor | None = None, weights_y: Tensor | None = None, diameter: float | None = None, impl: str = "auto",
+) -> Tensor:  # fmt: skip
     """Where the entropic transport plan sends every point of x: the mean of the y that it is coupled with.
 
         P = argmin of OT(a, b) in `sinkhorn_divergence`,   out_i = sum_j P_ij y_j / sum_j P_ij
@@ -209,23 +191,25 @@ def check_options(
     reach: float | None,
     max_iter: int | None,
     tolerance: float | None,
-) -> tuple:
-    """The options as numbers, in the order of `Options`."""
-    p, scaling = as_number(operation, "p", p), as_number(operation, "scaling", scaling)
-    if p not in (1, 2):
-        raise ValueError(f"p must be 1 or 2, got {p:g}")
+) -> Options:
+    """The options as numbers."""
+    exponent, scaling = as_number(operation, "p", p), as_number(operation, "scaling", scaling)
+    if exponent not in (1, 2):
+        raise ValueError(f"p must be 1 or 2, got {exponent:g}")
     if not 0 < scaling < 1:
         raise ValueError(f"scaling must be between 0 and 1, both excluded, got {scaling!r}")
-    scales = {"blur": as_number(operation, "blur", blur)}
-    for name, scale in {"diameter": diameter, "reach": reach, "tolerance": tolerance}.items():
-        scales[name] = None if scale is None else as_number(operation, name, scale)
-    for name, scale in scales.items():
+    blur = as_number(operation, "blur", blur)
+    diameter, reach, tolerance = (
+        None if scale is None else as_number(operation, name, scale)
+        for name, scale in (("diameter", diameter), ("reach", reach), ("tolerance", tolerance))
+    )
+    for name, scale in (("blur", blur), ("diameter", diameter), ("reach", reach), ("tolerance", tolerance)):
         if scale is not None and not 0 < scale < float("inf"):
             raise ValueError(f"{name} must be positive and finite, got {scale!r}")
     max_iter = None if max_iter is None else as_integer(operation, "max_iter", max_iter)
     if max_iter is not None and max_iter < 0:
         raise ValueError(f"max_iter must be a whole number that is not negative, got {max_iter!r}")
-    return int(p), scales["blur"], scaling, scales["diameter"], scales["reach"], max_iter, scales["tolerance"]
+    return Options(int(exponent), blur, scaling, diameter, reach, max_iter, tolerance)
 
 
 def operands(

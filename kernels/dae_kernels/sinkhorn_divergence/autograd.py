@@ -1,4 +1,4 @@
-"""The operators of entropic transport, and the Functions that carry their gradients: of the envelope, and of a plan's product."""
+"""The gradients of entropic transport: of the divergence by the envelope theorem, and of a plan's product by its values."""
 
 from __future__ import annotations
 
@@ -7,118 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dae_kernels.dispatch import register_op, taken_whole
-from dae_kernels.sinkhorn_divergence.reference import ReferenceUpdate
-from dae_kernels.sinkhorn_divergence.solver import Options, Sinkhorn
-from dae_kernels.tracing import without_autocast
-
-
-def sinkhorn(x_ND: Tensor, y_MD: Tensor, a_N: Tensor, b_M: Tensor, options: Options, debias: bool, triton: bool) -> Sinkhorn:
-    """The problems to be solved, by the reference or the kernels."""
-    if triton:
-        from dae_kernels.sinkhorn_divergence.fused import TritonUpdate as prepare
-    else:
-        prepare = ReferenceUpdate
-    return Sinkhorn(prepare, x_ND, y_MD, a_N, b_M, options, debias)
-
-
-def solve_divergence(
-    x_ND: Tensor,
-    y_MD: Tensor,
-    a_N: Tensor,
-    b_M: Tensor,
-    p: int,
-    blur: float,
-    scaling: float,
-    diameter: float | None,
-    reach: float | None,
-    max_iter: int | None,
-    tolerance: float | None,
-    debias: bool,
-    potentials: bool,
-    triton: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """`Sinkhorn.divergence` of the solved problems."""
-    options = Options(p, blur, scaling, diameter, reach, max_iter, tolerance)
-    with without_autocast(x_ND.device):
-        return sinkhorn(x_ND, y_MD, a_N, b_M, options, debias, triton).solve().divergence(potentials)
-
-
-def empty_divergence(x_ND: Tensor, y_MD: Tensor, a_N: Tensor, b_M: Tensor, *options: Any) -> tuple[Tensor, ...]:
-    vectors = (torch.empty_like(t) for t in (a_N, b_M, a_N, b_M))
-    return a_N.new_empty(()), *vectors, x_ND.new_empty(x_ND.shape), y_MD.new_empty(y_MD.shape)
-
-
-def solve_means(
-    x_ND: Tensor,
-    y_MD: Tensor,
-    a_N: Tensor,
-    b_M: Tensor,
-    values_ME: Tensor | None,
-    p: int,
-    blur: float,
-    scaling: float,
-    diameter: float | None,
-    reach: float | None,
-    max_iter: int | None,
-    tolerance: float | None,
-    triton: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`Sinkhorn.means` of the solved problem."""
-    options = Options(p, blur, scaling, diameter, reach, max_iter, tolerance)
-    with without_autocast(x_ND.device):
-        return sinkhorn(x_ND, y_MD, a_N, b_M, options, False, triton).solve().means(values_ME)
-
-
-def empty_means(
-    x_ND: Tensor, y_MD: Tensor, a_N: Tensor, b_M: Tensor, values_ME: Tensor | None, *options: Any
-) -> tuple[Tensor, ...]:
-    means_NE = x_ND.new_empty(len(x_ND), (y_MD if values_ME is None else values_ME).shape[1])
-    return means_NE, *(torch.empty_like(t) for t in (a_N, a_N, b_M))
-
-
-def transposed_means(
-    x_ND: Tensor,
-    y_MD: Tensor,
-    a_N: Tensor,
-    b_M: Tensor,
-    f_N: Tensor,
-    g_M: Tensor,
-    d_means_NE: Tensor,
-    p: int,
-    blur: float,
-    scaling: float,
-    diameter: float | None,
-    reach: float | None,
-    triton: bool,
-) -> Tensor:
-    """The gradient of `solve_means` by its values."""
-    options = Options(p, blur, scaling, diameter, reach, None, None)
-    with without_autocast(x_ND.device):
-        return sinkhorn(x_ND, y_MD, a_N, b_M, options, False, triton).sums_over_rows(f_N, g_M, d_means_NE)
-
-
-def empty_transposed(
-    x_ND: Tensor, y_MD: Tensor, a_N: Tensor, b_M: Tensor, f_N: Tensor, g_M: Tensor, d_means_NE: Tensor, *options: Any
-) -> Tensor:
-    return y_MD.new_empty(len(y_MD), d_means_NE.shape[1])
-
-
-# Opaque to torch.compile with Triton too, unlike the other operators of this package: the number of updates depends on the data.
-sinkhorn_potentials = register_op("dae_kernels::sinkhorn_potentials", solve_divergence, empty_divergence)
-sinkhorn_means = register_op("dae_kernels::sinkhorn_means", solve_means, empty_means)
-sinkhorn_transposed = register_op("dae_kernels::sinkhorn_transposed", transposed_means, empty_transposed)
-
-
-def envelope(*arguments) -> tuple[Tensor, Tensor, Tensor]:
-    """The divergence [] and, with `potentials`, f [N] and g [M] by the operator above, with their gradients."""
-    if torch.compiler.is_compiling():
-        import dae_kernels.whole  # noqa: F401
-    return apply_envelope(*arguments)
+from dae_kernels.dispatch import taken_whole
+from dae_kernels.sinkhorn_divergence.operators import sinkhorn_means, sinkhorn_potentials, sinkhorn_transposed
 
 
 @taken_whole
-def apply_envelope(*arguments) -> tuple[Tensor, Tensor, Tensor]:
+def envelope(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The divergence [] and, with `potentials`, f [N] and g [M] by the operator `sinkhorn_potentials`, with their gradients."""
     return Envelope.apply(*arguments)[:3]
 
 
@@ -131,7 +26,7 @@ class Envelope(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x_ND: Tensor, y_MD: Tensor, a_N: Tensor, b_M: Tensor, *options) -> tuple[Tensor, ...]:
+    def forward(x_ND: Tensor, y_MD: Tensor, a_N: Tensor, b_M: Tensor, *options: Any) -> tuple[Tensor, ...]:
         return sinkhorn_potentials(x_ND, y_MD, a_N, b_M, *options)
 
     @staticmethod
@@ -155,19 +50,15 @@ def side_gradients(
     a_N: Tensor, du_N: Tensor, dx_ND: Tensor, d_value: Tensor | None, d_u_N: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients to the points [N, D] and the weights [N] of one side; a potential takes none to the weights."""
-    by_row_N = [d for d in (None if d_value is None else d_value * a_N, d_u_N) if d is not None]
-    return sum(by_row_N)[:, None] * dx_ND if by_row_N else None, None if d_value is None else d_value * du_N
-
-
-def plan_means(*arguments) -> tuple[Tensor, Tensor]:
-    """Means [N, E] of values under the rows of the plan, and the rows' sums [N]; differentiable by the values."""
-    if torch.compiler.is_compiling():
-        import dae_kernels.whole  # noqa: F401
-    return apply_plan_means(*arguments)
+    by_row_N = None if d_value is None else d_value * a_N
+    if d_u_N is not None:
+        by_row_N = d_u_N if by_row_N is None else by_row_N + d_u_N
+    return None if by_row_N is None else by_row_N[:, None] * dx_ND, None if d_value is None else d_value * du_N
 
 
 @taken_whole
-def apply_plan_means(*arguments) -> tuple[Tensor, Tensor]:
+def plan_means(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """Means [N, E] of values under the rows of the plan, and the rows' sums [N]; differentiable by the values."""
     return PlanMeans.apply(*arguments)[:2]
 
 
@@ -177,7 +68,9 @@ class PlanMeans(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x_ND: Tensor, y_MD: Tensor, a_N: Tensor, b_M: Tensor, values_ME: Tensor | None, *options) -> tuple[Tensor, ...]:
+    def forward(
+        x_ND: Tensor, y_MD: Tensor, a_N: Tensor, b_M: Tensor, values_ME: Tensor | None, *options: Any
+    ) -> tuple[Tensor, ...]:
         return sinkhorn_means(x_ND, y_MD, a_N, b_M, values_ME, *options)
 
     @staticmethod
@@ -201,7 +94,7 @@ class TransposedMeans(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*arguments) -> Tensor:
+    def forward(*arguments: Any) -> Tensor:
         return sinkhorn_transposed(*arguments)
 
     @staticmethod

@@ -4,12 +4,12 @@ Roofline of one update (counts, with the floors measured on an H100: 3.0 TB/s; t
 - p = 2: a score is x.y / epsilon + u_j, so 2 N M D flop in the product, three times that in tf32x3. Bytes: 4 (N + M) D and
   20 (N + M) of vectors, against which N M D is always large: bound by the chip, not by memory. A divergence of K steps in its
   schedule (9 for a diameter of 6 and the defaults) takes 4 (K + 2) updates with debias, 2 (K + 2) without.
-- A score costs one exp2, of which an SM does 16 a cycle, and some six float32 instructions (128 a cycle): about 0.11 cycles.
-  The product costs 3 D multiply-adds in tf32x3 at 1024 a cycle: 0.19 cycles for D = 64. So exponentials are the bound
+- A score costs one exp2, of which an SM does 16 per cycle, and some six float32 instructions (128 per cycle): about 0.11 cycles.
+  The product costs 3 D multiply-adds in tf32x3 at 1024 per cycle: 0.19 cycles for D = 64. So exponentials are the bound
   below D = 40 or so, the product above. 16-bit clouds take the same path, as centring makes them float32.
-- The tile is chosen for registers as in nearest_code: 64 x 64 sums over 128 threads are 32 a thread; tf32x3 holds its operands
+- The tile is chosen for registers as in nearest_code: 64 x 64 sums over 128 threads are 32 per thread; tf32x3 holds its operands
   twice, hence the steps of 16 in D. Rows of x stay on the chip for D <= 16; above, both operands stream out of L2.
-- p = 1 takes distances from differences, 2 N M D float32 instructions without tensor cores (1 cycle a score for D = 64), because
+- p = 1 takes distances from differences, 2 N M D float32 instructions without tensor cores (1 cycle per score for D = 64), as
   the root of |x|^2 - 2 x.y + |y|^2 is wrong for near points by the root of the rounding.
 - The derivative, or a mean of values under the plan, is one more pass: the plan is recomputed for each BLOCK_E columns and
   multiplied by y or the values (the derivative for p = 1: by differences, without tensor cores).
@@ -27,9 +27,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dae_kernels.sinkhorn_divergence.reference import Update
+
 
 @triton.jit
 def log2_weights(log_b_ptr, col, M):
+    """Logarithms to base 2 of the weights, -inf beyond the last point."""
     return tl.load(log_b_ptr + col, mask=col < M, other=float("-inf")) * 1.4426950408889634
 
 
@@ -45,24 +48,11 @@ def expm1(x):
 @triton.jit
 def scores(
     x,
-    x_ptr,
-    y_ptr,
-    log_b_ptr,
-    g_ptr,
-    row,
-    col,
-    N,
-    M,
-    d_end,
-    scale,
-    D: tl.constexpr,
-    P: tl.constexpr,
-    FLAT: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    x_ptr, y_ptr, log_b_ptr, g_ptr,
+    row, col, N, M, d_end, scale,
+    D: tl.constexpr, P: tl.constexpr, FLAT: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """Scores to base 2 of a tile, and its distances (products for P = 2). A score is -inf where the weight is 0.
 
     If FLAT, scores are without their weights.
@@ -97,24 +87,11 @@ def scores(
 
 @triton.jit(do_not_specialize=["N", "M", "share", "d_end"])
 def sinkhorn_update_kernel(
-    x_ptr,
-    y_ptr,
-    log_b_ptr,
-    g_ptr,
-    f_ptr,
-    N,
-    M,
-    share,
-    d_end,
-    scale,
-    D: tl.constexpr,
-    P: tl.constexpr,
-    FLAT: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
+    x_ptr, y_ptr, log_b_ptr, g_ptr, f_ptr,
+    N, M, share, d_end, scale,
+    D: tl.constexpr, P: tl.constexpr, FLAT: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
     """f = -log2(sum_j 2^score_j) / scale for BLOCK_N rows and `share` columns; scale = log2(e) / epsilon.
 
     If FLAT (see the solver), the sum of b_j (e^score_j - 1) in its place. f is [shares, N].
@@ -147,27 +124,11 @@ def sinkhorn_update_kernel(
 
 @triton.jit(do_not_specialize=["N", "M", "d_end"])
 def sinkhorn_mean_kernel(
-    x_ptr,
-    y_ptr,
-    v_ptr,
-    log_b_ptr,
-    g_ptr,
-    f_ptr,
-    out_ptr,
-    N,
-    M,
-    E,
-    d_end,
-    scale,
-    D: tl.constexpr,
-    P: tl.constexpr,
-    GRADIENT: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-):
+    x_ptr, y_ptr, v_ptr, log_b_ptr, g_ptr, f_ptr, out_ptr,
+    N, M, E, d_end, scale,
+    D: tl.constexpr, P: tl.constexpr, GRADIENT: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
     """sum_j P_ij v_j for BLOCK_N rows and BLOCK_E of the E columns of v; f makes the rows of the plan sum to 1.
 
     If GRADIENT, in its place sum_j P_ij d|x_i - y_j|^P / P / dx_i: for P = 2 that is x_i less the mean of v = y.
@@ -266,25 +227,17 @@ def shares_to_fill(device: torch.device, N: int, M: int) -> int:
     return max(1, min(programs // triton.cdiv(N, UPDATE_TILE[2]["BLOCK_N"]), M // MIN_SHARE))
 
 
-class TritonUpdate:
+class TritonUpdate(Update):
     """`ReferenceUpdate` by kernels, for float32 points."""
 
     def __init__(self, x_ND: Tensor, y_MD: Tensor, p: int) -> None:
-        self.x_ND, self.y_MD, self.p = x_ND, y_MD, p
+        super().__init__(x_ND, y_MD, p)
         self.shares = shares_to_fill(x_ND.device, len(x_ND), len(y_MD))
 
-    def __call__(
-        self,
-        log_b_M: Tensor,
-        g_M: Tensor,
-        epsilon: float,
-        flat: bool,
-        gradient: bool = False,
-        values_ME: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        f_N, out_NE = self.x_ND.new_empty(len(self.x_ND)), None
-        if gradient or values_ME is not None:
-            out_NE = self.x_ND.new_empty(len(self.x_ND), (self.y_MD if gradient else values_ME).shape[1])
-            values_ME = None if gradient else values_ME.contiguous()
+    def write(
+        self, f_N: Tensor, made_NE: Tensor, log_b_M: Tensor, g_M: Tensor, epsilon: float, flat: bool,
+        gradient: bool, values_ME: Tensor | None,
+    ) -> None:  # fmt: skip
+        values_ME = None if gradient or values_ME is None else values_ME.contiguous()
+        out_NE = made_NE if gradient or values_ME is not None else None
         launch(self.x_ND, self.y_MD, log_b_M, g_M, f_N, out_NE, epsilon, self.p, flat, self.shares, values_ME)
-        return f_N, out_NE

@@ -23,7 +23,45 @@ def product(a_nK: Tensor, b_Km: Tensor, bias_m: Tensor | None = None, scale: flo
     return torch.addmm(bias_m.to(dtype), a_nK.to(dtype), b_Km.to(dtype), alpha=scale).to(a_nK.dtype)
 
 
-class ReferenceUpdate:
+class Update:
+    """One Sinkhorn update between two clouds x and y: what `ReferenceUpdate` defines and the kernels compute.
+
+    For p = 2 potentials stand here less half the squared norm of their point: then a score is a product and two numbers, nothing
+    cancels, and every step rounds less.
+    """
+
+    def __init__(self, x_ND: Tensor, y_MD: Tensor, p: int) -> None:
+        self.x_ND, self.y_MD, self.p = x_ND, y_MD, p
+
+    def __call__(
+        self, log_b_M: Tensor, g_M: Tensor, epsilon: float, flat: bool, gradient: bool = False, values_ME: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The new potential [N] of x from that of y, and what else is asked for under the plan, or an empty tensor.
+
+        Args:
+            log_b_M: logarithms of the weights of y; one at least is finite.
+            g_M: the potential of y.
+            epsilon: the strength of the entropy.
+            flat: all scores are below 1.5, as they are where epsilon exceeds every cost: logsumexp loses the small terms there,
+                log1p(mean(expm1)) does not.
+            gradient: also the derivative of the cost by x, [N, D].
+            values_ME: also the mean of these values, [N, E].
+        """
+        columns = self.y_MD.shape[1] if gradient else 0 if values_ME is None else values_ME.shape[1]
+        # Written in place: small results kept between large blocks would keep the heap from reusing the blocks.
+        f_N, made_NE = self.x_ND.new_empty(len(self.x_ND)), self.x_ND.new_empty(len(self.x_ND), columns)
+        self.write(f_N, made_NE, log_b_M, g_M, epsilon, flat, gradient, values_ME)
+        return f_N, made_NE
+
+    def write(
+        self, f_N: Tensor, made_NE: Tensor, log_b_M: Tensor, g_M: Tensor, epsilon: float, flat: bool,
+        gradient: bool, values_ME: Tensor | None,
+    ) -> None:  # fmt: skip
+        """What `__call__` returns, into f_N and made_NE."""
+        raise NotImplementedError
+
+
+class ReferenceUpdate(Update):
     """f_i = -epsilon log sum_j exp(log_b_j + (g_j + x_i . y_j) / epsilon) for p = 2, with -|x_i - y_j| for the product for p = 1.
 
     For p = 2 that is the update of f - |x|^2 / 2 from g - |y|^2 / 2 under the cost |x - y|^2 / 2. The derivative df_i is
@@ -33,35 +71,25 @@ class ReferenceUpdate:
     """
 
     def __init__(self, x_ND: Tensor, y_MD: Tensor, p: int) -> None:
-        self.x_ND, self.y_MD, self.p = x_ND, y_MD, p
+        super().__init__(x_ND, y_MD, p)
         self.rows = max(MIN_ROWS, MAX_SCORES.get(x_ND.device.type, MAX_SCORES_ELSEWHERE) // y_MD.shape[0])
         # exp is some seventy times slower where its result is subnormal; nothing as small counts beside the largest term, 1.
-        self.least = 0.9 * math.log(torch.finfo(x_ND.dtype).tiny)
+        self.minimum = 0.9 * math.log(torch.finfo(x_ND.dtype).tiny)
         held = p == 1 and len(x_ND) * len(y_MD) <= MAX_HELD
         self.distance_NM = self.distances(x_ND) if held else None
 
     def distances(self, x_nD: Tensor) -> Tensor:
         return torch.cdist(x_nD, self.y_MD, compute_mode="donot_use_mm_for_euclid_dist")
 
-    def __call__(
-        self,
-        log_b_M: Tensor,
-        g_M: Tensor,
-        epsilon: float,
-        flat: bool,
-        gradient: bool = False,
-        values_ME: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    def write(
+        self, f_N: Tensor, made_NE: Tensor, log_b_M: Tensor, g_M: Tensor, epsilon: float, flat: bool,
+        gradient: bool, values_ME: Tensor | None,
+    ) -> None:  # fmt: skip
         b_M = log_b_M.exp()
         u_M = g_M / epsilon if flat else g_M / epsilon + log_b_M
-        # Written in place: small results kept between large blocks would keep the heap from reusing the blocks.
-        N, made_NE = len(self.x_ND), None
-        f_N = self.x_ND.new_empty(N)
         if gradient and self.p == 2:
             values_ME = self.y_MD
-        if gradient or values_ME is not None:
-            made_NE = self.x_ND.new_empty(N, (self.y_MD if gradient else values_ME).shape[1])
-        for start in range(0, N, self.rows):
+        for start in range(0, len(self.x_ND), self.rows):
             block = slice(start, start + self.rows)
             x_nD = self.x_ND[block]
             if self.p == 2:
@@ -75,7 +103,7 @@ class ReferenceUpdate:
                 total_n = plan_nM.add_(b_M).sum(dim=1)
             else:
                 top_n = score_nM.amax(dim=1)  # finite, as at least one weight is positive
-                plan_nM = score_nM.sub_(top_n[:, None]).clamp_(min=self.least).exp_()
+                plan_nM = score_nM.sub_(top_n[:, None]).clamp_(min=self.minimum).exp_()
                 total_n = plan_nM.sum(dim=1)
                 f_N[block] = -epsilon * (total_n.log() + top_n)
             if values_ME is not None:
@@ -88,4 +116,3 @@ class ReferenceUpdate:
                 for d in range(x_nD.shape[1]):
                     difference_nM = x_nD[:, d, None] - self.y_MD[:, d]
                     made_NE[block, d] = difference_nM.mul_(weight_nM).sum(dim=1) / total_n
-        return f_N, made_NE

@@ -1,23 +1,15 @@
-"""The symmetric Sinkhorn loop with epsilon scaling, above whatever computes one update: the reference or the kernels."""
+"""The symmetric Sinkhorn loop with epsilon scaling, over updates by the reference or by the kernels."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-# prepare(x_ND, y_MD, p) gives update(log_b_M, g_M, epsilon, flat, gradient=False, values_ME=None), which returns the new
-# potential f_N of x, and with `gradient` the derivative of the cost by x under the plan, df_ND, or with values their mean
-# under the plan, [N, E], else None. For p = 2 potentials stand here less half the squared norm of
-# their point: then a score is a product and two numbers, nothing cancels, and every step rounds less. `flat` says that all
-# scores are below 1.5, as they are where epsilon exceeds every cost: there a sum of exponentials is nearly 1, and epsilon times
-# the rounding of its logarithm loses the potentials. log1p of the mean of expm1, in its place, errs by a rounding of the
-# costs. `ReferenceUpdate` defines it all.
-Prepare = Callable[[Tensor, Tensor, int], Callable[..., tuple[Tensor, Tensor | None]]]
+from dae_kernels.sinkhorn_divergence.reference import Update
 
 DEFAULT_ITERATIONS = 1000  # at the final blur, where a tolerance is given and no limit
 LARGE = 2.0**60  # a number beside which 1 is less than its rounding, in float64 too
@@ -52,7 +44,7 @@ class Potential(NamedTuple):
 class Problem(NamedTuple):
     """The transport from one cloud's view: an update makes its potential from that of the cloud `over`."""
 
-    update: Callable[..., tuple[Tensor, Tensor | None]]
+    update: Update
     log_b_M: Tensor  # of the other cloud's weights, which are normalised
     log_mass: float  # of the other cloud
     half_N: Tensor  # half squared norms of the own points, 0 for p = 1
@@ -126,7 +118,7 @@ class Sinkhorn:
     """
 
     def __init__(
-        self, prepare: Prepare, x_ND: Tensor, y_MD: Tensor, a_N: Tensor, b_M: Tensor, options: Options, debias: bool
+        self, kind: type[Update], x_ND: Tensor, y_MD: Tensor, a_N: Tensor, b_M: Tensor, options: Options, debias: bool
     ) -> None:
         p, dtype = options.p, x_ND.dtype
         span = box(x_ND, y_MD)[1]
@@ -155,13 +147,13 @@ class Sinkhorn:
         half_N, half_M = (t.square().sum(dim=1) / 2 if p == 2 else t.new_zeros(len(t)) for t in (x_ND, y_MD))
         of_x, of_y = (a_N.log(), log_a), (b_M.log(), log_b)
         self.problems = [
-            Problem(prepare(x_ND, y_MD, p), *of_y, half_N, a_N, 1),
-            Problem(prepare(y_MD, x_ND, p), *of_x, half_M, b_M, 0),
+            Problem(kind(x_ND, y_MD, p), *of_y, half_N, a_N, 1),
+            Problem(kind(y_MD, x_ND, p), *of_x, half_M, b_M, 0),
         ]
         if debias:
             self.problems += [
-                Problem(prepare(x_ND, x_ND, p), *of_x, half_N, a_N, 2),
-                Problem(prepare(y_MD, y_MD, p), *of_y, half_M, b_M, 3),
+                Problem(kind(x_ND, x_ND, p), *of_x, half_N, a_N, 2),
+                Problem(kind(y_MD, y_MD, p), *of_y, half_M, b_M, 3),
             ]
         self.potentials = [Potential(-problem.half_N, 0.0) for problem in (*self.problems[:2], *self.problems[:2])]
 
@@ -179,7 +171,7 @@ class Sinkhorn:
     def damping(self, epsilon: float) -> float:
         return 1.0 if self.rho is None else self.rho / (self.rho + epsilon)
 
-    def updated(self, k: int, epsilon: float, flat: bool, **wanted) -> tuple[Potential, Tensor | None]:
+    def updated(self, k: int, epsilon: float, flat: bool, **wanted: Any) -> tuple[Potential, Tensor]:
         """The new potential of problem k, and what is wanted beside it."""
         problem, damping = self.problems[k], self.damping(epsilon)
         over = self.potentials[problem.over]
@@ -232,7 +224,7 @@ class Sinkhorn:
     def whole(self, k: int, potential: Potential) -> Tensor:
         return potential.vector + self.problems[k].half_N + potential.constant
 
-    def divergence(self, potentials: bool) -> tuple[Tensor, ...]:
+    def divergence(self, potentials: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
         """The divergence [], u_N, v_M, du_N, dv_M, dx_ND, dy_MD, in the units of the points.
 
         The divergence is sum_i a_i u_i + sum_j b_j v_j, its derivatives are du by a, dv by b, a_i dx_i by x_i and b_j dy_j by
@@ -244,24 +236,24 @@ class Sinkhorn:
         values, by_weight, by_point = zip(*sides, strict=True)
         # Summed before they are scaled: of two powers beyond the dtype there is no difference.
         value = sum(m * (one.a_N * u).sum() for m, one, u in zip(self.masses, self.problems[:2], values, strict=True))
-        scaled = [times_power_of_two(t, self.p * self.exponent) for t in (value, *values, *by_weight)]
-        return *scaled, *(times_power_of_two(t, (self.p - 1) * self.exponent) for t in by_point)
+        value, u_N, v_M, du_N, dv_M = (times_power_of_two(t, self.p * self.exponent) for t in (value, *values, *by_weight))
+        dx_ND, dy_MD = (times_power_of_two(t, (self.p - 1) * self.exponent) for t in by_point)
+        return value, u_N, v_M, du_N, dv_M, dx_ND, dy_MD
 
     def side(self, k: int, last: list[tuple[Potential, Tensor]], potentials: bool) -> tuple[Tensor, Tensor, Tensor]:
         """u, du and dx of `divergence`, or those of the other cloud."""
         f, df_ND = last[k]
-        debias = len(last) > 2
-        own = last[k + 2] if debias else None
-        plain_N = f.less(own[0]) if debias else self.whole(k, f)
+        own = last[k + 2] if len(last) > 2 else None
+        plain_N = self.whole(k, f) if own is None else f.less(own[0])
+        net_ND = df_ND if own is None else df_ND - own[1]
         if self.rho is None:
-            return plain_N, plain_N.clone(), df_ND - own[1] if debias else df_ND
+            return plain_N, plain_N.clone(), net_ND
         epsilon, rho, other_mass = self.epsilon, self.rho, self.masses[1 - k]
         if potentials:
-            damped = self.damping(epsilon)
-            return plain_N, plain_N.clone(), damped * (df_ND - own[1] if debias else df_ND)
+            return plain_N, plain_N.clone(), self.damping(epsilon) * net_ND
         # Sejourne et al. 2019, proposition 12; differences of exponentials by expm1, as rho may be large.
         kept_N = torch.exp(-self.whole(k, f) / rho)[:, None]
-        if debias:
+        if own is not None:
             own_kept_N = torch.exp(-self.whole(k, own[0]) / rho)
             lost_N = -own_kept_N * torch.expm1(-plain_N / rho)
             return (rho + epsilon / 2) * lost_N, (rho + epsilon) * lost_N, kept_N * df_ND - own_kept_N[:, None] * own[1]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from dae_kernels.checks import FLOAT_DTYPES, as_integer, as_number, check_clouds, check_tensors, check_weights
 from dae_kernels.clouds import convention, middle, normalised, sampled, unit
-from dae_kernels.sliced_wasserstein.reference import greatest_cost, mean_cost
+from dae_kernels.sliced_wasserstein.autograd import greatest_cost, mean_cost
 from dae_kernels.tracing import without_autocast
 
 COST = "|<direction, x - y>|^p, without a factor"
@@ -19,16 +21,10 @@ COST = "|<direction, x - y>|^p, without a factor"
     bias="of W_p^p: none from the drawn directions, upwards from finite samples",
 )
 def sliced_wasserstein(
-    x: Tensor,
-    y: Tensor,
-    *,
-    p: float = 2,
-    num_projections: int = 128,
-    weights_x: Tensor | None = None,
-    weights_y: Tensor | None = None,
-    generator: torch.Generator | None = None,
-    projections: Tensor | None = None,
-) -> Tensor:
+    x: Tensor, y: Tensor, *, p: float = 2, num_projections: int = 128,
+    weights_x: Tensor | None = None, weights_y: Tensor | None = None,
+    generator: torch.Generator | None = None, projections: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """Sliced p-Wasserstein distance: the root of the mean over random directions of W_p^p of the projected clouds.
 
         (mean_l W_p^p(<t_l, x>, <t_l, y>))^(1/p),   t_l uniform on the unit sphere,
@@ -42,8 +38,8 @@ def sliced_wasserstein(
     refuses several.)
 
     Plain torch is the implementation, on every device: most of the time goes to `torch.sort`, which we have
-    nothing faster for. On one CPU core, 128 directions and 4096 to 16384 points a cloud, sorting takes 80 to 96 % of the forward
-    time, and with weights, whose levels are sorted too, 63 to 80 %.
+    nothing faster for. On one CPU core, 128 directions and 4096 to 16384 points per cloud, sorting takes 80 to 96 % of the
+    forward time, and with weights, whose levels are sorted too, 63 to 80 %.
 
     Differentiable with respect to both clouds and both weights (almost everywhere: ties are kinks). At distance 0, where
     the root has no derivative, the gradient is 0. A cloud is at distance 0 from itself; in another order of its points, which a
@@ -74,25 +70,18 @@ def sliced_wasserstein(
     Source: Rabin et al. 2011, "Wasserstein Barycenter and Its Application to Texture Mixing"; Bonneel et al. 2015, "Sliced
     and Radon Wasserstein Barycenters of Measures".
     """
-    *operands, units = prepare("sliced_wasserstein", x, y, p, num_projections, weights_x, weights_y, generator, projections)
-    with without_autocast(x.device):
-        return in_units(root(mean_cost(*operands), operands[3]), units, operands[0].dtype)
+    options = p, num_projections, weights_x, weights_y, generator, projections
+    return projected_distance(mean_cost, "sliced_wasserstein", x, y, *options)
 
 
 @convention(
     value="root", cost=COST, bias="downwards from the drawn directions (the supremum is missed), upwards from finite samples"
 )
 def max_sliced_wasserstein(
-    x: Tensor,
-    y: Tensor,
-    *,
-    p: float = 2,
-    num_projections: int = 128,
-    weights_x: Tensor | None = None,
-    weights_y: Tensor | None = None,
-    generator: torch.Generator | None = None,
-    projections: Tensor | None = None,
-) -> Tensor:
+    x: Tensor, y: Tensor, *, p: float = 2, num_projections: int = 128,
+    weights_x: Tensor | None = None, weights_y: Tensor | None = None,
+    generator: torch.Generator | None = None, projections: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """The greatest p-Wasserstein distance among the clouds' projections on random directions.
 
         max_l W_p(<t_l, x>, <t_l, y>)
@@ -103,12 +92,12 @@ def max_sliced_wasserstein(
 
     Source: Deshpande et al. 2019, "Max-Sliced Wasserstein Distance and Its Use for GANs", arXiv 1904.05877.
     """
-    *operands, units = prepare("max_sliced_wasserstein", x, y, p, num_projections, weights_x, weights_y, generator, projections)
-    with without_autocast(x.device):
-        return in_units(root(greatest_cost(*operands), operands[3]), units, operands[0].dtype)
+    options = p, num_projections, weights_x, weights_y, generator, projections
+    return projected_distance(greatest_cost, "max_sliced_wasserstein", x, y, *options)
 
 
-def prepare(
+def projected_distance(
+    cost: Callable[..., Tensor],
     operation: str,
     x: Tensor,
     y: Tensor,
@@ -118,10 +107,10 @@ def prepare(
     weights_y: Tensor | None,
     generator: torch.Generator | None,
     projections: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, float, Tensor | None, Tensor | None, tuple[Tensor, Tensor]]:
-    """The checked operands of `mean_cost`: clouds and directions in one dtype, on the device of the clouds; and their units.
+) -> Tensor:
+    """cost^(1/p) of the checked operands, for `mean_cost` or `greatest_cost`.
 
-    Both are multiplied by a power of 2, their unit: powers of differences would overflow or be 0 in others.
+    Clouds and directions are each multiplied by a power of 2 meanwhile: powers of differences would overflow or be 0 in others.
     """
     check_clouds(operation, x, y)
     check_weights(operation, "weights_x", weights_x, x)
@@ -145,15 +134,12 @@ def prepare(
     x, y = x.to(dtype), y.to(dtype)
     # The distance is the same about any origin, but rounding of the projections grows with what is projected.
     near = [sampled(cloud, normalised(w, cloud, torch.float64)) for cloud, w in ((x, weights_x), (y, weights_y))]
-    center_D = middle(torch.cat(near))
-    x, y, projections = x - center_D, y - center_D, projections.to(dtype)
-    units = unit(x, y), unit(projections)
-    return x * units[0], y * units[0], projections * units[1], p, weights_x, weights_y, units
-
-
-def in_units(distance: Tensor, units: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
-    """The distance, in `dtype`, of clouds and projections before they were multiplied by their units."""
-    return (distance.double() / units[0] / units[1]).to(dtype)
+    centre_D = middle(torch.cat(near))
+    x, y, projections = x - centre_D, y - centre_D, projections.to(dtype)
+    of_clouds, of_projections = unit(x, y), unit(projections)
+    with without_autocast(x.device):
+        found = root(cost(x * of_clouds, y * of_clouds, projections * of_projections, p, weights_x, weights_y), p)
+        return (found.double() / of_clouds / of_projections).to(dtype)
 
 
 def check_projections(operation: str, projections: Tensor, x: Tensor) -> None:

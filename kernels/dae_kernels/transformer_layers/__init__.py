@@ -4,9 +4,16 @@ There is no kernel: each of these is one read and one write of its operands, and
 kernel would have to beat its code, which only a GPU can show. The README of dae_kernels has the figures, eager and compiled.
 """
 
-from dae_kernels.transformer_layers.norms import gated_residual, layer_norm_modulate, qk_norm, rms_norm
-from dae_kernels.transformer_layers.rotary import rotary_table, rotary_table_2d, rotate
-from dae_kernels.transformer_layers.swiglu import swiglu
+from dae_kernels.transformer_layers.api import (
+    gated_residual,
+    layer_norm_modulate,
+    qk_norm,
+    rms_norm,
+    rotary_table,
+    rotary_table_2d,
+    rotate,
+    swiglu,
+)
 
 __all__ = [
     "gated_residual",

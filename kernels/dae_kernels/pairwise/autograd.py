@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dae_kernels.clouds import unit
-from dae_kernels.dispatch import register_op, taken_whole
-from dae_kernels.pairwise.reference import (
-    pair_rows_empty,
-    pair_rows_reference,
-    polynomial_rows_empty,
-    polynomial_rows_reference,
-)
+from dae_kernels.dispatch import taken_whole
+from dae_kernels.pairwise.reference import pair_rows, polynomial_rows
 from dae_kernels.tracing import differentiated
 
-pair_rows = register_op("dae_kernels::pair_rows_reference", pair_rows_reference, pair_rows_empty)
-polynomial_rows = register_op("dae_kernels::polynomial_rows", polynomial_rows_reference, polynomial_rows_empty)
-
 POLYNOMIAL = "polynomial"  # in place of an implementation: that of the kernel (gamma x.y + coef0)^degree
+Rows = Callable[[Tensor, Tensor, Tensor, bool, bool], tuple[Tensor, Tensor]]
 
 
+@taken_whole
 def pair_sums(
     x_ND: Tensor, y_MD: Tensor, a_N: Tensor, b_M: Tensor, parameters: tuple[float, ...], impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -33,24 +28,43 @@ def pair_sums(
     k is a sum of Gaussians with the parameters for bandwidths, the distance where there are none, or for impl=POLYNOMIAL the
     polynomial with the parameters degree, gamma and coef0. As the results are scalars,
     their gradients are made in the forward pass, where the distances are at hand, and only for the side that needs them;
-    the backward pass scales them. A pass over pairs a needed gradient or sum: 3 in all if one side needs gradients, else 4.
+    the backward pass scales them. One pass over pairs per needed gradient or sum: 3 in all if one side needs gradients, else 4.
 
     Args:
         x_ND, y_MD: the clouds.
         a_N, b_M: their weights, float64.
         impl: "reference", "triton" or POLYNOMIAL.
     """
-    if torch.compiler.is_compiling():
-        import dae_kernels.whole  # noqa: F401
-    return apply_pair_sums(x_ND, y_MD, a_N, b_M, parameters, impl)
-
-
-@taken_whole
-def apply_pair_sums(
-    x_ND: Tensor, y_MD: Tensor, a_N: Tensor, b_M: Tensor, parameters: tuple[float, ...], impl: str
-) -> tuple[Tensor, Tensor, Tensor]:
     for_x, for_y = differentiated(x_ND, a_N), differentiated(y_MD, b_M)
     return PairSums.apply(x_ND, y_MD, a_N, b_M, parameters, impl, for_x, for_y)[:3]
+
+
+def prepared(
+    x_ND: Tensor, y_MD: Tensor, a_N: Tensor, b_M: Tensor, parameters: tuple[float, ...], impl: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Rows]:
+    """x for the pairs within it, x and y for those across, y for those within it, and what sums over the rows of two of these.
+
+    It takes q, s, the weights v of s, `same` and `gradient`, and returns what `pair_rows_reference` does.
+    """
+    if impl == POLYNOMIAL:
+        degree, gamma, coef0 = parameters
+        return x_ND, x_ND, y_MD, y_MD, lambda q, s, v, *flags: polynomial_rows(q, s, v, degree, gamma, coef0, *flags)
+    if impl == "reference":
+        return x_ND, x_ND, y_MD, y_MD, lambda q, s, v, *flags: pair_rows(q, s, v, parameters, *flags)
+    from dae_kernels.pairwise.fused import centred, pair_rows_triton, rates
+
+    x_alone, x, y, y_alone = centred(x_ND, y_MD, a_N, b_M)
+    rate_B = rates(parameters, x_ND.device)
+    scale: Tensor | float = 1.0
+    if not parameters:  # float32 squares of distances overflow from 1e19 on, and are 0 below 1e-19
+        scale = unit(x_alone, x, y, y_alone)
+        x_alone, x, y, y_alone = (cloud * scale for cloud in (x_alone, x, y, y_alone))
+
+    def rows(q: Tensor, s: Tensor, v: Tensor, same: bool, gradient: bool) -> tuple[Tensor, Tensor]:
+        p, g = pair_rows_triton(q, s, v.float(), rate_B, len(parameters), same, gradient)
+        return p.double() / scale, g  # the gradient of a distance has no unit
+
+    return x_alone, x, y, y_alone, rows
 
 
 class PairSums(torch.autograd.Function):
@@ -72,44 +86,22 @@ class PairSums(torch.autograd.Function):
         for_x: bool,
         for_y: bool,
     ) -> tuple[Tensor, ...]:
-        if impl == "triton":
-            from dae_kernels.pairwise.fused import centred, pair_rows_triton, rates
-
-            x_alone, x, y, y_alone = centred(x_ND, y_MD, a_N, b_M)
-            coefficients_B = rates(parameters, x.device)
-            scale = 1.0
-            if not parameters:  # float32 squares of distances overflow from 1e19 on, and are 0 below 1e-19
-                scale = unit(x_alone, x, y, y_alone)
-                x_alone, x, y, y_alone = (cloud * scale for cloud in (x_alone, x, y, y_alone))
-
-            def rows(q: Tensor, s: Tensor, v: Tensor, same: bool, gradient: bool) -> tuple[Tensor, Tensor]:
-                p, g = pair_rows_triton(q, s, v.float(), coefficients_B, len(parameters), same, gradient)
-                return p.double() / scale, g  # the gradient of a distance has no unit
-        else:
-            x_alone = x = x_ND
-            y_alone = y = y_MD
-
-            def rows(q: Tensor, s: Tensor, v: Tensor, same: bool, gradient: bool) -> tuple[Tensor, Tensor]:
-                if impl == POLYNOMIAL:
-                    return polynomial_rows(q, s, v, *parameters, same, gradient)
-                return pair_rows(q, s, v, parameters, same, gradient)
-
+        x_alone, x, y, y_alone, rows = prepared(x_ND, y_MD, a_N, b_M, parameters, impl)
         within_x_N, slope_xx_ND = rows(x_alone, x_alone, a_N, True, for_x)
         within_y_M, slope_yy_MD = rows(y_alone, y_alone, b_M, True, for_y)
-        sums = [(a_N * within_x_N).sum(), None, (b_M * within_y_M).sum()]
         made = []
         # Weights of a side multiply its rows, so the gradient to a weight is the row's sum (twice, within a cloud).
         if for_x or not for_y:
             across_x_N, slope_xy_ND = rows(x, y, b_M, False, for_x)
-            sums[1] = (a_N * across_x_N).sum()
+            across = (a_N * across_x_N).sum()
         if for_x:
             made += [within_x_N, across_x_N, slope_xx_ND, slope_xy_ND]
         if for_y:
             across_y_M, slope_yx_MD = rows(y, x, a_N, False, True)
             made += [within_y_M, across_y_M, slope_yy_MD, slope_yx_MD]
             if not for_x:
-                sums[1] = (b_M * across_y_M).sum()
-        return *sums, *made
+                across = (b_M * across_y_M).sum()
+        return (a_N * within_x_N).sum(), across, (b_M * within_y_M).sum(), *made
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -138,7 +130,7 @@ def side_gradients(
 ) -> tuple[Tensor, Tensor]:
     """Gradients to the points [N, D] and weights [N] of one side; a sum that nobody uses has None for its gradient."""
     within_N, across_N, slope_within_ND, slope_across_ND = made
-    d_within = 0.0 if d_within is None else 2.0 * d_within
-    d_across = 0.0 if d_across is None else d_across
-    d_point_ND = weight_N[:, None] * (d_within * slope_within_ND + d_across * slope_across_ND)
-    return d_point_ND.to(dtype), d_within * within_N + d_across * across_N
+    within: Tensor | float = 0.0 if d_within is None else 2.0 * d_within
+    across: Tensor | float = 0.0 if d_across is None else d_across
+    d_point_ND = weight_N[:, None] * (within * slope_within_ND + across * slope_across_ND)
+    return d_point_ND.to(dtype), within * within_N + across * across_N

@@ -1,0 +1,99 @@
+"""The gradient of the fused kernels of `group_norm_silu`, and a mend of torch's own on CPUs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dae_kernels.dispatch import taken_whole
+
+
+@taken_whole
+def group_norm_silu_fused(x: Tensor, *parameters: Any) -> Tensor:
+    """`group_norm_silu` by the kernels; parameters are weight, bias, scale, shift (or None), num_groups, eps and silu."""
+    return GroupNormSiLU.apply(x, *parameters)[0]
+
+
+class GroupNormSiLU(torch.autograd.Function):
+    """The kernels with their gradient; `register_autograd` does not support torch.func."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, weight, bias, scale, shift, num_groups, eps, silu):
+        from dae_kernels.group_norm_silu.fused import group_norm_silu_forward
+
+        return group_norm_silu_forward(x, weight, bias, scale, shift, num_groups, eps, silu)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, bias, scale, shift, ctx.num_groups, _, ctx.silu = inputs
+        _, mean_BG, rstd_BG = output
+        ctx.mark_non_differentiable(mean_BG, rstd_BG)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight, bias, scale, shift, mean_BG, rstd_BG)
+
+    @staticmethod
+    def backward(ctx, dy, _d_mean, _d_rstd):
+        saved = ctx.saved_tensors  # read once: torch.utils.checkpoint unpacks a tensor no second time
+        _, weight, bias, scale, shift, *_ = saved
+        dx, sum_BC, sum_n_BC = FirstDerivative.apply(dy, *saved, ctx.num_groups, ctx.silu)
+        # sum is d out / d h summed over positions, sum_n that times n; they hold the gradients of all parameters.
+        d_scale = d_shift = None
+        if scale is not None:
+            affine_n = sum_n_BC if weight is None else sum_n_BC * weight
+            d_scale = (affine_n if bias is None else affine_n + sum_BC * bias).to(scale.dtype)
+            d_shift = sum_BC.to(shift.dtype)
+            sum_BC, sum_n_BC = sum_BC * (1 + scale), sum_n_BC * (1 + scale)
+        d_weight = None if weight is None else sum_n_BC.sum(dim=0).to(weight.dtype)
+        d_bias = None if bias is None else sum_BC.sum(dim=0).to(bias.dtype)
+        return dx, d_weight, d_bias, d_scale, d_shift, None, None, None
+
+
+class FirstDerivative(torch.autograd.Function):
+    """The backward kernels, which say so when they are to be differentiated in turn."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*operands):
+        from dae_kernels.group_norm_silu.fused import group_norm_silu_backward
+
+        return group_norm_silu_backward(*operands)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        raise RuntimeError("group_norm_silu's kernels have no second derivative: use impl='reference'")
+
+
+@taken_whole
+def input_in_graph(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    return InputInGraph.apply(x, weight, bias)
+
+
+class InputInGraph(torch.autograd.Function):
+    """x, which requires a gradient where x, weight or bias does.
+
+    On a CPU torch writes the gradient of a channels_last x also where nobody asked for it: into no memory, with a segmentation
+    fault, if x requires none and a parameter does (native_group_norm_backward, torch 2.13). Here somebody always asks.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> tuple[Tensor, None, None]:
+        return dx, None, None
