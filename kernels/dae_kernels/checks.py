@@ -1,4 +1,4 @@
-"""Options of all operations: numbers and flags as Python's, or one line on what was got.
+"""Checks of arguments that operations share: options become Python's numbers and flags, operands are dense and floating point.
 
 A number may come as Python's, as NumPy's (a scalar or an array of one element) or as a tensor of one element, as from
 `x.std()` or `np.median(d)`. A tensor is read, which on a GPU waits for it.
@@ -19,10 +19,10 @@ FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def as_number(operation: str, name: str, got: Any) -> float:
-    """`got` as a float (or what torch.compile has in its place).
+    """`got` as a float, or torch.compile's symbol in its place.
 
     Raises:
-        TypeError: no real number; a truth value is none.
+        TypeError: not a real number; a bool is refused, too.
         ValueError: too large for a float, or a tensor that cannot be read here or asks for a gradient.
     """
     if isinstance(got, torch.SymInt | torch.SymFloat):
@@ -37,7 +37,7 @@ def as_number(operation: str, name: str, got: Any) -> float:
 
 
 def as_integer(operation: str, name: str, got: Any) -> int:
-    """`got` as an int (or what torch.compile has in its place); errors as `as_number`, beyond 64 bits too. 2.0 is no integer."""
+    """`got` as an int, or torch.compile's symbol in its place; errors as `as_number`, also for 2.0 and beyond 64 bits."""
     if isinstance(got, torch.SymInt):
         return got  # type: ignore[return-value]
     value = unwrapped(operation, name, got)
@@ -50,7 +50,7 @@ def as_integer(operation: str, name: str, got: Any) -> int:
 
 
 def as_flag(operation: str, name: str, got: Any) -> bool:
-    """`got` as a bool; errors as `as_number`. 0 and 1 are none."""
+    """`got` as a bool; errors as `as_number`, also for 0 and 1."""
     value = unwrapped(operation, name, got)
     if not isinstance(value, bool):
         raise TypeError(f"{operation} needs {name} as a bool, got {described(got)}")
@@ -67,7 +67,7 @@ def as_numbers(operation: str, name: str, got: Any) -> tuple[float, ...]:
 
 
 def unwrapped(operation: str, name: str, got: Any) -> Any:
-    """What Python has for a tensor, array or NumPy scalar of one element; `got` itself otherwise."""
+    """The Python number of a tensor, array or NumPy scalar of one element; `got` itself otherwise."""
     if isinstance(got, bool | int | float):  # first, as torch.compile asks no more of the symbols that it makes of them
         return got
     if isinstance(got, Tensor) and got.numel() == 1:
@@ -82,7 +82,7 @@ def unwrapped(operation: str, name: str, got: Any) -> Any:
 
 
 def described(got: Any) -> str:
-    """Its type, with the value of a number or text, or the shape that keeps an array from being a number."""
+    """`got` in an error message: its type, with the value of a number or text, or the shape of an array."""
     kind = type(got).__name__
     if isinstance(got, bool | int | float | str):
         return f"{kind} {got!r:.60}"

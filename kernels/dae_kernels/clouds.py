@@ -1,4 +1,4 @@
-"""What every distance between point clouds shares: its stated convention, the checks of what it is given, and a centre."""
+"""What distances between point clouds share: conventions, normalised weights, centres and scales."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SAMPLES = 512  # points of a cloud that stand for it where a centre is looked for
+SAMPLES = 512  # points of a cloud from which its centre is estimated
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def normalised(weights: Tensor | None, cloud: Tensor, dtype: torch.dtype) -> Ten
     return weights / weights.sum()
 
 
-def unit(*tensors: Tensor) -> Tensor:
+def unit_scale(*tensors: Tensor) -> Tensor:
     """A power of 2, [] in float64 and without gradient, by which the largest of the numbers comes to lie in 1/2..4.
 
     Powers of what it multiplies are numbers of its dtype, and nothing is rounded.

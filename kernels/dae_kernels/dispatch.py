@@ -1,6 +1,6 @@
-"""Which implementation runs: an explicit choice is obeyed or refused with the reason, `auto` is decided here.
+"""Choice of an implementation, and registration of torch operators.
 
-Also the one place that knows how a Triton launcher becomes a torch operator. Nothing here imports triton before it is used.
+A named implementation runs or raises with the reason; `auto` is decided here. Nothing imports triton before a kernel is launched.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-INTERPRETED_BFLOAT16 = False  # set by who has mended Triton's interpreter, as the tests do
+INTERPRETED_BFLOAT16 = False  # True where Triton's interpreter is patched, as in the tests
 
 
 def dtype_refusal(*operands: torch.Tensor) -> str | None:
@@ -45,7 +45,7 @@ def triton_refusal(device: torch.device) -> str | None:
     if device.type == "cuda":
         if not torch.cuda.is_available():  # fake tensors: what they stand for has a GPU
             return None
-        properties = torch.cuda.get_device_properties(device)  # the one such query that Dynamo folds
+        properties = torch.cuda.get_device_properties(device)  # the only such query that Dynamo evaluates
         if torch.version.hip is None and properties.major < 8:
             return f"the kernels need compute capability 8.0 or higher, {properties.name} has {properties.major}.x"
         return None
@@ -98,10 +98,10 @@ def taken_whole(function: Callable) -> Callable:
 
 
 def register_op(name: str, body: Callable, fake: Callable) -> Callable:
-    """`body` as the torch operator `name` ("dae_kernels::..."), opaque to torch.compile; torch.vmap takes it in a loop.
+    """`body` as the torch operator `name` ("dae_kernels::..."), opaque to torch.compile; torch.vmap loops over the batch.
 
-    Where nothing traces or transforms and the tensors have values, `body` is called as it is: an operator's first call imports
-    Dynamo, which takes seconds and more than torch alone. The operator itself is the attribute `op` of what is returned.
+    Where nothing traces or transforms and the tensors have values, `body` is called directly: an operator's first call imports
+    Dynamo, which takes seconds and needs more than torch. The operator itself is the attribute `op` of what is returned.
 
     It has no derivative: differentiable functions call it from an autograd.Function, the others detach its operands.
 

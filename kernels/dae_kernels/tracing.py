@@ -15,7 +15,7 @@ TAKEN_WHOLE: list[Callable] = []  # functions that Dynamo must not trace into, s
 
 
 def traced() -> bool:
-    """Whether torch.compile, a transform of torch.func or a dispatch mode (fake tensors) looks at operators."""
+    """Whether torch.compile, a transform of torch.func or a dispatch mode (fake tensors) intercepts operators."""
     return (
         torch.compiler.is_compiling()
         or torch._C._functorch.peek_interpreter_stack() is not None
@@ -57,6 +57,6 @@ def transform_levels(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
-    """For operations that choose their own precision: autocast would cast float32 down again."""
+    """Autocast off, for operations that choose their own precision: it would cast float32 down again."""
     known = torch.amp.is_autocast_available(device.type)  # not for meta tensors
     return torch.autocast(device.type, enabled=False) if known else nullcontext()

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dae_kernels import attention
-from dae_kernels.attention.options import Options
+from dae_kernels.attention.options import AttentionOptions
 from dae_kernels.attention.reference import position_mask
 from tolerances import assert_errors
 from torch import Tensor
@@ -45,7 +45,7 @@ def torch_own(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> tu
     """Two ways torch has in that dtype: its matmul and softmax, and its kernel with every head and the whole mask given."""
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    mask = position_mask(q.shape[2], k.shape[2], Options(causal, scale), q.device)
+    mask = position_mask(q.shape[2], k.shape[2], AttentionOptions(causal, scale), q.device)
     scores = scale * (q @ k.transpose(-2, -1))
     if causal:
         scores = scores.masked_fill(~mask, -torch.inf)

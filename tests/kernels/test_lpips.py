@@ -234,7 +234,7 @@ def test_kernels_stay_inside_their_buffers(monkeypatch, layout, B, C, P):
     weight, d_out = guarded(torch.nan, C), guarded(torch.nan, B)
     for target, source in zip((a, b, weight, d_out), draw((B, C, P)), strict=True):
         target.copy_(source)
-    split = fused.Layout(a)
+    split = fused.PairLayout(a)
     part, part_weight = guarded(-7.0, B, split.chunks), guarded(-7.0, split.programs, C)
     fused.launch_distance(split, a, b, weight, part, 1e-10)
     fused.launch_gradient(split, d_out, a, b, weight, da, db, part_weight, 1e-10)

@@ -53,7 +53,7 @@ def test_quick_search_is_mostly_sure(metric, family):
     if family == "unit":
         x, codebook = torch.nn.functional.normalize(x, dim=1), torch.nn.functional.normalize(codebook, dim=1)
     if metric == "cosine":
-        view = reference.unit
+        view = reference.unit_rows
     else:
         centre, scale = reference.frame(codebook)
         view = lambda rows: (rows.double() - centre) * scale  # noqa: E731
@@ -98,7 +98,7 @@ def test_float64_far_off_and_at_any_scale(shift, size, metric):
         distance_NK = torch.stack([((row - codes) * power).square().sum(dim=1) for row in x])
         assert torch.equal(index, distance_NK.argmin(dim=1))
     else:  # far off, float64 cannot tell cosines apart
-        distance_NK = 1 - reference.unit(x) @ reference.unit(codes).T
+        distance_NK = 1 - reference.unit_rows(x) @ reference.unit_rows(codes).T
         assert (distance_NK.gather(1, index[:, None])[:, 0] - distance_NK.amin(dim=1)).max() <= 7 * 2**-51
 
 

@@ -16,7 +16,7 @@ from dae_kernels.attention.checks import (
     check_types,
     sequence_lengths,
 )
-from dae_kernels.attention.options import Options, as_options, check_bias
+from dae_kernels.attention.options import AttentionOptions, as_options, check_bias
 from dae_kernels.attention.packing import Packing
 from dae_kernels.checks import check_choice
 
@@ -113,7 +113,7 @@ def attention(
     return backend(impl, q, options).dense(q, k, v, key_lengths, bias, options)
 
 
-def backend(impl: str, q: Tensor, options: Options) -> ModuleType:
+def backend(impl: str, q: Tensor, options: AttentionOptions) -> ModuleType:
     """The module behind `impl`; "auto" is torch's kernel, which has no soft cap."""
     if impl != "auto" or not options.softcap:
         return BACKENDS[impl]

@@ -1,4 +1,4 @@
-"""The checks that hold for every back-end, and those that a back-end names for itself."""
+"""Checks of operands: those of all back-ends, and those that single back-ends call."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def autocast(x: Tensor) -> Tensor:
 
 
 def check_types(operation: str, q: Tensor, k: Tensor, v: Tensor) -> None:
-    """TypeError for what the back-ends would each refuse in words of their own, or take for something else."""
+    """TypeError unless q, k and v are dense tensors."""
     if not all(isinstance(x, Tensor) for x in (q, k, v)):
         kinds = ", ".join(f"{name} {type(x).__name__}" for name, x in (("q", q), ("k", k), ("v", v)))
         raise TypeError(f"{operation} needs tensors q, k and v, got {kinds}")
@@ -56,7 +56,7 @@ def check_shapes(operation: str, layout_q: str, layout_k: str, q: Tensor, k: Ten
 
 
 def broken_package(name: str, error: Exception) -> ImportError:
-    """What to raise where a package is installed and its import fails; one built for another torch may raise anything then."""
+    """The error of a package that is installed and cannot be imported; one built for another torch may raise anything."""
     return ImportError(f"{name} is installed but cannot be imported ({type(error).__name__}: {' '.join(str(error).split())})")
 
 
@@ -73,7 +73,7 @@ def check_integers(name: str, x: Tensor, length: int | None, device: torch.devic
 
 
 def readable(*tensors: Tensor) -> bool:
-    """Whether the values may be looked at: a traced, batched or captured call holds for others too."""
+    """Whether values may be read: not in a traced, batched or captured call, which is run with other values, too."""
     return values_readable(*tensors) and not (any(x.is_cuda for x in tensors) and torch.cuda.is_current_stream_capturing())
 
 
@@ -101,7 +101,7 @@ def check_key_lengths(key_lengths: Tensor, q: Tensor, k: Tensor, kind: str | Non
 def sequence_lengths(
     cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, total_q: int, total_k: int, kind: str | None
 ) -> tuple[tuple[int, int], ...] | None:
-    """((queries, keys), ...) of each sequence, from borders that are checked, or None where they may not be looked at."""
+    """((queries, keys), ...) of each sequence, from borders that are checked, or None where they may not be read."""
     if not readable(cu_seqlens_q, cu_seqlens_k):
         return None
     lengths = []
@@ -126,7 +126,7 @@ def sequence_lengths(
 
 
 def check_device_and_dtype(impl: str, q: Tensor, dtypes: tuple[torch.dtype, ...], devices: tuple[str, ...] | None = None) -> None:
-    """ValueError if what is behind `impl` does not take the device or the dtype of `q`."""
+    """ValueError unless `impl` takes the device and the dtype of `q`."""
     devices = devices or FUSED_DEVICES
     if q.device.type not in devices:
         raise ValueError(f"impl={impl!r} needs CUDA tensors, got {q.device}; use impl='auto'")
@@ -141,7 +141,7 @@ def check_unbatched(impl: str, what: str, *tensors: Tensor | None) -> None:
 
 
 def check_head_dimension(impl: str, size: int, minimum: int = 1, maximum: int | None = None) -> None:
-    """ValueError if what is behind `impl` does not take heads of this size."""
+    """ValueError unless `impl` takes heads of this size."""
     if size < minimum:
         raise ValueError(f"impl={impl!r} takes head dimensions from {minimum}, got {size}; use impl='sdpa'")
     if maximum is not None and size > maximum:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from dae_kernels.attention.checks import broken_package, check_device_and_dtype, check_head_dimension, check_unbatched, recorded
-from dae_kernels.attention.options import Options, refuse, refuse_other_values
+from dae_kernels.attention.options import AttentionOptions, refuse, refuse_other_values
 from dae_kernels.attention.packing import Packing, pack_keys, padded_heads, whole_lengths
 
 
@@ -37,7 +37,7 @@ class Generation:
         size = -(-D // 8) * 8
         return 256 if self.number == 4 and major in (10, 11) and size > 128 else size
 
-    def rule(self, options: Options) -> dict:
+    def rule(self, options: AttentionOptions) -> dict:
         """Its arguments for `options`. What is not asked for goes unnamed: the functions differ in what they have."""
         rule: dict = {"softmax_scale": options.scale, "causal": options.causal}
         if options.window is not None:
@@ -52,7 +52,7 @@ class Generation:
         return rule
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, bias: Tensor | None, options: Options) -> Tensor:
+def dense(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, bias: Tensor | None, options: AttentionOptions) -> Tensor:
     refuse("flash_attn", "sdpa", bias=bias)
     refuse_other_values("flash_attn", k, v)
     check_unbatched("flash_attn", "key_lengths", key_lengths)
@@ -68,7 +68,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, bias: Ten
     return without_lse(out)[..., : q.shape[-1]].transpose(1, 2)
 
 
-def packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing, options: Options) -> Tensor:
+def packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing, options: AttentionOptions) -> Tensor:
     refuse_other_values("flash_attn", k, v)
     check_unbatched("flash_attn", "borders", packing.cu_seqlens_q, packing.cu_seqlens_k)
     generation, size = prepare(q)

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from dae_kernels.attention.checks import check_device_and_dtype, check_head_dimension, check_unbatched, recorded
-from dae_kernels.attention.options import Options, refuse
+from dae_kernels.attention.options import AttentionOptions, refuse
 from dae_kernels.attention.packing import Packing, documents
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, bias: Tensor | None, options: Options) -> Tensor:
+def dense(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, bias: Tensor | None, options: AttentionOptions) -> Tensor:
     check(q, k, v, key_lengths, bias, dropout=options.dropout)
     B, H, num_queries, num_keys = *q.shape[:3], k.shape[2]
     seen = None
@@ -35,7 +35,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, bias: Ten
     return call(q, k, v, seen, None if bias is None else bias.expand(B, H, num_queries, num_keys), options)
 
 
-def packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing, options: Options) -> Tensor:
+def packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing, options: AttentionOptions) -> Tensor:
     check(q, k, v, packing.cu_seqlens_q, packing.cu_seqlens_k, dropout=options.dropout)
     document_q, left_q = documents(packing.cu_seqlens_q, q.shape[0])
     document_k, left_k = documents(packing.cu_seqlens_k, k.shape[0])
@@ -70,7 +70,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, *others: Tensor | None, dropout: floa
         raise ValueError("impl='flex' has no backward pass on CPUs (torch has none); use torch.no_grad(), or impl='sdpa'")
 
 
-def call(q: Tensor, k: Tensor, v: Tensor, seen: Callable | None, bias: Tensor | None, options: Options) -> Tensor:
+def call(q: Tensor, k: Tensor, v: Tensor, seen: Callable | None, bias: Tensor | None, options: AttentionOptions) -> Tensor:
     if q.numel() == 0 or v.numel() == 0:
         return q.new_empty(*q.shape[:3], v.shape[3])
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention  # here, because it imports triton

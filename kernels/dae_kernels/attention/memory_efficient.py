@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dae_kernels.attention.checks import broken_package, check_device_and_dtype, check_unbatched
-from dae_kernels.attention.options import Options, refuse, refuse_other_values
+from dae_kernels.attention.options import AttentionOptions, refuse, refuse_other_values
 from dae_kernels.attention.packing import Packing, pack_keys, padded_heads
 from dae_kernels.attention.reference import position_mask
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, bias: Tensor | None, options: Options) -> Tensor:
+def dense(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, bias: Tensor | None, options: AttentionOptions) -> Tensor:
     refuse("xformers", "flex", soft_cap=options.softcap)
     refuse_other_values("xformers", k, v)
     check_unbatched("xformers", "key_lengths", key_lengths)
@@ -36,7 +36,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, bias: Ten
     return out_BLHD[..., : q.shape[3]].transpose(1, 2)
 
 
-def packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing, options: Options) -> Tensor:
+def packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing, options: AttentionOptions) -> Tensor:
     refuse("xformers", "flex", soft_cap=options.softcap, window_over_sequences=options.window)
     refuse_other_values("xformers", k, v)
     check_unbatched("xformers", "borders", packing.cu_seqlens_q, packing.cu_seqlens_k)
@@ -47,7 +47,7 @@ def packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing, options: Options) 
     return out_1THD[0, ..., : q.shape[2]]
 
 
-def position_bias(biases, q: Tensor, k: Tensor, options: Options):
+def position_bias(biases, q: Tensor, k: Tensor, options: AttentionOptions):
     """Its class for the mask by position, or None."""
     if options.window is not None:
         everything = k.shape[2]
@@ -58,7 +58,7 @@ def position_bias(biases, q: Tensor, k: Tensor, options: Options):
     return biases.LowerTriangularMask() if q.shape[2] == k.shape[2] else biases.LowerTriangularFromBottomRightMask()
 
 
-def tensor_bias(bias: Tensor, q: Tensor, k: Tensor, options: Options) -> Tensor:
+def tensor_bias(bias: Tensor, q: Tensor, k: Tensor, options: AttentionOptions) -> Tensor:
     """[B, H, Lq, Lk] with the mask in it, in memory whose rows are multiples of 8, as its kernels ask for."""
     mask = position_mask(q.shape[2], k.shape[2], options, q.device)
     if mask is not None:

@@ -1,4 +1,4 @@
-"""How scores become weights, beside the lengths of the sequences: what `attention` hands to every back-end."""
+"""AttentionOptions of attention that every back-end gets: mask by position, scale, soft cap, dropout."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dae_kernels.checks import as_flag, as_integer, as_number, check_dense, desc
 
 
 @dataclass(frozen=True)
-class Options:
+class AttentionOptions:
     """Mask by position, and what happens to the scores.
 
     Args:
@@ -59,8 +59,8 @@ class Options:
 
 def as_options(
     operation: str, D: int, causal: bool, scale: float | None, window: tuple[int, int] | None, softcap: float, dropout: float
-) -> Options:
-    """The options of heads of D dimensions. TypeError or ValueError for those that mean nothing."""
+) -> AttentionOptions:
+    """The checked options for heads of D dimensions. TypeError or ValueError for values that have no meaning."""
     causal, softcap, dropout = (
         as_flag(operation, "causal", causal),
         as_number(operation, "softcap", softcap),
@@ -79,7 +79,7 @@ def as_options(
         raise ValueError(f"{operation} needs a finite softcap of at least 0 (0: none), got {softcap!r}")
     if not 0 <= dropout < 1:
         raise ValueError(f"{operation} needs a dropout in [0, 1), got {dropout!r}")
-    return Options(causal, scale, window, softcap, dropout)
+    return AttentionOptions(causal, scale, window, softcap, dropout)
 
 
 def check_bias(bias: Tensor, q: Tensor, k: Tensor) -> None:
@@ -97,7 +97,7 @@ def check_bias(bias: Tensor, q: Tensor, k: Tensor) -> None:
 
 
 def refuse(impl: str, remedy: str, **given: object) -> None:
-    """ValueError if one of the options by name is given, which what is behind `impl` has not."""
+    """ValueError if an option is given that `impl` does not support."""
     for name, value in given.items():
         if value is not None and value is not False and not (isinstance(value, (int, float)) and value == 0):
             raise ValueError(f"impl={impl!r} has no {name.replace('_', ' ')}; use impl={remedy!r}")

@@ -1,4 +1,4 @@
-"""Sequences of several lengths behind one another, and what back-ends have in common about them."""
+"""Packed sequences of several lengths, and what several back-ends need for them."""
 
 from __future__ import annotations
 

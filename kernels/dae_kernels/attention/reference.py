@@ -1,4 +1,4 @@
-"""Attention as its formula says, with the mask and the [Lq, Lk] weights spelled out: the definition."""
+"""Attention by its formula, with an explicit mask and [Lq, Lk] weights: the definition."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dae_kernels.attention.options import Options
+from dae_kernels.attention.options import AttentionOptions
 from dae_kernels.attention.packing import Packing, documents
 from dae_kernels.tracing import without_autocast
 
 
-def position_mask(num_queries: int, num_keys: int, options: Options, device: torch.device) -> Tensor | None:
+def position_mask(num_queries: int, num_keys: int, options: AttentionOptions, device: torch.device) -> Tensor | None:
     """[Lq, Lk] bool, True where query i may see key j, whose distance is j - (i + Lk - Lq); None where all see all."""
     if not options.by_position:
         return None
@@ -20,7 +20,7 @@ def position_mask(num_queries: int, num_keys: int, options: Options, device: tor
     return options.sees(key - query - (num_keys - num_queries))
 
 
-def length_mask(key_lengths_B: Tensor, num_queries: int, num_keys: int, options: Options) -> Tensor:
+def length_mask(key_lengths_B: Tensor, num_queries: int, num_keys: int, options: AttentionOptions) -> Tensor:
     """[B, 1, Lq or 1, Lk] bool: key j is seen if j < length, and its distance is j - (i + length - Lq)."""
     key = torch.arange(num_keys, device=key_lengths_B.device)
     length = key_lengths_B[:, None, None, None]
@@ -31,7 +31,7 @@ def length_mask(key_lengths_B: Tensor, num_queries: int, num_keys: int, options:
     return mask & options.sees(key - query - (length - num_queries))
 
 
-def document_mask(packing: Packing, num_queries: int, num_keys: int, options: Options) -> Tensor:
+def document_mask(packing: Packing, num_queries: int, num_keys: int, options: AttentionOptions) -> Tensor:
     """[Tq, Tk] bool: a query sees the keys of its own sequence, positions aligned at the ends of both."""
     document_q, left_q = documents(packing.cu_seqlens_q, num_queries)
     document_k, left_k = documents(packing.cu_seqlens_k, num_keys)
@@ -39,7 +39,9 @@ def document_mask(packing: Packing, num_queries: int, num_keys: int, options: Op
     return mask & options.sees(left_q[:, None] - left_k) if options.by_position else mask
 
 
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, options: Options) -> Tensor:
+def masked_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias: Tensor | None, options: AttentionOptions
+) -> Tensor:
     """dropout(softmax(cap(scale q k^T) + bias, over the keys of the mask)) v in float32 or float64, returned as `q`'s dtype."""
     wide = torch.promote_types(q.dtype, torch.float32)
     groups = q.shape[1] // k.shape[1]
@@ -59,7 +61,7 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, bias:
         return (weights_BHQK @ v).to(q.dtype)
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, bias: Tensor | None, options: Options) -> Tensor:
+def dense(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, bias: Tensor | None, options: AttentionOptions) -> Tensor:
     mask: Tensor | None
     if key_lengths is not None:
         mask = length_mask(key_lengths, q.shape[2], k.shape[2], options)
@@ -68,7 +70,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, bias: Ten
     return masked_attention(q, k, v, mask, bias, options)
 
 
-def packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing, options: Options) -> Tensor:
+def packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing, options: AttentionOptions) -> Tensor:
     """One sequence after another; in a compiled graph, which must not depend on lengths, all at once under one mask."""
     q_1HTD, k_1HTD, v_1HTD = (x.transpose(0, 1)[None] for x in (q, k, v))
     if packing.lengths is None:

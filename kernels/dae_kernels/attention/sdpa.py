@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dae_kernels.attention.options import Options, refuse
+from dae_kernels.attention.options import AttentionOptions, refuse
 from dae_kernels.attention.packing import Packing
 from dae_kernels.attention.reference import document_mask, length_mask, position_mask
 
 
-def dense(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, bias: Tensor | None, options: Options) -> Tensor:
+def dense(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, bias: Tensor | None, options: AttentionOptions) -> Tensor:
     """Its `is_causal` is aligned top-left, so it serves only where Lq == Lk. A single query sees every key and needs no mask.
 
     Otherwise the mask is a [Lq, Lk] bool tensor. torch's own bias class would spare it the flash kernel, but is a subclass of
@@ -36,7 +36,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, bias: Ten
     return call(q, k, v, mask, is_causal, options)
 
 
-def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, options: Options) -> Tensor:
+def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, options: AttentionOptions) -> Tensor:
     grouped = False
     if q.shape[1] != k.shape[1]:  # a branch, because a graph of dynamic shapes must settle it
         grouped = True
@@ -45,7 +45,7 @@ def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, 
     )
 
 
-def packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing, options: Options) -> Tensor:
+def packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing, options: AttentionOptions) -> Tensor:
     """One call for all sequences that have equal lengths; in a compiled graph one call under a [Tq, Tk] mask.
 
     On a CPU, 8 sequences of 32 to 512 (float32, H = 4, D = 64, causal, forward and backward) took 148 ms one by one, 376 ms

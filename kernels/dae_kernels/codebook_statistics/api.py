@@ -45,7 +45,7 @@ def codebook_statistics(x: Tensor, indices: Tensor, K: int, *, impl: str = "auto
     Source: van den Oord et al. 2017, arXiv 1711.00937, appendix A.1.
     """
     K = as_integer("codebook_statistics", "K", K)
-    check_operands(x, indices, K)
+    check_vectors_and_indices(x, indices, K)
     choose(impl, x.device, "codebook_statistics has no Triton kernel")
     if indices.device.type != "cpu" and values_readable(indices):
         check_range(indices, K)
@@ -53,7 +53,7 @@ def codebook_statistics(x: Tensor, indices: Tensor, K: int, *, impl: str = "auto
     return codebook_statistics_reference(x.detach().reshape(N, x.shape[-1]), indices.reshape(N), K)
 
 
-def check_operands(x: Tensor, indices: Tensor, K: int) -> None:
+def check_vectors_and_indices(x: Tensor, indices: Tensor, K: int) -> None:
     check_tensors("codebook_statistics", x=x, indices=indices)
     if x.dtype not in FLOAT_DTYPES:
         raise TypeError(f"codebook_statistics needs a floating point x, got {x.dtype}")

@@ -10,7 +10,7 @@ from dae_kernels.dispatch import register_op
 MAX_SORTED = 1 << 22  # elements of x sorted at once: 32 MiB in float64
 
 
-def statistics(x_ND: Tensor, indices_N: Tensor, K: int) -> tuple[Tensor, Tensor]:
+def counts_and_sums(x_ND: Tensor, indices_N: Tensor, K: int) -> tuple[Tensor, Tensor]:
     """Counts [K] int64 and sums [K, D] float32 (float64 for a float64 `x_ND`) of the rows of each code.
 
     Sums are float64 before they are rounded to the result: many rows of one code would drift in float32.
@@ -24,7 +24,7 @@ def statistics(x_ND: Tensor, indices_N: Tensor, K: int) -> tuple[Tensor, Tensor]
 
 
 def segment_statistics(x_ND: Tensor, indices_N: Tensor, K: int) -> tuple[Tensor, Tensor]:
-    """`statistics` by sorting the rows by code: a GPU adds in a fixed order only within a segment."""
+    """`counts_and_sums` by sorting the rows by code: a GPU adds in a fixed order only within a segment."""
     N, D = x_ND.shape
     sorted_N, order_N = torch.sort(indices_N.long(), stable=True)
     # Not bincount: on a GPU it adds with atomics and waits for the greatest index.
@@ -52,4 +52,4 @@ def statistics_empty(x_ND: Tensor, indices_N: Tensor, K: int) -> tuple[Tensor, T
     return x_ND.new_empty(K, dtype=torch.int64), x_ND.new_empty(K, x_ND.shape[1], dtype=sums_dtype)
 
 
-codebook_statistics_reference = register_op("dae_kernels::codebook_statistics", statistics, statistics_empty)
+codebook_statistics_reference = register_op("dae_kernels::codebook_statistics", counts_and_sums, statistics_empty)

@@ -61,7 +61,7 @@ def group_norm_silu(
     """
     check_choice("activation", activation, ("silu", None))
     num_groups, eps = as_integer("group_norm_silu", "num_groups", num_groups), as_number("group_norm_silu", "eps", eps)
-    check_operands(x, num_groups, weight, bias, eps, scale, shift)
+    check_map_and_parameters(x, num_groups, weight, bias, eps, scale, shift)
     silu = activation == "silu"
     parameters = [parameter for parameter in (weight, bias, scale, shift) if parameter is not None]
     refusal = dtype_refusal(x, *parameters)
@@ -74,7 +74,7 @@ def group_norm_silu(
     return group_norm_silu_fused(x, weight, bias, scale, shift, num_groups, eps, silu)
 
 
-def check_operands(
+def check_map_and_parameters(
     x: Tensor,
     num_groups: int,
     weight: Tensor | None,

@@ -1,4 +1,4 @@
-"""The gradient of the fused kernels of `group_norm_silu`, and a mend of torch's own on CPUs."""
+"""The gradient of the fused kernels of `group_norm_silu`, and a fix of torch's own on CPUs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class GroupNormSiLU(torch.autograd.Function):
     def backward(ctx, dy, _d_mean, _d_rstd):
         saved = ctx.saved_tensors  # read once: torch.utils.checkpoint unpacks a tensor no second time
         _, weight, bias, scale, shift, *_ = saved
-        dx, sum_BC, sum_n_BC = FirstDerivative.apply(dy, *saved, ctx.num_groups, ctx.silu)
+        dx, sum_BC, sum_n_BC = GroupNormSiLUBackward.apply(dy, *saved, ctx.num_groups, ctx.silu)
         # sum is d out / d h summed over positions, sum_n that times n; they hold the gradients of all parameters.
         d_scale = d_shift = None
         if scale is not None:
@@ -52,8 +52,8 @@ class GroupNormSiLU(torch.autograd.Function):
         return dx, d_weight, d_bias, d_scale, d_shift, None, None, None
 
 
-class FirstDerivative(torch.autograd.Function):
-    """The backward kernels, which say so when they are to be differentiated in turn."""
+class GroupNormSiLUBackward(torch.autograd.Function):
+    """The backward kernels; a second derivative raises."""
 
     generate_vmap_rule = True
 
@@ -81,7 +81,7 @@ class InputInGraph(torch.autograd.Function):
     """x, which requires a gradient where x, weight or bias does.
 
     On a CPU torch writes the gradient of a channels_last x also where nobody asked for it: into no memory, with a segmentation
-    fault, if x requires none and a parameter does (native_group_norm_backward, torch 2.13). Here somebody always asks.
+    fault, if x requires none and a parameter does (native_group_norm_backward, torch 2.13). This Function always asks for it.
     """
 
     generate_vmap_rule = True

@@ -5,8 +5,8 @@ Roofline (counts, with the measured floors of an H100: 3.0 TB/s of copy, 132 SMs
   Backward: x and dy are read for the sums, read again, dx written: 5 n b. [8, 128, 256, 256] in bf16 is 134 MB: 0.13 and
   0.22 ms. What fits into L2 (50 MB) is read from memory once: 2 and 3 passes.
 - Arithmetic: at 3.0 TB/s an SM meets 6.5 bf16 elements per cycle, at 128 float32 instructions: 20 per element. Forward takes
-  about 10 for the statistics (Welford) and 10 with one exponential for the rest; backward about 15 and 20 with one exponential each,
-  and an SM does 16 exponentials per cycle. Little slack, so nothing is divided or reduced over threads inside a loop.
+  about 10 for the statistics (Welford) and 10 with one exponential for the rest; backward about 15 and 20, with one exponential
+  each; an SM does 16 exponentials per cycle. Little slack, so nothing is divided or reduced over threads inside a loop.
 - A tile is [positions, channels] for both layouts, and the strides say which of the two is contiguous: BLOCK_P x BLOCK_C is
   long along that one. 2048 elements over 256 threads are 8 per thread: one load of 16 bytes in bf16. With 128 threads the sums of
   the gradient took 243 registers on sm_90, and 127 with 256: either way two blocks fit on an SM, but one of 16 warps hides more.
@@ -263,7 +263,7 @@ def tile(C: int, P: int, channels_last: bool) -> dict[str, int]:
     return {"BLOCK_P": block_p, "BLOCK_C": min(triton.next_power_of_2(C), TILE // block_p), "num_warps": 8}
 
 
-class Layout:
+class MapLayout:
     """What the launches share: sizes, strides of [B, C, P] views, tile, grids and the split of positions into chunks."""
 
     def __init__(self, x_BCP: Tensor, num_groups: int):
@@ -285,7 +285,7 @@ class Layout:
         return self.chunk * dy_BCP.stride(2) + self.options["BLOCK_C"] * dy_BCP.stride(1) < 2**31
 
 
-def dense(x: Tensor) -> Tensor:
+def densified(x: Tensor) -> Tensor:
     """`x` if it is contiguous or channels_last, else a copy that is."""
     layout = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim(), torch.contiguous_format)
     if x.is_contiguous() or x.is_contiguous(memory_format=layout):
@@ -309,7 +309,7 @@ def contiguous(*parameters: Tensor | None) -> tuple[Tensor | None, ...]:
 def forward_empty(x: Tensor, *operands: Any) -> tuple[Tensor, Tensor, Tensor]:
     num_groups = operands[4]
     mean_BG = x.new_empty(x.shape[0], num_groups, dtype=torch.float32)
-    return torch.empty_like(dense(x)), mean_BG, torch.empty_like(mean_BG)
+    return torch.empty_like(densified(x)), mean_BG, torch.empty_like(mean_BG)
 
 
 def forward_launcher(
@@ -323,11 +323,11 @@ def forward_launcher(
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """y in the layout of x, and mean and 1 / std [B, groups]."""
-    x = dense(x)
+    x = densified(x)
     y, mean_BG, rstd_BG = forward_empty(x, weight, bias, scale, shift, num_groups, eps, silu)
     x_BCP, y_BCP = positions(x), positions(y)
     weight, bias, scale, shift = contiguous(weight, bias, scale, shift)
-    layout = Layout(x_BCP, num_groups)
+    layout = MapLayout(x_BCP, num_groups)
     part_mean = x.new_empty(layout.B, layout.C, layout.chunks, dtype=torch.float32)
     part_m2 = torch.empty_like(part_mean)
     launchable(moments_kernel)[layout.chunk_grid](
@@ -345,7 +345,7 @@ def forward_launcher(
 
 def backward_empty(dy: Tensor, x: Tensor, *operands: Any) -> tuple[Tensor, Tensor, Tensor]:
     sum_BC = x.new_empty(x.shape[:2], dtype=torch.float32)
-    return torch.empty_like(dense(x)), sum_BC, torch.empty_like(sum_BC)
+    return torch.empty_like(densified(x)), sum_BC, torch.empty_like(sum_BC)
 
 
 def backward_launcher(
@@ -361,11 +361,11 @@ def backward_launcher(
     silu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx in the layout of x, and the sums of dh and dh n over positions, [B, C] float32. dy may have any strides."""
-    x = dense(x)
+    x = densified(x)
     dx, sum_BC, sum_n_BC = backward_empty(dy, x)
     dy_BCP, x_BCP, dx_BCP = positions(dy), positions(x), positions(dx)
     weight, bias, scale, shift = contiguous(weight, bias, scale, shift)
-    layout = Layout(x_BCP, num_groups)
+    layout = MapLayout(x_BCP, num_groups)
     part = x.new_empty(layout.B, layout.C, layout.chunks, dtype=torch.float32)
     part_n = torch.empty_like(part)
     mean_dn_BG, mean_dn_n_BG = torch.empty_like(mean_BG), torch.empty_like(mean_BG)

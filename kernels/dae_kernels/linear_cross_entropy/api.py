@@ -95,12 +95,12 @@ def linear_cross_entropy(
     """
     check_choice("impl", impl, IMPLS)
     check_choice("reduction", reduction, ("mean", "sum", "none"))
-    check_operands(hidden, linear_weight, targets, bias, weight)
+    check_rows_and_classes(hidden, linear_weight, targets, bias, weight)
     operation = "linear_cross_entropy"
     label_smoothing, z_loss = as_number(operation, "label_smoothing", label_smoothing), as_number(operation, "z_loss", z_loss)
     softcap = None if softcap is None else as_number(operation, "softcap", softcap)
     ignore_index = as_integer(operation, "ignore_index", ignore_index)
-    check_options(label_smoothing, z_loss, softcap)
+    check_loss_options(label_smoothing, z_loss, softcap)
     dtype = compute_dtype(hidden)
     impl = implementation(impl, hidden, linear_weight, dtype, label_smoothing, z_loss, softcap)
     hidden_ND, targets_N = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
@@ -138,7 +138,9 @@ def compute_dtype(hidden: Tensor) -> torch.dtype:
     return hidden.dtype
 
 
-def check_operands(hidden: Tensor, linear_weight: Tensor, targets: Tensor, bias: Tensor | None, weight: Tensor | None) -> None:
+def check_rows_and_classes(
+    hidden: Tensor, linear_weight: Tensor, targets: Tensor, bias: Tensor | None, weight: Tensor | None
+) -> None:
     operation = "linear_cross_entropy"
     check_floating(operation, "hidden", hidden)
     check_floating(operation, "linear_weight", linear_weight)
@@ -169,7 +171,7 @@ def check_operands(hidden: Tensor, linear_weight: Tensor, targets: Tensor, bias:
         raise ValueError(f"{operation} has no derivative by the class weights, got one that requires it: give weight.detach()")
 
 
-def check_options(label_smoothing: float, z_loss: float, softcap: float | None) -> None:
+def check_loss_options(label_smoothing: float, z_loss: float, softcap: float | None) -> None:
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
     if not 0 <= z_loss <= torch.finfo(torch.float32).max:

@@ -1,6 +1,6 @@
-"""The gradients of the chunked implementations, as Functions: what `register_autograd` makes does not support torch.func.
+"""The gradients of the chunked implementations, as Functions: `register_autograd` does not support torch.func.
 
-Gradients made in a forward pass are results too: what differentiates them is then seen, and refused.
+Gradients made in a forward pass are outputs too, so that double backward reaches them and raises.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ def softmax_step(
         logits_nV.mul_(slope_nV)
 
 
-def product(a: Tensor, b: Tensor, out: Tensor) -> None:
+def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
     """out = a b, summed in the dtype of `out`."""
     if a.dtype == out.dtype:
         torch.mm(a, b, out=out)
@@ -100,7 +100,7 @@ def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     rows = max(1, WEIGHT_BLOCK // total.shape[1])
     for block, a_block in zip(total.split(rows), a.split(rows), strict=True):
         part = torch.empty_like(block)
-        product(a_block, b, part)
+        multiply(a_block, b, part)
         block += part
 
 
@@ -145,7 +145,7 @@ def chunked_launcher(
             target_n, loss_n = target_N.narrow(0, start, n), loss_N.narrow(0, start, n)
             h_nD = counted_rows(hidden_ND.narrow(0, start, n), target_n).to(dtype).to(operand)
             logits_nV, gradient_nV = buffer_nV.narrow(0, 0, n), narrow_nV.narrow(0, 0, n)
-            product(h_nD, w_VD.T, logits_nV)
+            multiply(h_nD, w_VD.T, logits_nV)
             step = b_V, weight_V, target_n, loss_n, z_loss, label_smoothing, softcap, any(needs)
             if kernel:
                 from dae_kernels.linear_cross_entropy.fused import launch
@@ -168,7 +168,7 @@ def chunked_launcher(
                 if factor_N is not None:
                     h_nD = h_nD * factor_1n.T
                 if start == 0:
-                    product(gradient_nV.T, h_nD, d_weight_VD)
+                    multiply(gradient_nV.T, h_nD, d_weight_VD)
                 else:
                     add_product(d_weight_VD, gradient_nV.T, h_nD)
     return loss_N, d_hidden_ND, d_weight_VD, d_bias_V

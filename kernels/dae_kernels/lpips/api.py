@@ -48,7 +48,7 @@ def lpips(a: Tensor, b: Tensor, weight: Tensor | None = None, *, eps: float = 1e
     eps as in the lpips package.
     """
     eps = as_number("lpips", "eps", eps)
-    check_operands(a, b, weight, eps)
+    check_maps(a, b, weight, eps)
     refusal = dtype_refusal(a) if weight is None else dtype_refusal(a, weight)
     if a.shape[1] > MAX_CHANNELS:
         refusal = f"the kernel takes at most {MAX_CHANNELS} channels, got {a.shape[1]}"
@@ -69,7 +69,7 @@ def perceptual_tap(*arguments: Any, **options: Any) -> Tensor:
     return lpips(*arguments, **options)
 
 
-def check_operands(a: Tensor, b: Tensor, weight: Tensor | None, eps: float) -> None:
+def check_maps(a: Tensor, b: Tensor, weight: Tensor | None, eps: float) -> None:
     operation = "lpips"
     for name, operand in ({"a": a, "b": b} | ({} if weight is None else {"weight": weight})).items():
         check_floating(operation, name, operand)

@@ -33,13 +33,13 @@ class LPIPS(torch.autograd.Function):
     def backward(ctx, d_out):
         wants = ctx.needs_input_grad[:3]
         a, b, weight = ctx.saved_tensors
-        gradients = FirstDerivative.apply(d_out, a, b, weight, ctx.eps, *wants)
+        gradients = LPIPSBackward.apply(d_out, a, b, weight, ctx.eps, *wants)
         da, db, d_weight = (gradient if wanted else None for gradient, wanted in zip(gradients, wants, strict=True))
         return da, db, None if d_weight is None else d_weight.to(weight.dtype), None
 
 
-class FirstDerivative(torch.autograd.Function):
-    """The backward kernel, which says so when it is to be differentiated in turn."""
+class LPIPSBackward(torch.autograd.Function):
+    """The backward kernel; a second derivative raises."""
 
     generate_vmap_rule = True
 

@@ -156,7 +156,7 @@ def tile(C: int, P: int) -> dict[str, int]:
     return {"BLOCK_P": min(triton.next_power_of_2(P), max(1, TILE // block_c)), "BLOCK_C": block_c, "num_warps": 8}
 
 
-class Layout:
+class PairLayout:
     """What the launches share: sizes of [B, C, P] views, tile, grid and the split of positions into chunks."""
 
     def __init__(self, a_BCP: Tensor):
@@ -185,7 +185,7 @@ def in_layout_of(x: Tensor, dx_BCP: Tensor) -> Tensor:
     return dx if dx.stride() == wanted else torch.empty_strided(x.shape, wanted, dtype=dx.dtype, device=dx.device).copy_(dx)
 
 
-def launch_distance(layout: Layout, a_BCP: Tensor, b_BCP: Tensor, weight: Tensor | None, part: Tensor, eps: float) -> None:
+def launch_distance(layout: PairLayout, a_BCP: Tensor, b_BCP: Tensor, weight: Tensor | None, part: Tensor, eps: float) -> None:
     launchable(distance_kernel)[(layout.programs,)](
         a_BCP,
         b_BCP,
@@ -201,7 +201,7 @@ def launch_distance(layout: Layout, a_BCP: Tensor, b_BCP: Tensor, weight: Tensor
 
 
 def launch_gradient(
-    layout: Layout,
+    layout: PairLayout,
     d_out: Tensor,
     a_BCP: Tensor,
     b_BCP: Tensor,
@@ -241,7 +241,7 @@ def forward_empty(a: Tensor, b: Tensor, weight: Tensor | None, eps: float) -> Te
 def forward_launcher(a: Tensor, b: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """The distance of each pair, [B] float32."""
     a_BCP, b_BCP = positions(a), positions(b)
-    layout = Layout(a_BCP)
+    layout = PairLayout(a_BCP)
     part = a.new_empty(layout.B, layout.chunks, dtype=torch.float32)
     launch_distance(layout, a_BCP, b_BCP, None if weight is None else weight.contiguous(), part, eps)
     return part.sum(dim=1) / layout.P
@@ -262,7 +262,7 @@ def backward_launcher(
     a_BCP, b_BCP = positions(a), positions(b)
     da_BCP = torch.empty_like(a_BCP) if wants_a else None
     db_BCP = torch.empty_like(b_BCP) if wants_b else None
-    layout = Layout(a_BCP)
+    layout = PairLayout(a_BCP)
     part = a.new_empty(layout.programs, layout.C, dtype=torch.float32) if wants_weight else None
     weight = None if weight is None else weight.contiguous()
     launch_gradient(layout, d_out.contiguous(), a_BCP, b_BCP, weight, da_BCP, db_BCP, part, eps)

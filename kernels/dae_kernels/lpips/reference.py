@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def unit(x: Tensor, eps: float) -> Tensor:
+def unit_vectors(x: Tensor, eps: float) -> Tensor:
     """x / (|x| + eps) along dim 1; where |x|^2 is 0 the result is 0 and its gradient, of the order of 1 / eps, is left out."""
     squares = x.square().sum(dim=1, keepdim=True)
     present = squares != 0  # so written, NaN is present and shows
@@ -19,7 +19,7 @@ def lpips_reference(a: Tensor, b: Tensor, weight: Tensor | None, eps: float) -> 
     wide = torch.promote_types(a.dtype, torch.float32)
     if a.stride() != b.stride():  # equal maps in two layouts would be summed in two orders
         a, b = a.contiguous(), b.contiguous()
-    squares = (unit(a.to(wide), eps) - unit(b.to(wide), eps)).square()
+    squares = (unit_vectors(a.to(wide), eps) - unit_vectors(b.to(wide), eps)).square()
     if weight is not None:
         squares = squares * weight.to(wide).view(-1, *[1] * (a.dim() - 2))
     return squares.sum(dim=1).flatten(1).mean(dim=1) if a.dim() > 2 else squares.sum(dim=1)

@@ -66,7 +66,7 @@ def nearest_code(
     """
     check_choice("metric", metric, ("l2", "cosine"))
     check_choice("precision", precision, ("exact", "fast"))
-    check_operands(x, codebook)
+    check_vectors_and_codes(x, codebook)
     refusal = dtype_refusal(x, codebook)
     if codebook.dim() == 3 and codebook.shape[0] > MAX_HEADS:
         refusal = f"the kernel takes at most {MAX_HEADS} heads, got {codebook.shape[0]}"
@@ -84,7 +84,7 @@ def nearest_code(
     return index.view(x.shape[:-1]), distance.view(x.shape[:-1])
 
 
-def check_operands(x: Tensor, codebook: Tensor) -> None:
+def check_vectors_and_codes(x: Tensor, codebook: Tensor) -> None:
     check_tensors("nearest_code", x=x, codebook=codebook)
     shapes = f"got x {list(x.shape)}, codebook {list(codebook.shape)}"
     heads, rank = codebook.shape[:-2], codebook.dim()

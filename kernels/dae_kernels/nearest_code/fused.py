@@ -187,18 +187,18 @@ def enlarged(distance, D, COSINE: tl.constexpr):
 def nearest_of_all(x_ptr, codebook_ptr, K, D, COSINE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr):
     """The float64 distance of one row of x to the nearest of K codes, and its index, BLOCK_N codes at a time."""
     lane = tl.arange(0, BLOCK_N)
-    least = tl.full([BLOCK_N], float("inf"), tl.float64)
-    least_code = tl.zeros([BLOCK_N], tl.int32)
+    minimum = tl.full([BLOCK_N], float("inf"), tl.float64)
+    minimum_code = tl.zeros([BLOCK_N], tl.int32)
     for k0 in range(0, K, BLOCK_N):
         code = k0 + lane
         code_ptrs = codebook_ptr + code.to(tl.int64) * D
         distance, _ = true_distance(x_ptr + lane * 0, code_ptrs, code < K, D, COSINE, BLOCK_N, BLOCK_E)
-        better = (code < K) & (enlarged(distance, D, COSINE) < least)
-        least = tl.where(better, distance, least)
-        least_code = tl.where(better, code, least_code)
-    limit = enlarged(tl.min(least, axis=0), D, COSINE)
-    index = tl.min(tl.where(least <= limit, least_code, K - 1), axis=0)
-    return tl.min(tl.where(least_code == index, least, float("inf")), axis=0), index
+        better = (code < K) & (enlarged(distance, D, COSINE) < minimum)
+        minimum = tl.where(better, distance, minimum)
+        minimum_code = tl.where(better, code, minimum_code)
+    limit = enlarged(tl.min(minimum, axis=0), D, COSINE)
+    index = tl.min(tl.where(minimum <= limit, minimum_code, K - 1), axis=0)
+    return tl.min(tl.where(minimum_code == index, minimum, float("inf")), axis=0), index
 
 
 @triton.jit

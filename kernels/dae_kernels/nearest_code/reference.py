@@ -31,7 +31,7 @@ def reference(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tensor]
         indices, distances = zip(*heads, strict=True)
         return torch.stack(indices, dim=1), torch.stack(distances, dim=1)
     scale: Tensor | float = 1.0
-    view: Callable[[Tensor], Tensor] = unit
+    view: Callable[[Tensor], Tensor] = unit_rows
     if metric == "l2":
         centre_D, power = frame(codebook)
         view, scale = lambda rows: (rows.double() - centre_D) * power, power
@@ -115,25 +115,25 @@ def settle(
     x_ND: Tensor, codebook_KD: Tensor, limit_N: Tensor, metric: str, view: Callable[[Tensor], Tensor], scale: Tensor | float
 ) -> Tensor:
     """The first code [N] whose distance is the least, up to its rounding, among those whose score is within `limit_N`."""
-    least_N = limit_N.new_full((len(x_ND),), float("inf"))
+    minimum_N = limit_N.new_full((len(x_ND),), float("inf"))
     index_N = torch.zeros(len(x_ND), dtype=torch.int64, device=x_ND.device)
     relative = (x_ND.shape[1] + 4) * 2.0**-51  # what two float64 distances may be off by
     rounding = lambda distance: relative * (distance if metric == "l2" else 1.0)  # noqa: E731
     for start, codes_kD in code_blocks(codebook_KD):
         shown_kD, _, bias_k, finite_k = scored(codes_kD, metric, view)
         repeats_k = torch.nn.functional.pad((codes_kD[1:] == codes_kD[:-1]).all(dim=1), (1, 0))  # never the first of a tie
-        for x_nD, limit_n, least_n, index_n in chunks(score_rows(x_ND, len(codes_kD)), x_ND, limit_N, least_N, index_N):
+        for x_nD, limit_n, minimum_n, index_n in chunks(score_rows(x_ND, len(codes_kD)), x_ND, limit_N, minimum_N, index_N):
             score_nk = torch.addmm(bias_k, view(x_nD), shown_kD.T, alpha=-2.0)
             row_P, code_P = (~(score_nk > limit_n[:, None]) & finite_k & ~repeats_k).nonzero(as_tuple=True)
             pairs = chunks(max(1, MAX_CODES // x_ND.shape[1]), row_P, code_P)
             distance_P = torch.cat([pair_distance(x_nD[row], codes_kD[code], metric, scale) for row, code in pairs])
-            here_n = torch.full_like(least_n, float("inf")).scatter_reduce(0, row_P, distance_P, "amin")
+            here_n = torch.full_like(minimum_n, float("inf")).scatter_reduce(0, row_P, distance_P, "amin")
             first_P = distance_P <= (here_n + rounding(here_n))[row_P]
             code_n = torch.full_like(index_n, len(codebook_KD) - 1)
             code_n = code_n.scatter_reduce(0, row_P[first_P], start + code_P[first_P], "amin")
-            better_n = here_n + rounding(here_n) < least_n
+            better_n = here_n + rounding(here_n) < minimum_n
             index_n.copy_(torch.where(better_n, code_n, index_n))
-            least_n.copy_(torch.where(better_n, here_n, least_n))
+            minimum_n.copy_(torch.where(better_n, here_n, minimum_n))
     return index_N
 
 
@@ -155,7 +155,7 @@ def scored(codes_kD: Tensor, metric: str, view: Callable[[Tensor], Tensor]) -> t
 def pair_distance(x_PD: Tensor, code_PD: Tensor, metric: str, scale: Tensor | float = 1.0) -> Tensor:
     """Of pairs of rows [P], in float64 and without cancellation; the l2 distance as if all had been multiplied by `scale`."""
     if metric == "cosine":
-        return 1.0 - (unit(x_PD) * unit(code_PD)).sum(dim=1)
+        return 1.0 - (unit_rows(x_PD) * unit_rows(code_PD)).sum(dim=1)
     return ((x_PD.double() - code_PD.double()) * scale).square().sum(dim=1)
 
 
@@ -169,7 +169,7 @@ def frame(codebook_KD: Tensor) -> tuple[Tensor, Tensor]:
     return centre_D, power_of_two((sample_kD - centre_D).abs().amax(dim=1).nanmedian()).nan_to_num(1.0)
 
 
-def unit(x_ND: Tensor) -> Tensor:
+def unit_rows(x_ND: Tensor) -> Tensor:
     """Rows of length 1 in float64; a zero row stays, so its cosine with anything is 0."""
     x_ND = x_ND.double()
     x_ND = x_ND * power_of_two(x_ND.abs().amax(dim=1, keepdim=True))

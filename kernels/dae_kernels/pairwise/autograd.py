@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dae_kernels.clouds import unit
+from dae_kernels.clouds import unit_scale
 from dae_kernels.dispatch import taken_whole
 from dae_kernels.pairwise.reference import pair_rows, polynomial_rows
 from dae_kernels.tracing import differentiated
@@ -57,7 +57,7 @@ def prepared(
     rate_B = rates(parameters, x_ND.device)
     scale: Tensor | float = 1.0
     if not parameters:  # float32 squares of distances overflow from 1e19 on, and are 0 below 1e-19
-        scale = unit(x_alone, x, y, y_alone)
+        scale = unit_scale(x_alone, x, y, y_alone)
         x_alone, x, y, y_alone = (cloud * scale for cloud in (x_alone, x, y, y_alone))
 
     def rows(q: Tensor, s: Tensor, v: Tensor, same: bool, gradient: bool) -> tuple[Tensor, Tensor]:
@@ -119,13 +119,13 @@ class PairSums(torch.autograd.Function):
         a_N, b_M, *made = ctx.saved_tensors
         d_x = d_y = d_a = d_b = None
         if ctx.for_x:
-            d_x, d_a = side_gradients(a_N, made[:4], d_within_x, d_across, ctx.dtypes[0])
+            d_x, d_a = gradients_of_cloud(a_N, made[:4], d_within_x, d_across, ctx.dtypes[0])
         if ctx.for_y:
-            d_y, d_b = side_gradients(b_M, made[-4:], d_within_y, d_across, ctx.dtypes[1])
+            d_y, d_b = gradients_of_cloud(b_M, made[-4:], d_within_y, d_across, ctx.dtypes[1])
         return d_x, d_y, d_a, d_b, None, None, None, None
 
 
-def side_gradients(
+def gradients_of_cloud(
     weight_N: Tensor, made: list[Tensor], d_within: Tensor | None, d_across: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Gradients to the points [N, D] and weights [N] of one side; a sum that nobody uses has None for its gradient."""

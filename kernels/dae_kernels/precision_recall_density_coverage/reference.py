@@ -20,7 +20,7 @@ from dae_kernels.precision_recall_density_coverage.distances import (
     rows_of,
 )
 
-SPARE = 8  # candidates beyond the k nearest, whose order the products may have confused
+SPARE = 8  # candidates beyond the k nearest, as products may get the order wrong
 
 
 def k_nearest(x_ND: Tensor, y_MD: Tensor, k: int, exclude_self: bool) -> Tensor:
@@ -38,16 +38,16 @@ def nearest(x_ND: Tensor, y_MD: Tensor, k: int, own_N: Tensor | None) -> Tensor:
     candidates = min(k + SPARE, available)
     nearest_Nk, unsure_N = x_ND.new_empty(N, k), torch.zeros(N, dtype=torch.bool, device=x_ND.device)
     for block in blocks(N, max(M, candidates * D)):
-        # The least that a square can be, in view of the products' error.
-        least_nM = frame.partial_squares(block, frame.relative)
+        # Lower bounds of the squares, by the products' error.
+        lower_nM = frame.partial_squares(block, frame.relative)
         if own_N is not None:  # by index: a duplicate at distance 0 is a neighbour like any other
-            least_nM.scatter_(1, own_N[block, None], float("inf"))
-        least_nC, index_nC = least_nM.topk(candidates, dim=1, largest=False)
+            lower_nM.scatter_(1, own_N[block, None], float("inf"))
+        lower_nC, index_nC = lower_nM.topk(candidates, dim=1, largest=False)
         distance_nC = distances(x_ND[block, None], y_MD[index_nC])[:, 0]
         nearest_Nk[block] = distance_nC.sort(dim=1).values[:, :k]
         if candidates < available:
             farthest_n = nearest_Nk[block, -1]
-            others_n = least_nC[:, -1] + frame.aa_N[block] * (1 - frame.relative) - frame.underflow
+            others_n = lower_nC[:, -1] + frame.aa_N[block] * (1 - frame.relative) - frame.underflow
             unsure_N[block] = ~(others_n >= frame.squares(farthest_n)) & (farthest_n != 0)
     rows_U = unsure_N.nonzero()[:, 0]
     for rows, columns in regions(frame, x_ND, y_MD, rows_U, nearest_Nk[rows_U, -1]):

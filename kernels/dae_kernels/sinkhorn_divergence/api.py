@@ -9,7 +9,7 @@ from dae_kernels.checks import as_flag, as_integer, as_number, check_clouds, che
 from dae_kernels.clouds import convention, normalised
 from dae_kernels.dispatch import choose, dtype_refusal
 from dae_kernels.sinkhorn_divergence.autograd import envelope, plan_means
-from dae_kernels.sinkhorn_divergence.solver import Options
+from dae_kernels.sinkhorn_divergence.solver import TransportOptions
 
 
 @convention(
@@ -104,8 +104,8 @@ def sinkhorn_divergence(
     """
     operation = "sinkhorn_divergence"
     debias, potentials = as_flag(operation, "debias", debias), as_flag(operation, "potentials", potentials)
-    options = check_options(operation, p, blur, scaling, diameter, reach, max_iter, tolerance)
-    clouds, triton = operands(operation, x, y, weights_x, weights_y, reach, impl)
+    options = checked_options(operation, p, blur, scaling, diameter, reach, max_iter, tolerance)
+    clouds, triton = checked_operands(operation, x, y, weights_x, weights_y, reach, impl)
     divergence, f_N, g_M = envelope(*clouds, *options, debias, potentials, triton)
     return (f_N, g_M) if potentials else divergence
 
@@ -140,8 +140,8 @@ def sinkhorn_transport(
     """
     operation = "sinkhorn_transport"
     check_tensors(operation, values=values)
-    options = check_options(operation, p, blur, scaling, diameter, reach, max_iter, tolerance)
-    clouds, triton = operands(operation, x, y, weights_x, weights_y, reach, impl)
+    options = checked_options(operation, p, blur, scaling, diameter, reach, max_iter, tolerance)
+    clouds, triton = checked_operands(operation, x, y, weights_x, weights_y, reach, impl)
     if values.dtype != x.dtype:
         raise TypeError(f"{operation} needs values of the dtype of the clouds, got {values.dtype} and {x.dtype}")
     if values.dim() not in (1, 2) or len(values) != len(y) or values.numel() == 0 or values.device != y.device:
@@ -177,12 +177,12 @@ def barycentric_map(
 
     Source: Pooladian and Niles-Weed 2021, "Entropic estimation of optimal transport maps", arXiv 2109.12004, section 2.
     """
-    options = check_options("barycentric_map", p, blur, scaling, diameter, reach, max_iter, tolerance)
-    clouds, triton = operands("barycentric_map", x, y, weights_x, weights_y, reach, impl)
+    options = checked_options("barycentric_map", p, blur, scaling, diameter, reach, max_iter, tolerance)
+    clouds, triton = checked_operands("barycentric_map", x, y, weights_x, weights_y, reach, impl)
     return plan_means(*clouds, None, *options, triton)[0]
 
 
-def check_options(
+def checked_options(
     operation: str,
     p: int,
     blur: float,
@@ -191,7 +191,7 @@ def check_options(
     reach: float | None,
     max_iter: int | None,
     tolerance: float | None,
-) -> Options:
+) -> TransportOptions:
     """The options as numbers."""
     exponent, scaling = as_number(operation, "p", p), as_number(operation, "scaling", scaling)
     if exponent not in (1, 2):
@@ -209,10 +209,10 @@ def check_options(
     max_iter = None if max_iter is None else as_integer(operation, "max_iter", max_iter)
     if max_iter is not None and max_iter < 0:
         raise ValueError(f"max_iter must be a whole number that is not negative, got {max_iter!r}")
-    return Options(int(exponent), blur, scaling, diameter, reach, max_iter, tolerance)
+    return TransportOptions(int(exponent), blur, scaling, diameter, reach, max_iter, tolerance)
 
 
-def operands(
+def checked_operands(
     operation: str, x: Tensor, y: Tensor, weights_x: Tensor | None, weights_y: Tensor | None, reach: float | None, impl: str
 ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], bool]:
     """The checked clouds and weights in the dtype to compute in, weights normalised without reach; and whether by Triton."""

@@ -20,7 +20,7 @@ def envelope(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 class Envelope(torch.autograd.Function):
     """A Function, as `register_autograd` does not support torch.func.
 
-    What makes the gradients is an output too: so differentiating the gradients reaches it, and is refused.
+    What makes the gradients is an output too, so that double backward reaches it and raises.
     """
 
     generate_vmap_rule = True
@@ -41,12 +41,12 @@ class Envelope(torch.autograd.Function):
         if any(d is not None for d in d_made):
             raise RuntimeError("sinkhorn_divergence has no second derivative: its gradient holds the transport plan constant")
         a_N, b_M, du_N, dv_M, dx_ND, dy_MD = ctx.saved_tensors
-        d_x_ND, d_a_N = side_gradients(a_N, du_N, dx_ND, d_value, d_u_N)
-        d_y_MD, d_b_M = side_gradients(b_M, dv_M, dy_MD, d_value, d_v_M)
+        d_x_ND, d_a_N = envelope_gradients(a_N, du_N, dx_ND, d_value, d_u_N)
+        d_y_MD, d_b_M = envelope_gradients(b_M, dv_M, dy_MD, d_value, d_v_M)
         return d_x_ND, d_y_MD, d_a_N, d_b_M, *[None] * 10
 
 
-def side_gradients(
+def envelope_gradients(
     a_N: Tensor, du_N: Tensor, dx_ND: Tensor, d_value: Tensor | None, d_u_N: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients to the points [N, D] and the weights [N] of one side; a potential takes none to the weights."""

@@ -12,11 +12,13 @@ from torch import Tensor
 
 from dae_kernels.dispatch import register_op
 from dae_kernels.sinkhorn_divergence.reference import ReferenceUpdate, Update
-from dae_kernels.sinkhorn_divergence.solver import Options, Sinkhorn
+from dae_kernels.sinkhorn_divergence.solver import Sinkhorn, TransportOptions
 from dae_kernels.tracing import without_autocast
 
 
-def sinkhorn(x_ND: Tensor, y_MD: Tensor, a_N: Tensor, b_M: Tensor, options: Options, debias: bool, triton: bool) -> Sinkhorn:
+def sinkhorn(
+    x_ND: Tensor, y_MD: Tensor, a_N: Tensor, b_M: Tensor, options: TransportOptions, debias: bool, triton: bool
+) -> Sinkhorn:
     """The problems to be solved, by the reference or the kernels."""
     kind: type[Update] = ReferenceUpdate
     if triton:
@@ -43,7 +45,7 @@ def solve_divergence(
     triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`Sinkhorn.divergence` of the solved problems."""
-    options = Options(p, blur, scaling, diameter, reach, max_iter, tolerance)
+    options = TransportOptions(p, blur, scaling, diameter, reach, max_iter, tolerance)
     with without_autocast(x_ND.device):
         return sinkhorn(x_ND, y_MD, a_N, b_M, options, debias, triton).solve().divergence(potentials)
 
@@ -69,7 +71,7 @@ def solve_means(
     triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """`Sinkhorn.means` of the solved problem."""
-    options = Options(p, blur, scaling, diameter, reach, max_iter, tolerance)
+    options = TransportOptions(p, blur, scaling, diameter, reach, max_iter, tolerance)
     with without_autocast(x_ND.device):
         return sinkhorn(x_ND, y_MD, a_N, b_M, options, False, triton).solve().means(values_ME)
 
@@ -97,7 +99,7 @@ def transposed_means(
     triton: bool,
 ) -> Tensor:
     """The gradient of `solve_means` by its values."""
-    options = Options(p, blur, scaling, diameter, reach, None, None)
+    options = TransportOptions(p, blur, scaling, diameter, reach, None, None)
     with without_autocast(x_ND.device):
         return sinkhorn(x_ND, y_MD, a_N, b_M, options, False, triton).sums_over_rows(f_N, g_M, d_means_NE)
 

@@ -16,7 +16,7 @@ LARGE = 2.0**60  # a number beside which 1 is less than its rounding, in float64
 STEP = 100  # powers of two that are a number of any dtype
 
 
-class Options(NamedTuple):
+class TransportOptions(NamedTuple):
     """What the arguments of `sinkhorn_divergence` of the same names set; lengths are in the units of the points."""
 
     p: int
@@ -76,7 +76,7 @@ def with_weight(x_ND: Tensor, a_N: Tensor) -> Tensor:
     return torch.where((a_N > 0)[:, None], x_ND, x_ND.index_select(0, a_N.argmax()[None]))
 
 
-def check_span(span: float, options: Options, dtype: torch.dtype) -> None:
+def check_span(span: float, options: TransportOptions, dtype: torch.dtype) -> None:
     """ValueError where |x - y|^p / epsilon overflows; points that are not finite themselves make a NaN instead."""
     largest = (torch.finfo(dtype).max / 16) ** (1 / options.p)
     for name, scale in (("blur", options.blur), ("diameter", options.diameter)):
@@ -87,7 +87,7 @@ def check_span(span: float, options: Options, dtype: torch.dtype) -> None:
             )
 
 
-def check_reach(span: float, options: Options, dtype: torch.dtype) -> None:
+def check_reach(span: float, options: TransportOptions, dtype: torch.dtype) -> None:
     """ValueError where blur or reach are so far from the span of the points that their ratio's powers are no numbers."""
     limit = (torch.finfo(dtype).max ** 0.75) ** (1 / options.p)
     for name, scale in (("blur", options.blur), ("reach", options.reach)):
@@ -118,7 +118,7 @@ class Sinkhorn:
     """
 
     def __init__(
-        self, kind: type[Update], x_ND: Tensor, y_MD: Tensor, a_N: Tensor, b_M: Tensor, options: Options, debias: bool
+        self, kind: type[Update], x_ND: Tensor, y_MD: Tensor, a_N: Tensor, b_M: Tensor, options: TransportOptions, debias: bool
     ) -> None:
         p, dtype = options.p, x_ND.dtype
         span = box(x_ND, y_MD)[1]
@@ -138,7 +138,7 @@ class Sinkhorn:
         self.schedule = [(epsilon, epsilon > (span * unit) ** p) for epsilon in schedule]
         self.epsilon = schedule[-1]
         self.rho = None if options.reach is None else (options.reach * unit) ** p
-        # The cost does not see a translation, the rounding of |x|^2 - 2 x.y + |y|^2 does.
+        # Translation changes the rounding of |x|^2 - 2 x.y + |y|^2, but no cost.
         x_ND, y_MD = (times_power_of_two(c - centre_D, -self.exponent).contiguous() for c in (x_ND, y_MD))
         self.y_MD, self.centre_D = y_MD, centre_D
         self.masses = [1.0, 1.0] if self.rho is None else torch.stack([a_N.sum(), b_M.sum()]).tolist()
@@ -278,6 +278,6 @@ class Sinkhorn:
     def sums_over_rows(self, f_N: Tensor, g_M: Tensor, d_NE: Tensor) -> Tensor:
         """[M, E]: sum over i of d_i times the weight of value j in the mean i of `means`."""
         problem, N = self.problems[1], len(f_N)
-        # As if all points of x had equal weights: the rows of the plan, divided by their sums, do not know them.
+        # As if all points of x had equal weights: the rows of the plan, divided by their sums, do not depend on them.
         t_M, means_ME = problem.update(torch.full_like(f_N, -math.log(N)), f_N, self.epsilon, False, values_ME=d_NE)
         return (N * problem.a_N * torch.exp((g_M - t_M) / self.epsilon))[:, None] * means_ME

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dae_kernels.checks import FLOAT_DTYPES, as_integer, as_number, check_clouds, check_tensors, check_weights
-from dae_kernels.clouds import convention, middle, normalised, sampled, unit
+from dae_kernels.clouds import convention, middle, normalised, sampled, unit_scale
 from dae_kernels.sliced_wasserstein.autograd import greatest_cost, mean_cost
 from dae_kernels.tracing import without_autocast
 
@@ -136,7 +136,7 @@ def projected_distance(
     near = [sampled(cloud, normalised(w, cloud, torch.float64)) for cloud, w in ((x, weights_x), (y, weights_y))]
     centre_D = middle(torch.cat(near))
     x, y, projections = x - centre_D, y - centre_D, projections.to(dtype)
-    of_clouds, of_projections = unit(x, y), unit(projections)
+    of_clouds, of_projections = unit_scale(x, y), unit_scale(projections)
     with without_autocast(x.device):
         found = root(cost(x * of_clouds, y * of_clouds, projections * of_projections, p, weights_x, weights_y), p)
         return (found.double() / of_clouds / of_projections).to(dtype)

@@ -11,7 +11,7 @@ from torch import Tensor
 from dae_kernels.checks import as_number, check_choice, check_tensors
 from dae_kernels.clouds import convention
 from dae_kernels.nearest_code import nearest_code
-from dae_kernels.vector_quantize.reference import commitment, rotated, straight_through, unit
+from dae_kernels.vector_quantize.reference import commitment, rotated, straight_through, unit_length
 
 
 class VectorQuantized(NamedTuple):
@@ -88,6 +88,6 @@ def vector_quantize(
     code = codes[indices] if codebook.dim() == 2 else codes[torch.arange(len(codes), device=x.device), indices]
     x_, code = x.to(wide), code.to(wide)
     if metric == "cosine":
-        x_, code = unit(x_), unit(code)
+        x_, code = unit_length(x_), unit_length(code)
     turn = rotated if gradient == "rotation" else straight_through
     return VectorQuantized(turn(x_, code).to(dtype), indices, commitment_weight * commitment(x_, code))

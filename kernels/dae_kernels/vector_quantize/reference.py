@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 
-def unit(x: Tensor) -> Tensor:
+def unit_length(x: Tensor) -> Tensor:
     """x / |x|, and 0 with a gradient of 0 for a zero vector."""
     length = x.norm(dim=-1, keepdim=True)
     zero = length == 0
@@ -25,8 +25,8 @@ def rotated(x: Tensor, code: Tensor) -> Tensor:
 
     R maps x / |x| onto code / |code| also where they are opposite and w is 0: it is the reflection then.
     """
-    from_, to = unit(x.detach()), unit(code)
-    w = unit(from_ + to)
+    from_, to = unit_length(x.detach()), unit_length(code)
+    w = unit_length(from_ + to)
     turned = x - 2 * w * (w * x).sum(dim=-1, keepdim=True) + 2 * to * (from_ * x).sum(dim=-1, keepdim=True)
     length = x.detach().norm(dim=-1, keepdim=True)
     # A zero vector: w = to and from = 0 would leave a reflection times a ratio that is none.
