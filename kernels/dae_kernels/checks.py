@@ -68,7 +68,7 @@ def as_numbers(operation: str, name: str, got: Any) -> tuple[float, ...]:
 
 def unwrapped(operation: str, name: str, got: Any) -> Any:
     """The Python number of a tensor, array or NumPy scalar of one element; `got` itself otherwise."""
-    if isinstance(got, bool | int | float):  # first, as torch.compile asks no more of the symbols that it makes of them
+    if isinstance(got, bool | int | float):  # first: under torch.compile they may be symbols, for which this test suffices
         return got
     if isinstance(got, Tensor) and got.numel() == 1:
         if not values_readable(got) or got.is_meta:

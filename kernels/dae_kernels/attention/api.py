@@ -135,7 +135,7 @@ def attention_varlen(
     dropout: float = 0.0,
     impl: str = "auto",
 ) -> Tensor:
-    """`attention` of N sequences that lie behind one another, each to itself.
+    """`attention` within each of N packed sequences.
 
         out[s_n : s_(n+1)] = attention(q[s_n : s_(n+1)], k[t_n : t_(n+1)], v[t_n : t_(n+1)]),   s = cu_seqlens_q, t = cu_seqlens_k
 

@@ -14,7 +14,7 @@ FUSED_DEVICES = ("cuda",)  # where flash-attn and xformers run; the tests of the
 
 
 def autocast(x: Tensor) -> Tensor:
-    """`x` as autocast would hand it to an operation of its low-precision list."""
+    """`x` in the dtype to which autocast casts the operands of its low-precision list."""
     device = x.device.type
     active = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     if active and x.is_floating_point() and x.dtype != torch.float64:
@@ -85,7 +85,7 @@ def recorded(*tensors: Tensor) -> bool:
 
 
 def check_key_lengths(key_lengths: Tensor, q: Tensor, k: Tensor, kind: str | None) -> None:
-    """[B] lengths from 1 to Lk, and with a mask by position from Lq (`kind` is its name). Reads the values: a GPU waits."""
+    """ValueError unless lengths [B] lie in 1..Lk, and in Lq..Lk under a mask by position, `kind`; reading waits for a GPU."""
     check_integers("key_lengths", key_lengths, q.shape[0], q.device)
     if not readable(key_lengths) or key_lengths.shape[0] == 0:
         return

@@ -38,7 +38,7 @@ class Generation:
         return 256 if self.number == 4 and major in (10, 11) and size > 128 else size
 
     def rule(self, options: AttentionOptions) -> dict:
-        """Its arguments for `options`. What is not asked for goes unnamed: the functions differ in what they have."""
+        """Keyword arguments for `options`. Defaults are left out, as the generations differ in what they take."""
         rule: dict = {"softmax_scale": options.scale, "causal": options.causal}
         if options.window is not None:
             unbounded = None if self.number == 4 else -1
@@ -115,7 +115,7 @@ def newest(major: int) -> Generation:
 
 
 def installed(number: int) -> ModuleType | None:
-    """The package of a generation, None without it. ImportError: it is there and broken."""
+    """The package of a generation, or None if it is not installed. ImportError: it is installed and broken."""
     try:
         if number == 2:
             import flash_attn as module

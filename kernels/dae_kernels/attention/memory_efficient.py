@@ -48,7 +48,7 @@ def packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing, options: Attention
 
 
 def position_bias(biases, q: Tensor, k: Tensor, options: AttentionOptions):
-    """Its class for the mask by position, or None."""
+    """xformers' class for the mask by position, or None."""
     if options.window is not None:
         everything = k.shape[2]
         before, after = (everything if side is None else side for side in (options.before, options.after))

@@ -1,4 +1,4 @@
-"""AttentionOptions of attention that every back-end gets: mask by position, scale, soft cap, dropout."""
+"""Options of attention that every back-end gets: mask by position, scale, soft cap, dropout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Counts and sums of the vectors of every code: what a codebook that follows its data needs."""
+"""Counts and sums of the vectors of every code, for a codebook trained by moving averages."""
 
 from dae_kernels.codebook_statistics.api import codebook_statistics
 

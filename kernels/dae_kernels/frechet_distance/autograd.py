@@ -1,4 +1,4 @@
-"""The root of a matrix with a derivative that equal eigenvalues do not break."""
+"""Square root of a positive semi-definite matrix, differentiable also where eigenvalues are equal."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from dae_kernels.frechet_distance.autograd import square_root
 
 
 def gaussian_w2_reference(mean_a_D: Tensor, cov_a_DD: Tensor, mean_b_D: Tensor, cov_b_DD: Tensor) -> Tensor:
-    """Float64 moments to a scalar, at least 0.
+    """The distance, a scalar of at least 0, from float64 moments.
 
     The trace of the root is the sum of the singular values of S1^1/2 S2^1/2, which loses no digits where covariances are
     singular; eigenvalues of the product would lose half of them in the square root. Covariances are brought to about 1 by a

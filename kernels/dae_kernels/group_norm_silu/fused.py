@@ -27,21 +27,21 @@ from torch import Tensor
 
 from dae_kernels.dispatch import launchable, register_triton_op
 
-# Python numbers of the launcher. A program for each of them keeps 132 SMs busy; an SM holds several.
+# So many programs keep 132 SMs busy, as an SM holds several.
 PROGRAMS, TILES_PER_CHUNK, TILE = 528, 16, 2048
 MERGE, MERGE_GRADIENTS = {"BLOCK": 256}, {"BLOCK_C": 16, "BLOCK_S": 32}
 
 
 @triton.jit
 def pointers(ptr, b, p0, c0, stride_b, stride_c, stride_p, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Of the tile [BLOCK_P, BLOCK_C] that begins at position p0 and channel c0 of image b."""
+    """Pointers to the tile [BLOCK_P, BLOCK_C] that begins at position p0 and channel c0 of image b."""
     ptr += b.to(tl.int64) * stride_b + p0.to(tl.int64) * stride_p + c0.to(tl.int64) * stride_c
     return ptr + tl.arange(0, BLOCK_P)[:, None] * stride_p + tl.arange(0, BLOCK_C)[None, :] * stride_c
 
 
 @triton.jit
 def statistics(mean_ptr, rstd_ptr, b, c, C, channels):
-    """Mean and 1 / std of the group that each channel belongs to, and where that group's numbers stand in [B, groups]."""
+    """Mean and 1 / std of the group of each channel, and the index of that group in [B, groups]."""
     group = b * (C // channels) + c // channels
     mean = tl.load(mean_ptr + group, mask=c < C, other=0.0)
     rstd = tl.load(rstd_ptr + group, mask=c < C, other=0.0)
@@ -264,7 +264,7 @@ def tile(C: int, P: int, channels_last: bool) -> dict[str, int]:
 
 
 class MapLayout:
-    """What the launches share: sizes, strides of [B, C, P] views, tile, grids and the split of positions into chunks."""
+    """Launch parameters: sizes, strides of [B, C, P] views, tile, grids and the split of positions into chunks."""
 
     def __init__(self, x_BCP: Tensor, num_groups: int):
         self.B, self.C, self.P = x_BCP.shape

@@ -202,7 +202,7 @@ def implementation(
     z_loss: float,
     softcap: float | None,
 ) -> str:
-    """The implementation that runs, for a request that it can obey; ValueError otherwise."""
+    """The implementation that runs for a request. ValueError: it cannot run here, or lacks an option."""
     if impl == "torch":
         if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
             raise ValueError(f"impl='torch' needs torch 2.13 or later, got {torch.__version__}: use impl='chunked'")

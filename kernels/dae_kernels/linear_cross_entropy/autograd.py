@@ -68,7 +68,7 @@ class Losses(torch.autograd.Function):
 
 
 class GradientsOfLosses(torch.autograd.Function):
-    """The gradients of `Losses`, which has no second ones."""
+    """The gradients of `Losses`; a second derivative raises."""
 
     generate_vmap_rule = True
 

@@ -1,4 +1,4 @@
-"""Losses and gradients by chunks of rows, as one operator: no more than a chunk of logits is ever there.
+"""Losses and gradients by chunks of rows, as one operator: at most one chunk of logits is in memory.
 
 The gradients of a sum of losses are known but for one factor as soon as a chunk's logits are: they are made in the same pass,
 unscaled, and the backward pass only multiplies. Where every row has its own factor (reduction="none"), the backward pass calls

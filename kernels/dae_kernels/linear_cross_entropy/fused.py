@@ -1,10 +1,10 @@
-"""The step between the products in Triton: of a chunk of logits the gradient and one loss per row are written.
+"""The step between the products in Triton: it writes the gradient of a chunk of logits and one loss per row.
 
 Roofline (counts, with the measured floors of an H100: 3.0 TB/s of copy, 798 TFLOP/s in bf16, 132 SMs; not yet measured).
 - The kernel is bound by memory: n V float32 logits are read, twice where there is a gradient, and n V gradients of b bytes are
-  written; the eager steps it stands for move about 8 n V float32 and cast. Logits are float32 because sums in 16 bits round them
-  to 3 digits (bfloat16) or overflow at 65504 (float16). From memory, [1024, 16384] in bf16 would take 53 us; the rows at work at
-  once (64 KB per row at V = 16384) do not all fit into the L2 cache (50 MB) for the second reading.
+  written; the eager steps that it replaces move about 8 n V float32 and cast. Logits are float32 because sums in 16 bits round
+  them to 3 digits (bfloat16) or overflow at 65504 (float16). From memory, [1024, 16384] in bf16 would take 53 us; the rows at
+  work at once (64 KB per row at V = 16384) do not all fit into the L2 cache (50 MB) for the second reading.
 - The three products around it are 6 n V D flop, 129 us for that chunk and D = 1024: the whole operation is bound by them.
 - Memory of the operation by count, at N = 8192, V = 16384, D = 1024 in bf16: a chunk of logits 64 MiB and its gradient 32, the
   weight's gradient in float32 64 and the block that is added to it 16, hidden's gradient 16: 192 MiB forward; 240 backward. All

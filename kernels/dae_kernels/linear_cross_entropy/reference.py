@@ -1,4 +1,4 @@
-"""The cross-entropy of a linear layer by all its logits, in plain torch: the definition, and the fastest where they are few."""
+"""The cross-entropy of a linear layer from all its logits, in eager torch: the definition, and the fastest where they are few."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ NOT_COUNTED = -1  # the target of a row without a loss
 
 
 def counted_rows(hidden_ND: Tensor, target_N: Tensor) -> Tensor:
-    """hidden with zeros in the rows that do not count: what lies there could be NaN, and 0 * NaN would reach the gradients."""
+    """hidden with zeros in the rows that do not count: they could hold NaN, and 0 * NaN would reach the gradients."""
     return hidden_ND.masked_fill((target_N == NOT_COUNTED).unsqueeze(1), 0.0)
 
 

@@ -23,13 +23,13 @@ from torch import Tensor
 
 from dae_kernels.dispatch import launchable, register_triton_op
 
-# Python numbers of the launcher. A program for each of them keeps 132 SMs busy; an SM holds several.
+# So many programs keep 132 SMs busy, as an SM holds several.
 PROGRAMS, TILES_PER_CHUNK, TILE = 528, 16, 4096
 
 
 @triton.jit
 def pointers(ptr, batch, start, lane, c, stride_b, stride_c, stride_p):
-    """Of the tile [BLOCK_P, BLOCK_C] of an image that begins at position `start`."""
+    """Pointers to the tile [BLOCK_P, BLOCK_C] of an image that begins at position `start`."""
     ptr += batch * stride_b + start.to(tl.int64) * stride_p
     return ptr + lane[:, None] * stride_p + c.to(tl.int64)[None, :] * stride_c
 
@@ -157,7 +157,7 @@ def tile(C: int, P: int) -> dict[str, int]:
 
 
 class PairLayout:
-    """What the launches share: sizes of [B, C, P] views, tile, grid and the split of positions into chunks."""
+    """Launch parameters: sizes of [B, C, P] views, tile, grid and the split of positions into chunks."""
 
     def __init__(self, a_BCP: Tensor):
         self.B, self.C, self.P = a_BCP.shape
@@ -211,7 +211,7 @@ def launch_gradient(
     part: Tensor | None,
     eps: float,
 ) -> None:
-    """Into those of da, db [B, C, P] and part [B * chunks, C] that are not None."""
+    """Launch the gradient into those of da, db [B, C, P] and part [B * chunks, C] that are not None."""
     launchable(gradient_kernel)[(layout.programs,)](
         d_out,
         a_BCP,

@@ -146,7 +146,7 @@ def checked_bandwidths(bandwidths: Sequence[float] | None) -> tuple[float, ...]:
 
 
 def check_pairs(name: str, cloud: Tensor, weights: Tensor | None) -> None:
-    """Two points of positive weight, or an unbiased mean over pairs does not exist; weights are read where they can be.
+    """ValueError unless two points have positive weight, as an unbiased mean over pairs needs; weights are read where possible.
 
     The mean divides by the weight of pairs, 1 - sum a_i^2, which is rounding alone where one point has nearly all weight.
     """

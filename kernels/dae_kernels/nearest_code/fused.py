@@ -16,13 +16,13 @@ Roofline (counts, with the measured floors of an H100: 3.0 TB/s, 798 TFLOP/s in 
 - Every program reads its codes, K D b bytes for its BLOCK_N rows, but a codebook (16384 x 256 in bf16: 8 MB) stays
   in the L2 cache (50 MB). Out of L2 the intensity is 2 BLOCK_N / b flop per byte while the rows of x stay on the chip (128 for
   bf16 and BLOCK_N = 128), and 2 / b / (1 / BLOCK_N + 1 / BLOCK_K) where D is looped and they stream too (64; 16 in float32).
-- Comparing costs about six float32 or integer instructions (scale, minimum, equality, select, minimum of the index),
-  and "exact" three more for the second score of the tile. An SM does 128 of them per cycle, so 20 or 14 scores, while its tensor
-  cores do 2048 bf16 multiply-adds: the comparison is the bound below D = 100 or so (bf16, "fast"), the product above.
+- Comparing takes about six float32 or integer instructions per score (scale, minimum, equality, select, minimum of the
+  index), and "exact" three more for the second score of the tile. An SM does 128 of them per cycle, so 20 or 14 scores, while its
+  tensor cores do 2048 bf16 multiply-adds: the comparison is the bound below D = 100 or so (bf16, "fast"), the product above.
 - So the tile is chosen for registers: BLOCK_N x BLOCK_K sums over 32 * num_warps threads, 64 per thread for a 16-bit product
   (32 in "exact", which spilled on sm_100 with 64), 32 for tf32 and tf32x3,
   whose operands take more; tf32x3 holds each twice, hence the steps of 32 and 16 in D (sm_80).
-- D is padded to a power of two of at least 16, the least a tensor core takes. Above BLOCK_D it is looped and both operands
+- D is padded to a power of two of at least 16, the minimum of a tensor core. Above BLOCK_D it is looped and both operands
   stream; up to BLOCK_D the rows of x stay on the chip and only codes stream.
 - N / BLOCK_N programs fill 132 SMs from N = 17000 (float32: 8500). Below that the codes are split into S shares, so that
   S N / BLOCK_N programs do; they cost 8 S N bytes ("exact" 20 S N), written and read once.
@@ -67,7 +67,7 @@ def code_norm_kernel(
 
 @triton.jit
 def insert(best, index, second, second_index, rest, score, code, others):
-    """One more candidate for the two best, and a bound below the scores of `others` for the rest. The earlier wins a tie."""
+    """Add a candidate to the two best, and a bound below the scores of `others` to that of the rest. The earlier wins a tie."""
     rest = tl.minimum(tl.minimum(rest, others), tl.maximum(second, score))
     second_index = tl.where(score < best, index, tl.where(score < second, code, second_index))
     second = tl.where(score < best, best, tl.minimum(second, score))
@@ -77,10 +77,10 @@ def insert(best, index, second, second_index, rest, score, code, others):
     return best, index, second, second_index, rest
 
 
-@triton.jit(do_not_specialize=["N", "K", "codes_a_split", "d_end"])
+@triton.jit(do_not_specialize=["N", "K", "codes_per_split", "d_end"])
 def search_kernel(
     x_ptr, codebook_ptr, norm_ptr, score_ptr, candidate_ptr,
-    N, K, codes_a_split, d_end,
+    N, K, codes_per_split, d_end,
     H: tl.constexpr, D: tl.constexpr, COSINE: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
     INPUT_PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -109,7 +109,7 @@ def search_kernel(
     if D <= BLOCK_D:
         x = tl.load(x_ptrs, mask=(row[:, None] < N) & (d[None, :] < D), other=0.0).to(DOT_DTYPE)
 
-    for k0 in range(split * codes_a_split, tl.minimum(K, (split + 1) * codes_a_split), BLOCK_K):
+    for k0 in range(split * codes_per_split, tl.minimum(K, (split + 1) * codes_per_split), BLOCK_K):
         code = k0 + tl.arange(0, BLOCK_K)
         c_ptrs = codebook_ptr + code.to(tl.int64)[:, None] * D + d[None, :]
         dot = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
@@ -178,7 +178,7 @@ def true_distance(x_ptrs, code_ptrs, inside, D, COSINE: tl.constexpr, BLOCK_N: t
 
 @triton.jit
 def enlarged(distance, D, COSINE: tl.constexpr):
-    """A float64 distance plus what the rounding of two can amount to: up to there another may be equal to it."""
+    """A float64 distance plus the rounding error of two: another distance up to there may be equal to it."""
     rounding = (D + 4) * 4.440892098500626e-16  # 2^-51
     return distance + rounding * (1.0 if COSINE else distance)
 
@@ -203,7 +203,7 @@ def nearest_of_all(x_ptr, codebook_ptr, K, D, COSINE: tl.constexpr, BLOCK_N: tl.
 
 @triton.jit
 def rounding_error(x_square, distance, reach, D, COSINE: tl.constexpr):
-    """What a score of float32 may be off by, for any code that is at most `distance` away; inf where it may overflow.
+    """Bound of the error of a float32 score, for any code that is at most `distance` away; inf where it may overflow.
 
     With R >= |c| the score consists of terms that sum to R^2 + 2 |x| R at most, or |x| for the cosine. Three tf32 products
     of D terms, truncated at each addition as tensor cores do (2^-23), drop less than (3.75 D + 36) 2^-23 of it (Fasi et al.
@@ -224,7 +224,7 @@ def settle_kernel(
     N, K, S, D,
     H: tl.constexpr, COSINE: tl.constexpr, EXACT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """Index and distance [N, H] of BLOCK_N rows of one head, out of what the S splits found; `reach` [H] is for the bound."""
+    """Index and distance [N, H] of BLOCK_N rows of one head from the candidates of the S splits; `reach` [H] is for the bound."""
     head = tl.program_id(1).to(tl.int64)
     n = tl.arange(0, BLOCK_N)
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + n
@@ -307,7 +307,7 @@ def dot_dtype(x: torch.dtype, codebook: torch.dtype, exact: bool) -> torch.dtype
 
 
 def split_count(N: int, H: int, K: int, tile: dict[str, int], device: torch.device) -> int:
-    """Into how many splits the codes go: two programs per SM, and at least four tiles per program."""
+    """The number of splits of the codes: two programs per SM, and at least four tiles per program."""
     processors = 132  # of an H100, for tracing and tests without a GPU
     if device.type == "cuda" and torch.cuda.is_available():
         processors = torch.cuda.get_device_properties(device).multi_processor_count

@@ -52,10 +52,10 @@ def reference(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tensor]
 def search(
     x_ND: Tensor, codebook_KD: Tensor, metric: str, view: Callable[[Tensor], Tensor], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """By scores in `dtype` of the rows as `view` [*, D] -> [*, D] shows them, in float64.
+    """The best code of each row by scores in `dtype`, computed of `view(rows)`, a map [*, D] -> [*, D] to float64.
 
     Returns:
-        The code of the least score [N]; whether no rounding can have made it so [N]; and a bound [N] that the score of the
+        The code of the lowest score [N]; whether no rounding can have made it so [N]; and a bound [N] that the score of the
         nearest code cannot exceed, however it is computed in `dtype`.
 
     A score of D products and a bias, in any order of summation, is off by at most (D + 3) u (|bias| + 2 |x| |c|) with u half
@@ -114,7 +114,7 @@ def search(
 def settle(
     x_ND: Tensor, codebook_KD: Tensor, limit_N: Tensor, metric: str, view: Callable[[Tensor], Tensor], scale: Tensor | float
 ) -> Tensor:
-    """The first code [N] whose distance is the least, up to its rounding, among those whose score is within `limit_N`."""
+    """The first code [N] at the smallest distance, up to its rounding, among those whose score is within `limit_N`."""
     minimum_N = limit_N.new_full((len(x_ND),), float("inf"))
     index_N = torch.zeros(len(x_ND), dtype=torch.int64, device=x_ND.device)
     relative = (x_ND.shape[1] + 4) * 2.0**-51  # what two float64 distances may be off by
@@ -153,7 +153,7 @@ def scored(codes_kD: Tensor, metric: str, view: Callable[[Tensor], Tensor]) -> t
 
 
 def pair_distance(x_PD: Tensor, code_PD: Tensor, metric: str, scale: Tensor | float = 1.0) -> Tensor:
-    """Of pairs of rows [P], in float64 and without cancellation; the l2 distance as if all had been multiplied by `scale`."""
+    """Distances [P] of pairs of rows in float64, without cancellation; for l2 of rows multiplied by `scale`."""
     if metric == "cosine":
         return 1.0 - (unit_rows(x_PD) * unit_rows(code_PD)).sum(dim=1)
     return ((x_PD.double() - code_PD.double()) * scale).square().sum(dim=1)

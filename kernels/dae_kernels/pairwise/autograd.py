@@ -68,7 +68,7 @@ def prepared(
 
 
 class PairSums(torch.autograd.Function):
-    """`pair_sums`, told which sides need gradients.
+    """`pair_sums`, with the sides that need gradients as arguments.
 
     The sums and slopes that make the gradients are also outputs, so that double backward reaches them and raises.
     """
@@ -128,7 +128,7 @@ class PairSums(torch.autograd.Function):
 def gradients_of_cloud(
     weight_N: Tensor, made: list[Tensor], d_within: Tensor | None, d_across: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Gradients to the points [N, D] and weights [N] of one side; a sum that nobody uses has None for its gradient."""
+    """Gradients to the points [N, D] and weights [N] of one side; the gradient of an unused sum is None."""
     within_N, across_N, slope_within_ND, slope_across_ND = made
     within: Tensor | float = 0.0 if d_within is None else 2.0 * d_within
     across: Tensor | float = 0.0 if d_across is None else d_across

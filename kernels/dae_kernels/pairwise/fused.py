@@ -75,7 +75,7 @@ def pair_rows_kernel(
                 value += bump
                 slope += bump * (rate * 1.3862943611198906)  # 2 ln 2: the rate is -log2(e) / (2 s^2), the slope -1 / s^2
         else:
-            # Below 1e-6 of the norms the difference is rounding: one point, which pulls nowhere. NaN stays.
+            # Below 1e-6 of the norms the difference is rounding: the points count as one, with gradient 0. NaN stays.
             value = tl.sqrt(tl.where(square < 1e-6 * scale, 0.0, square))
             slope = tl.where(value == 0.0, 0.0, 1.0 / value)
         if SAME:
@@ -105,7 +105,7 @@ def tile(D: int, gradient: bool) -> dict[str, int]:
 
 
 def centred(x_ND: Tensor, y_MD: Tensor, a_N: Tensor, b_M: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """float32 clouds with a centre at the origin, where |x|^2 + |y|^2 - 2 x.y cancels least: x alone, x and y, y alone.
+    """float32 clouds about a centre, where |x|^2 + |y|^2 - 2 x.y cancels least: x alone, x and y, y alone.
 
     The centres are medians, as one far point would move a mean away from all others; and each cloud has its own for the pairs
     within it, as it may be far from the other.

@@ -37,7 +37,7 @@ def pair_rows_reference(
         value_nM = torch.cdist(q_nD, s_MD, compute_mode="donot_use_mm_for_euclid_dist")
         # slope is f'(r) / r, so the gradient is the sum of v slope (q - s).
         if bandwidths:
-            # A point at infinity would have kernel value 0 with all others, and nobody would see it.
+            # A point at infinity would have kernel value 0 with all others, and the result would look right.
             square_nM = value_nM.square_()
             square_nM.masked_fill_(square_nM.isinf(), float("nan"))
             value_nM, slope_nM = torch.zeros_like(square_nM), torch.zeros_like(square_nM)

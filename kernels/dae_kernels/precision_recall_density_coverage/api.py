@@ -122,7 +122,7 @@ def check_k(operation: str, k: int, available: int, got: str) -> None:
 
 
 def check_finite(operation: str, **clouds: Tensor) -> None:
-    """The values are read, which on a GPU waits for it, where they can be (`values_readable`)."""
+    """ValueError for NaN or infinity, where values can be read (`values_readable`); reading them waits for a GPU."""
     for name, cloud in clouds.items():
         if values_readable(cloud) and not torch.isfinite(cloud).all():
             raise ValueError(f"{operation} needs finite points, got NaN or infinity in {name}")

@@ -115,7 +115,7 @@ def balls(x_ND: Tensor, radius_N: Tensor, y_MD: Tensor) -> tuple[Tensor, Tensor]
     return count_M, filled_N
 
 
-# Operators, as what they compute depends on values: how many distances are in doubt, of which torch.compile cannot know.
+# Operators, as what they compute depends on values: how many distances are in doubt, which torch.compile cannot know.
 k_nearest_reference = register_op(
     "dae_kernels::k_nearest", k_nearest, lambda x_ND, y_MD, k, exclude_self: x_ND.new_empty(x_ND.shape[0], k)
 )

@@ -12,12 +12,12 @@ from torch import Tensor
 from dae_kernels.sinkhorn_divergence.reference import Update
 
 DEFAULT_ITERATIONS = 1000  # at the final blur, where a tolerance is given and no limit
-LARGE = 2.0**60  # a number beside which 1 is less than its rounding, in float64 too
-STEP = 100  # powers of two that are a number of any dtype
+LARGE = 2.0**60  # adding 1 to it changes nothing, in float64 either
+STEP = 100  # 2^100 and 2^-100 are numbers of both dtypes
 
 
 class TransportOptions(NamedTuple):
-    """What the arguments of `sinkhorn_divergence` of the same names set; lengths are in the units of the points."""
+    """The arguments of `sinkhorn_divergence` of the same names; lengths are in the units of the points."""
 
     p: int
     blur: float
@@ -42,7 +42,7 @@ class Potential(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """The transport from one cloud's view: an update makes its potential from that of the cloud `over`."""
+    """One side of a transport problem: its update makes the potential of one cloud from that of the cloud `over`."""
 
     update: Update
     log_b_M: Tensor  # of the other cloud's weights, which are normalised
@@ -88,7 +88,7 @@ def check_span(span: float, options: TransportOptions, dtype: torch.dtype) -> No
 
 
 def check_reach(span: float, options: TransportOptions, dtype: torch.dtype) -> None:
-    """ValueError where blur or reach are so far from the span of the points that their ratio's powers are no numbers."""
+    """ValueError where powers of the ratio of blur or reach to the span of the points overflow or underflow."""
     limit = (torch.finfo(dtype).max ** 0.75) ** (1 / options.p)
     for name, scale in (("blur", options.blur), ("reach", options.reach)):
         if scale is not None and not span / limit <= scale <= span * limit:
@@ -111,7 +111,7 @@ def epsilon_schedule(diameter: float, blur: float, scaling: float, p: int) -> li
 
 
 class Sinkhorn:
-    """The problems between two clouds, and with `debias` of each against itself, in units in which the points span about 1.
+    """The transport problems between two clouds, and with `debias` of each to itself, in units in which the points span about 1.
 
     `potentials` are those of x and y for the first problem, and of x and y for the others; `epsilon` and `rho` are blur^p and
     reach^p in these units, in which a cost is 2^-`exponent`p of what it is.

@@ -1,4 +1,4 @@
-"""`vector_quantize`: checks, and the search around which the gradients are laid."""
+"""`vector_quantize`: checks, search and gradients."""
 
 from __future__ import annotations
 
