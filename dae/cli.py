@@ -1,4 +1,4 @@
-"""From the command line to a recipe: what this project says to its user is printed as one line, bugs keep their traceback."""
+"""From the command line to a recipe: errors for the user are printed as one line, bugs keep their traceback."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ def main(recipe: Callable[[Config], Any], doc: str) -> None:
 
 
 def one_line(message: object) -> str:
-    """Other libraries' messages have several."""
+    """A message without its line breaks."""
     return " ".join(line for each in str(message).splitlines() if (line := each.strip()))
 
 
 def close_bars() -> None:
-    """Else they are drawn again below the message."""
+    """Close progress bars, which would be drawn again below the message."""
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()
 

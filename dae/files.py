@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, and a look whether what is announced is there."""
+"""Files and folders that appear whole or not at all, and a check that announced outputs exist."""
 
 from __future__ import annotations
 

@@ -2,8 +2,7 @@
 
 `<output_dir>/.<part>.lock` names its holder as JSON: host, process id, when that process was started, command. The kernel's lock
 on that file decides (POSIX `fcntl`; NFS, Lustre, GPFS and the containers of a machine share it). It ends with its process, so a
-file that a killed run left is in nobody's way. Where a file system has no locks, the file's existence decides, and whether the
-process it names still lives.
+file left by a killed run blocks nobody. On a file system without locks a file blocks as long as the process that it names lives.
 """
 
 from __future__ import annotations
@@ -106,7 +105,7 @@ class FolderLock:
             return False
 
     def _take(self) -> bool:
-        """Lock the file and sign it; False if it changed under our hands: try again."""
+        """Lock the file and sign it; False if another process replaced it meanwhile: try again."""
         try:
             self.descriptor, new = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), True
         except FileExistsError:

@@ -1,4 +1,4 @@
-"""Judging samples and reconstructions: real images are prepared once, and what is generated is held against them."""
+"""The judge of samples and reconstructions, and what it needs of a finished run (`dae.evaluation.finished`)."""
 
 from dae.evaluation.extractor import prediction_task, train_extractor
 from dae.evaluation.judge import Judge

@@ -11,7 +11,7 @@ from dae.seeding import seed_for
 
 
 def prediction_task(images: Tensor, labels: Tensor, labelled: bool) -> tuple[Tensor, Tensor]:
-    """What the classifier is asked: the images and their labels, or four times as many images and how each is turned."""
+    """Images and labels that the classifier is trained on; without labels each image four times, labelled by its rotation."""
     return (images, labels) if labelled else rotation_task(images)
 
 

@@ -1,4 +1,4 @@
-"""The judge of samples: what real images and their features say of generated ones."""
+"""Measures of generated images against real ones, which are prepared once."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Judge:
 
     @cached_property
     def heldout_copies(self) -> Memorisation:
-        """How near held-out images are to training images: what chance has."""
+        """How near held-out images are to training images: what samples of a model without memory would show."""
         return metrics.memorisation(self.heldout, self.train, self.heldout)
 
     @cached_property
@@ -97,7 +97,7 @@ class Judge:
         return {"recognised": right / len(images), "recognised_interval": list(interval)}
 
     def near_copies(self, images: Tensor) -> Memorisation:
-        """The training image that is nearest to each, and how many are nearer than chance has it."""
+        """The training image nearest to each image, and how many are nearer than 99 % of the held-out images are."""
         return metrics.memorisation(images, self.train, self.heldout, heldout_distance=self.heldout_copies.heldout_distance)
 
     def kernel(self, features: Tensor) -> dict:

@@ -56,7 +56,7 @@ def memorisation(
         TypeError: images that are neither floating point nor uint8.
         ValueError: an empty batch, images of different sizes, NaN, or block below 1.
 
-    Source: ours. Nearest neighbours in the training set are the usual evidence; the held-out set makes them a number.
+    Source: ours. Nearest neighbours in the training set are the usual evidence; the held-out set calibrates them.
     """
     check_same_pixels(train=train, samples=samples, heldout=heldout)
     if block < 1:

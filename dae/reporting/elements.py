@@ -111,12 +111,10 @@ class Page:
 
     def render(self) -> str:
         names = [re.sub(r"\W+", "-", heading.lower()).strip("-") for heading, _ in self.sections]
-        contents = element(
-            "nav", *(link(h, f"#{n}") for n, (h, _) in zip(names, self.sections, strict=True)), aria_label="Sections"
-        )
+        contents = [link(heading, f"#{name}") for name, (heading, _) in zip(names, self.sections, strict=True)]
         body = [element("section", element("h2", h), c, id=n) for n, (h, c) in zip(names, self.sections, strict=True)]
         head = element("header", element("h1", self.title), *self.lead)
-        main = element("main", head, contents, *body, element("footer", *self.footer))
+        main = element("main", head, element("nav", *contents, aria_label="Sections"), *body, element("footer", *self.footer))
         # The policy forbids every request: a page that tried to load something would show it as missing, not fetch it.
         policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
         return (
@@ -180,7 +178,7 @@ def _image(kind: str, data: bytes, **attributes: Any) -> Html:
 
 
 def chart(svg: str, alt: str) -> Html:
-    """A chart of `dae.reporting.charts`, as wide as its place. It is an image, so its names cannot meet those of the page."""
+    """A chart of `dae.reporting.charts`, as wide as its place; an image, so that its ids cannot clash with the page's."""
     return _image("image/svg+xml", svg.encode(), alt=alt, class_="chart")
 
 

@@ -1,4 +1,4 @@
-"""What a finished run left in its folder, read together: for pages that show it."""
+"""A finished run, read from its folder for the pages that show it."""
 
 from __future__ import annotations
 

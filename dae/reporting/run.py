@@ -1,4 +1,4 @@
-"""The page of a run, from what it left in its folder: a section per question, each one function below, in their order."""
+"""The page of a run: one function per section, in their order on the page."""
 
 from __future__ import annotations
 
@@ -269,15 +269,11 @@ def trade(run: Record) -> list[Html]:
 
 
 def samples_beside_originals(run: Record) -> np.ndarray:
-    """uint8 [H, W, C] for a slide or a README: 32 held-out images on the left, as many samples on the right; enlarged."""
-    factor = max(1, web.PICTURE_SIDE // max(run.images.shape[1:3]))
-    blocks = [
-        grid(images[:32].repeat(factor, 1).repeat(factor, 2), 8, gap=2, background=255)
-        for images in (run.pictures["originals"], run.images)
-    ]
-    height, between = max(len(block) for block in blocks), ((0, 0), (0, web.PICTURE_SIDE // 2), (0, 0))
-    fitted = [np.pad(x, ((0, height - len(x)), (0, 0), (0, 0)), constant_values=255) for x in blocks]
-    return np.concatenate([np.pad(fitted[0], between, constant_values=255), fitted[1]], 1)
+    """uint8 [H, W, C] for a README or a slide: at most 32 held-out images on the left, as many samples on the right; enlarged."""
+    factor, both = max(1, web.PICTURE_SIDE // max(run.images.shape[1:3])), (run.pictures["originals"], run.images)
+    shown = min(32, *map(len, both))
+    left, right = (grid(x[:shown].repeat(factor, 1).repeat(factor, 2), 8, gap=2, background=255) for x in both)
+    return np.concatenate([np.pad(left, ((0, 0), (0, web.PICTURE_SIDE // 2), (0, 0)), constant_values=255), right], 1)
 
 
 def timings(run: Record) -> Html:
