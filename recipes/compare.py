@@ -27,7 +27,7 @@ from dae.comparison.jobs import (
     Outcome,
     check_comparison,
     chosen_learning_rates,
-    load_samples,
+    load_trial_samples,
     measuring_jobs,
     name_of,
     trial_path,
@@ -41,7 +41,7 @@ from dae.data.pictures import to_uint8
 from dae.files import announce, replaced_files, write_file
 from dae.lock import writes
 from dae.reporting.comparison import ABOUT, write_comparison
-from dae.reporting.findings import headline, results_markdown
+from dae.reporting.findings import answer_lines, results_markdown
 
 ARMS = "\narms of compare.arms:\n" + "".join(f"  {name:<16} {words}\n" for name, words in ABOUT.items())
 SHOWN = 12
@@ -72,7 +72,7 @@ def compare(config: Config, prepare: Callable[[Config], Any] = Bench.prepare, tr
         path = folder / write_comparison(config, summary, pictures(config, bench, measured), new).name
     for title, rows in (("equal steps", summary["differences"]), ("equal rate", summary["equal_rate"])):
         if rows:
-            print("\n".join([f"At {title}:", *headline(summary, rows["frechet"])]))
+            print("\n".join([f"At {title}:", *answer_lines(summary, rows["frechet"])]))
     names = ["compare.html", "compare.png", "compare.json", "compare.md"]
     announce(folder, [*names, "compare.yaml"], f": {', '.join(names)}")
     if failed := [o for o in tuning + measured if o.failed]:
@@ -89,7 +89,7 @@ def pictures(config: Config, bench: Any, measured: list[Outcome]) -> dict[str, n
     rows = {"real images": to_uint8(bench.measure.heldout[:SHOWN])}
     for outcome in measured:
         if outcome.job.seed == config.compare.seeds[0] and outcome.job.rate is None:
-            images = load_samples(config, outcome.job)
+            images = load_trial_samples(config, outcome.job)
             rows |= {} if images is None else {outcome.job.arm: images[:SHOWN]}
     return rows
 

@@ -259,7 +259,7 @@ def load_trial(config: Config, job: Job) -> Outcome | None:
     return Outcome(job, record, diverged)
 
 
-def load_samples(config: Config, job: Job) -> np.ndarray | None:
+def load_trial_samples(config: Config, job: Job) -> np.ndarray | None:
     """The first samples of a trial, uint8 [n, H, W, C]; None if there are none."""
     path = trial_path(config, job).with_suffix(".npz")
     if not path.is_file():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Mapping
 
-from dae.comparison.results import BY_KEY, LEVEL, verdict
+from dae.comparison.results import BY_KEY, LEVEL, verdict_in_words
 from dae.statistics import fisher_z, holm, mean_correlation, mean_interval, paired_p_value
 
 OUTCOMES = ("better", "worse", "no difference shown", "not known")
@@ -42,7 +42,7 @@ def _pooled(tables: Mapping[str, dict[str, dict]]) -> dict[str, dict]:
     pooled = {}
     for name in dict.fromkeys(arm for table in tables.values() for arm in table):
         rows = {comparison: table[name] for comparison, table in tables.items() if name in table}
-        verdicts = {comparison: verdict(BY_KEY["frechet"], row) for comparison, row in rows.items()}
+        verdicts = {comparison: verdict_in_words(BY_KEY["frechet"], row) for comparison, row in rows.items()}
         logs = {}
         for comparison, row in rows.items():
             pairs = [(b + d, b) for d, b in zip(row["values"], row["baseline"], strict=True) if b > 0 and b + d > 0]

@@ -288,7 +288,7 @@ def _predictors(measured: Sequence[Outcome]) -> list[dict]:
     return sorted(rows, key=lambda row: (math.isnan(row["rho"]), -row["n"], -abs(row["rho"])))
 
 
-def verdict(measure: Measure, row: dict) -> str:
+def verdict_in_words(measure: Measure, row: dict) -> str:
     """`better`, `worse` or `no difference shown` by a difference's p after Holm's adjustment; `not known` without one."""
     if row["low"] is None:
         return "not known"

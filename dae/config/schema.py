@@ -247,7 +247,7 @@ class EvaluationConfig:
 
 @dataclass
 class CompareConfig:
-    """What recipes/compare.py trains: arms x seeds, all on one data set, one carrier and one decoder."""
+    """What recipes/compare.py trains: arms x seeds, all on one data set, one latent type and one decoder."""
 
     arms: List[str] = knob(
         ["joint", "joint_dropout", "joint_finetuned", "weak", "dae-linear", "dae-narrow", "dae-shallow", "dae-dropout"],

@@ -27,6 +27,7 @@ class Autoregressive(PriorFamily[ARPrior]):
     sampling_knobs = ("cfg_scale", "temperature", "top_k", "top_p")
     title, tags = "Autoregressive prior", ("autoregressive", "image-generation")
     imports, usage = "sample_tokens", "autoencoder.decode_indices(sample_tokens(prior, labels)).sample"
+    noun = "an autoregressive Transformer"
     learned = "a Transformer, the prior, learned which tokens follow one another"
     loss_name, loss_unit, best = "bits per token", math.log(2), "fewest held-out bits"
     loss_meaning = "Bits per token are what the prior needs to write down one token of an image, given those before it."

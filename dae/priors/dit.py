@@ -35,6 +35,7 @@ class DiffusionTransformer(PriorFamily[DiT]):
     sampling_knobs = ("cfg_scale", "num_inference_steps")
     title, tags = "Diffusion Transformer", ("flow-matching", "image-generation")
     imports, usage = "sample_latents", "autoencoder.decode(sample_latents(prior, labels, num_inference_steps=32)).sample"
+    noun = "a Diffusion Transformer with flow matching"
     learned = "a Diffusion Transformer, the prior, learned to turn pure noise into such a latent, step by step"
     loss_name, best = "flow-matching loss", "lowest held-out loss"
     loss_meaning = (

@@ -37,6 +37,7 @@ class PriorFamily(Generic[Model]):
         head_unit: what the dimension of an attention head must be a multiple of; 0 without attention.
         sampling_knobs: of `sampling`, those that `sample` reads.
         title, tags, usage: of the model card; `usage` is Python that makes `images` of `labels`, and `imports` what it needs.
+        noun: with its article, in sentences about a latent and its prior.
         learned: on the page of a run, what the prior is and does; {components} is `prior.num_components`.
         loss_name, loss_unit, loss_meaning, best: there, of the curve of training: its name, nats per unit, an explanation, and
             what distinguishes the step with the best score; not where `fitted`.
@@ -56,6 +57,7 @@ class PriorFamily(Generic[Model]):
     tags: ClassVar[tuple[str, ...]]
     imports: ClassVar[str | None] = None
     usage: ClassVar[str]
+    noun: ClassVar[str]
     learned: ClassVar[str]
     loss_name: ClassVar[str] = ""
     loss_unit: ClassVar[float] = 1.0

@@ -28,6 +28,7 @@ class Mixture(PriorFamily[GaussianMixturePrior]):
     size_knob = "num_components"
     title, tags = "Gaussian mixture prior", ("gaussian-mixture", "image-generation")
     usage = "autoencoder.decode(prior.sample(len(labels))).sample"
+    noun = "a Gaussian mixture"
     learned = "a mixture of {components} Gaussians, the prior, was fitted to such latents"
 
     def build(self, settings: PriorConfig, cache: EncodingCache) -> GaussianMixturePrior:

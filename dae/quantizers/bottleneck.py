@@ -36,6 +36,7 @@ class Bottleneck(nn.Module, ABC):
         features_per_latent: channels that the encoder puts out per channel of the latent.
         kept: fields of an `Encoding` that describe the latent of an image completely.
         rate_knob: key of the configuration that sets how much the latent can tell of an image.
+        rate_plural, rate_setting: its values in words, and one of them, to be formatted.
         frozen: its state does not change any more.
     """
 
@@ -44,6 +45,8 @@ class Bottleneck(nn.Module, ABC):
     features_per_latent: ClassVar[int] = 1
     kept: ClassVar[tuple[str, ...]]
     rate_knob: ClassVar[str]
+    rate_plural: ClassVar[str]
+    rate_setting: ClassVar[str]
     frozen: bool = False
 
     @classmethod

@@ -21,6 +21,7 @@ class GaussianBottleneck(Bottleneck):
 
     discrete, features_per_latent = False, 2
     kept, rate_knob = ("features", "log_variance"), "autoencoder.kl.kl_weight"
+    rate_plural, rate_setting = "KL weights", "a KL weight of {:g}"
 
     def __init__(self, config: KLConfig):
         super().__init__()

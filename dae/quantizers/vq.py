@@ -33,6 +33,7 @@ class VectorQuantizer(WideBuffers, Bottleneck):
 
     discrete = learns_codebook = True
     kept, rate_knob = ("indices",), "autoencoder.vq.codebook_size"
+    rate_plural, rate_setting = "codebook sizes", "a codebook of {:,.0f} codes"
     operation, impl = "vector_quantize", "auto"  # for dae.models.kernels
     buffer_dtypes = (torch.float32,)
     codebook: Tensor  # [K, D]

@@ -9,8 +9,9 @@ import numpy as np
 
 from dae.comparison.arms import parse_arms
 from dae.comparison.jobs import arms_at_rate, learning_rates_in_words, tried_learning_rates
-from dae.comparison.results import BY_KEY, DETAILS, MEASURES, verdict
+from dae.comparison.results import BY_KEY, DETAILS, MEASURES, verdict_in_words
 from dae.config import Config
+from dae.quantizers import bottleneck_class
 from dae.reporting import comparison_charts as charts
 from dae.reporting import elements as web
 from dae.reporting import findings
@@ -18,7 +19,6 @@ from dae.reporting.charts import Bar
 from dae.reporting.comparison_charts import BITS, DISTANCE, RATE, SIZE
 from dae.reporting.elements import Html, element, number, paragraph, percent
 
-PAPER = web.link("Hu et al., “Complexity Matters”, NeurIPS 2023", "https://arxiv.org/abs/2307.08283")
 ABOUT = {
     "joint": "encoder and real decoder are trained together: the usual way",
     "joint_dropout": "the same, with channels of the decoder dropped at random in training",
@@ -29,13 +29,6 @@ ABOUT = {
     "dae-shallow": "decoupled, with a decoder of few layers in the first stage",
     "dae-dropout": "decoupled, with a decoder that drops channels at random in the first stage",
 }
-
-
-LATENT_WORDS = {
-    "vq": "tokens of a codebook", "kl": "continuous numbers", "ar": "an autoregressive Transformer",
-    "dit": "a Diffusion Transformer with flow matching", "mixture": "a Gaussian mixture",
-    "gan": "with an adversarial loss of the decoder",
-}  # fmt: skip
 
 
 def write_comparison(config: Config, summary: dict, pictures: Mapping[str, np.ndarray], folder: Path) -> Path:
@@ -61,8 +54,8 @@ def write_comparison(config: Config, summary: dict, pictures: Mapping[str, np.nd
     page.section("Tuning", *_tuning(summary))
     page.section("Left out", *_left_out(summary))
     page.section("Configuration and versions", *_configuration(config, summary))
-    ours = "; all hyper-parameters are ours, and no number here is the paper's."
-    page.footer = [paragraph("The decoupled method as publicly described in ", PAPER, ours, " Written by recipes/compare.py.")]
+    ours = "; all hyper-parameters are ours, and no number here is the paper's. Written by recipes/compare.py."
+    page.footer = [paragraph("The decoupled method as publicly described in ", web.PAPER, ours)]
     charts.save_charts(summary, styles, folder / "compare.png")
     return page.write(folder / "compare.html")
 
@@ -78,20 +71,23 @@ def _lead(summary: dict) -> list[Html]:
         "one, in the hope that descriptions which even a weak decoder can read are simpler to write, too. Does that give better "
         "images?"
     )
+    bottleneck, family, adversarial = findings.latent_type(summary)
+    latent = f"{'tokens of a codebook' if bottleneck.discrete else 'continuous numbers'}, {family.noun}"
+    latent += ", with an adversarial loss of the decoder" if adversarial else ""
     seeds, distance, left_out = summary["seeds"], summary["facts"]["counts"].get("frechet"), len(summary["left_out"])
     measured = (
         f"Here {len(summary['arms'])} ways were trained on “{Path(summary['data']).name}” with {_seeds(seeds)} each"
         + (", and compared seed by seed" if len(seeds) > 1 else "")
-        + f" (latent and prior: {', '.join(LATENT_WORDS[part] for part in findings.latent_type(summary))}). What is compared is "
-        "the generation distance: how far new images are from real images that no training saw, as a Fréchet distance in "
-        "features of a small classifier"
+        + f" (latent and prior: {latent}). What is compared is the generation distance: how far new images are from real images "
+        "that no training saw, as a Fréchet distance in features of a small classifier"
         + (f", at {distance:,} images a side" if distance else "")
         + f". Lower is better; real training images themselves are at {number(summary['facts']['floor']['frechet'])}."
     )
     notices = [f"{left_out} of {summary['trials']['planned']} trials have no result; see “Left out”."] if left_out else []
     if len(seeds) < 2:
         notices.append("One seed shows no spread: nothing here says whether a difference would appear again.")
-    return [paragraph(what, " See ", PAPER, "."), paragraph(measured), *(paragraph(words, class_="notice") for words in notices)]
+    said = [paragraph(what, " See ", web.PAPER, "."), paragraph(measured)]
+    return said + [paragraph(notice, class_="notice") for notice in notices]
 
 
 def _seeds(seeds: Sequence[int]) -> str:
@@ -144,12 +140,12 @@ def _compared(config: Config, summary: dict) -> list[Html]:
         stages = "; ".join(f"{steps:,} steps with {_decoder(family)}" for _, family, steps in arm["stages"] or [])
         rows.append((arm["name"], abouts[arm["name"]], stages or "–", _rates_taken(arm)))
     total = config.stage1.max_train_steps + config.stage2.max_train_steps
-    codebook = f"a codebook of {config.autoencoder.vq.codebook_size:,} codes"
-    bottleneck = codebook if config.autoencoder.bottleneck == "vq" else f"a KL weight of {config.autoencoder.kl.kl_weight:g}"
+    bottleneck = bottleneck_class(config.autoencoder)
+    rate = bottleneck.rate_setting.format(bottleneck.rate(config.autoencoder))
     tried = len(tried_learning_rates(config))
     tuned = f"{tried} tuning trials for each" if tried > 1 else "one learning rate for all, not tuned"
     equal = (
-        f"Equal for all arms: the training images, {total:,} steps of the autoencoder in all, {bottleneck}, the prior "
+        f"Equal for all arms: the training images, {total:,} steps of the autoencoder in all, {rate}, the prior "
         f"({config.prior.max_train_steps:,} steps), how it is sampled, the features that judge, and {tuned}. "
         "How the steps are shared out between encoder and decoder is not equal: see “The answer”."
     )
@@ -179,11 +175,11 @@ def _differences(summary: dict) -> list[Html]:
     for title, table, other in tables:
         header = ["arm", f"{DISTANCE}, minus {other}’s", "so it is", "p (Holm)", f"in % of {other}’s", "in % of training images’"]
         rows = [
-            [name, findings.with_interval(measure, row, sign=True), verdict(measure, row), findings.adjusted_p(row),
+            [name, findings.with_interval(measure, row, sign=True), verdict_in_words(measure, row), findings.adjusted_p(row),
              *findings.in_percent(summary, row)]
             for name, row in table["frechet"].items()
         ]  # fmt: skip
-        also = [[name, *(_detail(key, table[key].get(name)) for key in DETAILS)] for name in table["frechet"]]
+        also = [[name, *(findings.with_verdict(key, table[key].get(name), ": ") for key in DETAILS)] for name in table["frechet"]]
         parts += [element("h3", f"{title}: minus {other}’s"), web.table(header, rows, prose=(0, 2))]
         parts += [web.table(["arm", *(BY_KEY[key].name for key in DETAILS)], also)]
     how = (
@@ -196,10 +192,6 @@ def _differences(summary: dict) -> list[Html]:
         f"if it is below {1 - summary['level']:.2f} then."
     )
     return [web.side_by_side(*forests), paragraph(how), *parts]
-
-
-def _detail(key: str, row: dict | None) -> str:
-    return "–" if row is None else f"{findings.with_interval(BY_KEY[key], row, sign=True)}: {verdict(BY_KEY[key], row)}"
 
 
 def _forest(summary: dict, rows: dict[str, dict], title: str) -> Html:
@@ -240,7 +232,7 @@ def _measurements(summary: dict) -> list[Html]:
 
 
 def _rates(config: Config, summary: dict, styles: Mapping[str, int]) -> list[Html]:
-    setting = "codebook sizes" if config.autoencoder.bottleneck == "vq" else "KL weights"
+    setting = bottleneck_class(config.autoencoder).rate_plural
     words = f"No arm was trained at further {setting}, so each has one point."
     if config.compare.rates:
         at = {rate: " and ".join(arms) for rate in config.compare.rates if (arms := arms_at_rate(config, rate))}
@@ -340,11 +332,11 @@ def _tuning(summary: dict) -> list[Html]:
     if not found:
         return [paragraph("Nothing was tuned: all arms, the baseline too, trained with the one learning rate that was given.")]
     tried = list(dict.fromkeys(_rates_taken(trial) for trial in found["trials"]))
-    results = {(trial["arm"], _rates_taken(trial)): trial for trial in found["trials"]}
-    rows = [
-        [arm["name"], *(_tuned(results.get((arm["name"], rates))) for rates in tried), _rates_taken(arm)]
-        for arm in summary["arms"]
-    ]
+    results = {
+        (t["arm"], _rates_taken(t)): "diverged" if t["diverged"] else "failed" if t["failed"] else number(t["frechet"])
+        for t in found["trials"]
+    }
+    rows = [[a["name"], *(results.get((a["name"], rates), "–") for rates in tried), _rates_taken(a)] for a in summary["arms"]]
     of = "its autoencoder with each of its prior" if found["prior_learning_rates"] else "its autoencoder"
     words = (
         f"Each arm, the baseline too, had {len(tried)} trials, one for each learning rate of {of}, with seed {found['seed']}, "
@@ -360,12 +352,6 @@ def _tuning(summary: dict) -> list[Html]:
 
 def _rates_taken(row: dict) -> str:
     return learning_rates_in_words(row["learning_rate"], row["prior_learning_rate"])
-
-
-def _tuned(trial: dict | None) -> str:
-    if trial is None:
-        return "–"
-    return "diverged" if trial["diverged"] else "failed" if trial["failed"] else number(trial["frechet"])
 
 
 def _left_out(summary: dict) -> list[Html]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Callable, Iterable, Mapping
 
 from dae.comparison.experiments import EXPERIMENTS
@@ -19,6 +20,8 @@ from dae.reporting.findings import (
     signed,
 )
 
+TEMPLATE = Path(__file__).with_suffix(".md")
+
 
 def evidence_document(summaries: Mapping[str, dict], command: str) -> str:
     """The document.
@@ -28,67 +31,35 @@ def evidence_document(summaries: Mapping[str, dict], command: str) -> str:
         command: that made them.
     """
     first, pooled = next(iter(summaries.values())), pool(summaries)
-    seeds, trials = first["seeds"], sum(s["trials"]["finished"] for s in summaries.values())
+    baseline, versions = first["baseline"], first["facts"]["versions"]
     finetuned = next((s["equal_encoder"]["baseline"] for s in summaries.values() if s["equal_encoder"]), None)
     decoupled = {arm["name"] for s in summaries.values() for arm in s["arms"] if arm["decoupled"]}
-    core_hours = sum(s["seconds"] for s in summaries.values()) / 3600
-    versions = ", ".join(f"{name} {version}" for name, version in first["facts"]["versions"].items())
-    lines = [
-        "# Does decoupling help, and at equal rate too?",
-        "",
-        f"Written by `{command}` from {trials} trials of small models ({core_hours:.1f} core hours on CPUs; {versions}).",
-        "The method is that of Hu et al. 2023 as publicly described; hyper-parameters and numbers are ours. What small models on",
-        "small images show need not hold for large ones.",
-        "",
-        *incomplete(summaries),
-        f"In every comparison {len(first['arms'])} ways to train the encoder (*arms*) were trained with the seeds",
-        f"{', '.join(map(str, seeds))}: steps, prior, sampling and codebook size or KL weight are equal.",
-        *said_of_all(budgets, summaries),
-        *said_of_all(_tuned, summaries),
-        "*Generation distance* is the Frechet distance of samples to held-out images in features of a small classifier trained",
-        "on the training images (not Inception); less is better.",
-        *said_of_all(rate_means, summaries),
-        *said_of_all(bits_mean, summaries),
-        "Rate and bits are counted an image. Intervals are Student's, over seeds, of differences between arms with the same",
-        "seed. *At equal rate*: the arm against the baseline's distance at that rate, read between baselines trained at several",
-        "rates, never beyond them. A difference counts as shown if its p is below 0.05 after Holm's adjustment for the number of",
-        "arms in a comparison; the intervals themselves are not adjusted.",
-        "",
-        "## The answer",
-        "",
-        "The comparisons share seeds, code and two data sets: they are not independent evidence, and the means over them, with",
-        "Student's intervals, describe these comparisons and no others. The ratio is the geometric mean over the comparisons of",
-        "the arm's distance to the other's; below 1 is better. A comparison enters it with at least two seeds and half of",
-        "its own.",
-        "",
-        *pooled_answers(pooled, first["baseline"], decoupled, finetuned),
-        *by_comparison(summaries, pooled, first["baseline"], finetuned),
-        *pooled_tables(pooled, finetuned),
-        "## What the decoupled latents cost and save",
-        "",
-        *_costs(summaries),
-        "## Which number predicts generation best?",
-        "",
-        *best_predictor(pooled_predictors(summaries)),
-        *(line for name, summary in summaries.items() for line in _section(name, summary)),
-        "## What these numbers do not say",
-        "",
-        "- The images are tiny, the models have tens of thousands of parameters and train for seconds.",
-        "- Distances are taken in features of one classifier a data set; another one could rank close arms differently.",
-        "- Learning rates are tuned by one seed over a short list, at the comparison's own rate and size of the prior. Other",
-        "  rates use them as they are, other widths of the prior in inverse proportion. Nothing else is tuned, for any arm.",
-        "- A frontier of a few rates is interpolated linearly; seeds whose rate lies outside it are left out of that column.",
-        "- p is adjusted within one table of one comparison, not over all tables and comparisons together.",
-        "- Where trials diverged, intervals know only the others.",
-        "",
-    ]
-    return "\n".join(lines)
+    said = {says.__name__.strip("_"): said_of_all(says, summaries) for says in (budgets, _tuned, rate_means, bits_mean)}
+    blocks = said | {
+        "incomplete": incomplete(summaries),
+        "answers": pooled_answers(pooled, baseline, decoupled, finetuned),
+        "by_comparison": by_comparison(summaries, pooled, baseline, finetuned),
+        "pooled": pooled_tables(pooled, finetuned),
+        "costs": _costs(summaries),
+        "predictors": best_predictor(pooled_predictors(summaries)),
+        "sections": [line for name, summary in summaries.items() for line in _section(name, summary)],
+    }
+    return TEMPLATE.read_text().format(
+        command=command,
+        trials=sum(s["trials"]["finished"] for s in summaries.values()),
+        core_hours=sum(s["seconds"] for s in summaries.values()) / 3600,
+        versions=", ".join(f"{name} {version}" for name, version in versions.items()),
+        arms=len(first["arms"]),
+        seeds=", ".join(map(str, first["seeds"])),
+        baseline=baseline,
+        **{name: "\n".join(lines) for name, lines in blocks.items()},
+    )
 
 
 def incomplete(summaries: Iterable[str]) -> list[str]:
     """A warning where comparisons are missing."""
     missing = [name for name in EXPERIMENTS if name not in summaries]
-    return [f"**This is not all: {', '.join(missing)} were not run.**", ""] if missing else []
+    return [f"**This is not all: {', '.join(missing)} were not run.**", "", ""] if missing else []
 
 
 def _tuned(summary: dict) -> str:
@@ -186,14 +157,9 @@ def pooled_tables(pooled: Mapping[str, dict | None], finetuned: str | None = Non
 
 def _costs(summaries: Mapping[str, dict]) -> list[str]:
     """Bits under the prior, rate, PSNR and copies: arm minus baseline, in how many comparisons each way."""
-    baseline = next(iter(summaries.values()))["baseline"]
     columns = {"rate_bits": "rate, bits", "bits": "bits under the prior", "psnr": "PSNR, dB"}
     columns |= {"memorised": "near-copies, percentage points"}
-    lines = [
-        f"Each arm minus *{baseline}*: in how many comparisons it is shown to be higher or lower (adjusted as above), and the",
-        "range of the mean differences.",
-        "",
-    ]
+    lines = []
     for title, key in (("equal steps", "differences"), ("equal rate", "equal_rate")):
         tables = [s[key] for s in summaries.values() if s[key]]
         known = {name: words for name, words in columns.items() if any(name in table for table in tables)}

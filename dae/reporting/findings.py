@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Mapping, Sequence
 
-from dae.comparison.results import BY_KEY, Measure, verdict
+from dae.comparison.results import BY_KEY, Measure, verdict_in_words
+from dae.priors import PRIORS, PriorFamily
+from dae.quantizers import BOTTLENECKS, Bottleneck
 
 COLUMNS = ("frechet", "bits", "rate_bits", "psnr", "memorised", "recognised")  # of `results_table`
 
@@ -28,6 +30,12 @@ def with_interval(measure: Measure, row: dict | None, sign: bool = False) -> str
 
     ends = "" if row["low"] is None else f" [{figure(row['low'])}, {figure(row['high'])}]"
     return f"{figure(row['mean'])}{ends}{unit}"
+
+
+def with_verdict(key: str, row: dict | None, between: str = " ") -> str:
+    """A difference with its interval, and what it is said to be; a dash where there is none."""
+    measure = BY_KEY[key]
+    return "–" if row is None else f"{with_interval(measure, row, sign=True)}{between}{verdict_in_words(measure, row)}"
 
 
 def with_seeds(key: str, row: dict) -> str:
@@ -62,9 +70,9 @@ def adjusted_p(row: dict) -> str:
 
 
 def by_verdict(key: str, rows: dict[str, dict]) -> dict[str, list[str]]:
-    """Names of arms by their `verdict`, in the order better, worse, no difference shown, not known."""
+    """Names of arms by their `verdict_in_words`, in the order better, worse, no difference shown, not known."""
     words = ("better", "worse", "higher", "lower", "no difference shown", "not known")
-    found = {word: [name for name, row in rows.items() if verdict(BY_KEY[key], row) == word] for word in words}
+    found = {word: [name for name, row in rows.items() if verdict_in_words(BY_KEY[key], row) == word] for word in words}
     return {word: names for word, names in found.items() if names}
 
 
@@ -102,7 +110,7 @@ def caveats(summary: dict, rows: dict[str, dict]) -> str:
     return " ".join(words)
 
 
-def headline(summary: dict, rows: dict[str, dict] | None) -> list[str]:
+def answer_lines(summary: dict, rows: dict[str, dict] | None) -> list[str]:
     """The answer of one table of generation distances, for a terminal: in short, each arm's figures, and the caveats."""
     if rows is None:
         return []
@@ -125,15 +133,17 @@ def budgets(summary: dict) -> str:
     return words + (f" The decoder is that of {summary['baseline']} in all but {', '.join(others)}." if others else "")
 
 
-def latent_type(summary: dict) -> list[str]:
-    """Names of the bottleneck, of the family of the prior, and `gan` after an adversarial loss."""
-    return summary.get("latent_type", summary.get("carrier", "")).split(" + ")  # its name in earlier versions
+def latent_type(summary: dict) -> tuple[type[Bottleneck], PriorFamily, bool]:
+    """The bottleneck, the family of the prior, and whether the decoder had an adversarial loss."""
+    names = summary["latent_type"] if "latent_type" in summary else summary["carrier"]  # its key in earlier versions
+    bottleneck, family, *adversarial = names.split(" + ")
+    return BOTTLENECKS[bottleneck], PRIORS[family], bool(adversarial)
 
 
 def rate_means(summary: dict) -> str:
     """What the rate is, for the bottleneck of this comparison."""
     rate = "the mean Kullback-Leibler divergence of an image's latent distribution from a Gaussian with the moments of them all"
-    if "vq" in latent_type(summary):
+    if latent_type(summary)[0].discrete:
         rate = "the entropy of the codes as if the tokens of an image were independent"
     return f"Rate: {rate}, an upper bound of the information that the latent has of the image, not that information itself."
 
@@ -142,7 +152,7 @@ def bits_mean(summary: dict) -> str:
     """What the bits under the prior are; only some priors are told the class, and only of labelled images."""
     words = "Bits under the prior: what the trained prior needs to write down the latent of a held-out image"
     if summary["facts"].get("labelled"):
-        words += ", not told its class" if "mixture" in latent_type(summary) else ", told the image's class"
+        words += ", not told its class" if latent_type(summary)[1].fitted else ", told the image's class"
     return words + "."
 
 
@@ -158,17 +168,18 @@ def markdown_table(header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> list
 def results_markdown(summary: dict) -> str:
     """The table of all arms with intervals and paired differences, and what its numbers are."""
     measures = [BY_KEY[k] for k in COLUMNS if any(arm["measures"][k] for arm in summary["arms"])]
-    base, frechet, equal, rows = summary["baseline"], BY_KEY["frechet"], summary["equal_rate"], []
+    base, equal, rows = summary["baseline"], summary["equal_rate"], []
     header = ["arm", *(m.name for m in measures), f"distance minus {base}'s", "p (Holm)"]
     header += [f"the same at equal rate (seeds inside {base}'s rates)"] if equal else []
     for arm in summary["arms"]:
-        lost, row = missing(arm), summary["differences"]["frechet"].get(arm["name"])
-        cells = [arm["name"] + (f" ({lost} of {arm['trials']})" if lost else "")]
+        name, lost = arm["name"], missing(arm)
+        cells = [name + (f" ({lost} of {arm['trials']})" if lost else "")]
         cells += [with_interval(m, arm["measures"][m.key]) for m in measures]
-        cells += [f"{with_interval(frechet, row, True)} {verdict(frechet, row)}", adjusted_p(row)] if row else ["–", "–"]
+        row = summary["differences"]["frechet"].get(name)
+        cells += [with_verdict("frechet", row), adjusted_p(row) if row else "–"]
         if equal:
-            at = equal["frechet"].get(arm["name"])
-            cells.append(f"{with_interval(frechet, at, True)} {verdict(frechet, at)} ({at['n']} of {at['of']})" if at else "–")
+            at = equal["frechet"].get(name)
+            cells.append(with_verdict("frechet", at) + (f" ({at['n']} of {at['of']})" if at else ""))
         rows.append(cells)
     floor, copies = summary["facts"]["floor"]["frechet"], summary["facts"].get("memorised_heldout")
     note = (

@@ -19,8 +19,8 @@ from dae.comparison.jobs import (
     check_comparison,
     chosen_learning_rates,
     job_config,
-    load_samples,
     load_trial,
+    load_trial_samples,
     measuring_jobs,
     name_of,
     own_rate,
@@ -80,8 +80,8 @@ def test_trials_are_saved_named_retried_and_skipped(tmp_path, capsys):
     assert "in trial" in error.read_text() and not trial_path(config, JOBS[2]).exists()
     # Two workers, and one in the place of the one that died; each prepares once.
     assert len((tmp_path / "prepared.txt").read_text().split()) <= 3
-    samples = load_samples(config, JOBS[5])
-    assert samples.shape == (2, 4, 4, 1) and (samples == 1).all() and load_samples(config, JOBS[2]) is None
+    samples = load_trial_samples(config, JOBS[5])
+    assert samples.shape == (2, 4, 4, 1) and (samples == 1).all() and load_trial_samples(config, JOBS[2]) is None
 
     (tmp_path / "mended").touch()
     (tmp_path / "ran.txt").unlink()

@@ -7,9 +7,9 @@ import math
 import pytest
 
 from dae.comparison.jobs import Job, Outcome
-from dae.comparison.results import BY_KEY, summarize_comparison, verdict
+from dae.comparison.results import BY_KEY, summarize_comparison, verdict_in_words
 from dae.config import load_config
-from dae.reporting.findings import bits_mean, budgets, headline, in_short, rate_means, results_markdown, with_interval
+from dae.reporting.findings import answer_lines, bits_mean, budgets, in_short, rate_means, results_markdown, with_interval
 from dae.statistics import paired_interval
 
 FACTS = {"floor": {"frechet": 2.0, "frechet_std": 0.1}, "memorised_heldout": 0.01}
@@ -55,17 +55,20 @@ def test_means_and_paired_differences():
 def test_words_follow_the_intervals():
     summary = summarize_comparison(configure(), FACTS, three_arms())
     rows, frechet = summary["differences"]["frechet"], BY_KEY["frechet"]
-    assert (verdict(frechet, rows["weak"]), verdict(frechet, rows["dae-linear"])) == ("better", "no difference shown")
+    assert (verdict_in_words(frechet, rows["weak"]), verdict_in_words(frechet, rows["dae-linear"])) == (
+        "better",
+        "no difference shown",
+    )
     assert in_short(summary, rows) == "Better than joint: weak; no difference shown: dae-linear."
-    first, weak, linear, adjusted = headline(summary, rows)
+    first, weak, linear, adjusted = answer_lines(summary, rows)
     assert first == in_short(summary, rows) and weak == (
         "  weak: −3.05 [−3.26, −2.84]; 4 seeds (−30\u00a0% of joint's distance, −152\u00a0% of training images')"
     )
     assert linear.startswith("  dae-linear: −0.0") and "2 comparisons at once" in adjusted and "not adjusted" in adjusted
     worse = dict(rows["weak"], verdict=1)
-    assert (verdict(frechet, worse), verdict(BY_KEY["psnr"], worse)) == ("worse", "better")
-    assert verdict(BY_KEY["rate_bits"], worse) == verdict(BY_KEY["bits"], worse) == "higher"
-    assert headline(summary, None) == []
+    assert (verdict_in_words(frechet, worse), verdict_in_words(BY_KEY["psnr"], worse)) == ("worse", "better")
+    assert verdict_in_words(BY_KEY["rate_bits"], worse) == verdict_in_words(BY_KEY["bits"], worse) == "higher"
+    assert answer_lines(summary, None) == []
 
 
 def test_chance_findings_are_adjusted():
@@ -77,9 +80,9 @@ def test_chance_findings_are_adjusted():
     row = summary["differences"]["frechet"]["weak"]
     assert row["low"] > 0 and row["p"] == pytest.approx(0.0394, abs=2e-3) and row["adjusted"] == pytest.approx(2 * row["p"])
     rows = summary["differences"]["frechet"]
-    assert verdict(BY_KEY["frechet"], row) == "no difference shown"
+    assert verdict_in_words(BY_KEY["frechet"], row) == "no difference shown"
     assert in_short(summary, rows) == "No difference shown: dae-linear, weak."
-    assert headline(summary, rows)[-1].endswith("By its own interval, which leaves out 0, weak would count, too.")
+    assert answer_lines(summary, rows)[-1].endswith("By its own interval, which leaves out 0, weak would count, too.")
     assert "no difference shown | 0.079" in results_markdown(summary) and "worse" not in results_markdown(summary)
 
 
@@ -106,7 +109,7 @@ def test_what_diverged_or_failed_is_shown_and_its_pair_is_missing():
     assert (weak["trials"], weak["finished"], weak["diverged"]) == (4, 3, 1)
     table = results_markdown(summary)
     assert "weak (1 diverged of 4)" in table and "joint (1 failed of 4)" in table and "diverged: loss is nan" in table
-    said = " ".join(headline(summary, summary["differences"]["frechet"]))
+    said = " ".join(answer_lines(summary, summary["differences"]["frechet"]))
     assert "2 of 4 seeds" in said and "weak (1 of 4 diverged)" in said and "only the trials that did not diverge" in said
 
 
@@ -168,9 +171,11 @@ def test_arms_know_how_they_were_trained():
         (["autoencoder.bottleneck=kl", "prior.family=mixture"], "Gaussian with the moments", ", not told its class."),
     ],
 )
-def test_rate_and_bits_are_named_for_the_carrier(overrides, rate, labelled):
+def test_rate_and_bits_are_named_for_the_latent_type(overrides, rate, labelled):
     summary = summarize_comparison(configure(*overrides), FACTS | {"labelled": True}, three_arms())
     assert rate in rate_means(summary) and "upper bound" in rate_means(summary) and bits_mean(summary).endswith(labelled)
+    earlier = {"carrier" if key == "latent_type" else key: value for key, value in summary.items()}
+    assert rate_means(earlier) == rate_means(summary) and bits_mean(earlier) == bits_mean(summary)
     assert "class" not in bits_mean(summarize_comparison(configure(*overrides), FACTS, three_arms()))
 
 
@@ -190,8 +195,8 @@ def test_equal_rate_is_against_the_frontier_of_the_same_seed():
     outcomes += [make("dae-linear", s, 5, 36 if s < 2 else 41) for s in SEEDS]
     summary = summarize_comparison(configure("compare.rates=[16,128]"), FACTS, outcomes)
     steps, rate = summary["differences"]["frechet"]["weak"], summary["equal_rate"]["frechet"]["weak"]
-    assert steps["mean"] == pytest.approx(-4) and verdict(BY_KEY["frechet"], steps) == "better"
-    assert rate["values"] == pytest.approx(own_noise) and verdict(BY_KEY["frechet"], rate) == "no difference shown"
+    assert steps["mean"] == pytest.approx(-4) and verdict_in_words(BY_KEY["frechet"], steps) == "better"
+    assert rate["values"] == pytest.approx(own_noise) and verdict_in_words(BY_KEY["frechet"], rate) == "no difference shown"
     linear = summary["equal_rate"]["frechet"]["dae-linear"]
     assert (linear["n"], linear["of"], linear["seeds"]) == (2, 4, [0, 1])  # two seeds lie beyond joint's rates
     assert linear["values"] == pytest.approx([5 - 14 - NOISE[0], 5 - 14 - NOISE[1]])
@@ -207,7 +212,7 @@ def test_an_arm_outside_of_all_rates_says_so():
     summary = summarize_comparison(configure("compare.rates=[16]"), FACTS, outcomes)
     row = summary["equal_rate"]["frechet"]["weak"]
     assert (row["n"], row["of"], row["mean"]) == (0, 4, None)
-    assert "0 of 4 seeds" in " ".join(headline(summary, summary["equal_rate"]["frechet"]))
+    assert "0 of 4 seeds" in " ".join(answer_lines(summary, summary["equal_rate"]["frechet"]))
     json.dumps(summary, allow_nan=False)
 
 
@@ -234,7 +239,7 @@ def test_predictors_are_ranked_by_their_strength():
     )
     assert rows[0]["low"] == pytest.approx(-1) and abs(by_key["shift_error"]["rho"]) < 0.9
     assert by_key["code_entropy"]["rho"] is None and "flip_error" not in by_key
-    assert {"rate_bits", "bits"} < set(by_key)  # yardsticks
+    assert {"rate_bits", "bits"} < set(by_key)  # for comparison
     assert {row["n"] for row in rows if row["key"] != "linear_probe"} == {12}  # all over the same trials
     assert by_key["linear_probe"]["n"] == 11 and [r["key"] for r in rows if r["rho"] is not None][-1] == "linear_probe"
     assert not {"psnr", "codebook_perplexity"} & set(by_key)  # the order of the reconstruction error, and of the entropy

@@ -55,7 +55,7 @@ def test_too_few_images_are_refused_before_the_classifier_is_trained(tmp_path):
 
 
 @pytest.mark.parametrize("overrides", [[], KL, GAN], ids=["vq", "kl", "gan"])
-def test_a_trial_of_each_carrier(bench, tmp_path, overrides):
+def test_a_trial_of_each_latent_type(bench, tmp_path, overrides):
     config, job = configure(tmp_path, *overrides), Job("dae-linear", 3, 2e-3)
     state = torch.get_rng_state()
     record, samples = run_trial(bench, config, job)
