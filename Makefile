@@ -36,6 +36,7 @@ evidence: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadscope -q
 
 # torch chooses its code by the processor: `make test` ran that of this one, and these are the lesser ones. AVX-512 machines run all.

@@ -32,7 +32,7 @@ class PerceptualLoss(nn.Module):
     scale: Tensor
     least_size = 16  # pixels, of which four poolings leave one position
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         channels = 3

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from dae.config import Config
 from dae.data.augmentation import augment
-from dae.data.loader import evaluation_batches
+from dae.data.loader import AnyDataset, evaluation_batches
 from dae.distributed import failing_together, rank, run_on_first_process, sum_over_processes, world_size
 from dae.losses import PerceptualLoss, adaptive_weight, discriminator_loss, generator_loss, reconstruction_loss
 from dae.metrics import CodebookUsage, psnr
@@ -64,7 +63,7 @@ def train_stages(
     loaders: Loaders,
     engine: Engine,
     *,
-    heldout: Dataset | None = None,
+    heldout: AnyDataset | None = None,
     run: Run | None = None,
     resumed: Checkpoint | None = None,
 ) -> None:
@@ -100,7 +99,7 @@ def train_stages(
         steps_before += stage.config.max_train_steps
 
 
-def train_stage(training: StageTraining, heldout: Dataset | None, run: Run | None, steps_before: int, start: int) -> None:
+def train_stage(training: StageTraining, heldout: AnyDataset | None, run: Run | None, steps_before: int, start: int) -> None:
     """The loop. `steps_before` are those of the stages before, `start` is where in this one it begins."""
     config, stage, state = training.config, training.stage, training.state
     total = stage.config.max_train_steps
@@ -236,7 +235,7 @@ def initialize_codebook(config: Config, autoencoder: Autoencoder, batches: Train
 
 
 @torch.no_grad()
-def validate(config: Config, autoencoder: Autoencoder, heldout: Dataset, most_images: int) -> dict[str, float]:
+def validate(config: Config, autoencoder: Autoencoder, heldout: AnyDataset, most_images: int) -> dict[str, float]:
     """PSNR on held-out images, shared by the processes, and for VQ the codebook's use.
 
     At most `data.validation_size` images and `most_images`.
@@ -263,7 +262,7 @@ def validate(config: Config, autoencoder: Autoencoder, heldout: Dataset, most_im
     return values
 
 
-def show_reconstructions(run: Run, step: int, autoencoder: Autoencoder, heldout: Dataset) -> None:
+def show_reconstructions(run: Run, step: int, autoencoder: Autoencoder, heldout: AnyDataset) -> None:
     """Some held-out images beside their reconstructions, for trackers that take pictures."""
     with failing_together():
         if run.shows_images():

@@ -1,5 +1,6 @@
 """The registries of prior families and bottlenecks are what the configuration offers, and nothing outside asks for a name."""
 
+import ast
 import dataclasses
 from pathlib import Path
 
@@ -48,3 +49,17 @@ def test_every_model_belongs_to_one_family():
     assert len({family.model for family in PRIORS.values()}) == len(PRIORS)
     for family in PRIORS.values():
         assert family_of(family.model.__new__(family.model)) is family
+
+
+def test_nobody_branches_on_a_name():
+    """Comparisons with the name of a family or a bottleneck stand in their own rooms alone."""
+    names, found = {*PRIORS, *BOTTLENECKS}, []
+    for path in sorted(DAE.rglob("*.py")) + sorted((DAE.parent / "recipes").glob("*.py")):
+        if path.relative_to(DAE.parent).parts[1] in ("priors", "quantizers"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Compare):
+                constants, words = {each.value for each in ast.walk(node) if isinstance(each, ast.Constant)}, ast.unparse(node)
+                if constants & names and any(word in words for word in ("bottleneck", "family", "latent_type", "prior")):
+                    found.append(f"{path}:{node.lineno}: {words}")
+    assert not found
