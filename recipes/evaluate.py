@@ -83,6 +83,10 @@ def evaluate(config: Config) -> dict:
     pictures["nearest training images"] = to_uint8(as_float(train[copies.nearest_index[closest]]))
     trade = guidance_sweep(config, judge, autoencoder, prior, history, min(len(samples), settings.max_images))
 
+    floor = {"meaning": "training against held-out images, the Frechet distance at equal counts"}
+    floor |= {"frechet": judge.floor.mean, "frechet_std": judge.floor.std} | judge.kernel(judge.train_features)
+    note = f"{data.title} features, not Inception"
+    machine = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     metrics = {
         "reconstruction": reconstruction,
         **describe_latent(autoencoder, measured),
@@ -94,28 +98,16 @@ def evaluate(config: Config) -> dict:
             "tokens_an_image": family.tokens_per_image(prior),
         },
         "generation": generation,
-        "floor": {
-            "meaning": "training against held-out images, the Frechet distance at equal counts",
-            "frechet": judge.floor.mean,
-            "frechet_std": judge.floor.std,
-            **judge.kernel(judge.train_features),
-        },
+        "floor": floor,
         "trade": trade,
-        "extractor": {
-            "id": classifier.identifier,
-            "note": f"{data.title} features, not Inception",
-            "heldout_accuracy": judge.accuracy,
-        },
+        "extractor": {"id": classifier.identifier, "note": note, "heldout_accuracy": judge.accuracy},
         "data": described,
         "counts": {"train": len(train), "heldout": len(heldout), "samples": len(samples), "frechet": judge.count},
         "sampling": sampling,
         "method": config.method,
         "seed": seed,
         "versions": versions(),
-        "measured": {
-            "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "device": torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads",
-        },
+        "measured": {"at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "device": machine},
         "seconds": time.monotonic() - started,
     }
     with replaced_folder(output / "evaluation") as new:
