@@ -79,7 +79,7 @@ def flow_matching_loss(
 
 
 def even_times(shape: tuple[int], **options) -> Tensor:
-    """[n] times (u + i / n) mod 1 with one u ~ U[0, 1]: each is uniform, and together they cover the interval."""
+    """Stratified times [n]: (u + i / n) mod 1 with one u ~ U[0, 1]; each is uniform, and together they cover the interval."""
     (n,) = shape
     steps = torch.arange(n, device=options["device"], dtype=options["dtype"]) / n
     return (torch.rand(1, **options) + steps) % 1

@@ -30,7 +30,7 @@ class PerceptualLoss(nn.Module):
     depths, widths = (2, 2, 3, 3, 3), (64, 128, 256, 512, 512)
     shift: Tensor
     scale: Tensor
-    least_size = 16  # pixels, of which four poolings leave one position
+    least_size = 16  # pixels: four poolings leave one position
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class PerceptualLoss(nn.Module):
 
     @classmethod
     def from_pretrained(cls, weights: str | Path) -> Self:
-        """The loss with weights of one safetensors file; what else is in it (VGG16's classifier, say) is left out.
+        """Load the weights from one safetensors file; other tensors in it, such as VGG16's classifier, are ignored.
 
         Args:
             weights: a .safetensors file, a folder with `model.safetensors`, or a repository of the Hub that has it, such as
@@ -107,7 +107,7 @@ class PerceptualLoss(nn.Module):
 
 
 def find_weights(weights: str | Path) -> Path:
-    """The safetensors file that is meant. A `Path`, and a string that ends in .safetensors, is never looked for on the Hub."""
+    """Path of the safetensors file; a `Path`, or a string ending in .safetensors, is never looked up on the Hub."""
     path, expected = Path(weights), "expected VGG16's weights by torchvision's names (loss.perceptual_weights)"
     if path.is_file():
         return path

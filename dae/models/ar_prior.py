@@ -46,7 +46,7 @@ class ARBlock(nn.Module):
         super().__init__()
         self.layer, self.heads = layer, config.num_heads
         width, head_dim = config.width, config.width // config.num_heads
-        hidden = -(-width * 8 // 3 // 16) * 16  # the parameters of a 4 x MLP, in a multiple of 16
+        hidden = -(-width * 8 // 3 // 16) * 16  # as many parameters as a 4 x MLP, rounded up to a multiple of 16
         self.norm_attention = nn.RMSNorm(width, eps=NORM_EPS)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.norm_q, self.norm_k = nn.RMSNorm(head_dim, eps=NORM_EPS), nn.RMSNorm(head_dim, eps=NORM_EPS)
@@ -109,7 +109,7 @@ class ARPrior(WideBuffers, ClassConditional, Prior):
     def forward(
         self, labels_B: Tensor, tokens_BT: Tensor, cache: KVCache | None = None, targets_BT: Tensor | None = None
     ) -> Tensor:
-        """Logits [B, L, K] of the tokens that follow the class and each given token; their loss where targets are given.
+        """Logits [B, L, K] of the next token after the class and after each given token; with targets, their mean loss.
 
         Without cache, the input is the class followed by `tokens_BT` [B, L - 1]; with L - 1 = T - 1 given tokens the
         output holds the logits of all T. With a cache, the input is what follows the cached positions: the class (and
@@ -145,7 +145,7 @@ class ARPrior(WideBuffers, ClassConditional, Prior):
         )
 
     def corrupt(self, tokens_BT: Tensor) -> Tensor:
-        """Input tokens with each replaced by a random one with probability `token_noise` (Esser et al. 2021 call 1 - p `pkeep`).
+        """Input tokens, each replaced by a random one with probability `token_noise` (Esser et al. 2021 call 1 - p `pkeep`).
 
         The targets stay clean: the prior learns to continue also what it would not have written itself.
         """

@@ -103,7 +103,7 @@ class Autoencoder(PretrainedModel):
             raise ValueError(f"expected images [B, {self.image_channels}, H, W], got {list(images.shape)}")
         if images.shape[2] % self.factor or images.shape[3] % self.factor:
             raise ValueError(f"height and width must be divisible by {self.factor}, got {list(images.shape[2:])}")
-        features = self.encoder(images).to(self.encoder.conv_in.weight.dtype)  # those of autocast are narrower
+        features = self.encoder(images).to(self.encoder.conv_in.weight.dtype)  # autocast returns narrower ones
         return self.bottleneck(features, sample_posterior)
 
     def decode(self, latents: Tensor) -> Decoding:
@@ -132,7 +132,7 @@ class Autoencoder(PretrainedModel):
         return Reconstruction(self.decoder(encoding.latents), encoding)
 
     def freeze_latent(self) -> None:
-        """Fix encoder and bottleneck for good: no gradient, no codebook update, evaluation mode also after `.train()`."""
+        """Freeze encoder and bottleneck for good: no gradients, no codebook update, evaluation mode even after `.train()`."""
         self.latent_frozen = True
         self.bottleneck.frozen = True
         self.encoder.requires_grad_(False)
@@ -147,7 +147,7 @@ class Autoencoder(PretrainedModel):
         return self
 
     def replace_decoder(self, decoder: DecoderConfig) -> None:
-        """Put a freshly initialised decoder in place of the present one (the switch from stage 1 to stage 2)."""
+        """Replace the decoder by a freshly initialised one (the switch from stage 1 to stage 2)."""
         self.config = dataclasses.replace(self.config, decoder=decoder)
         new = build_decoder(self.config, self.image_channels, self.resolution)
         self.decoder = new.to(self.device, self.dtype).train(self.training)
@@ -157,7 +157,7 @@ class Autoencoder(PretrainedModel):
         self.encoder.gradient_checkpointing = self.decoder.gradient_checkpointing = enabled
 
     def refuse_other_data(self, image_channels: int, resolution: int) -> None:
-        """ValueError unless images of this kind are what the autoencoder was made for."""
+        """ValueError unless the autoencoder was made for images of this size and number of channels."""
         if (self.image_channels, self.resolution) != (image_channels, resolution):
             raise ValueError(
                 f"this autoencoder was trained on {self.image_channels}-channel images of {self.resolution} pixels, "

@@ -1,4 +1,4 @@
-"""What the priors over a continuous latent share: the shape they model, and its checks."""
+"""The base class of priors over a continuous latent: its shape and its checks."""
 
 from __future__ import annotations
 

@@ -78,7 +78,7 @@ class ConvDecoder(nn.Module):
 
 
 def build_decoder(config: AutoencoderConfig, image_channels: int, resolution: int) -> LinearDecoder | ConvDecoder:
-    """The member of the family that `config.decoder` names; [B, latent_channels, h, w] -> [B, image_channels, H, W].
+    """Build the decoder that `config.decoder` names: [B, latent_channels, h, w] -> [B, image_channels, H, W].
 
     Raises:
         ValueError: an unknown family, or a capacity outside its range.

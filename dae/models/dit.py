@@ -48,7 +48,7 @@ class DiTBlock(nn.Module):
     def __init__(self, config: PriorConfig):
         super().__init__()
         width, self.heads = config.width, config.num_heads
-        hidden = -(-width * 8 // 3 // 16) * 16  # the parameters of a 4 x MLP, in a multiple of 16
+        hidden = -(-width * 8 // 3 // 16) * 16  # as many parameters as a 4 x MLP, rounded up to a multiple of 16
         self.modulation = nn.Linear(width, 6 * width)
         self.qkv = nn.Linear(width, 3 * width)
         self.norm_q, self.norm_k = (nn.RMSNorm(width // config.num_heads, eps=NORM_EPS) for _ in range(2))
@@ -121,11 +121,11 @@ class DiT(WideBuffers, ClassConditional, ContinuousPrior):
                 else:
                     nn.init.xavier_uniform_(module.weight)
             elif isinstance(module, nn.Embedding):
-                # a class weighs as much as the time beside it: with 0.02 small models take hundreds of steps to see it at all
+                # as large as the time embedding: with 0.02, small models take hundreds of steps to notice the class
                 nn.init.normal_(module.weight, std=0.5 if name == "class_embedding" else 0.02)
 
     def set_latent_statistics(self, mean_D: Tensor, std_D: Tensor) -> None:
-        """Take mean and standard deviation of each channel of the latents, in the autoencoder's own scale.
+        """Set mean and standard deviation of each channel of the latents, in the autoencoder's own scale.
 
         Raises:
             ValueError: not D finite numbers, or a standard deviation that is not positive.
@@ -146,7 +146,7 @@ class DiT(WideBuffers, ClassConditional, ContinuousPrior):
 
     def normalise(self, latents_BDhw: Tensor) -> Tensor:
         """(latents - mean) / std: from the autoencoder's scale to the model's."""
-        dtype = torch.promote_types(latents_BDhw.dtype, self.dtype)  # the statistics are wide in any model
+        dtype = torch.promote_types(latents_BDhw.dtype, self.dtype)  # the statistics are float32 in any model
         return ((latents_BDhw - self.latent_mean) / self.latent_std).to(dtype)
 
     def denormalise(self, x_BDhw: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which implementation of the operations of dae_kernels a model's modules run."""
+"""Choose which implementation of each dae_kernels operation the modules of a model run."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ NORM_EPS = 1e-6  # of all normalisations of the Transformers
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm with 32 groups, or with the largest number below that divides the channels, and SiLU if asked for."""
+    """GroupNorm and optionally SiLU, with gcd(32, channels) groups."""
 
     operation, impl = "group_norm_silu", "auto"  # for dae.models.kernels
 
@@ -51,7 +51,7 @@ class Dropout(nn.Module):
 
 
 class ClassConditional:
-    """For a prior of `num_classes` classes C whose `config` has `class_dropout`: label C is no class (Ho & Salimans 2022)."""
+    """Mix-in of priors over C = `num_classes` classes: label C is the null class of guidance (Ho & Salimans 2022)."""
 
     num_classes: int
     config: PriorConfig
@@ -67,7 +67,7 @@ class ClassConditional:
         return torch.where(hidden, self.null_class, labels_B)
 
     def check_guidance(self, cfg_scale: float) -> None:
-        """ValueError for a scale other than 1 if the prediction without a class, which guidance subtracts, was never trained."""
+        """ValueError for a scale other than 1 if the prior was trained without class dropout, which guidance needs."""
         if cfg_scale != 1 and self.config.class_dropout == 0:
             raise ValueError(
                 f"a guidance scale of {cfg_scale:g} needs a prior trained with prior.class_dropout above 0, this one had 0: take "
@@ -113,7 +113,7 @@ class SelfAttention2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         B, C, H, W = x.shape
-        # Positions before channels, as channels_last has them: all of this, and its backward, are then views.
+        # Positions before channels, as in channels_last: then all of this and its backward are views.
         qkv = self.qkv(self.norm(x)).movedim(1, -1).reshape(B, 1, H * W, 3, C)
         q, k, v = qkv.unbind(3)  # [B, 1 head, HW, C]
         h = attention(q, k, v, impl=self.impl).view(B, H, W, C).movedim(-1, 1)

@@ -1,4 +1,4 @@
-"""Gaussian mixture over a continuous latent: the smallest prior that knows more than one mode, fitted without gradients."""
+"""Gaussian mixture over a continuous latent: the smallest prior with several modes, fitted without gradients."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class GaussianMixturePrior(WideBuffers, ContinuousPrior):
         self.register_buffer("cholesky", torch.eye(P).repeat(K, 1, 1))
 
     def fit(self, latents_NDhw: Tensor, seed: int, *, regularisation: float = 1e-2) -> GaussianMixturePrior:
-        """Expectation-maximisation from k-means (scikit-learn), with each channel brought to variance 1; returns itself.
+        """Fit by expectation-maximisation from k-means (scikit-learn), with channels scaled to variance 1; returns itself.
 
         Args:
             latents_NDhw: [N, D, h, h] with N >= K.

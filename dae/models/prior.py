@@ -1,4 +1,4 @@
-"""What all priors share: how they describe themselves in their saved folder."""
+"""The base class of all priors: their configuration in a saved folder."""
 
 from __future__ import annotations
 

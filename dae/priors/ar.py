@@ -37,7 +37,7 @@ class Autoregressive(PriorFamily[ARPrior]):
         return ARPrior(settings, sequence_length=shape.pop("latent_size") ** 2, **shape)
 
     def loss(self, model: Callable[..., Tensor], prior: ARPrior, batch: dict[str, Tensor]) -> Tensor:
-        """Mean of -log p(token | class, earlier tokens) in nats, with hidden classes and noise on what is read."""
+        """Mean of -log p(token | class, earlier tokens) in nats, with class dropout and token noise."""
         tokens = draw_augmentations(batch["tokens"])
         return model(prior.drop_labels(batch["label"]), prior.corrupt(tokens[:, :-1]), targets_BT=tokens)
 
@@ -63,7 +63,7 @@ class Autoregressive(PriorFamily[ARPrior]):
         return sample_tokens(prior, labels_B, **options, generator=generator)
 
     def rehearse(self, prior: ARPrior, batch: dict[str, Tensor]) -> None:
-        if prior.sequence_length > 1:  # one token after the other
+        if prior.sequence_length > 1:  # sampling: one token after the other
             cache, labels = prior.make_cache(1), batch["label"][:1]
             first = prior(labels, batch["tokens"][:1, 0, :0], cache)
             prior(labels, first[:, -1:].argmax(-1), cache)
@@ -92,7 +92,7 @@ def filter_logits(logits_BK: Tensor, top_k: int | None = None, top_p: float | No
         top_p = as_number("filter_logits", "top_p", top_p)
         if not 0 < top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], got {top_p}")
-        if top_p == 1:  # all are needed, whatever their rounded sum says
+        if top_p == 1:  # keep all, whatever their rounded sum is
             return logits_BK
         sorted_logits, order = logits_BK.sort(descending=True, stable=True)
         wide = torch.promote_types(logits_BK.dtype, torch.float32)
@@ -103,7 +103,7 @@ def filter_logits(logits_BK: Tensor, top_k: int | None = None, top_p: float | No
     return logits_BK
 
 
-@torch.no_grad()  # not inference_mode, whose tensors no later training could take
+@torch.no_grad()  # not inference_mode: its tensors cannot be trained on
 def sample_tokens(
     prior: ARPrior,
     labels_B: Tensor,
@@ -155,10 +155,10 @@ def sample_tokens(
         if guided:
             conditional, null = logits.chunk(2)
             logits = null + cfg_scale * (conditional - null)
-        largest = logits.amax(-1, keepdim=True)  # also NaN where one is
+        largest = logits.amax(-1, keepdim=True)  # NaN if any of them is
         known = largest.isfinite()
         finite &= known.all()
-        # Differences to the largest, which no division makes infinity of.
+        # Subtract the largest first: then no division overflows.
         logits = filter_logits((logits - largest).where(known, 0.0) / divisor, top_k, top_p)
         if temperature == 0:
             new = logits.argmax(-1, keepdim=True)

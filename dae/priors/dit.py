@@ -22,8 +22,8 @@ from dae.seeding import seed_for
 if TYPE_CHECKING:
     from dae.data.cache import EncodedDataset, EncodingCache
 
-LIKELIHOOD_STEPS = 32  # of the ODE whose likelihood gives the bits per image
-LIKELIHOOD_IMAGES = 256  # held-out images of which it is taken at most
+LIKELIHOOD_STEPS = 32  # of the ODE solver that computes the bits per image
+LIKELIHOOD_IMAGES = 256  # largest number of held-out images that it is computed on
 
 
 class DiffusionTransformer(PriorFamily[DiT]):
@@ -44,13 +44,13 @@ class DiffusionTransformer(PriorFamily[DiT]):
     )
 
     def build(self, settings: PriorConfig, cache: EncodingCache) -> DiT:
-        """A new model that knows the scale of this autoencoder's latent."""
+        """A new model with the mean and standard deviation of this autoencoder's latent."""
         prior = DiT(settings, **latent_shape(cache))
         prior.set_latent_statistics(*latent_statistics(cache.train.values_NC))
         return prior
 
     def loss(self, model: Callable[..., Tensor], prior: DiT, batch: dict[str, Tensor]) -> Tensor:
-        """`flow_matching_loss` of each image's posterior, with hidden classes."""
+        """`flow_matching_loss` of each image's posterior, with class dropout."""
         mean, variance = normalised_posteriors(prior, draw_augmentations(batch["moments"]))
         return flow_matching_loss(model, mean, prior.drop_labels(batch["label"]), variance_BDhw=variance)
 
@@ -99,7 +99,7 @@ def normalised_posteriors(prior: DiT, moments_BEhw: Tensor) -> tuple[Tensor, Ten
     return prior.normalise(mean), log_variance.exp() / prior.latent_std.square()
 
 
-@torch.no_grad()  # not inference_mode, whose tensors no later training could take
+@torch.no_grad()  # not inference_mode: its tensors cannot be trained on
 def sample_latents(
     dit: DiT,
     labels_B: Tensor,

@@ -1,4 +1,4 @@
-"""What a family of priors says of itself to the recipes that train, sample, judge and describe one."""
+"""The interface of a prior family: everything that training, sampling, evaluation and pages need to know of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every bottleneck is, what it returns, and what it says of itself to whoever works with its latent."""
+"""The interface of a bottleneck: what it computes, and what others need to know of its latent."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ class VectorQuantizer(WideBuffers, Bottleneck):
         rows = max(1, 2**23 // len(codebook_KD))  # 64 MiB of distances at once
         drawn = []
         for z_ND, least_n in zip(z_BhwD.flatten(0, -2).split(rows), least_N.split(rows), strict=True):
-            # From differences in float64: products would cancel away from the origin.
+            # Differences in float64: products would cancel far from the origin.
             square_NK = torch.cdist(z_ND, codebook_KD, compute_mode="donot_use_mm_for_euclid_dist").square_()
             drawn.append(torch.multinomial(((least_n[:, None] - square_NK) / scale).softmax(-1), 1))
         return torch.cat(drawn).view(nearest_Bhw.shape)
@@ -146,7 +146,7 @@ class VectorQuantizer(WideBuffers, Bottleneck):
         K = len(self.codebook)
 
         def random_latents(count: int) -> Tensor:
-            few = len(x_ND) < K  # then codes share latents, and noise tells them apart
+            few = len(x_ND) < K  # codes share latents then, and noise separates them
             rows = (
                 torch.randint(len(x_ND), (count,), generator=generator) if few else torch.randperm(len(x_ND), generator=generator)
             )
@@ -172,7 +172,7 @@ class VectorQuantizer(WideBuffers, Bottleneck):
         if encoding.indices is None:
             raise ValueError("observe needs encodings with indices")
         x_BTD = encoding.features.detach().movedim(1, -1).flatten(1, 2)
-        # Sums in float64: those of micro-batches and processes add up to the sum of the whole but for its one rounding.
+        # Sums in float64: over micro-batches and processes they add up to the global sum with a single rounding.
         counts, sums = codebook_statistics(x_BTD.double(), encoding.indices.flatten(1), len(self.codebook))
         self._counts = counts if self._counts is None else self._counts + counts
         self._sums = sums if self._sums is None else self._sums + sums
@@ -181,7 +181,7 @@ class VectorQuantizer(WideBuffers, Bottleneck):
 
     @torch.no_grad()
     def update_codebook(self) -> None:
-        """Move the codebook by all that was observed since the last call, on all processes alike; by nothing it does not move.
+        """Update the codebook with all latents observed since the last call, identically on all processes.
 
         Raises:
             RuntimeError: no process has observed anything, on all of them.
@@ -231,12 +231,12 @@ class VectorQuantizer(WideBuffers, Bottleneck):
         return sum_over_processes(found_KD)
 
     def _take_first_process_codebook(self) -> None:
-        """For processes that began with another one, or whose devices round otherwise."""
+        """Copy process 0's codebook: others may have started with another one, or round differently."""
         for buffer in self.buffers():
             from_first_process(buffer)
 
     def _set_codes(self, which_K: Tensor, codes_KD: Tensor) -> None:
-        """Place the chosen codes, each with an average count, so that it has time to find users."""
+        """Set the chosen codes, each with an average count, so that it has time to be used."""
         which = which_K[:, None]
         mean_count = self.average_counts.mean()
         self.average_counts.copy_(torch.where(which_K, mean_count, self.average_counts))

@@ -23,7 +23,7 @@ def load_chain(
     kernels: KernelsConfig | None = None,
     torch_dtype: torch.dtype | None = None,
 ) -> tuple[Autoencoder, Prior]:
-    """The autoencoder and the prior of a run, which compute by `kernels` (None: "auto") and in `torch_dtype` (None: float32).
+    """Load the autoencoder and the prior of a run, with these `kernels` (None: "auto") and `torch_dtype` (None: float32).
 
     Raises:
         FileNotFoundError: one of them is missing.
@@ -44,7 +44,7 @@ def load_chain(
 
 
 def prior_class(folder: Path) -> type[Prior]:
-    """The class of the prior saved in `folder`; of a damaged one any, whose `from_pretrained` says what is wrong."""
+    """The class of the prior saved in `folder`; if its config is damaged any class, as `from_pretrained` reports the damage."""
     classes = {family.model.__name__: family.model for family in PRIORS.values()}
     try:
         return classes[json.loads((folder / CONFIG).read_text())["_class_name"]]
@@ -53,7 +53,7 @@ def prior_class(folder: Path) -> type[Prior]:
 
 
 def knows_classes(prior: Prior) -> bool:
-    """Whether it can be asked for a class; one that is fitted at once cannot."""
+    """Whether it can be conditioned on a class; priors that are fitted at once cannot."""
     return not family_of(prior).fitted
 
 

@@ -34,11 +34,11 @@ if TYPE_CHECKING:
     from dae.data.tensors import TensorLoader
     from dae.training.run import Run
 
-Loaders = Callable[[Stage, str], "TrainLoader | TensorLoader"]  # a stage's training images, in the order of a purpose
+Loaders = Callable[[Stage, str], "TrainLoader | TensorLoader"]  # (stage, purpose) -> batches: to train on, or for k-means
 
 
 def build_autoencoder(config: Config, stage: Stage) -> Autoencoder:
-    """A new one with the decoder of `stage`, from the seed, or with the weights that `init_from` names."""
+    """A new autoencoder with the decoder of `stage`, initialised from the seed or with the weights at `init_from`."""
     torch.manual_seed(seed_for(config.seed, "autoencoder"))
     architecture = dataclasses.replace(config.autoencoder, decoder=stage.decoder)
     autoencoder = Autoencoder(architecture, config.data.channels, config.data.resolution)
@@ -100,7 +100,7 @@ def train_stages(
 
 
 def train_stage(training: StageTraining, heldout: AnyDataset | None, run: Run | None, steps_before: int, start: int) -> None:
-    """The loop. `steps_before` are those of the stages before, `start` is where in this one it begins."""
+    """Train a stage from its step `start` on; `steps_before` counts the steps of earlier stages, for the log."""
     config, stage, state = training.config, training.stage, training.state
     total = stage.config.max_train_steps
     bar = progress_bar(total, start, f"{stage.name}, {stage.decoder.family} decoder", shown=run is not None)
@@ -123,12 +123,12 @@ def train_stage(training: StageTraining, heldout: AnyDataset | None, run: Run | 
             run.save(step_of_run, *state.pack(), stage=stage.name, stage_step=done)
     bar.close()
     if state.ema:
-        training.trained.load_state_dict(state.ema.state_dict())  # what is delivered, and what stage 2 freezes, is the average
+        training.trained.load_state_dict(state.ema.state_dict())  # the average is delivered, and frozen by stage 2
     training.engine.free_memory()
 
 
 class StageTraining(Training):
-    """The step of a stage of the autoencoder: of all of it, or of the decoder alone on latents that the frozen encoder computes.
+    """The training step of a stage: of the whole autoencoder, or of the decoder alone while encoder and bottleneck are frozen.
 
     Args:
         autoencoder: with the decoder of `stage`, on the engine's device.
@@ -224,7 +224,7 @@ class StageTraining(Training):
 def initialize_codebook(config: Config, autoencoder: Autoencoder, batches: TrainLoader | TensorLoader) -> None:
     """k-means on the untrained encoder's outputs for the first images: 16 vectors per code, of at most 64 batches."""
     images = -(-16 * autoencoder.bottleneck.num_codes(autoencoder.config) // autoencoder.latent_size**2)
-    mine, features = len(range(rank(), images, world_size())), []  # not all of a batch: whatever its size
+    mine, features = len(range(rank(), images, world_size())), []  # this process's share, whatever the batch size
     with failing_together():
         for batch in islice(batches, 64):
             features.append(autoencoder.encode(batch["image"].to(autoencoder.device)).features)
@@ -236,7 +236,7 @@ def initialize_codebook(config: Config, autoencoder: Autoencoder, batches: Train
 
 @torch.no_grad()
 def validate(config: Config, autoencoder: Autoencoder, heldout: AnyDataset, most_images: int) -> dict[str, float]:
-    """PSNR on held-out images, shared by the processes, and for VQ the codebook's use.
+    """PSNR on held-out images of all processes, and the usage of a codebook, if there is one.
 
     At most `data.validation_size` images and `most_images`.
     """

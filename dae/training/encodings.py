@@ -1,4 +1,4 @@
-"""Encoding images for a prior: what an autoencoder makes of each, as a cache keeps it."""
+"""Encode images for a prior, in the form that a cache keeps."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from dae.quantizers import Bottleneck
 
 
 def cache_class(bottleneck: type[Bottleneck] | Bottleneck) -> type[EncodingCache]:
-    """The kind of cache that keeps its encodings."""
+    """The class of cache for the encodings of a bottleneck."""
     return TokenCache if bottleneck.discrete else LatentCache
 
 
 def encode_views(autoencoder: Autoencoder, images: Tensor, augmentations: int, config: Config) -> Tensor:
-    """Encodings [B, 1 + augmentations, ...] of images: the plain one, then others of augmented images, with codes drawn, or both.
+    """Encodings [B, 1 + augmentations, ...]: of each image, then of its augmentations, with resampled codes, or both.
 
     Each as `Bottleneck.pack` gives it. Draws from the global generator; the caller decides how processes share the draws.
     """
@@ -36,7 +36,7 @@ def encode_views(autoencoder: Autoencoder, images: Tensor, augmentations: int, c
 def build_cache(
     autoencoder: Autoencoder, train: EncodedDataset, validation: EncodedDataset, num_classes: int, fingerprint: Fingerprint
 ) -> EncodingCache:
-    """The cache of what `autoencoder` made of a training and a held-out set."""
+    """The cache of the encodings of a training and a held-out set."""
     kind, config = cache_class(autoencoder.bottleneck), autoencoder.config
     if autoencoder.bottleneck.discrete:
         latent = {"vocab_size": autoencoder.bottleneck.num_codes(config)}

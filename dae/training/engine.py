@@ -1,4 +1,4 @@
-"""Where a training step runs: under Hugging Face's Accelerator, or on one device without it."""
+"""Run a training step under Hugging Face's Accelerator, or on one device without it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Engine(Protocol):
-    """What a training step asks of the place it runs in. A step is written once, for all of them."""
+    """What a training step needs of its environment: device, precision, gradients. The step is written once for all engines."""
 
     device: torch.device
     scaler: torch.amp.GradScaler | None  # of fp16 gradients
@@ -24,10 +24,10 @@ class Engine(Protocol):
         """Context of mixed precision."""
 
     def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Callable, torch.optim.Optimizer]:
-        """What to call instead of the module, in mixed precision and with a tensor it returns in float32; and what to step."""
+        """The callable to use for the module (mixed precision, returned tensors in float32), and the optimiser to step."""
 
     def synchronize(self, *modules: Any, when: bool) -> AbstractContextManager:
-        """Processes add up the gradients of these prepared modules inside the block, or (not `when`) only accumulate them."""
+        """Context in which processes sum the gradients of these prepared modules, or only accumulate their own if not `when`."""
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of the loss."""
@@ -39,11 +39,11 @@ class Engine(Protocol):
         """One step of each, and no gradients afterwards."""
 
     def free_memory(self) -> None:
-        """Forget what was prepared."""
+        """Release what was prepared."""
 
 
 class AcceleratorEngine:
-    """On all devices and processes of an Accelerator."""
+    """An engine on all devices and processes of an Accelerator."""
 
     def __init__(self, accelerator: Accelerator):
         self.accelerator = accelerator
@@ -69,7 +69,7 @@ class AcceleratorEngine:
 
 
 class LocalEngine:
-    """On one device, in one process, by torch alone.
+    """An engine on one device, in one process, with torch alone.
 
     Args:
         mixed_precision: "no" or None, "bf16" or "fp16", as the knob of the configuration.

@@ -1,4 +1,4 @@
-"""The chain on a data set in memory, on one device and without files: the recipes' weights to the bit, for runs of seconds."""
+"""Train the chain on images in memory, on one device and without files; bit for bit the weights of the recipes."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def encode(
 
 
 def train_prior(cache: EncodingCache, config: Config) -> Prior:
-    """Train the prior that `config.prior` describes on encodings; returns it in evaluation mode, where they are.
+    """Train the prior that `config.prior` describes; returns it in evaluation mode, on the device of the encodings.
 
     With `prior.early_stopping` it is the one of the best validation, every `validation_steps`, as the recipe delivers it.
 

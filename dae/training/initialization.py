@@ -15,7 +15,7 @@ Model = TypeVar("Model", bound=PretrainedModel)
 
 
 def load_encoder(autoencoder: Autoencoder, source: str) -> None:
-    """Give `autoencoder` the encoder and the bottleneck, codebook included, of the one at `source`.
+    """Copy encoder and bottleneck, with its codebook, from the autoencoder at `source`.
 
     Args:
         source: output folder of a run, folder of a saved autoencoder, or repository of the Hub.
@@ -30,7 +30,7 @@ def load_encoder(autoencoder: Autoencoder, source: str) -> None:
 
 
 def load_decoder(autoencoder: Autoencoder, source: str) -> bool:
-    """Give `autoencoder` the decoder at `source` that has its architecture: of the saved model, or of its stage 1.
+    """Copy the decoder of the same architecture from `source`: that of the saved model, or of its stage 1.
 
     Returns:
         Whether there is one; without, the decoder stays as it was and the log says so.
@@ -51,7 +51,7 @@ def load_decoder(autoencoder: Autoencoder, source: str) -> bool:
 
 
 def load_prior(prior: Prior, source: str) -> None:
-    """Give `prior` the weights of the one at `source`, as `load_encoder` does.
+    """Copy the weights of the prior at `source`.
 
     Buffers stay: they hold the scale of this run's latent. So does the embedding of the classes where their number differs.
 
@@ -72,6 +72,6 @@ def load_prior(prior: Prior, source: str) -> None:
 
 
 def load_trained(model: type[Model], source: str, name: str = "autoencoder") -> Model:
-    """The `model` in the folder of a run, in a folder of its own, or in a repository of the Hub."""
+    """Load a `model` from the folder of a run, from a folder of its own, or from a repository of the Hub."""
     inside = Path(source) / name
     return model.from_pretrained(str(inside) if (inside / CONFIG).is_file() else source)

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Training:
-    """One optimisation: what it trains with, and its step. Subclasses define `micro_step`.
+    """One optimisation: modules, optimisers, schedule, average, and the training step. Subclasses define `micro_step`.
 
     Args:
         settings: of this optimisation, a section of `config`.
@@ -51,7 +51,7 @@ class Training:
         engine: Engine,
     ):
         self.config, self.settings, self.name, self.trained, self.engine = config, settings, name, trained, engine
-        self.parameters = list(trained.parameters())  # to walk through a small module takes a twentieth of a step
+        self.parameters = list(trained.parameters())  # walking through a small module takes a twentieth of a step
         ema = EMA(trained, settings.ema_decay) if settings.use_ema else None
         optimizer = build_optimizer(trained, settings)
         scheduler = build_scheduler(optimizer, settings)
@@ -83,14 +83,14 @@ class Training:
         raise NotImplementedError
 
     def update_codebook(self) -> None:
-        """After the optimisers' step, by all micro-batches of it."""
+        """Called after the optimisers' step, for codes that are learned without gradients."""
 
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of a micro-batch's share of the step's loss."""
         self.engine.backward(loss / self.settings.gradient_accumulation_steps)
 
     def averaged(self) -> AbstractContextManager:
-        """Inside the block the trained module has its averaged weights, if there are any."""
+        """Context in which the trained module has its averaged weights (EMA), if it keeps them."""
         return self.state.ema.swapped_in(self.trained) if self.state.ema else contextlib.nullcontext()
 
     def log(self, done: int, bar: Any, run: Run | None, step_of_run: int) -> None:
@@ -111,7 +111,7 @@ def global_mean(values: list[Tensor]) -> float:
 
 
 def refuse_non_finite(loss: float, name: str, step: int) -> None:
-    """Stop rather than train on: the loss is the same on all processes, so they stop together."""
+    """FloatingPointError if the loss is not finite; it is the same on all processes, so they stop together."""
     if not math.isfinite(loss):
         raise FloatingPointError(
             f"{name}: the loss is {loss} at step {step}. The last checkpoint is from before; lower {name}.learning_rate, "
@@ -120,7 +120,7 @@ def refuse_non_finite(loss: float, name: str, step: int) -> None:
 
 
 def validation_images(config: Config, settings: OptimizationConfig) -> int:
-    """How many images a validation may take: as many as were trained on since the one before, of all processes.
+    """Largest number of images of a validation: as many as all processes trained on since the previous one.
 
     So a run of few steps is not mostly validation; where validations are far apart, all held-out images are taken.
     """
@@ -129,5 +129,5 @@ def validation_images(config: Config, settings: OptimizationConfig) -> int:
 
 
 def is_due(step: int, every: int, last: int) -> bool:
-    """Whether after `step` steps it is time for what happens `every` so many steps, and after the last one."""
+    """Whether `step` is a multiple of `every`, or the last step."""
     return step % every == 0 or step == last

@@ -1,4 +1,4 @@
-"""What a training run shows at each validation: held-out images beside their reconstructions, and samples."""
+"""Pictures for trackers at each validation: held-out images beside their reconstructions, and samples."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Best:
-    """What is delivered: the weights of a step, and their held-out score, if it was measured."""
+    """The weights to deliver: their step, and their held-out score, if it was measured."""
 
     step: int
     tensors: dict[str, Tensor]
@@ -38,7 +38,7 @@ class Best:
 
 
 class PriorTraining(Training):
-    """The step of a prior.
+    """The training step of a prior.
 
     Args:
         family: of the prior; one that is not fitted.
@@ -67,7 +67,7 @@ def train_by_steps(
     picture: Callable[[], np.ndarray] | None = None,
     save_best: Callable[[Best], None] | None = None,
 ) -> Best:
-    """The loop. The prior ends with the weights that are returned: the last ones, or the best with `prior.early_stopping`.
+    """Train. The prior ends with the returned weights: the last ones, or the best ones with `prior.early_stopping`.
 
     Args:
         heldout: encodings of the validations; None for none.
@@ -112,7 +112,7 @@ def train_by_steps(
                 tensors, rest = tensors | {"best": best.tensors}, rest | {"best": {"step": best.step, "score": best.score}}
             run.save(done, tensors, rest, stage="prior", stage_step=done)
     bar.close()
-    if best is None:  # without validation, or of a checkpoint that an earlier version wrote
+    if best is None:  # there was no validation, or an earlier version wrote the checkpoint
         best = Best(total, _copied((state.ema or prior).state_dict()))
     prior.load_state_dict(best.tensors)
     training.engine.free_memory()
@@ -120,7 +120,7 @@ def train_by_steps(
 
 
 def _best_of(checkpoint: Checkpoint) -> Best | None:
-    """The best weights are in every checkpoint: whatever becomes of the saved model, resuming can deliver them."""
+    """The best weights so far, which every checkpoint holds, so that a lost model can be delivered again."""
     return Best(**checkpoint.state["best"], tensors=checkpoint.tensors["best"]) if "best" in checkpoint.state else None
 
 
@@ -129,7 +129,7 @@ def _copied(weights: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def deliver(prior: Prior, best: Best, family: PriorFamily, heldout: EncodedDataset, run: Run, card: Callable[[int], str]) -> None:
-    """Measure what takes too long for every validation, and save the prior; for one process."""
+    """Measure what is too slow for every validation, then save the prior. One process calls it."""
     logged, last = {(row["split"], row["step"]) for row in run.history()}, run.config.prior.max_train_steps
     if best.score is not None and ("validation", best.step) not in logged:  # the log was lost
         run.record(best.step, {family.criterion: best.score}, stage="prior", split="validation")
@@ -142,7 +142,7 @@ def deliver(prior: Prior, best: Best, family: PriorFamily, heldout: EncodedDatas
 def fit_at_once(
     prior: Prior, family: PriorFamily, cache: EncodingCache, run: Run, resumed: Checkpoint | None, card: Callable[[int], str]
 ) -> None:
-    """A prior without steps: one fit, one entry of the log per split, one checkpoint; resuming finds it done."""
+    """Fit a prior that has no steps: one fit, one log entry per split, one checkpoint; a resumed run finds it done."""
     if resumed is not None:
         load_weights(prior, resumed.tensors["model"], str(resumed.path))
 

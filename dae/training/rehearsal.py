@@ -1,4 +1,4 @@
-"""What a chain will need, tried before the first of its models is trained: images through all of them, and counts of rows.
+"""Try a whole chain before its first model is trained: two images through every model, and counts of rows.
 
 A mistake in the settings of the prior, of sampling or of the evaluation would else show after hours, in a later recipe.
 """
@@ -30,14 +30,14 @@ CLASSIFIER_PIXELS = 8  # a side of the smallest image that `dae.metrics.Classifi
 
 
 def rehearse_chain(config: Config, num_classes: int, rows: int | None, engine: Engine, processes: int = 1) -> None:
-    """Autoencoder and prior, before anything is trained: `rehearse_autoencoder`, `require_batches` and `rehearse_prior`."""
+    """Try autoencoder and prior before anything is trained: `rehearse_autoencoder`, `require_batches`, `rehearse_prior`."""
     autoencoder = rehearse_autoencoder(config, rows, engine)
     require_batches(config, rows, processes)
     rehearse_prior(config, autoencoder, num_classes, rows, engine.autocast)
 
 
 def rehearse_autoencoder(config: Config, rows: int | None, engine: Engine) -> Autoencoder:
-    """All stages of `config.method` by `rehearse_stage`, before the first one is trained.
+    """Try all stages of `config.method` before the first one is trained, see `rehearse_stage`.
 
     Args:
         rows: of the training set; None is not known.
@@ -61,7 +61,7 @@ def rehearse_autoencoder(config: Config, rows: int | None, engine: Engine) -> Au
 
 
 def rehearse_stage(config: Config, stage: Stage, autoencoder: Autoencoder, perceptual: PerceptualLoss | None, autocast: Autocast):
-    """Two images (of a batch of one: one) through a stage and back, by the kernels, precision and losses that are asked for.
+    """Send two images (one if the batch is one) forward and backward through a stage, with its kernels, precision and losses.
 
     And through the model once more in float32, as later recipes encode and decode.
 
@@ -94,7 +94,7 @@ def rehearse_stage(config: Config, stage: Stage, autoencoder: Autoencoder, perce
 
 
 def rehearse_prior(config: Config, autoencoder: Autoencoder, num_classes: int, rows: int | None, autocast: Autocast) -> None:
-    """The settings of prior and sampling, tried on the encoding of one image by one block of the prior.
+    """Try the settings of prior and sampling on one encoded image, with one block of the prior.
 
     Args:
         autoencoder: of the chain's last stage, as `rehearse_stage` leaves it.
@@ -160,7 +160,7 @@ def require_measurable(config: Config, **images: int | None) -> None:
 
 
 def _encoding(config: Config, autoencoder: Autoencoder) -> tuple[Tensor, Tensor]:
-    """What recipes/encode.py would cache of two images: [2, 1, ...] and labels [2]."""
+    """Random encodings as recipes/encode.py would cache them of two images: [2, 1, ...] and labels [2]."""
     side, bottleneck = autoencoder.latent_size, bottleneck_class(config.autoencoder)
     if bottleneck.discrete:
         return torch.randint(bottleneck.num_codes(config.autoencoder), (2, 1, side**2), dtype=torch.int32), torch.zeros(
@@ -171,7 +171,7 @@ def _encoding(config: Config, autoencoder: Autoencoder) -> tuple[Tensor, Tensor]
 
 @contextlib.contextmanager
 def _rehearsal(config: Config, device: torch.device, what: str) -> Iterator[None]:
-    """Draws inside leave the global random state; a refusal says which model of the chain it is about."""
+    """Keeps the global random state; a refusal says which model of the chain it concerns."""
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
             yield

@@ -1,4 +1,4 @@
-"""The run: its folder, its processes, its log, its progress bar, its randomness."""
+"""A training run: its folder, its checkpoints, its log, and what may differ when it is resumed."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ class Run:
             raise FileExistsError(f"{self.folder} holds another run ({', '.join(occupied[:3])}): {remedy}")
 
     def _keep_earlier_stages(self, checkpoint: Checkpoint, stages: list[str]) -> None:
-        """The models at the switches before a checkpoint, which it does not hold, come along if it is another run's."""
+        """Copy the models of earlier stages, which a checkpoint does not hold, from its run into this one."""
         for name in stages[: stages.index(checkpoint.state["stage"])] if stages else []:
             source, target = checkpoint.path.parent / name, self.folder / name
             if not holds_model(target) and holds_model(source):
@@ -117,7 +117,7 @@ class Run:
 
     def _prepare_folder(self, checkpoint: Checkpoint | None, data: dict | None) -> None:
         self.history_file.parent.mkdir(parents=True, exist_ok=True)
-        # Of a run that was killed while it wrote: under our lock nobody else does.
+        # left by a run that was killed while it wrote; under our lock nobody else writes
         for stale in [*self.folder.glob(".*.tmp"), *self.folder.glob("*/.*.tmp")]:
             stale.unlink() if stale.is_file() else shutil.rmtree(stale, ignore_errors=True)  # perhaps with the one before it
         save_config(self.config, self.folder / "config.yaml")
@@ -159,18 +159,18 @@ class Run:
             )
 
     def _depends_on(self, key: str) -> bool:
-        """Whether what this run computes depends on a knob."""
+        """Whether the result of this run depends on a knob."""
         knob = knobs()[key]
         return knob.role not in ("free", "judging") and knob.run in (None, self.name)
 
     def _same_data(self, checkpoint: Checkpoint, then: Config) -> bool:
-        """Whether the contents are known to be the same, so that the path may be another; of a stream only in part: not so."""
+        """Whether the data is known to be the same, whatever its path; of a stream only a part is known, so its path counts."""
         seen, names = checkpoint.state.get("inputs", {}), ("data set", "data")
         known = any(name in self.inputs and seen.get(name) == self.inputs[name] for name in names)
         return known and (not self.config.data.streaming or _places(then) == _places(self.config))
 
     def _may_change_length(self, checkpoint: Checkpoint) -> tuple[str, ...]:
-        """The numbers of steps that may differ from the checkpoint's: of the stage it stands in, and of later ones."""
+        """Keys of the numbers of steps that may differ from the checkpoint's: those of its stage and of later stages."""
         stage, done = checkpoint.state["stage"], checkpoint.state["stage_step"]
         keys: tuple[str, ...]
         if self.name == "prior":
@@ -183,14 +183,14 @@ class Run:
         return keys
 
     def save(self, step: int, tensors: dict, state: dict, **where: Any) -> None:
-        """Write a checkpoint; configuration, number of processes and `where` the run stands are added to `state`."""
+        """Write a checkpoint; configuration, number of processes and `where` are added to `state`."""
         own = {"run": self.name, "step": step, "processes": world_size(), "inputs": self.inputs}
         own["config"] = dataclasses.asdict(self.config)
         run_on_first_process(self._require_lock)
         self.checkpoints.save(step, tensors, own | where | state)
 
     def record(self, step: int, values: dict[str, Any], **labels: Any) -> None:
-        """The first process appends one line to `logs/history.jsonl` and sends the numbers to the trackers; all must call it.
+        """Append one line to `logs/history.jsonl` and send the numbers to the trackers, on the first process; all must call it.
 
         Raises:
             OSError: on every process, if the first one could not write.
@@ -211,7 +211,7 @@ class Run:
         require_lock(self.folder.parent, self.name)
 
     def shows_images(self) -> bool:
-        """Whether this process has pictures to make for a tracker."""
+        """Whether this process makes pictures for a tracker."""
         return rank() == 0 and self.config.logged_images > 0 and self.config.report_to != "none"
 
     def record_picture(self, step: int, name: str, picture_HWC: np.ndarray) -> None:

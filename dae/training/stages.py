@@ -12,13 +12,13 @@ from dae.config import Config, DecoderConfig, StageConfig
 class Stage:
     name: str
     decoder: DecoderConfig
-    latent_frozen: bool  # encoder and bottleneck stay as the stage before left them
+    latent_frozen: bool  # encoder and bottleneck stay as the previous stage left them
     config: StageConfig
     keeps_decoder: bool = False  # keep the previous stage's decoder instead of initialising a new one
 
 
 def plan_stages(config: Config) -> list[Stage]:
-    """The stages of `config.method`; all methods train for as many steps in all.
+    """The stages of `config.method`; all methods train for the same total number of steps.
 
     dae (Hu et al. 2023): encoder and bottleneck with the weak auxiliary decoder, then the real decoder on the frozen latent.
     joint: one stage with the real decoder; optimised as stage 1 is, with the losses of stage 2 (an adversarial loss starts
@@ -32,7 +32,7 @@ def plan_stages(config: Config) -> list[Stage]:
     stages = _stages(config)
     for stage in stages:
         loss = stage.config.loss
-        if loss.l1 == loss.l2 == loss.perceptual == 0:  # the adversarial weight follows the reconstruction's gradient: also 0
+        if loss.l1 == loss.l2 == loss.perceptual == 0:  # the adversarial weight, a ratio of gradients, would be 0, too
             section = "stage2" if stage.name != "stage1" else "stage1"
             raise ValueError(f"{section}.loss: l1, l2 and perceptual are all 0, which trains nothing; give one of them a weight")
         if loss.adversarial > 0 and config.data.resolution >> loss.discriminator_layers < 1:

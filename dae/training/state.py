@@ -1,4 +1,4 @@
-"""All that changes while a run trains, packed into named tensors and JSON, and restored."""
+"""The state of a training run, packed into named tensors and JSON for checkpoints, and restored from them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class TrainingState:
     losses: list[Tensor] = field(default_factory=list)  # of the micro-steps since the last entry of the log
 
     def pack(self) -> tuple[dict[str, dict[str, Tensor]], dict]:
-        """Tensors by file, and the JSON-able rest; all processes must call it.
+        """Tensors by file, and the rest as JSON-able values; all processes must call it.
 
         Raises:
             FloatingPointError: weights are NaN or infinite: no checkpoint must hold them.
@@ -54,7 +54,7 @@ class TrainingState:
         return tensors, state
 
     def restore(self, checkpoint: Checkpoint | None) -> int:
-        """Put everything back; returns the step of the stage at which to go on, 0 without checkpoint.
+        """Restore everything; returns the step of the stage at which to continue, 0 without checkpoint.
 
         Raises:
             ValueError: weights of another architecture, or a stream's position saved by another number of processes.
@@ -75,7 +75,7 @@ class TrainingState:
         if self.scaler:
             self.scaler.load_state_dict(state["scaler"])
         self.scheduler.load_state_dict(state["scheduler"])
-        # The rates of this configuration's schedule: after a change of its length they are others than the saved ones.
+        # The learning rates of this configuration's schedule: they differ from the saved ones if its length changed.
         self.scheduler._last_lr = [
             base * factor(self.scheduler.last_epoch)
             for base, factor in zip(self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True)
