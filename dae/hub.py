@@ -75,12 +75,7 @@ class PretrainedModel(nn.Module):
     @classmethod
     @own_arithmetic(gradients=True)
     def from_pretrained(
-        cls,
-        name_or_path: str | Path,
-        *,
-        revision: str | None = None,
-        device: Any = "cpu",
-        torch_dtype: torch.dtype | None = None,
+        cls, name_or_path: str | Path, *, revision: str | None = None, device: Any = "cpu", torch_dtype: torch.dtype | None = None
     ) -> Self:
         """Load a folder written by `save_pretrained`, or a repository of the Hub, in evaluation mode.
 

@@ -131,7 +131,7 @@ class FolderLock:
             if lives(before := self._read()):  # it lost the kernel's lock, which ends when any descriptor of the file is closed
                 self._refuse(before)
             if before:
-                log.info("%s: taking over its %s from %s, which has ended", self.folder, self.part, describe(before))
+                log.info("%s: taking over its %s from %s, which has ended", self.folder, self.part, _describe(before))
             self.holder = _myself()
             os.ftruncate(self.descriptor, 0)
             os.pwrite(self.descriptor, json.dumps(self.holder).encode(), 0)
@@ -166,7 +166,7 @@ class FolderLock:
         told = f", whose launcher is gone: end it with `kill {holder['pid']}`" if orphaned else ": wait for it or end it"
         if not known:
             told += f"; if that process is gone, delete {self.path}"
-        by = f"{self.folder}: its {self.part} is being written by {describe(holder)}"
+        by = f"{self.folder}: its {self.part} is being written by {_describe(holder)}"
         raise FileExistsError(f"{by}{told}, or choose another output_dir")
 
     def _remove_empty_folders(self) -> None:
@@ -198,7 +198,7 @@ def _myself() -> dict:
     }
 
 
-def describe(holder: dict) -> str:
+def _describe(holder: dict) -> str:
     """A holder in words."""
     if not holder:
         return "a process that has just begun"

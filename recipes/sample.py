@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from dae.cli import main
 from dae.config import Config
-from dae.data.classes import resolve_classes
+from dae.data.columns import resolve_classes
 from dae.data.pictures import grid, to_uint8, write_npz, write_png
 from dae.files import announce, replaced_folder, write_file
 from dae.hub import fingerprint

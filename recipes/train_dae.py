@@ -16,7 +16,7 @@ from pathlib import Path
 
 from dae.cli import main
 from dae.config import Config
-from dae.data import ImageData, TrainLoader, load_data, summarize
+from dae.data import ImageData, TrainLoader, load_data, summarize_data
 from dae.distributed import failing_together, run_on_first_process
 from dae.files import announce
 from dae.hub import prepare_repository
@@ -46,7 +46,7 @@ def train(config: Config) -> Path:
         rehearse_chain(config, data.num_classes, rows["train"], engine, accelerator.num_processes)
         sampled_classes(config, data.class_names, data.labels)
         require_measurable(config, training_images=rows["train"], held_out_images=rows["validation"])
-        summary = summarize(data) if accelerator.is_main_process else None
+        summary = summarize_data(data) if accelerator.is_main_process else None
     if config.push_to_hub:
         run_on_first_process(lambda: prepare_repository(config.hub_model_id, f"{config.hub_model_id}-prior"))
     resumed = run.open(accelerator, {"data set": data.fingerprint}, stages, rows | {"table": summary and summary.table()})

@@ -21,7 +21,7 @@ import torch
 
 from dae.cli import main
 from dae.config import Config
-from dae.data import TrainLoader, load_data, summarize
+from dae.data import TrainLoader, load_data, summarize_data
 from dae.data.cache import Fingerprint, transform_fingerprint
 from dae.distributed import failing_together, run_on_first_process
 from dae.files import announce
@@ -61,7 +61,7 @@ def train(config: Config) -> Path:
             load_prior(prior, settings.init_from)
         choose_kernels(prior, config.kernels)
         classes = sampled_classes(config, data.class_names, data.labels)
-        summary = summarize(data) if accelerator.is_main_process else None
+        summary = summarize_data(data) if accelerator.is_main_process else None
         loader = None
         if not family.fitted:
             loader = TrainLoader(cache.train, settings.train_batch_size, seed=seed_for(config.seed, "prior", "order"))

@@ -34,9 +34,7 @@ class DataConfig:
     dataset_config_name: Optional[str] = knob(None, "configuration of a Hugging Face data set")
     train_split: str = knob("train", "split to train on")
     validation_split: Optional[str] = knob(
-        None,
-        "held-out split; null takes `validation`, `test` or `val` if there is one, else holds rows out of training, and `none` "
-        "holds rows out of training in any case",
+        None, "held-out split; null: `validation`, `test` or `val`, else rows held out of training; `none`: always such rows"
     )
     validation_size: int = knob(
         1000,

@@ -4,4 +4,4 @@ from dae.data.augmentation import augment
 from dae.data.images import decode_image, to_square, to_tensor
 from dae.data.load import ImageData, load_data
 from dae.data.loader import TrainLoader, evaluation_batches, in_memory
-from dae.data.summary import Summary, summarize
+from dae.data.summary import Summary, summarize_data

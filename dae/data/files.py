@@ -115,7 +115,7 @@ def find_files(folder: Path, left_out: LeftOut) -> list[str]:
     Hidden files and folders (`.name`, `__MACOSX`) and whatever cannot be read are counted in `left_out`.
     """
     found: list[str] = []
-    pending = [(str(folder), "", frozenset({os.path.realpath(folder)}))]
+    pending = [(str(folder), "", frozenset({os.stat(folder)[1:3]}))]  # with inode and device of the folders above
     while pending:
         path, relative, above = pending.pop()
         try:
@@ -130,10 +130,10 @@ def find_files(folder: Path, left_out: LeftOut) -> list[str]:
             elif entry.name.encode(errors="replace").decode() != entry.name:
                 left_out.add("name that is not UTF-8", inside.encode(errors="backslashreplace").decode())
             elif _is(entry.is_dir):
-                if (real := os.path.realpath(entry.path)) in above:
+                if (identity := os.stat(entry.path)[1:3]) in above:
                     left_out.add("link to a folder that it lies in", inside)
                 else:
-                    pending.append((entry.path, f"{inside}/", above | {real}))
+                    pending.append((entry.path, f"{inside}/", above | {identity}))
             elif _is(entry.is_file):
                 found.append(inside)
             else:

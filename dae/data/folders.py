@@ -63,7 +63,7 @@ def read_layout(
             absolute = {place.absolute(file): name for file, name in classes.items()}
             read.setdefault((part or split or "train", where), {}).update(absolute)
     if level:
-        notes += _settle(read, level, sorted(deeper), left_out, labelled, wanted)
+        notes += _decide_on_classes(read, level, sorted(deeper), left_out, labelled, wanted)
     merged: dict[str, Classes] = {}
     for (split, _), classes in read.items():
         merged[split] = classes | merged.get(split, {})
@@ -121,7 +121,7 @@ def _folder(file: str, depth: int) -> str:
     return unicodedata.normalize("NFC", file.split("/")[depth - 1])
 
 
-def _settle(
+def _decide_on_classes(
     read: dict[tuple[str, str], Classes],
     level: int,
     deeper: list[str],
@@ -129,7 +129,7 @@ def _settle(
     labelled: bool | None,
     wanted: tuple[str | None, ...],
 ) -> list[str]:
-    """One decision for all splits and places, made in place: there are classes, or there are none."""
+    """Decide for all splits and places together whether there are classes; changes `read` in place and returns notes."""
     names = {key: {name for name in classes.values() if name is not None} for key, classes in read.items()}
     together = sorted(set().union(*names.values()))
     trained_on = [key for key in read if key[0] == "train"] or list(read)

@@ -156,7 +156,10 @@ class _Found:
         """
         present = [kind for kind in TITLES if kind in self.by_kind]
         self._read_footers(only=present == ["parquet"])
-        counts = {kind: count for kind in present if (count := self._count(kind, present))}
+        known = {"images": len(self.absolute("images")), "parquet": sum(footer.rows for footer in self.footers.values())}
+        enough = folders.STRAY * max(known.values()) or 1  # images in .tar files, which have to be read to be counted
+        known["webdataset"] = webdataset.count_images(self.absolute("webdataset"), enough)
+        counts = {kind: known[kind] for kind in present if known[kind]}
         first = next(filter(self.by_kind.get, present), "")  # broken files alone count for nothing
         kind = max(counts, key=lambda kind: (counts[kind], kind == "images"), default=first)
         others = [other for other in counts if other != kind]
@@ -178,41 +181,32 @@ class _Found:
             if difference := shards.difference(reference.features, footer.features):
                 raise ValueError(f"{first!r} and {path!r} cannot be one set: {difference}; {shards.NAME_THEM}")
 
-    def _count(self, kind: str, present: list[str]) -> int:
-        """Images of a kind, as far as the choice needs it: of .tar files beside others those up to ten times as many."""
-        if kind == "images":
-            return sum(map(len, self.by_kind[kind]))
-        if kind == "parquet":
-            return sum(footer.rows for footer in self.footers.values())
-        others = [self._count(other, present) for other in present if other != kind]
-        return webdataset.count_images(self.absolute(kind), folders.STRAY * max(others) if others else 1)
-
     def _read_footers(self, only: bool) -> None:
         """Rows and columns of the .parquet files; those without images, or broken ones, are left out beside others."""
-        kept: list[list[str]] = []
-        for place, files in zip(self.places, self.by_kind.pop("parquet", []), strict=False):
-            kept.append([])
-            for file in files:
-                try:
-                    footer = shards.read_footer(place.absolute(file))
-                except ValueError as error:
-                    if only:
-                        raise
-                    self.left_out.add(f"broken .parquet file ({error.__cause__})", file)
-                    continue
-                if footer.rows == 0:
-                    self.left_out.add(".parquet file without rows", file)
-                    continue
-                self.footers[place.absolute(file)] = footer
-                kept[-1].append(file)
-        columns = {path: footer.features for path, footer in self.footers.items()}
-        with_images = {path for path, names in columns.items() if self.image_column in names or image_columns(names)}
-        if with_images or not only:
-            for place, files in zip(self.places, kept, strict=False):
-                plain = {file for file in files if place.absolute(file) not in with_images}
-                self.left_out.add(".parquet file without images", *sorted(plain))
-                files[:] = [file for file in files if file not in plain]
-            self.footers = {path: self.footers[path] for path in columns if path in with_images}
+        found = list(zip(self.places, self.by_kind.pop("parquet", []), strict=False))
+        read: dict[str, Footer] = {}
+        for place, file in ((place, file) for place, files in found for file in files):
+            try:
+                footer = shards.read_footer(place.absolute(file))
+            except ValueError as error:
+                if only:
+                    raise
+                self.left_out.add(f"broken .parquet file ({error.__cause__})", file)
+                continue
+            if footer.rows:
+                read[place.absolute(file)] = footer
+            else:
+                self.left_out.add(".parquet file without rows", file)
+        with_images = {
+            path: footer
+            for path, footer in read.items()
+            if self.image_column in footer.features or image_columns(footer.features)
+        }
+        self.footers = with_images if with_images or not only else read
+        plain = read.keys() - self.footers.keys()
+        for place, files in found:
+            self.left_out.add(".parquet file without images", *(file for file in files if place.absolute(file) in plain))
+        kept = [[file for file in files if place.absolute(file) in self.footers] for place, files in found]
         if any(kept):
             self.by_kind["parquet"] = kept
 

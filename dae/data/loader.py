@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import warnings
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -182,53 +183,44 @@ def _usable(loader: DataLoader, skipped: SkippedRows | None, full: bool) -> Iter
             raise ValueError(f"not one row of the training set can be decoded. The first one: {bad[0]}")
 
 
-def _stateful_loader(dataset: Dataset, batch_size: int, num_workers: int, **options) -> Any:
-    from torchdata.stateful_dataloader import StatefulDataLoader
-
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata 0.11 under torch 2.13
-        return StatefulDataLoader(
-            dataset,
-            batch_size,
-            drop_last=True,
-            collate_fn=_collate,
-            num_workers=num_workers,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # else each epoch draws from torch's global generator
-            **options,
-        )
+def _options(num_workers: int) -> dict[str, Any]:
+    """Of every loader; its own generator keeps it from drawing from torch's global one."""
+    return {"num_workers": num_workers, "collate_fn": _collate, "generator": torch.Generator()}
 
 
 class _MapOrder:
     """Position of map-style data: one number."""
 
     def __init__(self, dataset: MapStyle, batch_size: int, seed: int, num_workers: int):
-        from torchdata.stateful_dataloader.sampler import StatefulDistributedSampler
-
-        rows, world = len(dataset), world_size()
-        if rows < batch_size * world:
+        rows, self.rank, self.world_size = len(dataset), rank(), world_size()
+        if rows < batch_size * self.world_size:
             raise ValueError(
-                f"the training set has {rows} rows, fewer than one global batch of {batch_size * world} "
-                f"(batch size {batch_size} x {world} processes); make the batch smaller"
+                f"the training set has {rows} rows, fewer than one global batch of {batch_size * self.world_size} "
+                f"(batch size {batch_size} x {self.world_size} processes); make the batch smaller"
             )
-        self.dataset, self.batch_size, self.num_workers = dataset, batch_size, num_workers
-        self.micro_step, self.batches_per_epoch = 0, rows // (batch_size * world)
-        self.sampler = StatefulDistributedSampler(dataset, world, rank(), shuffle=True, seed=seed, drop_last=True)
+        self.dataset, self.batch_size, self.seed, self.num_workers = dataset, batch_size, seed, num_workers
+        self.micro_step = 0
 
     def batches(self) -> Iterator[Any]:
-        loader: Any = None
-        expected, options = -1, {"sampler": self.sampler, "persistent_workers": self.num_workers > 0}
+        options = {"pin_memory": torch.cuda.is_available(), **_options(self.num_workers)}
         while True:
-            if self.micro_step != expected:  # at the start, or after `seek`: drop prefetched batches
-                loader = _stateful_loader(_Rows(self.dataset, True), self.batch_size, self.num_workers, **options)
-            epoch, consumed = divmod(self.micro_step, self.batches_per_epoch)
-            self.sampler.set_epoch(epoch)
-            self.sampler.load_state_dict({"yielded": consumed * self.batch_size})
+            expected = self.micro_step
+            loader = DataLoader(_Rows(self.dataset, True), batch_sampler=self._row_numbers(expected), **options)
             for batch in _usable(loader, getattr(self.dataset, "skipped", None), full=True):
                 self.micro_step = expected = self.micro_step + 1
                 yield batch
-                if self.micro_step != expected:
+                if self.micro_step != expected:  # `seek` was called: drop prefetched batches
                     break
+
+    def _row_numbers(self, micro_step: int) -> Iterator[list[int]]:
+        """Rows of this process in each micro-step from this one on, without end, as DistributedSampler assigns them."""
+        rows = len(self.dataset)
+        per_epoch = rows // (self.batch_size * self.world_size)
+        epoch, consumed = divmod(micro_step, per_epoch)
+        for seed in itertools.count(self.seed + epoch):
+            order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))[self.rank :: self.world_size]
+            yield from (batch.tolist() for batch in order.split(self.batch_size)[consumed:per_epoch])
+            consumed = 0
 
     def seek(self, micro_step: int) -> None:
         if micro_step < 0:
@@ -265,7 +257,7 @@ class _StreamOrder:
         self._stop()
         while True:
             self.stream.set_epoch(self.epoch)
-            loader = _stateful_loader(_Stream(self.stream, True), self.settings["batch_size"], self.settings["num_workers"])
+            loader = self._loader()
             if self.position is not None:
                 loader.load_state_dict(self.position)
             self.running, before = loader, self.micro_step
@@ -287,6 +279,14 @@ class _StreamOrder:
                     f"{self.settings['batch_size']} rows; make the batch smaller or use fewer workers"
                 )
             self.epoch, self.position, self.running = self.epoch + 1, None, None
+
+    def _loader(self) -> Any:
+        from torchdata.stateful_dataloader import StatefulDataLoader
+
+        options = {"drop_last": True, "pin_memory": torch.cuda.is_available(), **_options(self.settings["num_workers"])}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "'set_vital' is deprecated")  # torchdata 0.11 under torch 2.13
+            return StatefulDataLoader(_Stream(self.stream, True), self.settings["batch_size"], **options)
 
     def _stop(self) -> None:
         if self.running is not None:
@@ -345,8 +345,7 @@ def _once(dataset: AnyDataset, batch_size: int, num_workers: int, chosen: list[i
         rows, num_workers = _Stream(dataset, False), min(num_workers, 1)
     else:
         rows = _Rows(dataset, False) if chosen is None else Subset(_Rows(dataset, False), chosen)
-    loader = DataLoader(rows, batch_size, num_workers=num_workers, generator=torch.Generator(), collate_fn=_collate)
-    return _usable(loader, getattr(dataset, "skipped", None), full=False)
+    return _usable(DataLoader(rows, batch_size, **_options(num_workers)), getattr(dataset, "skipped", None), full=False)
 
 
 def in_memory(
@@ -359,11 +358,11 @@ def in_memory(
     as_bytes: bool = False,
     knob: str = "evaluation.max_images",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images [N, C, H, W] and labels [N] of a data set, or `limit` rows of it: chosen by the seed, of a stream by `spread`.
+    """Images [N, C, H, W] and labels [N] of a data set, or of `limit` rows: chosen by the seed, of a stream by their content.
 
-    They are held as 8 bits, which is what they were decoded to, and with `as_bytes` given so: uint8, x / 127.5 - 1.
+    float32 in [-1, 1]; with `as_bytes` the uint8 x that they were decoded to, x / 127.5 - 1 as floats.
 
-    ValueError: there is not the memory for them, which of a stream is known when it is nearly full; lower `knob`.
+    ValueError: there is not enough memory, which for a stream is known only when it is nearly full; lower `knob`.
     """
     size = None if isinstance(dataset, ImageStream) else len(dataset)
     if size is not None and size > limit:

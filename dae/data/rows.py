@@ -214,26 +214,19 @@ class ImageStream(IterableDataset):
         """All rows; instead of a bad one its BadRow."""
         to_skip, self._to_skip = self._to_skip, 0
         self._used = 0
-        for row in self._encoded():
-            self._used += 1
-            if self._used <= to_skip:
-                continue
-            if isinstance(row, BadRow):
-                yield row
-                return
-            where = f"row {self._used - 1} of the stream of this process and worker"
-            try:
-                digest = self.decoder.digest(row, where)
-                if digest not in self.held_out:
-                    yield self.decoder.decode(row, digest, where)
-            except RowError as error:
-                yield replace(error.bad, key=self.decoder.key(row))
-
-    def _encoded(self) -> Iterator[dict | BadRow]:
-        """The encoded rows; if the stream breaks off, the last one is a BadRow with the reason."""
         try:
-            yield from unbroken(self.rows, self.decoder.origin)
-        except RowError as error:
+            for row in unbroken(self.rows, self.decoder.origin):
+                self._used += 1
+                if self._used <= to_skip:
+                    continue
+                where = f"row {self._used - 1} of the stream of this process and worker"
+                try:
+                    digest = self.decoder.digest(row, where)
+                    if digest not in self.held_out:
+                        yield self.decoder.decode(row, digest, where)
+                except RowError as error:
+                    yield replace(error.bad, key=self.decoder.key(row))
+        except RowError as error:  # the stream breaks off
             yield error.bad
 
 

@@ -53,7 +53,7 @@ class SkippedRows:
 
     Args:
         max_skipped: how many there may be: a share of `rows` if below 1, else a number.
-        rows: rows of the data set; of a stream, which does not know, at least the rows that were read: see `read`.
+        rows: rows of the data set; of a stream, whose rows are not counted, those that were read.
         known: whether `rows` is the number of all rows.
     """
 
@@ -82,7 +82,7 @@ class SkippedRows:
         """Count and list what is new among `rows`.
 
         Raises:
-            RowError: a row that could not be read for reasons that are not its own.
+            RowError: a row could not be read for reasons outside of it.
             ValueError: more rows than the budget allows.
         """
         rows = list(rows)
@@ -115,21 +115,14 @@ class SkippedRows:
 
     def lines(self) -> list[str]:
         """For the table of the data: empty if no row was left out."""
-        if not self._found:
-            return []
-        first = next(iter(self._found.values()))
-        return [
-            f"1 row that cannot be decoded, {first}"
-            if len(self) == 1
-            else f"{len(self):,} rows that cannot be decoded, as {first}"
-        ]
+        count, first = len(self), next(iter(self._found.values()), None)
+        line = f"{count:,} {'row' if count == 1 else 'rows'} that cannot be decoded, {'as ' if count > 1 else ''}{first}"
+        return [line] if count else []
 
     def describe(self) -> str:
         """For the last line of a recipe: empty if no row was left out."""
-        if not self._found:
-            return ""
         rows = "1 row that cannot be decoded was" if len(self) == 1 else f"{len(self)} rows that cannot be decoded were"
-        return f"; {rows} left out ({self.file})"
+        return f"; {rows} left out ({self.file})" if self._found else ""
 
     def _listed(self) -> dict[tuple[str, int], BadRow]:
         found = {}

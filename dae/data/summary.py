@@ -73,11 +73,10 @@ class Summary:
         return f"{len(self.classes)}: {', '.join(shown)}{', ...' if len(self.classes) > SHOWN else ''}{unknown}{never}"
 
 
-def summarize(data: ImageData) -> Summary:
+def summarize_data(data: ImageData) -> Summary:
     """The facts of a loaded data set, from what is known and a look at a few rows; nothing is read as a whole."""
     parts = {"train": data.train, "validation": data.validation}
     sample, began = _sample(data.train), time.perf_counter()
-    kinds: Counter[str] = Counter()
     decoder, decoded = data.train.decoder, 0
     for row in sample:
         try:
@@ -86,8 +85,7 @@ def summarize(data: ImageData) -> Summary:
             continue  # verification and training decide whether it stops the run
         decoded += 1
     milliseconds = 1000 * (time.perf_counter() - began) / max(decoded, 1)
-    for row in sample:
-        kinds[_kind(row[decoder.image_column], decoder)] += 1
+    kinds = Counter(_kind(row[decoder.image_column], decoder) for row in sample)
     return Summary(
         name=data.name,
         rows={part: len(rows) if isinstance(rows, ImageDataset) else None for part, rows in parts.items()},

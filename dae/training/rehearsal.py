@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dae.config import Config
 from dae.data.cache import Fingerprint
-from dae.data.classes import resolve_classes
+from dae.data.columns import resolve_classes
 from dae.losses import PerceptualLoss, discriminator_loss
 from dae.models import Autoencoder, PatchDiscriminator, choose_kernels
 from dae.priors import prior_family

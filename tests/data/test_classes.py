@@ -5,7 +5,7 @@ from datasets import Value
 
 from dae.config import load_config, save_config
 from dae.data import load_data
-from dae.data.classes import resolve_classes
+from dae.data.columns import resolve_classes
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dae.data import load_data, summarize
+from dae.data import load_data, summarize_data
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -13,7 +13,7 @@ def test_the_table_says_what_is_read(tmp_path, png, configure, streaming):
             (tmp_path / label / f"{i}.png").write_bytes(png(100 * count + i))
     (tmp_path / "notes.txt").write_text("x")
     data = load_data(configure(tmp_path, streaming=streaming), 0)
-    facts = summarize(data)
+    facts = summarize_data(data)
     assert facts.splits == {"train": 20} and facts.rows == {"train": None if streaming else 18, "validation": 2}
     assert list(facts.classes) == ["ant", "bee"] and (streaming or sum(facts.classes.values()) == 18)
     assert list(facts.images) == ["RGB 6x6"] and facts.milliseconds > 0
@@ -34,7 +34,7 @@ def test_the_table_says_what_is_read(tmp_path, png, configure, streaming):
 def test_many_classes_are_abbreviated_and_a_split_is_named(saved, table):
     names = [f"c{i:02}" for i in range(40)]
     rows = {"train": table(80, label=lambda i: i % 40, class_names=names), "test": table(40, start=500, class_names=names)}
-    facts = summarize(load_data(saved(rows), 0))
+    facts = summarize_data(load_data(saved(rows), 0))
     assert facts.rows == {"train": 80, "validation": 40} and facts.held_out == "the split 'test'"
     line = next(line for line in facts.lines() if line.startswith("classes"))
     assert line.startswith("classes   40: c00 2, ") and line.endswith("c09 2, ...")
@@ -42,13 +42,13 @@ def test_many_classes_are_abbreviated_and_a_split_is_named(saved, table):
 
 def test_classes_without_rows_and_columns_that_are_not_read(saved, table):
     rows = table(20, label=lambda i: i % 2).add_column("breed", ["pug"] * 20)
-    lines = summarize(load_data(saved(rows, num_classes=3), 0)).lines()
+    lines = summarize_data(load_data(saved(rows, num_classes=3), 0)).lines()
     assert "classes   3: a 9, b 9, c 0; 1 of them without a row to train on" in lines
     assert "read as   columns that are not read: breed" in lines
 
 
 def test_unlabelled_rows(saved, table):
-    facts = summarize(load_data(saved(table(20, label=None)), 0))
+    facts = summarize_data(load_data(saved(table(20, label=None)), 0))
     assert facts.classes is None and "classes   none" in facts.lines()
 
 
@@ -56,4 +56,4 @@ def test_rows_that_are_known_to_be_bad_are_left_out(tmp_path, png, configure):
     for i in range(20):
         (tmp_path / f"{i:02}.png").write_bytes(png(i) if i != 4 else b"")
     data = load_data(configure(tmp_path, on_error="skip"), 0)
-    assert any("1 row that cannot be decoded" in line and "04.png" in line for line in summarize(data).left_out)
+    assert any("1 row that cannot be decoded" in line and "04.png" in line for line in summarize_data(data).left_out)
