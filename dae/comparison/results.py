@@ -48,6 +48,8 @@ MEASURES = (
 )
 BY_KEY = {measure.key: measure for measure in MEASURES}
 DETAILS = ("bits", "psnr")  # what is told of a difference beside the distance
+Trials = Mapping[str, Sequence[Outcome]]  # at the configuration's own rate, by arm
+Pairs = dict[Hashable, tuple[float, float]]  # by seed: the value of an arm, and that which it is held against
 
 
 def summarize_comparison(config: Config, facts: dict, outcomes: Sequence[Outcome]) -> dict:
@@ -175,10 +177,10 @@ def _mean(values: Sequence[float], minimum: float, maximum: float) -> dict | Non
     return row if interval.low is None else row | {"low": max(row["low"], minimum), "high": min(row["high"], maximum)}
 
 
-def _differences(measure: Measure, own: Mapping[str, Sequence[Outcome]], baseline: str, arms: Sequence[str]) -> dict:
+def _differences(measure: Measure, own: Trials, baseline: str, arms: Sequence[str]) -> dict:
     """For each arm that has a result the paired differences to the baseline."""
     theirs = _by_seed(measure, own[baseline])
-    pairs: dict[str, dict[Hashable, tuple[float, float]]] = {}
+    pairs: dict[str, Pairs] = {}
     for name in arms:
         ours = _by_seed(measure, own[name])
         if shared := [seed for seed in ours if seed in theirs]:
@@ -186,11 +188,11 @@ def _differences(measure: Measure, own: Mapping[str, Sequence[Outcome]], baselin
     return _tested(measure, pairs, own)
 
 
-def _tested(
-    measure: Measure, pairs: Mapping[str, Mapping[Hashable, tuple[float, float]]], own: Mapping[str, Sequence[Outcome]]
-) -> dict[str, dict]:
-    """For each arm the differences of its pairs {seed: (ours, the baseline's)}, their interval, p, and p after Holm's adjustment
-    for the number of arms, by which alone a difference counts as shown: `verdict` is 0 if it is not."""
+def _tested(measure: Measure, pairs: Mapping[str, Pairs], own: Trials) -> dict[str, dict]:
+    """For each arm the differences of its pairs, their interval, p, and p after Holm's adjustment for the number of arms.
+
+    By the adjusted p alone a difference counts as shown: `verdict` is 0 if it is not.
+    """
     found, width = {}, measure.maximum - measure.minimum
     for name, by_seed in pairs.items():
         ours, theirs = [x for x, _ in by_seed.values()], [y for _, y in by_seed.values()]
@@ -204,9 +206,7 @@ def _tested(
     return found
 
 
-def _equal_encoder(
-    own: Mapping[str, Sequence[Outcome]], others: Sequence[str], plans: Mapping[str, Sequence[Stage]]
-) -> dict | None:
+def _equal_encoder(own: Trials, others: Sequence[str], plans: Mapping[str, Sequence[Stage]]) -> dict | None:
     """Decoupled arms minus an arm with as many steps of the encoder whose decoder goes on; None where there are no such arms."""
     for base in others:
         steps = _encoder_steps(plans[base])
@@ -217,33 +217,29 @@ def _equal_encoder(
     return None
 
 
-def _equal_rate(
-    config: Config, measured: Sequence[Outcome], own: Mapping[str, Sequence[Outcome]], others: Sequence[str]
-) -> dict | None:
+def _equal_rate(config: Config, measured: Sequence[Outcome], own: Trials, others: Sequence[str]) -> dict | None:
     """For each measure and other arm the differences to the baseline's frontier; None if no frontier was trained."""
     if not config.compare.rates:
         return None
-    trained = [o for o in measured if o.job.arm == config.compare.baseline]
-    return {key: _at_equal_rate(BY_KEY[key], trained, own, others) for key in ("frechet", *DETAILS)}
+    trained, found = [o for o in measured if o.job.arm == config.compare.baseline], {}
+    for measure in (BY_KEY[key] for key in ("frechet", *DETAILS)):
+        frontier: dict[Hashable, list[tuple[float, float]]] = {}
+        for seed, point in _points(measure, trained):
+            frontier.setdefault(seed, []).append(point)
+        pairs = {}
+        for name in others:
+            if ours := {seed: point for seed, point in _points(measure, own[name]) if seed in frontier}:
+                at = difference_at_equal_rate(frontier, ours, LEVEL)
+                inside = [(seed, theirs) for seed, theirs in zip(at.seeds, at.baseline, strict=True) if theirs is not None]
+                pairs[name] = {seed: (ours[seed][1], theirs) for seed, theirs in inside}
+        found[measure.key] = _tested(measure, pairs, own)
+    return found
 
 
-def _at_equal_rate(
-    measure: Measure, trained: Sequence[Outcome], own: Mapping[str, Sequence[Outcome]], others: Sequence[str]
-) -> dict:
-    def points(outcomes: Sequence[Outcome]) -> list[tuple[Hashable, tuple[float, float]]]:
-        found = [(o.job.seed, value_of(BY_KEY["rate_bits"], o), value_of(measure, o)) for o in outcomes]
-        return [(seed, (rate, value)) for seed, rate, value in found if rate is not None and value is not None]
-
-    frontier: dict[Hashable, list[tuple[float, float]]] = {}
-    for seed, point in points(trained):
-        frontier.setdefault(seed, []).append(point)
-    pairs = {}
-    for name in others:
-        if ours := {seed: point for seed, point in points(own[name]) if seed in frontier}:
-            at = difference_at_equal_rate(frontier, ours, LEVEL)
-            inside = [(seed, theirs) for seed, theirs in zip(at.seeds, at.baseline, strict=True) if theirs is not None]
-            pairs[name] = {seed: (ours[seed][1], theirs) for seed, theirs in inside}
-    return _tested(measure, pairs, own)
+def _points(measure: Measure, outcomes: Sequence[Outcome]) -> list[tuple[Hashable, tuple[float, float]]]:
+    """Seed, rate and value of the trials that have both."""
+    found = [(o.job.seed, value_of(BY_KEY["rate_bits"], o), value_of(measure, o)) for o in outcomes]
+    return [(seed, (rate, value)) for seed, rate, value in found if rate is not None and value is not None]
 
 
 def _point(config: Config, outcome: Outcome) -> dict:
@@ -252,7 +248,7 @@ def _point(config: Config, outcome: Outcome) -> dict:
     return place | {key: value_of(BY_KEY[key], outcome) for key in ("rate_bits", "frechet", "bits", "psnr")}
 
 
-def _prior_sizes(own: Mapping[str, Sequence[Outcome]]) -> list[dict]:
+def _prior_sizes(own: Trials) -> list[dict]:
     """One row for each arm and size of prior, by growing size; nothing if there is one size only."""
     rows = []
     for name, outcomes in own.items():

@@ -57,7 +57,7 @@ def evidence_document(summaries: Mapping[str, dict], command: str) -> str:
 
 
 def incomplete(summaries: Iterable[str]) -> list[str]:
-    """A warning where comparisons are missing."""
+    """A warning where comparisons are missing, and the blank lines that end it."""
     missing = [name for name in EXPERIMENTS if name not in summaries]
     return [f"**This is not all: {', '.join(missing)} were not run.**", "", ""] if missing else []
 

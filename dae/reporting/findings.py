@@ -8,7 +8,7 @@ from dae.comparison.results import BY_KEY, Measure, verdict_in_words
 from dae.priors import PRIORS, PriorFamily
 from dae.quantizers import BOTTLENECKS, Bottleneck
 
-COLUMNS = ("frechet", "bits", "rate_bits", "psnr", "memorised", "recognised")  # of `results_table`
+COLUMNS = ("frechet", "bits", "rate_bits", "psnr", "memorised", "recognised")  # of `results_markdown`
 
 
 # ---- figures ----
