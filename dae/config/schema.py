@@ -193,11 +193,13 @@ class PriorConfig(OptimizationConfig):
     )
     code_temperature: float = knob(
         0.0,
-        "vq: in these draw each code by exp(-distance / (this x mean distance to the nearest code)); 0 takes the nearest",
+        "vq: draw the codes of augmentations by exp(-distance / (this x mean distance to the nearest code)); 0 takes the nearest",
         ge=0,
         encoding="code_temperature",
     )
-    augment_images: bool = knob(True, "make these from augmented images (data.random_flip, data.random_affine)")
+    augment_images: bool = knob(
+        True, "augmentations encode augmented images (data.random_flip, data.random_affine), else the image itself"
+    )
     early_stopping: bool = knob(
         True, "deliver the weights of the best validation (ar: fewest held-out bits; dit: least loss), not the last ones"
     )
@@ -222,9 +224,7 @@ class KernelsConfig:
 class SamplingConfig:
     num_samples: int = knob(2000, "images to sample, classes in equal parts", ge=1)
     classes: List[str] = knob(
-        [],
-        "sample these classes alone, as in [cat,dog] or [1990,2020]: each the name of a class, or if none is called so the label "
-        "that stands in the data; none: all",
+        [], "sample these classes alone, as in [cat,dog] or [1990,2020]: names, or else labels as they are in the data; none: all"
     )
     batch_size: int = knob(500, "images sampled at once", ge=1)
     num_inference_steps: int = knob(32, "dit: steps of the ODE solver from noise to latent", ge=1, le=10_000)
