@@ -40,7 +40,7 @@ def linear_cross_entropy(
         mean   = sum_i of the first two terms / sum_i w[t] + z_loss mean_i lse_i^2
 
     By chunks of rows: a chunk's logits become their own gradient in place and are multiplied into the gradients of hidden and
-    linear_weight in the forward pass, for a scalar's gradients are known but for one factor. With reduction="none" they are not:
+    linear_weight in the forward pass, as gradients of a scalar are known but for one factor. With reduction="none" they are not:
     the backward pass computes the logits anew, a third more products. The weight's gradient is summed in float32. Where nothing
     requires a gradient, nothing of this is done. Memory: a chunk of logits (2^20 on a CPU, 2^24 on a GPU, at least 64 rows; twice
     that with a soft cap by "chunked") and the two gradients, twice during the backward pass.

@@ -67,11 +67,12 @@ def sinkhorn_divergence(
         x: [N, D], floating, N, D >= 1; any strides.
         y: [M, D], of the same dtype and on the same device.
         p: 1 or 2, the exponent of the cost.
-        blur: > 0, in the units of the points: the scale below which mass is not told apart; epsilon = blur^p. |x - y|^p / epsilon
-            must be a number of the dtype computed in.
+        blur: > 0, in the units of the points: the scale below which points are not told apart; epsilon = blur^p.
+            |x - y|^p / epsilon must be a number of the dtype computed in.
         scaling: in (0, 1), the ratio of successive scales.
         debias: whether to take off the cost of each cloud against itself.
-        reach: > 0, in the units of the points: the scale beyond which mass is rather destroyed and created; None: all is moved.
+        reach: > 0, in the units of the points: the distance beyond which destroying and creating mass is cheaper than moving
+            it; None: all is moved.
             Its ratio to the diagonal of the box around the points, and that of blur, must have powers p that the dtype holds.
         max_iter: at least 0: most iterations at the final blur, 1000 where only `tolerance` is given. Without `tolerance` so
             many are done.

@@ -37,8 +37,8 @@ def sliced_wasserstein(
     backward pass computes a block anew where there are several. (torch.func.grad inside of torch.compile takes one block, and
     refuses several.)
 
-    Plain torch is the implementation, on every device: most of the time goes to `torch.sort`, which we have
-    nothing faster for. On one CPU core, 128 directions and 4096 to 16384 points per cloud, sorting takes 80 to 96 % of the
+    Plain torch is the implementation on every device: most of the time is that of `torch.sort`, for which we have nothing
+    faster. On one CPU core, 128 directions and 4096 to 16384 points per cloud, sorting takes 80 to 96 % of the
     forward time, and with weights, whose levels are sorted too, 63 to 80 %.
 
     Differentiable with respect to both clouds and both weights (almost everywhere: ties are kinks). At distance 0, where

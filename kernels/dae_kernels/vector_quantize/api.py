@@ -51,7 +51,7 @@ def vector_quantize(
     the cosine metric a vector x = 0 has quantized = e^ and no gradient. Values and gradients are finite as long as |x|^2, |e|^2
     and |e| / |x| are.
 
-    No gradient reaches the codebook: it is to follow the averages of `codebook_statistics`. To train it by gradients
+    No gradient reaches the codebook: it is meant to follow the averages of `codebook_statistics`. To train it by gradients
     instead, add `F.mse_loss(codebook[indices], x.detach())` (one codebook).
 
     The search is `nearest_code` with its kernel. All else is a few operations on [N, D], which torch.compile fuses.
