@@ -89,21 +89,14 @@ def load_data(config: DataConfig, seed: int) -> ImageData:
     origins = {part: f"{source_name(config)}, split {name or config.train_split!r}" for part, name in names.items()}
     wanted = {part: _encoded(rows, used, origins[part]) for part, rows in wanted.items()}
     labels = _resolve_labels(splits, used["label"], origins, config)
+    decoded = config.resolution, config.channels, config.center_crop
     decoders = {
-        part: RowDecoder(
-            origin=origin,
-            image_column=image_column,
-            labels=labels,
-            resolution=config.resolution,
-            channels=config.channels,
-            center_crop=config.center_crop,
-            folder=splits.get(part, splits["train"]).folder,
-        )
+        part: RowDecoder(origin, image_column, labels, *decoded, folder=splits.get(part, splits["train"]).folder)
         for part, origin in origins.items()
     }
     split = split_stream if config.streaming else split_table
     train, validation, contents = split(wanted, decoders, config, seed)
-    recipe = [contents, names, used, labels.class_names, config.resolution, config.channels, config.center_crop]
+    recipe = [contents, names, used, labels.class_names, *decoded]
     fingerprint = hashlib.blake2b(json.dumps(recipe).encode(), digest_size=16).hexdigest()
     if train.skipped is not None:
         train.skipped.fingerprint = fingerprint

@@ -115,7 +115,7 @@ def scan(paths: list[str], limit: int | None, left_out: LeftOut) -> tuple[Fields
                     texts |= dict.fromkeys(_texts(sample, path, key))
                     inside.add(key.rpartition("/")[0])
                     several |= len(found) > 1
-                    for field in sample.keys() - found:
+                    for field in (field for field in sample if field not in found):
                         if (suffix := field.rpartition(".")[2]) not in TEXTS | JSONS:
                             left_out.add(f"suffix .{suffix} is not read in a .tar", f"{path}: {key}.{field}")
                 else:
