@@ -57,9 +57,7 @@ class Bench:
 
     def __init__(self, case: Case, device: torch.device, flush: Tensor | None):
         self.case, self.device, self.flush = case, device, flush
-        self.samples: dict[str, list[float]] = {
-            phase: [] for phase in PHASES if case.leaves or phase == "forward"
-        }  # milliseconds
+        self.samples: dict[str, list[float]] = {phase: [] for phase in PHASES if case.leaves or phase == "forward"}
         self.cotangent: Tensor | None = None
         for _ in range(WARM_UP):
             result, gradients, _ = self.step()

@@ -15,18 +15,10 @@ HEADER = f"{'case':<39}{'median ms':>11}{'20 %':>11}{'80 %':>11}" + "".join(form
 
 def cells(row: dict[str, Any]) -> list[str]:
     """Median, quantiles and MEASURES of a measured row as text, "" for what it lacks."""
-    ms, extra = row["ms"], row["extra_bytes"]
-    values = (
-        (ms["median"], ".3f"),
-        (ms["p20"], ".3f"),
-        (ms["p80"], ".3f"),
-        (None if extra is None else extra / 2**20, ".1f"),
-        (row["gb_per_s"], ".1f"),
-        (row["tflop_per_s"], ".3f"),
-        (row["times_floor"], ".2f"),
-        (row["error"], ".1e"),
-    )
-    return ["" if value is None else format(value, form) for value, form in values]
+    times, mebibytes = [row["ms"][name] for name in ("median", "p20", "p80")], row["extra_bytes"] and row["extra_bytes"] / 2**20
+    values = [*times, mebibytes, *(row[name] for name in ("gb_per_s", "tflop_per_s", "times_floor", "error"))]
+    forms = (".3f", ".3f", ".3f", ".1f", ".1f", ".3f", ".2f", ".1e")
+    return ["" if value is None else format(value, form) for value, form in zip(values, forms, strict=True)]
 
 
 def show(row: dict[str, Any]) -> str:
@@ -35,6 +27,11 @@ def show(row: dict[str, Any]) -> str:
         return f"{row['impl']:<30}{row['status']}"
     times, measures = cells(row)[:3], cells(row)[3:]
     return f"{row['impl']:<30}{row['phase']:<9}" + "".join(f"{t:>11}" for t in times) + "".join(f"{m:>10}" for m in measures)
+
+
+def software(where: dict[str, Any]) -> str:
+    """Versions that are in a row of measurements, and its number of threads."""
+    return f"{', '.join(f'{name} {v}' for name, v in where['versions'].items() if v)}; threads: {where['threads']}"
 
 
 def panels_of(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -47,10 +44,10 @@ def panels_of(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
+    """A heading and a table for each panel."""
     lines = []
     for title, panel in panels_of(rows).items():
-        packages = ", ".join(f"{name} {version}" for name, version in panel[0]["versions"].items() if version)
-        lines += [f"### {title}", "", f"`{panel[0]['command']}`, {packages}; threads: {panel[0]['threads']}", ""]
+        lines += [f"### {title}", "", f"`{panel[0]['command']}`, {software(panel[0])}", ""]
         lines += [f"| case | phase | median ms | 20 % | 80 % | {' | '.join(MEASURES)} | note |", "| --- " * 11 + "|"]
         for row in panel:
             measured = row["status"] == "ok"
@@ -82,11 +79,10 @@ def plot(rows: list[dict[str, Any]], folder: Path) -> None:
         )
         for axis, (title, cases) in zip(axes[:, 0], panels, strict=True):
             cases = sorted(cases, key=lambda row: -row["ms"]["median"])
-            medians = [row["ms"]["median"] for row in cases]
-            below = [row["ms"]["median"] - row["ms"]["p20"] for row in cases]
-            above = [row["ms"]["p80"] - row["ms"]["median"] for row in cases]
+            low, median, high = ([row["ms"][name] for row in cases] for name in ("p20", "median", "p80"))
+            away = [[abs(m - end) for m, end in zip(median, ends, strict=True)] for ends in (low, high)]
             # Points, not bars: on a logarithmic axis, which has no 0, the length of a bar means nothing.
-            axis.errorbar(medians, [row["impl"] for row in cases], xerr=[below, above], fmt="o", capsize=3)
+            axis.errorbar(median, [row["impl"] for row in cases], xerr=away, fmt="o", capsize=3)
             axis.set(xscale="log", xlabel="milliseconds: median, 20 % to 80 %", ylim=(-0.6, len(cases) - 0.4))
             axis.xaxis.set_major_formatter(ticker.LogFormatter())
             axis.xaxis.set_minor_formatter(ticker.LogFormatter(minor_thresholds=(1, 0.4)))

@@ -26,8 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench_report import software
 from configuration import CONFIGS, read_config
-from measuring import append_row, growth, machine, measuring_parser, now, quantiles, software, synchronize
+from measuring import append_row, growth, machine, measuring_parser, now, quantiles, synchronize
 from torch import nn
 from training_steps import TrainingStep, stage_training, state_bytes
 
@@ -70,15 +71,15 @@ def diffusers_block(block: nn.Module) -> nn.Module | None:
     from diffusers.models.upsampling import Upsample2D
 
     weights = block.state_dict()
+    peer: Any
     if isinstance(block, ResidualBlock):
         if block.dropout.p:
-            raise ValueError(
-                f"diffusers drops single entries where ours drops channels: expected no dropout, got {block.dropout.p}"
-            )
+            expected = f"expected no dropout, got {block.dropout.p}"
+            raise ValueError(f"diffusers drops single entries where ours drops channels: {expected}")
         first, second = block.norm1, block.norm2
         peer = ResnetBlock2D(
-            in_channels=first.num_channels, out_channels=second.num_channels, temb_channels=None, groups=first.num_groups,
-            groups_out=second.num_groups, eps=first.eps, non_linearity="silu",
+            in_channels=first.num_channels, out_channels=second.num_channels, temb_channels=None,  # type: ignore[arg-type]
+            groups=first.num_groups, groups_out=second.num_groups, eps=first.eps, non_linearity="silu",
         )  # fmt: skip
         peer.load_state_dict({key.replace("skip.", "conv_shortcut."): value for key, value in weights.items()})
         peer.register_forward_pre_hook(without_time)
@@ -90,11 +91,9 @@ def diffusers_block(block: nn.Module) -> nn.Module | None:
             residual_connection=True, bias=True, _from_deprecated_attn_block=True,
         )  # fmt: skip
         flat = {key: value.view(value.shape[:2]) for key, value in weights.items()}  # our 1x1 convolutions are their products
-        names = {"norm.": "group_norm.", "out.": "to_out.0."}
-        found = {new + key: flat[old + key] for old, new in names.items() for key in ("weight", "bias")}
+        found = {key.replace("norm.", "group_norm.").replace("out.", "to_out.0."): value for key, value in flat.items()}
         for key in ("weight", "bias"):
-            parts = zip("qkv", flat[f"qkv.{key}"].chunk(3), strict=True)
-            found |= {f"to_{name}.{key}": part for name, part in parts}
+            found |= zip((f"to_{name}.{key}" for name in "qkv"), found.pop(f"qkv.{key}").chunk(3), strict=True)
         peer.load_state_dict(found)
         return peer
     if isinstance(block, Downsample):
@@ -112,14 +111,13 @@ def diffusers_block(block: nn.Module) -> nn.Module | None:
     return None
 
 
-def difference(config: Config, models: list[Autoencoder], device: torch.device) -> float:
+def difference(config: Config, models: list[Any], device: torch.device) -> float:
     """The greatest relative difference of features, sample, loss and a gradient at each end, in float64 and plain torch.
 
     The quantizer computes in float32: its rounding, and nothing else, may differ.
     """
-    images = torch.rand(
-        1, config.data.channels, config.data.resolution, config.data.resolution, dtype=torch.float64, device=device
-    )
+    shape = 1, config.data.channels, config.data.resolution, config.data.resolution
+    images = torch.rand(shape, dtype=torch.float64, device=device)
     found = []
     for model in models:
         model = copy.deepcopy(model).to(device).train()
@@ -184,17 +182,14 @@ def verdict(steps: list[MeasuredStep]) -> list[dict[str, Any]]:
     compared = []
     for a, b in [*zip(ours, theirs, strict=True), fastest]:
         speed = quantiles([y / x for x, y in zip(a.samples, b.samples, strict=True)])
-        memory = [step.peak_bytes and step.peak_bytes + step.state_bytes for step in (a, b)]
-        share = memory[0] / memory[1] if all(memory) else None
-        compared.append({"ours": a.name, "diffusers": b.name, "speed": speed, "memory": share})
+        memory = (a.peak_bytes + a.state_bytes) / (b.peak_bytes + b.state_bytes) if a.peak_bytes and b.peak_bytes else None
+        compared.append({"ours": a.name, "diffusers": b.name, "speed": speed, "memory": memory})
     return compared
 
 
 def main() -> None:
     parser = measuring_parser(__doc__)
-    parser.add_argument(
-        "overrides", nargs="*", metavar="key=value", help="of the configuration, such as stage1.train_batch_size=8"
-    )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="for example stage1.train_batch_size=8")
     parser.add_argument("--config", help="YAML file of a recipe (default: imagenet256 on a GPU, photos elsewhere)")
     parser.add_argument("--compile", action="store_true", help="measure both under torch.compile too")
     layouts = ["contiguous", "channels_last"]

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -54,18 +55,26 @@ def implementations(
     case: Callable[..., Case], run: Callable[..., Any], device: torch.device, note: str = "of the reference"
 ) -> Iterator[Case]:
     """The reference, torch.compile of it and the kernel of an operation that has all three; `note` is on the second."""
-    yield case("reference", partial(run, impl="reference"))
-    yield case("compile", torch.compile(lambda: run(impl="reference")), note=note)
+
+    def reference() -> Any:
+        return run(impl="reference")
+
+    yield case("reference", reference)
+    yield case("compile", torch.compile(reference), note=note)
     yield case("triton", partial(run, impl="triton"), refusal=triton_refusal(device))
+
+
+def with_compiled(case: Callable[..., Case], run: Callable[[], Any], note: str = "") -> Iterator[Case]:
+    """The reference of an operation that has no kernel, with `note`, and torch.compile of it."""
+    yield case("reference", run, note=note)
+    yield case("compile", torch.compile(run), note="of the reference")
 
 
 def geomloss(case: Callable[..., Case], run: Callable[[Callable], Tensor], note: str = "") -> Iterator[Case]:
     """geomloss with either of its backends: `run` gets its class SamplesLoss and returns the value."""
 
     def value(backend: str) -> Tensor:
-        from geomloss import SamplesLoss
-
-        return run(partial(SamplesLoss, backend=backend))
+        return run(partial(import_module("geomloss").SamplesLoss, backend=backend))
 
     yield case("geomloss, tensorized", partial(value, "tensorized"), needs="geomloss", note=note)
     yield case("geomloss, keops", partial(value, "online"), needs="pykeops", note=note)

@@ -12,7 +12,7 @@ from measuring import recorded_event
 from torch import Tensor, nn
 from training_steps import TrainingStep
 
-from dae.models import ARPrior, Autoencoder
+from dae.models import Autoencoder
 from dae.training.autoencoder import StageTraining
 from dae.training.engine import LocalEngine
 from dae.training.prior import PriorTraining
@@ -25,7 +25,7 @@ class Stamp:
     phase: str
     block: str
     seconds: float  # of the host's clock
-    event: torch.cuda.Event | None  # the same place in the GPU's stream
+    event: Any  # at the same place in the GPU's stream, None elsewhere
 
 
 class Clock:
@@ -114,14 +114,14 @@ def watch_decoder(clock: Clock, autoencoder: Autoencoder) -> None:
         clock.watch(autoencoder.decoder, "decoder")
 
 
-def watch_levels(clock: Clock, coder: nn.Module, name: str, size: Callable[[int], int]) -> None:
+def watch_levels(clock: Clock, coder: Any, name: str, size: Callable[[int], int]) -> None:
     """A block for each level of an encoder or decoder, named by its resolution, and one for what follows the last."""
     for level, layers in [(0, coder.conv_in), *enumerate(coder.levels)]:
         clock.watch(layers, f"{name} {size(level)}x{size(level)}")
     clock.watch(coder.norm_out, f"{name} out")
 
 
-def watch_prior(clock: Clock, prior: ARPrior) -> None:
+def watch_prior(clock: Clock, prior: Any) -> None:
     clock.watch(prior, "embedding")
     for block in prior.blocks:
         clock.watch(block.norm_attention, "attention")

@@ -11,6 +11,7 @@
 """
 
 import time
+from typing import Any
 
 import torch
 from measuring import append_row, machine, measuring_parser
@@ -23,7 +24,7 @@ FAMILIES = {"random": (8192, 64), "uniform": (1024, 64), "normalized": (16384, 8
 
 def operands(family: str, N: int, K: int, D: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Queries [N, D] and codebook [K, D]."""
-    source = {"generator": generator, "device": generator.device}
+    source: dict[str, Any] = {"generator": generator, "device": generator.device}
 
     def normal(rows: int) -> Tensor:
         return torch.randn(rows, D, **source)

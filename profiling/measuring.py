@@ -28,7 +28,7 @@ def measuring_parser(description: str | None) -> argparse.ArgumentParser:
 
 def load_module(path: Path) -> ModuleType:
     """The module in a file of profiling/bench/ or profiling/aot/, which are no packages."""
-    spec = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
+    spec: Any = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -51,12 +51,6 @@ def machine(device: torch.device, *packages: str) -> dict[str, Any]:
         "versions": versions,
         "command": " ".join([f"python profiling/{Path(sys.argv[0]).name}", *words]),
     }
-
-
-def software(where: dict[str, Any]) -> str:
-    """Versions of `machine` in a line, and the number of threads."""
-    versions = [f"{name} {version}" for name, version in where["versions"].items() if version]
-    return ", ".join([*versions, f"threads: {where['threads']}"])
 
 
 def now() -> str:

@@ -31,9 +31,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench_report import software
 from clock import Clock, ClockedEngine, ClockedStep, phases_of, seconds_of
 from configuration import read_config
-from measuring import append_row, machine, measuring_parser, quantiles, software, synchronize
+from measuring import append_row, machine, measuring_parser, quantiles, synchronize
 from step_figure import draw
 from torch.profiler import ProfilerActivity, record_function
 from training_steps import stage_training, state_bytes
@@ -78,8 +79,10 @@ def prior_training(config: Config, data: Any, engine: LocalEngine) -> PriorTrain
     classes = data.num_classes if data else 1000
     prior = ARPrior(config.prior, vocab_size=vocabulary, sequence_length=length, num_classes=classes).to(engine.device).train()
     choose_kernels(prior, config.kernels)
-    encodings = {"tokens": torch.randint(vocabulary, (batch, 1, length)), "label": torch.randint(classes, (batch,))}
-    return PriorTraining(config, PRIORS["ar"], prior, itertools.repeat(encodings), engine)
+    encodings: Any = itertools.repeat(
+        {"tokens": torch.randint(vocabulary, (batch, 1, length)), "label": torch.randint(classes, (batch,))}
+    )
+    return PriorTraining(config, PRIORS["ar"], prior, encodings, engine)
 
 
 def measure(step: ClockedStep, steps: int) -> dict[str, Any]:
@@ -149,7 +152,8 @@ def memory_of(events: list[dict], zero: float, device: torch.device, state: int)
 
 def kept_bytes(recorded: dict[str, Any]) -> dict[str, int]:
     """By how much the allocated memory grew over the forward passes of each block."""
-    memory, found = recorded["memory"], {}
+    memory: list[tuple[float, int]] = recorded["memory"]
+    found: dict[str, int] = {}
 
     def at(ms: float) -> int:
         return next((size for when, size in reversed(memory) if when <= ms), memory[0][1])
@@ -190,9 +194,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20, help="steps that are timed, after a quarter as many of warm-up")
     parser.add_argument("--stage", action="append", help="only this one: stage1, stage2, joint, prior (may be repeated)")
     parser.add_argument("--synthetic", action="store_true", help="random images instead of the data set; random LPIPS weights")
-    parser.add_argument(
-        "--output", type=Path, default=Path("runs/profile"), help="folder of picture and traces (default: %(default)s)"
-    )
+    folder = Path("runs/profile")
+    parser.add_argument("--output", type=Path, default=folder, help="folder of picture and traces (default: %(default)s)")
     arguments = parser.parse_intermixed_args()
     if arguments.steps < 1:
         parser.error(f"--steps: expected at least 1, got {arguments.steps}")

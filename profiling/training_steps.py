@@ -47,7 +47,7 @@ def stage_training(
     else:
         perceptual = build_perceptual_loss(config, stage)
 
-    def loaders(stage: Stage, _: str) -> Iterable[dict]:
+    def loaders(stage: Stage, _: str) -> Any:
         if data is None:
             return synthetic_images(config, stage)
         from dae.data import TrainLoader

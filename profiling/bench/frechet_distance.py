@@ -6,9 +6,10 @@ its covariance, 2 (N + M) D^2. Bytes: both clouds once, both gradients written. 
 """
 
 from functools import partial
+from importlib import import_module
 
 import torch
-from cases import Case, normal_clouds
+from cases import Case, normal_clouds, with_compiled
 from dae_kernels.frechet_distance import frechet_distance
 
 SHAPES = {"cuda": [{"N": 10000, "M": 10000, "D": 1024}], "cpu": [{"N": 2000, "M": 2000, "D": 256}]}
@@ -32,30 +33,23 @@ def cases(device, dtype, N, M, D):
         return distance(*means, cov_x, cov_y, torch.linalg.eigvals(cov_x @ cov_y).sqrt().real.sum())
 
     def scipy():
-        from scipy.linalg import sqrtm
-
         *means, cov_x, cov_y = (moment.detach() for moment in moments())
-        return distance(*means, cov_x, cov_y, sqrtm((cov_x @ cov_y).numpy()).real.trace())
-
-    def pot():
-        import ot
-
-        return ot.gaussian.bures_wasserstein_distance(*moments()).square()
+        return distance(*means, cov_x, cov_y, import_module("scipy.linalg").sqrtm((cov_x @ cov_y).numpy()).real.trace())
 
     with torch.no_grad():
-        _, _, cov_x_DD, cov_y_DD = moments()
+        covariances = moments()[2:]
 
     def decompositions():
-        (_, vectors_x_DD), (_, vectors_y_DD) = torch.linalg.eigh(cov_x_DD), torch.linalg.eigh(cov_y_DD)
+        (_, vectors_x_DD), (_, vectors_y_DD) = map(torch.linalg.eigh, covariances)
         return torch.linalg.svd(vectors_x_DD * vectors_y_DD).S  # of any matrix: the time is that of its size
 
-    ours = partial(frechet_distance, x_ND, y_MD)
-    yield case("reference", ours, note="there is no kernel: decompositions and products in float64")
-    yield case("compile", torch.compile(lambda: ours()), note="of the reference")
+    note = "there is no kernel: decompositions and products in float64"
+    yield from with_compiled(case, lambda: frechet_distance(x_ND, y_MD), note)
     note = "two eigh and one svd of this size, with the vectors that gradients need"
     yield case("decompositions alone", decompositions, leaves=[], note=note)
     yield case("eigenvalues of the product", eigenvalues, note="torchmetrics' formula in plain torch")
     yield case("compile, eigenvalues", torch.compile(eigenvalues))
     on_cpu = None if device.type == "cpu" else "works on the CPU"
     yield case("scipy sqrtm", scipy, leaves=[], needs="scipy", refusal=on_cpu, note="pytorch-fid's formula")
+    pot = lambda: import_module("ot").gaussian.bures_wasserstein_distance(*moments()).square()  # noqa: E731
     yield case("POT", pot, needs="ot", note="its squared bures_wasserstein_distance")

@@ -10,16 +10,11 @@ import torch.nn.functional as F
 from cases import Case, implementations
 from dae_kernels.group_norm_silu import group_norm_silu
 
-SHAPES = {
-    "cuda": [
-        {"B": 8, "C": 128, "H": 256, "L": 1},
-        {"B": 8, "C": 128, "H": 256, "L": 0},
-        {"B": 8, "C": 256, "H": 64, "L": 1},
-        {"B": 8, "C": 512, "H": 16, "L": 1},
-        {"B": 1, "C": 128, "H": 256, "L": 1},
-    ],
-    "cpu": [{"B": 4, "C": 64, "H": 32, "L": 0}, {"B": 4, "C": 64, "H": 32, "L": 1}],
+SIZES = {
+    "cuda": [(8, 128, 256, 1), (8, 128, 256, 0), (8, 256, 64, 1), (8, 512, 16, 1), (1, 128, 256, 1)],
+    "cpu": [(4, 64, 32, 0), (4, 64, 32, 1)],
 }
+SHAPES = {kind: [dict(zip("BCHL", sizes, strict=True)) for sizes in shapes] for kind, shapes in SIZES.items()}
 DTYPES = {"cuda": ["bfloat16"]}
 
 
@@ -30,9 +25,6 @@ def cases(device, dtype, B, C, H, L):
     n, size = x.numel(), x.nbytes
     least = {"flops": 10 * n, "bytes": 3 * size, "backward_flops": 20 * n, "backward_bytes": 5 * size}
     case = partial(Case, "group_norm_silu", leaves=[x, weight, bias], **least)
-
-    def eager():
-        return F.silu(F.group_norm(x, 32, weight.to(dtype), bias.to(dtype), 1e-6))
-
     yield from implementations(case, partial(group_norm_silu, x, 32, weight, bias, 1e-6), device)
+    eager = lambda: F.silu(F.group_norm(x, 32, weight.to(dtype), bias.to(dtype), 1e-6))  # noqa: E731
     yield case("torch", eager, note="F.group_norm, F.silu in the dtype of x")

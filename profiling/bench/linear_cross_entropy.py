@@ -26,10 +26,7 @@ def cases(device, dtype, N, V, D):
     least = {"flops": flops, "bytes": moved, "backward_flops": 2 * flops, "backward_bytes": 2 * moved}
     case = partial(Case, "linear_cross_entropy", leaves=[hidden_ND, weight_VD], product=dtype, **least)
     ours = partial(linear_cross_entropy, hidden_ND, weight_VD, targets_N)
-
-    def plain():
-        return F.cross_entropy(F.linear(hidden_ND, weight_VD), targets_N)
-
+    plain = lambda: F.cross_entropy(F.linear(hidden_ND, weight_VD), targets_N)  # noqa: E731
     yield case("reference", partial(ours, impl="reference"))
     yield case("linear + cross_entropy", plain, note="in the dtype of the operands")
     yield case("compile, linear + cross_entropy", torch.compile(plain), note="in the dtype of the operands")

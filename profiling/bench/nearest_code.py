@@ -1,6 +1,7 @@
 """Cases of nearest_code. 2 N K D flop; each operand read once, an int64 and a float32 per vector written."""
 
 from functools import partial
+from importlib import import_module
 
 import torch
 from cases import Case
@@ -23,30 +24,23 @@ def cases(device, dtype, N, K, D):
         return torch.addmm(codebook_KD.square().sum(dim=1), x_ND, codebook_KD.T, alpha=-2).argmin(dim=1)
 
     def vector_quantize_pytorch():
-        from vector_quantize_pytorch.vector_quantize_pytorch import cdist
-
+        cdist = import_module("vector_quantize_pytorch.vector_quantize_pytorch").cdist
         return (-cdist(x_ND[None].float(), codebook_KD[None].float())).argmax(dim=-1)[0]
 
     def keops():
-        from pykeops.torch import LazyTensor
-
-        x_N1D, codebook_1KD = LazyTensor(x_ND.float()[:, None]), LazyTensor(codebook_KD.float()[None])
-        return ((x_N1D - codebook_1KD) ** 2).sum(dim=2).argmin(dim=1).flatten()
+        lazy = import_module("pykeops.torch").LazyTensor
+        return ((lazy(x_ND.float()[:, None]) - lazy(codebook_KD.float()[None])) ** 2).sum(dim=2).argmin(dim=1).flatten()
 
     def flash_kmeans():
-        from flash_kmeans.assign_euclid_triton import euclid_assign_triton
-
-        return euclid_assign_triton(x_ND[None], codebook_KD[None], x_ND.float().square().sum(dim=1)[None])[0].long()
+        assign = import_module("flash_kmeans.assign_euclid_triton").euclid_assign_triton
+        return assign(x_ND[None], codebook_KD[None], x_ND.float().square().sum(dim=1)[None])[0].long()
 
     def sklearn():
-        from sklearn.metrics import pairwise_distances_argmin
-
-        return torch.from_numpy(pairwise_distances_argmin(x_ND.float().numpy(), codebook_KD.float().numpy()))
+        argmin = import_module("sklearn.metrics").pairwise_distances_argmin
+        return torch.from_numpy(argmin(x_ND.float().numpy(), codebook_KD.float().numpy()))
 
     def scipy():
-        from scipy.cluster.vq import vq
-
-        return torch.from_numpy(vq(x_ND.float().numpy(), codebook_KD.float().numpy())[0])
+        return torch.from_numpy(import_module("scipy.cluster.vq").vq(x_ND.float().numpy(), codebook_KD.float().numpy())[0])
 
     refusal, on_cpu = triton_refusal(device), None if device.type == "cpu" else "works on the CPU"
     fast = "tf32" if dtype == torch.float32 and device.type == "cuda" else dtype

@@ -7,6 +7,7 @@ counted. Bytes: both clouds once.
 import contextlib
 import io
 from functools import partial
+from importlib import import_module
 
 import torch
 from cases import Case, normal_clouds
@@ -20,9 +21,6 @@ def cases(device, dtype, N, M, D):
     real_ND, fake_MD = (cloud.detach() for cloud in normal_clouds(N, M, D, device, dtype, scale=0.9, shift=0.1))
     least = {"flops": 2 * D * (N * N + M * M + N * M), "bytes": real_ND.nbytes + fake_MD.nbytes}
     case = partial(Case, "precision_recall_density_coverage", product="float64", **least)
-
-    def ours():
-        return torch.stack(precision_recall_density_coverage(real_ND, fake_MD, k=NEIGHBOURS))
 
     def products():
         """What is left of it without the choice of neighbours, the balls and the cases that rounding could decide."""
@@ -40,12 +38,11 @@ def cases(device, dtype, N, M, D):
         return torch.stack([precision, recall, density, coverage])
 
     def prdc():
-        from prdc import compute_prdc
-
         with contextlib.redirect_stdout(io.StringIO()):  # it prints its sizes
-            found = compute_prdc(real_ND.numpy(), fake_MD.numpy(), nearest_k=NEIGHBOURS)
+            found = import_module("prdc").compute_prdc(real_ND.numpy(), fake_MD.numpy(), nearest_k=NEIGHBOURS)
         return torch.tensor([found[name] for name in ("precision", "recall", "density", "coverage")])
 
+    ours = lambda: torch.stack(precision_recall_density_coverage(real_ND, fake_MD, k=NEIGHBOURS))  # noqa: E731
     yield case("reference", ours, note="there is no kernel: float64 throughout")
     yield case("compile", torch.compile(ours), note="of the reference, which is one opaque operator")
     yield case("products alone", products, note="the three matrices of products in float64, whole")

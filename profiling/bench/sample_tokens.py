@@ -24,18 +24,16 @@ def cases(device, dtype, B, T, width, depth):
     labels = torch.arange(B, device=device) % 10
     matrices = sum(m.weight.numel() for m in prior.modules() if isinstance(m, torch.nn.Linear))
     least = {"flops": 2 * matrices * B * T, "bytes": matrices * prior.head.weight.element_size()}
+    seeded = lambda: torch.Generator(device).manual_seed(0)  # noqa: E731
     case = partial(Case, "sample_tokens", product=dtype, **least)
-
-    def cached():
-        return sample_tokens(prior, labels, generator=torch.Generator(device).manual_seed(0))
 
     @torch.no_grad()
     def whole_prefix():
-        generator, tokens = torch.Generator(device).manual_seed(0), labels.new_empty(B, 0)
+        generator, tokens = seeded(), labels.new_empty(B, 0)
         for _ in range(T):
             logits = prior(labels, tokens)[:, -1].float()
             tokens = torch.cat([tokens, torch.multinomial(logits.softmax(-1), 1, generator=generator)], dim=1)
         return tokens
 
-    yield case("cached", cached)
+    yield case("cached", lambda: sample_tokens(prior, labels, generator=seeded()))
     yield case("whole prefix", whole_prefix, note="anew for each token")

@@ -5,6 +5,7 @@ gradient of `quantized` and writes that of x.
 """
 
 from functools import cache, partial
+from importlib import import_module
 
 import torch
 from cases import Case, implementations
@@ -20,9 +21,7 @@ def cases(device, dtype, N, K, D):
 
     @cache
     def layer():
-        from vector_quantize_pytorch import VectorQuantize
-
-        made = VectorQuantize(dim=D, codebook_size=K, rotation_trick=False).to(device)
+        made = import_module("vector_quantize_pytorch").VectorQuantize(D, codebook_size=K, rotation_trick=False).to(device)
         made._codebook.embed.data.copy_(codebook_KD)
         return made
 
