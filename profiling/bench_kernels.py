@@ -241,9 +241,9 @@ def main() -> None:
     parser = measuring_parser(__doc__)
     parser.add_argument("--op", choices=operations, action="append", help="only this operation (may be repeated)")
     parser.add_argument("--impl", action="append", help="only cases whose name starts so (may be repeated)")
-    parser.add_argument("--shape", type=shape_of, action="append", help="N=8192,K=4096,D=64 for the defaults (may be repeated)")
+    parser.add_argument("--shape", type=shape_of, action="append", help="for example N=8192,K=4096,D=64 (may be repeated)")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16", "float64"], action="append", help="may be repeated")
-    parser.add_argument("--seconds", type=float, default=10.0, help="measuring time of one operation and shape, after warm-up")
+    parser.add_argument("--seconds", type=float, default=10.0, help="time per operation and shape, after warm-up")
     parser.add_argument("--plot", type=Path, help="write one figure for each operation into this folder (needs matplotlib)")
     arguments = parser.parse_args()
     if arguments.plot and importlib.util.find_spec("matplotlib") is None:

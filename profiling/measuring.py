@@ -37,18 +37,13 @@ def load_module(path: Path) -> ModuleType:
 def machine(device: torch.device, *packages: str) -> dict[str, Any]:
     """Hardware, threads, versions (None: not installed) and the command, to stand in each row of measurements."""
     cpu = f"{platform.machine().replace('_', '-')} CPU, {os.cpu_count()} cores"
-    versions = {"python": platform.python_version(), "cuda": torch.version.cuda or torch.version.hip}
-    for package in packages:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            versions[package] = None
+    installed = {name: next((found.version for found in importlib.metadata.distributions(name=name)), None) for name in packages}
     # Absolute paths say where it ran, not what ran.
     words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     return {
         "hardware": f"{torch.cuda.get_device_name(device)}, {cpu}" if device.type == "cuda" else cpu,
         "threads": torch.get_num_threads(),
-        "versions": versions,
+        "versions": {"python": platform.python_version(), "cuda": torch.version.cuda or torch.version.hip} | installed,
         "command": " ".join([f"python profiling/{Path(sys.argv[0]).name}", *words]),
     }
 
