@@ -6,9 +6,9 @@
 
 First every arm, the baseline too, tries each of compare.learning_rates once, with compare.tuning_seed and on images held out of
 the training set. Then every arm is trained with every seed at the best of them, and compare.rate_arms at compare.rates too (of
-these only compare.other_rates for those that are not the baseline, if given). Each
-trial trains autoencoder and prior, draws samples and measures; compare.processes of them run at a time, on a CPU as they stand.
-Each is saved when it is finished: the same command goes on where it was stopped. Another configuration is refused.
+these only at compare.other_rates, if given, where they are not the baseline). Each trial trains autoencoder and prior, draws
+samples and measures; compare.processes of them run at a time, with one CPU thread each. Each is saved when it is finished: the
+same command goes on where it was stopped. Another configuration is refused.
 Writes <output_dir>: compare.html (the answer, in words and pictures), compare.png, compare.json, compare.md (the table of all
 arms), trials/<trial>.json with the samples beside it in .npz, and bench/ (the classifier whose features judge).
 """
@@ -35,7 +35,7 @@ from dae.comparison.jobs import (
 )
 from dae.comparison.results import summarize_comparison
 from dae.comparison.trial import Bench, run_trial
-from dae.comparison.workers import Workers, run_jobs
+from dae.comparison.workers import run_jobs, worker_processes
 from dae.config import Config, save_config
 from dae.data.pictures import to_uint8
 from dae.files import announce, replaced_files, write_file
@@ -55,7 +55,7 @@ def compare(config: Config, prepare: Callable[[Config], Any] = Bench.prepare, tr
     folder.mkdir(parents=True, exist_ok=True)
     bench = prepare(config)  # here first: its errors are the user's, and the workers find its classifier
     try:
-        with Workers(config.compare.processes) as workers:
+        with worker_processes(config.compare.processes) as workers:
             work = {"prepare": prepare, "trial": trial, "workers": workers}
             tuning = run_jobs(config, tuning_jobs(config, arms), describe="tuning", **work)
             learning_rates = chosen_learning_rates(config, arms, tuning)

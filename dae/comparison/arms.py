@@ -1,4 +1,4 @@
-"""The arms of a comparison, and the proof that they differ in nothing but what is compared."""
+"""The arms of a comparison, and the check that they differ only in how the encoder is trained."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def require_matched(config: Config, arms: list[Arm]) -> None:
             f"the arms are not matched: {'. '.join(problems)}. An arm may change {' and '.join(free)}; change the rest for all "
             "arms alike, in the configuration"
         )
-    # Methods of one stage take its optimisation from stage 1: what stage 2 does otherwise, only those of two stages would do.
+    # An arm with one stage is optimised as stage1 says: what stage2 does differently would reach only the arms with two.
     alike = ("length", "second stage")
     between = [str(d) for d in config_differences(config.stage1, config.stage2) if roles[f"stage1.{d.key}"] not in alike]
     if between and len({len(plan_stages(arm_config(config, arm))) for arm in arms}) > 1:

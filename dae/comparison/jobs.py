@@ -30,8 +30,8 @@ class Job:
     Args:
         learning_rate: of both stages of the autoencoder.
         purpose: "measure" on the held-out images, or "tune" on images held out of the training set.
-        rate: another rate than the configuration's: the codebook size (vq) or the KL weight (kl); None is its own.
-        prior_learning_rate: another one than the configuration's; None is its own.
+        rate: codebook size (vq) or KL weight (kl), if it is not the configuration's.
+        prior_learning_rate: of the prior, if it is not the configuration's.
     """
 
     arm: str
@@ -227,7 +227,7 @@ def trial_path(config: Config, job: Job) -> Path:
 
 
 def trial_settings(config: Config, job: Job) -> dict[str, Any]:
-    """All that a trial's result depends on: its configuration by dotted keys, and the versions of the software."""
+    """Everything that a trial's result depends on: its configuration by dotted keys, and the versions of the software."""
     used = ("compare.prior_widths",) if job.purpose == "measure" else ()
     settings = {leaf.key: leaf.value for leaf in leaves(job_config(config, job)) if leaf.key in used or leaf.role != "free"}
     return settings | {f"versions.{name}": version for name, version in versions().items()}

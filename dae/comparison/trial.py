@@ -42,7 +42,7 @@ IMAGES_FOR_CARD = 1500  # training images that the report card is made from
 
 @dataclass
 class Bench:
-    """What all trials of a comparison share: the images, the classifier whose features judge, the floors."""
+    """What all trials of a comparison share: the images, the classifier in whose features samples are judged, the floors."""
 
     measure: Judge
     tune: Judge  # held-out: a part of the training images

@@ -10,7 +10,7 @@ import threading
 import traceback
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any, Callable, Sequence
+from typing import Any, Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ def run_jobs(
     prepare: Callable[[Config], Any] = Bench.prepare,
     trial: Callable[[Any, Config, Job], tuple[dict, Any]] = run_trial,
     describe: str = "trials",
-    workers: Workers | None = None,
+    workers: list[_Worker] | None = None,
 ) -> list[Outcome]:
     """Run the trials that are not finished yet, `compare.processes` at a time, and return all outcomes in the order of `jobs`.
 
@@ -42,7 +42,7 @@ def run_jobs(
             new Python processes that import them.
         trial: returns a record (JSON) and samples, uint8 [n, H, W, C].
         describe: what the progress bar says.
-        workers: to be used again for other jobs of this comparison; None starts and ends some.
+        workers: of `worker_processes`, which further jobs of this comparison can use again; None starts and ends some.
 
     Raises:
         ValueError: a trial in the folder belongs to another configuration; nothing was run.
@@ -54,9 +54,9 @@ def run_jobs(
     outcomes = {job: found for job in jobs if (found := load_trial(config, job))}
     waiting = [job for job in jobs if job not in outcomes]
     with contextlib.ExitStack() as stack:
-        workers = workers or stack.enter_context(Workers(config.compare.processes))
+        workers = workers or stack.enter_context(worker_processes(config.compare.processes))
         bar = stack.enter_context(tqdm(total=len(jobs), initial=len(outcomes), desc=describe, unit="trial", smoothing=0))
-        idle = list(workers.all)
+        idle = list(workers)
         running: dict[Future, tuple[_Worker, Job]] = {}
         while waiting or running:
             while idle and waiting:
@@ -90,25 +90,22 @@ def _finish(config: Config, job: Job, future: Future) -> Outcome:
     return outcome
 
 
-class Workers:
+@contextlib.contextmanager
+def worker_processes(count: int) -> Iterator[list[_Worker]]:
     """Processes that run trials, started when they are needed; leaving the `with` block ends them, whatever they are doing."""
-
-    def __init__(self, count: int):
-        self.all = [_Worker() for _ in range(count)]
-
-    def __enter__(self) -> Workers:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for worker in self.all:
+    workers = [_Worker() for _ in range(count)]
+    try:
+        yield workers
+    finally:
+        for worker in workers:
             worker.end()
 
 
 class _Worker:
     """One process that runs one trial at a time, and is replaced should it die.
 
-    A pool of its own for each process, because a process that dies breaks its whole pool, and which trial it ran is then known.
-    The process ends when the other end of `stop` is closed: by us, or by the system if we are killed.
+    One pool per process: a process that dies breaks its whole pool, and this tells which trial it ran. The process ends when the
+    other end of `stop` is closed: by us, or by the system if we are killed.
     """
 
     def __init__(self) -> None:
