@@ -29,7 +29,7 @@ def measuring_parser(description: str | None) -> argparse.ArgumentParser:
 def load_module(path: Path) -> ModuleType:
     """The module in a file of profiling/bench/ or profiling/aot/, which are no packages."""
     spec: Any = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # torch.compile imports it by its name
     spec.loader.exec_module(module)
     return module
 

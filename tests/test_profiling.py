@@ -126,6 +126,13 @@ def test_benchmark_refuses_a_shape_that_is_not_the_operations(here):
     assert "got N=9,K=8,D=2,Z=1 (missing: M; unknown: K, Z)" in message
 
 
+def test_module_of_an_operation_is_found_by_its_name(monkeypatch):
+    """torch.compile imports the module of each function that it inlines."""
+    monkeypatch.syspath_prepend(ROOT / "profiling")
+    module = importlib.import_module("measuring").load_module(ROOT / "profiling" / "bench" / "vector_quantize.py")
+    assert importlib.import_module(module.__name__) is module
+
+
 def test_figures_show_points_with_their_quantiles(tmp_path, monkeypatch):
     """No bars: their axis is logarithmic, where a length from the left edge means nothing."""
     pyplot = pytest.importorskip("matplotlib.pyplot")
