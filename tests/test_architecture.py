@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import importlib.metadata
+import re
 import subprocess
 import sys
 import tomllib
@@ -164,6 +165,11 @@ def test_pages_are_made_in_reporting():
     """Statistics know no page: reporting is imported by recipes alone."""
     assert not offences([p for p in LIBRARY if "reporting" not in p.parts], names("dae.reporting"))
     assert not offences([p for p in SCRIPTS if "profiling" in p.parts], names("dae.reporting"))
+    tag = re.compile(r"</?(html|body|p|div|span|table|tr|td|th|ul|li|b|i|strong|em|h[1-6]|figure|img|a|section)(\s[^<>]*)?>")
+    for path in [p for p in LIBRARY + SCRIPTS if "reporting" not in p.parts]:
+        for node in ast.walk(ast.parse(path.read_text())):
+            words = node.value if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
+            assert not tag.search(words), f"{path}:{node.lineno} makes HTML"
 
 
 def test_nothing_heavy_at_module_level():

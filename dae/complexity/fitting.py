@@ -27,20 +27,11 @@ ROWS_AT_ONCE = 4096  # that a network makes, or that a distance without batches 
 
 @dataclass(frozen=True)
 class Fitting:
-    """How generators are fitted and measured.
+    """How generators are fitted and measured: the options of `generator_distance`."""
 
-    Args:
-        steps: of Adam, at a rate that falls to 0 as a cosine.
-        batch_size: rows per step.
-        learning_rate: at the start; None is the family's own, for latents and data of unit scale, to which they are brought.
-        heldout: share of the rows to measure on, in (0, 1/2]; 0 measures on the rows that were fitted on.
-        measure_limit: at most so many rows are measured on, and chosen on; None is 4096 for a distance that compares all pairs of
-            points, and no limit for the others.
-    """
-
-    steps: int = 400
+    steps: int = 400  # of Adam, at a rate that falls to 0 as a cosine
     batch_size: int = 256
-    learning_rate: float | None = None
+    learning_rate: float | None = None  # at the start, for latents and data of unit scale; None is the family's own
     heldout: float = 0.5
     measure_limit: int | None = None
 

@@ -32,21 +32,13 @@ MIXTURE_COMPONENTS, MIXTURE_WITHIN = 10, 0.1  # Gaussians, and the share of the 
 
 @dataclass(frozen=True)
 class Latent:
-    """A latent of N images.
+    """A latent of N images."""
 
-    Args:
-        name: the specification that it was made from.
-        codes: float32 [N, ...], in their own scale.
-        paired: code n was computed from image n. Noise is not: reconstruction means nothing for it.
-        description: what it is, in words for a reader of a page.
-        provenance: where it comes from, JSON-able: fingerprints, settings, seed, and the SHA-256 of the codes.
-    """
-
-    name: str
-    codes: Tensor
-    paired: bool
-    description: str
-    provenance: dict[str, Any]
+    name: str  # the specification that it was made from
+    codes: Tensor  # float32 [N, ...], in their own scale
+    paired: bool  # code n was computed from image n; not so of noise, for which reconstruction means nothing
+    description: str  # in words for a reader of a page
+    provenance: dict[str, Any]  # JSON-able: fingerprints, settings, seed, and the SHA-256 of the codes
 
 
 @own_arithmetic(gradients=True)

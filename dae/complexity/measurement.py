@@ -68,29 +68,18 @@ FAMILIES = {
 
 @dataclass
 class Measurement:
-    """All of one measurement.
-
-    Args:
-        config, data: what was asked for, and `ImageData.describe`.
-        images: [N, C, H, W].
-        latents, scales: each latent, and what its codes were divided by.
-        curves: by (distance, family, latent).
-        baselines: by distance, that of "real" images and perhaps of the "average" image.
-        gromov: Gromov-Wasserstein by latent; None without POT.
-        generated: by latent, labelled rows of images [n, C, H, W] from held-out codes.
-        at, seconds: when, and how long it took.
-    """
+    """All of one measurement."""
 
     config: Config
-    data: dict
-    images: Tensor
+    data: dict  # `ImageData.describe`
+    images: Tensor  # [N, C, H, W]
     latents: list[Latent]
-    scales: list[float]
-    curves: dict[tuple[str, str, str], ComplexityCurve]
-    baselines: dict[str, dict[str, Estimate]]
-    gromov: dict[str, Estimate] | None
-    generated: dict[str, list[tuple[str, Tensor]]]
-    at: str
+    scales: list[float]  # what the codes of each latent were divided by
+    curves: dict[tuple[str, str, str], ComplexityCurve]  # by (distance, family, latent)
+    baselines: dict[str, dict[str, Estimate]]  # by distance, of "real" images and perhaps of the "average" image
+    gromov: dict[str, Estimate] | None  # Gromov-Wasserstein by latent; None without POT
+    generated: dict[str, list[tuple[str, Tensor]]]  # by latent, labelled rows of images [n, C, H, W] from held-out codes
+    at: str  # when
     seconds: float
 
     def of(self, distance: str, family: str) -> dict[str, ComplexityCurve]:

@@ -35,12 +35,11 @@ def ngram_bits(train_Nhw: Tensor, heldout_Mhw: Tensor, codebook_size: int) -> fl
         p(t | l, u) = (n(l, u, t) + c (p(t | l) + p(t | u)) / 2) / (n(l, u) + c)
         p(t | l)    = (n(l, t) + c p(t)) / (n(l) + c),  p(t | u) likewise,   p(t) = (n(t) + 1) / (n + K)
 
-    with counts n over the training images; beyond the border the neighbour is a code of its own. The one constant c is the
-    best of `CONCENTRATIONS` for the training tokens, each left out of the counts that it is coded with.
+    with counts n over the training images; beyond the border the neighbour is a code of its own. c is the best of
+    `CONCENTRATIONS` for the training tokens, each left out of the counts that it is coded with.
 
     Args:
-        train_Nhw, heldout_Mhw: int64 codes in 0..K-1.
-        codebook_size: K.
+        train_Nhw, heldout_Mhw: int64 codes in 0..codebook_size - 1.
 
     Returns:
         -sum of log2 p over the h w tokens, a mean over the held-out images.
@@ -82,13 +81,12 @@ def tiny_transformer_bits(train_Nhw: Tensor, heldout_Mhw: Tensor, codebook_size:
 
         -sum over t of log2 p(token_t | token_<t), a mean over the held-out images, tokens in raster order
 
-    Width 32, depth 1, no classes; `PRIOR_STEPS` steps of AdamW on about `PRIOR_TOKENS` tokens each, whatever the length of an
-    image, but at most `PRIOR_PASSES` passes over the training images, so that it does not memorise a small set. It ranks
-    latents by how fast they are learned, and does not estimate what a prior reaches in the end.
+    Width 32, depth 1, no classes; `PRIOR_STEPS` steps of AdamW on about `PRIOR_TOKENS` tokens each, but at most `PRIOR_PASSES`
+    passes over the training images, so that it does not memorise a small set. It ranks latents by how fast they are learned, and
+    does not estimate what a prior reaches in the end.
 
     Args:
-        train_Nhw, heldout_Mhw: int64 codes in 0..K-1.
-        codebook_size: K.
+        train_Nhw, heldout_Mhw: int64 codes in 0..codebook_size - 1.
         seed: of weights and batches.
     """
     train_NT, heldout_MT = train_Nhw.flatten(1), heldout_Mhw.flatten(1)
@@ -153,19 +151,17 @@ def gaussian_prior_bits(
 
         E KL(q(z|x) || N(m, S)) / log 2,   m = E mean,   S = Cov(mean) + diag E variance   over the training images,
 
-    which is the code length by bits back: it does not change if the latent is scaled, as a density would. The covariance
-    is shrunk towards its diagonal, S_a = (1 - a) S + a diag S; a is the one of `SHRINKAGES` with the shortest code for the last
-    fifth of the training images, under the moments of the others.
+    which is the code length by bits back: unlike a density, it does not change if the latent is scaled. The covariance is shrunk
+    towards its diagonal, S_a = (1 - a) S + a diag S; a is the one of `SHRINKAGES` with the shortest code for the last fifth of
+    the training images, under the moments of the others.
 
     Args:
         train_mean, train_log_variance: of the posteriors of training images [N, D, h, w], N >= 5; heldout_...: [M, D, h, w].
 
     Source: ours; bits back: Hinton and van Camp 1993, "Keeping Neural Networks Simple by Minimizing the Description Length".
     """
-    mean, variance, other_mean, other_variance = (
-        x.double().flatten(1)
-        for x in (train_mean, train_log_variance.double().exp(), heldout_mean, heldout_log_variance.double().exp())
-    )
+    mean, other_mean = (x.double().flatten(1) for x in (train_mean, heldout_mean))
+    variance, other_variance = (x.double().exp().flatten(1) for x in (train_log_variance, heldout_log_variance))
     cut = len(mean) - len(mean) // 5
 
     def bits(moments: tuple[Tensor, Tensor], mean_MP: Tensor, variance_MP: Tensor, shrinkage: float) -> float:
@@ -252,8 +248,7 @@ def equivariance_error(of_moved: Tensor, moved: Tensor) -> float | None:
     0: the latent moves with the image. 1: as far off as the latents of two unrelated images. None where both are constant.
 
     Args:
-        of_moved: encode(T x), [M, D, h, w].
-        moved: T encode(x), of the same shape.
+        of_moved, moved: encode(T x) and T encode(x), [M, D, h, w].
 
     Source: ours; the question is that of Kouzelis et al. 2025, "EQ-VAE", which rotates and scales.
     """
@@ -284,8 +279,7 @@ def energy_coefficient(x: Tensor, y: Tensor) -> float | None:
 
         (2 E|x - y| - E|x - x'| - E|y - y'|) / (2 E|x - y|)     None where all points of both sets are equal
 
-    Args:
-        x, y: images [N, ...], [M, ...].
+    of images [N, ...] and [M, ...].
 
     Source: Szekely and Rizzo 2013, "Energy statistics: a class of statistics based on distances" (coefficient H).
     """
@@ -307,8 +301,7 @@ class Ridge:
     `residuals` [N, Q] are the errors with each image left out: what is seen of new images.
 
     Args:
-        latents: [N, ...]; flattened.
-        targets: [N, ...]; flattened.
+        latents, targets: [N, ...]; flattened.
 
     Source: Golub, Heath and Wahba 1979, "Generalized Cross-Validation as a Method for Choosing a Good Ridge Parameter".
     """
@@ -360,9 +353,9 @@ def mlp_distance(linear: Ridge, train: Tensor, heldout: Tensor, heldout_images: 
 
         g(z) = a + z W + V silu(U z + b),   U: P -> 64,   trained from g = the ridge solution, on paired latents and images
 
-    So the family holds the linear maps, and the distance falls below theirs as far as a little nonlinearity helps. The hidden
-    layer learns what the ridge regression leaves over of each image when that is left out; a fifth of the images, chosen
-    at random, only says when it is best, which may be at the start.
+    The distance falls below that of linear maps as far as a little nonlinearity helps. The hidden layer learns what the ridge
+    regression leaves over of each image when that is left out; a fifth of the images, chosen at random, selects the checkpoint,
+    which may be the start.
 
     Args:
         linear: fitted on the same training latents and their images.

@@ -24,19 +24,12 @@ ANSWERING = 256  # held-out images that are decoded and changed, at most: most o
 
 @dataclass(frozen=True)
 class Predictor:
-    """One line of the card.
-
-    Args:
-        title: its name for a reader.
-        unit: of its value; empty for a plain number.
-        meaning: what it says, for someone who does not know the field.
-        direction: what one hopes for, "lower" or "higher"; "either" where more and less both have their price.
-    """
+    """One line of the card."""
 
     title: str
-    unit: str
-    meaning: str
-    direction: str
+    unit: str  # empty for a plain number
+    meaning: str  # for someone who does not know the field
+    direction: str  # what one hopes for, "lower" or "higher"; "either" where more and less both have their price
 
     @property
     def sign(self) -> int:
@@ -177,20 +170,18 @@ def report_card(
 
 def code_length(autoencoder: Autoencoder, train: Encoded, heldout: Encoded, seed: int) -> dict[str, float]:
     """What the latent costs in bits, as far as its kind allows."""
-    if train.indices is not None and heldout.indices is not None:
-        K = autoencoder.bottleneck.num_codes(autoencoder.config)
-        usage = CodebookUsage(K).update(heldout.indices)
-        return {
-            "codebook_usage": usage.usage,
-            "codebook_perplexity": usage.perplexity,
-            "code_entropy": math.log2(usage.perplexity),
-            "ngram_bits": measure.ngram_bits(train.indices, heldout.indices, K),
-            "prior_bits": measure.tiny_transformer_bits(train.indices, heldout.indices, K, seed=seed),
-        }
-    ours, theirs = (train.latents, cast(Tensor, train.log_variance)), (heldout.latents, cast(Tensor, heldout.log_variance))
+    if train.indices is None or heldout.indices is None:
+        ours, theirs = (train.latents, cast(Tensor, train.log_variance)), (heldout.latents, cast(Tensor, heldout.log_variance))
+        rate = gaussian_rate(*ours, covariance="diagonal")
+        return {"gaussian_rate": rate, "prior_bits": measure.gaussian_prior_bits(*ours, *theirs)}
+    K = autoencoder.bottleneck.num_codes(autoencoder.config)
+    usage = CodebookUsage(K).update(heldout.indices)
     return {
-        "gaussian_rate": gaussian_rate(*ours, covariance="diagonal"),
-        "prior_bits": measure.gaussian_prior_bits(*ours, *theirs),
+        "codebook_usage": usage.usage,
+        "codebook_perplexity": usage.perplexity,
+        "code_entropy": math.log2(usage.perplexity),
+        "ngram_bits": measure.ngram_bits(train.indices, heldout.indices, K),
+        "prior_bits": measure.tiny_transformer_bits(train.indices, heldout.indices, K, seed=seed),
     }
 
 
