@@ -14,22 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dae.complexity.critics import (
-    FOLDS,
-    Parts,
-    Stack,
-    annealed,
-    critic_loss,
-    descend,
-    gradient_norms,
-    logistic_loss,
-    of_rotations,
-    parts_of,
-    potential_candidates,
-    random_rows,
-    ratio_candidates,
-    standardised,
-)
+from dae.complexity import critics
+from dae.complexity.critics import Parts, Stack, logistic_loss, potential_candidates, ratio_candidates, standardised
 from dae.complexity.distances import PLAIN, check_name
 from dae.complexity.estimate import CRITIC_ROWS, Estimate, check_cloud, check_seeds, pooled_error
 from dae.complexity.families import GeneratorFamily, check_count, check_family
@@ -169,25 +155,19 @@ def adversarial_distance(
         found = [wasserstein(x_ND, y_MD, name == "wgan_gp", seed, options) for seed in seeds]
         found = [(unit * value, unit * error) for value, error in found]
         convention = "Wasserstein-1, the cost |x - y| not squared, in the units of the data, " + LOSS[name]
-    return Estimate.over(
-        [value for value, _ in found],
-        seeds,
-        bound="lower",
-        distance=name,
-        convention=convention + "; P = data, Q = generated",
-        counts=(len(x_ND) - 2 * (len(x_ND) // FOLDS), len(x_ND) // FOLDS),
-        standard_error=pooled_error([error for _, error in found]),
-    )
+    fold, (values, errors) = len(x_ND) // critics.FOLDS, zip(*found, strict=True)
+    facts = {"convention": convention + "; P = data, Q = generated", "counts": (len(x_ND) - 2 * fold, fold)}
+    return Estimate.over(values, seeds, bound="lower", distance=name, standard_error=pooled_error(errors), **facts)
 
 
 def divergence(x_ND: Tensor, y_MD: Tensor, kind: Divergence, seed: int, options: dict) -> tuple[float, float]:
     """The value and its standard error."""
     generator = torch.Generator().manual_seed(seed)
-    parts, _ = standardised(parts_of(x_ND, y_MD, generator), isotropic=False)
+    parts, _ = standardised(critics.parts_of(x_ND, y_MD, generator), isotropic=False)
     logits_CKR = ratio_candidates(parts, width=64, generator=generator, **options)
     logits_CKR = torch.cat([shrinkage * logits_CKR for shrinkage in SHRINKAGE])
     # By logistic loss, which no single row decides; the own bound is too noisy to choose by where it has heavy tails
-    logits_KR = of_rotations(logits_CKR, logistic_loss(*parts.split(logits_CKR)[:2]).argmin(dim=0))
+    logits_KR = critics.of_rotations(logits_CKR, logistic_loss(*parts.split(logits_CKR)[:2]).argmin(dim=0))
     select_P, select_Q, measure_P, measure_Q = parts.split(clamped(logits_KR, parts))
     return pooled(kind.bound(select_P, select_Q), kind.on_P(measure_P), kind.on_Q(measure_Q))
 
@@ -220,11 +200,11 @@ def log_mean_exp(values: Tensor) -> Tensor:
 def wasserstein(x_ND: Tensor, y_MD: Tensor, penalty: bool, seed: int, options: dict) -> tuple[float, float]:
     """The value and its standard error."""
     generator = torch.Generator().manual_seed(seed)
-    parts, scale_K11 = standardised(parts_of(x_ND, y_MD, generator), isotropic=True)
+    parts, scale_K11 = standardised(critics.parts_of(x_ND, y_MD, generator), isotropic=True)
     values_CKR = scale_K11[..., 0] * potential_candidates(parts, penalty, width=32, generator=generator, **options)
     select_P, select_Q, _, _ = (part.mean(dim=-1) for part in parts.split(values_CKR))
     selected_K, best_K = (select_P - select_Q).max(dim=0)
-    _, _, measure_P, measure_Q = parts.split(of_rotations(values_CKR, best_K))
+    _, _, measure_P, measure_Q = parts.split(critics.of_rotations(values_CKR, best_K))
     return pooled(selected_K, measure_P, measure_Q)
 
 
@@ -299,13 +279,13 @@ def train_adversarial(
         adversary = Adversary(name, real.shape[1], data.device, learning_rates[1], steps, torch.Generator().manual_seed(seed))
         randomness = torch.Generator().manual_seed(seed + 1)
         optimizer = torch.optim.Adam(module.parameters(), lr=learning_rates[0], betas=(0.5, 0.99))
-        schedule = annealed(optimizer, steps)
+        schedule = critics.annealed(optimizer, steps)
         average = torch.optim.swa_utils.AveragedModel(module, use_buffers=True)
 
         def draw() -> tuple[Tensor, Tensor]:
-            z = random_rows(latents[None], batch_size, randomness)[0]
+            z = critics.random_rows(latents[None], batch_size, randomness)[0]
             fake = (module(z).flatten(1) - center_1D) / scale_1D
-            return random_rows(real[None], batch_size, randomness), fake[None].float()
+            return critics.random_rows(real[None], batch_size, randomness), fake[None].float()
 
         for step in range(steps):
             for _ in range(3 if name in WASSERSTEIN else 1):
@@ -316,7 +296,7 @@ def train_adversarial(
             loss = adversary.generator_loss(fake_1BD)
             if not torch.isfinite(loss):
                 raise FloatingPointError(f"{name}: the generator's loss is {loss.item()} at step {step}; lower learning_rates")
-            descend(optimizer, loss, schedule, adversary.schedule)
+            critics.descend(optimizer, loss, schedule, adversary.schedule)
             family.constrain_(module)
             if step >= steps // 2:
                 average.update_parameters(module)
@@ -341,16 +321,16 @@ class Adversary:
         potential = name in WASSERSTEIN
         self.network = Stack(1, inputs, 32 if potential else 64, generator, device, radial=potential, maxmin=name == "wgan_sn")
         self.optimizer = torch.optim.Adam(self.network.parameters, lr=learning_rate, betas=(0.5, 0.99))
-        self.schedule = annealed(self.optimizer, steps)
+        self.schedule = critics.annealed(self.optimizer, steps)
 
     def step(self, real_1BD: Tensor, fake_1BD: Tensor) -> None:
         if self.name in TABLE:
             both = torch.cat([real_1BD, fake_1BD], dim=1)
             loss = logistic_loss(*self.network(both).chunk(2, dim=1))
-            loss = loss + RATIO_PENALTY * gradient_norms(self.network, both, create_graph=True).square().mean(dim=1)
+            loss = loss + RATIO_PENALTY * critics.gradient_norms(self.network, both, create_graph=True).square().mean(dim=1)
         else:
-            loss = critic_loss(self.network, real_1BD, fake_1BD, self.name == "wgan_gp", self.generator)
-        descend(self.optimizer, loss.sum())
+            loss = critics.critic_loss(self.network, real_1BD, fake_1BD, self.name == "wgan_gp", self.generator)
+        critics.descend(self.optimizer, loss.sum())
         if self.name == "wgan_sn":
             self.network.clip_norms_()
 

@@ -60,14 +60,9 @@ def gromov_wasserstein(
         within_z, within_x = (distances(cloud[rows.to(cloud.device)], normalize) for cloud in (latents, data))
         values.append(minimal_distortion(within_z, within_x, max_iterations))
     used = min(num_points, len(data))
-    return Estimate.over(
-        values,
-        seeds,
-        bound="upper",
-        distance="gromov_wasserstein",
-        convention="squared, sum (|z - z'| - |x - x'|)^2 T T, Euclidean" + ", distances divided by their rms" * normalize,
-        counts=(used, used),
-    )
+    convention = "squared, sum (|z - z'| - |x - x'|)^2 T T, Euclidean" + ", distances divided by their rms" * normalize
+    facts = {"convention": convention, "counts": (used, used)}
+    return Estimate.over(values, seeds, bound="upper", distance="gromov_wasserstein", **facts)
 
 
 def distances(cloud: Tensor, normalize: bool) -> Tensor:
@@ -88,11 +83,9 @@ def minimal_distortion(within_z_NN: Tensor, within_x_NN: Tensor, max_iterations:
     by_eccentricity, by_row = torch.zeros_like(product), torch.eye(N, dtype=torch.float64) / N
     order_z, order_x = (within.square().mean(dim=1).argsort() for within in (within_z_NN, within_x_NN))
     by_eccentricity[order_z, order_x] = 1 / N
-    weights = ot.unif(N)
+    clouds = within_z_NN.numpy(), within_x_NN.numpy(), ot.unif(N), ot.unif(N)
     found = [
-        ot.gromov.gromov_wasserstein2(
-            within_z_NN.numpy(), within_x_NN.numpy(), weights, weights, "square_loss", G0=start.numpy(), max_iter=max_iterations
-        )
+        ot.gromov.gromov_wasserstein2(*clouds, "square_loss", G0=start.numpy(), max_iter=max_iterations)
         for start in (product, by_eccentricity, by_row)
     ]
     return max(0.0, float(min(found)))
