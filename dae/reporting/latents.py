@@ -19,7 +19,9 @@ from dae.metrics import versions
 from dae.reporting import elements as web
 from dae.reporting.charts import Series, frontier_chart, frontier_panel, save_png
 from dae.reporting.elements import PAPER, Html, element, number, paragraph
+from dae.reporting.prose import paragraphs, read_prose
 
+PROSE = read_prose(__file__)
 DISTANCES = {
     "reconstruction": ("Reconstruction error", "how far each held-out image is from what is made from its own code, as the "
         "mean squared difference of the pixels (black and white are 2 apart)"),
@@ -68,10 +70,7 @@ def write_latents_page(measured: Measurement, folder: Path) -> list[str]:
     page.section("Shape alone", *_shape(measured))
     page.section("What these numbers do not say", _limits(measured))
     page.section("How it was measured", *_method(measured))
-    page.footer = [
-        paragraph("The quantity as publicly described in ", PAPER, "; all settings are ours, and no number here is the paper's. "
-                  "Written by recipes/measure_latent.py.")
-    ]  # fmt: skip
+    page.footer = paragraphs(PROSE["footer"], paper=PAPER)
     page.write(folder / "latents.html")
     return _write_pictures(measured, folder)
 
@@ -88,32 +87,16 @@ def _lead(measured: Measurement) -> list[Html]:
     use = f"trained on {fitted:,} and judged on {judged:,} others"
     if judged == len(measured.images):
         use = "computed from and judged on all of them"
-    return [
-        paragraph(
-            "Most image generators work in two steps. First they produce a short list of numbers, the ", element("b", "latent"),
-            "; then a ", element("b", "generator"), " (or decoder) turns the list into pixels. Which numbers to use is a choice: "
-            "random noise, what an encoder network computes from images, or something else. A good choice leaves the generator "
-            "little to do."
-        ),
-        paragraph(
-            "This page compares latents by one question: ",
-            element("b", "how well can a generator of limited strength make the data from this latent?"),
-            f" For each latent, weak and stronger generators ({' and '.join(names)}) were trained to turn it into images of the "
-            f"data set “{measured.data['name']}”. The distance that remains between the images made and real images held out is "
-            "the answer, written D", element("sup", "G"), ". ", element("b", "Lower is better"),
-            ": a latent from which even a weak generator comes near is a good one to build on. The idea is from ", PAPER, "."
-        ),
-        paragraph(
-            f"Measured with {len(measured.images):,} images of {H} × {W} pixels, {'grey' if C == 1 else 'colour'}: generators "
-            f"were {use}, {times}. The whole took {web.duration(measured.seconds)}."
-        ),
-    ]  # fmt: skip
+    return paragraphs(
+        PROSE["lead"], families=" and ".join(names), data=measured.data["name"], paper=PAPER, use=use, times=times,
+        distance=web.join(["D", element("sup", "G")]), images=len(measured.images), height=H, width=W,
+        colour="grey" if C == 1 else "colour", duration=web.duration(measured.seconds),
+    )  # fmt: skip
 
 
 def _certainty(measured: Measurement, mark: str = "± is the") -> str:
     many = len(measured.config.measure.seeds) > 1
-    words = "larger of two: the standard deviation over the seeds, and the sampling error (what other such images would change)."
-    return f"{mark} {words}" if many else "Measured with one seed, which tells no spread."
+    return f"{mark} {PROSE['certainty']}" if many else "Measured with one seed, which tells no spread."
 
 
 def _margin(estimate: Estimate) -> float:
@@ -136,10 +119,7 @@ def _answer(measured: Measurement) -> Html:
             found = [(_title_of(measured, latent), curve.estimates[index]) for latent, curve in ranked]
             words = f"nearest with the {position} {choice.name} ({choice.knob} {choice.capacities[index]:g})"
             entries.append(tile(found, words))
-    note = (
-        f"By the {DISTANCES[distance][0]}; every latent and every distance follow below. “Tied” is what the nearest is "
-        "not ahead of with every seed and by twice the error of the difference."
-    )
+    note = PROSE["answer"].format(distance=DISTANCES[distance][0])
     return web.join([web.figure(web.tiles(entries), note), *_unequal(measured)])
 
 
@@ -148,16 +128,11 @@ def _unequal(measured: Measurement) -> list[Html]:
     sizes = sorted({latent.codes[0].numel() for latent in measured.latents})
     if len(sizes) == 1:
         return []
-    families = [FAMILIES[name] for name in measured.config.measure.families]
-    bounded, unbounded = ([each.name for each in families if each.stretch is kind] for kind in (True, False))
-    words = [f"These latents have from {sizes[0]:,} to {sizes[-1]:,} numbers a code. More numbers can hold more of an image."]
-    if bounded:
-        words.append(f"With {' and '.join(bounded)}, whose stretch is limited, a latent gains nothing by repeating its numbers.")
-    if unbounded:
-        words.append(
-            f"In {' and '.join(unbounded)} no stretch is limited, and the first layer has more weights the longer the code is: "
-            "the longer code then has the stronger generator, and may be nearest for that alone."
-        )
+    words = [PROSE["lengths"].format(shortest=sizes[0], longest=sizes[-1])]
+    for limited, kind in ((True, "limited"), (False, "not limited")):
+        families = [FAMILIES[f].name for f in measured.config.measure.families if FAMILIES[f].stretch is limited]
+        if families:
+            words.append(PROSE[f"lengths, stretch {kind}"].format(families=" and ".join(families)))
     return [paragraph(element("b", "Codes of different lengths. "), " ".join(words))]
 
 
@@ -213,13 +188,7 @@ def _table_of(measured: Measurement, distance: str) -> list[Html]:
 
 
 def _strength(measured: Measurement) -> list[Html]:
-    parts = [
-        paragraph(
-            "Each line follows one latent from weak generators (left) to strong ones (right). A good latent starts low: weak "
-            "generators suffice. The dashed line is where real images are that are as many as the images made; with a finite "
-            "number of images, nothing can be expected far below it. " + _certainty(measured, "Thin bars are ± the")
-        )
-    ]
+    parts = paragraphs(PROSE["strength"], certainty=_certainty(measured, "Thin bars are ± the"))
     charts = []
     for distance in measured.baselines:
         title = DISTANCES[distance][0]
@@ -259,22 +228,13 @@ def _needed(measured: Measurement, levels: dict[str, float]) -> Html:
             cells.append("–" if curve is None else most if capacity is None else f"{capacity:g}")
         rows.append(cells)
     header = ["latent"] + [f"{DISTANCES[d][0]}, {FAMILIES[f].knob} of {FAMILIES[f].name}" for d, f in columns]
-    words = "; ".join(f"{DISTANCES[d][0]} of at most {level:.3g}" for d, level in levels.items())
-    caption = (
-        f"The smallest strength measured at which {100 * GAP_CLOSED:.0f} % of the way from the average image to real images is "
-        f"made ({words}). Only the strengths of the charts were tried, so a little less may do."
-    )
+    reached = "; ".join(f"{DISTANCES[d][0]} of at most {level:.3g}" for d, level in levels.items())
+    caption = PROSE["strength needed"].format(share=100 * GAP_CLOSED, levels=reached)
     return web.figure(web.table(header, rows), caption)
 
 
 def _pictures(measured: Measurement) -> list[Html]:
-    parts = [
-        paragraph(
-            "Made from held-out codes, which no generator was trained on. “Given back” means: a generator was trained to return "
-            "each image from its own code, so each picture can be held against the one above it. “Made” means: a generator was "
-            "trained for the set of images as a whole, so single pictures have no original."
-        )
-    ]
+    parts = paragraphs(PROSE["pictures"])
     for latent in measured.latents:
         rows = [(label, web.strip(to_uint8(images), label)) for label, images in measured.generated[latent.name]]
         parts += [element("h3", _title_of(measured, latent.name)), web.figure(web.strips(rows), latent.description)]
@@ -287,52 +247,23 @@ def _latents(measured: Measurement) -> Html:
         shape = latent.codes.shape[1:]
         count = f"{shape.numel():,}" + (f" ({' × '.join(map(str, shape))})" if len(shape) > 1 else "")
         rows.append((latent.name, latent.description, count, f"{scale:.3g}"))
-    caption = (
-        "Before measuring, the codes of each latent were divided by one number, so that they lie as far from their mean as the "
-        "images from theirs (root mean square of the distance, all numbers of a code together). So a limit on a generator's "
-        "stretch means the same for all, and no latent gets around it by repeating its numbers. The pixels of an image are "
-        f"{measured.images[0].numel():,} numbers, for comparison."
-    )
+    caption = PROSE["latents"].format(pixels=measured.images[0].numel())
     return web.figure(web.table(("latent", "what it is", "numbers a code", "divided by"), rows, prose=(0, 1)), caption)
 
 
 def _shape(measured: Measurement) -> list[Html]:
-    words = (
-        "A comparison that knows no generator. The Gromov–Wasserstein distance asks whether the codes lie to one another as the "
-        "images do: 0 if one cloud is the other, turned, mirrored or enlarged. It can disagree with the tables above, since a "
-        "generator may bend a latent of another shape into the images with ease."
-    )
+    words = paragraphs(PROSE["shape"])
     if measured.gromov is None:
-        return [paragraph(words), paragraph("It was not measured: the package POT is not installed (pip install POT).")]
+        return [*words, *paragraphs(PROSE["shape not measured"])]
     places = _decimals([e.value for e in measured.gromov.values()])
     rows = [(_title_of(measured, name), _plus_minus(estimate, places)) for name, estimate in measured.gromov.items()]
-    points = next(iter(measured.gromov.values())).counts[0]
-    caption = (
-        f"Gromov–Wasserstein distance, squared, of {points} codes and as many images, distances within either divided by their "
-        "typical size. Lower is more alike. Each number bounds the true minimum for the points drawn from above."
-    )
-    return [paragraph(words), web.figure(web.table(("latent", "distance"), rows), caption)]
+    caption = PROSE["shape, caption"].format(points=next(iter(measured.gromov.values())).counts[0])
+    return [*words, web.figure(web.table(("latent", "distance"), rows), caption)]
 
 
 def _limits(measured: Measurement) -> Html:
-    points = [
-        ("The other half of the work.", "A latent computed from images must itself be produced before anything can be generated, "
-         "and how hard that is does not enter here. The image itself, taken as a latent, would look perfect. Noise costs "
-         "nothing to produce; the codes of an encoder cost a second model, the prior."),
-        ("The best generator.", f"What training finds in {measured.config.measure.steps:,} steps may not be the best there is; "
-         "so the numbers are upper bounds, and close ranks may change with more steps (measure.steps)."),
-        ("Certainty.", f"{_certainty(measured)} A seed draws the split, the start and the batches. What another data set, "
-         "another training of the encoder, or another family of generators would change is not in it."),
-        ("Zero.", f"With {_counts(measured)[1]:,} images a side, even two sets of real images are at some distance (but of "
-         "Fréchet this is taken away). Hold the numbers against the row of real images, not against 0."),
-        ("What people see.", "All distances are taken on pixels. A small shift of a line counts as much as an ugly smear."),
-        ("Single images.", "Only the reconstruction error asks whether a code gives back its own image, so it is measured only "
-         "for latents that are computed from one. All other distances compare whole sets: a generator may do well by them and "
-         "give back no single image."),
-        ("New images.", "Held out means: not used to train the generators. What is fitted to images (pca, and autoencoders "
-         "trained here) has seen all images of this page, and a saved network may have."),
-    ]  # fmt: skip
-    return element("ul", *(element("li", element("b", title), " ", words) for title, words in points))
+    steps, judged = measured.config.measure.steps, _counts(measured)[1]
+    return element("ul", *paragraphs(PROSE["limits"], "li", steps=steps, certainty=_certainty(measured), judged=judged))
 
 
 def _method(measured: Measurement) -> list[Html]:
