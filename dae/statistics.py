@@ -91,7 +91,7 @@ def paired_p_value(ours: Sequence[float], theirs: Sequence[float]) -> float:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """p-values adjusted for how many there are (Holm, 1979): below a, with probability 1 - a none is so by chance.
+    """p-values adjusted for their number (Holm, 1979): among those below a, one is false with probability a at most.
 
     adjusted_(i) = max over j <= i of min(1, (m - j + 1) p_(j)), for the i-th smallest of m.
 

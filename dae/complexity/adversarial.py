@@ -28,9 +28,9 @@ SHRINKAGE = (1.0, 0.9, 0.75, 0.5)  # of the logarithm of an overfitted density r
 
 @dataclass(frozen=True)
 class Divergence:
-    """E_P[T] - E_Q[f*(T)] at T = f'(e^l), from l at points of P and of Q; and what a generator of Q minimises, from its l.
+    """An f-divergence as E_P[T] - E_Q[f*(T)] at T = f'(e^l), with l an estimate of log p/q, and the loss of a generator of Q.
 
-    `on_P` is T and `on_Q` is f*(T) as functions of l. The generator's losses have the direction of the gradient of
+    `on_P` is T and `on_Q` is f*(T) as functions of l. The losses have the direction of the gradient of
     -E_Q[f*(T)]; where that vanishes at points that the critic is sure of, they are its logarithm over the batch, or Goodfellow's
     (2014) -log D.
     """
@@ -173,7 +173,7 @@ def divergence(x_ND: Tensor, y_MD: Tensor, kind: Divergence, seed: int, options:
 
 
 def clamped(logits_KR: Tensor, parts: Parts) -> Tensor:
-    """l cut where less than one point of the other cloud is to be expected, by the rows to choose on."""
+    """Logits [K, R] cut where less than one point of the other cloud is to be expected, by the rows to choose on."""
     select_P, select_Q, _, _ = parts.split(logits_KR)
     rows_P, rows_Q = (sum(part[cloud].shape[1] for part in (parts.fit, parts.select, parts.measure)) for cloud in (0, 1))
     highest_K1 = (math.log(rows_Q) + log_mean_exp(select_P)) / 2
@@ -312,7 +312,7 @@ def train_adversarial(
 
 
 class Adversary:
-    """A critic in training: of a density ratio for the divergences, of Kantorovich's potential for the Wasserstein distances."""
+    """A critic in training: a density ratio for the divergences, Kantorovich's potential for the Wasserstein distances."""
 
     def __init__(
         self, name: str, inputs: int, device: torch.device, learning_rate: float, steps: int, generator: torch.Generator

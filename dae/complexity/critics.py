@@ -27,7 +27,7 @@ RIDGES = (1e-1, 1e-2, 1e-3, 1e-5, 1e-8)  # strong to weak, so that each solution
 
 @dataclass(frozen=True)
 class Parts:
-    """The rows of both clouds in K rotations: fitted on [K, n, D], chosen on [K, m, D], measured on [K, m, D]; P's and Q's."""
+    """P's and Q's rows in K rotations: to fit on [K, n, D], to choose on [K, m, D] and to measure on [K, m, D]."""
 
     fit: tuple[Tensor, Tensor]
     select: tuple[Tensor, Tensor]
@@ -38,7 +38,7 @@ class Parts:
         return torch.cat([*self.select, *self.measure], dim=1)
 
     def split(self, values_R: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Values [..., R] of `heldout` as those of P's and Q's rows to choose on, then of P's and Q's to measure on."""
+        """Values [..., R] at `heldout` by rows: P's and Q's to choose on, then P's and Q's to measure on."""
         return values_R.split([part.shape[1] for part in (*self.select, *self.measure)], dim=-1)
 
 
@@ -61,7 +61,7 @@ def parts_of(x_ND: Tensor, y_MD: Tensor, generator: torch.Generator) -> Parts:
 
 
 def standardised(parts: Parts, isotropic: bool) -> tuple[Parts, Tensor]:
-    """Subtract the mean and divide by the standard deviation of the rows to fit on, half P and half Q; and that scale [K, 1, D].
+    """The parts less the mean and over the standard deviation of the rows to fit on, half P and half Q; and that scale [K, 1, D].
 
     An isotropic scale, one number per rotation [K, 1, 1], keeps the distances but for this factor. Computed in float64, so that a
     cloud far from the origin keeps what digits it has; the result is float32.
@@ -223,7 +223,7 @@ def descend(optimizer: torch.optim.Optimizer, loss: Tensor, *schedules: torch.op
 def snapshots(
     network: Stack, optimizer: torch.optim.Optimizer, loss: Callable[[int], Tensor], points_KRD: Tensor, steps: int, free: int = 0
 ) -> Tensor:
-    """Train a stack by `loss(step)` [K], each step 1 ... `steps`; its values [S, K, R] at the points at `SNAPSHOTS` of these.
+    """Values [S, K, R] of a stack at the points after `SNAPSHOTS` of its training steps 1 ... `steps`, each on `loss(step)` [K].
 
     Networks with `maxmin` have their norms clipped after each step but the first `free`, of which there are no snapshots.
     """
@@ -269,7 +269,7 @@ def ratio_candidates(parts: Parts, *, steps: int, batch_size: int, width: int, g
 
 
 def of_rotations(values_CK: Tensor, choice_K: Tensor) -> Tensor:
-    """[C, K, ...] -> [K, ...]: of every rotation k the candidate choice_K[k]."""
+    """[C, K, ...] -> [K, ...]: candidate choice_K[k] of each rotation k."""
     return values_CK[choice_K, torch.arange(len(choice_K), device=choice_K.device)]
 
 

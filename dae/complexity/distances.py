@@ -51,7 +51,7 @@ class Distance:
 
 
 def check_name(name: str) -> None:
-    """ValueError for a distance that there is not, with the nearest that there is. TypeError: not a string."""
+    """ValueError for an unknown distance, with the nearest known one. TypeError: not a string."""
     if not isinstance(name, str):
         raise TypeError(f"expected a distance as its name or a Distance, got {type(name).__name__}")
     known = PLAIN + ADVERSARIAL

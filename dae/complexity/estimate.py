@@ -136,7 +136,7 @@ def check_pair(latents: Tensor, data: Tensor) -> None:
 
 
 def check_seeds(seeds: Sequence[int]) -> tuple[int, ...]:
-    """As ints of Python. TypeError or ValueError unless there is at least one whole number, and none twice."""
+    """The seeds as ints. TypeError or ValueError unless they are whole numbers, at least one, and none twice."""
     listed = hasattr(seeds, "__len__") and hasattr(seeds, "__getitem__") and not isinstance(seeds, str | bytes)
     try:
         whole = tuple(operator.index(seed) for seed in seeds) if listed else None

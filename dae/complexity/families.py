@@ -25,7 +25,7 @@ SOLVERS = {"reconstruction": best_reconstruction, "frechet": best_frechet}  # of
 
 
 class GeneratorFamily:
-    """What the families share. `str(family)` names the family with its capacity.
+    """Base class of the families. `str(family)` names the family with its capacity.
 
     Members are built and constrained in float32 on the CPU unless told otherwise, whatever modes of torch are set
     (`dae.precision.own_arithmetic`); as modules they then compute as all modules do, under autocast in its dtype.
@@ -84,7 +84,7 @@ class GeneratorFamily:
         return None
 
     def start(self, latents: Tensor, data: Tensor) -> nn.Module:
-        """A member to train from, by `build` unless there is a better."""
+        """The member that training starts from: by default a fresh one."""
         return self.build(tuple(latents.shape[1:]), tuple(data.shape[1:])).to(data)
 
 
@@ -127,7 +127,7 @@ class LinearMaps(GeneratorFamily):
         return cast(nn.Module, self.best(latents, data, "frechet"))  # the answer where both are Gaussian
 
     def member(self, latents: Tensor, data: Tensor, weight_DK: Tensor, bias_D: Tensor) -> nn.Module:
-        """With this weight and bias, between such latents and data."""
+        """The map with this weight and bias, between such latents and data."""
         module = self.build(tuple(latents.shape[1:]), tuple(data.shape[1:])).to(data)
         (layer,) = affine_layers(module)
         with torch.no_grad():
@@ -364,7 +364,7 @@ def clip_singular_values_(weight: Tensor, largest: float) -> None:
 
 
 def check_family(name: str, family: GeneratorFamily) -> None:
-    """TypeError unless it is a member of a class of families."""
+    """TypeError unless it is an instance of a `GeneratorFamily`."""
     if isinstance(family, type) and issubclass(family, GeneratorFamily):
         raise TypeError(f"expected {name} as a GeneratorFamily, got the class {family.__name__}; call it: {family.__name__}()")
     if not isinstance(family, GeneratorFamily):

@@ -37,7 +37,7 @@ class Fitting:
 
     @classmethod
     def of(cls, options: dict) -> Self:
-        """From options by name. TypeError: one that there is not."""
+        """From options by name. TypeError: an unknown one."""
         known = [field.name for field in dataclasses.fields(cls)]
         for name in options:
             if name not in known:
@@ -156,7 +156,7 @@ def seeded(device: torch.device, *names: object) -> Iterator[torch.Generator]:
 
 
 def closed_form(family: GeneratorFamily, rows: Rows, distance: Distance, seed: int) -> Generator | None:
-    """The best generator of the family for these rows, where the family knows it."""
+    """The best generator of the family for these rows; None where no closed form is known."""
     if not distance.solvable:
         return None
     generator = Generator(rows.latents, rows.data)
@@ -215,14 +215,14 @@ def batch_rows(count: int, rows: int, randomness: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def measure(generator: nn.Module, rows: Rows, distance: Distance, seed: int) -> float:
-    """The distance of what it generates to the data; the same randomness for whatever is measured with this seed."""
+    """The distance of generated points to the data; whatever is measured with one seed uses the same randomness."""
     with seeded(rows.data.device, seed, "measure") as randomness:
         return distance(generated_by(generator, rows.latents), rows.data, randomness).item()
 
 
 @torch.no_grad()
 def measure_by_jackknife(generator: nn.Module, rows: Rows, distance: Distance, seed: int) -> tuple[float, float | None]:
-    """As `measure`, less the bias of a distance of moments, and the standard error that comes of these rows if it is known."""
+    """As `measure`, less the bias of a distance of moments; and the standard error over samples of rows, None if not known."""
     with seeded(rows.data.device, seed, "measure"):
         made = Rows(generated_by(generator, rows.latents), rows.data)
     if distance.pairwise or len(made.data) < 2 * GROUPS:

@@ -202,7 +202,7 @@ def run_adversarial_trial(
 
 
 def estimate_of(trials: Sequence[Trial], seeds: Sequence[int], family: GeneratorFamily, distance: str | Distance) -> Estimate:
-    """One trial a seed."""
+    """From one trial per seed."""
     name = distance.name if isinstance(distance, Distance) else distance
     bound = "neither" if name in ADVERSARIAL else "exact" if all(trial.exact for trial in trials) else "upper"
     values, errors = [trial.value for trial in trials], [trial.error for trial in trials]

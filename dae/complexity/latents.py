@@ -43,7 +43,7 @@ class Latent:
 
 @own_arithmetic(gradients=True)
 def load_latent(spec: str, images_NCHW: Tensor, labels_N: Tensor | None, config: Config, seed: int) -> Latent:
-    """The latent that `spec` names, one code an image.
+    """The latent that `spec` names, one code per image.
 
     | spec | codes |
     |---|---|
@@ -280,7 +280,7 @@ def _trained_autoencoder(spec: str, images: Tensor, labels: Tensor | None, confi
 
 
 def rehearse_training(spec: str, config: Config, rows: int) -> tuple[int, ...] | None:
-    """Before anything is trained: can `ae`, `vae`, `vq` or `dae` be trained here on `rows` images?
+    """Check, before anything is trained, that `ae`, `vae`, `vq` or `dae` can be trained here on `rows` images.
 
     Returns:
         the shape of a code; None for a `spec` that is not trained here.
@@ -299,7 +299,7 @@ def rehearse_training(spec: str, config: Config, rows: int) -> tuple[int, ...] |
 
 
 def configuration_of(spec: str, config: Config) -> Config:
-    """The configuration by which `ae`, `vae`, `vq` or `dae` is trained: as `config` says but for method and bottleneck."""
+    """The configuration that trains `ae`, `vae`, `vq` or `dae`: `config` with another method and bottleneck."""
     architecture = config.autoencoder
     if spec != "dae":
         architecture = dataclasses.replace(architecture, bottleneck="vq" if spec == "vq" else "kl")

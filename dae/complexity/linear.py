@@ -61,7 +61,7 @@ def best_frechet(z_NK: Tensor, x_ND: Tensor, max_norm: float) -> Tensor:
 
 
 def principal_axes(x_ND: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues [D] of the covariance, the greatest first and none negative, and eigenvectors as columns [D, D]."""
+    """Eigenvalues [D] of the covariance, largest first and none negative, and eigenvectors as columns [D, D]."""
     x_ND = centred(x_ND)
     values_D, vectors_DD = torch.linalg.eigh(x_ND.T @ x_ND / len(x_ND))
     return values_D.flip(0).clamp_min(0), vectors_DD.flip(1)

@@ -68,7 +68,7 @@ FAMILIES = {
 
 @dataclass
 class Measurement:
-    """All of one measurement."""
+    """What `measure_latents` found."""
 
     config: Config
     data: dict  # `ImageData.describe`
@@ -188,7 +188,7 @@ def total_variance(cloud: Tensor) -> float:
 
 
 def load_latents(images: Tensor, labels: Tensor | None, config: Config) -> list[Latent]:
-    """The latents, those that have to be trained last: what is wrong with any of them shows before."""
+    """The latents in their order; those that are trained here are made last, so that what is wrong with others shows early."""
     for spec in config.measure.latents:
         if (shape := rehearse_training(spec, config, len(images))) is not None:
             require_maps(spec, shape, images, config)
@@ -212,7 +212,7 @@ def require_maps(latent: str, shape: tuple[int, ...], images: Tensor, config: Co
 def measure_curves(
     latents: list[Latent], codes: dict[str, Tensor], images: Tensor, config: Config
 ) -> dict[tuple[str, str, str], ComplexityCurve]:
-    """By distance, family and latent. ValueError: a distance that none of the latents has."""
+    """Curves by distance, family and latent. ValueError: a distance that none of the latents has."""
     settings = config.measure
     jobs = [(d, f, a) for d in settings.distances for f in settings.families for a in latents]
     jobs = [(d, f, a) for d, f, a in jobs if a.paired or d != "reconstruction"]  # noise belongs to no image

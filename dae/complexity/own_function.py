@@ -1,4 +1,4 @@
-"""Codes that a function of the user's computes from images, and one line for whatever is wrong with it."""
+"""Codes that a user's function computes from images, with one-line errors."""
 
 from __future__ import annotations
 

@@ -74,7 +74,7 @@ def measure_card(config: Config, method: str) -> MeasuredLatent:
 
 
 def without_latent(train: Tensor, heldout: Tensor, labels: Tensor | None, seed: int) -> dict[str, float | None]:
-    """What doing without the latent gives, by predictor.
+    """What each predictor would be without the latent.
 
     The mean image in place of reconstructions and of what linear maps make, training images in place of interpolations and of
     the set that a linear map makes, and the commonest class in place of the one that is read off the latent.

@@ -1,4 +1,4 @@
-"""What can be read off a latent before a prior is trained on it: each predictor one function with its formula.
+"""Predictors: numbers of a latent that are known before a prior is trained on it, one function each.
 
 The functions take tensors on the CPU: latents [N, D, h, w], code indices [N, h, w], images [N, C, H, W]. Those that compare a
 training with a held-out set fit on the first and measure on the second. `dae.diagnostics.report_card` puts them together.
@@ -349,7 +349,7 @@ def probe_accuracy(train: Tensor, train_labels: Tensor, heldout: Tensor, heldout
 
 @own_arithmetic(gradients=True)
 def mlp_distance(linear: Ridge, train: Tensor, heldout: Tensor, heldout_images: Tensor, *, seed: int) -> float:
-    """D^G for the linear maps with one hidden layer beside them: held-out mean squared error a pixel value; lower is better.
+    """D^G for the linear maps with one hidden layer beside them: held-out mean squared error per pixel value; lower is better.
 
         g(z) = a + z W + V silu(U z + b),   U: P -> 64,   trained from g = the ridge solution, on paired latents and images
 

@@ -169,7 +169,7 @@ def report_card(
 
 
 def code_length(autoencoder: Autoencoder, train: Encoded, heldout: Encoded, seed: int) -> dict[str, float]:
-    """What the latent costs in bits, as far as its kind allows."""
+    """The bits that the latent takes, by the predictors that apply to its bottleneck."""
     if train.indices is None or heldout.indices is None:
         ours, theirs = (train.latents, cast(Tensor, train.log_variance)), (heldout.latents, cast(Tensor, heldout.log_variance))
         rate = gaussian_rate(*ours, covariance="diagonal")
@@ -186,7 +186,7 @@ def code_length(autoencoder: Autoencoder, train: Encoded, heldout: Encoded, seed
 
 
 def answers(autoencoder: Autoencoder, heldout: Encoded, seed: int) -> dict[str, float | None]:
-    """Reconstructions, and how latent and decoder answer to changes, on `some_of` the held-out images."""
+    """Reconstruction, and what changes of latents and images change, on `some_of` the held-out images."""
     chosen = some_of(heldout.images)
     images, latents, f = heldout.images[chosen], heldout.latents[chosen], autoencoder.factor
     decoded = decode_latents(autoencoder, latents)
