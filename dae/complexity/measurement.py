@@ -16,7 +16,7 @@ from dae.complexity.curves import ComplexityCurve, complexity_curve
 from dae.complexity.distances import ADVERSARIAL, PLAIN, check_name, make_distance
 from dae.complexity.estimate import Estimate, pooled_error
 from dae.complexity.families import ConvDecoders, DropoutNetworks, GeneratorFamily, LinearMaps, LipschitzNetworks, MLPs
-from dae.complexity.fitting import Fitting, Rows, fit, generated_by, measure_by_jackknife, split_rows
+from dae.complexity.fitting import Fitting, Rows, fit, generated_by, measure_by_jackknife, seeded, split_rows
 from dae.complexity.gromov_wasserstein import gromov_wasserstein
 from dae.complexity.latents import AUTOENCODERS, Latent, load_latent, rehearse_training, saved_autoencoder
 from dae.config import Config
@@ -288,6 +288,6 @@ def generated_rows(
         generator, _ = fit(choice.family.at(capacity), split, distance, seed, options)
         strength = "strongest" if capacity == choice.capacities[-1] else "weakest"
         label = f"{'given back' if distance.paired else 'made'} by the {strength} {choice.name}"
-        with torch.no_grad():
+        with torch.no_grad(), seeded(images.device, seed, "pictures"):  # dropout generates at random
             rows.append((label, generated_by(generator, split.measure.latents[:columns])))
     return rows

@@ -109,11 +109,12 @@ def test_same_seed_same_numbers_without_POT_and_no_spread_of_one_seed(measured, 
     overrides = (
         "measure.latents=[gaussian,uniform]",
         "measure.distances=[frechet]",
-        "measure.families=[mlp]",
+        "measure.families=[mlp,dropout]",
         "measure.seeds=[3]",
     )
     state = torch.get_rng_state()
-    (_, a, page), (_, b, _) = measured(*overrides), measured(*overrides)
+    (_, a, page), (_, b, again) = measured(*overrides), measured(*overrides)
+    assert page.values("img", "src") == again.values("img", "src"), "pictures of dropout networks, too"
     assert a["curves"] == b["curves"] and a["latents"] == b["latents"] and torch.equal(state, torch.get_rng_state())
     assert a["gromov_wasserstein"] is None and "POT is not installed" in page.words
     words = page.words
