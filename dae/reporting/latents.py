@@ -22,28 +22,11 @@ from dae.reporting.elements import PAPER, Html, element, number, paragraph
 from dae.reporting.prose import paragraphs, read_prose
 
 PROSE = read_prose(__file__)
-DISTANCES = {
-    "reconstruction": ("Reconstruction error", "how far each held-out image is from what is made from its own code, as the "
-        "mean squared difference of the pixels (black and white are 2 apart)"),
-    "sinkhorn": ("Sinkhorn distance", "how far pixels must move to turn the images made, as a set, into the held-out ones "
-        "(optimal transport)"),
-    "frechet": ("Fréchet distance", "how far means and correlations of the pixels differ between the images made and held out"),
-    "sliced_wasserstein": ("Sliced Wasserstein distance", "optimal transport between the two sets of images, seen along random "
-        "directions"),
-    "mmd": ("MMD", "how well smooth functions of the pixels tell the images made from the held-out ones"),
-    "energy": ("Energy distance", "how much farther the images of the two sets are from each other than from their own kind"),
-    "js": ("Jensen–Shannon divergence", "how well a trained judge tells images made from held-out ones; at most log 2 = 0.69"),
-    "wgan_gp": ("Wasserstein-1 distance by a critic", "how far apart a smooth judge (gradient penalty) can pull the two sets"),
-    "wgan_sn": ("Wasserstein-1 distance by a critic", "how far apart a smooth judge (spectral norm) can pull the two sets"),
-    **{name: (f"{words} divergence", "a comparison of the two densities by a trained judge")
-       for name, words in {"kl": "KL", "reverse_kl": "Reverse KL", "chi2": "χ²", "hellinger": "Squared Hellinger"}.items()},
-}  # fmt: skip
-BOUNDS = {
-    "upper": "bounds the true distance from above, since training may have missed a better generator",
-    "neither": "bounds neither side: training may have missed a better generator, which makes it too large, or a better judge, "
-    "which makes it too small",
-    "exact": "is exact but for the sampling error",
-    "lower": "bounds the true distance from below",
+DISTANCES = {  # title and meaning
+    name.removeprefix("distance "): (title, meaning)
+    for name, words in PROSE.items()
+    if name.startswith("distance ")
+    for title, _, meaning in [words.partition(": ")]
 }
 
 
@@ -181,7 +164,7 @@ def _table_of(measured: Measurement, distance: str) -> list[Html]:
     caption = f"{title}: {meaning}. Lower is better; the lowest of a column is bold. {_certainty(measured)} "
     of = {name: next(iter(curves[name].values())).estimates[0].bound for name in families}
     for bound in sorted(set(of.values())):
-        caption += f"With {' and '.join(FAMILIES[n].name for n in of if of[n] == bound)} each number {BOUNDS[bound]}. "
+        caption += f"With {' and '.join(FAMILIES[n].name for n in of if of[n] == bound)} each number {PROSE[f'bound {bound}']}. "
     if distance == "reconstruction":
         caption += "Noise is left out: it belongs to no image, so nothing can be given back."
     return [element("h3", title), web.figure(web.table(header, rows), caption)]
