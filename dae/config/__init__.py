@@ -1,4 +1,4 @@
-"""The configuration of the chain: every knob (schema.py), and reading, checking and writing it (load.py)."""
+"""The configuration of the chain: its knobs (schema.py), and reading, checking and writing it (load.py)."""
 
 from dae.config.load import (
     RENAMED,

@@ -1,4 +1,4 @@
-"""What a knob of the configuration carries beside its default: meaning, allowed values, and what depends on it."""
+"""Metadata of a configuration knob: meaning, allowed values, and what depends on it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import field
 from typing import Any, Callable, NamedTuple
 
-# How a knob counts when configurations are compared: of a run and its resumption, of arms, of trials.
+# What a knob affects when configurations are compared: on resume, between arms, between trials.
 ROLES = {
     "free": "nothing that is computed depends on it: it may change when a run is resumed",
     "judging": "samples and metrics depend on it, no training does: free to change on resuming, but part of a trial",
@@ -36,17 +36,17 @@ def knob(
     encoding: str | None = None,
     **bounds: float,
 ) -> Any:
-    """A dataclass field that carries its meaning (shown by `--help`) and which values it takes (checked on loading).
+    """A dataclass field with its meaning (shown by `--help`) and its allowed values (checked on loading).
 
     Args:
-        default: value where nothing is configured.
+        default: value if none is configured.
         help: meaning and unit.
-        choices: the values it takes; empty for any.
-        path: whether it may name a file or folder, so that a leading `~` is the home directory.
-        role: one of `ROLES`, else that of its section; None is compared like anything else.
-        run: the one of the runs `autoencoder` and `prior` that depends on it, else that of its section; None is both.
-        encoding: its name in the fingerprint of cached encodings, whose augmentations depend on it.
-        bounds: of `BOUNDS`, as pydantic calls them: `ge` and `le` inclusive, `gt` and `lt` exclusive; of each element of a list.
+        choices: allowed values; empty for any.
+        path: whether it may be a path, so that a leading `~` is the home directory.
+        role: one of `ROLES`, by default the section's; None has no special treatment.
+        run: which run depends on it, `autoencoder` or `prior`, by default the section's; None means both.
+        encoding: its name in the fingerprint of cached encodings, if their augmentations depend on it.
+        bounds: those of `BOUNDS`, named as in pydantic: `ge`, `le` inclusive, `gt`, `lt` exclusive; per element for lists.
     """
     metadata = {"help": help, "choices": choices, "path": path, "bounds": bounds, "role": role, "run": run, "encoding": encoding}
     if isinstance(default, list):
@@ -58,14 +58,14 @@ def section(kind: Callable[[], Any], help: str, role: str | None = None, run: st
     """A group of knobs.
 
     Args:
-        kind: makes one with its defaults.
-        role, run: of all its knobs that have none of their own.
+        kind: constructor with defaults.
+        role, run: for knobs that set none.
     """
     return field(default_factory=kind, metadata={"help": help, "role": role, "run": run})
 
 
 class Leaf(NamedTuple):
-    """A knob in a configuration: its dotted key, its section and field there, its value, and the role and run it inherits."""
+    """A knob in a configuration: its dotted key, its section and field, its value, and its inherited role and run."""
 
     key: str
     section: Any
@@ -76,7 +76,7 @@ class Leaf(NamedTuple):
 
 
 def leaves(config: Any, prefix: str = "", role: str | None = None, run: str | None = None) -> Iterator[Leaf]:
-    """The knobs of a configuration or of a section of it, in the order of their definition."""
+    """The knobs of a configuration or a section, in order of definition."""
     for f in dataclasses.fields(config):
         key, value = f"{prefix}{f.name}", getattr(config, f.name)
         own = f.metadata["role"] or role, f.metadata["run"] or run
@@ -87,6 +87,6 @@ def leaves(config: Any, prefix: str = "", role: str | None = None, run: str | No
 
 
 def sections(schema: type) -> dict[str, type]:
-    """The classes of a section's own sections by name."""
+    """The classes of a section's sub-sections by name."""
     made = {f.name: f.default_factory() for f in dataclasses.fields(schema) if f.default_factory is not dataclasses.MISSING}
     return {name: type(value) for name, value in made.items() if dataclasses.is_dataclass(value)}

@@ -19,18 +19,18 @@ from dae.config.schema import Config
 
 log = logging.getLogger(__name__)
 
-# Keys of earlier versions, which files, overrides, saved models and checkpoints may hold, and today's in the same section.
+# Earlier key to today's, in the same section; files, overrides, saved models and checkpoints may hold the earlier one.
 RENAMED = {"prior.augmented_copies": "prior.num_augmentations", "kernels.perceptual_tap": "kernels.lpips"}
 
 
 def load_config(path: str | Path | None = None, overrides: list[str] | tuple = ()) -> Config:
     """Defaults, then the YAML file, then `a.b=c` overrides, checked for names, types, choices and bounds.
 
-    A knob whose type is text takes what is written as it stands: `output_dir=2024_01_15` and `0123` are no numbers, `#` starts no
-    comment in an override, and quotes around a whole override are taken off. `~` at the start of a path is the home directory.
+    Knobs of type str take the text literally: `output_dir=2024_01_15` and `0123` are not numbers, `#` does not start a comment
+    in an override, and quotes around a whole override are removed. `~` at the start of a path is the home directory.
 
     Raises:
-        FileNotFoundError: the file does not exist; the message names the file of the nearest name.
+        FileNotFoundError: the file does not exist; the message suggests the nearest name.
         ValueError: an unknown key (the message names the nearest one), a wrong type, or a value that is not allowed.
     """
     layers = []
@@ -40,7 +40,7 @@ def load_config(path: str | Path | None = None, overrides: list[str] | tuple = (
             raise FileNotFoundError(f"no configuration file {str(path)!r}{nearest_sibling(path)}")
         layers.append((str(path), _read_yaml(path)))
     loaded = _merge(Config, layers + _parsed(overrides))
-    if loaded.push_to_hub and not loaded.hub_model_id:  # it would fail after the training
+    if loaded.push_to_hub and not loaded.hub_model_id:  # would fail only after training
         raise ValueError("push_to_hub=true needs hub_model_id=<user>/<name>")
     return loaded
 
@@ -51,9 +51,9 @@ def with_overrides(config: Config, overrides: list[str] | tuple) -> Config:
 
 
 def nearest_sibling(path: Path) -> str:
-    """For messages on a missing `path`: `; did you mean '<path>'?` with the nearest name in its folder, or nothing.
+    """Hint for a missing `path`: `; did you mean '<path>'?` with the nearest name in its folder, or an empty string.
 
-    Of a path whose folder is missing as well, the first missing part is compared.
+    If its folder is missing too, the first missing part is compared.
     """
     missing = path
     while missing.parent != missing and not missing.parent.is_dir():
@@ -73,12 +73,12 @@ def _read_yaml(path: Path) -> Any:
         layer = OmegaConf.load(path)
         text = path.read_text(encoding="utf-8")
         texts, verbatim = yaml_texts(text), yaml_texts(text, null=False)
-    except Exception as error:  # PyYAML's family of errors has no common public base with OmegaConf's
+    except Exception as error:  # errors of PyYAML and OmegaConf share no public base class
         raise ValueError(f"{path} is not valid YAML: {error}") from error
     for key, type_ in _text_knobs().items():
         value, written = _look_up(texts, key), _look_up(verbatim, key)
         if isinstance(value, list):
-            value = written  # null among texts is a name
+            value = written  # in a list of strings `null` is a name
         elif value is None and isinstance(written, str) and type_ == "str":
             raise ValueError(f"{path}: {key}: expected text, got {written or 'nothing'}, which is null in YAML: put it in quotes")
         if isinstance(value, str) or (isinstance(value, list) and all(isinstance(each, str) for each in value)):
@@ -114,13 +114,13 @@ def _parsed(overrides: list[str] | tuple) -> list[tuple[str, Any]]:
 
 @functools.cache
 def _text_knobs() -> dict[str, str]:
-    """Types of the knobs that hold text, by key."""
+    """Types of the string knobs, by key."""
     types = {row.key: row.type for row in describe() if row.type in ("str", "Optional[str]", "List[str]")}
     return types | {old: types[new] for old, new in RENAMED.items() if new in types}
 
 
 def _as_text(value: str, type_: str) -> str | list[str] | None:
-    """The value of a knob of text, written in an override; of a list `[a, b]` in YAML's notation, or its one element."""
+    """Parse an override of a string knob; a list is `[a, b]` as in YAML, or its only element."""
     if type_ == "List[str]" and value.startswith("["):
         return yaml_texts(value, null=False)
     if value == "" and type_ == "List[str]":
@@ -132,7 +132,7 @@ def _as_text(value: str, type_: str) -> str | list[str] | None:
 
 
 def yaml_texts(text: str, null: bool = True) -> Any:
-    """The YAML document `text` with every scalar as it is written; only merge keys and, if asked for, null keep their meaning."""
+    """Parse YAML with every scalar as literal text, except merge keys and, with `null`, null."""
     import yaml
 
     kept = ("tag:yaml.org,2002:merge", *["tag:yaml.org,2002:null"] * null)
@@ -145,7 +145,7 @@ def yaml_texts(text: str, null: bool = True) -> Any:
 def _defaults() -> Any:
     from omegaconf import OmegaConf
 
-    return OmegaConf.structured(Config)  # takes five times as long as its copy
+    return OmegaConf.structured(Config)  # five times slower than copying it
 
 
 def _merge(base: Any, layers: list[tuple[str, Any]]) -> Config:
@@ -174,7 +174,7 @@ def _merge(base: Any, layers: list[tuple[str, Any]]) -> Config:
 
 
 def _rename_keys(layer: Any, source: str) -> None:
-    """Move what stands under a key of earlier versions to today's, with a warning."""
+    """Rename keys of earlier versions in place, with a warning."""
     from omegaconf import OmegaConf
 
     for old, new in RENAMED.items():
@@ -188,13 +188,13 @@ def _rename_keys(layer: Any, source: str) -> None:
             del values[name]
 
 
-@functools.cache  # a comparison reads the overrides of an arm again and again
+@functools.cache  # a comparison parses an arm's overrides many times
 def _warn(message: str) -> None:
     log.warning(message)
 
 
 def _renamed_fields(schema: type) -> dict[str, str]:
-    """Today's names of a section's fields by those of earlier versions."""
+    """A section's renamed fields: earlier name to today's."""
     knob_of = {leaf.key: leaf for leaf in leaves(Config())}
     return {
         old.rpartition(".")[2]: knob_of[new].field.name for old, new in RENAMED.items() if type(knob_of[new].section) is schema
@@ -216,7 +216,7 @@ def _reject_unknown_keys(layer: Any, schema: type, source: str, prefix: str = ""
             _reject_unknown_keys(value, inner[key], source, f"{name}.")
 
 
-LARGEST = (2 - 2**-23) * 2.0**127  # of float32, in which models and losses compute
+LARGEST = (2 - 2**-23) * 2.0**127  # of float32, the models' dtype
 
 
 def _reject_wrong_values(config: Config) -> None:
@@ -258,7 +258,7 @@ IMAGES_WRITTEN = ("samples/grid.png", "samples/png/000000_class0.png", "measure/
 
 
 def _is_read_with(output: Path, name: str) -> bool:
-    """Whether images written to the folder `output` lie in the folder `name`, or in what the glob `name` matches."""
+    """Whether images written to `output` would be read as part of the folder or glob `name`."""
     path = Path(name)
     if path.exists() or not glob.has_magic(name):
         return path.is_dir() and path.resolve() in (output, *output.parents)
@@ -274,13 +274,13 @@ def save_config(config: Config, path: str | Path) -> None:
     from omegaconf import OmegaConf
 
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # readers find the old file or the new one
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # readers see the old file or the new one
     temporary.write_text(OmegaConf.to_yaml(OmegaConf.create(dataclasses.asdict(config))))
     os.replace(temporary, path)
 
 
 def from_dict(schema: type, values: dict) -> Any:
-    """The dataclass `schema` from plain nested dictionaries (`dataclasses.asdict` undone), of earlier versions too.
+    """Build the dataclass `schema` from nested dictionaries (inverse of `dataclasses.asdict`), also with earlier keys.
 
     ValueError: an unknown key, or a section where a value is expected.
     """
@@ -296,7 +296,7 @@ def from_dict(schema: type, values: dict) -> Any:
 
 
 class Difference(NamedTuple):
-    """A knob in which two configurations differ."""
+    """A knob that differs between two configurations."""
 
     key: str
     first: Any
@@ -307,14 +307,14 @@ class Difference(NamedTuple):
 
 
 def config_differences(a: Any, b: Any, prefix: str = "") -> list[Difference]:
-    """One for each knob in which two configurations of one class differ."""
+    """The knobs that differ between two configurations of one class."""
     pairs = zip(leaves(a, prefix), leaves(b, prefix), strict=True)
     return [Difference(x.key, x.value, y.value) for x, y in pairs if x.value != y.value]
 
 
 @dataclass
 class Row:
-    """What `describe` says of a knob; role, run and encoding as in `dae.config.knobs.knob`, inherited from its section."""
+    """A row of `describe`; role, run and encoding as in `dae.config.knobs.knob`, after inheritance."""
 
     key: str
     type: str
@@ -326,7 +326,7 @@ class Row:
 
 
 def describe(schema: type = Config, prefix: str = "") -> list[Row]:
-    """One row for each knob: dotted name, type, default, meaning, role and run."""
+    """One row per knob: dotted name, type, default, meaning, role and run."""
     rows = []
     for key, _, f, value, role, run in leaves(schema(), prefix):
         choices = " | ".join("null" if choice is None else str(choice) for choice in f.metadata["choices"])
@@ -337,5 +337,5 @@ def describe(schema: type = Config, prefix: str = "") -> list[Row]:
 
 @functools.cache
 def knobs(schema: type = Config) -> dict[str, Row]:
-    """The rows of `describe` by their keys."""
+    """The rows of `describe` by key."""
     return {row.key: row for row in describe(schema)}

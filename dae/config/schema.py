@@ -1,7 +1,7 @@
-"""Every knob of the chain as dataclasses: name, default, meaning and the values that are allowed.
+"""Dataclasses with every knob of the chain: name, default, meaning and allowed values.
 
 One file configures the whole chain, so the autoencoder, the token cache, the prior, the samples and the report of one
-run cannot disagree. Names follow diffusers' training scripts where the thing is the same. What a knob carries: knobs.py; reading
+run cannot disagree. Names follow diffusers' training scripts where possible. Metadata of a knob: knobs.py; reading
 and checking: load.py.
 """
 
@@ -76,7 +76,7 @@ class DataConfig:
 
 @dataclass
 class DecoderConfig:
-    """A member of the decoder family: which generators the latent has to be simple for."""
+    """A member of the decoder family: the generators for which the latent should be simple."""
 
     family: str = knob(
         "full",
@@ -138,7 +138,7 @@ class LossConfig:
 
 @dataclass
 class OptimizationConfig:
-    """One optimisation: of a stage of the autoencoder, or of the prior."""
+    """Optimisation of one autoencoder stage, or of the prior."""
 
     max_train_steps: int = knob(1000, "optimiser steps", ge=1, role="length")
     train_batch_size: int = knob(
@@ -207,7 +207,7 @@ class PriorConfig(OptimizationConfig):
 
 @dataclass
 class KernelsConfig:
-    """Which implementation of an operation of dae_kernels runs; a choice of the machine, which no saved model remembers."""
+    """Which implementation of each dae_kernels operation runs; not saved with a model, as it depends on the machine."""
 
     attention: str = knob(
         "auto", "attention of autoencoder and prior", choices=("auto", "sdpa", "flash_attn", "xformers", "flex", "reference")

@@ -1,4 +1,4 @@
-"""Images for training: Hugging Face data sets, decoding, exact resume of the order, augmentation on the batch."""
+"""Images for training: Hugging Face data sets, decoding, loaders that resume exactly, augmentation per batch."""
 
 from dae.data.augmentation import augment
 from dae.data.images import decode_image, to_square, to_tensor

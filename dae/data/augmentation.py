@@ -20,16 +20,16 @@ def augment(images_BCHW: Tensor, *, random_flip: bool, random_affine: float) -> 
     """Mirror half of the images, then shift, rotate and scale each by its own random amount.
 
     The amounts are uniform in plus or minus `random_affine` times 12.5 % of the side, 15 degrees, 15 %; the border is
-    replicated. All random numbers are rows of a draw for the global batch (`dae.distributed.draw_rows`),
+    replicated. Random numbers are drawn for the global batch (`dae.distributed.draw_rows`),
     so the result depends on the global seed of torch and not on the number of processes.
 
     Args:
         images_BCHW: floating point images, any device.
         random_flip: mirror each image with probability one half.
-        random_affine: strength; 0 draws nothing and leaves the images alone.
+        random_affine: strength; 0 draws nothing and leaves the images unchanged.
 
     Returns:
-        New images of the same shape and dtype; `images_BCHW` itself where nothing is asked for.
+        New images of the same shape and dtype; `images_BCHW` itself if there is nothing to do.
 
     Raises:
         TypeError: the images are not floating point.

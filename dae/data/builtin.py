@@ -1,4 +1,4 @@
-"""The two data sets that need no download: their images are files of installed packages."""
+"""The two data sets that need no download: their images ship with installed packages."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 NAMES = ("digits", "photos")
 
-# A photograph is wholly in one split. Of the stereo pair `motorcycle_*` only one picture is used.
+# Each photograph is in one split only; one picture of the stereo pair `motorcycle_*` is used.
 PHOTOS = {
     "train": (
         "sklearn/datasets/images/china.jpg", "skimage/data/astronaut.png", "skimage/data/brick.png", "skimage/data/camera.png",
@@ -36,7 +36,7 @@ MAX_CROPS = {"train": 4096, "test": 512}
 
 @functools.cache  # takes half a second
 def load_digits() -> dict[str, Dataset]:
-    """scikit-learn's 1,797 handwritten digits, 8 x 8 grey, 10 classes: 1,437 to train on and 360 held out.
+    """scikit-learn's 1,797 handwritten digits, 8 x 8 grey, 10 classes: 1,437 for training, 360 held out.
 
     Grey levels 0..16 become 0..255. The split is stratified and always the same.
     """
@@ -56,8 +56,8 @@ def load_digits() -> dict[str, Dataset]:
 def load_photos(resolution: int) -> dict[str, Dataset]:
     """Crops of the photographs inside the scikit-learn and scikit-image wheels, split by photograph.
 
-    Crops have twice the side `resolution` and are halved. They lie side by side; where that gives fewer than `MAX_CROPS`
-    they lie on a grid of half their side, so that neighbours overlap. Where there are more, every n-th is kept.
+    Crops are 2 x `resolution` wide and halved. They are cut side by side; if that gives fewer than `MAX_CROPS`, at a stride
+    of half a crop, so that neighbours overlap. If there are more, every n-th is kept.
     The column `photograph` numbers the source; there is no label column.
 
     ImportError: a package is missing.
@@ -103,7 +103,7 @@ def _inside_package(path: str) -> str:
 
 
 def _dataset(images: list[Image.Image], label_column: str, labels: list | np.ndarray, label: object) -> Dataset:
-    """The images as PNG, undecoded."""
+    """A data set of the images as encoded PNG."""
     from datasets import Dataset, Features
     from datasets import Image as ImageFeature
 

@@ -1,4 +1,4 @@
-"""Caches of a data set's encodings, tokens of VQ or posteriors of a KL autoencoder, with fingerprints of what made them.
+"""Caches of a data set's encodings (VQ tokens or KL posteriors), with fingerprints of what produced them.
 
 Posteriors are stored rather than samples: a prior is trained on the whole posterior (`dae.losses.flow_matching_loss`).
 """
@@ -34,11 +34,11 @@ class Fingerprint:
 
 
 class EncodedDataset(Dataset):
-    """Rows {name: [C, ...], "label": int, "row": int} of C encodings: of the image, then of its augmentations."""
+    """Rows {name: [C, ...], "label": int, "row": int} of C encodings: the image's, then its augmentations'."""
 
-    name: ClassVar[str]  # of the encodings, in a row and in the file
-    stored: ClassVar[torch.dtype]  # in the file
-    given: ClassVar[torch.dtype]  # in a row
+    name: ClassVar[str]  # key of the encodings in a row and in the file
+    stored: ClassVar[torch.dtype]  # dtype in the file
+    given: ClassVar[torch.dtype]  # dtype in a row
 
     def __init__(self, values_NC: Tensor, labels_N: Tensor):
         self.values_NC, self.labels_N = values_NC, labels_N
@@ -47,7 +47,7 @@ class EncodedDataset(Dataset):
         return len(self.labels_N)
 
     def spread(self, count: int) -> Self:
-        """`count` of its rows at equal distances, or all of them if there are no more."""
+        """A subset of `count` evenly spaced rows, or all rows if there are fewer."""
         if count >= len(self):
             return self
         rows = torch.arange(count) * len(self) // count
@@ -68,7 +68,7 @@ class TokenDataset(EncodedDataset):
 
 
 class PosteriorDataset(EncodedDataset):
-    """Rows {"moments": float32 [C, 2D, h, w], "label": int, "row": int}; of the 2D channels D are means, D log-variances."""
+    """Rows {"moments": float32 [C, 2D, h, w], "label": int, "row": int}; the 2D channels are D means, then D log-variances."""
 
     name, stored, given = "moments", torch.float32, torch.float32
 
@@ -79,7 +79,7 @@ class PosteriorDataset(EncodedDataset):
 
 @dataclass
 class EncodingCache:
-    """Encodings of a training and a held-out set in one file, and a description of where they come from."""
+    """Encodings of a training and a held-out set in one file, with their fingerprint."""
 
     train: EncodedDataset
     validation: EncodedDataset
@@ -88,9 +88,9 @@ class EncodingCache:
     fingerprint: Fingerprint
 
     dataset: ClassVar[type[EncodedDataset]]
-    folder: ClassVar[str]  # in the folder of a run
-    title: ClassVar[str]  # in messages
-    size: ClassVar[str]  # its own field: the number of codes, or of channels
+    folder: ClassVar[str]  # inside a run's folder
+    title: ClassVar[str]  # name in messages
+    size: ClassVar[str]  # name of its own field: the number of codes, or of channels
 
     def save(self, folder: Path) -> None:
         """Write `<name>.safetensors` and `cache.json` into `folder`; both or none."""
@@ -108,16 +108,16 @@ class EncodingCache:
 
     @classmethod
     def files(cls) -> list[str]:
-        """Names of what `save` writes."""
+        """Names of the files that `save` writes."""
         return [f"{cls.dataset.name}.safetensors", DESCRIPTION]
 
     @classmethod
     def load(cls, folder: Path, expected: Fingerprint) -> Self:
-        """Read a cache whose fingerprint is the `expected` one.
+        """Read the cache in `folder` and check that its fingerprint is `expected`.
 
         Raises:
             FileNotFoundError: there is no cache in `folder`.
-            ValueError: it is stale: made with another tokenizer, from other data, or with another transform; or damaged.
+            ValueError: it is damaged, or stale (another tokenizer, other data or another transform).
         """
         from safetensors import SafetensorError
         from safetensors.torch import load
@@ -160,7 +160,7 @@ _ORDER = ("copies", "code_temperature", "seed", "batch_size", "flip", "affine") 
 
 
 def transform_fingerprint(config: Config) -> str:
-    """Identifies how images were augmented, by the knobs that name an `encoding`; without augmentations nothing matters."""
+    """Identify how images were augmented, by the knobs with an `encoding` name; a constant without augmentations."""
     if config.prior.num_augmentations == 0:
         return "plain"
     how = {knob.encoding: operator.attrgetter(key)(config) for key, knob in knobs().items() if knob.encoding}

@@ -1,4 +1,4 @@
-"""Which column holds the images, which the labels, which classes the labels mean, and which a configuration names."""
+"""Find the image and label columns, the classes of the labels, and the classes that a configuration names."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Labels:
 
     Attributes:
         class_names: in the order of the numbers.
-        values: what stands in the column for each class; None where these are the numbers themselves.
-        assumed: no label was read: the classes are the numbers 0 to K - 1 of a stream.
+        values: the column's value for each class; None if the values are the class numbers.
+        assumed: no label of the stream was read; the classes are taken to be 0 to K - 1.
     """
 
     column: str | None = None
@@ -42,7 +42,7 @@ class Labels:
         return len(self.class_names)
 
     def number(self, value: Any) -> int:
-        """The class of one row. Raises ValueError where the label is missing, unknown or out of range."""
+        """The class of one row. Raises ValueError if the label is missing, unknown or out of range."""
         if value is None:
             raise ValueError(f"the label in column {self.column!r} is missing")
         if value not in self._numbers:
@@ -54,19 +54,19 @@ class Labels:
         return self._numbers[value]
 
     def numbers(self, values: np.ndarray) -> np.ndarray:
-        """The class of each value, -1 where it is none."""
+        """The class of each value, -1 if it has none."""
         return np.asarray([self._numbers.get(value, -1) for value in values.tolist()], np.int64)
 
 
 def resolve_classes(wanted: Sequence[str | int], class_names: Sequence[str], labels: Sequence | None = None) -> list[int]:
-    """Numbers of the classes that `wanted` (`sampling.classes`) names, each once, in its order.
+    """Numbers of the classes listed in `wanted` (`sampling.classes`), without repeats, in that order.
 
-    An entry is the name of a class or else, if none has that name, the label that stands in the data: of labels 1990 and 2020
-    without names, 2020 is class 1.
+    An entry is a class name or, if no class has that name, a label as it is in the data: with unnamed labels 1990 and 2020,
+    2020 means class 1.
 
     Args:
         class_names: in the order of the numbers.
-        labels: what stands in the label column for each class; None where these are the numbers 0 to K - 1 themselves.
+        labels: the label column's value for each class; None if the values are 0 to K - 1.
 
     ValueError: an entry is neither; the message names the nearest ones.
     """
@@ -93,7 +93,7 @@ def _composed(name: str) -> str:
 
 
 def image_columns(features: Any) -> list[str]:
-    """The columns that hold images: those of type Image, else those of encoded bytes, else those of arrays."""
+    """The columns that hold images: of type Image if there are any, else of encoded bytes, else of arrays."""
     from datasets import Array2D, Array3D, Image
 
     kinds = (
@@ -105,7 +105,7 @@ def image_columns(features: Any) -> list[str]:
 
 
 def find_image_column(features: Any, wanted: str) -> str:
-    """The column with the images: `wanted`, or for `auto` the only one of `image_columns`."""
+    """The image column: `wanted`, or for `auto` the only one of `image_columns`."""
     if wanted != "auto":
         _require_column(features, wanted, "image_column")
         return wanted
@@ -118,7 +118,7 @@ def find_image_column(features: Any, wanted: str) -> str:
 
 
 def find_label_column(features: Any, wanted: str) -> str | None:
-    """The column with the labels: `wanted`, none for `none`, or for `auto` one of `LABEL_NAMES` or the only ClassLabel."""
+    """The label column: `wanted`, None for `none`, or for `auto` one of `LABEL_NAMES` or the only ClassLabel."""
     if wanted == "none":
         return None
     if wanted != "auto":
@@ -148,22 +148,22 @@ def _kind(feature: Any) -> str:
 def resolve_labels(
     column: str | None, features: Any, num_classes: int | None, found: np.ndarray | None, held_out: np.ndarray | None = None
 ) -> Labels:
-    """The classes: the labels that occur in the rows to train on, in the order of their numbers or names.
+    """The classes: the labels that occur in the training rows, in numerical or alphabetical order.
 
-    `num_classes` also takes all names of a ClassLabel, the integers from 0 to num_classes - 1, or the labels of the held-out
-    rows too, whichever are so many. Of a stream that has to be read for its labels the classes are those of the ClassLabel,
-    or `num_classes` integers.
+    If `num_classes` says otherwise, the classes are all names of a ClassLabel, the integers 0 to num_classes - 1, or the labels
+    of training and held-out rows together, whichever has that number. If a stream would have to be read for its labels,
+    the classes are those of the ClassLabel, or `num_classes` integers.
 
     Args:
         column: the label column, or None.
-        features: features of the rows to train on.
-        num_classes: what the configuration says, or None.
-        found: all labels of the rows to train on; None for a stream.
-        held_out: all labels of the held-out split, if there is one and they are known.
+        features: features of the training rows.
+        num_classes: as configured, or None.
+        found: all labels of the training rows; None for a stream.
+        held_out: all labels of the held-out split, if known.
 
     Raises:
         TypeError: the column holds neither classes, integers nor strings.
-        ValueError: there are other than `num_classes` classes, a class for each row, or a stream leaves them open.
+        ValueError: there are not `num_classes` classes, every row is its own class, or a stream leaves them open.
     """
     if column is None:
         return Labels()
@@ -192,7 +192,7 @@ def resolve_labels(
 def _occurring(
     column: str, is_text: bool, num_classes: int | None, found: np.ndarray | None, held_out: np.ndarray | None
 ) -> list:
-    """The classes of a column of integers or texts; see `resolve_labels`."""
+    """The classes of a column of integers or strings; see `resolve_labels`."""
     if found is None and num_classes is None:
         raise ValueError(f"the classes of {column!r} cannot be counted in a stream: set num_classes or streaming=false")
     occurring = together = [] if found is None else _in_order(found)
@@ -211,14 +211,14 @@ def _occurring(
 
 
 def _in_order(values: np.ndarray) -> list:
-    """The distinct labels: by their numbers, if all are different integers, else in alphabetical order."""
+    """The distinct labels, sorted numerically if all are different integers, else alphabetically."""
     different = sorted(set(values.tolist()))
     numbers = _as_integers(different)
     return different if numbers is None else [value for _, value in sorted(zip(numbers, different, strict=True))]
 
 
 def _as_integers(values: list) -> list[int] | None:
-    """Labels as integers, None where they are not, or not different ones."""
+    """Labels as integers; None if some are not integers, or two are the same integer."""
     try:
         numbers = [int(value) for value in values]
     except ValueError:
@@ -231,7 +231,7 @@ def table_column(rows: Dataset, name: str) -> pa.ChunkedArray:
 
 
 def label_values(values: Any, column: str, origin: str) -> np.ndarray:
-    """Labels of a split as an array. Raises ValueError naming `origin` and the first row without one.
+    """Labels of a split as an array. Raises ValueError with `origin` and the first row that has none.
 
     Args:
         values: the Arrow column, or the rows of a table.

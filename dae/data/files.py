@@ -1,4 +1,4 @@
-"""The files that paths and globs of a configuration mean, with a count of those left out, and hints for missing names."""
+"""Expand the paths and globs of a configuration to files, count those left out, and suggest names for missing ones."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ METADATA_NAMES = frozenset({"metadata.csv", "metadata.jsonl", "metadata.parquet"
 
 @dataclass
 class LeftOut:
-    """Files that are found and not read: for each reason how many, and the first of them."""
+    """Files that were found but not read: per reason their number and the first of them."""
 
     counts: dict[str, int] = field(default_factory=dict)
     examples: dict[str, str] = field(default_factory=dict)
@@ -34,7 +34,7 @@ class LeftOut:
             self.examples.setdefault(reason, paths[0])
 
     def lines(self) -> list[str]:
-        """`3 files: no image (.txt), as notes.txt`, one for each reason."""
+        """One line per reason, such as `3 files: no image (.txt), as notes.txt`."""
         return [
             f"{count:,} {'file' if count == 1 else 'files'}: {reason}, {'as ' if count > 1 else ''}{self.examples[reason]}"
             for reason, count in self.counts.items()
@@ -43,12 +43,12 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Place:
-    """Files below a folder, named by the user in one of the ways that `expand` takes.
+    """The files below a folder that one name in the configuration expands to, see `expand`.
 
     Attributes:
-        root: the folder at which splits and classes are counted: the folder itself, or where the glob begins.
+        root: the folder from which split and class levels are counted: the folder itself, or where the glob begins.
         files: paths relative to `root`, sorted.
-        whole: the user named a folder and not files.
+        whole: the user named a folder rather than files.
     """
 
     root: Path
@@ -63,9 +63,9 @@ class Place:
 
 
 def expand(name: str, left_out: LeftOut) -> Place | None:
-    """The files that a path or a glob means, or None where nothing has this name.
+    """The files that a path or a glob stands for, or None if nothing matches.
 
-    What exists is taken literally, whatever characters it has; only what does not exist is a pattern. A folder, named or
+    A name that exists is taken literally, whatever characters it has; only others are patterns. A folder, named or
     matched, stands for all files below it. Symbolic links are followed.
     """
     path = Path(os.path.expanduser(name))
@@ -92,7 +92,7 @@ def expand(name: str, left_out: LeftOut) -> Place | None:
 
 
 def _fixed_part(path: Path) -> tuple[Path, tuple[str, ...]]:
-    """The part of a path before its first pattern, and the components that follow."""
+    """The part of a path before its first pattern, and the remaining components."""
     parts = path.parts
     for i, part in enumerate(parts):
         if glob.has_magic(part) and not Path(*parts[: i + 1]).exists():
@@ -101,7 +101,7 @@ def _fixed_part(path: Path) -> tuple[Path, tuple[str, ...]]:
 
 
 def _is_below_match(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
-    """Whether the pattern matches a file or a folder that it lies in; `**` is any number of folders."""
+    """Whether the pattern matches a file or one of its parent folders; `**` is any number of folders."""
     if not pattern:
         return True
     if pattern[0] == "**":
@@ -110,9 +110,9 @@ def _is_below_match(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
 
 
 def find_files(folder: Path, left_out: LeftOut) -> list[str]:
-    """Paths of the files below `folder`, relative to it and sorted; links are followed, loops of them are not.
+    """Paths of the files below `folder`, relative to it and sorted; links are followed, link loops are not.
 
-    Hidden files and folders (`.name`, `__MACOSX`) and whatever cannot be read are counted in `left_out`.
+    Hidden files and folders (`.name`, `__MACOSX`) and unreadable ones are counted in `left_out`.
     """
     found: list[str] = []
     pending = [(str(folder), "", frozenset({os.stat(folder)[1:3]}))]  # with inode and device of the folders above
@@ -167,7 +167,7 @@ def what_is_there(path: Path) -> str:
 
 
 def nearest_name(wanted: str, names: list[str]) -> str | None:
-    """The name among `names` that is spelled most like `wanted`, if any is; upper and lower case count as one."""
+    """The closest spelling of `wanted` among `names`, ignoring case; None if none is close."""
     by_lower = {name.lower(): name for name in reversed(names)}
     near = difflib.get_close_matches(wanted.lower(), by_lower, 1, 0.6)
     return by_lower[near[0]] if near else None

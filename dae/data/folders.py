@@ -1,4 +1,4 @@
-"""Image folders: splits and classes of files by the folders that they lie in, not by their names."""
+"""Image folders: a file's split and class, read from its folders, not from its name."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ SPLITS = ("train", "validation", "val", "test")
 SPLIT_WORDS = {*SPLITS, "training", "valid", "dev", "testing", "eval", "evaluation", "heldout"}  # may mean a split
 STRAY = 10  # files outnumbered by this factor are left out and counted; otherwise the folder is refused
 
-Classes = dict[str, str | None]  # of each file
+Classes = dict[str, str | None]  # class per file
 
 
 @dataclass
 class FolderLayout:
-    """The files of each split and the class of each file, None where there are no classes; `notes` say how it was read."""
+    """Files per split and class per file (None without classes); `notes` say how the folders were read."""
 
     splits: dict[str, Classes]
     notes: list[str] = field(default_factory=list)
@@ -31,18 +31,18 @@ def read_layout(
     labelled: bool | None = None,
     wanted: tuple[str | None, ...] = (),
 ) -> FolderLayout:
-    """Splits and classes of images from the folders that they lie in.
+    """Splits and classes of images from their folders.
 
-    Top-level folders are splits where all of them are named `train`, `validation`, `val` or `test`. Below the split, or at
-    the top where there is none, the folder of level number `level` is the class; deeper folders do not matter. Where there
-    is only one such folder, or none, there are no classes.
+    Top-level folders are splits if all of them are named `train`, `validation`, `val` or `test`. Below the split, or from
+    the top if there is none, the folder at level `level` is the class; deeper folders do not matter. If there is at most
+    one such folder, there are no classes.
 
     Args:
-        places: where the images lie, with the paths of images alone.
+        places: the folders, with the paths of their images only.
         level: 1 is the first level below the split; 0 reads no classes.
-        left_out: takes the files that have no place in the layout.
-        part: the split that the user named these files for; their folders are classes then.
-        labelled: whether there must be classes, as in the split to train on; None decides by the folders.
+        left_out: collects the files that do not fit the layout.
+        part: the split for which the user gave these files; their folders are then classes.
+        labelled: whether there must be classes, as in the training split; None decides by the folders.
         wanted: splits that must not be left out.
 
     ValueError: the folders can be read in two ways that would train on different images or classes.
@@ -71,7 +71,7 @@ def read_layout(
 
 
 def _read_splits(files: list[str], where: str, left_out: LeftOut) -> tuple[dict[str, list[str]], list[str]]:
-    """Files by split, or all under the empty name where the folder has no splits."""
+    """Files by split, or all under the empty name if the folder has no splits."""
     by_top: dict[str, list[str]] = {}
     for file in files:
         by_top.setdefault(file.split("/")[0] if "/" in file else "", []).append(file)
@@ -107,7 +107,7 @@ def _holds_splits(files: list[str]) -> bool:
 
 
 def _read_classes(files: list[str], depth: int, where: str, left_out: LeftOut) -> Classes:
-    """The folder at `depth` of each file; files that do not lie so deep have none and are left out if they are few."""
+    """Each file's folder at `depth`; files that are not as deep have none and, if few, are left out."""
     classes = {file: _folder(file, depth) if file.count("/") >= depth else None for file in files}
     beside = [file for file, name in classes.items() if name is None]
     if beside and len(beside) < len(classes):
@@ -129,7 +129,7 @@ def _decide_on_classes(
     labelled: bool | None,
     wanted: tuple[str | None, ...],
 ) -> list[str]:
-    """Decide for all splits and places together whether there are classes; changes `read` in place and returns notes."""
+    """Decide for all splits and places together whether there are classes; edits `read` in place and returns notes."""
     names = {key: {name for name in classes.values() if name is not None} for key, classes in read.items()}
     together = sorted(set().union(*names.values()))
     trained_on = [key for key in read if key[0] == "train"] or list(read)

@@ -1,4 +1,4 @@
-"""From encoded bytes to a square tensor: every image mode handled on purpose, nothing left to a library's default."""
+"""Encoded bytes to square tensors; every image mode is handled explicitly, none by a library's default."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from torch import Tensor
 _AVIF = ("AVIF",) if "avif" in features.get_supported_modules() else ()  # since Pillow 11.3
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", *_AVIF)
 MAX_PIXELS = 100_000_000
-LONGEST_NAME = 255  # of a file, in bytes
+LONGEST_NAME = 255  # bytes in a file name
 _ORIENTATION_TAG = 0x0112
 _UPRIGHT = ("FLIP_LEFT_RIGHT", "ROTATE_180", "FLIP_TOP_BOTTOM", "TRANSPOSE", "ROTATE_270", "TRANSVERSE", "ROTATE_90")
 _TURNS = {orientation: Image.Transpose[name] for orientation, name in enumerate(_UPRIGHT, start=2)}
-# What Pillow raises for broken files; its plugins do not agree on one class.
+# What Pillow's plugins raise for broken files.
 _BROKEN = (OSError, EOFError, SyntaxError, ValueError, TypeError, IndexError, KeyError, OverflowError, struct.error, zlib.error)
 
 
@@ -30,10 +30,10 @@ def open_image(source: Any, folder: Path | None = None) -> Image.Image:
 
     Args:
         source: bytes, `{"bytes": ..., "path": ...}` as `datasets.Image(decode=False)` gives it, or a Pillow image.
-        folder: where a relative path starts.
+        folder: base of relative paths.
 
     Raises:
-        ValueError: no image, an image format that is not in `FORMATS`, or more than `MAX_PIXELS` pixels.
+        ValueError: not an image, a format that is not in `FORMATS`, or more than `MAX_PIXELS` pixels.
         FileNotFoundError: the row names a file that does not exist.
     """
     if isinstance(source, Image.Image):
@@ -53,7 +53,7 @@ def open_image(source: Any, folder: Path | None = None) -> Image.Image:
 
 
 def read_bytes(source: Any, folder: Path | None = None) -> bytes:
-    """The encoded bytes of a row, from the row itself or from the file that it names."""
+    """The encoded bytes of a row, stored in the row or read from its file."""
     if isinstance(source, (bytes, bytearray, memoryview)):
         return bytes(source)
     if isinstance(source, dict) and source.get("bytes") is not None:
@@ -87,9 +87,9 @@ def _check_pixels(width: int, height: int, what: str) -> None:
 def decode_image(source: Any, channels: int, folder: Path | None = None) -> Image.Image:
     """Decode to 8 bits, mode `L` (channels = 1) or `RGB` (channels = 3), upright.
 
-    Transparent pixels are laid over white. 16-bit grey is divided by 257 and rounded; floating point must lie in 0..1.
-    Of an animation the first frame is taken. EXIF orientation is applied; broken EXIF counts as upright. Arrays are
-    taken as [H, W], [H, W, C] or [C, H, W] with C of 1, 3 or 4.
+    Transparent pixels are composited over white. 16-bit grey is divided by 257 and rounded; floating point must lie in
+    0..1. Animations give their first frame. EXIF orientation is applied; broken EXIF counts as upright. Arrays are
+    read as [H, W], [H, W, C] or [C, H, W] with C of 1, 3 or 4.
 
     Raises:
         ValueError: not a decodable image; see also `open_image`.
@@ -152,11 +152,11 @@ def _from_array(source: Any) -> Image.Image:
 
 
 def to_square(image: Image.Image, resolution: int, center_crop: bool = True) -> Image.Image:
-    """Resize to `resolution` x `resolution`; an image that has this size already is returned unchanged.
+    """Resize to `resolution` x `resolution`; an image of that size is returned unchanged.
 
     With `center_crop` the crop of ADM (Dhariwal & Nichol 2021, "Diffusion Models Beat GANs on Image Synthesis", data
     loader): halve with a box filter while the short side is at least 2 x resolution, resize the short side bicubically,
-    crop the middle. Without it the whole image is squeezed to the square.
+    crop the centre. Without it the whole image is resized to the square, ignoring its aspect ratio.
     """
     if image.size == (resolution, resolution):
         return image

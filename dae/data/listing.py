@@ -1,4 +1,4 @@
-"""From the names in a configuration to an ordered list of files by split, before anything is read."""
+"""List the files that a configuration names, in order and by split, before any is read."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class Listing:
 
     Attributes:
         kind: `images`, `parquet` or `webdataset`.
-        splits: absolute paths, each with the class that its folder says, or None.
-        left_out: what was found and is not read.
-        notes: how it was read, where it could have been read otherwise.
+        splits: absolute paths, each with the class given by its folder, or None.
+        left_out: files that were found but are not read.
+        notes: how ambiguous layouts were read.
         footers: rows and columns of each .parquet file.
-        described: columns that metadata files give to images, see `metadata.read`.
+        described: columns from metadata files, see `metadata.read`.
     """
 
     kind: str
@@ -53,13 +53,13 @@ class Listing:
 
 
 def list_files(names: list[str], config: DataConfig, key: str, part: str | None = None, labelled: bool | None = None) -> Listing:
-    """The files that the paths and globs `names` mean, by split.
+    """The files that the paths and globs `names` stand for, by split.
 
     Args:
         names: as the user wrote them.
-        config: the knobs on how folders are read.
-        key: the knob that they come from, for messages.
-        part: the split that they were named for; None finds the splits.
+        config: the knobs for reading folders.
+        key: the knob they come from, for messages.
+        part: the split they were given for; None finds the splits.
         labelled: whether images must have classes; None decides by their folders.
 
     Raises:
@@ -103,7 +103,7 @@ def list_files(names: list[str], config: DataConfig, key: str, part: str | None 
 
 
 def is_saved(path: Path) -> bool:
-    """Whether this is a folder written by `save_to_disk`."""
+    """Whether `path` is a folder written by `save_to_disk`."""
     return (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
 
 
@@ -127,11 +127,11 @@ def _list_images(found: _Found, config: DataConfig, part: str | None, labelled: 
 
 
 class _Found:
-    """All files that were found, by what their names say they are."""
+    """All files that were found, by their kind as told by their names."""
 
     def __init__(self, places: list[Place], where: str, image_column: str, left_out: LeftOut, forms: str):
         self.places, self.where, self.image_column, self.left_out, self.forms = places, where, image_column, left_out, forms
-        self.by_kind: dict[str, list[list[str]]] = {}  # for each place its files
+        self.by_kind: dict[str, list[list[str]]] = {}  # files per place
         for i, place in enumerate(places):
             for file in place.files:
                 self.by_kind.setdefault(_kind(file), [[] for _ in places])[i].append(file)
@@ -142,25 +142,25 @@ class _Found:
         return [place.only(inside) for place, inside in zip(self.places, files, strict=True) if inside]
 
     def kinds(self) -> list[list[str]]:
-        """For each place the kinds that its files are of."""
+        """The kinds of files in each place."""
         return [[kind for kind in TITLES if kind in self.by_kind and self.by_kind[kind][i]] for i in range(len(self.places))]
 
     def absolute(self, kind: str) -> list[str]:
         return [place.absolute(file) for place in self.of(kind) for file in place.files]
 
     def choose_kind(self) -> str:
-        """The kind of file that holds the images. All files of the other kinds are counted as left out.
+        """The kind of file that holds the images; files of other kinds are counted as left out.
 
-        Loose images win against shards that hold no more of them (an archive of the same images), shards against a few
-        loose images (a picture for the README).
+        Loose images win over shards with no more images (an archive of the same ones), shards over a few loose images
+        (a picture for the README).
         """
         present = [kind for kind in TITLES if kind in self.by_kind]
         self._read_footers(only=present == ["parquet"])
         known = {"images": len(self.absolute("images")), "parquet": sum(footer.rows for footer in self.footers.values())}
-        enough = folders.STRAY * max(known.values()) or 1  # images in .tar files, which have to be read to be counted
+        enough = folders.STRAY * max(known.values()) or 1  # images in .tar files, which must be read to count them
         known["webdataset"] = webdataset.count_images(self.absolute("webdataset"), enough)
         counts = {kind: known[kind] for kind in present if known[kind]}
-        first = next(filter(self.by_kind.get, present), "")  # broken files alone count for nothing
+        first = next(filter(self.by_kind.get, present), "")  # broken files do not count
         kind = max(counts, key=lambda kind: (counts[kind], kind == "images"), default=first)
         others = [other for other in counts if other != kind]
         if others and kind != "images" and counts[kind] < folders.STRAY * max(counts[other] for other in others):
@@ -182,7 +182,7 @@ class _Found:
                 raise ValueError(f"{first!r} and {path!r} cannot be one set: {difference}; {shards.NAME_THEM}")
 
     def _read_footers(self, only: bool) -> None:
-        """Rows and columns of the .parquet files; those without images, or broken ones, are left out beside others."""
+        """Read rows and columns of the .parquet files; broken ones and those without images are left out if there are others."""
         found = list(zip(self.places, self.by_kind.pop("parquet", []), strict=False))
         read: dict[str, Footer] = {}
         for place, file in ((place, file) for place, files in found for file in files):
@@ -219,7 +219,7 @@ def _kind(file: str) -> str:
 
 
 def _reason(file: str, kind: str) -> str:
-    """Why a file is not read where files of `kind` are."""
+    """Why a file is not read when files of `kind` are."""
     suffix = suffix_of(file)
     if suffix in IMAGE_SUFFIXES:
         return f"image beside {TITLES[kind]}"

@@ -1,4 +1,4 @@
-"""`load_data`: from the configuration to a training and a validation set, checked before anything is trained."""
+"""`load_data`: the training and validation set that a configuration describes, checked before training."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class ImageData:
     labelled: bool
     fingerprint: str
     name: str
-    title: str = ""  # the name for headings
-    labels: list | None = None  # what stands in the label column for each class; None: 0 to num_classes - 1
+    title: str = ""  # name in headings
+    labels: list | None = None  # the label column's value for each class; None: 0 to num_classes - 1
     columns: dict[str, Any] = field(default_factory=dict)
     splits: dict[str, int | None] = field(default_factory=dict)
     held_out: str = ""
@@ -42,16 +42,16 @@ class ImageData:
         return len(self.class_names)
 
     def list_skipped(self, folder: str | Path) -> None:
-        """With `data.on_error=skip`: from now on list the rows that are left out in `folder`/skipped.jsonl."""
+        """With `data.on_error=skip`: from now on list skipped rows in `folder`/skipped.jsonl."""
         if self.train.skipped is not None:
             self.train.skipped.list_in(folder)
 
     def skipped_note(self) -> str:
-        """What the last line of a recipe says about rows that were left out; empty if there are none."""
+        """The last line of a recipe on skipped rows; empty if there are none."""
         return "" if self.train.skipped is None else self.train.skipped.describe()
 
     def describe(self) -> dict:
-        """What a model card or a report says about the data; JSON-able. Sizes of streams are None."""
+        """A JSON-able description of the data for model cards and reports. Sizes of streams are None."""
         facts = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         parts = {"train": self.train, "validation": self.validation}
         sizes = {name: None if isinstance(part, ImageStream) else len(part) for name, part in parts.items()}
@@ -62,11 +62,11 @@ def load_data(config: DataConfig, seed: int) -> ImageData:
     """Find, check, split and wrap the data set that `config` names.
 
     The held-out rows do not depend on `seed`, so that runs with different seeds are validated on the same rows (see
-    `dae.data.survey`); `seed` only chooses which rows `max_train_samples` keeps of a table.
+    `dae.data.survey`); `seed` only chooses the table rows that `max_train_samples` keeps.
 
     Raises:
         FileNotFoundError: the data set does not exist or cannot be reached.
-        ValueError: a split or column does not exist, a split is empty, a label is out of range, bytes are no image.
+        ValueError: a split or column does not exist, a split is empty, a label is out of range, an image cannot be read.
         TypeError: a column has a type that cannot be used.
         ImportError: `photos` without its packages.
     """
@@ -128,7 +128,7 @@ def _held_out_rule(split: str | None, config: DataConfig) -> str:
 def _resolve_labels(
     splits: dict[str, SourceSplit], column: str | None, origins: dict[str, str], config: DataConfig
 ) -> columns.Labels:
-    """The classes of the training split; every label that can be read without the images is one of them."""
+    """The classes of the training split; checks every label that can be read without the images."""
     found = {
         part: columns.label_values(split.column(column), column, origins[part])
         for part, split in splits.items()
@@ -153,7 +153,7 @@ def _require_same_labels(parts: dict[str, Any], column: str | None, name: str) -
 
 
 def _encoded(rows: Any, used: dict[str, str | None], origin: str) -> Any:
-    """Only the columns in use, with the images left encoded: we decode them ourselves."""
+    """The columns in use, with the images left encoded: we decode them ourselves."""
     from datasets import Image
 
     features = rows.features or {}

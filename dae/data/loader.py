@@ -1,4 +1,4 @@
-"""Batches: endless and exactly resumable for training, once and in order for evaluation."""
+"""Data loaders: endless and exactly resumable for training, one ordered pass for evaluation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dae.memory import require_memory
 
 
 class MapStyle(Protocol):
-    """A data set of rows with numbers."""
+    """A data set with indexed rows."""
 
     def __len__(self) -> int: ...
 
@@ -30,27 +30,27 @@ AnyDataset = MapStyle | ImageStream
 
 
 class TrainLoader:
-    """Shuffled batches of this process, epoch after epoch, without end; incomplete batches are left out.
+    """Endless shuffled mini-batches for this process; incomplete ones are dropped.
 
     Map-style data: the order is a pure function of (seed, micro-step). Process r of W takes rows r, r + W, ... of the
     shuffled epoch, so the global batch of a step is the same set of rows for any W with the same global batch size, and
     row i of the global batch belongs to process i mod W.
 
-    Streams (`ImageStream`): the order also depends on the number of processes and workers, which must stay the same when
-    training is continued, and each process saves its own state. Processes pass the end of an epoch independently.
+    Streams (`ImageStream`): the order also depends on the number of processes and workers, which must stay the same on
+    resume, and each process saves its own state. Processes pass the end of an epoch independently.
 
-    Iterating again continues where the last iteration stopped. The global random state of torch is not touched.
+    Iterating again continues where the last iteration stopped. torch's global random state is not touched.
 
     Args:
         dataset: map-style data set, or `ImageStream`.
         batch_size: rows per process and micro-step.
-        seed: of the order.
-        num_workers: processes that decode; a stream uses at most one for each of its shards.
+        seed: for the order.
+        num_workers: decoding processes; a stream uses at most one per shard.
         shuffle_buffer_size: rows in the shuffle buffer of a stream.
 
     Raises:
         ValueError: the data set is smaller than a global batch.
-        TypeError: an iterable data set that is no `ImageStream`.
+        TypeError: an iterable data set other than `ImageStream`.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class TrainLoader:
         self._order.seek(micro_step)
 
     def state_dict(self) -> dict:
-        """JSON-able state after the last batch that was yielded."""
+        """JSON-able state after the last yielded batch."""
         return self._order.state_dict()
 
     def load_state_dict(self, state: dict) -> None:
@@ -92,13 +92,13 @@ class TrainLoader:
         self._order.load_state_dict(state)
 
 
-Item = tuple[dict | None, list[BadRow]]  # a row, and the bad ones that were met before it
+Item = tuple[dict | None, list[BadRow]]  # a row, and the bad rows before it
 
 
 class _Rows(Dataset):
-    """Rows of map-style data for a loader. Bad rows are values: an exception from a worker is a page of tracebacks.
+    """Rows of map-style data for a loader. Bad rows are values, as exceptions from workers print long tracebacks.
 
-    With `replaced`, for training, a good row stands in for each bad one, so that batches stay full.
+    With `replaced`, for training, a good row replaces each bad one, so that batches stay full.
     """
 
     def __init__(self, dataset: MapStyle, replaced: bool):
@@ -126,7 +126,7 @@ class _Rows(Dataset):
 
 
 class _Stream(IterableDataset):
-    """The same for a stream, which continues with the next good row. `forever`: a failure is repeated, to fill its batch."""
+    """Rows of a stream for a loader; bad ones are passed over. `forever`: a failure is repeated to fill its batch."""
 
     def __init__(self, stream: ImageStream, forever: bool):
         self.stream, self.forever = stream, forever
@@ -159,7 +159,7 @@ def _collate(items: list[Item]) -> tuple[dict | None, list[BadRow]]:
 
 
 def _usable(loader: DataLoader, skipped: SkippedRows | None, full: bool) -> Iterator[dict]:
-    """The batches without the bad rows, which are counted or raised in this process.
+    """The batches without their bad rows, which this process counts or raises.
 
     RuntimeError: a worker died.
     """
@@ -184,7 +184,7 @@ def _usable(loader: DataLoader, skipped: SkippedRows | None, full: bool) -> Iter
 
 
 def _options(num_workers: int) -> dict[str, Any]:
-    """Of every loader; its own generator keeps it from drawing from torch's global one."""
+    """Options of every DataLoader; with its own generator it does not draw from torch's global one."""
     return {"num_workers": num_workers, "collate_fn": _collate, "generator": torch.Generator()}
 
 
@@ -213,7 +213,7 @@ class _MapOrder:
                     break
 
     def _row_numbers(self, micro_step: int) -> Iterator[list[int]]:
-        """Rows of this process in each micro-step from this one on, without end, as DistributedSampler assigns them."""
+        """Endless row numbers per micro-step for this process, as DistributedSampler assigns them."""
         rows = len(self.dataset)
         per_epoch = rows // (self.batch_size * self.world_size)
         epoch, consumed = divmod(micro_step, per_epoch)
@@ -251,7 +251,7 @@ class _StreamOrder:
         }
         self.epoch = self.micro_step = 0
         self.position: dict | None = None  # where in the epoch the next loader starts
-        self.running: Any = None  # the loader of the current epoch, once it runs
+        self.running: Any = None  # the running loader of the current epoch
 
     def batches(self) -> Iterator[Any]:
         self._stop()
@@ -312,15 +312,15 @@ class _StreamOrder:
 
 
 def evaluation_batches(dataset: AnyDataset, batch_size: int, limit: int | None = None, num_workers: int = 0) -> Iterator[Any]:
-    """All rows, or `limit` that are spread over the set, in order and on each process; the last batch may be short.
+    """Batches of all rows, or of `limit` rows spread over the set, in order and on each process; the last may be short.
 
-    With `data.on_error=skip` bad rows are left out and not replaced: nothing is measured or encoded twice.
+    With `data.on_error=skip` bad rows are dropped, not replaced, so that nothing is measured or encoded twice.
 
     Args:
-        dataset: map-style data set or `ImageStream`, which is read by at most one worker to keep its order.
+        dataset: map-style data set, or `ImageStream` (read by at most one worker, to keep its order).
         batch_size: rows per batch.
-        limit: number of rows at most.
-        num_workers: processes that decode.
+        limit: maximum number of rows.
+        num_workers: decoding processes.
 
     ValueError: `batch_size` or `limit` below 1.
     """
@@ -358,11 +358,11 @@ def in_memory(
     as_bytes: bool = False,
     knob: str = "evaluation.max_images",
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images [N, C, H, W] and labels [N] of a data set, or of `limit` rows: chosen by the seed, of a stream by their content.
+    """Images [N, C, H, W] and labels [N] of all rows, or of `limit` rows chosen by seed (in a stream by content).
 
-    float32 in [-1, 1]; with `as_bytes` the uint8 x that they were decoded to, x / 127.5 - 1 as floats.
+    float32 in [-1, 1]; with `as_bytes` the decoded uint8 x, where x / 127.5 - 1 is the float value.
 
-    ValueError: there is not enough memory, which for a stream is known only when it is nearly full; lower `knob`.
+    ValueError: not enough memory (noticed for a stream only when nearly full); lower `knob`.
     """
     size = None if isinstance(dataset, ImageStream) else len(dataset)
     if size is not None and size > limit:

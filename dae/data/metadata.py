@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 @dataclass
 class Described:
-    """Columns that metadata files give to images.
+    """Columns of image metadata files.
 
     Attributes:
-        table: the columns beside the image.
-        rows: for the absolute path of an image its rows in `table`.
-        image_column: name of the column of images.
+        table: all columns but the image.
+        rows: absolute image path to its rows in `table`.
+        image_column: name of the image column.
     """
 
     table: pa.Table
@@ -28,12 +28,12 @@ class Described:
 
 
 def read(places: list[Place], image_column: str, left_out: LeftOut) -> Described | None:
-    """Read all metadata files of an image folder together; None where there are none.
+    """Read all metadata files of an image folder; None if there are none.
 
-    The column `file_name` (then the images are called `image`) or `<image_column>_file_name` is the path of an image from the
-    folder of the metadata file.
+    The column `file_name` (image column `image`) or `<image_column>_file_name` is the image's path relative to the
+    metadata file.
 
-    ValueError: a file cannot be read, has no such column, or names a file outside of its folder.
+    ValueError: a file cannot be read, has no such column, or names a file outside its folder.
     """
     import pyarrow as pa
 

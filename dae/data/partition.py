@@ -1,4 +1,4 @@
-"""The training and the validation part of a data set, checked, and digests of their contents."""
+"""Checked training and validation parts of a data set, and digests of their contents."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 HELD_OUT_NAMES = ("validation", "test", "val")
-STREAM_VERIFY_ROWS = 64  # rows of a stream that are checked: each is read twice
-WHOLE_DIGEST_BYTES = 1 << 28  # up to this size all bytes are digested, above it all sizes and DIGEST_ROWS rows
+STREAM_VERIFY_ROWS = 64  # rows of a stream to check: each is read twice
+WHOLE_DIGEST_BYTES = 1 << 28  # up to this size digest all bytes, above it all sizes and DIGEST_ROWS rows
 DIGEST_ROWS = 2048
-STREAM_ROWS = 1000  # of a stream whose rows are not counted, for the share of them that may be bad, until more were read
+STREAM_ROWS = 1000  # assumed size of a stream for the permitted share of bad rows, until more were read
 
 
 def choose_validation(splits: dict[str, Any], config: DataConfig) -> str | None:
-    """Name of the held-out split; None where rows of the training split have to be held out.
+    """Name of the held-out split; None if rows of the training split must be held out.
 
-    ValueError: the training or the validation split does not exist, or both are one.
+    ValueError: the training or validation split does not exist, or they are the same.
     """
     for key in ("train_split", "validation_split"):
         name = getattr(config, key)
@@ -53,7 +53,7 @@ def choose_validation(splits: dict[str, Any], config: DataConfig) -> str | None:
 def split_table(
     parts: dict[str, Dataset], decoders: dict[str, RowDecoder], config: DataConfig, seed: int
 ) -> tuple[ImageDataset, ImageDataset, list]:
-    """Map-style training and validation set, and what identifies their contents.
+    """Map-style training and validation sets, and a list that identifies their contents.
 
     Args:
         parts: the encoded rows of `train` and, if the data set has a held-out split, `validation`.
@@ -61,7 +61,7 @@ def split_table(
         config: sizes and number of rows to verify.
         seed: chooses the rows that `max_train_samples` keeps.
 
-    ValueError: no rows, too few rows to hold some out, or a bad row, which is named.
+    ValueError: no rows, too few to hold some out, or a bad row (named).
     """
     contents, bad, survey = [], [], None
     if "validation" not in parts and len(parts["train"]):
@@ -95,7 +95,7 @@ def _held_out(survey: Survey, config: DataConfig, decoder: RowDecoder) -> np.nda
 
 
 def _first_rows(rows: Dataset, limit: int) -> Iterator[tuple[int, dict]]:
-    """The first rows with their numbers, read in batches."""
+    """The first rows, numbered, read in batches."""
     for start in range(0, min(limit, len(rows)), 256):
         batch = rows[start : min(start + 256, limit)]
         for i, values in enumerate(zip(*batch.values(), strict=True), start):
@@ -103,12 +103,12 @@ def _first_rows(rows: Dataset, limit: int) -> Iterator[tuple[int, dict]]:
 
 
 def _verify(rows: Iterable[tuple[int, dict]], decoder: RowDecoder, config: DataConfig) -> list[BadRow]:
-    """Which rows are bad, as far as their headers tell. RowError: one is, and bad rows are not to be skipped."""
+    """The rows whose headers are bad. RowError: there is one, and bad rows are not to be skipped."""
     bad = []
     for number, row in rows:
         try:
             with decoder.naming(row, number, f"row {number}"):
-                if config.streaming:  # of a table all are verified
+                if config.streaming:  # all rows of a table are verified
                     decoder.label(row)
                 if isinstance(row[decoder.image_column], list):
                     decode_image(row[decoder.image_column], decoder.channels)
@@ -123,7 +123,7 @@ def _verify(rows: Iterable[tuple[int, dict]], decoder: RowDecoder, config: DataC
 
 
 def _skipped_rows(config: DataConfig, rows: int, bad: list[BadRow]) -> SkippedRows | None:
-    """Where bad rows are counted, if they are to be skipped: first those that are known already."""
+    """The counter of skipped rows, starting with those known already; None if bad rows raise."""
     if config.on_error == "raise":
         return None
     skipped = SkippedRows(config.max_skipped, rows, known=not config.streaming)
@@ -132,7 +132,7 @@ def _skipped_rows(config: DataConfig, rows: int, bad: list[BadRow]) -> SkippedRo
 
 
 def _table_digest(rows: Dataset, decoder: RowDecoder, survey: Survey | None) -> str:
-    """Digest of the labels, and of all images if they were surveyed; else of their sizes and of all or evenly spaced ones."""
+    """Digest of the labels and of all images if surveyed, else of image sizes and all or evenly spaced images."""
     digest = hashlib.blake2b(digest_size=16)
     if decoder.labels.column is not None:
         digest.update(repr(label_values(rows, decoder.labels.column, decoder.origin).tolist()).encode())
@@ -146,14 +146,14 @@ def _table_digest(rows: Dataset, decoder: RowDecoder, survey: Survey | None) -> 
         chosen = np.unique(np.linspace(0, len(rows) - 1, DIGEST_ROWS).astype(np.int64))
     picked = rows if len(chosen) == len(rows) else rows.select(chosen)
     for _, row in _first_rows(picked, len(picked)):
-        # Rows that cannot be read are reported by verification or decoding.
+        # Verification or decoding reports unreadable rows.
         with contextlib.suppress(ValueError, OSError):
             digest.update(decoder.encoded(row))
     return digest.hexdigest()
 
 
 def _encoded_sizes(rows: Dataset, column: str, folder: Path | None) -> np.ndarray:
-    """Bytes of each encoded image, without reading them: from the offsets of the table, or from the file system."""
+    """Size in bytes of each encoded image, from the table's offsets or the file system, without reading it."""
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -178,12 +178,12 @@ def _encoded_sizes(rows: Dataset, column: str, folder: Path | None) -> np.ndarra
 def split_stream(
     parts: dict[str, IterableDataset], decoders: dict[str, RowDecoder], config: DataConfig, seed: int
 ) -> tuple[ImageStream | ImageDataset, ImageStream | ImageDataset, list]:
-    """Training and validation stream, and what identifies their contents as far as they were read.
+    """Training and validation stream, and a list that identifies the contents read so far.
 
-    Where rows must be held out, the stream is read once to choose them, by the same rule as of a table (`survey_stream`), and
-    they are kept in memory. Training leaves them out by their digests and not by `skip`, which skips other rows as soon as
-    the stream is dealt out to several workers. The rows that `max_train_samples` keeps are chosen and kept in the same way,
-    if the stream is not too long for that; then it keeps the first ones. `seed` is not used.
+    If rows must be held out, the stream is read once to choose them by the same rule as for a table (`survey_stream`), and
+    they are kept in memory. Training excludes them by digest, because `skip` would skip other rows once the stream is
+    split over workers. The rows for `max_train_samples` are chosen and kept in the same way, or are the first ones if the
+    stream is too long for that. `seed` is not used.
     """
     rows, bad = parts["train"], []
     heads = {part: list(islice(unbroken(whole, decoders[part].origin), STREAM_VERIFY_ROWS)) for part, whole in parts.items()}
@@ -221,6 +221,6 @@ def _digests(rows: Iterable[dict], decoder: RowDecoder) -> list[int]:
     for i, row in enumerate(rows):
         try:
             digests.append(decoder.digest(row, f"row {i}"))
-        except RowError:  # reported by verification or decoding
+        except RowError:  # verification or decoding reports it
             digests.append(decoder.key(row))
     return digests

@@ -1,4 +1,4 @@
-"""Tensors in [-1, 1] to pictures that a person can look at."""
+"""Convert tensors in [-1, 1] to pictures, and write them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def to_uint8(images_BCHW: Tensor) -> np.ndarray:
 
 
 def grid(images_BHWC: np.ndarray, columns: int, gap: int = 1, background: int = 128) -> np.ndarray:
-    """One picture [H', W', C] with `columns` images a row and `gap` pixels between them."""
+    """One picture [H', W', C] with `columns` images per row and `gap` pixels between them."""
     B, H, W, C = images_BHWC.shape
     rows = -(-B // columns)
     sheet = np.full((rows * (H + gap) + gap, columns * (W + gap) + gap, C), background, np.uint8)
@@ -36,7 +36,7 @@ def write_png(path: Path, image_HWC: np.ndarray) -> None:
 
 
 def write_npz(path: Path, **arrays: np.ndarray) -> None:
-    """`np.savez` of arrays by name; the file appears whole or not at all."""
+    """`np.savez` of named arrays, written atomically."""
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)  # type: ignore[arg-type]
     write_file(path, buffer.getvalue())

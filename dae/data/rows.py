@@ -1,4 +1,4 @@
-"""torch data sets of the rows of `datasets`: images decoded, square, in [-1, 1]."""
+"""torch data sets over `datasets` rows: images decoded, square, in [-1, 1]."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class RowDecoder:
-    """From an encoded row to `{"image", "label", "row"}`; its errors name the row."""
+    """Decodes a row to `{"image", "label", "row"}`; its errors name the row."""
 
     origin: str
     image_column: str
@@ -47,7 +47,7 @@ class RowDecoder:
 
     @contextlib.contextmanager
     def naming(self, row: dict, number: int, where: str) -> Iterator[None]:
-        """Errors about a row become a RowError that names the data set, the split, the row and, if there is one, the file."""
+        """Re-raise errors about a row as a RowError that names data set, split, row and, if there is one, file."""
         try:
             yield
         except (ValueError, OSError) as error:
@@ -56,7 +56,7 @@ class RowDecoder:
             raise RowError(BadRow(self.origin, number, where, path, " ".join(str(error).split()), of_content)) from error
 
     def encoded(self, row: dict) -> bytes:
-        """The bytes of the image of a row; of an array something that identifies it."""
+        """The encoded image of a row; for an array, bytes that identify it."""
         source = row[self.image_column]
         return repr(source).encode() if isinstance(source, list) else read_bytes(source, self.folder)
 
@@ -78,7 +78,7 @@ def _path(source: Any) -> str | None:
 
 
 def digest_bytes(data: bytes) -> int:
-    """63 bits of BLAKE2."""
+    """63-bit BLAKE2 digest."""
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big") >> 1
 
 
@@ -88,7 +88,7 @@ class ImageDataset(Dataset):
     Args:
         rows: the encoded rows.
         decoder: how to read a row.
-        source_rows: for each row its number in the split it was taken from, which messages name.
+        source_rows: each row's number in its original split, for messages.
         skipped: where bad rows are counted that loaders leave out; None raises at the first one.
 
     RowError: the image or the label of the row is bad; the message names data set, split and row.
@@ -103,8 +103,8 @@ class ImageDataset(Dataset):
     ):
         self.rows, self.decoder, self.skipped = rows, decoder, skipped
         self.source_rows = np.arange(len(rows)) if source_rows is None else source_rows
-        self._bad: dict[int, BadRow] = {}  # that this process has met
-        self.survey: Survey | None = None  # once rows that are spread over the set were asked for
+        self._bad: dict[int, BadRow] = {}  # found so far by this process
+        self.survey: Survey | None = None  # made when rows spread over the set are first needed
 
     def _decode(self, row: dict, index: int) -> dict:
         source = int(self.source_rows[index])
@@ -137,9 +137,9 @@ class ImageDataset(Dataset):
         return self._bad[index]
 
     def replace(self, index: int) -> tuple[dict | None, list[BadRow]]:
-        """The first good row after the bad row `index`, the first row following the last; and the bad ones on the way.
+        """The first good row after the bad row `index`, cyclically, and the bad ones before it.
 
-        It depends on the rows alone: not on the seed, the batch, the process, the worker or what was read before.
+        It depends only on the rows: not on the seed, the batch, the process, the worker or what was read before.
         """
         bad: list[BadRow] = []
         for step in range(1, len(self)):
@@ -151,18 +151,18 @@ class ImageDataset(Dataset):
 
 
 class ImageStream(IterableDataset):
-    """Iterable: the same dicts, in which `row` is a digest of the encoded image, because a stream has no row numbers.
+    """Iterable over the same dicts; `row` is a digest of the encoded image, because a stream has no row numbers.
 
-    A stream continues by reading its epoch again and throwing away the rows that were used, without decoding them. The
-    states of `datasets` would jump there, but they forget what lay in the shuffle buffer: rows would be lost.
+    It resumes by rereading the epoch and discarding the used rows undecoded. The states of `datasets` would jump there,
+    but do not save the shuffle buffer, so rows would be lost.
 
     Args:
         rows: the stream.
         decoder: how to read a row.
-        held_out: digests of rows that belong to another split and are left out.
+        held_out: digests of rows of another split, which are left out.
         skipped: where bad rows are counted that loaders leave out; None raises at the first one.
 
-    RowError: the image or the label of a row is bad, or the stream breaks off.
+    RowError: the image or the label of a row is bad, or the stream fails.
     """
 
     def __init__(
@@ -173,7 +173,7 @@ class ImageStream(IterableDataset):
         skipped: SkippedRows | None = None,
     ):
         self.rows, self.decoder, self.held_out, self.skipped = rows, decoder, held_out, skipped
-        self.survey: Survey | None = None  # once such rows of it were asked for, and their tables
+        self.survey: Survey | None = None  # made with their tables when such rows are first needed
         self.tables: dict[int, ImageDataset] = {}
         self._used = self._to_skip = 0
 
@@ -182,9 +182,9 @@ class ImageStream(IterableDataset):
         return self.rows.num_shards
 
     def shuffled(self, seed: int, buffer_size: int, rank: int, world_size: int) -> ImageStream:
-        """The share of one process in the shuffled stream.
+        """This process's share of the shuffled stream.
 
-        `split_dataset_by_node` assigns whole shards where the number of shards is a multiple of `world_size`; else each
+        `split_dataset_by_node` assigns whole shards if the number of shards is a multiple of `world_size`; else each
         process reads everything and keeps every `world_size`-th row. Each row goes to exactly one process, but the order
         depends on the number of processes.
         """
@@ -201,7 +201,7 @@ class ImageStream(IterableDataset):
         return {"used": self._used}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        # `_used` too: a worker reports its state once before its first row, and that state may be saved.
+        # `_used` too: a worker reports its state before its first row, and that state may be saved.
         self._used = self._to_skip = state["used"]
 
     def __iter__(self) -> Iterator[dict]:
@@ -211,7 +211,7 @@ class ImageStream(IterableDataset):
             yield row
 
     def read(self) -> Iterator[dict | BadRow]:
-        """All rows; instead of a bad one its BadRow."""
+        """All rows, with a BadRow in place of each bad one."""
         to_skip, self._to_skip = self._to_skip, 0
         self._used = 0
         try:
@@ -226,7 +226,7 @@ class ImageStream(IterableDataset):
                         yield self.decoder.decode(row, digest, where)
                 except RowError as error:
                     yield replace(error.bad, key=self.decoder.key(row))
-        except RowError as error:  # the stream breaks off
+        except RowError as error:  # the stream failed
             yield error.bad
 
 

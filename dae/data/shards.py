@@ -1,4 +1,4 @@
-"""Parquet and WebDataset shards: which split a file belongs to by the conventions of its name, and whether they are one set."""
+"""Parquet and WebDataset shards: their splits by naming convention, and whether they form one set."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ if TYPE_CHECKING:
 _CONVENTIONAL = re.compile(
     r"(?:(?P<set>.+)[-_.])?(?P<split>train|validation|val|test)(?:[-_.]?\d+)?(?:[-_.]of[-_.]\d+)?(?:[-_.][0-9a-f]{8,})?"
 )
-_SHARD = re.compile(r"(?P<split>\w+(?:\.\w+)*)-\d{5}-of-\d{5}(?:-[0-9a-f]{8,})?")  # also names other splits, as `unlabeled`
+_SHARD = re.compile(r"(?P<split>\w+(?:\.\w+)*)-\d{5}-of-\d{5}(?:-[0-9a-f]{8,})?")  # also other splits, as `unlabeled`
 NAME_THEM = "name the files yourself: data.train_files= and data.validation_files= take paths and globs"
 
 
 def splits_by_name(files: list[str], where: str, *, whole: bool) -> tuple[dict[str, list[str]], list[str]]:
-    """Shards by split, and notes on how that was decided.
+    """Shards by split, and notes on how they were assigned.
 
-    A folder named like a split decides, else the name of the file where it follows a convention: `train-00000-of-00003`,
-    `test.parquet`, `imagenet-val_0001.tar`. If no shard has a split, all are `train`; so are shards of one split that the
-    user has named one by one or by a glob.
+    A folder named like a split decides, else a conventional file name: `train-00000-of-00003`, `test.parquet`,
+    `imagenet-val_0001.tar`. If no shard has a split, all are `train`; so are shards of a single split that the user named
+    one by one or by a glob.
 
     Args:
         files: paths relative to `where`, sorted.
         where: the folder, for messages.
-        whole: the user named the folder and not the files.
+        whole: the user named the folder rather than the files.
 
     ValueError: some shards have a split and others do not, or the shards are of several sets.
     """
@@ -65,7 +65,7 @@ def splits_by_name(files: list[str], where: str, *, whole: bool) -> tuple[dict[s
 
 
 def _refuse_several_folders(files: list[str], where: str) -> None:
-    """Shards in several folders are one set only where these folders are numbered, as `part-00`, `part-01`."""
+    """Raise unless the folders of the shards are numbered, as `part-00`, `part-01`: others are not one set."""
     folders = {tuple(part for part in PurePosixPath(file).parts[:-1] if part not in SPLITS) for file in files}
     if len({tuple(re.sub(r"\d+$", "0", part) for part in folder) for folder in folders}) > 1:
         names = sorted("/".join(folder) or "." for folder in folders)
@@ -80,7 +80,7 @@ def _refuse_split_words(files: list[str], where: str) -> None:
 
 
 def difference(a: Features, b: Features) -> str | None:
-    """Why the columns of two files cannot be one set, or None."""
+    """Why two files with these columns cannot be one set, or None."""
     if set(a) != set(b):
         return f"only one of them has {few(sorted(set(a) ^ set(b)))}"
     for name in a:
@@ -95,21 +95,21 @@ def difference(a: Features, b: Features) -> str | None:
 
 
 def _family(feature: object) -> str:
-    """The type of a column without the width of numbers and offsets, in which files may differ."""
+    """The type of a column, ignoring the width of numbers and offsets, which may differ between files."""
     dtype = getattr(feature, "dtype", None) if type(feature).__name__ == "Value" else None
     return re.sub(r"^u?int\d+$|^float\d+$", "number", dtype.removeprefix("large_")) if dtype else ""
 
 
 @dataclass(frozen=True)
 class Footer:
-    """What the end of a .parquet file says about it."""
+    """The footer of a .parquet file."""
 
     features: Features
     rows: int
 
 
 def read_footer(path: str) -> Footer:
-    """Columns and number of rows. Raises ValueError where the file is broken."""
+    """Read columns and number of rows. Raises ValueError if the file is broken."""
     import pyarrow as pa
     import pyarrow.parquet as pq
     from datasets import Features

@@ -1,4 +1,4 @@
-"""Rows that cannot be decoded: a record of each, and the list, count and budget of those that are left out."""
+"""Rows that cannot be decoded: a record of each, and the list, count and budget of skipped ones."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from pathlib import Path
 from dae.files import append_line
 
 LISTED_AS = "skipped.jsonl"  # in the output folder
-SHOWN = 5  # of the rows left out, in the log; the list has all
+SHOWN = 5  # skipped rows in the log; the list has all
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class BadRow:
-    """A row without a usable image or label. A value and no exception, because it comes out of loader workers.
+    """A row without a usable image or label. A value, not an exception, because loader workers return it.
 
     Attributes:
         origin: data set and split.
-        key: identifies it among the rows of the origin: its number, in a stream a digest of its path and its bytes.
-        where: its place in the words of a message.
-        path: of its file, if it has one.
+        key: identifies it within the origin: its number, or in a stream a digest of path and bytes.
+        where: its place, as messages put it.
+        path: its file, if it has one.
         reason: one line.
-        of_content: the row itself is bad; otherwise it could not be read this time (a disk, a network), and is never skipped.
+        of_content: the row itself is bad; otherwise reading it failed (disk, network), and it is never skipped.
     """
 
     origin: str
@@ -52,14 +52,14 @@ class SkippedRows:
     """The rows that `data.on_error=skip` has left out so far, by all processes of a run.
 
     Args:
-        max_skipped: how many there may be: a share of `rows` if below 1, else a number.
-        rows: rows of the data set; of a stream, whose rows are not counted, those that were read.
-        known: whether `rows` is the number of all rows.
+        max_skipped: the budget: a share of `rows` if below 1, else a number.
+        rows: size of the data set; for a stream of unknown size, the rows read so far.
+        known: whether `rows` is the full size.
     """
 
     def __init__(self, max_skipped: float, rows: int, known: bool = True):
         self.max_skipped, self.rows, self.known = max_skipped, rows, known
-        self.fingerprint: str | None = None  # of the data; lines of the list with another one say nothing about it
+        self.fingerprint: str | None = None  # of the data; lines with another fingerprint are ignored
         self.file: Path | None = None
         self._found: dict[tuple[str, int], BadRow] = {}
 
@@ -67,23 +67,23 @@ class SkippedRows:
         return len(self._found)
 
     def list_in(self, folder: str | Path) -> None:
-        """From now on list the rows in `folder`/skipped.jsonl, and count those that are listed there already.
+        """From now on list the rows in `folder`/skipped.jsonl, and count those listed there already.
 
-        ValueError: these are more than the budget allows; it may have been larger then.
+        ValueError: the listed rows exceed the budget, which may have been larger then.
         """
         self.file = Path(folder) / LISTED_AS
         before, self._found = self._found, {}
         self.add(before.values())
         self._found |= self._listed()
-        if self.known or self.max_skipped >= 1:  # of a stream that has just begun, a share says nothing
+        if self.known or self.max_skipped >= 1:  # a share means nothing for a stream that has just begun
             self._require_budget()
 
     def add(self, rows: Iterable[BadRow]) -> None:
-        """Count and list what is new among `rows`.
+        """Count and list the new ones among `rows`.
 
         Raises:
-            RowError: a row could not be read for reasons outside of it.
-            ValueError: more rows than the budget allows.
+            RowError: reading a row failed for reasons outside of it.
+            ValueError: the rows exceed the budget.
         """
         rows = list(rows)
         if passing := [row for row in rows if not row.of_content]:
@@ -114,20 +114,20 @@ class SkippedRows:
             raise ValueError(f"{rows} cannot be decoded, {limit} may be left out. The last one: {last}{listed}")
 
     def lines(self) -> list[str]:
-        """For the table of the data: empty if no row was left out."""
+        """Lines for the data table; empty if no row was skipped."""
         count, first = len(self), next(iter(self._found.values()), None)
         line = f"{count:,} {'row' if count == 1 else 'rows'} that cannot be decoded, {'as ' if count > 1 else ''}{first}"
         return [line] if count else []
 
     def describe(self) -> str:
-        """For the last line of a recipe: empty if no row was left out."""
+        """A recipe's last line on skipped rows; empty if there are none."""
         rows = "1 row that cannot be decoded was" if len(self) == 1 else f"{len(self)} rows that cannot be decoded were"
         return f"; {rows} left out ({self.file})" if self._found else ""
 
     def _listed(self) -> dict[tuple[str, int], BadRow]:
         found = {}
         lines = self.file.read_text().splitlines() if self.file is not None and self.file.is_file() else []
-        for row in (json.loads(line) for line in lines if line.endswith("}")):  # a crash may leave half a line
+        for row in (json.loads(line) for line in lines if line.endswith("}")):  # a crash may leave a partial line
             if row["data"] == self.fingerprint:
                 bad = BadRow(row["split"], row["row"], f"row {row['row']}", row["path"], row["reason"])
                 found[bad.origin, bad.key] = bad

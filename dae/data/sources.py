@@ -1,4 +1,4 @@
-"""Where images come from: the names in a configuration to the rows of each split, images still encoded."""
+"""Resolve the names in a configuration to the rows of each split, images still encoded."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-STREAM_SHARDS = 8  # into how many parts a local table is cut when streamed, so that workers and processes can share it
+STREAM_SHARDS = 8  # parts of a streamed local table, for workers and processes to share
 HUB_TIMEOUT_S = 5.0
 
 
 @dataclass
 class SourceSplit:
-    """The rows of a split, with what is known of it without reading images.
+    """The rows of a split, and what is known without reading images.
 
     Attributes:
-        rows: as a table or, with `streaming`, as a stream.
-        folder: where relative paths of images start.
-        column: `column(name)` gives all values of a column; None for a stream that would have to be read for them.
-        size: number of rows, where it is known.
-        files: the files that it is read from, where they were listed.
+        rows: a table or, with `streaming`, a stream.
+        folder: base of relative image paths.
+        column: `column(name)` returns all values of a column; None for a stream that would have to be read.
+        size: number of rows, if known.
+        files: the files it is read from, if they were listed.
     """
 
     rows: Rows
@@ -54,7 +54,7 @@ class SourceSplit:
 
 @dataclass
 class Source:
-    """A data set found: its splits, how its files were read where there was a choice, and what was left out."""
+    """A data set: its splits, notes on how ambiguous files were read, and what was left out."""
 
     splits: dict[str, SourceSplit]
     notes: list[str] = field(default_factory=list)
@@ -67,8 +67,8 @@ def read_splits(config: DataConfig) -> Source:
     `data.train_files` takes the place of `data.dataset_name`; `data.validation_files` becomes the split `validation`.
 
     Raises:
-        FileNotFoundError: nothing of this name, neither here nor on the Hugging Face hub.
-        ValueError: it is there but has none of the accepted forms, or can be read in more than one way.
+        FileNotFoundError: nothing of this name exists, neither locally nor on the Hugging Face hub.
+        ValueError: it exists but in no accepted form, or it can be read in more than one way.
     """
     if config.train_files:
         source = _from_listing(list_files(config.train_files, config, "data.train_files", "train"), config)
@@ -90,18 +90,18 @@ def read_splits(config: DataConfig) -> Source:
 
 
 def source_name(config: DataConfig) -> str:
-    """What messages and records call the data set: the names that the user gave."""
+    """The data set's name in messages and records, as the user gave it."""
     return ", ".join(config.train_files) or config.dataset_name
 
 
 def source_title(config: DataConfig) -> str:
-    """`source_name` for headings: of local files and folders without the folders that they lie in, and of many the first ones."""
+    """`source_name` for headings: local paths without their parent folders, and only the first of many."""
     return few([_without_folders(name) for name in config.train_files or [config.dataset_name]])
 
 
 def _without_folders(name: str) -> str:
     if not name.startswith(("/", ".", "~")):
-        return name  # of the Hub, or relative and short
+        return name  # a Hub id, or relative and short
     path = os.path.abspath(os.path.expanduser(name))
     parts, end = Path(path).parts, len(Path(path).parts)
     if not os.path.exists(path):  # `faces/*.png` says more than `*.png`
@@ -131,14 +131,14 @@ def _read_named(config: DataConfig) -> Source:
 
 
 def _may_be_on_the_hub(name: str) -> bool:
-    """Whether a name has the form of a Hub id and does not begin with the name of a local folder."""
+    """Whether a name looks like a Hub id and does not begin with a local folder."""
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) or Path(name).suffix.lower() in {".parquet", ".tar"}:
         return False
     return "/" not in name or not Path(name.partition("/")[0]).exists()
 
 
 def _from_table(rows: Dataset, config: DataConfig, folder: Path | None = None, files: list[str] | None = None) -> SourceSplit:
-    """A split of a table in memory or on the disk, cut into shards where a stream is wanted."""
+    """A split from a table, cut into shards if it is streamed."""
     shards = max(1, min(STREAM_SHARDS, len(rows)))
     read = rows.to_iterable_dataset(num_shards=shards) if config.streaming else rows
     return SourceSplit(read, folder, functools.partial(table_column, rows), len(rows), files or [])
@@ -154,7 +154,7 @@ def _read_saved(path: Path, config: DataConfig) -> Source:
 
 
 def _from_listing(listing: Listing, config: DataConfig) -> Source:
-    """The rows of listed files. Where only one of the names is asked for, `val` is called `validation`, as on the hub."""
+    """The rows of listed files. If only one of the two names is used, `val` is renamed `validation`, as on the hub."""
     builders = {"images": _read_images, "parquet": _read_parquet, "webdataset": _read_webdataset}
     splits = builders[listing.kind](listing, config)
     if "val" in splits and "validation" not in splits and "val" not in (config.train_split, config.validation_split):
@@ -170,7 +170,7 @@ def _read_images(listing: Listing, config: DataConfig) -> dict[str, SourceSplit]
     image_column = "image" if described is None else described.image_column
     for split, classes in listing.splits.items():
         images = [(file, row) for file in classes for row in ([0] if described is None else described.rows[file])]
-        if config.streaming:  # sorted by class: a shuffle buffer would see one class at a time
+        if config.streaming:  # files are sorted by class: a shuffle buffer would hold one class at a time
             images = [images[i] for i in np.random.default_rng(0).permutation(len(images))]
         files = [file for file, _ in images]
         encoded = [pa.nulls(len(files), pa.binary()), pa.array(files, pa.string())]
@@ -193,7 +193,7 @@ def _read_parquet(listing: Listing, config: DataConfig) -> dict[str, SourceSplit
 
     def column(files: list[str], name: str) -> pa.ChunkedArray:
         found = [pq.read_table(file, columns=[name])[name] for file in files]
-        try:  # as integers of different widths
+        try:  # unify, for instance, integer widths
             found = [values.cast(found[0].type) for values in found]
         except pa.ArrowException as error:
             raise ValueError(f"the column {name!r} is not of one type in {few(files)}: {error}") from error
@@ -250,7 +250,7 @@ def _read_hub(config: DataConfig) -> Source:
         near = nearest_name(name, [*builtin.NAMES, *(entry for entry in os.listdir() if not entry.startswith("."))])
         hint = f" Did you mean {near!r}?" if near else ""
         raise FileNotFoundError(f"no data set data.dataset_name={name!r}: {reason}.{hint} Expected {FORMS}") from error
-    except (RuntimeError, ValueError) as error:  # a repository that wants to run its own code; a configuration that is not there
+    except (RuntimeError, ValueError) as error:  # a repository with its own code; a missing configuration
         raise ValueError(f"dataset_name={name!r} cannot be read: {error}") from error
     if not config.streaming:
         return Source({split: _from_table(rows, config) for split, rows in read.items()})
@@ -259,7 +259,7 @@ def _read_hub(config: DataConfig) -> Source:
 
 
 def _hub_is_reachable() -> bool:
-    """One request with a short time limit: the hub library itself retries for half a minute before it gives up."""
+    """Try one request with a short timeout: the hub library retries for half a minute before it gives up."""
     import urllib.error
     import urllib.request
 
@@ -276,7 +276,7 @@ def _hub_is_reachable() -> bool:
 
 @contextlib.contextmanager
 def _offline() -> Iterator[None]:
-    """What HF_HUB_OFFLINE=1 does, which the libraries read only when they are imported."""
+    """Act as HF_HUB_OFFLINE=1, which the libraries read only on import."""
     import datasets
     from huggingface_hub import constants
 
@@ -290,7 +290,7 @@ def _offline() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _local(name: str) -> Iterator[None]:
-    """Reading local files: no progress bars, and one kind of error for what cannot be read."""
+    """Context for reading local files: no progress bars, one error class for unreadable ones."""
     from datasets import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from datasets.exceptions import DatasetGenerationError
 
@@ -298,7 +298,7 @@ def _local(name: str) -> Iterator[None]:
     disable_progress_bars()
     try:
         yield
-    except (DatasetGenerationError, IndexError, ValueError) as error:  # IndexError: a saved split without rows
+    except (DatasetGenerationError, IndexError, ValueError) as error:  # IndexError: a saved empty split
         reason = error.__cause__ or error
         kind = type(reason).__name__
         raise ValueError(f"dataset_name={name!r} is broken, or a split of it is empty: {kind}: {reason}") from error

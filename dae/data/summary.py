@@ -1,4 +1,4 @@
-"""A short table of what a run reads: for the screen before training, and for the card of the model."""
+"""A short table of a run's data, printed before training and in the model card."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from dae.data.skipping import RowError
 if TYPE_CHECKING:
     from dae.data.load import ImageData
 
-LOOKED_AT = 32  # rows of which size, channels and time are taken
-SHOWN = 10  # classes with their counts; of more the first ones
+LOOKED_AT = 32  # rows sampled for size, channels and time
+SHOWN = 10  # classes listed with their counts
 
 
 @dataclass
 class Summary:
-    """Facts about a data set as it was loaded; None where a stream would have to be read for them.
+    """Facts about a loaded data set; None if a stream would have to be read for them.
 
     Attributes:
-        rows: rows to train on and rows held out.
-        splits: rows of every split that was found.
-        held_out: where the held-out rows come from.
-        classes: for each class how many rows are trained on; None without labels.
-        images: kinds of images seen, as `RGB 640x480`, with counts.
-        milliseconds: to decode one row in this process.
-        notes, left_out: how the files were read, and which were not.
+        rows: training rows and held-out rows.
+        splits: rows per split.
+        held_out: origin of the held-out rows.
+        classes: training rows per class; None without labels.
+        images: counts per kind of image, such as `RGB 640x480`.
+        milliseconds: time to decode one row in this process.
+        notes, left_out: how files were read, and which were not.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Summary:
         return [f"{what:<9} {fact}" for what, fact in self.table()]
 
     def table(self) -> list[tuple[str, str]]:
-        """What a fact is about, and the fact."""
+        """(name, value) of each fact."""
         count = {part: "unknown" if rows is None else f"{rows:,}" for part, rows in self.rows.items()}
         found = ", ".join(f"{split} {'unknown' if rows is None else f'{rows:,}'}" for split, rows in self.splits.items())
         kinds = ", ".join(f"{kind} ({n})" if len(self.images) > 1 else kind for kind, n in list(self.images.items())[:6])
@@ -74,7 +74,7 @@ class Summary:
 
 
 def summarize_data(data: ImageData) -> Summary:
-    """The facts of a loaded data set, from what is known and a look at a few rows; nothing is read as a whole."""
+    """Facts about a loaded data set, from metadata and a few rows; no full read."""
     parts = {"train": data.train, "validation": data.validation}
     sample, began = _sample(data.train), time.perf_counter()
     decoder, decoded = data.train.decoder, 0
@@ -82,7 +82,7 @@ def summarize_data(data: ImageData) -> Summary:
         try:
             decoder.decode(row, 0, "a row")
         except RowError:
-            continue  # verification and training decide whether it stops the run
+            continue  # verification or training decides whether to stop
         decoded += 1
     milliseconds = 1000 * (time.perf_counter() - began) / max(decoded, 1)
     kinds = Counter(_kind(row[decoder.image_column], decoder) for row in sample)

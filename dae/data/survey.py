@@ -1,8 +1,8 @@
-"""Choices of rows to hold out or to look at first, made by their content and spread over the whole set.
+"""Choose the rows to hold out or look at first, by content and spread over the whole set.
 
-A row is identified by the digest of its encoded image, so the choice does not change when files are renamed or rows shuffled or
-distributed to other processes, and hardly when rows are added; copies of a held-out image are never trained on. The price is that
-all bytes are read once.
+A row is identified by the digest of its encoded image, so the choice survives renamed files, shuffled rows and another number of
+processes, and hardly changes when rows are added; copies of a held-out image are never trained on. The price is reading all bytes
+once.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
     from tqdm import tqdm
 
-UNREADABLE = -1  # digest of a row whose bytes cannot be had: it is never chosen
-LOCAL = (1 << 35, 2_000_000)  # bytes and rows of a stream that are read to know it, where it lies in files here: minutes
-REMOTE = (1 << 30, 100_000)  # and where it comes over a network
-PARTS = 64  # places of a longer stream at which it is read
+UNREADABLE = -1  # digest of an unreadable row, which is never chosen
+LOCAL = (1 << 35, 2_000_000)  # bytes and rows to read of a stream of local files: minutes
+REMOTE = (1 << 30, 100_000)  # and of one over a network
+PARTS = 64  # places at which a longer stream is read
 
 
 @dataclass
 class Survey:
-    """Digest, and label or 0, of each row that was read.
+    """Digest and label (0 if none) of each row read.
 
     Attributes:
-        counts: rows read at each place of a long stream; None if all rows were read.
+        counts: rows read per place of a long stream; None if all rows were read.
     """
 
     digests_N: np.ndarray
@@ -45,16 +45,16 @@ class Survey:
         return len(self.digests_N)
 
     def order(self) -> np.ndarray:
-        """An order of the rows each prefix of which is spread over the set; one of several copies, and no unreadable row.
+        """An order of the rows whose every prefix is spread over the set; without duplicates and unreadable rows.
 
         The r-th of the N_c images of class c, by digest, is placed at (r + 1/2) / N_c: each prefix has its share of each
         class, to within a row, and is as random within a class as the digests are. Ties go by digest.
         """
-        by_digest = np.lexsort((self.labels_N, self.digests_N))  # of copies with different labels the least one, in any order
+        by_digest = np.lexsort((self.labels_N, self.digests_N))  # of copies with different labels keep the smallest
         digests, first = np.unique(self.digests_N[by_digest], return_index=True)
         rows = by_digest[first[digests != UNREADABLE]]
         _, classes = np.unique(self.labels_N[rows], return_inverse=True)
-        within = np.lexsort((np.arange(len(rows)), classes))  # class by class, each by digest
+        within = np.lexsort((np.arange(len(rows)), classes))  # by class, then digest
         sizes = np.bincount(classes)
         rank = np.empty(len(rows))
         rank[within] = np.arange(len(rows)) - (np.cumsum(sizes) - sizes)[classes[within]]
@@ -62,7 +62,7 @@ class Survey:
 
 
 def choose_held_out(survey: Survey, size: int, origin: str) -> np.ndarray:
-    """Which rows to hold out: `size` of them, at most a tenth, and the last image of a class only where no other is left.
+    """Rows to hold out: `size`, at most a tenth, and a class's last image only if nothing else is left.
 
     ValueError: there is only one image.
     """
@@ -80,7 +80,7 @@ def choose_held_out(survey: Survey, size: int, origin: str) -> np.ndarray:
     for row in order:
         if len(taken) == size:
             break
-        of = images[1, slice(*np.searchsorted(images[0], survey.digests_N[row] + np.arange(2)))]  # copies may be of several
+        of = images[1, slice(*np.searchsorted(images[0], survey.digests_N[row] + np.arange(2)))]  # copies may be in several
         alone = (left[of] == 1).any()
         (passed if alone else taken).append(row)
         left[of] -= not alone
@@ -88,11 +88,11 @@ def choose_held_out(survey: Survey, size: int, origin: str) -> np.ndarray:
 
 
 def stratified_split(rows: int, size: int, labels: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """Rows to train on and rows held out, both ascending; stratified by `labels` where each class has room for it.
+    """Training rows and held-out rows, both ascending; stratified by `labels` if each class is large enough.
 
     Args:
         rows: number of rows.
-        size: how many of them to hold out; 1 <= size < rows.
+        size: how many to hold out; 1 <= size < rows.
         labels: [rows] integers, or None.
     """
     from sklearn.model_selection import train_test_split
@@ -106,7 +106,7 @@ def stratified_split(rows: int, size: int, labels: np.ndarray | None = None) -> 
 
 
 def survey_table(rows: Dataset, decoder: RowDecoder) -> Survey:
-    """All rows of a table. Each image is read once, by several threads: about a tenth of the time that decoding them takes."""
+    """Survey a table. Threads read each image once, in about a tenth of the time of decoding."""
     digests: list[int] = []
     labels: list = []
     column = decoder.labels.column
@@ -121,7 +121,7 @@ def survey_table(rows: Dataset, decoder: RowDecoder) -> Survey:
 
 
 def survey_stream(rows: IterableDataset, decoder: RowDecoder) -> Survey:
-    """The rows of a stream, or if there are more than the limits allow, the heads of parts that lie all over it."""
+    """Survey a stream: all rows or, beyond the limits, the first rows of parts spread over it."""
     limits = LOCAL if decoder.folder is not None else REMOTE
     digests, labels, ended = _read(rows, decoder, *limits)
     if ended:
@@ -132,7 +132,7 @@ def survey_stream(rows: IterableDataset, decoder: RowDecoder) -> Survey:
 
 
 def read_rows(rows: IterableDataset, decoder: RowDecoder, survey: Survey, digests: list[int]) -> ImageDataset:
-    """The rows of a surveyed stream that have these digests, in their order, as a table in memory."""
+    """The rows of a surveyed stream with these digests, in this order, as a table in memory."""
     import datasets
 
     places = [rows] if survey.counts is None else [islice(*pair) for pair in zip(_parts(rows), survey.counts, strict=True)]
@@ -150,13 +150,13 @@ def read_rows(rows: IterableDataset, decoder: RowDecoder, survey: Survey, digest
 
 
 def spread_rows(dataset: ImageDataset, limit: int) -> list[int]:
-    """Numbers, ascending, of `limit` rows that are spread over the set: the first ones of a sorted set are all of one class."""
+    """Ascending numbers of `limit` rows spread over the set; the first rows of a sorted set are all of one class."""
     dataset.survey = dataset.survey or survey_table(dataset.rows, dataset.decoder)
     return sorted(dataset.survey.order()[:limit].tolist())
 
 
 def table_of_stream(stream: ImageStream, limit: int) -> ImageDataset | None:
-    """`limit` rows that are spread over a stream, as a table that the stream keeps. None: it has no more."""
+    """`limit` rows spread over a stream, as a table cached on the stream; None if it has no more."""
     if limit not in stream.tables:
         stream.survey = survey = stream.survey or survey_stream(stream.rows, stream.decoder)
         ordered = survey.digests_N[survey.order()]
@@ -169,12 +169,12 @@ def table_of_stream(stream: ImageStream, limit: int) -> ImageDataset | None:
 
 
 def _survey(digests: list[int], labels: list, counts: list[int] | None = None) -> Survey:
-    labels = [label if label is not None else 0 for label in labels]  # a row without a label is bad anyway
+    labels = [label if label is not None else 0 for label in labels]  # a row without a label is bad in any case
     return Survey(np.array(digests, np.int64), np.array(labels), counts)
 
 
 def _digest(row: dict, decoder: RowDecoder) -> tuple[int, int]:
-    """Digest of the encoded image of a row, and its bytes. RowError: it cannot be read, although it may be there."""
+    """Digest and size in bytes of a row's encoded image. RowError: reading it failed, though it may exist."""
     try:
         with decoder.naming(row, UNREADABLE, "a row"):
             data = decoder.encoded(row)
@@ -186,7 +186,7 @@ def _digest(row: dict, decoder: RowDecoder) -> tuple[int, int]:
 
 
 def _read(rows: Iterable[dict], decoder: RowDecoder, most_bytes: int, most_rows: int) -> tuple[list[int], list, bool]:
-    """Digests and labels of the first rows, and whether these are all."""
+    """Digests and labels of the first rows, and whether these are all rows."""
     digests: list[int] = []
     labels: list = []
     total, column = 0, decoder.labels.column
@@ -207,7 +207,7 @@ def _bar(decoder: RowDecoder, total: int | None = None) -> tqdm:
 
 
 def _parts(rows: IterableDataset) -> list[IterableDataset]:
-    """Up to `PARTS` parts of a stream, of its files or of the row groups of its parquet files."""
+    """Up to `PARTS` parts of a stream: its files, or row groups of its parquet files."""
     rows = rows if rows.num_shards >= PARTS else rows.reshard()
     count = min(PARTS, rows.num_shards)
     return [rows.shard(num_shards=count, index=i) for i in range(count)]

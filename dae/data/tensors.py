@@ -1,4 +1,4 @@
-"""Batches of a data set that lies in memory as tensors."""
+"""Mini-batches of a data set held in memory as tensors."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from torch import Tensor
 
 
 class TensorLoader:
-    """Shuffled batches without end, in the order of `dae.data.TrainLoader` in one process, at a tenth of its cost.
+    """Endless shuffled mini-batches in the order of a single-process `dae.data.TrainLoader`, at a tenth of its cost.
 
     Args:
-        columns: tensors of N rows each, on one device; a batch has rows of each, under its name.
+        columns: named tensors of N rows each, on one device; a batch has the same names.
         batch_size: rows per batch.
-        seed: of the order.
+        seed: for the order.
 
     ValueError: fewer rows than a batch.
     """

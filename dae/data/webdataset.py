@@ -1,4 +1,4 @@
-"""WebDataset: samples are the files of a .tar that share their name up to the first dot and stand together.
+"""WebDataset: a sample is the run of consecutive files in a .tar that share the name up to the first dot.
 
 `datasets` reads these too, but requires the same suffixes in all samples and does not unpack JSON.
 """
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 
 TEXTS = frozenset(["cls", "cls2", "txt", "text", "transcript", "caption", "index", "inx", "id", "label", "labels", "class"])
 JSONS = frozenset({"json", "jsn"})
-PEEK = 64  # samples of a stream from which the columns are known
-MOST_IMAGES = 16  # in a sample: more are names that were not made for this form
-READER_VERSION = 1  # part of the key under which `datasets` keeps what was read
+PEEK = 64  # samples of a stream that determine its columns
+MOST_IMAGES = 16  # per sample: more means that the .tar is no WebDataset
+READER_VERSION = 1  # part of the key in the cache of `datasets`
 
 Sample = dict[str, bytes]
 
 
 @dataclass(frozen=True)
 class Fields:
-    """The columns: images, texts (`cls`, `txt`), and values of JSON objects, as `json.label`. All but images are text."""
+    """The columns: images, texts (`cls`, `txt`), and values of JSON objects, such as `json.label`. All but images are text."""
 
     images: tuple[str, ...]
     texts: tuple[str, ...]
@@ -48,8 +48,8 @@ def read_samples(path: str, contents: bool = True, left_out: LeftOut | None = No
     """(name, {suffix: bytes}) of each sample in a .tar; without `contents` images are empty. `left_out` counts other members.
 
     Raises:
-        ValueError: the files of a sample do not stand together, or two have one name.
-        tarfile.TarError: this is no .tar, or it is damaged.
+        ValueError: the files of a sample are not consecutive, or two have one name.
+        tarfile.TarError: it is not a .tar, or damaged.
     """
     seen: set[str] = set()
     with tarfile.open(path, "r:") as tar:
@@ -67,9 +67,9 @@ def read_samples(path: str, contents: bool = True, left_out: LeftOut | None = No
 
 
 def _files(tar: tarfile.TarFile, path: str, left_out: LeftOut | None) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
-    """Name of the sample, suffix and header of each file that belongs to one; `left_out` counts the others."""
+    """Sample name, suffix and header of each file in a sample; `left_out` counts the others."""
     for member in tar:
-        tar.members = []  # type: ignore[attr-defined]  # would hold the header of every file
+        tar.members = []  # type: ignore[attr-defined]  # would keep every file's header
         folder, _, name = member.name.removeprefix("./").rpartition("/")
         stem, _, field = name.partition(".")
         hidden = not stem or "__MACOSX" in folder.split("/")
@@ -85,7 +85,7 @@ def is_image(field: str) -> bool:
 
 
 def count_images(paths: list[str], limit: int) -> int:
-    """Samples with an image, counting to `limit` at most; what cannot be read counts for nothing."""
+    """Count samples with an image, up to `limit`; unreadable files count as none."""
     count = 0
     for path in paths:
         with contextlib.suppress(tarfile.TarError, ValueError):
@@ -97,7 +97,7 @@ def count_images(paths: list[str], limit: int) -> int:
 
 
 def scan(paths: list[str], limit: int | None, left_out: LeftOut) -> tuple[Fields, set[str]]:
-    """The columns of these files and the folders inside, from the first `limit` samples of the first file, or from all.
+    """The columns and inner folders of these files, from the first `limit` samples of the first file, or from all.
 
     ValueError: there are no images, samples have too many, or a file is broken.
     """
@@ -138,7 +138,7 @@ def scan(paths: list[str], limit: int | None, left_out: LeftOut) -> tuple[Fields
 
 
 def _texts(sample: Sample, path: str, key: str) -> dict[str, str | None]:
-    """Columns of a sample beside its images."""
+    """The text columns of a sample."""
     found: dict[str, str | None] = {}
     for field, data in sample.items():
         suffix = field.rpartition(".")[2]
@@ -146,7 +146,7 @@ def _texts(sample: Sample, path: str, key: str) -> dict[str, str | None]:
             continue
         try:
             value = json.loads(data) if suffix in JSONS else data.decode().strip()
-        except ValueError as error:  # of JSON or of UTF-8
+        except ValueError as error:  # from JSON or UTF-8
             raise ValueError(f"{path!r}: {key}.{field} cannot be read: {error}") from error
         if isinstance(value, dict):
             found |= {f"{field}.{name}": _text(inner) for name, inner in value.items() if not isinstance(inner, (dict, list))}
@@ -162,7 +162,7 @@ def _text(value: Any) -> str | None:
 def generate_rows(
     shards: list[tuple[str, int, int]], images: tuple[str, ...], texts: tuple[str, ...], version: int
 ) -> Iterator[dict]:
-    """Rows of the files, named with size and time so that `datasets` does not take what it has read of other ones."""
+    """Rows of the files; size and time are arguments, so that the cache of `datasets` tells changed files apart."""
     for path, *_ in shards:
         for key, sample in read_samples(path):
             if len(images) == 1:
@@ -176,7 +176,7 @@ def generate_rows(
 
 
 def read_shards(paths: list[str], fields: Fields, streaming: bool) -> Dataset | IterableDataset:
-    """The rows of these files as a table, which `datasets` keeps in its cache, or as a stream of one shard a file."""
+    """The rows of these files, as a table in the cache of `datasets` or as a stream with one shard per file."""
     from datasets import Dataset, IterableDataset
 
     stats = [(path, os.stat(path)) for path in paths]
@@ -187,7 +187,7 @@ def read_shards(paths: list[str], fields: Fields, streaming: bool) -> Dataset | 
 
 
 def common_fields(found: list[Fields]) -> Fields:
-    """Columns that serve the files of all splits."""
+    """Columns that cover the files of all splits."""
     several = any(len(fields.images) > 1 for fields in found)
     images = tuple(dict.fromkeys(name for fields in found for name in fields.images))
     names = images if several or len(images) == 1 else ("image",)
