@@ -1,3 +1,3 @@
-"""Decoupled Autoencoder: latents from which the simplest generator can make the data."""
+"""Decoupled Autoencoder: latents from which a simple generator can produce the data."""
 
 __version__ = "0.1.0"

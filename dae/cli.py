@@ -1,4 +1,4 @@
-"""From the command line to a recipe: errors for the user are printed as one line, bugs keep their traceback."""
+"""Run a recipe from the command line: user errors are printed as one line, bugs keep their traceback."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ ENVIRONMENT = "\nOf an error that tells what to do, only the message is shown; D
 
 
 def main(recipe: Callable[[Config], Any], doc: str) -> None:
-    """Call `recipe` with the configuration of the command line; exit with 2 and `<script>: error: <message>` if that fails.
+    """Call `recipe` with the command line's configuration; on failure exit with 2 and `<script>: error: <message>`.
 
-    An error is a message if a `raise` statement of this project made it, or if it is an OSError (a full disk, a missing
-    permission). Whatever else happens is a bug, ours or another library's, and keeps its traceback. Ctrl-C exits with 130.
+    User errors are those from a `raise` statement of this project, and OSErrors (full disk, missing permission). Anything
+    else is a bug, ours or another library's, and keeps its traceback. Ctrl-C exits with 130.
     """
     config, script = config_from_command_line(doc + ENVIRONMENT), Path(sys.argv[0])
     try:
@@ -40,13 +40,13 @@ def main(recipe: Callable[[Config], Any], doc: str) -> None:
             raise
         close_bars()
         print(f"{script.name}: interrupted; resume_from_checkpoint=latest continues a training", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)  # what a shell makes of it
+        sys.exit(128 + signal.SIGINT)  # as a shell reports it
     except MESSAGES as error:
         close_bars()
         advice = advice_on(error)
         if os.environ.get("DAE_TRACEBACK") or not (advice or is_message(error, script)):
             raise
-        processes = os.environ.get("WORLD_SIZE", "1")  # of a launcher, or of whoever set it to what is no number
+        processes = os.environ.get("WORLD_SIZE", "1")  # set by a launcher, possibly not to a number
         where = f" in process {os.environ.get('RANK', '?')} of {processes}" if processes != "1" else ""
         print(f"{script.name}: error{where}: {one_line(f'{str(error).strip()} {advice}')}", file=sys.stderr)
         sys.exit(2)
@@ -58,33 +58,33 @@ def one_line(message: object) -> str:
 
 
 def close_bars() -> None:
-    """Close progress bars, which would be drawn again below the message."""
+    """Close progress bars, which would be redrawn below the message."""
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()
 
 
 def advice_on(error: BaseException) -> str:
-    """What to do about an error of torch or Python that says nothing of it; empty for any other."""
-    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):  # torch's signal handler, anywhere
+    """The remedy for an error of torch or Python that names none; empty for others."""
+    if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):  # raised by torch's signal handler
         return WORKER_DIED
     of_torch = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)  # a GPU's, the CPU's
     return OUT_OF_MEMORY if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and of_torch) else ""
 
 
 def is_message(error: BaseException, script: Path) -> bool:
-    """Whether an OSError, or raised on purpose by dae, dae_kernels or the recipe `script`."""
+    """Whether `error` is an OSError, or raised on purpose by dae, dae_kernels or the recipe `script`."""
     if isinstance(error, OSError):
         return True
     frames = traceback.extract_tb(error.__traceback__)
     ours = [Path(dae.__file__).parent, Path(dae_kernels.__file__).parent, script.resolve().parent]
-    on_purpose = bool(frames) and (frames[-1].line or "").startswith("raise")  # and not an operation that failed in our code
+    on_purpose = bool(frames) and (frames[-1].line or "").startswith("raise")  # rather than by a failing operation
     return on_purpose and any(folder in Path(frames[-1].filename).resolve().parents for folder in ours)
 
 
 def config_from_command_line(doc: str, argv: list[str] | None = None) -> Config:
     """Parse `--config file.yaml key=value ...`; `--help` prints `doc` and every key with type, default and meaning.
 
-    Without `--config` the digits chain is configured, so that each recipe runs as it stands.
+    Without `--config` the digits chain is configured, so that each recipe runs without arguments.
     """
     rows = describe()
     width = max(len(r.key) for r in rows)

@@ -1,12 +1,12 @@
 """Collectives over the processes of a run, and random draws that do not depend on the number of processes.
 
-Every random draw for the rows of a batch goes through `draw_rows`: it draws for the *global* batch and keeps the rows of
-this process. So W processes with batch B/W see the same noise, dropout masks and dropped labels as one process with
-batch B, and a run can be moved from one GPU to several without changing its result. Row i of the global batch belongs
-to process i mod W, as `torch.utils.data.DistributedSampler` assigns them.
+Every random draw for the rows of a batch uses `draw_rows`: it draws for the *global* batch and keeps this process's rows. So W
+processes with batch B/W see the same noise, dropout masks and dropped labels as one process with batch B, and a run can move from
+one GPU to several without changing its result. Row i of the global batch belongs to process i mod W, as in
+`torch.utils.data.DistributedSampler`.
 
 Every function here but `rank`, `world_size`, `draw_rows` and `as_single_process` is a collective: all processes must call it. An
-error of one process is raised by all (`failing_together`, `run_on_first_process`), as the others would wait for it in their next
+error in one process is raised in all (`failing_together`, `run_on_first_process`); otherwise the others would hang in their next
 collective.
 """
 
@@ -31,7 +31,7 @@ def world_size() -> int:
 
 
 _alone = False
-PLAIN = (  # errors that are made from a message
+PLAIN = (  # errors that can be built from a message
     FileExistsError, FileNotFoundError, FloatingPointError, ImportError, IndexError, KeyError, MemoryError, NotImplementedError,
     OSError, PermissionError, RuntimeError, TimeoutError, TypeError, ValueError,
 )  # fmt: skip
@@ -39,10 +39,10 @@ PLAIN = (  # errors that are made from a message
 
 @contextmanager
 def as_single_process() -> Iterator[None]:
-    """Inside the block the functions here, except `rank` and `world_size`, act as in a run of one process.
+    """Inside the block the functions here, except `rank` and `world_size`, act as in a single-process run.
 
-    `draw_rows` draws for the local batch alone, and collectives return without communicating: for work that one process does for
-    all, or that processes share batch by batch.
+    `draw_rows` draws for the local batch only, and collectives return without communicating: for work done by one process for
+    all, or divided batch by batch.
     """
     global _alone
     before, _alone = _alone, True
@@ -57,12 +57,12 @@ def _processes() -> int:
 
 
 def draw_rows(draw: Callable[..., Tensor], shape: tuple[int, ...] | torch.Size, **options) -> Tensor:
-    """This process's rows of `draw(global shape)`: W processes together get what one process draws for the whole batch.
+    """This process's rows of `draw(global shape)`: W processes together get one process's draws for the whole batch.
 
-    Not a collective: processes with different seeds or numbers of rows get independent draws, but not those of one process.
+    Not a collective: with different seeds or numbers of rows, draws are independent but differ from one process's.
 
     Args:
-        draw: `torch.rand`, `torch.randn` or the like; called with the global shape and `options` (device, generator, ...).
+        draw: e.g. `torch.rand` or `torch.randn`; called with the global shape and `options` (device, generator, ...).
         shape: shape of the local batch, rows first.
     """
     world = _processes()
@@ -71,12 +71,12 @@ def draw_rows(draw: Callable[..., Tensor], shape: tuple[int, ...] | torch.Size, 
 
 
 def sum_over_processes(x: Tensor) -> Tensor:
-    """The sum of `x` over all processes, in place; without process group `x` itself. All must have its shape and dtype."""
+    """Sum `x` over all processes, in place; without a process group, return `x`. Shape and dtype must agree."""
     return _in_place(x, dist.all_reduce)
 
 
 def from_first_process(x: Tensor) -> Tensor:
-    """Process 0's `x`, in place. All must have its shape and dtype."""
+    """Broadcast process 0's `x`, in place. Shape and dtype must agree."""
     return _in_place(x, lambda reachable: dist.broadcast(reachable, src=0))
 
 
@@ -90,12 +90,12 @@ def _in_place(x: Tensor, collective: Callable[[Tensor], Any]) -> Tensor:
 
 
 def _reachable(x: Tensor) -> Tensor:
-    """`x` where the process group can read and write it: on a GPU for NCCL, and contiguous."""
+    """`x` as the process group needs it: on a GPU for NCCL, and contiguous."""
     return (x.cuda() if dist.get_backend() == "nccl" else x).contiguous()
 
 
 def in_global_order(x_B: Tensor) -> Tensor:
-    """All rows of the global batch, in the order one process would have them: row i of process 0, of process 1, ...
+    """All rows of the global batch in single-process order: row i of process 0, of process 1, ...
 
     The numbers of rows per process may differ, and be 0.
 
@@ -119,7 +119,7 @@ def in_global_order(x_B: Tensor) -> Tensor:
 
 
 def gather_numbers(*numbers: int) -> list[tuple[int, ...]]:
-    """The whole numbers of every process, in order of rank: cheaper than `gather_objects`, for every step."""
+    """The integers of every process, in order of rank; cheap enough for every step, unlike `gather_objects`."""
     if _processes() == 1:
         return [numbers]
     table = torch.zeros(world_size(), len(numbers), dtype=torch.int64)
@@ -139,7 +139,7 @@ def gather_objects(value: Any) -> list:
 def agree(values: dict[str, Any]) -> None:
     """Check that all processes have equal `values`.
 
-    ValueError: on every process, naming what is not equal.
+    ValueError: on every process, naming the unequal ones.
     """
     first, *others = gather_objects(values)
     for number, other in enumerate(others, start=1):
@@ -154,14 +154,14 @@ def agree(values: dict[str, Any]) -> None:
 
 @contextmanager
 def failing_together() -> Iterator[None]:
-    """If one process raises in the block, all raise at its end. There must be no collective in the block.
+    """If one process raises in the block, all raise at its end. The block must not call collectives.
 
     The process that failed raises its own error, the others one of the same builtin type with the same message.
     """
     failure = None
     try:
         yield
-    except Exception as error:  # raised below, once the others know of it
+    except Exception as error:  # raised below, after telling the others
         failure = error
     described = gather_objects(_described(failure))
     if failure is not None:
@@ -172,9 +172,9 @@ def failing_together() -> Iterator[None]:
 
 
 def run_on_first_process(action: Callable[[], Any]) -> Any:
-    """On every process what `action` returns on process 0, which must be picklable; if it raises there, every process does.
+    """Run `action` on process 0 and return its picklable result on every process; if it raises, every process does.
 
-    Process 0 runs it `as_single_process`: what it calls may use the functions of this module.
+    Process 0 runs it `as_single_process`, so it may call the functions of this module.
     """
     value = None
     with failing_together():
@@ -185,11 +185,11 @@ def run_on_first_process(action: Callable[[], Any]) -> Any:
 
 
 def _described(error: Exception | None) -> tuple[str, tuple] | None:
-    """Name and arguments of the nearest builtin type: what every process can make such an error from."""
+    """Name and arguments of the nearest builtin type, from which every process can rebuild the error."""
     if error is None:
         return None
     if isinstance(error, OSError) and error.errno is not None:
-        return "OSError", (error.errno, error.strerror, error.filename)  # which chooses the subclass by the number
+        return "OSError", (error.errno, error.strerror, error.filename)  # OSError chooses its subclass by errno
     for kind in type(error).__mro__:
         if kind in PLAIN:
             return kind.__name__, (str(error),)

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, and a check that announced outputs exist."""
+"""Atomic writes of files and folders, and a check that announced outputs exist."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write `data` beside `path`, force it to the disk, and rename it into place.
+    """Write `data` beside `path`, fsync it, and rename it into place.
 
     Raises:
-        OSError: with the path, the size and the remedy; an earlier file of that name stays as it was.
+        OSError: names the path, the size and the remedy; an earlier file is unchanged.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with _remedy(data, path):
@@ -29,7 +29,7 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add `line` to a text file. OSError as in `write_file`; the file may then end in half a line."""
+    """Append `line` to a text file. OSError as in `write_file`; the file may then end in a partial line."""
     data = f"{line}\n".encode()
     with _remedy(data, path), open(path, "ab") as file:
         file.write(data)
@@ -45,7 +45,7 @@ def _remedy(data: bytes, path: Path) -> Iterator[None]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Force a folder's entries (renames, new files) to the disk."""
+    """fsync a folder's entries (renames, new files)."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -55,12 +55,12 @@ def sync_folder(folder: Path) -> None:
 
 @contextmanager
 def replaced_folder(folder: Path) -> Iterator[Path]:
-    """`with replaced_folder(folder) as new`: a new folder, which takes the place of `folder` when the block ends without error.
+    """`with replaced_folder(folder) as new`: a new folder that replaces `folder` when the block ends without error.
 
-    Until then, and after an error, `folder` is as it was. Entries of names that the new one has not are somebody else's, and
-    move into it. Only one process at a time may do this (`dae.lock`): what an earlier one left is cleaned up.
+    Until then, and after an error, `folder` is unchanged. Its entries that the new folder lacks are somebody else's and are
+    moved into it. Only one process at a time may do this (`dae.lock`); leftovers of a killed one are cleaned up.
     """
-    folder = folder.resolve()  # behind a link: the link stays
+    folder = folder.resolve()  # keeps a symbolic link
     new, old = (folder.with_name(f".{folder.name}.{suffix}") for suffix in ("new", "old"))
     if old.exists() and not folder.exists():  # a process was killed between the two renames below
         old.rename(folder)
@@ -84,7 +84,7 @@ def replaced_folder(folder: Path) -> Iterator[Path]:
 
 @contextmanager
 def replaced_files(folder: Path) -> Iterator[Path]:
-    """As `replaced_folder`, for some files of a folder: they move into it together when the block ends without error."""
+    """As `replaced_folder`, for some files of a folder: they are moved into it when the block ends without error."""
     new = folder / ".new"
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
@@ -98,7 +98,7 @@ def replaced_files(folder: Path) -> Iterator[Path]:
 
 
 def _retire(old: Path, folder: Path) -> None:
-    """Delete the folder `old`, but for what `folder` has not, which moves there."""
+    """Delete the folder `old`, after moving entries that `folder` lacks into it."""
     if old.exists():
         for entry in old.iterdir():
             if not (folder / entry.name).exists():
@@ -107,7 +107,7 @@ def _retire(old: Path, folder: Path) -> None:
 
 
 def announce(folder: Path, names: Iterable[str], note: str = "") -> None:
-    """Print `saved <folder>`; FileNotFoundError names those of the files `names` that are missing or empty."""
+    """Print `saved <folder>`; FileNotFoundError lists which of the files `names` are missing or empty."""
     if missing := [name for name in names if not (folder / name).is_file() or (folder / name).stat().st_size == 0]:
         listed = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
         raise FileNotFoundError(f"{folder} should hold {listed} by now, but does not: was it deleted meanwhile? Run this again")

@@ -1,6 +1,6 @@
-"""Models on disk and on the Hugging Face Hub: `config.json` and `model.safetensors`, nothing pickled.
+"""Models on disk and on the Hugging Face Hub: `config.json` and `model.safetensors`, no pickle.
 
-The configuration also travels in the metadata of the safetensors file, so a weight file describes itself.
+The configuration is also in the metadata of the safetensors file, so that the weights alone describe the model.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ class PretrainedModel(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of its parameters; of a model without parameters, of its buffers."""
+        """dtype of the parameters, or of the buffers if there are none."""
         return next(x.dtype for x in chain(self.parameters(), self.buffers()) if x.is_floating_point())
 
     @property
     def device(self) -> torch.device:
-        """Of its parameters; of a model without parameters, of its buffers."""
+        """Device of the parameters, or of the buffers if there are none."""
         return next(chain(self.parameters(), self.buffers())).device
 
     def to_config(self) -> dict:
@@ -52,11 +52,11 @@ class PretrainedModel(nn.Module):
         """Write `config.json`, `model.safetensors` and, if given, the model card `README.md` into `folder`.
 
         Args:
-            folder: made if it does not exist. Each file appears whole or not at all.
+            folder: created if missing. Each file is written atomically.
             state_dict: weights to write instead of the module's own (an EMA, say).
             card: text of the model card.
 
-        OSError: the disk is full or the folder cannot be written; earlier files are then untouched.
+        OSError: the disk is full or the folder cannot be written; earlier files are unchanged.
         """
         from safetensors.torch import save
 
@@ -77,17 +77,17 @@ class PretrainedModel(nn.Module):
     def from_pretrained(
         cls, name_or_path: str | Path, *, revision: str | None = None, device: Any = "cpu", torch_dtype: torch.dtype | None = None
     ) -> Self:
-        """Load a folder written by `save_pretrained`, or a repository of the Hub, in evaluation mode.
+        """Load a folder written by `save_pretrained`, or a Hub repository, in eval mode.
 
         Args:
-            name_or_path: a `Path` is a folder and is never looked for on the Hub; a string that names no folder is a repository.
-            revision: of the repository: branch, tag or commit.
+            name_or_path: a `Path` is always a local folder; a string that is no existing folder is a Hub repository.
+            revision: branch, tag or commit of the repository.
             device: where to put the model.
-            torch_dtype: of its parameters; None is float32. Codebooks and tables stay float32.
+            torch_dtype: for parameters; None is float32. Codebooks and tables stay float32.
 
         Raises:
             TypeError: `torch_dtype` is none of float16, bfloat16, float32 and float64.
-            FileNotFoundError: no such folder or repository, or it holds no model.
+            FileNotFoundError: no such folder or repository, or no model in it.
             ValueError: it holds another class, is damaged, or its weights do not fit the configuration.
         """
         from safetensors import SafetensorError
@@ -143,9 +143,9 @@ def hub_api(token: str | None = None) -> HfApi:
 
 @contextmanager
 def hub_errors(what: str, remedy: str) -> Iterator[None]:
-    """Whatever the Hub's client raises inside becomes an OSError of one line: `what`, the client's words, and the `remedy`.
+    """Turn any error of the Hub client into a one-line OSError: `what`, the client's message, and the `remedy`.
 
-    Its errors have no common base: those of the network are of httpx, or of requests in earlier versions.
+    Its errors have no common base: network errors come from httpx, or requests in earlier versions.
     """
     try:
         yield
@@ -155,14 +155,14 @@ def hub_errors(what: str, remedy: str) -> Iterator[None]:
 
 
 def prepare_repository(repo_id: str, *later: str) -> None:
-    """Before training: create the repository `repo_id` where it does not exist, and check that it can be written.
+    """Before training: create the repository `repo_id` if missing, and check that it can be written.
 
     Args:
-        repo_id: where to upload after this training.
-        later: names of repositories that the trainings after this one will upload to: only read.
+        repo_id: target of the upload after this training.
+        later: target repositories of later trainings; only read.
 
     Raises:
-        ValueError: no name of a repository.
+        ValueError: not a repository name.
         OSError: offline mode, no token or a wrong one, no connection, or no permission to create or write the repository.
     """
     from huggingface_hub import constants
@@ -184,7 +184,7 @@ def prepare_repository(repo_id: str, *later: str) -> None:
     remedy = f"choose a hub_model_id of your own and a token that may write, {unset}"
     with hub_errors(f"hub_model_id={repo_id} cannot be created or written", remedy):
         api.create_repo(repo_id, exist_ok=True)
-        if "write" in inspect.signature(api.auth_check).parameters:  # earlier clients cannot ask
+        if "write" in inspect.signature(api.auth_check).parameters:  # not in earlier clients
             api.auth_check(repo_id, write=True)
 
 
@@ -234,7 +234,7 @@ def require_model(folder: Path, recipe: str) -> Path:
 
 
 def fingerprint(folder: str | Path) -> str:
-    """SHA-256 of a saved model's weights and configuration: changes when either does, and not when the same are saved again.
+    """SHA-256 of a saved model's weights and configuration; stable when the same are saved again.
 
     ValueError: the header of the weights cannot be read.
     """
@@ -244,7 +244,7 @@ def fingerprint(folder: str | Path) -> str:
         tensors = dict(json.loads(data[8:end]))
     except (ValueError, TypeError) as error:
         raise ValueError(f"{Path(folder) / WEIGHTS} is damaged ({error}): make the model again, or restore the file") from error
-    tensors.pop("__metadata__", None)  # safetensors writes its entries in another order each time
+    tensors.pop("__metadata__", None)  # safetensors writes its entries in varying order
     digest = hashlib.sha256((Path(folder) / CONFIG).read_bytes())
     digest.update(json.dumps(tensors, sort_keys=True).encode())
     digest.update(data[end:])

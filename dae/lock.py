@@ -1,8 +1,8 @@
-"""One writer at a time for each part of an output folder.
+"""A lock per part of an output folder: one writer at a time.
 
-`<output_dir>/.<part>.lock` names its holder as JSON: host, process id, when that process was started, command. The kernel's lock
-on that file decides (POSIX `fcntl`; NFS, Lustre, GPFS and the containers of a machine share it). It ends with its process, so a
-file left by a killed run blocks nobody. On a file system without locks a file blocks as long as the process that it names lives.
+`<output_dir>/.<part>.lock` names its holder as JSON: host, process id, start time of the process, command. The kernel's lock
+on that file decides (POSIX `fcntl`; NFS, Lustre, GPFS and the containers of a machine share it). It ends with its process, so the
+file of a killed run does not block. On a file system without locks a file blocks while the process that it names is alive.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 log = logging.getLogger(__name__)
-_HELD: dict[Path, FolderLock] = {}  # by this process; closing a second descriptor of such a file would end the kernel's lock
+_HELD: dict[Path, FolderLock] = {}  # by this process; closing a second descriptor of the file would drop the kernel's lock
 RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")  # torchrun and accelerate, MPI's launchers
 SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
 LAUNCHED = {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"}  # set by `accelerate launch`, by torchrun
@@ -31,9 +31,9 @@ _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 
 def writes(part: str, *, makes_folder: bool = False) -> Callable:
-    """Decorator of a recipe `f(config, ...)`: it alone writes this part of `config.output_dir` while it runs.
+    """Decorator of a recipe `f(config, ...)` that locks this part of `config.output_dir` while it runs.
 
-    Only the first of several processes takes the lock. A missing folder is made if `makes_folder`, and deleted if it stays empty.
+    Only the first of several processes takes the lock. With `makes_folder` a missing folder is made, and deleted if left empty.
     """
 
     def decorate(recipe: Callable) -> Callable:
@@ -51,23 +51,23 @@ def writes(part: str, *, makes_folder: bool = False) -> Callable:
 
 
 def require_lock(folder: Path, part: str) -> None:
-    """FileExistsError if the file of a lock that this process took was deleted, and another run may have begun there."""
+    """Raise FileExistsError if this process's lock file was deleted, since another run may have started there."""
     if (lock := _HELD.get(_path(folder, part))) and not lock.is_own():
         deleted = f"{lock.path} was deleted while this run was writing {folder}"
         raise FileExistsError(f"{deleted}: another run may write there now, so this one stops")
 
 
 class FolderLock:
-    """Context manager: this process is the only one to write `<folder>/<part>`.
+    """Context manager: exclusive right of this process to write `<folder>/<part>`.
 
     Raises:
-        FileExistsError: another process is; the message names it, since when, and what to do.
+        FileExistsError: another process holds it; the message says which, since when, and what to do.
         OSError: the folder cannot be made or written.
     """
 
     def __init__(self, folder: Path, part: str):
         self.folder, self.part, self.path = Path(folder), part, _path(folder, part)
-        self.made: list[Path] = []  # folders that were missing, innermost first
+        self.made: list[Path] = []  # folders that were created, innermost first
         self.descriptor = -1
         self.holder: dict[str, Any] = {}
 
@@ -81,7 +81,7 @@ class FolderLock:
                 pass
         except BaseException as error:
             self._remove_empty_folders()
-            if isinstance(error, OSError) and error.strerror:  # of the system, not our own refusal
+            if isinstance(error, OSError) and error.strerror:  # from the system, not our own
                 what = f"the output_dir cannot be written ({error.strerror}); choose another one, or make room for it there"
                 raise OSError(error.errno, what, str(self.folder)) from error
             raise
@@ -90,10 +90,10 @@ class FolderLock:
 
     def __exit__(self, *_: object) -> None:
         if self.holder["pid"] != os.getpid():
-            return  # a forked worker that unwinds the stack of its parent
+            return  # a forked worker unwinding its parent's stack
         del _HELD[self.path]
         if self.is_own():
-            self.path.unlink(missing_ok=True)  # while it is locked: who opened it meanwhile sees that it is gone, see `_take`
+            self.path.unlink(missing_ok=True)  # while locked, so that others who opened it notice, see `_take`
         os.close(self.descriptor)
         self._remove_empty_folders()
 
@@ -105,7 +105,7 @@ class FolderLock:
             return False
 
     def _take(self) -> bool:
-        """Lock the file and sign it; False if another process replaced it meanwhile: try again."""
+        """Lock the file and write the holder; False if another process replaced it meanwhile: try again."""
         try:
             self.descriptor, new = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666), True
         except FileExistsError:
@@ -126,9 +126,9 @@ class FolderLock:
                 if not new:
                     self._take_away(before)
                     return False
-            if not self.is_own():  # its holder ended, and deleted it after we had opened it
+            if not self.is_own():  # its holder deleted it after we had opened it
                 return False
-            if lives(before := self._read()):  # it lost the kernel's lock, which ends when any descriptor of the file is closed
+            if lives(before := self._read()):  # it lost the lock, as closing any descriptor of the file drops it
                 self._refuse(before)
             if before:
                 log.info("%s: taking over its %s from %s, which has ended", self.folder, self.part, _describe(before))
@@ -139,7 +139,7 @@ class FolderLock:
         return True
 
     def _take_away(self, found: dict) -> None:
-        """Where there are no locks: delete a file whose holder has ended; of several processes that found it, one does."""
+        """Without kernel locks: delete the file of a dead holder; only one of several processes succeeds."""
         if found.get("machine") != machine():
             self._refuse(found, known=False)
         if lives(found):
@@ -149,11 +149,11 @@ class FolderLock:
             os.rename(self.path, stale)
             if os.path.samestat(os.stat(stale), os.fstat(self.descriptor)):
                 stale.unlink()
-            else:  # not the one that was found: another process was faster, and this is its own
+            else:  # another process was faster, and this file is its own
                 os.rename(stale, self.path)
 
     def _read(self) -> dict:
-        """The holder that the open file names; {} if it is not signed. By descriptor: closing another would end our lock."""
+        """The holder in the open file; {} if none. Reads by descriptor: closing another would drop our lock."""
         try:
             holder = json.loads(os.pread(self.descriptor, 1 << 16, 0))
         except ValueError:
@@ -176,13 +176,13 @@ class FolderLock:
 
 
 def _launched_first() -> bool:
-    """Whether this is the first process of its launch; there is no process group yet that would know."""
+    """Whether this is the first process of its launch, before there is a process group."""
     rank = next((os.environ[name] for name in RANKS if name in os.environ), "0")
-    return rank == "0" or all(os.environ.get(name, "1") == "1" for name in SIZES)  # a rank of nothing: left in a shell, say
+    return rank == "0" or all(os.environ.get(name, "1") == "1" for name in SIZES)  # a stale RANK, e.g. of the shell
 
 
 def _path(folder: Path, part: str) -> Path:
-    where = (Path(folder) / part).resolve()  # a link to a folder elsewhere is locked there
+    where = (Path(folder) / part).resolve()  # lock the target of a symbolic link
     return where.with_name(f".{where.name}.lock")
 
 
@@ -191,7 +191,7 @@ def _myself() -> dict:
         "host": platform.node(),
         "machine": machine(),
         "pid": os.getpid(),
-        "launcher": os.getppid() if LAUNCHED & os.environ.keys() else None,  # a shell may end before its `nohup python ... &`
+        "launcher": os.getppid() if LAUNCHED & os.environ.keys() else None,  # a shell may exit before its `nohup python ... &`
         "process": process_start(os.getpid()),
         "since": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
         "command": " ".join(sys.argv),
@@ -199,7 +199,7 @@ def _myself() -> dict:
 
 
 def _describe(holder: dict) -> str:
-    """A holder in words."""
+    """Readable description of a holder."""
     if not holder:
         return "a process that has just begun"
     command = f" ({holder['command']})" if holder.get("command") else ""
@@ -207,7 +207,7 @@ def _describe(holder: dict) -> str:
 
 
 def machine() -> str:
-    """Where a process id means the same process: one boot of one machine, and one namespace of its containers."""
+    """Scope of a process id: one boot of one machine, and one namespace of its containers."""
     try:
         return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:
@@ -215,13 +215,13 @@ def machine() -> str:
 
 
 def lives(holder: dict) -> bool:
-    """Whether a holder is a process of this machine that still runs: the same number and the same start."""
+    """Whether a holder is still running on this machine: same process id and start time."""
     here = holder.get("machine") == machine() and holder.get("process") is not None
     return here and process_start(holder["pid"]) == holder["process"]
 
 
 def process_start(pid: int) -> str | None:
-    """When process `pid` of this machine was started, in the system's own words; None if there is no such process."""
+    """Start time of the local process `pid`, as the system prints it; None if there is no such process."""
     if Path("/proc/self/stat").exists():
         fields = _stat(pid)
         return None if not fields or fields[0] == "Z" else fields[19]  # clock ticks since boot; a zombie has ended
@@ -230,7 +230,7 @@ def process_start(pid: int) -> str | None:
 
 
 def parent_of(pid: int) -> int | None:
-    """The parent of process `pid`; None if that cannot be told."""
+    """The parent of process `pid`; None if unknown."""
     return int(fields[1]) if (fields := _stat(pid)) else None
 
 

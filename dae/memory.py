@@ -1,4 +1,4 @@
-"""How much memory there is, asked before work that would end without it."""
+"""Available memory, checked before work that needs much of it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def available_memory() -> int | None:
-    """Bytes that this process can still have: what the machine has left, and at most what its control group allows."""
+    """Bytes that this process can still allocate: free on the machine, and within its control group."""
     found = []
     for line in _lines("/proc/meminfo"):
         if line.startswith("MemAvailable:"):
@@ -19,7 +19,7 @@ def available_memory() -> int | None:
 
 
 def require_memory(needed: int, what: str, remedy: str) -> None:
-    """ValueError if `needed` bytes are more than there are."""
+    """Raise ValueError if fewer than `needed` bytes are available."""
     available = available_memory()
     if available is not None and needed > available:
         raise ValueError(f"{what} need about {needed / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are free: {remedy}")

@@ -1,4 +1,4 @@
-"""Packages that not everybody has: one line where one is missing, and where it is there and broken."""
+"""Optional packages: a one-line error if one is missing or broken."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ def optional(package: str, needed_by: str, remedy: str = "") -> Iterator[None]:
 
     Args:
         package: what pip installs.
-        needed_by: what asks for it, as the user wrote it.
-        remedy: what else can be done.
+        needed_by: the setting that needs it, as the user wrote it.
+        remedy: an alternative.
 
     Raises:
-        ImportError: the import failed. A package that is installed may raise anything then: timm a RuntimeError, if torchvision
-            was built for another torch.
+        ImportError: the import failed, with whatever error: timm raises RuntimeError if torchvision was built for another
+            torch.
     """
     try:
         yield

@@ -1,4 +1,4 @@
-"""float32 where it is needed, independently of casts of a module and of the caller's torch modes."""
+"""Keep float32 where it is needed, whatever the module's casts and the caller's torch modes."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from torch import Tensor
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """float32 for 16 bits, and float32 or float64 for themselves: what values of `dtype` are computed in."""
+    """The dtype to compute values of `dtype` in: float32 for 16 bits, else `dtype` itself."""
     return torch.promote_types(dtype, torch.float32)
 
 
 class WideBuffers:
-    """Of an `nn.Module`: `.to(dtype)`, `.half()` and the like cast its parameters, but its own buffers to `buffer_dtypes` alone.
+    """`nn.Module` mixin: `.to(dtype)`, `.half()` etc. cast parameters, but the module's own buffers only to `buffer_dtypes`.
 
-    They are statistics and tables: an average that moves by a thousandth of its value stalls in 16 bits, and a position of some
-    hundreds is off by a radian.
+    These buffers are statistics and tables: in 16 bits an average that moves by a thousandth of its value stalls, and the phase
+    of a position of some hundreds is off by a radian.
     """
 
     _buffers: dict[str, Tensor | None]
@@ -43,7 +43,7 @@ DEVICES_WITH_AUTOCAST = ("cpu", "cuda", "mps", "xpu")
 def own_modes(gradients: bool | None) -> Iterator[None]:
     """torch's default modes: no autocast, float32 as default dtype, the CPU as default device.
 
-    `gradients` says whether they are recorded, also within inference mode; None leaves both to the caller.
+    `gradients`: whether to record them, also within inference mode; None keeps the caller's setting of both.
     """
     with ExitStack() as stack:
         if (dtype := torch.get_default_dtype()) != torch.float32:
@@ -61,10 +61,10 @@ def own_modes(gradients: bool | None) -> Iterator[None]:
 
 
 def own_arithmetic(*, gradients: bool | None) -> Callable[[Callable], Callable]:
-    """Decorator of a function whose values its caller's modes must not change: it runs in `own_modes`.
+    """Decorator that runs a function in `own_modes`, so that the caller's modes do not change its values.
 
-    Not for what calls a model of the caller, who may want it to run under autocast. Arguments made in inference mode are
-    copied, as torch records nothing of them.
+    Not for functions that call the caller's model, which may be meant to run under autocast. Arguments made in inference mode
+    are copied, as autograd cannot record them.
     """
 
     def decorate(function: Callable) -> Callable:
@@ -80,9 +80,9 @@ def own_arithmetic(*, gradients: bool | None) -> Callable[[Callable], Callable]:
 
 
 def ordinary(value: Any) -> Any:
-    """Copies of tensors that were made in inference mode, also in lists, tuples and dictionaries; outside of that mode alone.
+    """Copy tensors made in inference mode, also in lists, tuples and dictionaries; a no-op within that mode.
 
-    Under torch.compile the values as they are: it cannot ask, and refuses them itself.
+    Under torch.compile values are returned unchanged: it cannot trace the check, and rejects such tensors itself.
     """
     if torch.compiler.is_compiling():
         return value

@@ -14,7 +14,7 @@ Item = TypeVar("Item")
 
 
 def progress_bar(total: int | None, initial: int, description: str, shown: bool = True, **options: Any) -> tqdm:
-    """tqdm with further `options`, on the first process alone, and there if `shown`."""
+    """tqdm with further `options`; visible only on the first process, and if `shown`."""
     from tqdm import tqdm
 
     options = {"disable": not shown or rank() != 0, "dynamic_ncols": True, "mininterval": 0.5} | options
@@ -22,7 +22,7 @@ def progress_bar(total: int | None, initial: int, description: str, shown: bool 
 
 
 def with_progress(items: Sequence[Item], description: str, shown: bool = True) -> Iterator[Item]:
-    """The items one by one, under a `progress_bar` if it is to be shown."""
+    """Iterate over the items, with a `progress_bar` if `shown`."""
     if not shown:
         yield from items
         return

@@ -13,7 +13,7 @@ def seed_for(*names: object) -> int:
 
 
 def set_seed(*names: object) -> None:
-    """torch.manual_seed(seed_for(*names)), without the stack traces that it takes for a GPU not yet in use: 0.2 ms per call."""
+    """torch.manual_seed(seed_for(*names)), without recording stack traces for GPUs not yet in use: saves 0.2 ms per call."""
     seed = seed_for(*names)
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():

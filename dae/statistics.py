@@ -1,4 +1,4 @@
-"""Intervals of paired differences, differences at equal rate, rank correlations; few seeds, so no asymptotics."""
+"""Intervals of paired differences, differences at equal rate, rank correlations; for few seeds, without asymptotics."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 
 class Interval(NamedTuple):
-    """A mean over `n` values and the ends of its interval; the ends are None where one value shows no spread."""
+    """A mean over `n` values and the ends of its interval; the ends are None for a single value."""
 
     mean: float
     low: float | None
@@ -18,12 +18,12 @@ class Interval(NamedTuple):
 
     @property
     def verdict(self) -> int:
-        """-1 if the whole interval is below 0, 1 if it is above, 0 if it holds 0 or there is none."""
+        """-1 if the interval is below 0, 1 if above, 0 if it contains 0 or does not exist."""
         return 0 if self.low is None or self.high is None or self.low <= 0 <= self.high else 1 if self.low > 0 else -1
 
 
 class RankCorrelation(NamedTuple):
-    """Spearman's rho of `n` pairs with its bootstrap interval; NaN where a side is constant or no interval can be drawn."""
+    """Spearman's rho of `n` pairs with its bootstrap interval; NaN if a side is constant or there is no interval."""
 
     rho: float
     low: float
@@ -32,12 +32,12 @@ class RankCorrelation(NamedTuple):
 
 
 class EqualRate(NamedTuple):
-    """Differences to a baseline's frontier, seed by seed; None where the rate is outside of what the baseline was trained at."""
+    """Differences to a baseline's frontier, per seed; None if the rate is outside the baseline's range."""
 
     seeds: tuple[Hashable, ...]
     differences: tuple[float | None, ...]
-    baseline: tuple[float | None, ...]  # the frontier at the rate of ours
-    interval: Interval | None  # over the seeds inside; None if there are none
+    baseline: tuple[float | None, ...]  # the frontier at our rate
+    interval: Interval | None  # over the seeds within range; None if there are none
 
     @property
     def inside(self) -> int:
@@ -48,7 +48,7 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval:
     """Student's interval of a mean: m +- t_{n-1}((1 + level) / 2) s / sqrt(n), exact for independent normal values.
 
     Args:
-        values: n >= 1 finite numbers, one per seed. One value has no interval: its ends are None.
+        values: n >= 1 finite numbers, one per seed. For one value the ends are None.
         level: coverage, between 0 and 1.
 
     Raises:
@@ -65,7 +65,7 @@ def mean_interval(values: Sequence[float], level: float = 0.95) -> Interval:
 
 
 def paired_interval(ours: Sequence[float], theirs: Sequence[float], level: float = 0.95) -> Interval:
-    """`mean_interval` of the differences ours - theirs of pairs that share a seed: what the seeds share cancels.
+    """`mean_interval` of the differences ours - theirs of pairs that share a seed, whose common part cancels.
 
     Raises:
         ValueError: different lengths, fewer than 2 pairs, or a value that is not finite.
@@ -85,7 +85,7 @@ def paired_p_value(ours: Sequence[float], theirs: Sequence[float]) -> float:
     paired_interval(ours, theirs)  # checks the operands
     d = np.asarray(ours, float) - np.asarray(theirs, float)
     deviation = d.std(ddof=1)
-    if deviation == 0:  # all differences equal: certainty, by this model
+    if deviation == 0:  # all differences equal: p is 0 or 1
         return 1.0 if d[0] == 0 else 0.0
     return float(2 * t.sf(abs(d.mean()) / deviation * math.sqrt(len(d)), len(d) - 1))
 
@@ -113,12 +113,12 @@ def difference_at_equal_rate(
 ) -> EqualRate:
     """Distance of ours minus that of a baseline at our rate, read off the baseline's frontier of the same seed.
 
-    The frontier of a seed is interpolated linearly in the rate between neighbouring points, never extrapolated: a seed whose
-    rate of ours lies outside counts as outside. Points of one rate are averaged first.
+    A seed's frontier is interpolated linearly in the rate between neighbouring points, never extrapolated: a seed with our
+    rate out of range counts as outside. Points of equal rate are averaged first.
 
     Args:
-        frontier: for each seed the baseline's points (rate in bits, distance).
-        ours: for each seed one point (rate in bits, distance).
+        frontier: per seed the baseline's points (rate in bits, distance).
+        ours: per seed one point (rate in bits, distance).
         level: coverage of the interval of the differences.
 
     Raises:
@@ -151,18 +151,18 @@ def rank_correlation(
 ) -> RankCorrelation:
     """Spearman's rank correlation (ties take the average rank) with a percentile bootstrap interval.
 
-    Values of one group, such as one seed's, are not independent of each other, so whole groups are drawn with replacement.
-    The percentile interval of few groups is too narrow; it says at least how much the seeds disagree.
+    Values of one group, such as one seed's, are not independent, so whole groups are drawn with replacement. With few groups
+    the percentile interval is too narrow; it still shows how much the seeds disagree.
 
     Args:
         x, y: n >= 2 finite numbers each.
         groups: n labels; None makes each pair its own group.
         level: coverage of the interval.
         repeats: bootstrap samples.
-        seed: of the bootstrap; the global random state is not touched.
+        seed: for the bootstrap; the global random state is not used.
 
     Returns:
-        RankCorrelation; rho is NaN where x or y is constant. The ends are NaN where rho is, or where there is one group only.
+        RankCorrelation; rho is NaN if x or y is constant. The ends are NaN if rho is, or if there is only one group.
 
     Raises:
         ValueError: different lengths, fewer than 2 pairs, values that are not finite, a level or repeats out of range.
@@ -182,7 +182,7 @@ def rank_correlation(
         return RankCorrelation(rho, nan, nan, len(a))
     random = np.random.default_rng(seed)
     draws = random.integers(len(members), size=(repeats, len(members)))
-    by_length: dict[int, list[np.ndarray]] = {}  # all samples of one length at once: groups may differ in size
+    by_length: dict[int, list[np.ndarray]] = {}  # samples by length, computed together: groups may differ in size
     for draw in draws:
         sample = np.concatenate([members[g] for g in draw])
         by_length.setdefault(len(sample), []).append(sample)
@@ -193,9 +193,9 @@ def rank_correlation(
 
 
 def fisher_z(rho: float, n: int) -> float:
-    """atanh(rho) of a rank correlation over n pairs, whose spread hardly depends on rho, and which has no ends to cut at.
+    """atanh(rho) of a rank correlation over n pairs: unbounded, with a spread that hardly depends on rho.
 
-    -1 and 1, which have no z, count as half-way to the next value there is: 1 - 12 / (n^3 - n), two neighbours exchanged.
+    -1 and 1, where z is infinite, count as half-way to the next possible value, 1 - 12 / (n^3 - n) (one swap of neighbours).
 
     Raises:
         ValueError: rho outside [-1, 1], or fewer than 3 pairs.
@@ -209,10 +209,10 @@ def fisher_z(rho: float, n: int) -> float:
 
 
 def mean_correlation(rhos: Sequence[float], counts: Sequence[int], level: float = 0.95) -> Interval:
-    """The mean of rank correlations and its Student's interval, both taken in `fisher_z`: inside (-1, 1).
+    """Mean of rank correlations with Student's interval, both computed in `fisher_z`, so inside (-1, 1).
 
     Args:
-        rhos, counts: of each comparison, and the pairs behind it.
+        rhos, counts: correlation and number of pairs per comparison.
         level: coverage.
 
     Raises:
@@ -223,7 +223,7 @@ def mean_correlation(rhos: Sequence[float], counts: Sequence[int], level: float 
 
 
 def _spearman(x_BN: np.ndarray, y_BN: np.ndarray) -> np.ndarray:
-    """One rho for each row [B]; NaN where a row of either is constant."""
+    """rho per row [B]; NaN if a row of either is constant."""
     from scipy.stats import rankdata
 
     a, b = (ranks - ranks.mean(axis=1, keepdims=True) for ranks in (rankdata(v, axis=1) for v in (x_BN, y_BN)))

@@ -1,1 +1,1 @@
-"""Fair comparisons: arms that differ in one thing, trained on the same batches, judged by the same features."""
+"""Controlled comparisons: arms that differ in one thing, trained on the same batches, evaluated in the same features."""

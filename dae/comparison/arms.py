@@ -12,7 +12,7 @@ from dae.training import plan_stages
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train the autoencoder: a name, and what it changes in the configuration of the comparison."""
+    """One way to train the autoencoder: a name, and its overrides of the comparison's configuration."""
 
     name: str
     overrides: tuple[str, ...]
@@ -31,10 +31,10 @@ STANDARD = {
 
 
 def parse_arms(config: CompareConfig) -> list[Arm]:
-    """`compare.arms` as `Arm`s: names of `STANDARD`, or `name: key=value key=value`.
+    """Parse `compare.arms`: names of `STANDARD`, or `name: key=value key=value`.
 
     Raises:
-        ValueError: no arm, a name that is not known (the nearest one is named) or comes twice.
+        ValueError: no arm, an unknown name (the nearest is suggested), or a repeated one.
     """
     arms = []
     for words in config.arms:
@@ -57,15 +57,15 @@ def parse_arms(config: CompareConfig) -> list[Arm]:
 
 
 def arm_config(config: Config, arm: Arm, *further: str) -> Config:
-    """The configuration that trains `arm`, with `further` overrides. ValueError: one that the configuration does not have."""
+    """The configuration that trains `arm`, with `further` overrides. ValueError: an unknown key."""
     return with_overrides(config, [*arm.overrides, *further])
 
 
 def require_matched(config: Config, arms: list[Arm]) -> None:
-    """Refuse arms that differ in anything but how the encoder is trained: knobs of the role `arm`.
+    """Check that arms differ only in how the encoder is trained: in knobs with the role `arm`.
 
     Raises:
-        ValueError: lists in what each arm differs from the comparison's configuration.
+        ValueError: they do not; lists each arm's other differences from the comparison's configuration.
     """
     problems, roles = [], {key: row.role for key, row in knobs().items()}
     for arm in arms:
@@ -77,7 +77,7 @@ def require_matched(config: Config, arms: list[Arm]) -> None:
             f"the arms are not matched: {'. '.join(problems)}. An arm may change {' and '.join(free)}; change the rest for all "
             "arms alike, in the configuration"
         )
-    # An arm with one stage is optimised as stage1 says: what stage2 does differently would reach only the arms with two.
+    # One-stage arms are optimised by stage1: different settings in stage2 would affect only the two-stage arms.
     alike = ("length", "second stage")
     between = [str(d) for d in config_differences(config.stage1, config.stage2) if roles[f"stage1.{d.key}"] not in alike]
     if between and len({len(plan_stages(arm_config(config, arm))) for arm in arms}) > 1:

@@ -1,4 +1,4 @@
-"""The comparisons behind docs/evidence.md: two data sets by three types of latent."""
+"""The comparisons behind docs/evidence.md: two data sets, three latent types each."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Experiment:
-    """A comparison: recipes/configs/evidence-<data>.yaml with `overrides`, to be described as `title` on `images`."""
+    """A comparison: recipes/configs/evidence-<data>.yaml with `overrides`, described as `title` on `images`."""
 
     data: str
     images: str
@@ -32,7 +32,7 @@ SHARED = {
     "gan": f"{KL} prior.family=mixture compare.prior_widths=[4] stage2.loss.adversarial=0.1 "
     "stage2.loss.discriminator_channels=8 stage2.loss.discriminator_layers=1 autoencoder.channel_multipliers=[1,2,2]",
 }
-KL_WEIGHTS = {  # the comparison's own, a lower one for the baseline, and a higher one for all rate_arms
+KL_WEIGHTS = {  # the main one, a lower one for the baseline, and a higher one for all rate_arms
     ("digits", "kl"): ("1e-3", "3e-4", "3e-3"),
     ("photos", "kl"): ("3e-4", "1e-4", "1e-3"),
     ("digits", "gan"): ("3e-4", "1e-4", "1e-3"),

@@ -1,4 +1,4 @@
-"""The trials of a comparison: what is refused before any runs, which there are, and the files that keep their outcomes."""
+"""The trials of a comparison: checks before any runs, the list of jobs, and the files with their outcomes."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Job:
     """One trial of a comparison.
 
     Args:
-        learning_rate: of both stages of the autoencoder.
+        learning_rate: for both stages of the autoencoder.
         purpose: "measure" on the held-out images, or "tune" on images held out of the training set.
-        rate: codebook size (vq) or KL weight (kl), if it is not the configuration's.
-        prior_learning_rate: of the prior, if it is not the configuration's.
+        rate: codebook size (vq) or KL weight (kl), if other than the configuration's.
+        prior_learning_rate: for the prior, if other than the configuration's.
     """
 
     arm: str
@@ -63,14 +63,14 @@ def job_config(config: Config, job: Job) -> Config:
 
 
 def name_of(job: Job) -> str:
-    """A trial in words."""
+    """A readable name of a trial."""
     rate = "" if job.rate is None else f", rate {job.rate:g}"
     rates = f"learning rate {learning_rates_in_words(job.learning_rate, job.prior_learning_rate)}{rate}"
     return f"{'tuning of ' if job.purpose == 'tune' else ''}{job.arm}, seed {job.seed}, {rates}"
 
 
 def learning_rates_in_words(autoencoder: float | None, prior: float | None) -> str:
-    """The learning rate of the autoencoder, and that of the prior if it has one of its own."""
+    """The learning rate of the autoencoder, and the prior's if it is set separately."""
     return "–" if autoencoder is None else f"{autoencoder:g}" + ("" if prior is None else f", of the prior {prior:g}")
 
 
@@ -78,7 +78,7 @@ def learning_rates_in_words(autoencoder: float | None, prior: float | None) -> s
 class Outcome:
     """The result of a trial: its record, or why it diverged or failed.
 
-    A trial that diverged is a result: it is saved, and not tried again. A failed one is tried again by the next start.
+    A trial that diverged is a result: it is saved and not repeated. A failed one is repeated at the next start.
     """
 
     job: Job
@@ -88,7 +88,7 @@ class Outcome:
 
     @property
     def distance(self) -> float | None:
-        """The generation distance, if there is one: that of the main prior's samples to the held-out images."""
+        """Distance of the main prior's samples to the held-out images, if there is one."""
         value = self.record["priors"][0]["frechet"] if self.record else None
         return value if value is not None and math.isfinite(value) else None
 
@@ -97,11 +97,11 @@ class Outcome:
 
 
 def check_comparison(config: Config) -> list[Arm]:
-    """The arms of a comparison that can run.
+    """Check a comparison before anything runs, and return its arms.
 
     Raises:
-        ValueError: arms that are not matched or not known, a baseline or rate arm that is not among them, seeds or learning
-            rates that come twice, a tuning seed among the seeds, or rates and widths that do not fit the configuration.
+        ValueError: unmatched or unknown arms, a baseline or rate arm that is not among them, repeated seeds or learning
+            rates, a tuning seed among the seeds, or rates and widths that do not fit the configuration.
     """
     compare, arms = config.compare, parse_arms(config.compare)
     names = [arm.name for arm in arms]
@@ -109,7 +109,7 @@ def check_comparison(config: Config) -> list[Arm]:
     if config.init_from or config.prior.init_from:
         raise ValueError("the arms of a comparison start from their seeds: set init_from=null and prior.init_from=null")
     require_guidance(config)
-    family = prior_family(config)  # refuses a prior that the bottleneck has no latent for
+    family = prior_family(config)  # raises for a prior that does not fit the bottleneck's latent
     _require_known("baseline", [compare.baseline], names)
     if len(arms) < 2:
         raise ValueError(f"compare.arms: expected the baseline and at least one other, got only {names[0]!r}")
@@ -163,30 +163,30 @@ def _check_rates(config: Config, names: Sequence[str]) -> None:
 
 
 def own_rate(config: Config) -> float:
-    """The rate setting of the configuration itself: its codebook size, or its KL weight."""
+    """The configuration's own rate setting: codebook size or KL weight."""
     return bottleneck_class(config.autoencoder).rate(config.autoencoder)
 
 
-LearningRates = tuple[float, float | None]  # of the autoencoder, and of the prior if it is not the configuration's
+LearningRates = tuple[float, float | None]  # the autoencoder's, and the prior's if other than the configuration's
 
 
 def tried_learning_rates(config: Config) -> list[LearningRates]:
-    """The pairs that each arm is tuned over; a single one tunes nothing."""
+    """The pairs over which each arm is tuned; with a single pair there is no tuning."""
     of_prior: list[float | None] = [*config.compare.prior_learning_rates] or [None]
     return list(itertools.product(config.compare.learning_rates, of_prior))
 
 
 def tuning_jobs(config: Config, arms: Sequence[Arm]) -> list[Job]:
-    """Every arm at every pair of learning rates, with the tuning seed; none if there is one pair only."""
+    """Every arm at every pair of learning rates, with the tuning seed; empty if there is only one pair."""
     tried, seed = tried_learning_rates(config), config.compare.tuning_seed
     return [Job(a.name, seed, rate, "tune", None, prior) for rate, prior in tried for a in arms] if len(tried) > 1 else []
 
 
 def chosen_learning_rates(config: Config, arms: Sequence[Arm], tuning: Sequence[Outcome]) -> dict[str, LearningRates]:
-    """For each arm the learning rates with the smallest generation distance in tuning (of equals, the smaller ones).
+    """Per arm the learning rates with the smallest generation distance in tuning (on ties, the smaller ones).
 
-    An arm of which a tuning trial failed is not in the answer, since it would have had fewer trials than the others; nor
-    is one of which all diverged.
+    An arm is missing if one of its tuning trials failed, since it would have had fewer trials than the others, or if all
+    of them diverged.
     """
     if len(tried := tried_learning_rates(config)) == 1:
         return {arm.name: tried[0] for arm in arms}
@@ -200,7 +200,7 @@ def chosen_learning_rates(config: Config, arms: Sequence[Arm], tuning: Sequence[
 
 
 def measuring_jobs(config: Config, learning_rates: dict[str, LearningRates]) -> list[Job]:
-    """Every arm with every seed, then the rate arms at the further rates; seed by seed, so that early results are paired."""
+    """Every arm with every seed, then the rate arms at the further rates; ordered by seed, so that early results pair."""
     compare = config.compare
 
     def job(arm: str, seed: int, rate: float | None = None) -> Job:
@@ -212,7 +212,7 @@ def measuring_jobs(config: Config, learning_rates: dict[str, LearningRates]) -> 
 
 
 def arms_at_rate(config: Config, rate: float) -> list[str]:
-    """The arms trained at one of `compare.rates`: all rate arms, or the baseline alone, or none if it is their own rate."""
+    """The arms to train at one of `compare.rates`: all rate arms, or only the baseline; none at the configuration's rate."""
     compare = config.compare
     if rate == own_rate(config):
         return []
@@ -234,10 +234,10 @@ def trial_settings(config: Config, job: Job) -> dict[str, Any]:
 
 
 def load_trial(config: Config, job: Job) -> Outcome | None:
-    """The finished trial `job`, None if it is not finished.
+    """The outcome of `job`, or None if it is not finished.
 
     Raises:
-        ValueError: its file is damaged, or another configuration made it (the differing keys are listed).
+        ValueError: its file is damaged, or made with another configuration (the differing keys are listed).
     """
     path = trial_path(config, job)
     if not path.is_file():
@@ -269,11 +269,11 @@ def load_trial_samples(config: Config, job: Job) -> np.ndarray | None:
 
 
 def save_trial(config: Config, outcome: Outcome, samples: np.ndarray | None = None) -> None:
-    """Write <output_dir>/trials/<key>.json, and the samples beside it first: where there is a record, there are samples.
+    """Write the samples, then <output_dir>/trials/<key>.json, so that every record has its samples.
 
     Raises:
-        OSError: with the path and the remedy.
-        ValueError: the record holds something that JSON does not.
+        OSError: writing failed; names the path and the remedy.
+        ValueError: the record is not valid JSON.
     """
     path = trial_path(config, outcome.job)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Several comparisons together: in how many an arm was better, its ratio of distances, and how well predictors rank."""
+"""Pool several comparisons: how often an arm won, its mean ratio of distances, and predictors' rank correlations."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ OUTCOMES = ("better", "worse", "no difference shown", "not known")
 
 
 def pool(summaries: Mapping[str, dict]) -> dict[str, dict | None]:
-    """For each arm, over several comparisons: in how many it was better, worse or neither, and its mean ratio of distances.
+    """Per arm, over several comparisons: in how many it was better, worse or neither, and its mean ratio of distances.
 
     Distances of different data and features have different scales, so each comparison gives the mean over its seeds of
     log(distance of the arm / distance of its baseline); the pooled ratio is the exponential of their mean, with Student's
-    interval over the comparisons, each of which counts once. A comparison enters with at least two seeds, and at least half of
-    those it has: at equal rate, where the baseline's distance is its frontier's, some lie outside.
+    interval over the comparisons, each counted once. A comparison needs at least two seeds with a difference, and at least half
+    of its seeds: at equal rate some lie outside the baseline's frontier.
 
     Args:
-        summaries: of `summarize_comparison`, by the names of the comparisons.
+        summaries: results of `summarize_comparison` by name of the comparison.
 
     Returns:
         {"equal_steps": {arm: row}, "equal_encoder": ..., "equal_rate": ...}, row = {"better", "worse", "no difference shown",
@@ -62,15 +62,15 @@ def _pooled(tables: Mapping[str, dict[str, dict]]) -> dict[str, dict]:
 def pooled_predictors(summaries: Mapping[str, dict]) -> list[dict]:
     """Each predictor's rank correlation averaged over the comparisons, in Fisher's z, with Student's interval over them.
 
-    Sorted by how many comparisons know it, then by strength: means over different comparisons are not held against each other.
-    "rivals" of the first: the names of those beside it, in as many comparisons, that it cannot be told from (p of the paired
+    Sorted by the number of comparisons that have it, then by strength, since means over different comparisons do not compare.
+    "rivals" of the first: predictors in as many comparisons that do not differ from it significantly (p of the paired
     differences of z over the comparisons, after Holm's adjustment, not below 1 - LEVEL); None without an interval.
     """
     found: dict[str, dict[str, tuple[float, int]]] = {}
     for comparison, summary in summaries.items():
         known = [row for row in summary["predictors"] if row["rho"] is not None]
         for row in known:
-            if row["n"] == max(other["n"] for other in known):  # over the trials that all are ranked over
+            if row["n"] == max(other["n"] for other in known):  # over the trials that have every predictor
                 found.setdefault(row["name"], {})[comparison] = row["rho"], row["n"]
     rows: list[dict] = []
     for name, pairs in found.items():
@@ -84,7 +84,7 @@ def pooled_predictors(summaries: Mapping[str, dict]) -> list[dict]:
 
 def _rivals(rows: list[dict], found: Mapping[str, Mapping[str, tuple[float, int]]]) -> list[str]:
     def strengths(row: dict) -> list[float]:
-        """z in each comparison, positive in the predictor's own direction."""
+        """z per comparison, positive in the predictor's expected direction."""
         sign = 1 if row["mean"] >= 0 else -1
         return [sign * fisher_z(rho, n) for rho, n in (found[row["name"]][c] for c in comparisons)]
 

@@ -1,4 +1,4 @@
-"""What a comparison found, as numbers: intervals, paired differences, differences at equal rate, predictors."""
+"""Statistics of a comparison: intervals, paired differences, differences at equal rate, predictors."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ LEVEL = 0.95
 
 @dataclass(frozen=True)
 class Measure:
-    """A number of a trial. `better` is -1 where less is better, 1 where more is, 0 where neither is."""
+    """A measured quantity of a trial. `better` is -1 if lower is better, 1 if higher is, 0 if neither."""
 
     key: str
     name: str
     better: int
     digits: int = 2
     unit: str = ""
-    minimum: float = -math.inf  # what it can be: intervals are cut there
+    minimum: float = -math.inf  # possible range, to which intervals are clipped
     maximum: float = math.inf
 
 
 MEASURES = (
     Measure("frechet", "generation distance", -1, minimum=0),
-    Measure("bits", "bits per image under the prior", 0, 1),  # a smaller latent has fewer, and is no better
+    Measure("bits", "bits per image under the prior", 0, 1),  # a smaller latent has fewer without being better
     Measure("rate_bits", "rate, bits per image", 0, 1, minimum=0),
     Measure("psnr", "PSNR of reconstructions", 1, 2, "dB"),
     Measure("ssim", "SSIM of reconstructions", 1, 3, minimum=-1, maximum=1),
@@ -47,18 +47,18 @@ MEASURES = (
     Measure("perplexity", "perplexity of the codebook", 0, 1, minimum=1),
 )
 BY_KEY = {measure.key: measure for measure in MEASURES}
-DETAILS = ("bits", "psnr")  # what is told of a difference beside the distance
-Trials = Mapping[str, Sequence[Outcome]]  # at the configuration's own rate, by arm
-Pairs = dict[Hashable, tuple[float, float]]  # by seed: the value of an arm, and that which it is held against
+DETAILS = ("bits", "psnr")  # reported for a difference beside the distance
+Trials = Mapping[str, Sequence[Outcome]]  # by arm, at the configuration's own rate
+Pairs = dict[Hashable, tuple[float, float]]  # by seed: an arm's value and the baseline's
 
 
 def summarize_comparison(config: Config, facts: dict, outcomes: Sequence[Outcome]) -> dict:
-    """All that a comparison found, as JSON-able data.
+    """All results of a comparison, JSON-able.
 
     Differences are arm minus baseline, seed by seed, at the configuration's own rate ("equal steps"), and against the
-    baseline's frontier of the same seed at the arm's rate ("equal rate"). Decoupled arms are also held against an arm that
-    trains its encoder for as many steps and then goes on with its decoder ("equal encoder steps"). What diverged or failed has
-    no value: its pairs are missing from the intervals, and it is listed.
+    baseline's frontier of the same seed at the arm's rate ("equal rate"). Decoupled arms are also compared with an arm that
+    trains its encoder for as many steps and then finetunes its decoder ("equal encoder steps"). Trials that diverged or failed
+    have no value: their pairs are missing from the intervals, and they are listed.
 
     Args:
         config: of the comparison.
@@ -66,7 +66,7 @@ def summarize_comparison(config: Config, facts: dict, outcomes: Sequence[Outcome
         outcomes: of its trials, tuning and measuring.
 
     Raises:
-        ValueError: no trial has a result, or none of the baseline has.
+        ValueError: no trial, or none of the baseline, has a result.
     """
     compare, outcomes = config.compare, [_settled(o) for o in outcomes]
     plans = {arm.name: plan_stages(arm_config(config, arm)) for arm in parse_arms(compare)}
@@ -109,14 +109,14 @@ def summarize_comparison(config: Config, facts: dict, outcomes: Sequence[Outcome
 
 
 def _settled(outcome: Outcome) -> Outcome:
-    """A trial whose samples have no finite distance diverged, too: no number of it is used."""
+    """Count a trial whose samples have no finite distance as diverged, so that none of its numbers is used."""
     if outcome.record is None or outcome.distance is not None:
         return outcome
     return replace(outcome, record=None, diverged="the generation distance of its samples is not finite")
 
 
 def value_of(measure: Measure, outcome: Outcome) -> float | None:
-    """A number of a trial, of its main prior or of its codebook; None if there is none, or none that is finite."""
+    """A measure of a trial, its main prior or its codebook; None if missing or not finite."""
     record = outcome.record or {"priors": [{}]}
     value = (record | record["priors"][0] | (record.get("codebook") or {})).get(measure.key)
     return float(value) if value is not None and math.isfinite(value) else None
@@ -139,7 +139,7 @@ def _tuning(config: Config, tuning: Sequence[Outcome]) -> dict | None:
 
 
 def _decoupled(plan: Sequence[Stage]) -> bool:
-    """Whether a new decoder is trained on a latent that was trained with another one."""
+    """Whether a new decoder is trained on a latent trained with another decoder."""
     return any(stage.latent_frozen and not stage.keeps_decoder for stage in plan)
 
 
@@ -149,7 +149,7 @@ def _encoder_steps(plan: Sequence[Stage]) -> int:
 
 def _arm(name: str, outcomes: Sequence[Outcome], plan: Sequence[Stage]) -> dict:
     values = {m.key: [v for o in outcomes if (v := value_of(m, o)) is not None] for m in MEASURES}
-    new = max((i for i, stage in enumerate(plan) if not stage.keeps_decoder), default=0)  # here the last decoder begins
+    new = max((i for i, stage in enumerate(plan) if not stage.keeps_decoder), default=0)  # where the last decoder starts
     return {
         "name": name,
         "learning_rate": outcomes[0].job.learning_rate if outcomes else None,
@@ -169,7 +169,7 @@ def _arm(name: str, outcomes: Sequence[Outcome], plan: Sequence[Stage]) -> dict:
 
 
 def _mean(values: Sequence[float], minimum: float, maximum: float) -> dict | None:
-    """Their interval, cut at what is possible: Student's interval of few shares reaches beyond 0 and 1. None of no values."""
+    """Student's interval, clipped to the possible range, which that of few shares can exceed; None without values."""
     if not values:
         return None
     interval = mean_interval(values, LEVEL)
@@ -178,7 +178,7 @@ def _mean(values: Sequence[float], minimum: float, maximum: float) -> dict | Non
 
 
 def _differences(measure: Measure, own: Trials, baseline: str, arms: Sequence[str]) -> dict:
-    """For each arm that has a result the paired differences to the baseline."""
+    """Paired differences to the baseline, per arm with a result."""
     theirs = _by_seed(measure, own[baseline])
     pairs: dict[str, Pairs] = {}
     for name in arms:
@@ -189,9 +189,9 @@ def _differences(measure: Measure, own: Trials, baseline: str, arms: Sequence[st
 
 
 def _tested(measure: Measure, pairs: Mapping[str, Pairs], own: Trials) -> dict[str, dict]:
-    """For each arm the differences of its pairs, their interval, p, and p after Holm's adjustment for the number of arms.
+    """Per arm the paired differences, their interval, p, and p after Holm's adjustment for the number of arms.
 
-    By the adjusted p alone a difference counts as shown: `verdict` is 0 if it is not.
+    Only the adjusted p decides whether a difference is shown; `verdict` is 0 if it is not.
     """
     found, width = {}, measure.maximum - measure.minimum
     for name, by_seed in pairs.items():
@@ -207,7 +207,7 @@ def _tested(measure: Measure, pairs: Mapping[str, Pairs], own: Trials) -> dict[s
 
 
 def _equal_encoder(own: Trials, others: Sequence[str], plans: Mapping[str, Sequence[Stage]]) -> dict | None:
-    """Decoupled arms minus an arm with as many steps of the encoder whose decoder goes on; None where there are no such arms."""
+    """Decoupled arms minus an arm with as many encoder steps that finetunes its decoder; None without such arms."""
     for base in others:
         steps = _encoder_steps(plans[base])
         arms = [name for name in others if _decoupled(plans[name]) and _encoder_steps(plans[name]) == steps]
@@ -218,7 +218,7 @@ def _equal_encoder(own: Trials, others: Sequence[str], plans: Mapping[str, Seque
 
 
 def _equal_rate(config: Config, measured: Sequence[Outcome], own: Trials, others: Sequence[str]) -> dict | None:
-    """For each measure and other arm the differences to the baseline's frontier; None if no frontier was trained."""
+    """Per measure and other arm the differences to the baseline's frontier; None if no frontier was trained."""
     if not config.compare.rates:
         return None
     trained, found = [o for o in measured if o.job.arm == config.compare.baseline], {}
@@ -237,7 +237,7 @@ def _equal_rate(config: Config, measured: Sequence[Outcome], own: Trials, others
 
 
 def _points(measure: Measure, outcomes: Sequence[Outcome]) -> list[tuple[Hashable, tuple[float, float]]]:
-    """Seed, rate and value of the trials that have both."""
+    """(seed, rate, value) of the trials that have rate and value."""
     found = [(o.job.seed, value_of(BY_KEY["rate_bits"], o), value_of(measure, o)) for o in outcomes]
     return [(seed, (rate, value)) for seed, rate, value in found if rate is not None and value is not None]
 
@@ -249,7 +249,7 @@ def _point(config: Config, outcome: Outcome) -> dict:
 
 
 def _prior_sizes(own: Trials) -> list[dict]:
-    """One row for each arm and size of prior, by growing size; nothing if there is one size only."""
+    """One row per arm and size of prior, by increasing size; empty if there is only one size."""
     rows = []
     for name, outcomes in own.items():
         by_size: dict[int, list[dict]] = {}
@@ -265,11 +265,11 @@ def _prior_sizes(own: Trials) -> list[dict]:
 
 
 def _predictors(measured: Sequence[Outcome]) -> list[dict]:
-    """The rank correlation of each number of the report card with the generation distance, strongest first.
+    """Rank correlation of each number of the report card with the generation distance, strongest first.
 
-    All over the same trials, those with a card; a number that some of these lack comes after those that all have. The rate and
-    the main prior's bits stand beside the card's numbers for comparison, under the names of `MEASURES`. A number that
-    measures the same as another one is left out: PSNR, which is the reconstruction error, and a code's perplexity, its entropy.
+    All use the same trials, those with a card; a number that some of these lack comes last. The rate and the main prior's
+    bits are included for comparison, under the names of `MEASURES`. Redundant numbers are left out: PSNR (the reconstruction
+    error) and a code's perplexity (its entropy).
     """
     usable = [o for o in measured if o.record and o.record.get("card")]
     found = rank_predictors([o.record for o in usable if o.record])
@@ -285,7 +285,7 @@ def _predictors(measured: Sequence[Outcome]) -> list[dict]:
 
 
 def verdict_in_words(measure: Measure, row: dict) -> str:
-    """`better`, `worse` or `no difference shown` by a difference's p after Holm's adjustment; `not known` without one."""
+    """`better`, `worse` or `no difference shown` by the Holm-adjusted p; `not known` without one."""
     if row["low"] is None:
         return "not known"
     if row["verdict"] == 0:

@@ -1,4 +1,4 @@
-"""One trial: an arm of a comparison trained with one seed, its priors, and everything that is measured of it."""
+"""One trial: an arm of a comparison trained with one seed, its priors, and all measurements."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ from dae.training.engine import LocalEngine
 from dae.training.in_memory import encode, train_autoencoder, train_prior
 from dae.training.rehearsal import rehearse_chain, require_measurable
 
-JUDGE_SEED = 0  # of the classifier and of all subsets: the same for every trial, arm and seed
+JUDGE_SEED = 0  # for the classifier and all subsets: the same for every trial, arm and seed
 SHOWN = 32  # samples kept as pictures
-IMAGES_FOR_BITS = 64  # held-out images whose code length is measured where that takes long
+IMAGES_FOR_BITS = 64  # held-out images for the code length, where it is slow to compute
 IMAGES_FOR_SSIM = 128
-IMAGES_FOR_CARD = 1500  # training images that the report card is made from
+IMAGES_FOR_CARD = 1500  # training images for the report card
 
 
 @dataclass
 class Bench:
-    """What all trials of a comparison share: the images, the classifier in whose features samples are judged, the floors."""
+    """What all trials of a comparison share: images, the classifier whose features judge samples, and floors."""
 
     measure: Judge
     tune: Judge  # held-out: a part of the training images
@@ -51,7 +51,7 @@ class Bench:
 
     @classmethod
     def prepare(cls, config: Config) -> Bench:
-        """Load the data, train the classifier or find it in <output_dir>/bench, and measure the floors.
+        """Load the data, train the classifier or reuse the one in <output_dir>/bench, and measure the floors.
 
         Deterministic: the classifier does not depend on the seeds of the comparison.
 
@@ -99,7 +99,7 @@ class Bench:
         )
 
     def facts(self) -> dict:
-        """What a reader needs to judge the numbers; JSON-able."""
+        """Context for reading the numbers; JSON-able."""
         measure = self.measure
         return {
             "floor": {"frechet": measure.floor.mean, "frechet_std": measure.floor.std},
@@ -127,9 +127,9 @@ def run_trial(bench: Bench, config: Config, job: Job) -> tuple[dict, Tensor]:
         config: of the comparison, not of the trial.
 
     Returns:
-        record: JSON-able: the job, rate and reconstruction, a list of `priors` (the main one first) with bits, generation
+        record: JSON-able: the job, rate and reconstruction, a list of `priors` (main one first) with bits, generation
             distance to held-out images at equal counts and copies, and the latent's report card.
-        samples: uint8 [n, H, W, C], the first ones of the main prior.
+        samples: uint8 [n, H, W, C], the main prior's first.
 
     Raises:
         FloatingPointError: the training diverged.
@@ -148,7 +148,7 @@ def run_trial(bench: Bench, config: Config, job: Job) -> tuple[dict, Tensor]:
         _with_prior(bench, judge, autoencoder, cache, with_overrides(config, overrides)) for overrides in ([], *sizes)
     ]
     record["priors"] = [prior for prior, _ in trained_priors]
-    # At another rate there is no card: what a predictor says would follow the rate.
+    # No card at another rate: the predictors would follow the rate.
     record["card"] = _card(judge, autoencoder, job) if measuring and job.rate is None else None
     record["stages"] = [[s.name, s.decoder.family, s.config.max_train_steps] for s in plan_stages(config)]
     record |= {"autoencoder_seconds": trained - started, "seconds": time.monotonic() - started, "versions": versions()}
@@ -158,13 +158,13 @@ def run_trial(bench: Bench, config: Config, job: Job) -> tuple[dict, Tensor]:
 def _with_prior(
     bench: Bench, judge: Judge, autoencoder: Autoencoder, cache: EncodingCache, config: Config
 ) -> tuple[dict, Tensor]:
-    """Train a prior, and measure it and its samples; also the first samples, as uint8."""
+    """Train and measure a prior and its samples; returns the record and the first samples as uint8."""
     begun, family, validation = time.monotonic(), prior_family(config), cache.validation
     prior = train_prior(cache, config)
     labels_N = balanced_labels(config.sampling.num_samples, bench.num_classes)
     parts = generate(autoencoder, prior, labels_N, config.sampling, seed_for(config.seed, "sampling"))
     images = torch.cat([part.clamp(-1, 1) for part in parts])
-    if family.costly_bits:  # of the same few images for every trial
+    if family.costly_bits:  # the same few images in every trial
         few = _some(len(validation), IMAGES_FOR_BITS)
         validation = type(validation)(validation.values_NC[few], validation.labels_N[few])
     facts = {
@@ -179,7 +179,7 @@ def _with_prior(
 
 
 def _some(count: int, limit: int) -> Tensor:
-    """At most `limit` of `count` row numbers: the same for every trial, and not the first ones, which may be of one kind."""
+    """At most `limit` of `count` row numbers, the same in every trial; spread, as the first rows may be of one kind."""
     return torch.randperm(count, generator=torch.Generator().manual_seed(JUDGE_SEED))[:limit]
 
 
@@ -200,8 +200,7 @@ def _reconstruction(judge: Judge, autoencoder: Autoencoder, config: Config) -> d
 
 
 def _of_latent(cache: EncodingCache, config: Config) -> dict[str, Any]:
-    """Bits per image of the training latents for a prior that knows no more than how often each code occurs, or one Gaussian;
-    and which codes the held-out images use."""
+    """Bits per image of the training latents under the code frequencies or one Gaussian, and the held-out codebook usage."""
     bottleneck, train_NC = bottleneck_class(config.autoencoder), cache.train.values_NC[:, 0]
     if not bottleneck.discrete:
         return {"rate_bits": gaussian_rate(*train_NC.chunk(2, dim=1)), "codebook": None}

@@ -1,4 +1,4 @@
-"""Trials in worker processes, each saved when it is finished."""
+"""Run trials in worker processes, each saved when finished."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ def run_jobs(
     describe: str = "trials",
     workers: list[_Worker] | None = None,
 ) -> list[Outcome]:
-    """Run the trials that are not finished yet, `compare.processes` at a time, and return all outcomes in the order of `jobs`.
+    """Run the unfinished trials, `compare.processes` at a time, and return all outcomes in the order of `jobs`.
 
-    Each trial is saved when it is done. One that raises, or whose process dies, costs itself and no other: its error is kept
-    beside the trials as <key>.error.txt. FloatingPointError means that the training diverged, which is a result.
+    A trial that raises, or whose process dies, does not affect the others; its error is kept beside them as
+    <key>.error.txt. FloatingPointError means that the training diverged, which is a result.
 
     Args:
         config: of the comparison.
         jobs: the trials.
-        prepare: called once in each worker; its result is the first operand of `trial`. Module-level, as `trial`: workers are
-            new Python processes that import them.
+        prepare: called once per worker; its result is the first argument of `trial`. Both must be module-level functions,
+            because workers are new Python processes that import them.
         trial: returns a record (JSON) and samples, uint8 [n, H, W, C].
-        describe: what the progress bar says.
-        workers: of `worker_processes`, which further jobs of this comparison can use again; None starts and ends some.
+        describe: text of the progress bar.
+        workers: from `worker_processes`, to be reused by further jobs; None starts and ends some for this call.
 
     Raises:
         ValueError: a trial in the folder belongs to another configuration; nothing was run.
@@ -92,7 +92,7 @@ def _finish(config: Config, job: Job, future: Future) -> Outcome:
 
 @contextlib.contextmanager
 def worker_processes(count: int) -> Iterator[list[_Worker]]:
-    """Processes that run trials, started when they are needed; leaving the `with` block ends them, whatever they are doing."""
+    """Worker processes, started on demand; leaving the `with` block ends them, busy or not."""
     workers = [_Worker() for _ in range(count)]
     try:
         yield workers
@@ -102,10 +102,10 @@ def worker_processes(count: int) -> Iterator[list[_Worker]]:
 
 
 class _Worker:
-    """One process that runs one trial at a time, and is replaced should it die.
+    """One process that runs one trial at a time and is replaced if it dies.
 
-    One pool per process: a process that dies breaks its whole pool, and this tells which trial it ran. The process ends when the
-    other end of `stop` is closed: by us, or by the system if we are killed.
+    One pool per process: a dying process breaks its whole pool, so this identifies its trial. The process ends when the
+    other end of `stop` is closed, by us or by the system if we are killed.
     """
 
     def __init__(self) -> None:
@@ -116,11 +116,11 @@ class _Worker:
             with contextlib.suppress(BrokenProcessPool):
                 return self.executor.submit(function, *operands)
             self.end()
-        context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads in whatever state they are
+        context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads in an undefined state
         listener, self.stop = context.Pipe(duplex=False)
         self.executor = ProcessPoolExecutor(1, mp_context=context, initializer=_start, initargs=(listener,))
         future = self.executor.submit(function, *operands)
-        listener.close()  # the process has its own
+        listener.close()  # the process has its own copy
         return future
 
     def end(self) -> None:
@@ -130,11 +130,11 @@ class _Worker:
             self.executor = None
 
 
-_prepared: list = []  # in a worker: what `prepare` made, for all of its trials
+_prepared: list = []  # in a worker: the result of `prepare`, for all its trials
 
 
 def _start(stop: Any) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the first process decides
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent decides
     torch.set_num_threads(1)
 
     def end() -> None:

@@ -1,4 +1,4 @@
-"""The judge of samples and reconstructions, and what it needs of a finished run (`dae.evaluation.finished`)."""
+"""Evaluation of samples and reconstructions; inputs from a finished run are in `dae.evaluation.finished`."""
 
 from dae.evaluation.extractor import prediction_task, train_extractor
 from dae.evaluation.judge import Judge

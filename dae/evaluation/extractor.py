@@ -1,4 +1,4 @@
-"""The classifier whose features all feature metrics use: of the labels, or of quarter turns where there are none."""
+"""The classifier behind all feature metrics: it predicts labels, or rotations if there are none."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from dae.seeding import seed_for
 
 
 def prediction_task(images: Tensor, labels: Tensor, labelled: bool) -> tuple[Tensor, Tensor]:
-    """Images and labels that the classifier is trained on; without labels each image four times, labelled by its rotation."""
+    """Training images and labels of the classifier; without labels, each image in four rotations labelled by rotation."""
     return (images, labels) if labelled else rotation_task(images)
 
 
 def train_extractor(
     images: Tensor, labels: Tensor, data: ImageData, *, steps: int, seed: int, device: torch.device, progress: bool = True
 ) -> Classifier:
-    """Train it on images [N, C, H, W] in [-1, 1] or as 8 bits, and labels int64 [N].
+    """Train the classifier on images [N, C, H, W] in [-1, 1] or as 8 bits, and labels int64 [N].
 
     Args:
-        data: whose images these are: names and counts of the classes.
-        seed: of the run; one seed, one classifier.
+        data: source of the images, for names and counts of the classes.
+        seed: the run's; the classifier is a function of it.
     """
     name = data.title if data.labelled else f"{data.title}-rotations"
     options = {"steps": steps, "seed": seed_for(seed, "classifier"), "device": device, "name": name, "progress": progress}

@@ -1,4 +1,4 @@
-"""What evaluation needs of a finished run beside its models: its samples, the log of its prior, and earlier states of it."""
+"""Inputs of evaluation from a finished run: its samples, its prior's log, and the prior's earlier checkpoints."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ if TYPE_CHECKING:
 
 
 def load_samples(output: Path) -> tuple[np.ndarray, np.ndarray, dict]:
-    """uint8 samples [N, H, W, C], their labels [N], and how they were drawn.
+    """The run's uint8 samples [N, H, W, C], their labels [N], and how they were drawn.
 
     Raises:
         FileNotFoundError: there are none.
-        ValueError: they are damaged, another prior's, or not of all classes.
+        ValueError: they are damaged, from another prior, or do not cover all classes.
     """
     import numpy as np
 
@@ -57,12 +57,12 @@ def load_samples(output: Path) -> tuple[np.ndarray, np.ndarray, dict]:
 
 
 def require_memory_for_judging(config: Config, data: ImageData, samples: int) -> None:
-    """ValueError before anything is measured, if the images to be held in memory do not fit there."""
+    """Raise ValueError before measuring, if the images do not fit into memory."""
     limit, resolution, rows = config.evaluation.max_images, config.data.resolution, data.describe()
     train, heldout = (min(rows[part] or limit, limit) for part in ("train", "validation"))
-    held = 2 * train + heldout + samples  # as 8 bits; training images twice while they are put together
+    held = 2 * train + heldout + samples  # as 8 bits; training images twice while concatenating
     held += 0 if data.labelled else 4 * train  # in four rotations
-    held += 8 * min(samples, limit)  # of `guidance_sweep`: in float32, twice while they are put together
+    held += 8 * min(samples, limit)  # of `guidance_sweep`: float32, twice while concatenating
     require_memory(
         held * config.data.channels * resolution**2,
         f"{train:,} training images, {heldout:,} held-out ones and {samples:,} samples of {resolution} x {resolution} pixels",
@@ -72,12 +72,12 @@ def require_memory_for_judging(config: Config, data: ImageData, samples: int) ->
 
 @dataclasses.dataclass
 class PriorLog:
-    """What the training of a prior logged.
+    """The training log of a prior.
 
     Attributes:
-        rows: all of the log, oldest first.
-        validations: those with a score.
-        chosen: that of the delivered prior.
+        rows: the whole log, oldest first.
+        validations: rows with a score.
+        chosen: the delivered prior's row.
     """
 
     run: Run
@@ -88,7 +88,7 @@ class PriorLog:
 
     @classmethod
     def load(cls, config: Config, family: PriorFamily) -> Self:
-        """FileNotFoundError, ValueError: the log is lost, or damaged."""
+        """Read the log. FileNotFoundError, ValueError: it is missing or damaged."""
         run = Run(config, "prior")
         remedy = "deliver the prior again with recipes/train_prior.py and resume_from_checkpoint=latest"
         if not run.history_file.is_file():
@@ -101,13 +101,13 @@ class PriorLog:
         return cls(run, family, rows, validations, best)
 
     def bits_per_image(self, prior: Prior) -> float:
-        """Held-out code length of an image's latent under the delivered prior."""
+        """Held-out code length per image under the delivered prior."""
         key = self.family.bits_key
         measured = [self.chosen] if key in self.chosen else [r for r in self.rows if r["split"] != "train" and key in r]
         return measured[-1][key] * (self.family.tokens_per_image(prior) or 1)
 
     def earlier_priors(self, prior: Prior) -> Iterator[tuple[dict, Prior]]:
-        """The prior as it was at each checkpoint that was kept, but for the delivered one, with the validation of that step."""
+        """The prior at each kept checkpoint except the delivered one, with that step's validation."""
         for path in self.run.checkpoints.all():
             try:
                 checkpoint = self.run.checkpoints.load(str(path))
@@ -124,11 +124,11 @@ class PriorLog:
 def guidance_sweep(
     config: Config, judge: Judge, autoencoder: Autoencoder, prior: Prior, history: PriorLog, count: int
 ) -> list[dict]:
-    """What guidance and the length of training trade: fidelity against variety and copies.
+    """Trade-off of guidance and training length: fidelity against variety and copies.
 
     Returns:
-        `Judge.samples` of `count` new samples for each prior, delivered or earlier, and scale of `evaluation.cfg_scales`; of a
-        prior that knows no classes nothing: it is fitted at once, so it has neither guidance nor length of training.
+        `Judge.samples` of `count` new samples per prior, delivered or earlier, and scale of `evaluation.cfg_scales`; empty for
+        an unconditional prior, which is fitted in one step and has neither guidance nor training length.
     """
     if not knows_classes(prior):
         return []

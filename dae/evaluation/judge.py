@@ -1,4 +1,4 @@
-"""Measures of generated images against real ones, which are prepared once."""
+"""Compares generated images with real ones, whose features are prepared once."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from dae.metrics.kernel import MAX_SUBSET
 
 @dataclass
 class Judge:
-    """Real images, and the classifier in whose features they are compared with generated ones.
+    """Compares generated images with real ones in a classifier's features.
 
     Args:
         train, heldout: images [N, C, H, W] in [-1, 1] or as 8 bits.
         train_labels, heldout_labels: int64 [N].
-        labelled: whether the labels mean anything.
+        labelled: whether the labels are real.
         neighbours: k of precision and recall.
-        seed: of all subsets.
+        seed: for all subsets.
     """
 
     classifier: Classifier
@@ -44,22 +44,22 @@ class Judge:
 
     @cached_property
     def count(self) -> int:
-        """Images at which Frechet distances are taken, so that they compare."""
+        """Number of images in every Frechet distance, so that distances compare."""
         return min(len(self.train), len(self.heldout))
 
     @cached_property
     def floor(self) -> EqualCountFrechet:
-        """What two sets of real images are apart: training against held-out images."""
+        """Distance between two sets of real images, training and held-out."""
         return metrics.equal_count_frechet(self.heldout_features, self.train_features, count=self.count, seed=self.seed)
 
     @cached_property
     def heldout_copies(self) -> Memorisation:
-        """How near held-out images are to training images: what samples of a model without memory would show."""
+        """Near-copies among held-out images: the level expected of a model that does not memorise."""
         return metrics.memorisation(self.heldout, self.train, self.heldout)
 
     @cached_property
     def accuracy(self) -> float:
-        """The classifier's, on held-out images."""
+        """The classifier's accuracy on held-out images."""
         return metrics.accuracy(self.classifier, *prediction_task(self.heldout, self.heldout_labels, self.labelled))
 
     def samples(
@@ -69,8 +69,8 @@ class Judge:
 
         Args:
             images: [M, C, H, W], as the real ones.
-            classes: int64 [M], what they were asked to show; None if nothing was asked, and then nothing is recognised.
-            features, copies: `extract_features` and `near_copies` of the images, if they are known.
+            classes: int64 [M], the requested classes; None for unconditional samples, without recognition.
+            features, copies: `extract_features` and `near_copies` of the images, if computed already.
         """
         features = metrics.extract_features(self.classifier, images) if features is None else features
         rows = min(self.count, len(images))
@@ -97,17 +97,17 @@ class Judge:
         return {"recognised": right / len(images), "recognised_interval": list(interval)}
 
     def near_copies(self, images: Tensor) -> Memorisation:
-        """The training image nearest to each image, and how many are nearer than 99 % of the held-out images are."""
+        """Each image's nearest training image, and how many are nearer than 99 % of the held-out images are."""
         return metrics.memorisation(images, self.train, self.heldout, heldout_distance=self.heldout_copies.heldout_distance)
 
     def kernel(self, features: Tensor) -> dict:
-        """Kernel distance of features to those of the held-out images, and of which subsets it is the mean."""
-        rows = max(2, min(MAX_SUBSET, min(len(features), len(self.heldout)) // 2))  # half of few images, so that subsets differ
+        """Kernel distance of features to the held-out images', and the subsets it is averaged over."""
+        rows = max(2, min(MAX_SUBSET, min(len(features), len(self.heldout)) // 2))  # half of small sets, so that subsets differ
         found = metrics.kernel_distance(self.heldout_features, features, subset_size=rows, seed=self.seed)
         keys = ("kernel_distance", "kernel_distance_std", "kernel_subsets", "kernel_subset_size")
         return dict(zip(keys, found, strict=True))
 
     def reconstructions(self, features: Tensor) -> dict:
-        """Of features of the reconstructed held-out images."""
+        """Distances of the reconstructed held-out images' features."""
         manifold = metrics.precision_recall(self.heldout_features, features, self.neighbours)
         return {"frechet": metrics.frechet_distance(self.heldout_features, features), **manifold._asdict()}

@@ -1,4 +1,4 @@
-"""Reconstructions of held-out images, measured batch by batch: they are never all in memory."""
+"""Measure reconstructions of held-out images batch by batch, without keeping all in memory."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from torch import Tensor
 from dae.metrics import Classifier, CodebookUsage, as_float, extract_features, gaussian_rate, psnr, ssim
 from dae.models import Autoencoder
 
-BATCH_PIXELS = 500 * 64 * 64  # of the images that are reconstructed at once: feature maps are larger than images
+BATCH_PIXELS = 500 * 64 * 64  # pixels to reconstruct at once: feature maps are larger than images
 
 
 @torch.inference_mode()
 def reconstruct(model: Autoencoder, classifier: Classifier, images: Tensor, shown: Tensor, batch_size: int) -> dict[str, Tensor]:
-    """What is measured of the reconstructions of images [N, C, H, W] (of KL: of the posteriors' means).
+    """Measure the reconstructions of images [N, C, H, W] (for KL, from the posterior means).
 
     Args:
-        shown: row numbers of which the reconstructions are returned.
-        batch_size: images at once, fewer where they are large.
+        shown: row numbers whose reconstructions are returned.
+        batch_size: images at once, fewer if they are large.
 
     Returns:
-        `psnr`, `ssim` and features `found` of each, the `rebuilt` images of the rows `shown`, and the tokens or posteriors by
+        `psnr`, `ssim` and features `found` per image, the `rebuilt` images of the rows `shown`, and tokens or posteriors under
         their names in `Encoding`.
     """
     names = model.bottleneck.kept
@@ -40,10 +40,10 @@ def reconstruct(model: Autoencoder, classifier: Classifier, images: Tensor, show
 
 
 def describe_latent(autoencoder: Autoencoder, measured: dict[str, Tensor]) -> dict:
-    """How the codes are used ("codebook"), or what a continuous latent costs under one Gaussian ("latent"); the other is None.
+    """Codebook usage ("codebook") or the rate of a continuous latent under one Gaussian ("latent"); the other is None.
 
     Args:
-        measured: of `reconstruct`.
+        measured: result of `reconstruct`.
     """
     if autoencoder.bottleneck.discrete:
         usage = CodebookUsage(autoencoder.bottleneck.num_codes(autoencoder.config)).update(measured["indices"])

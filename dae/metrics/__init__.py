@@ -1,4 +1,4 @@
-"""Metrics of reconstructions, codebooks and samples, each with its convention and source stated.
+"""Metrics of reconstructions, codebooks and samples, with their conventions and sources.
 
 Importing this package needs torch alone; torchmetrics is imported by the function that uses it.
 """

@@ -1,4 +1,4 @@
-"""A small classifier: its verdicts label samples, its penultimate features carry the Fréchet distance."""
+"""A small classifier: its predictions label samples, its penultimate features serve the Fréchet distance."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ _FORMAT = "dae-classifier-1"
 
 
 class Classifier(nn.Module):
-    """Convolutional classifier of images of any size from 8 x 8 pixels, with features made for the Fréchet distance.
+    """Convolutional classifier of images of 8 x 8 pixels or more, with features designed for the Fréchet distance.
 
         features = standardised concatenation of the means over positions after each of three levels,   logits = linear(features)
 
     Each level is one or two 3 x 3 convolutions with batch normalization and GELU; the resolution halves between levels. The
-    mean after the first level sees strokes and textures, the last one shapes: a Fréchet distance in the last level alone, where
-    a good classifier has dropped what does not change the class, is almost blind to noise and blur. Features are few (64) and
-    standardised to mean 0 and variance 1 over the training batches, so none dominates and a distance reads in units of that
-    variance. In eval mode, which training and loading leave it in, an image's output does not depend on its batch.
+    first level's mean captures strokes and textures, the last one's shapes; in the last level alone, which is invariant to
+    whatever does not change the class, a Fréchet distance hardly responds to noise and blur. Features are few (64) and
+    standardised to mean 0 and variance 1 over the training batches, so that none dominates and distances are in units of that
+    variance. Training and loading return it in eval mode, where an image's output does not depend on its batch.
 
     Args:
         channels: channels of the images.
         num_classes: number of logits.
         width: channels of the first two levels, and half of the third's: the feature dimension is 4 width.
-        patch: stride of the first convolution, from 1 to 8, which keeps large images affordable.
-        name: what it was trained on, for `identifier`.
+        patch: stride of the first convolution, 1 to 8; limits the cost of large images.
+        name: of its training data, for `identifier`.
 
     Raises:
         ValueError: a number below 1, or a patch above 8.
@@ -70,7 +70,7 @@ class Classifier(nn.Module):
 
     @property
     def identifier(self) -> str:
-        """`<name>-classifier-<12 hex digits>`, the digits from the SHA-256 of the weights: equal extractors have equal names."""
+        """`<name>-classifier-<12 hex digits>`, the digits from the SHA-256 of the weights."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -78,7 +78,7 @@ class Classifier(nn.Module):
         return f"{self.name}-classifier-{digest.hexdigest()[:12]}"
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file, the architecture as JSON in its metadata; `load` of it gives the same classifier."""
+        """Write one safetensors file with the architecture as JSON metadata; `load` restores the same classifier."""
         from safetensors.torch import save
 
         architecture = {key: getattr(self, key) for key in ("channels", "num_classes", "width", "patch", "name")}
@@ -87,7 +87,7 @@ class Classifier(nn.Module):
 
     @classmethod
     def load(cls, path: str | Path, device: str | torch.device = "cpu") -> Classifier:
-        """Read what `save` wrote. FileNotFoundError: no such file. ValueError: it is no classifier of this format."""
+        """Read what `save` wrote. FileNotFoundError: no such file. ValueError: not a classifier of this format."""
         from safetensors import SafetensorError, safe_open
 
         if not Path(path).is_file():
@@ -125,17 +125,16 @@ def train_classifier(
 ) -> Classifier:
     """A `Classifier` in eval mode, trained by AdamW: one-cycle learning rate, weight decay, label smoothing, affine jitter.
 
-    One seed gives the same weights bit by bit on the same hardware and number of threads, in each process that calls it. All
-    random draws are made on the CPU, and the global random state is left as it was. The patch is the shorter side / 16, between
-    1 and 8.
+    A seed gives bit-identical weights on the same hardware and number of threads, in each process that calls it. All random
+    draws are made on the CPU and leave the global random state unchanged. The patch is the shorter side / 16, clamped to 1..8.
 
     Args:
         images: [N, C, H, W], float, in [-1, 1], or held as 8 bits (uint8, x / 127.5 - 1).
         labels: int64 [N] in 0..num_classes-1.
-        seed: of the weights, the batches and the augmentation.
-        batch_size: images per step, at least 2, drawn epoch by epoch without replacement; N where there are fewer.
+        seed: for weights, batches and augmentation.
+        batch_size: images per step, at least 2, drawn per epoch without replacement; at most N.
         device: where to train; the classifier stays there.
-        name: what the images are, for `Classifier.identifier`.
+        name: of the images, for `Classifier.identifier`.
 
     Raises:
         TypeError: images that are neither floating point nor uint8, or labels that are not int64.
@@ -164,7 +163,7 @@ def train_classifier(
         matrices, vectors = ([p for p in classifier.parameters() if (p.ndim > 1) == matrix] for matrix in (True, False))
         groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
         optimizer = torch.optim.AdamW(groups, lr=peak)
-        warm_up = max(0.2, 2 / total)  # the two phases end one step apart: OneCycleLR divides by their lengths
+        warm_up = max(0.2, 2 / total)  # at least one step: OneCycleLR divides by its length
         scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, total_steps=total, pct_start=warm_up)
         order = torch.empty(0, dtype=torch.int64)
         for _ in tqdm(range(steps), desc=f"{name} classifier", disable=not progress):
@@ -181,10 +180,10 @@ def train_classifier(
 
 
 def _jitter(images: Tensor) -> Tensor:
-    """Each image under its own affine map near the identity: up to 10 % scale and shear (rotation is one), 7 % shift.
+    """Apply a random near-identity affine map per image: up to 10 % scale and shear (including rotation), 7 % shift.
 
-    Not `dae.data.augment`, which deals out draws to processes and would make the classifier depend on their number. No
-    mirror: it changes digits, and swaps the quarter turns of `rotation_task`.
+    Not `dae.data.augment`, which splits draws over processes and would make the classifier depend on their number. No
+    mirroring: it changes digits, and swaps the quarter turns of `rotation_task`.
     """
     # Coordinates span -1 to 1, so a shift of 0.14 is 7 % of the side.
     amount = torch.tensor([0.1, 0.1, 0.14]) * (2 * torch.rand(len(images), 2, 3) - 1)
@@ -207,7 +206,7 @@ def extract_features(classifier: Classifier, images: Tensor, batch_size: int = 5
 
 @own_arithmetic(gradients=False)
 def predict(classifier: Classifier, images: Tensor, batch_size: int = 500) -> Tensor:
-    """The likeliest class of each image [N, C, H, W] in eval mode, int64 [N], on the CPU."""
+    """The most likely class of each image [N, C, H, W] in eval mode, int64 [N], on the CPU."""
     return _in_batches(classifier, lambda x: classifier(x).argmax(1), images, batch_size)
 
 
@@ -226,7 +225,7 @@ def _in_batches(classifier: Classifier, function: Callable[[Tensor], Tensor], im
 
 @own_arithmetic(gradients=False)
 def accuracy(classifier: Classifier, images: Tensor, labels: Tensor, batch_size: int = 500) -> float:
-    """Share of the images [N, C, H, W] whose likeliest class is their label (int64 [N]), in [0, 1]."""
+    """Share of the images [N, C, H, W] whose most likely class is their label (int64 [N]), in [0, 1]."""
     _check_labels(images, labels)
     if len(images) == 0:
         raise ValueError("images: expected at least 1, got none")
@@ -235,13 +234,13 @@ def accuracy(classifier: Classifier, images: Tensor, labels: Tensor, batch_size:
 
 @own_arithmetic(gradients=False)
 def rotation_task(images: Tensor) -> tuple[Tensor, Tensor]:
-    """A self-supervised task for images without labels: by how many quarter turns was the image rotated?
+    """A self-supervised task for images without labels: predict by how many quarter turns an image was rotated.
 
     Args:
         images: square images [N, C, S, S].
 
     Returns:
-        images [4 N, C, S, S], rotated by 0, 90, 180 and 270 degrees counter-clockwise, all of one angle together, and int64
+        images [4 N, C, S, S], rotated by 0, 90, 180 and 270 degrees counter-clockwise, grouped by angle, and int64
         labels [4 N] in 0..3.
 
     Raises:

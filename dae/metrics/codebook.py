@@ -1,4 +1,4 @@
-"""How much of a codebook is used."""
+"""Codebook usage and perplexity."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from dae.metrics.validation import check_integers
 
 
 class CodebookUsage:
-    """Counts of the codes of a stream of indices, and what they say about the codebook.
+    """Counts codes over a stream of indices; gives usage and perplexity.
 
         usage = #{k: n_k > 0} / K,    perplexity = exp(-sum_k p_k log p_k),  p_k = n_k / sum_j n_j
 
-    The entropy is that of the summed counts, not the mean over batches, which would be too low: a batch shows few codes.
+    The entropy is computed from the summed counts; a mean over batches would be too low, as a batch has few codes.
 
     Args:
         codebook_size: number of codes K. ValueError below 1.
@@ -29,9 +29,9 @@ class CodebookUsage:
         self.counts = torch.zeros(codebook_size, dtype=torch.int64, device="cpu")
 
     def update(self, indices: Tensor) -> CodebookUsage:
-        """Add integer indices of any shape (also none); returns itself.
+        """Add integer indices of any shape (possibly empty); returns itself.
 
-        TypeError: indices that are not integers. ValueError: an index outside of 0..K-1; nothing is counted then.
+        TypeError: indices that are not integers. ValueError: an index outside 0..K-1; then none are counted.
         """
         check_integers("indices", indices, "pass the codes, not the latents")
         size = len(self.counts)
@@ -43,7 +43,7 @@ class CodebookUsage:
         return self
 
     def all_reduce(self) -> CodebookUsage:
-        """Make these the counts of all processes; returns itself. Every process must call it, once."""
+        """Sum the counts over all processes; returns itself. Every process must call it, once."""
         self.counts = sum_over_processes(self.counts.clone())
         return self
 

@@ -16,17 +16,17 @@ from dae.precision import own_arithmetic
 
 
 class FeatureStatistics(GaussianStatistics):
-    """`GaussianStatistics` of features: they must be finite, and `all_reduce` sums over the processes of the run."""
+    """`GaussianStatistics` of finite features; `all_reduce` sums over the processes of the run."""
 
     @own_arithmetic(gradients=False)
     def update(self, x_ND: Tensor) -> Self:
-        """Add rows [N, D] (N may be 0); returns itself. ValueError: not [N, D], another D than before, NaN or infinity."""
+        """Add rows [N, D] (N may be 0); returns itself. ValueError: not [N, D], a different D, NaN or infinity."""
         check_features(x_ND=x_ND)
         return super().update(x_ND)
 
     @own_arithmetic(gradients=False)
     def all_reduce(self) -> Self:
-        """Make this the statistics of the rows of all processes, as `GaussianStatistics.all_reduce`; returns itself."""
+        """Combine the statistics of all processes, as `GaussianStatistics.all_reduce`; returns itself."""
         return super().all_reduce(lambda x: sum_over_processes(x.clone()))
 
 
@@ -52,21 +52,21 @@ class EqualCountFrechet(NamedTuple):
 def equal_count_frechet(
     reference_features: Tensor, other_features: Tensor, *, count: int | None = None, repeats: int = 10, seed: int
 ) -> EqualCountFrechet:
-    """Fréchet distances of disjoint random subsets of `other_features` to a random subset of the reference, all of n rows.
+    """Fréchet distances of disjoint random subsets of `other_features` to random subsets of the reference, n rows each.
 
-    The bias of the estimate depends on n, so distances compare only at one `count`. The floor of such a table is the distance of
-    real held-out images to the reference.
+    The estimate's bias depends on n, so distances compare only at equal `count`. The floor is the distance of real held-out
+    images to the reference.
 
     Args:
         reference_features: [N, D].
         other_features: [M, D]; floor(M / n) subsets are drawn in each repeat.
-        count: rows n of every subset, at most min(N, M), which is the default.
-        repeats: shuffles of both sets, at least 1: which rows fall together moves a distance more than most changes of a model.
-        seed: of the subsets; the global random state is neither read nor changed.
+        count: rows n per subset, at most min(N, M) (default).
+        repeats: shuffles of both sets, at least 1: the choice of rows moves a distance more than most changes of a model.
+        seed: for the subsets; the global random state is not used.
 
     Returns:
-        mean, sample standard deviation (0 of a single one) and number of the distances. The deviation is that of one subset, not
-        of the mean: subsets of different repeats share rows, and where n is all of the reference, its part is missing.
+        mean, sample standard deviation (0 for a single one) and number of the distances. The deviation is of one subset, not of
+        the mean: repeats share rows, and if n is the whole reference, its share of the variance is missing.
 
     Raises:
         TypeError, ValueError: as `frechet_distance`; count below 2 or above min(N, M); no repeats.

@@ -12,7 +12,7 @@ from torch import Tensor
 from dae.metrics.validation import check_features
 from dae.precision import own_arithmetic
 
-MAX_SUBSET = 1000  # rows of a subset in the paper's experiments
+MAX_SUBSET = 1000  # rows per subset in the paper's experiments
 
 
 class KernelDistance(NamedTuple):
@@ -34,29 +34,29 @@ def kernel_distance(
     coef0: float = 1.0,
     seed: int,
 ) -> KernelDistance:
-    """Kernel distances between random subsets of two sets of features: their mean and standard deviation.
+    """Mean and standard deviation of kernel distances between random subsets of two sets of features.
 
         MMD^2(X, Y) = mean_{i != j} k(x_i, x_j) + mean_{i != j} k(y_i, y_j) - 2 mean_{ij} k(x_i, y_j)
         k(x, y)     = (gamma x.y + coef0)^degree
 
-    The formula of KID, which it is only with the features of an Inception network. Unlike the Frechet distance the estimate is
-    unbiased at any number of rows: it may be negative, and compares also between unequal counts. Of all rows it is
-    `dae_kernels.mmd(x, y, kernel="polynomial")`; subsets show how much it strays. In float64.
+    With an Inception network's features this is KID. Unlike the Frechet distance the estimate is unbiased at any number of
+    rows: it may be negative, and values at unequal counts compare. On all rows it is
+    `dae_kernels.mmd(x, y, kernel="polynomial")`; subsets show its spread. In float64.
 
     Args:
         reference_features, other_features: [N, D] and [M, D].
         subsets: pairs of subsets drawn, at least 1; rows are drawn without replacement within a subset.
         subset_size: rows of each subset, 2 to min(N, M); None is half of that, at most 1000, so that subsets differ.
-        degree, gamma, coef0: of the kernel; gamma None is 1 / D. The defaults are the paper's.
-        seed: of the subsets; the global random state is neither read nor changed.
+        degree, gamma, coef0: kernel parameters; gamma None is 1 / D. The defaults are the paper's.
+        seed: for the subsets; the global random state is not used.
 
     Returns:
-        mean and sample standard deviation of the distances (0 of a single one; torchmetrics divides by their number), their
-        number and size. The deviation is that of one subset, not of the mean: subsets share rows.
+        mean and sample standard deviation of the distances (0 for a single one; torchmetrics divides by their number), their
+        number and size. The deviation is of one subset, not of the mean: subsets share rows.
 
     Raises:
         TypeError, ValueError: features that are not floating point [N, D], not finite, of different D, or with fewer than 2
-            rows (4 where subset_size is None); no subsets, or a subset_size beyond its limits.
+            rows (4 if subset_size is None); no subsets, or subset_size out of range.
 
     Source: Binkowski et al. 2018, "Demystifying MMD GANs", arXiv 1801.01401, section 4.
     """

@@ -18,12 +18,12 @@ class PrecisionRecall(NamedTuple):
 
 @own_arithmetic(gradients=False)
 def precision_recall(real_ND: Tensor, fake_MD: Tensor, k: int = 3) -> PrecisionRecall:
-    """Improved precision and recall: how much of each set lies on the other's estimated manifold.
+    """Improved precision and recall: the share of each set that lies on the other's estimated manifold.
 
         manifold(X) = union over x in X of the open balls around x that reach its k-th nearest neighbour in X (itself excluded)
         precision = share of the fake points on manifold(real),   recall = share of the real points on manifold(fake)
 
-    Those of `dae_kernels.precision_recall_density_coverage`, in float64 of finite features: Euclidean, and a point on a sphere is
+    As `dae_kernels.precision_recall_density_coverage` in float64, for finite features: Euclidean, and a point on a sphere is
     outside, as in the package `prdc`.
 
     Args:

@@ -1,4 +1,4 @@
-"""Whether samples are copies of training images."""
+"""Detect samples that copy training images."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from dae.metrics.validation import as_float, check_same_pixels
 from dae.precision import own_arithmetic
 
-BLOCK_VALUES = 1 << 25  # pixels of a block in float64: 256 MB
+BLOCK_VALUES = 1 << 25  # pixels per block in float64: 256 MB
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Memorisation:
 
     Attributes:
         share_samples: share of the samples closer than the threshold to a training image.
-        share_heldout: the same share of the held-out images: about 0.01, what a model without memory would show.
+        share_heldout: the same for held-out images: about 0.01, as expected of a model that does not memorise.
         threshold: distance below which an image counts as a copy.
         nearest_index: int64 [N], the training image nearest to each sample.
         nearest_distance: float64 [N], its distance.
@@ -45,12 +45,12 @@ def memorisation(
     the root mean square difference per pixel, in units of [-1, 1]: black and white images are 2 apart. The threshold is the 1 %
     quantile of the held-out images' distances by nearest rank, the (r + 1)-th smallest, where r is 0.01 M rounded (halves up).
     An image counts if it is *strictly* below: without ties r of the M held-out images do, none if M is below 50. A threshold of
-    0 (so many held-out images are copies of training images) becomes the smallest positive number, so that exact copies count.
+    0 (many held-out images are copies of training images) becomes the smallest positive number, so that exact copies count.
 
     Args:
         samples, train, heldout: images [N, C, H, W], [T, C, H, W], [M, C, H, W], float in [-1, 1] or held as uint8.
-        block: images compared at once, fewer where they are large: memory is O(block (block + C H W)).
-        heldout_distance: that of an earlier result with the same `train` and `heldout`, which is then not measured again.
+        block: images compared at once, fewer if they are large: memory is O(block (block + C H W)).
+        heldout_distance: from an earlier result with the same `train` and `heldout`, to avoid recomputing it.
 
     Raises:
         TypeError: images that are neither floating point nor uint8.
@@ -84,11 +84,11 @@ def _nearest(images: Tensor, train: Tensor, block: int) -> tuple[Tensor, Tensor]
         best_B, index_B = x_BP.new_full((len(rows),), torch.inf), torch.zeros(len(rows), dtype=torch.int64, device=rows.device)
         for start, candidates in zip(range(0, len(train), block), train.flatten(1).split(block), strict=True):
             t_KP = as_float(candidates.to(rows.device)).double()
-            # |x - t|^2 less |x|^2, which does not change which t is nearest: one matrix product.
+            # |x - t|^2 - |x|^2 has the same nearest t and needs one matrix product.
             value_B, within_B = (t_KP.square().sum(1) - 2 * x_BP @ t_KP.T).min(1)
             index_B = torch.where(value_B < best_B, start + within_B, index_B)
             best_B = torch.minimum(best_B, value_B)
-        # The distance itself from the difference, so that a copy is at distance 0 exactly.
+        # Recompute the distance from the difference, so that it is exactly 0 for a copy.
         nearest_BP = as_float(train[index_B.to(train.device)].flatten(1).to(rows.device)).double()
         indices.append(index_B)
         distances.append((x_BP - nearest_BP).square().mean(1).sqrt())

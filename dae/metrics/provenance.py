@@ -1,4 +1,4 @@
-"""Which software measured."""
+"""Versions of the measuring software."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ import dae
 
 
 def versions() -> dict[str, str]:
-    """Versions of all that a metric's value depends on, for `metrics.json`: python, dae, torch, torchmetrics, numpy, scipy."""
+    """Versions that affect a metric's value, for `metrics.json`: python, dae, torch, torchmetrics, numpy, scipy."""
     packages = ("torch", "torchmetrics", "numpy", "scipy")
     return {"python": platform.python_version(), "dae": dae.__version__, **{name: version(name) for name in packages}}

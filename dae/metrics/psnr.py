@@ -15,14 +15,14 @@ def psnr(a: Tensor, b: Tensor) -> Tensor:
 
         PSNR = 10 log10(R^2 / MSE),  R = 2 (the range of [-1, 1]),  MSE over all pixels and channels of one image
 
-    The mean of a data set is the mean of these values, not the PSNR of the mean error. Values outside of [-1, 1] are
-    not clipped: clip reconstructions first if they will be saved as 8-bit images.
+    A data set's PSNR is the mean of these values, not the PSNR of the mean error. Values outside [-1, 1] are not clipped:
+    clip reconstructions first if they will be saved as 8-bit images.
 
     Args:
         a, b: images [N, C, H, W], float, in [-1, 1].
 
     Returns:
-        float64 [N], higher is closer. Identical images give `inf`, and NaN pixels NaN.
+        float64 [N], higher is closer; `inf` for identical images, NaN for NaN pixels.
 
     Raises:
         TypeError: a batch is not floating point.

@@ -1,4 +1,4 @@
-"""Rates of a latent in bits per image: what the latent costs, in a unit in which VQ and KL latents compare.
+"""Rates of a latent in bits per image, comparable between VQ and KL latents.
 
 VQ:  tokens x entropy of the codes (`code_entropy_rate`), or the bits of a prior over the tokens
 KL:  an upper bound of I(x; z) by one Gaussian (`gaussian_rate`), or the bits of a prior over the latents (`bits_back`)
@@ -25,15 +25,15 @@ def gaussian_rate(mean_NDhw: Tensor, log_variance_NDhw: Tensor, *, covariance: s
         rate = 1/2 (log2 det S - mean_n sum_p log2 variance_np)
 
     The trace term of the KL cancels, because S is the aggregate's own second moment. For these N images the rate is
-    I(x; z) + KL(aggregate || N(m, S)), so at least their mutual information with the posterior's samples. Scaling the latent's
-    values changes nothing, nor does any linear map of a latent with a full covariance.
+    I(x; z) + KL(aggregate || N(m, S)), an upper bound of their mutual information with the posterior's samples. It is invariant
+    to scaling of the latent and, with a full covariance, to any invertible linear map.
 
     Args:
         mean_NDhw: posterior means, [N, ...], floating, N >= 1.
-        log_variance_NDhw: log variances of the diagonal posteriors, of the same shape.
-        covariance: "full"; "diagonal", which is never less, for it ignores correlations; "auto" is full where N is at least
-            10 x the P values of a latent, else diagonal: of N images, log det of a full covariance is about P^2 / (2 N) nats
-            too small. Compare latents by one kind only.
+        log_variance_NDhw: log variances of the diagonal posteriors, same shape.
+        covariance: "full"; "diagonal", which ignores correlations and never gives a lower rate; "auto" is full if N is at least
+            10 x the P values of a latent, else diagonal: with N images, log det of a full covariance is about P^2 / (2 N) nats
+            too small. Compare latents only with the same kind.
 
     Returns:
         Bits per image, computed in float64.
@@ -58,13 +58,13 @@ def gaussian_rate(mean_NDhw: Tensor, log_variance_NDhw: Tensor, *, covariance: s
 
 @own_arithmetic(gradients=False)
 def code_entropy_rate(indices_NT: Tensor, codebook_size: int, *, per_position: bool = False) -> float:
-    """Bits per image of a code that knows how often each token occurs, and nothing of its neighbours.
+    """Bits per image of an entropy code that uses token frequencies and ignores dependence between tokens.
 
         pooled (default):  T H(token),  H over all positions together = T log2(perplexity)
         per position:      sum_t H(token_t)
 
-    Per position is never more; it knows T times as many frequencies, and of few images reads too low: it is at most log2 N per
-    position. Neither knows how tokens depend on another: a prior's held-out bits do.
+    Per position is never more; it estimates T times as many frequencies and is too low for few images: at most log2 N per
+    position. A prior's held-out bits also account for dependence between tokens.
 
     Args:
         indices_NT: integer codes [N, T] or [N, h, w], N >= 1.
@@ -72,7 +72,7 @@ def code_entropy_rate(indices_NT: Tensor, codebook_size: int, *, per_position: b
 
     Raises:
         TypeError: indices that are not integers.
-        ValueError: no images, one dimension, or an index outside of 0..K-1.
+        ValueError: no images, one dimension, or an index outside 0..K-1.
 
     Source: Shannon 1948, "A Mathematical Theory of Communication", section 6 and theorem 9.
     """
@@ -91,20 +91,20 @@ def bits_back(
     log_prob: Callable[[Tensor], Tensor],
     generator: torch.Generator | None = None,
 ) -> float:
-    """Code length of the latent under a prior in bits per image: E_q[log2 q(z|x) - log2 p(z)], averaged over the images.
+    """Code length of the latent under a prior in bits per image: E_q[log2 q(z|x) - log2 p(z)], averaged over images.
 
-    That is KL(q(z|x) || p), what bits-back coding pays for the latent, at least I(x; z) whatever the prior. It compares with
-    the bits of VQ's tokens, whose posterior has no entropy to give back. The entropy of q is exact; log p is read at one
-    posterior sample of each image.
+    This is KL(q(z|x) || p), the cost of the latent under bits-back coding, at least I(x; z) for any prior. It compares with
+    the bits of VQ tokens, whose posterior has no entropy. The entropy of q is exact; log p is evaluated at one posterior
+    sample per image.
 
     Args:
         mean_NDhw, log_variance_NDhw: as in `gaussian_rate`.
         log_prob: latents [N, D, h, w] to log p [N] in nats, in the scale of the latents.
-        generator: of the posterior samples, on the device of the means.
+        generator: for the posterior samples, on the means' device.
 
     Raises:
         TypeError: tensors that are not floating.
-        ValueError: other shapes, no images, NaN or infinity, or log_prob that gives no finite number for each image.
+        ValueError: other shapes, no images, NaN or infinity, or log_prob without one finite number per image.
 
     Source: Hinton & van Camp 1993, "Keeping the neural networks simple by minimizing the description length of the weights",
     section 5 (bits back); Townsend et al. 2019, arXiv 1901.04866.
@@ -121,7 +121,7 @@ def bits_back(
 
 
 def check_posterior(mean_NDhw: Tensor, log_variance_NDhw: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in float64 and flattened to [N, P]; TypeError or ValueError for what is no diagonal Gaussian posterior."""
+    """Both in float64, flattened to [N, P]; TypeError or ValueError unless they are a diagonal Gaussian posterior."""
     for name, x in (("mean", mean_NDhw), ("log_variance", log_variance_NDhw)):
         check_values(name, x, "a floating point tensor", "a VQ latent takes code_entropy_rate")
         if not torch.isfinite(x).all():

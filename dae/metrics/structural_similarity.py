@@ -18,12 +18,12 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
         SSIM = mean over windows of (2 m_a m_b + c1)(2 s_ab + c2) / ((m_a^2 + m_b^2 + c1)(s_a^2 + s_b^2 + c2))
 
     with Gaussian-weighted means m and (co)variances s, c1 = (0.01 R)^2, c2 = (0.03 R)^2, R = 2, averaged over channels and
-    over every position, borders reflected (torchmetrics' convention; others average over whole windows only). The means must
-    not be negative (with both signs the two brackets flip together, and an image resembles its negative), so pixels are
-    moved to [0, 2] first: the values are those of the usual SSIM of images in [0, 1] with R = 1.
+    over every position, borders reflected (torchmetrics' convention; others average over whole windows only). With negative
+    means an image would resemble its negative, as both brackets change sign together, so pixels are shifted to [0, 2]
+    first: the values equal the usual SSIM of images in [0, 1] with R = 1.
 
-    The window is the paper's, 11 x 11 with sigma 1.5; in smaller images the largest odd one that fits, with a sigma of 0.3
-    radius: 7 x 7 with sigma 0.9 for 8 x 8 images. Values below 11 pixels therefore compare only at the same resolution.
+    The window is the paper's, 11 x 11 with sigma 1.5; for smaller images the largest odd one that fits, with sigma = 0.3
+    radius: 7 x 7 with sigma 0.9 for 8 x 8 images. Below 11 pixels, values compare only at equal resolution.
 
     Args:
         a, b: images [N, C, H, W], float, in [-1, 1], H and W at least 3.

@@ -1,4 +1,4 @@
-"""Checks of arguments that several metrics share: what was got, what was expected, and the remedy."""
+"""Argument checks shared by metrics; errors say what was expected, what was found and what to do."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8
 
 
 def as_float(images: Tensor) -> Tensor:
-    """Images in [-1, 1] of images that are held as 8 bits, x / 127.5 - 1 in float32; others as they are."""
+    """Convert 8-bit images to [-1, 1], x / 127.5 - 1 in float32; others are returned unchanged."""
     return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images
 
 
 def check_integers(name: str, x: object, remedy: str) -> None:
-    """TypeError unless x is a dense tensor of integers, with values."""
+    """TypeError unless x is a dense integer tensor with values."""
     check_values(name, x, "integers in a dense tensor", remedy, INTEGER_DTYPES)
 
 
 def check_values(name: str, x: object, expected: str, remedy: str, dtypes: tuple[torch.dtype, ...] = FLOAT_DTYPES) -> None:
-    """TypeError unless x is a dense tensor of one of these dtypes, with values: not of 8 bits, sparse, nested or on meta."""
+    """TypeError unless x is a dense tensor of one of these dtypes, with values: not 8-bit, sparse, nested or on meta."""
     got: object
     if not isinstance(x, Tensor):
         got = type(x).__name__
@@ -36,7 +36,7 @@ def check_values(name: str, x: object, expected: str, remedy: str, dtypes: tuple
 
 
 def check_images(held: bool = False, **images: Tensor) -> None:
-    """Each argument is a batch of floating point images [N, C, H, W], or also one held as 8 bits (a quarter of the memory)."""
+    """Check that each argument is floating point images [N, C, H, W] or, with `held`, 8-bit ones (a quarter of the memory)."""
     dtypes = (*FLOAT_DTYPES, torch.uint8) if held else FLOAT_DTYPES
     for name, x in images.items():
         check_values(name, x, "floating point images in [-1, 1]", "for uint8, x.float() / 127.5 - 1", dtypes)
@@ -45,14 +45,14 @@ def check_images(held: bool = False, **images: Tensor) -> None:
 
 
 def check_image_pairs(a: Tensor, b: Tensor) -> None:
-    """Two batches of images, one of each a pair."""
+    """Check that two batches of images can be paired."""
     check_images(a=a, b=b)
     if a.shape != b.shape:
         raise ValueError(f"expected two batches of one shape, got {tuple(a.shape)} and {tuple(b.shape)}; pair them")
 
 
 def check_same_pixels(**images: Tensor) -> None:
-    """Batches of any length whose images have one size, so that pixels can be compared."""
+    """Check that batches, of any length, have images of one size, so that pixels compare."""
     check_images(held=True, **images)
     (first, reference), *others = images.items()
     for name, x in others:
@@ -62,7 +62,7 @@ def check_same_pixels(**images: Tensor) -> None:
 
 
 def check_features(rows: int = 0, **features: Tensor) -> None:
-    """Finite feature vectors [N, D], at least `rows` of them in each argument, all of one dimension D."""
+    """Check that each argument is finite features [N, D] with at least `rows` rows and one common D."""
     dimension = None
     for name, x in features.items():
         check_values(name, x, "floating point features [N, D]", "convert them by x.float()")
