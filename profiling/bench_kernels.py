@@ -114,7 +114,7 @@ class Bench:
         """A row for each phase; `floors` has flops and bytes per second by product and "copy"."""
         for phase, times in self.samples.items():
             ms = quantiles(times)
-            flops, moved = self.case.least(phase)
+            flops, moved = self.case.minimum(phase)
             floor = 1e3 * max(flops / floors.get(self.case.product, math.inf), moved / floors.get("copy", math.inf)) or None
             row = line(self.case, phase, "ok") | {
                 "ms": ms,
@@ -143,7 +143,7 @@ def difference(got: list[Tensor], expected: list[Tensor]) -> float | None:
 
 def line(case: Case, phase: str, status: str) -> dict[str, Any]:
     """A row with every field; measured ones are None."""
-    flops, moved = case.least(phase)
+    flops, moved = case.minimum(phase)
     row = {"op": case.op, "impl": case.impl, "phase": phase, "status": status, "note": case.note, "product": case.product}
     return row | {"flops": flops, "bytes": moved} | dict.fromkeys(MEASURED)
 

@@ -44,7 +44,7 @@ class Case:
     def __post_init__(self):
         self.product = str(self.product).removeprefix("torch.")
 
-    def least(self, phase: str) -> tuple[float, float]:
+    def minimum(self, phase: str) -> tuple[float, float]:
         """Flops and bytes of "forward", "backward" or "both"."""
         forward, backward = (self.flops, self.bytes), (self.backward_flops, self.backward_bytes)
         both = forward[0] + backward[0], forward[1] + backward[1]

@@ -81,7 +81,7 @@ def evaluate(config: Config) -> dict:
     closest = copies.nearest_distance.argsort()[:16]  # the worst cases, not a selection that flatters
     pictures["samples"] = samples[closest.numpy()]
     pictures["nearest training images"] = to_uint8(as_float(train[copies.nearest_index[closest]]))
-    trade = guidance_sweep(config, judge, autoencoder, prior, history, min(len(samples), settings.max_images))
+    sweep = guidance_sweep(config, judge, autoencoder, prior, history, min(len(samples), settings.max_images))
 
     floor = {"meaning": "training against held-out images, the Frechet distance at equal counts"}
     floor |= {"frechet": judge.floor.mean, "frechet_std": judge.floor.std} | judge.kernel(judge.train_features)
@@ -99,7 +99,7 @@ def evaluate(config: Config) -> dict:
         },
         "generation": generation,
         "floor": floor,
-        "trade": trade,
+        "guidance_sweep": sweep,
         "extractor": {"id": classifier.identifier, "note": note, "heldout_accuracy": judge.accuracy},
         "data": described,
         "counts": {"train": len(train), "heldout": len(heldout), "samples": len(samples), "frechet": judge.count},

@@ -155,7 +155,7 @@ def measure_latents(config: Config, columns: int) -> Measurement:
         latents=latents,
         scales=scales,
         curves=measure_curves(latents, codes, images, config),
-        baselines={d: baselines_of(images, d, settings.seeds, options) for d in with_progress(settings.distances, "yardsticks")},
+        baselines={d: baselines_of(images, d, settings.seeds, options) for d in with_progress(settings.distances, "baselines")},
         gromov=gromov(codes, images, settings.seeds),
         generated={
             a.name: generated_rows(a, codes[a.name], images, config, options, columns) for a in with_progress(latents, "pictures")

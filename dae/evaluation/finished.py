@@ -135,7 +135,7 @@ def guidance_sweep(
     priors, found = [(history.chosen, prior), *history.earlier_priors(prior)], []
     labels, criterion = balanced_labels(count, prior.num_classes), family_of(prior).criterion
     cases = list(itertools.product(priors, config.evaluation.cfg_scales))
-    for (row, model), cfg_scale in tqdm(cases, desc="trade", mininterval=0.5):
+    for (row, model), cfg_scale in tqdm(cases, desc="guidance", mininterval=0.5):
         settings = dataclasses.replace(config.sampling, cfg_scale=cfg_scale)
         batches = generate(autoencoder, model, labels, settings, seed_for(config.seed, "trade"))
         images = torch.cat([batch.clamp(-1, 1).float().cpu() for batch in batches])

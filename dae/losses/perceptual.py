@@ -30,7 +30,7 @@ class PerceptualLoss(nn.Module):
     depths, widths = (2, 2, 3, 3, 3), (64, 128, 256, 512, 512)
     shift: Tensor
     scale: Tensor
-    least_size = 16  # pixels: four poolings leave one position
+    minimum_size = 16  # pixels: four poolings leave one position
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,8 +70,8 @@ class PerceptualLoss(nn.Module):
                 "PerceptualLoss needs two batches of images [B, 1 or 3, H, W] of one shape, "
                 f"got {list(sample.shape)} and {list(images.shape)}"
             )
-        if min(sample.shape[2:]) < self.least_size:
-            raise ValueError(f"PerceptualLoss needs images of at least {self.least_size} pixels, got {list(sample.shape[2:])}")
+        if min(sample.shape[2:]) < self.minimum_size:
+            raise ValueError(f"PerceptualLoss needs images of at least {self.minimum_size} pixels, got {list(sample.shape[2:])}")
         sample, images = ordinary((sample, images))
         pairs = zip(self.taps(sample), self.taps(images), strict=True)
         weights = [self.get_parameter(f"lin{tap}.weight").flatten() for tap in range(len(self.widths))]

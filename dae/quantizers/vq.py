@@ -115,16 +115,16 @@ class VectorQuantizer(WideBuffers, Bottleneck):
         check_feature_map("VectorQuantizer", features, self.codebook.shape[1])
         z_BhwD, codebook_KD = features.movedim(1, -1).double(), self.codebook.double()
         nearest_Bhw, _ = nearest_code(features.float().movedim(1, -1), self.codebook, impl=self.impl)
-        least_N = (z_BhwD - codebook_KD[nearest_Bhw]).square().sum(-1).flatten()
-        if not (least_N.isfinite().all() and codebook_KD.isfinite().all()):
+        minimum_N = (z_BhwD - codebook_KD[nearest_Bhw]).square().sum(-1).flatten()
+        if not (minimum_N.isfinite().all() and codebook_KD.isfinite().all()):
             raise ValueError("sample_indices needs finite features and codes, got NaN or infinity; look for a diverged encoder")
-        scale = (temperature * least_N.mean()).clamp(min=torch.finfo(torch.float64).tiny)
+        scale = (temperature * minimum_N.mean()).clamp(min=torch.finfo(torch.float64).tiny)
         rows = max(1, 2**23 // len(codebook_KD))  # 64 MiB of distances at once
         drawn = []
-        for z_ND, least_n in zip(z_BhwD.flatten(0, -2).split(rows), least_N.split(rows), strict=True):
+        for z_ND, minimum_n in zip(z_BhwD.flatten(0, -2).split(rows), minimum_N.split(rows), strict=True):
             # Differences in float64: products would cancel far from the origin.
             square_NK = torch.cdist(z_ND, codebook_KD, compute_mode="donot_use_mm_for_euclid_dist").square_()
-            drawn.append(torch.multinomial(((least_n[:, None] - square_NK) / scale).softmax(-1), 1))
+            drawn.append(torch.multinomial(((minimum_n[:, None] - square_NK) / scale).softmax(-1), 1))
         return torch.cat(drawn).view(nearest_Bhw.shape)
 
     @torch.no_grad()

@@ -59,8 +59,8 @@ def paragraph(*parts: Any, class_: str | None = None) -> Html:
 def tiles(entries: Sequence[tuple[Any, Any, Any]]) -> Html:
     """Headline numbers, each as (number, what it is, what to hold it against)."""
     cells = [
-        element("div", element("dt", name), element("dd", value, class_="number"), element("dd", yardstick), class_="tile")
-        for value, name, yardstick in entries
+        element("div", element("dt", name), element("dd", value, class_="number"), element("dd", baseline), class_="tile")
+        for value, name, baseline in entries
     ]
     return element("dl", *cells, class_="tiles")
 

@@ -53,6 +53,7 @@ class Record:
         pictures_file, sampling_file = output / "evaluation" / "pictures.npz", output / "samples" / "sampling.json"
         with _undamaged(metrics_file, "evaluate"):
             metrics = dict(json.loads(metrics_file.read_text()))
+            metrics.setdefault("guidance_sweep", metrics.pop("trade", []))  # its name in earlier versions
         with _undamaged(samples_file, "sample"):
             samples = dict(np.load(samples_file))
             images, labels = samples["arr_0"], samples["arr_1"]

@@ -65,7 +65,7 @@ def run_page(run: Record) -> web.Page:
         page.section("Codebook", codebook(run.metrics.get("codebook")))
     else:
         page.section("Latent", latent(run.metrics["latent"]))
-    page.section("Copies?", *copies(run), *trade(run))
+    page.section("Copies?", *copies(run), *guidance_table(run))
     measured = web.table(("measure", "value", "what it means"), measurements(run.metrics), prose=(0, 2))
     origin = web.table(("what", "value"), provenance(run.metrics), prose=(0, 1))
     page.section("All measurements", measured, web.element("h3", "What was measured"), origin)
@@ -240,10 +240,10 @@ def copies(run: Record) -> list[Html]:
     return parts
 
 
-def trade(run: Record) -> list[Html]:
+def guidance_table(run: Record) -> list[Html]:
     """What stronger guidance and longer training cost; empty for a prior that has neither."""
     prior = run.family
-    if not run.metrics.get("trade"):
+    if not run.metrics.get("guidance_sweep"):
         return []
     columns = {
         "guidance": lambda r: f"{r['cfg_scale']:g}", "prior step": lambda r: f"{r['prior_step']:,}",
@@ -255,7 +255,7 @@ def trade(run: Record) -> list[Html]:
     if not run.labelled:
         del columns["recognised"]
     shown = (run.metrics["sampling"]["cfg_scale"], run.metrics["prior"]["step"])
-    marked = [i for i, row in enumerate(run.metrics["trade"]) if (row["cfg_scale"], row["prior_step"]) == shown]
+    marked = [i for i, row in enumerate(run.metrics["guidance_sweep"]) if (row["cfg_scale"], row["prior_step"]) == shown]
     copies_seen, stopping = run.config.prior.num_augmentations or "no", "with" if run.config.prior.early_stopping else "without"
     bold = "The row in bold has the settings of the samples above; it is another draw, so its numbers differ a little."
     words = (
@@ -264,7 +264,7 @@ def trade(run: Record) -> list[Html]:
         f"against copies, for some fidelity. This prior saw {copies_seen} further encodings of each training image and was "
         f"trained {stopping} early stopping. {bold if marked else ''}"
     )
-    rows = [[cell(row) for cell in columns.values()] for row in run.metrics["trade"]]
+    rows = [[cell(row) for cell in columns.values()] for row in run.metrics["guidance_sweep"]]
     return [web.element("h3", "What fidelity costs"), paragraph(words), web.table(list(columns), rows, prose=(), marked=marked)]
 
 

@@ -52,8 +52,8 @@ def build_perceptual_loss(config: Config, stage: Stage) -> PerceptualLoss | None
     """The frozen loss network of a stage; None if its weight is 0. ValueError: the images are too small for it."""
     if stage.config.loss.perceptual == 0:
         return None
-    if (got := config.data.resolution) < (least := PerceptualLoss.least_size):
-        raise ValueError(f"{stage.name}.loss.perceptual needs data.resolution of at least {least}, got {got}")
+    if (got := config.data.resolution) < (minimum := PerceptualLoss.minimum_size):
+        raise ValueError(f"{stage.name}.loss.perceptual needs data.resolution of at least {minimum}, got {got}")
     return PerceptualLoss.from_pretrained(stage.config.loss.perceptual_weights)
 
 

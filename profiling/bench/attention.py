@@ -13,8 +13,8 @@ DTYPES = {"cuda": ["bfloat16"]}
 def cases(device, dtype, B, H, L, D):
     q, k, v = operands = [torch.randn(B, H, L, D, device=device).to(dtype).requires_grad_() for _ in range(3)]
     flops = 4 * B * H * L * L * D
-    least = {"flops": flops, "bytes": 4 * q.nbytes, "backward_flops": 2.5 * flops, "backward_bytes": 8 * q.nbytes}
-    case, run = partial(Case, "attention", leaves=operands, product=dtype, **least), partial(attention, q, k, v)
+    work = {"flops": flops, "bytes": 4 * q.nbytes, "backward_flops": 2.5 * flops, "backward_bytes": 8 * q.nbytes}
+    case, run = partial(Case, "attention", leaves=operands, product=dtype, **work), partial(attention, q, k, v)
     on_gpu, flex = ("works on CUDA devices", "torch has no backward of it on CPUs") if device.type != "cuda" else (None, None)
     yield case("reference", partial(run, impl="reference"))
     yield case("sdpa", partial(run, impl="sdpa"))

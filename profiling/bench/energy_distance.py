@@ -17,8 +17,8 @@ SHAPES = {"cuda": [{"N": 16384, "M": 16384, "D": 64}], "cpu": [{"N": 2000, "M": 
 def cases(device, dtype, N, M, D):
     x_ND, y_MD = clouds = normal_clouds(N, M, D, device, dtype)
     flops, moved = 2 * D * (N * N + M * M + N * M), x_ND.nbytes + y_MD.nbytes
-    least = {"flops": flops, "bytes": moved, "backward_flops": flops, "backward_bytes": 2 * moved}
-    case = partial(Case, "energy_distance", leaves=clouds, product=dtype, **least)
+    work = {"flops": flops, "bytes": moved, "backward_flops": flops, "backward_bytes": 2 * moved}
+    case = partial(Case, "energy_distance", leaves=clouds, product=dtype, **work)
 
     def eager():
         cross, within_x, within_y = torch.cdist(x_ND, y_MD), torch.cdist(x_ND, x_ND), torch.cdist(y_MD, y_MD)

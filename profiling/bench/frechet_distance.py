@@ -18,8 +18,8 @@ SHAPES = {"cuda": [{"N": 10000, "M": 10000, "D": 1024}], "cpu": [{"N": 2000, "M"
 def cases(device, dtype, N, M, D):
     x_ND, y_MD = clouds = normal_clouds(N, M, D, device, dtype, scale=1.2, shift=0.1)
     moved, flops = x_ND.nbytes + y_MD.nbytes, (N + M) * D**2 + 2 * D**3 + 16 * D**3 // 3
-    least = {"flops": flops, "bytes": moved, "backward_flops": 2 * (N + M) * D**2, "backward_bytes": 2 * moved}
-    case = partial(Case, "frechet_distance", leaves=clouds, product="float64", **least)
+    work = {"flops": flops, "bytes": moved, "backward_flops": 2 * (N + M) * D**2, "backward_bytes": 2 * moved}
+    case = partial(Case, "frechet_distance", leaves=clouds, product="float64", **work)
 
     def moments():
         x, y = x_ND.double(), y_MD.double()

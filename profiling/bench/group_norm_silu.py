@@ -23,8 +23,8 @@ def cases(device, dtype, B, C, H, L):
     x = torch.randn(B, C, H, H, device=device).to(dtype).contiguous(memory_format=layout).requires_grad_()
     weight, bias = (torch.randn(C, device=device).requires_grad_() for _ in range(2))
     n, size = x.numel(), x.nbytes
-    least = {"flops": 10 * n, "bytes": 3 * size, "backward_flops": 20 * n, "backward_bytes": 5 * size}
-    case = partial(Case, "group_norm_silu", leaves=[x, weight, bias], **least)
+    work = {"flops": 10 * n, "bytes": 3 * size, "backward_flops": 20 * n, "backward_bytes": 5 * size}
+    case = partial(Case, "group_norm_silu", leaves=[x, weight, bias], **work)
     yield from implementations(case, partial(group_norm_silu, x, 32, weight, bias, 1e-6), device)
     eager = lambda: F.silu(F.group_norm(x, 32, weight.to(dtype), bias.to(dtype), 1e-6))  # noqa: E731
     yield case("torch", eager, note="F.group_norm, F.silu in the dtype of x")

@@ -23,8 +23,8 @@ def cases(device, dtype, N, V, D):
     weight_VD = (torch.randn(V, D, device=device) / D**0.5).to(dtype).requires_grad_()
     targets_N = torch.randint(V, (N,), device=device)
     flops, moved = 2 * N * V * D, hidden_ND.nbytes + weight_VD.nbytes
-    least = {"flops": flops, "bytes": moved, "backward_flops": 2 * flops, "backward_bytes": 2 * moved}
-    case = partial(Case, "linear_cross_entropy", leaves=[hidden_ND, weight_VD], product=dtype, **least)
+    work = {"flops": flops, "bytes": moved, "backward_flops": 2 * flops, "backward_bytes": 2 * moved}
+    case = partial(Case, "linear_cross_entropy", leaves=[hidden_ND, weight_VD], product=dtype, **work)
     ours = partial(linear_cross_entropy, hidden_ND, weight_VD, targets_N)
     plain = lambda: F.cross_entropy(F.linear(hidden_ND, weight_VD), targets_N)  # noqa: E731
     yield case("reference", partial(ours, impl="reference"))

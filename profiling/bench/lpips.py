@@ -18,8 +18,8 @@ def cases(device, dtype, B, C, H, nchw=0):
     a, b = (torch.randn(B, C, H, H, device=device).relu().to(dtype).contiguous(memory_format=layout) for _ in range(2))
     weight = torch.rand(C, device=device)
     n, size = a.numel(), a.nbytes
-    least = {"flops": 8 * n, "bytes": 2 * size, "backward_flops": 12 * n, "backward_bytes": 3 * size}
-    case = partial(Case, "lpips", leaves=[a.requires_grad_()], **least)
+    work = {"flops": 8 * n, "bytes": 2 * size, "backward_flops": 12 * n, "backward_bytes": 3 * size}
+    case = partial(Case, "lpips", leaves=[a.requires_grad_()], **work)
 
     def formula():
         """As the lpips package computes it, with its 1x1 convolution."""

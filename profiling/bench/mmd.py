@@ -18,8 +18,8 @@ def cases(device, dtype, N, M, D):
     x_ND, y_MD = clouds = normal_clouds(N, M, D, device, dtype)
     bandwidths = tuple(scale * D**0.5 for scale in (0.5, 1.0, 2.0))
     flops, moved = 2 * D * (N * N + M * M + N * M), x_ND.nbytes + y_MD.nbytes
-    least = {"flops": flops, "bytes": moved, "backward_flops": flops, "backward_bytes": 2 * moved}
-    case = partial(Case, "mmd", leaves=clouds, product=dtype, **least)
+    work = {"flops": flops, "bytes": moved, "backward_flops": flops, "backward_bytes": 2 * moved}
+    case = partial(Case, "mmd", leaves=clouds, product=dtype, **work)
 
     def kernel_mean(a_ND, b_MD):
         square_NM = a_ND.square().sum(dim=1, keepdim=True) + b_MD.square().sum(dim=1) - 2 * a_ND @ b_MD.T

@@ -17,8 +17,8 @@ DTYPES = {"cuda": ["bfloat16", "float32"]}
 
 def cases(device, dtype, N, K, D):
     x_ND, codebook_KD = torch.randn(N, D, device=device).to(dtype), torch.randn(K, D, device=device).to(dtype)
-    least = {"flops": 2 * N * K * D, "bytes": x_ND.nbytes + codebook_KD.nbytes + 12 * N}
-    case, ours = partial(Case, "nearest_code", product=dtype, **least), partial(nearest_code, x_ND, codebook_KD)
+    work = {"flops": 2 * N * K * D, "bytes": x_ND.nbytes + codebook_KD.nbytes + 12 * N}
+    case, ours = partial(Case, "nearest_code", product=dtype, **work), partial(nearest_code, x_ND, codebook_KD)
 
     def product_argmin():
         return torch.addmm(codebook_KD.square().sum(dim=1), x_ND, codebook_KD.T, alpha=-2).argmin(dim=1)

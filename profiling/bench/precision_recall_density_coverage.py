@@ -19,8 +19,8 @@ NEIGHBOURS = 5
 
 def cases(device, dtype, N, M, D):
     real_ND, fake_MD = (cloud.detach() for cloud in normal_clouds(N, M, D, device, dtype, scale=0.9, shift=0.1))
-    least = {"flops": 2 * D * (N * N + M * M + N * M), "bytes": real_ND.nbytes + fake_MD.nbytes}
-    case = partial(Case, "precision_recall_density_coverage", product="float64", **least)
+    work = {"flops": 2 * D * (N * N + M * M + N * M), "bytes": real_ND.nbytes + fake_MD.nbytes}
+    case = partial(Case, "precision_recall_density_coverage", product="float64", **work)
 
     def products():
         """What is left of it without the choice of neighbours, the balls and the cases that rounding could decide."""

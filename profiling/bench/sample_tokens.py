@@ -23,9 +23,9 @@ def cases(device, dtype, B, T, width, depth):
     prior = ARPrior(config, vocab_size=1024, sequence_length=T, num_classes=10).to(device, dtype).eval()
     labels = torch.arange(B, device=device) % 10
     matrices = sum(m.weight.numel() for m in prior.modules() if isinstance(m, torch.nn.Linear))
-    least = {"flops": 2 * matrices * B * T, "bytes": matrices * prior.head.weight.element_size()}
+    work = {"flops": 2 * matrices * B * T, "bytes": matrices * prior.head.weight.element_size()}
     seeded = lambda: torch.Generator(device).manual_seed(0)  # noqa: E731
-    case = partial(Case, "sample_tokens", product=dtype, **least)
+    case = partial(Case, "sample_tokens", product=dtype, **work)
 
     @torch.no_grad()
     def whole_prefix():

@@ -22,8 +22,8 @@ def cases(device, dtype, N, M, D):
     y_MD = ((torch.randn(M, D, device=device) + 0.5) / D**0.5).to(dtype).requires_grad_()
     steps = len(epsilon_schedule(box(x_ND.detach(), y_MD.detach())[1], BLUR, SCALING, 2)) + 2
     moved, flops = x_ND.nbytes + y_MD.nbytes + 8 * (N + M), 2 * (2 * N * M + N * N + M * M) * D * (steps + 1)
-    least = {"flops": flops, "bytes": moved, "backward_flops": (N + M) * D, "backward_bytes": 2 * moved}
-    case = partial(Case, "sinkhorn_divergence", leaves=[x_ND, y_MD], product=dtype, **least)
+    work = {"flops": flops, "bytes": moved, "backward_flops": (N + M) * D, "backward_bytes": 2 * moved}
+    case = partial(Case, "sinkhorn_divergence", leaves=[x_ND, y_MD], product=dtype, **work)
     settings = {"p": 2, "blur": BLUR, "scaling": SCALING}
     note = "of the reference, whose updates are one opaque operator"
     yield from implementations(case, partial(sinkhorn_divergence, x_ND, y_MD, **settings), device, note)

@@ -18,8 +18,8 @@ def cases(device, dtype, N, M, D, L):
     x_ND, y_MD = clouds = normal_clouds(N, M, D, device, dtype)
     directions_DL = torch.nn.functional.normalize(torch.randn(D, L, device=device), dim=0).to(dtype)
     flops, moved = 2 * (N + M) * D * L, x_ND.nbytes + y_MD.nbytes
-    least = {"flops": flops, "bytes": moved, "backward_flops": flops, "backward_bytes": 2 * moved}
-    case = partial(Case, "sliced_wasserstein", leaves=clouds, product=dtype, **least)
+    work = {"flops": flops, "bytes": moved, "backward_flops": flops, "backward_bytes": 2 * moved}
+    case = partial(Case, "sliced_wasserstein", leaves=clouds, product=dtype, **work)
     operands = {"p": 2, "projections": directions_DL}
     note = "there is no kernel: the time is that of torch.sort"
     yield from with_compiled(case, lambda: sliced_wasserstein(x_ND, y_MD, **operands), note)

@@ -16,8 +16,8 @@ SHAPES = {"cuda": [{"N": 32768, "K": 16384, "D": 256}], "cpu": [{"N": 8192, "K":
 
 def cases(device, dtype, N, K, D):
     x_ND, codebook_KD = torch.randn(N, D, device=device).to(dtype).requires_grad_(), torch.randn(K, D, device=device).to(dtype)
-    least = {"flops": 2 * N * K * D, "bytes": 2 * x_ND.nbytes + codebook_KD.nbytes + 8 * N, "backward_bytes": 2 * x_ND.nbytes}
-    case = partial(Case, "vector_quantize", leaves=[x_ND], product=dtype, **least)
+    work = {"flops": 2 * N * K * D, "bytes": 2 * x_ND.nbytes + codebook_KD.nbytes + 8 * N, "backward_bytes": 2 * x_ND.nbytes}
+    case = partial(Case, "vector_quantize", leaves=[x_ND], product=dtype, **work)
 
     @cache
     def layer():

@@ -89,7 +89,7 @@ def test_samples(chain):
 def test_metrics(chain):
     metrics = json.loads((chain / "metrics.json").read_text())
     assert metrics.keys() >= {
-        "reconstruction", "codebook", "prior", "generation", "floor", "trade", "extractor", "data", "counts", "sampling",
+        "reconstruction", "codebook", "prior", "generation", "floor", "guidance_sweep", "extractor", "data", "counts", "sampling",
         "method", "seed", "versions", "measured", "seconds",
     }  # fmt: skip
     assert {name: row["decoder"] for name, row in metrics["reconstruction"].items()} == {"stage 1": "narrow", "final": "full"}
@@ -106,8 +106,8 @@ def test_metrics(chain):
     assert metrics["generation"]["kernel_subset_size"] == 20 and metrics["floor"]["kernel_subset_size"] == 180  # half of 40, 360
     assert metrics["generation"]["kernel_distance"] > metrics["floor"]["kernel_distance"]
     assert metrics["generation"]["kernel_subsets"] == 100 and metrics["generation"]["kernel_distance_std"] > 0
-    assert all(row.keys() == numbers | {"prior_step", "heldout_bits_per_token", "cfg_scale"} for row in metrics["trade"])
-    assert [row["cfg_scale"] for row in metrics["trade"]][:2] == [1.0, 2.0]
+    assert all(row.keys() == numbers | {"prior_step", "heldout_bits_per_token", "cfg_scale"} for row in metrics["guidance_sweep"])
+    assert [row["cfg_scale"] for row in metrics["guidance_sweep"]][:2] == [1.0, 2.0]
     assert json.loads(json.dumps(metrics), parse_constant=lambda name: pytest.fail(f"{name} is no JSON")) == metrics
 
 

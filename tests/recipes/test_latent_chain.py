@@ -73,8 +73,8 @@ def test_diffusion_transformer_is_sampled_measured_and_shown(flow):
     prior = metrics["prior"]
     assert (prior["family"], prior["tokens_an_image"]) == ("dit", None) and prior["heldout_bits_per_image"] > 0
     assert 0 <= metrics["generation"]["recognised"] <= 1
-    assert {"heldout_loss", "cfg_scale", "prior_step"} <= metrics["trade"][0].keys()
-    assert {row["prior_step"] for row in metrics["trade"]} == {4, 8, 12}
+    assert {"heldout_loss", "cfg_scale", "prior_step"} <= metrics["guidance_sweep"][0].keys()
+    assert {row["prior_step"] for row in metrics["guidance_sweep"]} == {4, 8, 12}
     page = (flow / "report.html").read_text()
     for words in (
         "a Diffusion Transformer, the prior", "64 numbers (4 channels of 4 × 4)", "Bits per image, held-out images",
@@ -98,7 +98,7 @@ def test_gaussian_mixture(encoded, run, history):
         with pytest.raises(ValueError, match="this prior knows no classes; leave it out"):
             run("sample", encoded, *MIXTURE, asked)
     metrics = json.loads((encoded / "metrics.json").read_text())
-    assert metrics["generation"]["recognised"] is None and metrics["trade"] == []
+    assert metrics["generation"]["recognised"] is None and metrics["guidance_sweep"] == []
     assert metrics["prior"]["heldout_bits_per_image"] == rows[1]["bits_per_image"]
     page = (encoded / "report.html").read_text()
     assert "a mixture of 3 Gaussians, the prior" in page and "10 classes, which this prior does not know" in page

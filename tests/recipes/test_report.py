@@ -4,6 +4,7 @@ import base64
 import html
 import importlib.util
 import json
+import os
 import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -74,7 +75,7 @@ def make_run(folder: Path, *, method="dae", classes=3, shape=(8, 8, 1), samples=
         "prior": {"heldout_bits_per_token": 2.25, "step": 25, "tokens_an_image": 16},
         "generation": judged,
         "floor": {"frechet": 2.5, "frechet_std": 0.0, "meaning": ""},
-        "trade": [{"prior_step": 25, "heldout_bits_per_token": 2.25, "cfg_scale": c} | judged for c in (1.0, 1.5)],
+        "guidance_sweep": [{"prior_step": 25, "heldout_bits_per_token": 2.25, "cfg_scale": c} | judged for c in (1.0, 1.5)],
         "extractor": {"id": "digits-classifier-0", "note": "digits features, not Inception", "heldout_accuracy": 0.875},
         "counts": {"train": 4321, "heldout": 360, "samples": samples, "frechet": 360},
         "sampling": sampling, "method": method, "seed": 7, "versions": {"torch": "2.99"}, "seconds": 125.0,
@@ -99,7 +100,7 @@ KINDS = {
     "rgb": {"shape": (64, 64, 3)},
     "large": {"shape": (128, 128, 3), "samples": 6},
     "thousand classes": {"classes": 1000, "samples": 2000},
-    "earlier": {"codebook": None, "trade": [], "data": None},
+    "earlier": {"codebook": None, "guidance_sweep": [], "data": None},
 }
 
 
@@ -136,7 +137,18 @@ def test_samples_stand_beside_originals(tmp_path, report, shape):
     assert (picture[:, 530:562] == 255).all() and len(picture) == 2 * 66 + 2, "as many samples as there are originals, 16"
 
 
-def test_numbers_stand_beside_their_yardsticks(tmp_path, page_of):
+def test_metrics_of_earlier_versions_give_the_same_page(tmp_path, page_of):
+    """They call the sweep of guidance scales a trade."""
+    file = make_run(tmp_path / "run") / "metrics.json"
+    page, metrics = page_of(file.parent).html, json.loads(file.read_text())
+    metrics["trade"] = metrics.pop("guidance_sweep")
+    written = file.stat().st_mtime
+    file.write_text(json.dumps(metrics))
+    os.utime(file, (written, written))
+    assert page_of(file.parent).html == page and "What fidelity costs" in page
+
+
+def test_numbers_stand_beside_their_baselines(tmp_path, page_of):
     page = page_of(make_run(tmp_path / "run")).html
     text = re.sub("<.*?>", " ", page).replace("\u00a0", " ")
     for words in (
