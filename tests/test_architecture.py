@@ -115,11 +115,10 @@ def test_operations_hold_the_same_files():
         if path.name != "fused.py":
             assert not any("triton.jit" in each for each in decorators), f"{path}: kernels stand in fused.py"
         calls = [ast.unparse(node.value.func) if isinstance(getattr(node, "value", None), ast.Call) else "" for node in body]
-        registered = [call for call in calls if call in ("register_op", "register_triton_op")]
+        registered = [call for call in calls if call == "register_op"]
         if registered:
             assert calls[-len(registered) :] == registered, f"{path}: operators are registered at the end, below what they run"
             assert path.name not in ("api.py", "autograd.py"), f"{path}: operators are registered where their body stands"
-            assert set(registered) == {"register_triton_op" if path.name == "fused.py" else "register_op"}, path
 
 
 def test_the_library_never_imports_scripts():

@@ -100,16 +100,22 @@ def taken_whole(function: Callable) -> Callable:
 def register_op(name: str, body: Callable, fake: Callable) -> Callable:
     """`body` as the torch operator `name` ("dae_kernels::..."), opaque to torch.compile; torch.vmap loops over the batch.
 
-    Where nothing traces or transforms and the tensors have values, `body` is called directly: an operator's first call imports
-    Dynamo, which takes seconds and needs more than torch. The operator itself is the attribute `op` of what is returned.
+    The operator declares that it writes to none of its operands. With `triton_op` torch decides that by compiling the kernels;
+    where this fails, it counts every operand as written, which breaks compiled training (torch 2.11).
+
+    Where nothing traces or transforms and the tensors have values, `body` is called directly, without the dispatcher: an
+    operator's first call imports Dynamo, which takes seconds and needs more than torch, and each call costs more than a small
+    kernel. The operator itself is the attribute `op` of what is returned.
 
     It has no derivative: differentiable functions call it from an autograd.Function, the others detach its operands.
 
     Args:
         body: annotated function of tensors and numbers that returns new tensors.
-        fake: the same signature; returns empty tensors of the right shapes, dtypes and devices.
+        fake: the same signature; returns empty tensors of the right shapes, strides, dtypes and devices.
     """
-    op = opaque_op(name, body, fake)
+    op = torch.library.custom_op(name, body, mutates_args=())
+    op.register_fake(fake)
+    op.register_vmap(loop_over_batch(op))
 
     def call(*arguments: Any) -> Any:
         abstract = any(isinstance(argument, torch.Tensor) and valueless(argument) for argument in arguments)
@@ -118,30 +124,6 @@ def register_op(name: str, body: Callable, fake: Callable) -> Callable:
     run: Any = call
     run.op = op
     return run
-
-
-def opaque_op(name: str, body: Callable, fake: Callable) -> Callable:
-    op = torch.library.custom_op(name, body, mutates_args=())
-    op.register_fake(fake)
-    op.register_vmap(loop_over_batch(op))
-    return op
-
-
-def register_triton_op(name: str, launcher: Callable, fake: Callable) -> Callable:
-    """Make `launcher` the torch operator `name` ("dae_kernels::..."), opaque enough for torch.compile.
-
-    A compiled kernel becomes a `triton_op`, whose body Inductor sees through. The interpreter cannot run on the fake
-    tensors this tracing needs, so under it the launcher is an opaque operator and `fake` gives the shapes.
-
-    Args:
-        launcher: annotated function of tensors and numbers that allocates its outputs and launches through `launchable`.
-        fake: the same signature; returns empty tensors of the right shapes, dtypes and devices.
-    """
-    if interpreting():
-        return opaque_op(name, launcher, fake)
-    op: Any = torch.library.triton_op(name, launcher, mutates_args=())
-    op.register_vmap(loop_over_batch(op))
-    return op
 
 
 def loop_over_batch(op: Callable) -> Callable:
@@ -158,8 +140,3 @@ def loop_over_batch(op: Callable) -> Callable:
         return results, (0,) * len(results)
 
     return rule
-
-
-def launchable(kernel: Any) -> Any:
-    """`kernel` as a launcher registered above must call it: `launchable(kernel)[grid](...)`."""
-    return kernel if interpreting() else torch.library.wrap_triton(kernel)

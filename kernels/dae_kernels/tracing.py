@@ -58,5 +58,11 @@ def transform_levels(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
     """Autocast off, for operations that choose their own precision: it would cast float32 down again."""
-    known = torch.amp.is_autocast_available(device.type)  # not for meta tensors
-    return torch.autocast(device.type, enabled=False) if known else nullcontext()
+    return torch.autocast(device.type, enabled=False) if has_autocast(device.type) else nullcontext()
+
+
+def has_autocast(device_type: str) -> bool:
+    """Whether torch knows autocast on such devices; it does not on meta. Dynamo of torch 2.11 cannot trace torch's own answer."""
+    if device_type in ("cpu", "cuda", "meta"):
+        return device_type != "meta"
+    return torch.amp.is_autocast_available(device_type)

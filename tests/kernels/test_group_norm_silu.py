@@ -306,10 +306,10 @@ def test_second_derivatives_are_refused():
 @needs_triton
 def test_operators_pass_torch_checks():
     x, weight, bias, scale, shift = operands((2, 6, 4, 3), "channels_last", adaptive=True)
-    torch.library.opcheck(fused.group_norm_silu_forward, (x, weight, bias, scale, shift, 3, 1e-6, True))
-    torch.library.opcheck(fused.group_norm_silu_forward, (x, None, None, None, None, 3, 1e-6, False))
+    torch.library.opcheck(fused.group_norm_silu_forward.op, (x, weight, bias, scale, shift, 3, 1e-6, True))
+    torch.library.opcheck(fused.group_norm_silu_forward.op, (x, None, None, None, None, 3, 1e-6, False))
     statistics = torch.randn(2, 3, device=DEVICE), torch.rand(2, 3, device=DEVICE)
-    torch.library.opcheck(fused.group_norm_silu_backward, (x, x, weight, None, None, None, *statistics, 3, True))
+    torch.library.opcheck(fused.group_norm_silu_backward.op, (x, x, weight, None, None, None, *statistics, 3, True))
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -281,14 +281,14 @@ def test_compiles_as_one_graph(impl):
 
 
 def test_operators():
-    """opcheck with the interpreter's custom operators; the compiled kind is checked in a process of its own below."""
+    """opcheck of the operators, run by the interpreter."""
     from dae_kernels.lpips.fused import lpips_backward, lpips_forward
 
     a, b, weight, cotangent = draw((2, 6, 4, 3))
     turned = arrange(a, "channels_last")
-    torch.library.opcheck(lpips_forward, (a, turned, weight, 1e-10))
-    torch.library.opcheck(lpips_backward, (cotangent, turned, b, None, 1e-10, True, True, False))
-    torch.library.opcheck(lpips_backward, (cotangent, a, b, weight, 1e-10, False, False, True))
+    torch.library.opcheck(lpips_forward.op, (a, turned, weight, 1e-10))
+    torch.library.opcheck(lpips_backward.op, (cotangent, turned, b, None, 1e-10, True, True, False))
+    torch.library.opcheck(lpips_backward.op, (cotangent, a, b, weight, 1e-10, False, False, True))
 
 
 FAKE = """

@@ -363,11 +363,11 @@ def test_operator_passes_torch_checks():
 
     codebook = torch.randn(2, 4, 3, device=DEVICE)
     for N in (0, 5):
-        torch.library.opcheck(nearest_code_triton, (torch.randn(N, 2, 3, device=DEVICE), codebook, False, True))
+        torch.library.opcheck(nearest_code_triton.op, (torch.randn(N, 2, 3, device=DEVICE), codebook, False, True))
 
 
 def test_operator_is_registered_without_the_interpreter():
-    """The `triton_op` of a GPU run, traced on fake CUDA tensors in a process without the interpreter."""
+    """The operator of a GPU run, traced on fake CUDA tensors in a process without the interpreter."""
     script = (
         "import torch; from torch._subclasses.fake_tensor import FakeTensorMode\n"
         "from dae_kernels.nearest_code.fused import nearest_code_triton\n"

@@ -60,11 +60,11 @@ def test_without_gradient_the_sums_are_the_same():
 @pytest.mark.parametrize("gradient", [False, True])
 def test_operator_passes_torch_checks(gradient):
     q, s, v = torch.randn(4, 3, device=DEVICE), torch.randn(5, 3, device=DEVICE), torch.rand(5, device=DEVICE)
-    torch.library.opcheck(fused.pair_rows_triton, (q, s, v, fused.rates((), q.device), 0, False, gradient))
+    torch.library.opcheck(fused.pair_rows_triton.op, (q, s, v, fused.rates((), q.device), 0, False, gradient))
 
 
 def test_operator_is_registered_without_the_interpreter():
-    """The `triton_op` of a GPU run, traced on fake CUDA tensors in a process without the interpreter."""
+    """The operator of a GPU run, traced on fake CUDA tensors in a process without the interpreter."""
     script = (
         "import torch; from torch._subclasses.fake_tensor import FakeTensorMode\n"
         "from dae_kernels.pairwise.fused import pair_rows_triton\n"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dae_kernels.checks import FLOAT_DTYPES, check_dense
-from dae_kernels.tracing import batched, differentiated, values_readable
+from dae_kernels.tracing import batched, differentiated, has_autocast, values_readable
 
 FUSED_DEVICES = ("cuda",)  # where flash-attn and xformers run; the tests of their adapters add "cpu"
 
@@ -16,8 +16,7 @@ FUSED_DEVICES = ("cuda",)  # where flash-attn and xformers run; the tests of the
 def autocast(x: Tensor) -> Tensor:
     """`x` in the dtype to which autocast casts the operands of its low-precision list."""
     device = x.device.type
-    active = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if active and x.is_floating_point() and x.dtype != torch.float64:
+    if has_autocast(device) and torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(device))
     return x
 

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dae_kernels.dispatch import launchable, register_triton_op
+from dae_kernels.dispatch import register_op
 
 # So many programs keep 132 SMs busy, as an SM holds several.
 PROGRAMS, TILES_PER_CHUNK, TILE = 528, 16, 2048
@@ -330,13 +330,13 @@ def forward_launcher(
     layout = MapLayout(x_BCP, num_groups)
     part_mean = x.new_empty(layout.B, layout.C, layout.chunks, dtype=torch.float32)
     part_m2 = torch.empty_like(part_mean)
-    launchable(moments_kernel)[layout.chunk_grid](
+    moments_kernel[layout.chunk_grid](
         x_BCP, part_mean, part_m2, *x_BCP.stride(), layout.C, layout.P, layout.chunk, **layout.options
     )
-    launchable(merge_moments_kernel)[(layout.B * num_groups,)](
+    merge_moments_kernel[(layout.B * num_groups,)](
         part_mean, part_m2, mean_BG, rstd_BG, layout.channels, layout.chunks, layout.chunk, layout.P, eps, **MERGE
     )
-    launchable(normalise_kernel)[layout.tile_grid](
+    normalise_kernel[layout.tile_grid](
         x_BCP, y_BCP, weight, bias, scale, shift, mean_BG, rstd_BG, *x_BCP.stride(), *y_BCP.stride(),
         layout.C, layout.P, layout.channels, **flags(weight, bias, scale), SILU=silu, **layout.options,
     )  # fmt: skip
@@ -373,20 +373,20 @@ def backward_launcher(
         dy_BCP = torch.empty_like(x_BCP, dtype=dy.dtype).copy_(dy_BCP)
     operands = (weight, bias, scale, shift, mean_BG.contiguous(), rstd_BG.contiguous())
     known = flags(weight, bias, scale)
-    launchable(gradient_sums_kernel)[layout.chunk_grid](
+    gradient_sums_kernel[layout.chunk_grid](
         dy_BCP, x_BCP, *operands, part, part_n, *dy_BCP.stride(), *x_BCP.stride(),
         layout.C, layout.P, layout.channels, layout.chunk, **known, SILU=silu, **layout.options,
     )  # fmt: skip
-    launchable(merge_gradient_sums_kernel)[(num_groups, layout.B)](
+    merge_gradient_sums_kernel[(num_groups, layout.B)](
         part, part_n, weight, scale, sum_BC, sum_n_BC, mean_dn_BG, mean_dn_n_BG, layout.C, layout.P, layout.channels,
         layout.chunks, WEIGHT=known["WEIGHT"], ADAPTIVE=known["ADAPTIVE"], **MERGE_GRADIENTS,
     )  # fmt: skip
-    launchable(gradient_kernel)[layout.tile_grid](
+    gradient_kernel[layout.tile_grid](
         dy_BCP, x_BCP, dx_BCP, *operands, mean_dn_BG, mean_dn_n_BG, *dy_BCP.stride(), *x_BCP.stride(), *dx_BCP.stride(),
         layout.C, layout.P, layout.channels, **known, SILU=silu, **layout.options,
     )  # fmt: skip
     return dx, sum_BC, sum_n_BC
 
 
-group_norm_silu_forward = register_triton_op("dae_kernels::group_norm_silu_forward", forward_launcher, forward_empty)
-group_norm_silu_backward = register_triton_op("dae_kernels::group_norm_silu_backward", backward_launcher, backward_empty)
+group_norm_silu_forward = register_op("dae_kernels::group_norm_silu_forward", forward_launcher, forward_empty)
+group_norm_silu_backward = register_op("dae_kernels::group_norm_silu_backward", backward_launcher, backward_empty)

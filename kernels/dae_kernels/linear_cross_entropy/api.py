@@ -12,7 +12,7 @@ from dae_kernels.checks import as_integer, as_number, check_choice, check_dense,
 from dae_kernels.dispatch import choose, dtype_refusal
 from dae_kernels.linear_cross_entropy.autograd import chunked_cross_entropy
 from dae_kernels.linear_cross_entropy.reference import NOT_COUNTED, counted_rows, linear_cross_entropy_reference
-from dae_kernels.tracing import values_readable, without_autocast
+from dae_kernels.tracing import has_autocast, values_readable, without_autocast
 
 IMPLS = ("auto", "reference", "torch", "chunked", "triton")
 FEW_LOGITS = 1 << 20  # of all rows together; on a CPU they are then as fast at once
@@ -133,7 +133,7 @@ def linear_cross_entropy(
 def compute_dtype(hidden: Tensor) -> torch.dtype:
     """The dtype of the products: autocast's, as for torch's own linear layers, or that of the operands."""
     device = hidden.device.type
-    if hidden.dtype != torch.float64 and torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    if hidden.dtype != torch.float64 and has_autocast(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return hidden.dtype
 

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dae_kernels.dispatch import launchable, register_triton_op
+from dae_kernels.dispatch import register_op
 
 # So many programs keep 132 SMs busy, as an SM holds several.
 PROGRAMS, TILES_PER_CHUNK, TILE = 528, 16, 4096
@@ -186,7 +186,7 @@ def in_layout_of(x: Tensor, dx_BCP: Tensor) -> Tensor:
 
 
 def launch_distance(layout: PairLayout, a_BCP: Tensor, b_BCP: Tensor, weight: Tensor | None, part: Tensor, eps: float) -> None:
-    launchable(distance_kernel)[(layout.programs,)](
+    distance_kernel[(layout.programs,)](
         a_BCP,
         b_BCP,
         weight,
@@ -212,7 +212,7 @@ def launch_gradient(
     eps: float,
 ) -> None:
     """Launch the gradient into those of da, db [B, C, P] and part [B * chunks, C] that are not None."""
-    launchable(gradient_kernel)[(layout.programs,)](
+    gradient_kernel[(layout.programs,)](
         d_out,
         a_BCP,
         b_BCP,
@@ -271,5 +271,5 @@ def backward_launcher(
     return da, db, a.new_empty(0, dtype=torch.float32) if part is None else part.sum(dim=0)
 
 
-lpips_forward = register_triton_op("dae_kernels::lpips_forward", forward_launcher, forward_empty)
-lpips_backward = register_triton_op("dae_kernels::lpips_backward", backward_launcher, backward_empty)
+lpips_forward = register_op("dae_kernels::lpips_forward", forward_launcher, forward_empty)
+lpips_backward = register_op("dae_kernels::lpips_backward", backward_launcher, backward_empty)

@@ -42,7 +42,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dae_kernels.dispatch import launchable, register_triton_op
+from dae_kernels.dispatch import register_op
 
 
 @triton.jit(do_not_specialize=["K"])
@@ -338,17 +338,17 @@ def launch(
     constants = {"H": H, "COSINE": cosine, "EXACT": exact}
     # AMD has no tf32x3; its float32 product is a float32 product.
     exact_precision = "ieee" if torch.version.hip else "tf32x3"
-    launchable(code_norm_kernel)[(triton.cdiv(H * K, norm_options["BLOCK_K"]),)](
+    code_norm_kernel[(triton.cdiv(H * K, norm_options["BLOCK_K"]),)](
         codebook_HKD, norm_HK, H * K, D=D, COSINE=cosine, **norm_options
     )
     # A zero code has no length to care for; a long one may overflow, a short one underflow.
     reach_HK = torch.maximum(norm_HK, (1.0 / norm_HK).where(norm_HK > 0, 0.0)) if cosine else norm_HK
     block_k = search_options["BLOCK_K"]
-    launchable(search_kernel)[(triton.cdiv(N, search_options["BLOCK_N"]), H, S)](
+    search_kernel[(triton.cdiv(N, search_options["BLOCK_N"]), H, S)](
         x_NHD, codebook_HKD, norm_HK, score_RSNH, candidate_RSNH, N, K, triton.cdiv(triton.cdiv(K, block_k), S) * block_k, D,
         UPCAST=dtype != x_NHD.dtype, INPUT_PRECISION=exact_precision if exact else "tf32", **constants, D=D, **search_options,
     )  # fmt: skip
-    launchable(settle_kernel)[(triton.cdiv(N, settle_options["BLOCK_N"]), H)](
+    settle_kernel[(triton.cdiv(N, settle_options["BLOCK_N"]), H)](
         x_NHD, codebook_HKD, reach_HK.amax(dim=1) if exact else norm_HK, score_RSNH, candidate_RSNH, index_NH, distance_NH,
         N, K, S, D, **constants, **settle_options,
     )  # fmt: skip
@@ -373,4 +373,4 @@ def nearest_code_launcher(x_NHD: Tensor, codebook_HKD: Tensor, cosine: bool, exa
     return index_NH, distance_NH
 
 
-nearest_code_triton = register_triton_op("dae_kernels::nearest_code", nearest_code_launcher, nearest_code_empty)
+nearest_code_triton = register_op("dae_kernels::nearest_code", nearest_code_launcher, nearest_code_empty)

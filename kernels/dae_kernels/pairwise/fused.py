@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dae_kernels.clouds import middle, sampled
-from dae_kernels.dispatch import launchable, register_triton_op
+from dae_kernels.dispatch import register_op
 
 
 @triton.jit(do_not_specialize=["N", "M", "d_end"])
@@ -136,7 +136,7 @@ def launch(
     N, M, D = q_ND.shape[0], s_MD.shape[0], int(q_ND.shape[1])
     options = tile(D, gradient)
     grid = (triton.cdiv(N, options["BLOCK_N"]), triton.cdiv(D, options["BLOCK_E"]) if gradient else 1)
-    launchable(pair_rows_kernel)[grid](
+    pair_rows_kernel[grid](
         q_ND,
         s_MD,
         q_ND.square().sum(dim=1),
@@ -172,4 +172,4 @@ def pair_rows_launcher(
     return sum_N, gradient_ND
 
 
-pair_rows_triton = register_triton_op("dae_kernels::pair_rows", pair_rows_launcher, pair_rows_empty)
+pair_rows_triton = register_op("dae_kernels::pair_rows", pair_rows_launcher, pair_rows_empty)

@@ -111,7 +111,7 @@ def k_nearest_distances(x: Tensor, y: Tensor, k: int, exclude_self: bool = False
     k, exclude_self = as_integer(operation, "k", k), as_flag(operation, "exclude_self", exclude_self)
     if exclude_self and x.shape != y.shape:
         raise ValueError(f"exclude_self needs x and y to be the same points, got x {list(x.shape)}, y {list(y.shape)}")
-    check_k(operation, k, y.shape[0] - exclude_self, f"{y.shape[0]} points in y, exclude_self={exclude_self}")
+    check_k(operation, k, y.shape[0] - int(exclude_self), f"{y.shape[0]} points in y, exclude_self={exclude_self}")
     distance_Nk = k_nearest_reference(x.detach().double(), y.detach().double(), k, exclude_self)
     return distance_Nk.to(torch.promote_types(x.dtype, torch.float32))
 
