@@ -173,6 +173,8 @@ class ClockedStep(TrainingStep):
         super().__init__(training)
         self.clock, self.settings, self.device = clock, settings, clock.device
         training.batches = self._clocked(training.batches)
+        if training.ahead is not None:
+            clock.times(training.ahead, "fetch", "data", "data")
         compiled = training.config.compile
         if training.state.ema:
             clock.times(training.state.ema, "update", "update", "average of weights")

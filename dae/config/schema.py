@@ -314,6 +314,18 @@ class Config:
     )
     compile: bool = knob(False, "compile the models with torch.compile", role="free")
     channels_last: bool = knob(False, "keep feature maps of the autoencoder in memory as NHWC, which convolutions on GPUs prefer")
+    cudnn_benchmark: bool = knob(
+        True,
+        "training on a GPU: cuDNN times its algorithms for each new shape and keeps the fastest, so that rounding may differ "
+        "between runs; false lets it choose by rules",
+        role="free",
+    )
+    allow_tf32: bool = knob(
+        True,
+        "training on a GPU: float32 convolutions and matrix products round their operands to TF32, 10 bits of mantissa instead "
+        "of 23, which tensor cores multiply; false computes in float32; bf16 and fp16 are not affected",
+        role="free",
+    )
     report_to: str = knob("tensorboard", "accelerate's tracker", choices=("none", "tensorboard", "wandb", "trackio"), role="free")
     logged_images: int = knob(
         8, "reconstructions and samples that each validation shows in the tracker; 0 shows none", ge=0, le=1000, role="free"

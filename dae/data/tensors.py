@@ -28,9 +28,10 @@ class TensorLoader:
             )
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        epoch = 0
+        epoch, device = 0, next(iter(self.columns.values())).device
         while True:
             order = torch.randperm(self.rows, generator=torch.Generator().manual_seed(self.seed + epoch))
-            for rows in order[: self.rows // self.batch_size * self.batch_size].split(self.batch_size):
-                yield {name: column[rows.to(column.device)] for name, column in self.columns.items()}
+            order = order[: self.rows // self.batch_size * self.batch_size].to(device)  # per batch the host would wait each time
+            for rows in order.split(self.batch_size):
+                yield {name: column[rows] for name, column in self.columns.items()}
             epoch += 1

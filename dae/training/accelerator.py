@@ -19,6 +19,7 @@ from dae.config import Config, knobs
 from dae.distributed import agree
 from dae.lock import RANKS, SIZES
 from dae.optional import optional
+from dae.training.engine import set_backends
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -39,6 +40,7 @@ def make_accelerator(config: Config, logging_dir: Path | None = None) -> Acceler
     """Hugging Face's Accelerator: devices, mixed precision, data parallelism, trackers.
 
     Buffers are not broadcast by DDP: the only ones that change are a codebook's, and all processes update them alike.
+    A recipe that trains gets `cudnn_benchmark` and `allow_tf32` as well (`dae.training.engine.set_backends`); others do not.
 
     Args:
         config: `mixed_precision` of it becomes what accelerate chose, where it left that open: resuming compares it.
@@ -78,6 +80,8 @@ def make_accelerator(config: Config, logging_dir: Path | None = None) -> Acceler
     _compare(accelerator, config, tracker, trains)
     config.mixed_precision = accelerator.mixed_precision
     agree({key: operator.attrgetter(key)(config) for key, knob in knobs().items() if knob.role not in ("free", "judging")})
+    if trains:
+        set_backends(config, accelerator.device)
     if trains and accelerator.is_main_process:
         processes = f"{accelerator.num_processes} process" + ("es" if accelerator.num_processes > 1 else "")
         precision = accelerator.mixed_precision.replace("no", "fp32")

@@ -164,8 +164,8 @@ class StageTraining(Training):
         if loss.adversarial > 0:
             set_seed(config.seed, stage.name, "discriminator")
             discriminator = PatchDiscriminator(config.data.channels, loss.discriminator_channels, loss.discriminator_layers)
-            optimizer = build_optimizer(discriminator, stage.config, loss.discriminator_learning_rate)
             self._place(discriminator, config, engine.device)
+            optimizer = build_optimizer(discriminator, stage.config, loss.discriminator_learning_rate)
             self.discriminate, prepared = engine.prepare(discriminator, optimizer)
             self.synchronized.append(self.discriminate)
             self.state.modules["discriminator"], self.state.optimizers["discriminator_optimizer"] = discriminator, prepared

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from dae.config import Config
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -33,13 +35,39 @@ class Engine(Protocol):
         """Add the gradients of the loss."""
 
     def clip(self, parameters: Iterable[Tensor], max_norm: float) -> None:
-        """Scale the gradients down to a global norm of at most `max_norm`."""
+        """Scale the gradients down to a global norm of at most `max_norm`; the host waits for no device."""
 
     def step(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
         """One step of each, and no gradients afterwards."""
 
     def free_memory(self) -> None:
         """Release what was prepared."""
+
+
+def set_backends(config: Config, device: torch.device) -> None:
+    """Set cuDNN's search for algorithms and TF32 as `cudnn_benchmark` and `allow_tf32` say; on a CPU nothing is set."""
+    if device.type == "cuda":
+        _set_backends(config.cudnn_benchmark, config.allow_tf32, config.allow_tf32)
+
+
+@contextlib.contextmanager
+def backends(config: Config, device: torch.device) -> Iterator[None]:
+    """Context in which `set_backends` holds; afterwards all is as before."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    set_backends(config, device)
+    try:
+        yield
+    finally:
+        _set_backends(*before)
+
+
+def _set_backends(benchmark: bool, convolutions: bool, products: bool) -> None:
+    torch.backends.cudnn.benchmark = benchmark
+    torch.backends.cudnn.allow_tf32 = convolutions
+    torch.backends.cuda.matmul.allow_tf32 = products
 
 
 class AcceleratorEngine:

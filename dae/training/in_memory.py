@@ -16,7 +16,7 @@ from dae.priors import prior_family
 from dae.seeding import seed_for, set_seed
 from dae.training.autoencoder import build_autoencoder, train_stages
 from dae.training.encodings import build_cache, cache_class, encode_views
-from dae.training.engine import LocalEngine
+from dae.training.engine import LocalEngine, backends
 from dae.training.initialization import load_prior
 from dae.training.prior import PriorTraining, train_by_steps
 from dae.training.stages import plan_stages
@@ -33,7 +33,7 @@ def train_autoencoder(images_NCHW: Tensor, config: Config) -> Autoencoder:
         ValueError: a data set smaller than a batch, or other images than `config.data` says.
         FloatingPointError: the loss is not finite.
     """
-    with _own_random_state():
+    with _own_random_state(), backends(config, images_NCHW.device):
         autoencoder = build_autoencoder(config, plan_stages(config)[0]).to(images_NCHW.device)
         autoencoder.refuse_other_data(images_NCHW.shape[1], images_NCHW.shape[2])
 
@@ -77,7 +77,7 @@ def train_prior(cache: EncodingCache, config: Config) -> Prior:
         FloatingPointError: the loss is not finite.
     """
     settings, family, encoded = config.prior, prior_family(config), cache.train
-    with _own_random_state():
+    with _own_random_state(), backends(config, encoded.values_NC.device):
         set_seed(config.seed, "prior")
         prior = family.build(settings, cache).to(encoded.values_NC.device)
         if settings.init_from:

@@ -17,6 +17,7 @@ from dae.seeding import set_seed
 from dae.training.ema import EMA
 from dae.training.engine import Engine
 from dae.training.optimization import build_optimizer, build_scheduler
+from dae.training.prefetch import Prefetcher, prefetched
 from dae.training.state import TrainingState
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class Training:
 
     Attributes:
         model: `trained` as it is to be called: compiled, in mixed precision, with synchronised gradients.
+        ahead: the loader where it fetches the next batch early, on CUDA.
         synchronized: all prepared modules, the gradients of which processes add up at the last micro-step.
         state: all that changes, for checkpoints.
     """
@@ -59,9 +61,11 @@ class Training:
             trained = torch.compile(trained)  # type: ignore[assignment]  # a module again
         self.model, prepared = engine.prepare(trained, optimizer)
         self.synchronized: list[Callable] = [self.model]
+        batches = prefetched(loader, engine.device)
+        self.ahead = batches if isinstance(batches, Prefetcher) else None
         modules, optimizers = {"model": model}, {"optimizer": prepared}
-        self.state = TrainingState(modules, optimizers, scheduler, loader, ema, engine.scaler)  # type: ignore[arg-type]
-        self.batches = iter(loader)
+        self.state = TrainingState(modules, optimizers, scheduler, batches, ema, engine.scaler)  # type: ignore[arg-type]
+        self.batches = iter(batches)
 
     def step(self, number: int) -> None:
         """Step `number`: gradients of all micro-steps, then optimisers, schedule, codebook, average."""
@@ -77,6 +81,8 @@ class Training:
         self.update_codebook()
         if self.state.ema:
             self.state.ema.update(self.trained)
+        if self.ahead is not None and number + 1 < self.settings.max_train_steps:
+            self.ahead.fetch()  # while the device works on this step
 
     def micro_step(self, number: int) -> Tensor:
         """Add the gradients of a batch; returns its loss for the log, detached."""

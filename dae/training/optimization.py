@@ -12,8 +12,13 @@ from dae.config import OptimizationConfig
 
 
 def build_optimizer(module: nn.Module, config: OptimizationConfig, learning_rate: float | None = None) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; weight decay on matrices and kernels, none on biases and norms."""
+    """AdamW over the trainable parameters; weight decay on matrices and kernels, none on biases and norms.
+
+    Build it when the parameters are on the device that they are trained on: on CUDA the update is one kernel for many tensors
+    (torch's `fused`), on a CPU one operation for all (`foreach`, a third less time than one by one, for the same bits).
+    """
     parameters = [p for p in module.parameters() if p.requires_grad]
+    fused = any(p.device.type == "cuda" for p in parameters)
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.adam_weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
@@ -22,7 +27,8 @@ def build_optimizer(module: nn.Module, config: OptimizationConfig, learning_rate
         [g for g in groups if g["params"]],
         lr=config.learning_rate if learning_rate is None else learning_rate,
         betas=(config.adam_beta1, config.adam_beta2),
-        foreach=True,  # torch's choice on a GPU; on a CPU it takes a third less time, for the same bits
+        foreach=not fused,
+        fused=fused,
     )
 
 

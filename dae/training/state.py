@@ -15,6 +15,7 @@ from dae.training.ema import EMA
 
 if TYPE_CHECKING:
     from dae.data import TrainLoader
+    from dae.training.prefetch import Prefetcher
 
 
 @dataclass
@@ -22,7 +23,7 @@ class TrainingState:
     modules: dict[str, nn.Module]  # unwrapped, by the name of their file in a checkpoint
     optimizers: dict[str, torch.optim.Optimizer]
     scheduler: torch.optim.lr_scheduler.LambdaLR
-    loader: TrainLoader  # or, where nothing is saved, a TensorLoader
+    loader: TrainLoader | Prefetcher  # or, where nothing is saved, a TensorLoader
     ema: EMA | None = None
     scaler: Any = None  # of fp16 training
     losses: list[Tensor] = field(default_factory=list)  # of the micro-steps since the last entry of the log
@@ -69,7 +70,8 @@ class TrainingState:
             for key, value in tensors[name].items():
                 index, entry = key.split(".", 1)
                 entries.setdefault(int(index), {})[entry] = value
-            optimizer.load_state_dict({"state": entries, "param_groups": state[name]})
+            groups = [saved | _of_this_machine(own) for saved, own in zip(state[name], optimizer.param_groups, strict=True)]
+            optimizer.load_state_dict({"state": entries, "param_groups": groups})
         if self.ema:
             self.ema.load_state_dict(tensors["ema"], state["ema_updates"])
         if self.scaler:
@@ -94,3 +96,8 @@ class TrainingState:
         device = next(next(iter(self.modules.values())).parameters()).device
         self.losses = list(own.float().to(device))
         return state["stage_step"]
+
+
+def _of_this_machine(group: dict[str, Any]) -> dict[str, Any]:
+    """How an optimiser computes; torch would take it from the checkpoint, which may have been written on another device."""
+    return {name: group[name] for name in ("foreach", "fused", "capturable") if name in group}

@@ -6,11 +6,13 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from dae.config import Config, DecoderConfig, LossConfig, OptimizationConfig, StageConfig, load_config
 from dae.models import Autoencoder
 from dae.seeding import seed_for
 from dae.training import EMA, build_optimizer, build_scheduler, plan_stages
+from dae.training.engine import backends
 from dae.training.loop import global_mean, refuse_non_finite
 
 
@@ -50,6 +52,31 @@ def test_optimizer_groups():
     assert decayed["betas"] == (0.7, 0.8) and decayed["lr"] == plain["lr"] == 0.5
     assert build_optimizer(module, config, 0.25).param_groups[0]["lr"] == 0.25
     assert len(build_optimizer(nn.GroupNorm(1, 2), config).param_groups) == 1  # no empty group
+
+
+def test_optimizer_is_fused_on_cuda_alone():
+    module, config = nn.Linear(3, 2), OptimizationConfig()
+    assert [(group["fused"], group["foreach"]) for group in build_optimizer(module, config).param_groups] == [(False, True)] * 2
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for name in ("weight", "bias"):  # on a CUDA device in name alone
+            setattr(module, name, nn.Parameter(torch.empty(getattr(module, name).shape, device="cuda")))
+        assert [(group["fused"], group["foreach"]) for group in build_optimizer(module, config).param_groups] == [
+            (True, False)
+        ] * 2
+
+
+def test_backends_are_set_on_cuda_alone():
+    def found():
+        return torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+
+    before = found()
+    assert Config().cudnn_benchmark and Config().allow_tf32
+    with backends(Config(), torch.device("cpu")):
+        assert found() == before
+    for wanted in (True, False):
+        with backends(Config(cudnn_benchmark=wanted, allow_tf32=not wanted), torch.device("cuda")):
+            assert found() == (wanted, not wanted, not wanted)
+        assert found() == before
 
 
 class Toy(nn.Module):

@@ -243,3 +243,28 @@ def test_resuming_from_a_path(tmp_path):
     assert Run(dataclasses.replace(config, resume_from_checkpoint=path), "prior").open(None).state["step"] == 4
     with pytest.raises(FileNotFoundError, match="is no checkpoint"):
         Run(dataclasses.replace(config, resume_from_checkpoint=path + "0"), "prior").open(None)
+
+
+def test_optimizers_resume_each_other(tmp_path):
+    """A GPU's run is fused, a CPU's is not: each continues the other's checkpoint, by its own way of computing."""
+
+    def trainer(fused):
+        made = Trainer(tiny_config(tmp_path))
+        for optimizer in made.parts.optimizers.values():
+            for group in optimizer.param_groups:
+                group |= {"foreach": not fused, "fused": fused}
+        return made
+
+    for before, after in ((False, True), (True, False)):
+        first, second = trainer(before), trainer(after)
+        first.train(0, 2)
+        saved, state = first.parts.pack()
+        copies = {file: {name: value.clone() for name, value in part.items()} for file, part in saved.items()}
+        second.parts.restore(Checkpoint(tmp_path, copies, state | {"stage_step": 2}))
+        found, _ = second.parts.pack()
+        for name in ("optimizer", "discriminator_optimizer"):
+            assert all(torch.equal(value, found[name][key]) for key, value in saved[name].items())
+            assert {group["fused"] for group in second.parts.optimizers[name].param_groups} == {after}
+        second.train(2, 3)
+        found, _ = second.parts.pack()
+        assert {value.item() for key, value in found["optimizer"].items() if key.endswith(".step")} == {3}
