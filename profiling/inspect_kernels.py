@@ -4,12 +4,14 @@
     python profiling/inspect_kernels.py --op nearest_code --target sm_90 --json
     python profiling/inspect_kernels.py --gate                # exit 1 if a kernel breaks a rule
 
-The gate: nothing spilled, shared memory within what a block may have, and the tensor-core instruction of the target's generation
-in each kernel with a product (HMMA on sm_80, HGMMA on sm_90, UTC*MMA on sm_100, MFMA on gfx942). Variants of an operation stand
+The gate: nothing spilled, shared memory within what a block may have, the tensor-core instruction of the target's generation in
+each kernel with a product (HMMA on sm_80, HGMMA on sm_90, UTC*MMA on sm_100, MFMA on gfx942), and every kernel also compiles with
+each of its integer arguments as 1, which Triton then makes a constant. Variants of an operation stand
 in profiling/aot/<operation>.py.
 """
 
 import argparse
+import inspect
 import itertools
 import json
 import os
@@ -17,6 +19,8 @@ import re
 import subprocess
 import sys
 import tempfile
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,17 +37,64 @@ TARGETS = {
     "gfx942": (("hip", "gfx942", 64), 65536, r"\bv_mfma"),
 }
 
+FRONT_ENDS = ("sm_90", "gfx942")  # targets for which Triton's front end, the same for a vendor's GPUs, is asked about constants
+
 
 def compiled(variant: Variant, target_name: str) -> Any:
     """What Triton makes of the variant for the target."""
     import triton
+
+    return triton.compile(source_of(variant), target=gpu(target_name), options=variant.options)
+
+
+def variants_of(operation: str, target_name: str) -> Iterator[Variant]:
+    """The variants in profiling/aot/, with the tiles that the operation's table has for the target."""
+    listed = load_module(VARIANTS / f"{operation}.py").variants
+    measured = {"gpu": target_name} if "gpu" in inspect.signature(listed).parameters else {}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*tiles go by rule")  # of targets that nobody has measured
+        yield from listed(backend=TARGETS[target_name][0][0], **measured)
+
+
+def gpu(target_name: str) -> Any:
     from triton.backends.compiler import GPUTarget
+
+    return GPUTarget(*TARGETS[target_name][0])
+
+
+def source_of(variant: Variant) -> Any:
     from triton.compiler import ASTSource
 
     places = {name: place for place, name in enumerate(variant.signature)}
     attrs = {(places[name],): [["tt.divisibility", 16]] for name in variant.aligned}
-    source = ASTSource(fn=variant.kernel, signature=variant.signature, constexprs=variant.constants, attrs=attrs)
-    return triton.compile(source, target=GPUTarget(*TARGETS[target_name][0]), options=variant.options)
+    return ASTSource(fn=variant.kernel, signature=variant.signature, constexprs=variant.constants, attrs=attrs)
+
+
+def refusal(variant: Variant, target_name: str) -> str | None:
+    """Why Triton's front end, which alone knows of constants, does not take the variant, or None; a fraction of a compilation."""
+    from triton._C.libtriton import ir
+    from triton.compiler import make_backend
+
+    target = gpu(target_name)
+    backend, context = make_backend(target), ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    options = backend.parse_options(dict(variant.options))
+    try:
+        source_of(variant).make_ir(
+            target, options, backend.get_codegen_implementation(options), backend.get_module_map(), context
+        )
+    except Exception as error:  # of any kind: the kernel's own Python runs there
+        return " ".join(str(error).split())[-200:]
+    return None
+
+
+def refused_ones(variant: Variant, target_name: str) -> list[str]:
+    """Faults of the variant with each of its integer arguments as 1 in turn, and with all of them."""
+    names = variant.specialised
+    ones = [variant.with_ones(name) for name in names] + ([variant.with_ones(*names)] if len(names) > 1 else [])
+    found = [(one.name.removeprefix(variant.name + ", "), refusal(one, target_name)) for one in ones]
+    return [f"does not compile with {name}: {reason}" for name, reason in found if reason]
 
 
 def resources(binary: Any, target_name: str, product: bool) -> dict[str, Any]:
@@ -99,11 +150,11 @@ def main() -> None:
         print(f"{'kernel':<34}{'variant':<34}{'target':<8}{'registers':>10}{'shared':>8}{'spills':>7}{'tensor core':>13}")
     broken, wanted = 0, [name for name in TARGETS if name in (arguments.target or TARGETS)]
     for operation, target_name in itertools.product(arguments.op or operations, wanted):
-        for variant in load_module(VARIANTS / f"{operation}.py").variants(backend=TARGETS[target_name][0][0]):
+        for variant in variants_of(operation, target_name):
             binary = compiled(variant, target_name)
             report = {"operation": operation, "kernel": binary.metadata.name, "variant": variant.name, "target": target_name}
             report |= resources(binary, target_name, variant.product) | {"product": variant.product}
-            report["faults"] = faults(report)
+            report["faults"] = faults(report) + (refused_ones(variant, target_name) if target_name in FRONT_ENDS else [])
             broken += bool(report["faults"])
             if arguments.json:
                 print(json.dumps(report), flush=True)

@@ -1,6 +1,6 @@
 """A Triton kernel as its launcher compiles it, as inspect_kernels.py reads it and the tables in profiling/aot/ list it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 
@@ -35,6 +35,16 @@ class Variant:
             raise ValueError(f"{self.name}: the variant says nothing about {missing}")
         usual = {key: "*fp32" if key.endswith("_ptr") else "i32" for key in names} | self.types
         self.signature = {key: "constexpr" if key in self.constants else usual[key] for key in names}
+
+    @property
+    def specialised(self) -> list[str]:
+        """Arguments that Triton makes constants where they are 1: integers, unless the kernel says otherwise."""
+        apart = {p.name for p in self.kernel.params if p.do_not_specialize}
+        return [name for name, kind in self.signature.items() if kind.startswith("i") and name not in apart]
+
+    def with_ones(self, *names: str) -> "Variant":
+        """The variant with 1 for these arguments, as a constant."""
+        return replace(self, name=f"{self.name}, {' = '.join(names)} = 1", constants=self.constants | dict.fromkeys(names, 1))
 
     @property
     def aligned(self) -> list[str]:

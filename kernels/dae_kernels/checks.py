@@ -25,7 +25,7 @@ def as_number(operation: str, name: str, got: Any) -> float:
         TypeError: not a real number; a bool is refused, too.
         ValueError: too large for a float, or a tensor that cannot be read here or asks for a gradient.
     """
-    if isinstance(got, torch.SymInt | torch.SymFloat):
+    if type(got) is float or isinstance(got, torch.SymInt | torch.SymFloat):
         return got  # type: ignore[return-value]
     value = unwrapped(operation, name, got)
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
@@ -38,7 +38,7 @@ def as_number(operation: str, name: str, got: Any) -> float:
 
 def as_integer(operation: str, name: str, got: Any) -> int:
     """`got` as an int, or torch.compile's symbol in its place; errors as `as_number`, also for 2.0 and beyond 64 bits."""
-    if isinstance(got, torch.SymInt):
+    if isinstance(got, torch.SymInt) or (type(got) is int and -(2**63) <= got < 2**63):
         return got  # type: ignore[return-value]
     value = unwrapped(operation, name, got)
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
@@ -91,6 +91,8 @@ def described(got: Any) -> str:
 
 def check_choice(name: str, got: Any, choices: Sequence[str | None]) -> None:
     """ValueError unless `got` is one of `choices`."""
+    if type(got) is str and got in choices:
+        return
     if not isinstance(got, str | None) or got not in choices:  # an array would compare by element
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {' '.join(repr(got).split()):.80}")
 

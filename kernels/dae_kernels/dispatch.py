@@ -12,6 +12,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 from dae_kernels.checks import check_choice
 from dae_kernels.tracing import TAKEN_WHOLE, traced, valueless
@@ -23,7 +25,7 @@ KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 INTERPRETED_BFLOAT16 = False  # True where Triton's interpreter is patched, as in the tests
 
 
-def dtype_refusal(*operands: torch.Tensor) -> str | None:
+def dtype_refusal(*operands: Tensor) -> str | None:
     """Why no kernel takes operands of these dtypes, or None."""
     for operand in operands:
         if operand.dtype not in KERNEL_DTYPES:
@@ -31,6 +33,15 @@ def dtype_refusal(*operands: torch.Tensor) -> str | None:
         if operand.dtype == torch.bfloat16 and operand.device.type == "cpu" and interpreting() and not INTERPRETED_BFLOAT16:
             return "Triton's CPU interpreter computes with the bits of bfloat16 (seen in 3.7.1), so its results are wrong"
     return None
+
+
+def plain(operand: Any) -> bool:
+    """Whether it is a dense tensor of a dtype that `dtype_refusal` lets pass; False where that is not seen at once."""
+    if not isinstance(operand, Tensor) or operand.dtype not in KERNEL_DTYPES:
+        return False
+    if operand.is_nested or operand.layout is not torch.strided:
+        return False
+    return not (operand.dtype is torch.bfloat16 and operand.is_cpu and interpreting())
 
 
 def interpreting() -> bool:
@@ -43,15 +54,22 @@ def triton_refusal(device: torch.device) -> str | None:
     if not TRITON_INSTALLED:
         return "triton is not installed (pip install triton)"
     if device.type == "cuda":
-        if not torch.cuda.is_available():  # fake tensors: what they stand for has a GPU
-            return None
-        properties = torch.cuda.get_device_properties(device)  # the only such query that Dynamo evaluates
-        if torch.version.hip is None and properties.major < 8:
-            return f"the kernels need compute capability 8.0 or higher, {properties.name} has {properties.major}.x"
-        return None
+        return gpu_refusal(device) if torch.compiler.is_compiling() else known_gpu_refusal(device)
     if device.type == "cpu" and interpreting():
         return None
     return f"the tensors are on {device}, not on a CUDA device"
+
+
+def gpu_refusal(device: torch.device) -> str | None:
+    if not torch.cuda.is_available():  # fake tensors: what they stand for has a GPU
+        return None
+    properties = torch.cuda.get_device_properties(device)  # the only such query that Dynamo evaluates
+    if torch.version.hip is None and properties.major < 8:
+        return f"the kernels need compute capability 8.0 or higher, {properties.name} has {properties.major}.x"
+    return None
+
+
+known_gpu_refusal = functools.cache(gpu_refusal)  # the driver's answers take as long as a launch
 
 
 def choose(impl: str, device: torch.device, refusal: str | None = None) -> str:
@@ -97,6 +115,26 @@ def taken_whole(function: Callable) -> Callable:
     return run
 
 
+def apply(function: Any, *arguments: Any) -> Any:
+    """`function.apply(*arguments)` of an autograd.Function with `setup_context`, at a tenth of its host time.
+
+    torch binds the arguments to the signature of `forward` at each call (45 of 50 us in torch 2.13), for default values that
+    the Functions here have not. Where nothing traces or transforms, that is left out, and where no derivative can be taken,
+    `forward` runs alone.
+    """
+    if traced():
+        return function.apply(*arguments)
+    wanted = False
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            if torch._C._functorch.is_functorch_wrapped_tensor(argument):  # left behind by a transform
+                return function.apply(*arguments)
+            wanted = wanted or argument.requires_grad
+    if (wanted and torch.is_grad_enabled()) or forward_ad._current_level >= 0:
+        return super(torch.autograd.Function, function).apply(*arguments)
+    return function.forward(*arguments)
+
+
 def register_op(name: str, body: Callable, fake: Callable) -> Callable:
     """`body` as the torch operator `name` ("dae_kernels::..."), opaque to torch.compile; torch.vmap loops over the batch.
 
@@ -118,8 +156,12 @@ def register_op(name: str, body: Callable, fake: Callable) -> Callable:
     op.register_vmap(loop_over_batch(op))
 
     def call(*arguments: Any) -> Any:
-        abstract = any(isinstance(argument, torch.Tensor) and valueless(argument) for argument in arguments)
-        return op(*arguments) if abstract or traced() else body(*arguments)
+        if traced():
+            return op(*arguments)
+        for argument in arguments:
+            if isinstance(argument, Tensor) and valueless(argument):
+                return op(*arguments)
+        return body(*arguments)
 
     run: Any = call
     run.op = op
@@ -134,7 +176,7 @@ def loop_over_batch(op: Callable) -> Callable:
         for k in range(info.batch_size):
             one = (a.select(d, k) if isinstance(d, int) else a for a, d in zip(arguments, in_dims, strict=True))
             calls.append(op(*one))
-        if isinstance(calls[0], torch.Tensor):
+        if isinstance(calls[0], Tensor):
             return torch.stack(calls), 0
         results = tuple(torch.stack(result) for result in zip(*calls, strict=True))
         return results, (0,) * len(results)

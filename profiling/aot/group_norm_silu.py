@@ -1,6 +1,7 @@
 """Variants of group_norm_silu: both layouts, with SiLU and the adaptive operands, and the least of them. One stride is 1."""
 
 from dae_kernels.group_norm_silu import fused
+from dae_kernels.group_norm_silu.layout import tile
 from variants import Variant
 
 # element type, channels_last, C, P, adaptive, SiLU
@@ -21,14 +22,16 @@ KERNELS = (
 )
 
 
-def variants(backend):
+def variants(backend, gpu=None):
     for name, (element, channels_last, C, P, adaptive, silu) in VARIANTS.items():
         constants = {"WEIGHT": True, "BIAS": True, "ADAPTIVE": adaptive, "SILU": silu} | fused.MERGE
         # In the third dy comes in another layout than x: nothing may depend on their agreement.
-        constants |= {f"{t}_stride_{'c' if channels_last != (t == 'dy' and adaptive) else 'p'}": 1 for t in TENSORS}
+        prefixes = ("x_", "", "dy_")
+        constants |= {f"{t}stride_{'c' if channels_last != (t == 'dy_' and adaptive) else 'p'}": 1 for t in prefixes}
         constants |= {} if adaptive else {"scale_ptr": None, "shift_ptr": None}
         types = {f"{t}_ptr": element for t in TENSORS} | {"eps": "fp32"}
         for kernel in KERNELS:
             own = constants | (fused.MERGE_GRADIENTS if kernel is fused.merge_gradient_sums_kernel else {})
             divisible = ("stride",) if C % 16 == 0 else ()
-            yield Variant(name, kernel, types, own, fused.tile(C, P, channels_last), divisible=divisible)
+            sizes = tile(C, P, channels_last, kernel.__name__.removesuffix("_kernel"), gpu)
+            yield Variant(name, kernel, types, own, sizes, divisible=divisible)

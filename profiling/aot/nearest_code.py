@@ -11,6 +11,12 @@ VARIANTS = {
     "bf16 D=64, fast": (torch.bfloat16, torch.bfloat16, False, 64, "l2", 1),
     "bf16 D=64, 3 heads, fast": (torch.bfloat16, torch.bfloat16, False, 64, "l2", 3),
     "bf16 D=256, fast": (torch.bfloat16, torch.bfloat16, False, 256, "l2", 1),
+    "bf16 D=8, fast": (torch.bfloat16, torch.bfloat16, False, 8, "l2", 1),
+    "bf16 D=8, exact": (torch.bfloat16, torch.bfloat16, True, 8, "l2", 1),
+    "bf16 D=32, exact": (torch.bfloat16, torch.bfloat16, True, 32, "l2", 1),
+    "bf16 D=64, exact": (torch.bfloat16, torch.bfloat16, True, 64, "l2", 1),
+    "fp16 D=512, fast": (torch.float16, torch.float16, False, 512, "l2", 1),
+    "bf16 D=512, cosine, exact": (torch.bfloat16, torch.bfloat16, True, 512, "cosine", 1),
     "bf16 D=256, exact": (torch.bfloat16, torch.bfloat16, True, 256, "l2", 1),
     "bf16 D=64, cosine, exact": (torch.bfloat16, torch.bfloat16, True, 64, "cosine", 1),
     "fp32 D=8, exact": (torch.float32, torch.float32, True, 8, "l2", 1),
@@ -22,14 +28,14 @@ VARIANTS = {
 }
 
 
-def variants(backend):
+def variants(backend, gpu=None):
     for name, (x_dtype, code_dtype, exact, D, metric, heads) in VARIANTS.items():
         dtype = fused.dot_dtype(x_dtype, code_dtype, exact)
         types = {"x_ptr": POINTERS[x_dtype], "codebook_ptr": POINTERS[code_dtype], "candidate_ptr": "*i32", "index_ptr": "*i64"}
         constants = {"COSINE": metric == "cosine", "H": heads, "EXACT": exact}
         precision = ("ieee" if backend == "hip" else "tf32x3") if exact else "tf32"
         search = constants | {"D": D, "UPCAST": dtype != x_dtype, "INPUT_PRECISION": precision}
-        yield Variant(name, fused.search_kernel, types, search, fused.search_tile(D, dtype, exact), product=True)
+        yield Variant(name, fused.search_kernel, types, search, fused.search_tile(D, dtype, exact, gpu), product=True)
         yield Variant(name, fused.settle_kernel, types, constants, fused.settle_tile(metric == "cosine"))
         if D in (64, 100):
             yield Variant(name, fused.code_norm_kernel, types, constants | {"D": D}, fused.norm_tile(D))

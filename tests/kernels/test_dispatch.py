@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
+import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -23,8 +28,10 @@ def gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
         monkeypatch.setattr(torch.version, "hip", None)
         monkeypatch.setattr(dispatch, "TRITON_INSTALLED", True)
+        dispatch.known_gpu_refusal.cache_clear()
 
-    return pretend
+    yield pretend
+    dispatch.known_gpu_refusal.cache_clear()
 
 
 def test_auto_goes_by_device(gpu):
@@ -43,7 +50,15 @@ def test_old_gpus_have_no_triton_kernels(gpu):
         dispatch.choose("triton", CUDA)
 
 
+def test_a_gpu_is_asked_once(gpu, monkeypatch):
+    gpu(9)
+    asked, properties = [], torch.cuda.get_device_properties
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: asked.append(device) or properties(device))
+    assert [dispatch.choose("auto", CUDA) for _ in range(3)] == ["triton"] * 3 and asked == [CUDA]
+
+
 def test_fake_cuda_tensors_stand_for_a_gpu(monkeypatch):
+    dispatch.known_gpu_refusal.cache_clear()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(dispatch, "TRITON_INSTALLED", True)
     assert dispatch.choose("auto", CUDA) == "triton"
@@ -116,3 +131,55 @@ def test_the_package_works_without_triton():
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "[0, 0, 0]"
+
+
+class Doubled(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, factor):
+        return factor * x
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.factor = inputs[1]
+
+    @staticmethod
+    def backward(ctx, d):
+        return ctx.factor * d, None
+
+
+def test_functions_are_applied_without_looking_at_signatures(monkeypatch):
+    """torch's own `apply` does at each call, which takes longer than three launches."""
+    x = torch.ones(3, requires_grad=True)
+    monkeypatch.setattr(inspect, "signature", None)
+    y = dispatch.apply(Doubled, x, 2.0)
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(gradient, torch.full((3,), 2.0)) and type(y.grad_fn).__name__ == "DoubledBackward"
+    with torch.no_grad():
+        assert not dispatch.apply(Doubled, x, 2.0).requires_grad
+    plain = dispatch.apply(Doubled, x.detach(), 2.0)
+    assert torch.equal(plain, y) and plain.grad_fn is None
+
+
+def test_applied_functions_under_transforms_and_forward_mode():
+    x, double = torch.ones(3), functools.partial(dispatch.apply, Doubled)
+    assert torch.equal(torch.func.grad(lambda v: double(v, 2.0).sum())(x), torch.full((3,), 2.0))
+    assert torch.equal(torch.vmap(lambda v: double(v, 2.0))(x), torch.full((3,), 2.0))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(RuntimeError, match="jvp"):  # not a result without its tangent
+        double(torch.autograd.forward_ad.make_dual(x, x), 2.0)
+
+
+def test_host_overhead_takes_the_path_of_the_kernels(tmp_path):
+    """A CPU without the interpreter: launches are counted, nothing is computed."""
+    root = Path(__file__).resolve().parents[2]
+    options = ["--op", "group_norm_silu", "--op", "nearest_code", "--seconds", "0.01", "--device", "cpu"]
+    command = [sys.executable, str(root / "profiling" / "host_overhead.py"), *options, "--json", str(tmp_path / "rows.jsonl")]
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    launches = {(row["op"], row["phase"]): row["kernels"] for row in rows}
+    assert launches[("group_norm_silu", "forward")] == 3 and launches[("group_norm_silu", "both")] == 6
+    assert launches[("nearest_code fast", "forward")] == 3
+    assert all(row["us"]["median"] > 0 and row["command"].startswith("python profiling/host_overhead.py") for row in rows)

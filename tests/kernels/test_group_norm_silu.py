@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from dae_kernels import group_norm_silu
 from dae_kernels.dispatch import triton_refusal
 from dae_kernels.group_norm_silu import fused
+from dae_kernels.group_norm_silu import layout as layouts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import assert_errors
@@ -124,10 +125,11 @@ def test_mean_far_from_zero(layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_more_tiles_than_one_program_takes(layout, monkeypatch):
     """Chunks of several tiles, a last one that is not full, more chunks and channels than the merging kernels take at once."""
-    small = {"TILE": 16, "PROGRAMS": 4, "TILES_PER_CHUNK": 3}
-    small |= {"MERGE": {"BLOCK": 8}, "MERGE_GRADIENTS": {"BLOCK_C": 2, "BLOCK_S": 2}}
-    for name, value in small.items():
+    for name, value in {"TILE": 16, "PROGRAMS": 4, "TILES_PER_CHUNK": 3}.items():
+        monkeypatch.setattr(layouts, name, value)
+    for name, value in {"MERGE": {"BLOCK": 8}, "MERGE_GRADIENTS": {"BLOCK_C": 2, "BLOCK_S": 2}}.items():
         monkeypatch.setattr(fused, name, value)
+    monkeypatch.setattr(fused, "map_layout", layouts.MapLayout)  # not the ones that were kept
     check(operands((2, 6, 13, 11), layout), 2, "triton")
 
 

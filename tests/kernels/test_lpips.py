@@ -219,6 +219,8 @@ def test_kernels_stay_inside_their_buffers(monkeypatch, layout, B, C, P):
     from dae_kernels.lpips import fused
 
     monkeypatch.setattr(fused, "TILE", 256)
+
+    monkeypatch.setattr(fused, "pair_layout", fused.PairLayout)  # not the ones that were kept
     monkeypatch.setattr(fused, "PROGRAMS", 4)
     guard, wholes = 37, []
 
@@ -234,7 +236,7 @@ def test_kernels_stay_inside_their_buffers(monkeypatch, layout, B, C, P):
     weight, d_out = guarded(torch.nan, C), guarded(torch.nan, B)
     for target, source in zip((a, b, weight, d_out), draw((B, C, P)), strict=True):
         target.copy_(source)
-    split = fused.PairLayout(a)
+    split = fused.PairLayout(a.shape)
     part, part_weight = guarded(-7.0, B, split.chunks), guarded(-7.0, split.programs, C)
     fused.launch_distance(split, a, b, weight, part, 1e-10)
     fused.launch_gradient(split, d_out, a, b, weight, da, db, part_weight, 1e-10)
@@ -253,6 +255,7 @@ def test_splits_do_not_show(monkeypatch, splits):
 
     a, b, weight, cotangent = draw((2, 7, 5, 9))
     monkeypatch.setattr(fused, "TILE", splits[0])
+    monkeypatch.setattr(fused, "pair_layout", fused.PairLayout)  # not the ones that were kept
     monkeypatch.setattr(fused, "PROGRAMS", splits[1])
     check(a, b, weight, cotangent, impl="triton")
     again = [gradients(lambda *x: lpips(*x, impl="triton"), a, b, weight, cotangent) for _ in range(2)]

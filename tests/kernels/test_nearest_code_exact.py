@@ -120,19 +120,6 @@ def test_split_count():
     assert count(64, 1, 16384) == 64 and count(64, 8, 16384) == 33 and count(1024, 1, 262144) == 16
 
 
-def test_splits_of_many_lengths_are_one_graph():
-    """The count is symbolic where N is, so torch.compile need not guard on it."""
-    from dae_kernels.nearest_code import fused
-    from torch._dynamo.source import ConstantSource
-    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv
-
-    shapes = ShapeEnv()
-    symbol = shapes.create_symbol(640, ConstantSource("N"), dynamic_dim=DimDynamic.DYNAMIC)
-    N = shapes.create_symintnode(symbol, hint=640)
-    count = fused.split_count(N, 1, 16384, {"BLOCK_N": 64, "BLOCK_K": 64}, torch.device("cpu"))
-    assert isinstance(count, torch.SymInt) and not shapes.guards
-
-
 def rounded(values: Tensor, bits: int) -> Tensor:
     """float32 cut to `bits` significant bits, the worst that a conversion to tf32 may do."""
     return (values.view(torch.int32) & -(1 << (24 - bits))).view(torch.float32)

@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dae_kernels.dispatch import taken_whole
+from dae_kernels.dispatch import apply, taken_whole
 
 
 @taken_whole
 def square_root(matrix_DD: Tensor) -> Tensor:
-    return SquareRoot.apply(matrix_DD)[0]
+    return apply(SquareRoot, matrix_DD)[0]
 
 
 class SquareRoot(torch.autograd.Function):

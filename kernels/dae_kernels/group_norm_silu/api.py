@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from dae_kernels.checks import as_integer, as_number, check_choice, check_floating
-from dae_kernels.dispatch import choose, dtype_refusal
+from dae_kernels.dispatch import choose, dtype_refusal, plain
 from dae_kernels.group_norm_silu.autograd import group_norm_silu_fused
 from dae_kernels.group_norm_silu.reference import group_norm_silu_reference
 
@@ -60,18 +61,55 @@ def group_norm_silu(
     merging: Chan, Golub & LeVeque 1979.
     """
     check_choice("activation", activation, ("silu", None))
-    num_groups, eps = as_integer("group_norm_silu", "num_groups", num_groups), as_number("group_norm_silu", "eps", eps)
-    check_map_and_parameters(x, num_groups, weight, bias, eps, scale, shift)
     silu = activation == "silu"
-    parameters = [parameter for parameter in (weight, bias, scale, shift) if parameter is not None]
-    refusal = dtype_refusal(x, *parameters)
-    if x.numel() == 0:
-        refusal = f"the kernel needs at least one element, got x {list(x.shape)}"
-    if max(x.shape[:2]) > MAX_GRID or x.shape[2:].numel() > MAX_POSITIONS:
-        refusal = f"the kernel takes at most {MAX_GRID} images and channels and {MAX_POSITIONS} positions, got x {list(x.shape)}"
+    if usual(x, num_groups, weight, bias, eps, scale, shift):
+        refusal = None
+    else:
+        num_groups, eps = as_integer("group_norm_silu", "num_groups", num_groups), as_number("group_norm_silu", "eps", eps)
+        check_map_and_parameters(x, num_groups, weight, bias, eps, scale, shift)
+        refusal = kernel_refusal(x, weight, bias, scale, shift)
     if choose(impl, x.device, refusal) == "reference":
         return group_norm_silu_reference(x, num_groups, weight, bias, eps, silu, scale, shift)
     return group_norm_silu_fused(x, weight, bias, scale, shift, num_groups, eps, silu)
+
+
+def usual(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    scale: Tensor | None,
+    shift: Tensor | None,
+) -> bool:
+    """Whether the arguments are such as neither the checks nor `kernel_refusal` object to; False where that is not seen at once.
+
+    Together they take longer than a launch, and most calls are of this kind.
+    """
+    if torch.compiler.is_compiling() or type(num_groups) is not int or type(eps) is not float or not eps > 0:
+        return False
+    if not plain(x) or x.dim() < 2 or num_groups < 1 or (scale is None) != (shift is None):
+        return False
+    shape, device = x.shape, x.device
+    B, C = shape[0], shape[1]
+    if C % num_groups or B > MAX_GRID or C > MAX_GRID or not 0 < x.numel() < MAX_POSITIONS:
+        return False
+    for parameter in (weight, bias):
+        if parameter is not None and not (plain(parameter) and parameter.shape == (C,) and parameter.device == device):
+            return False
+    for parameter in (scale, shift):
+        if parameter is not None and not (plain(parameter) and parameter.shape == (B, C) and parameter.device == device):
+            return False
+    return True
+
+
+def kernel_refusal(x: Tensor, *parameters: Tensor | None) -> str | None:
+    """Why the kernels do not take these operands, or None."""
+    if max(x.shape[:2]) > MAX_GRID or x.shape[2:].numel() > MAX_POSITIONS:
+        return f"the kernel takes at most {MAX_GRID} images and channels and {MAX_POSITIONS} positions, got x {list(x.shape)}"
+    if x.numel() == 0:
+        return f"the kernel needs at least one element, got x {list(x.shape)}"
+    return dtype_refusal(x, *(parameter for parameter in parameters if parameter is not None))
 
 
 def check_map_and_parameters(

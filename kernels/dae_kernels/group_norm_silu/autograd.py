@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dae_kernels.dispatch import taken_whole
+from dae_kernels.dispatch import apply, taken_whole
 
 
 @taken_whole
 def group_norm_silu_fused(x: Tensor, *parameters: Any) -> Tensor:
     """`group_norm_silu` by the kernels; parameters are weight, bias, scale, shift (or None), num_groups, eps and silu."""
-    return GroupNormSiLU.apply(x, *parameters)[0]
+    return apply(GroupNormSiLU, x, *parameters)[0]
 
 
 class GroupNormSiLU(torch.autograd.Function):
@@ -39,7 +39,7 @@ class GroupNormSiLU(torch.autograd.Function):
     def backward(ctx, dy, _d_mean, _d_rstd):
         saved = ctx.saved_tensors  # read once: torch.utils.checkpoint unpacks a tensor no second time
         _, weight, bias, scale, shift, *_ = saved
-        dx, sum_BC, sum_n_BC = GroupNormSiLUBackward.apply(dy, *saved, ctx.num_groups, ctx.silu)
+        dx, sum_BC, sum_n_BC = apply(GroupNormSiLUBackward, dy, *saved, ctx.num_groups, ctx.silu)
         # sum is d out / d h summed over positions, sum_n that times n; they hold the gradients of all parameters.
         d_scale = d_shift = None
         if scale is not None:
@@ -74,7 +74,7 @@ class GroupNormSiLUBackward(torch.autograd.Function):
 
 @taken_whole
 def input_in_graph(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    return InputInGraph.apply(x, weight, bias)
+    return apply(InputInGraph, x, weight, bias)
 
 
 class InputInGraph(torch.autograd.Function):

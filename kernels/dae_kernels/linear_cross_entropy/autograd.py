@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dae_kernels.dispatch import taken_whole
+from dae_kernels.dispatch import apply, taken_whole
 from dae_kernels.linear_cross_entropy.chunked import chunked_losses
 from dae_kernels.linear_cross_entropy.reference import NOT_COUNTED
 from dae_kernels.tracing import differentiated
@@ -62,7 +62,7 @@ class Losses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_loss_N: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = GradientsOfLosses.apply(*ctx.saved_tensors, d_loss_N, *ctx.options)
+        gradients = apply(GradientsOfLosses, *ctx.saved_tensors, d_loss_N, *ctx.options)
         needs = ctx.options[3]
         return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), *[None] * 8
 
@@ -112,4 +112,4 @@ def chunked_cross_entropy(
     needs = tuple(t is not None and differentiated(t) for t in (hidden_ND, linear_weight_VD, bias_V))
     tensors = hidden_ND, linear_weight_VD, bias_V, weight_V, target_N, z_loss
     options = label_smoothing, softcap, dtype, needs, kernel
-    return SumOfLosses.apply(*tensors, *options)[0] if summed else Losses.apply(*tensors, *options)
+    return apply(SumOfLosses, *tensors, *options)[0] if summed else apply(Losses, *tensors, *options)

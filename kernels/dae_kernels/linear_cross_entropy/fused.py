@@ -23,6 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dae_kernels.tiles import next_power_of_2
+
 MAX_BLOCK = 2048
 
 
@@ -138,7 +140,7 @@ def softmax_step_kernel(
 
 def tile(V: int) -> dict[str, int]:
     """One row of at most MAX_BLOCK logits, 8 per thread."""
-    block = min(triton.next_power_of_2(V), MAX_BLOCK)
+    block = min(next_power_of_2(V), MAX_BLOCK)
     return {"BLOCK_V": block, "num_warps": max(1, block // 256)}
 
 

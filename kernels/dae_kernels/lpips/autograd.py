@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dae_kernels.dispatch import taken_whole
+from dae_kernels.dispatch import apply, taken_whole
 
 
 @taken_whole
 def lpips_fused(a: Tensor, b: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    return LPIPS.apply(a, b, weight, eps)
+    return apply(LPIPS, a, b, weight, eps)
 
 
 class LPIPS(torch.autograd.Function):
@@ -33,7 +33,7 @@ class LPIPS(torch.autograd.Function):
     def backward(ctx, d_out):
         wants = ctx.needs_input_grad[:3]
         a, b, weight = ctx.saved_tensors
-        gradients = LPIPSBackward.apply(d_out, a, b, weight, ctx.eps, *wants)
+        gradients = apply(LPIPSBackward, d_out, a, b, weight, ctx.eps, *wants)
         da, db, d_weight = (gradient if wanted else None for gradient, wanted in zip(gradients, wants, strict=True))
         return da, db, None if d_weight is None else d_weight.to(weight.dtype), None
 

@@ -16,12 +16,15 @@ Roofline (counts, with the measured floors of an H100: 3.0 TB/s of copy, 132 SMs
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from dae_kernels.dispatch import register_op
+from dae_kernels.tiles import cdiv, next_power_of_2
 
 # So many programs keep 132 SMs busy, as an SM holds several.
 PROGRAMS, TILES_PER_CHUNK, TILE = 528, 16, 4096
@@ -152,22 +155,25 @@ def gradient_kernel(
 
 def tile(C: int, P: int) -> dict[str, int]:
     """A tile of all channels and as many positions as make TILE elements."""
-    block_c = triton.next_power_of_2(C)
-    return {"BLOCK_P": min(triton.next_power_of_2(P), max(1, TILE // block_c)), "BLOCK_C": block_c, "num_warps": 8}
+    block_c = next_power_of_2(C)
+    return {"BLOCK_P": min(next_power_of_2(P), max(1, TILE // block_c)), "BLOCK_C": block_c, "num_warps": 8}
 
 
 class PairLayout:
     """Launch parameters: sizes of [B, C, P] views, tile, grid and the split of positions into chunks."""
 
-    def __init__(self, a_BCP: Tensor):
-        self.B, self.C, self.P = a_BCP.shape
+    def __init__(self, shape: tuple[int, int, int]):
+        self.B, self.C, self.P = shape
         self.options = tile(self.C, self.P)
-        tiles = triton.cdiv(self.P, self.options["BLOCK_P"])
+        tiles = cdiv(self.P, self.options["BLOCK_P"])
         tiles_per_chunk = max(1, min(TILES_PER_CHUNK, tiles * self.B // PROGRAMS))
         self.chunk = tiles_per_chunk * self.options["BLOCK_P"]
-        self.chunks = triton.cdiv(self.P, self.chunk)
+        self.chunks = cdiv(self.P, self.chunk)
         self.programs = self.B * self.chunks
         self.sizes = (self.C, self.P, self.chunk, self.chunks)
+
+
+pair_layout = functools.lru_cache(maxsize=4096)(PairLayout)
 
 
 def positions(x: Tensor) -> Tensor:
@@ -241,7 +247,7 @@ def forward_empty(a: Tensor, b: Tensor, weight: Tensor | None, eps: float) -> Te
 def forward_launcher(a: Tensor, b: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """The distance of each pair, [B] float32."""
     a_BCP, b_BCP = positions(a), positions(b)
-    layout = PairLayout(a_BCP)
+    layout = pair_layout(a_BCP.shape)
     part = a.new_empty(layout.B, layout.chunks, dtype=torch.float32)
     launch_distance(layout, a_BCP, b_BCP, None if weight is None else weight.contiguous(), part, eps)
     return part.sum(dim=1) / layout.P
@@ -262,7 +268,7 @@ def backward_launcher(
     a_BCP, b_BCP = positions(a), positions(b)
     da_BCP = torch.empty_like(a_BCP) if wants_a else None
     db_BCP = torch.empty_like(b_BCP) if wants_b else None
-    layout = PairLayout(a_BCP)
+    layout = pair_layout(a_BCP.shape)
     part = a.new_empty(layout.programs, layout.C, dtype=torch.float32) if wants_weight else None
     weight = None if weight is None else weight.contiguous()
     launch_gradient(layout, d_out.contiguous(), a_BCP, b_BCP, weight, da_BCP, db_BCP, part, eps)

@@ -70,18 +70,20 @@ def nearest_code(
     refusal = dtype_refusal(x, codebook)
     if codebook.dim() == 3 and codebook.shape[0] > MAX_HEADS:
         refusal = f"the kernel takes at most {MAX_HEADS} heads, got {codebook.shape[0]}"
-    codebook = codebook.detach()
-    leading = x.shape[: 1 - codebook.dim()]  # without [H, D] or [D]
-    rows = x.detach().reshape(leading.numel(), *x.shape[len(leading) :])
+    codebook, rows, rank = codebook.detach(), x.detach(), codebook.dim()
+    if x.dim() != rank:
+        leading = x.shape[: 1 - rank]  # without [H, D] or [D]
+        rows = rows.reshape(leading.numel(), *x.shape[len(leading) :])
     if choose(impl, x.device, refusal) == "triton":
         from dae_kernels.nearest_code.fused import nearest_code_triton
 
-        if codebook.dim() == 2:
-            rows, codebook = rows[:, None], codebook[None]
+        if rank == 2:
+            rows, codebook = rows.unsqueeze(1), codebook.unsqueeze(0)
         index, distance = nearest_code_triton(rows, codebook, metric == "cosine", precision == "exact")
     else:
         index, distance = nearest_code_reference(rows, codebook, metric)
-    return index.view(x.shape[:-1]), distance.view(x.shape[:-1])
+    shape = x.shape[:-1]
+    return (index, distance) if index.shape == shape else (index.view(shape), distance.view(shape))
 
 
 def check_vectors_and_codes(x: Tensor, codebook: Tensor) -> None:

@@ -37,12 +37,15 @@ Roofline (counts, with the measured floors of an H100: 3.0 TB/s, 798 TFLOP/s in 
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from dae_kernels.dispatch import register_op
+from dae_kernels.tiles import cdiv, generation, measured_tile, next_power_of_2, processors
 
 
 @triton.jit(do_not_specialize=["K"])
@@ -279,7 +282,7 @@ def settle_kernel(
 
 def padded(D: int) -> int:
     """The power of two, at least 16, that a tensor core takes for D."""
-    return max(16, triton.next_power_of_2(D))
+    return max(16, next_power_of_2(D))
 
 
 def norm_tile(D: int) -> dict[str, int]:
@@ -287,8 +290,16 @@ def norm_tile(D: int) -> dict[str, int]:
     return {"BLOCK_K": 32, "BLOCK_D": min(32, padded(D)), "num_warps": 4}
 
 
-def search_tile(D: int, dot_dtype: torch.dtype, exact: bool) -> dict[str, int]:
-    """Tile sizes and launch options of the search."""
+@functools.lru_cache(maxsize=1024)
+def search_tile(D: int, dot_dtype: torch.dtype, exact: bool, gpu: str | None = None) -> dict[str, int]:
+    """Tile sizes and launch options of the search: those measured on the GPU generation at the nearest D, else by rule.
+
+    D is padded and larger ones come first in the table, so a tile that keeps whole rows of x is not taken for longer ones: such a
+    tile may spill where it loops over D.
+    """
+    when = {"bits": 8 * dot_dtype.itemsize, "exact": exact}
+    if found := measured_tile("nearest_code", gpu, "search", when, {"D": padded(D)}):
+        return found | {"BLOCK_D": min(found["BLOCK_D"], padded(D))}
     if dot_dtype == torch.float32:
         block_d = 16 if exact else min(padded(D), 32)
         return {"BLOCK_N": 64, "BLOCK_K": 64, "BLOCK_D": block_d, "num_warps": 4, "num_stages": 2}
@@ -308,12 +319,8 @@ def dot_dtype(x: torch.dtype, codebook: torch.dtype, exact: bool) -> torch.dtype
 
 def split_count(N: int, H: int, K: int, tile: dict[str, int], device: torch.device) -> int:
     """The number of splits of the codes: two programs per SM, and at least four tiles per program."""
-    processors = 132  # of an H100, for tracing and tests without a GPU
-    if device.type == "cuda" and torch.cuda.is_available():
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
-    programs = triton.cdiv(N, tile["BLOCK_N"]) * H
-    # sym_max and sym_min: torch.compile keeps one graph for all N.
-    return torch.sym_max(1, torch.sym_min(K // (4 * tile["BLOCK_K"]), 2 * processors // programs))
+    programs = cdiv(N, tile["BLOCK_N"]) * H
+    return max(1, min(K // (4 * tile["BLOCK_K"]), 2 * processors(device) // programs))
 
 
 def launch(
@@ -332,23 +339,22 @@ def launch(
     R is 3 for scores and 2 for candidates if `exact`, else 1; S is the number of splits.
     """
     N, K, S = x_NHD.shape[0], codebook_HKD.shape[1], score_RSNH.shape[1]
-    H, D = int(codebook_HKD.shape[0]), int(codebook_HKD.shape[2])  # constants of the kernels
+    H, D = codebook_HKD.shape[0], codebook_HKD.shape[2]  # constants of the kernels
     dtype = dot_dtype(x_NHD.dtype, codebook_HKD.dtype, exact)
-    norm_options, search_options, settle_options = norm_tile(D), search_tile(D, dtype, exact), settle_tile(cosine)
+    search_options = search_tile(D, dtype, exact, generation(x_NHD.device))
+    norm_options, settle_options = norm_tile(D), settle_tile(cosine)
     constants = {"H": H, "COSINE": cosine, "EXACT": exact}
     # AMD has no tf32x3; its float32 product is a float32 product.
     exact_precision = "ieee" if torch.version.hip else "tf32x3"
-    code_norm_kernel[(triton.cdiv(H * K, norm_options["BLOCK_K"]),)](
-        codebook_HKD, norm_HK, H * K, D=D, COSINE=cosine, **norm_options
-    )
+    code_norm_kernel[(cdiv(H * K, norm_options["BLOCK_K"]),)](codebook_HKD, norm_HK, H * K, D=D, COSINE=cosine, **norm_options)
     # A zero code has no length to care for; a long one may overflow, a short one underflow.
     reach_HK = torch.maximum(norm_HK, (1.0 / norm_HK).where(norm_HK > 0, 0.0)) if cosine else norm_HK
     block_k = search_options["BLOCK_K"]
-    search_kernel[(triton.cdiv(N, search_options["BLOCK_N"]), H, S)](
-        x_NHD, codebook_HKD, norm_HK, score_RSNH, candidate_RSNH, N, K, triton.cdiv(triton.cdiv(K, block_k), S) * block_k, D,
+    search_kernel[(cdiv(N, search_options["BLOCK_N"]), H, S)](
+        x_NHD, codebook_HKD, norm_HK, score_RSNH, candidate_RSNH, N, K, cdiv(cdiv(K, block_k), S) * block_k, D,
         UPCAST=dtype != x_NHD.dtype, INPUT_PRECISION=exact_precision if exact else "tf32", **constants, D=D, **search_options,
     )  # fmt: skip
-    settle_kernel[(triton.cdiv(N, settle_options["BLOCK_N"]), H)](
+    settle_kernel[(cdiv(N, settle_options["BLOCK_N"]), H)](
         x_NHD, codebook_HKD, reach_HK.amax(dim=1) if exact else norm_HK, score_RSNH, candidate_RSNH, index_NH, distance_NH,
         N, K, S, D, **constants, **settle_options,
     )  # fmt: skip
@@ -359,15 +365,17 @@ def nearest_code_empty(x_NHD: Tensor, codebook_HKD: Tensor, cosine: bool, exact:
 
 
 def nearest_code_launcher(x_NHD: Tensor, codebook_HKD: Tensor, cosine: bool, exact: bool) -> tuple[Tensor, Tensor]:
-    index_NH, distance_NH = nearest_code_empty(x_NHD, codebook_HKD, cosine, exact)
     N, H, D = x_NHD.shape
+    device = x_NHD.device
+    index_NH = torch.empty((N, H), dtype=torch.int64, device=device)
+    distance_NH = torch.empty((N, H), dtype=torch.float32, device=device)
     if N:
         K = codebook_HKD.shape[1]
-        tile = search_tile(int(D), dot_dtype(x_NHD.dtype, codebook_HKD.dtype, exact), exact)
-        S = split_count(N, int(H), K, tile, x_NHD.device)
-        norm_HK = codebook_HKD.new_empty((H, K), dtype=torch.float32)
-        score_RSNH = x_NHD.new_empty((3 if exact else 1, S, N, H), dtype=torch.float32)
-        candidate_RSNH = x_NHD.new_empty((2 if exact else 1, S, N, H), dtype=torch.int32)
+        tile = search_tile(D, dot_dtype(x_NHD.dtype, codebook_HKD.dtype, exact), exact, generation(device))
+        S = split_count(N, H, K, tile, device)
+        norm_HK = torch.empty((H, K), dtype=torch.float32, device=device)
+        score_RSNH = torch.empty((3 if exact else 1, S, N, H), dtype=torch.float32, device=device)
+        candidate_RSNH = torch.empty((2 if exact else 1, S, N, H), dtype=torch.int32, device=device)
         x_NHD, codebook_HKD = x_NHD.contiguous(), codebook_HKD.contiguous()
         launch(x_NHD, codebook_HKD, norm_HK, score_RSNH, candidate_RSNH, index_NH, distance_NH, cosine, exact)
     return index_NH, distance_NH

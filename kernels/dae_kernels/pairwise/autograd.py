@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dae_kernels.clouds import unit_scale
-from dae_kernels.dispatch import taken_whole
+from dae_kernels.dispatch import apply, taken_whole
 from dae_kernels.pairwise.reference import pair_rows, polynomial_rows
 from dae_kernels.tracing import differentiated
 
@@ -36,7 +36,7 @@ def pair_sums(
         impl: "reference", "triton" or POLYNOMIAL.
     """
     for_x, for_y = differentiated(x_ND, a_N), differentiated(y_MD, b_M)
-    return PairSums.apply(x_ND, y_MD, a_N, b_M, parameters, impl, for_x, for_y)[:3]
+    return apply(PairSums, x_ND, y_MD, a_N, b_M, parameters, impl, for_x, for_y)[:3]
 
 
 def prepared(

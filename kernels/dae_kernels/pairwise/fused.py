@@ -29,6 +29,7 @@ from torch import Tensor
 
 from dae_kernels.clouds import middle, sampled
 from dae_kernels.dispatch import register_op
+from dae_kernels.tiles import cdiv, next_power_of_2
 
 
 @triton.jit(do_not_specialize=["N", "M", "d_end"])
@@ -99,7 +100,7 @@ def pair_rows_kernel(
 
 def tile(D: int, gradient: bool) -> dict[str, int]:
     """Tile sizes and launch options; a tensor core takes no fewer than 16 dimensions."""
-    block_e = max(16, min(64, triton.next_power_of_2(D))) if gradient else 16
+    block_e = max(16, min(64, next_power_of_2(D))) if gradient else 16
     block_m = 32 if gradient else 64
     return {"BLOCK_N": 64, "BLOCK_M": block_m, "BLOCK_D": 16, "BLOCK_E": block_e, "num_warps": 4, "num_stages": 2}
 
@@ -135,7 +136,7 @@ def launch(
     """The kernel into contiguous float32 buffers; gradient_ND is not touched unless `gradient`."""
     N, M, D = q_ND.shape[0], s_MD.shape[0], int(q_ND.shape[1])
     options = tile(D, gradient)
-    grid = (triton.cdiv(N, options["BLOCK_N"]), triton.cdiv(D, options["BLOCK_E"]) if gradient else 1)
+    grid = (cdiv(N, options["BLOCK_N"]), cdiv(D, options["BLOCK_E"]) if gradient else 1)
     pair_rows_kernel[grid](
         q_ND,
         s_MD,

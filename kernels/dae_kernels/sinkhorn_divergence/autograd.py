@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dae_kernels.dispatch import taken_whole
+from dae_kernels.dispatch import apply, taken_whole
 from dae_kernels.sinkhorn_divergence.operators import sinkhorn_means, sinkhorn_potentials, sinkhorn_transposed
 
 
 @taken_whole
 def envelope(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The divergence [] and, with `potentials`, f [N] and g [M] by the operator `sinkhorn_potentials`, with their gradients."""
-    return Envelope.apply(*arguments)[:3]
+    return apply(Envelope, *arguments)[:3]
 
 
 class Envelope(torch.autograd.Function):
@@ -59,7 +59,7 @@ def envelope_gradients(
 @taken_whole
 def plan_means(*arguments: Any) -> tuple[Tensor, Tensor]:
     """Means [N, E] of values under the rows of the plan, and the rows' sums [N]; differentiable by the values."""
-    return PlanMeans.apply(*arguments)[:2]
+    return apply(PlanMeans, *arguments)[:2]
 
 
 class PlanMeans(torch.autograd.Function):
@@ -84,7 +84,7 @@ class PlanMeans(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, d_means_NE: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        d_values_ME = None if d_means_NE is None else TransposedMeans.apply(*saved, d_means_NE, *ctx.options)
+        d_values_ME = None if d_means_NE is None else apply(TransposedMeans, *saved, d_means_NE, *ctx.options)
         return None, None, None, None, d_values_ME, *[None] * 8
 
 

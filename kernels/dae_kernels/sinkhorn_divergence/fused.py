@@ -28,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dae_kernels.sinkhorn_divergence.reference import Update
+from dae_kernels.tiles import cdiv, processors
 
 
 @triton.jit
@@ -199,9 +200,9 @@ def launch(
     scale = math.log2(math.e) / epsilon
     # AMD has no tf32x3; its float32 product is a float32 product.
     constants = {"D": D, "P": p, "INPUT_PRECISION": "ieee" if torch.version.hip else "tf32x3"}
-    rows, tiles = triton.cdiv(N, UPDATE_TILE[p]["BLOCK_N"]), triton.cdiv(M, UPDATE_TILE[p]["BLOCK_M"])
-    share = triton.cdiv(tiles, shares) * UPDATE_TILE[p]["BLOCK_M"]
-    shares = triton.cdiv(M, share)
+    rows, tiles = cdiv(N, UPDATE_TILE[p]["BLOCK_N"]), cdiv(M, UPDATE_TILE[p]["BLOCK_M"])
+    share = cdiv(tiles, shares) * UPDATE_TILE[p]["BLOCK_M"]
+    shares = cdiv(M, share)
     f_SN = f_N[None] if shares == 1 else f_N.new_empty(shares, N)
     sinkhorn_update_kernel[rows, shares](
         x_ND, y_MD, log_b_M, g_M, f_SN, N, M, share, D, scale, FLAT=flat, **constants, **UPDATE_TILE[p]
@@ -212,7 +213,7 @@ def launch(
         f_N.copy_(torch.logsumexp(f_SN / -epsilon, dim=0) * -epsilon)
     if out_NE is not None:
         gradient, E = values_ME is None, out_NE.shape[1]
-        grid = triton.cdiv(N, MEAN_TILE["BLOCK_N"]), triton.cdiv(E, MEAN_TILE["BLOCK_E"])
+        grid = cdiv(N, MEAN_TILE["BLOCK_N"]), cdiv(E, MEAN_TILE["BLOCK_E"])
         sinkhorn_mean_kernel[grid](
             x_ND, y_MD, y_MD if gradient else values_ME, log_b_M, g_M, f_N, out_NE, N, M, E, D, scale,
             GRADIENT=gradient, **constants, **MEAN_TILE,
@@ -223,8 +224,7 @@ def shares_to_fill(device: torch.device, N: int, M: int) -> int:
     """How many programs should take the columns of a row for two programs on each SM."""
     if device.type != "cuda":  # the interpreter runs one program after the other
         return 1
-    programs = 2 * torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(programs // triton.cdiv(N, UPDATE_TILE[2]["BLOCK_N"]), M // MIN_SHARE))
+    return max(1, min(2 * processors(device) // cdiv(N, UPDATE_TILE[2]["BLOCK_N"]), M // MIN_SHARE))
 
 
 class TritonUpdate(Update):

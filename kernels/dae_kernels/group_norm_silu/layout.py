@@ -1,0 +1,101 @@
+"""Launch parameters of the group norm's kernels, made once per shape, strides, groups and GPU generation."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dae_kernels.tiles import cdiv, measured_tile, next_power_of_2
+
+# So many programs keep 132 SMs busy, as an SM holds several. A tile has at most TILE elements.
+PROGRAMS, TILES_PER_CHUNK, TILE, WARPS = 528, 16, 2048, 4
+
+
+class Chunked(NamedTuple):
+    """Launch of a kernel over chunks of positions; `parts` is the shape of its two sums per channel and chunk."""
+
+    grid: tuple[int, int, int]
+    options: dict[str, int]
+    chunk: int
+    chunks: int
+    parts: tuple[int, int, int, int]
+
+
+def channels_last_format(x: Tensor) -> torch.memory_format:
+    """channels_last of as many dimensions as x has, if there is one."""
+    return {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim(), torch.contiguous_format)
+
+
+def is_dense(x: Tensor) -> bool:
+    return x.is_contiguous() or x.is_contiguous(memory_format=channels_last_format(x))
+
+
+def tile(C: int, P: int, channels_last: bool, kernel: str = "", gpu: str | None = None) -> dict[str, int]:
+    """Blocks of at most TILE elements, long along the contiguous dimension, and the warps of one of the four large kernels.
+
+    TILE and the warps are those measured on the GPU generation at the nearest shape, else the module's.
+    """
+    found = measured_tile("group_norm_silu", gpu, kernel, {"channels_last": channels_last}, {"C": C, "P": P})
+    size, warps = (TILE, WARPS) if found is None else (found["TILE"], found["num_warps"])
+    return blocks(C, P, channels_last, size) | {"num_warps": warps}
+
+
+def blocks(C: int, P: int, channels_last: bool, size: int) -> dict[str, int]:
+    """Blocks of at most `size` elements, long along the contiguous dimension."""
+    if channels_last:
+        block_c = min(next_power_of_2(C), 128)
+        return {"BLOCK_P": min(next_power_of_2(P), max(1, size // block_c)), "BLOCK_C": block_c}
+    block_p = min(next_power_of_2(P), size)
+    return {"BLOCK_P": block_p, "BLOCK_C": min(next_power_of_2(C), size // block_p)}
+
+
+class MapLayout:
+    """Launch parameters: sizes, strides as [B, C, P], tiles, grids and chunks of positions; of use where x is `dense`.
+
+    Made once per shape, strides, groups and GPU generation (`map_layout`).
+    """
+
+    def __init__(self, shape: tuple[int, ...], stride: tuple[int, ...], num_groups: int, gpu: str | None):
+        self.B, self.C, self.P = shape[0], shape[1], math.prod(shape[2:])
+        self.channels = self.C // num_groups
+        self.strides = (stride[0], stride[1], stride[-1] if len(stride) > 2 else 1)
+        if len(shape) > 2 and shape[-1] == 1:  # the stride of one element says nothing: that of the last axis that is longer
+            self.strides = (*self.strides[:2], next((s for n, s in zip(shape[:1:-1], stride[:1:-1], strict=True) if n > 1), 1))
+        self.dense = is_dense(torch.empty_strided(shape, stride, device="meta"))
+        self.groups = (shape[0], num_groups)
+        self.gpu, self.channels_last = gpu, self.strides[1] == 1 and self.C > 1 and self.P > 1
+        self.moments, self.normalise = self.chunked("moments"), self.tiled("normalise")
+        self.sums, self.gradient = self.chunked("gradient_sums"), self.tiled("gradient")
+
+    def options(self, kernel: str) -> tuple[dict[str, int], int, int]:
+        """Launch options of a kernel, the number of blocks of channels, and of tiles along the positions."""
+        options = tile(self.C, self.P, self.channels_last, kernel, self.gpu)
+        return options, cdiv(self.C, options["BLOCK_C"]), cdiv(self.P, options["BLOCK_P"])
+
+    def chunked(self, kernel: str) -> Chunked:
+        options, blocks, tiles = self.options(kernel)
+        tiles_per_chunk = max(1, min(TILES_PER_CHUNK, tiles * blocks * self.B // PROGRAMS))
+        chunk = tiles_per_chunk * options["BLOCK_P"]
+        chunks = cdiv(self.P, chunk)
+        return Chunked((chunks, blocks, self.B), options, chunk, chunks, (2, self.B, self.C, chunks))
+
+    def tiled(self, kernel: str) -> tuple[tuple[int, int, int], dict[str, int]]:
+        """Grid and options of a kernel with one tile per program."""
+        options, blocks, tiles = self.options(kernel)
+        return (tiles, blocks, self.B), options
+
+    def reaches(self, stride_c: int, stride_p: int) -> bool:
+        """Whether the offsets within a chunk and a block of channels are int32, as the kernels compute them.
+
+        Those of what is dense are: a chunk is at most 2^16 positions, and along the other dimension a tile is short.
+        """
+        block_p = max(self.sums.chunk, self.gradient[1]["BLOCK_P"])
+        block_c = max(self.sums.options["BLOCK_C"], self.gradient[1]["BLOCK_C"])
+        return block_p * stride_p + block_c * stride_c < 2**31
+
+
+map_layout = functools.lru_cache(maxsize=4096)(MapLayout)
