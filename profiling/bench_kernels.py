@@ -3,9 +3,12 @@
     python profiling/bench_kernels.py                                  # all operations at their default shapes
     python profiling/bench_kernels.py --op nearest_code --shape N=8192,K=4096,D=64 --dtype float32 --json out.jsonl
     python profiling/bench_kernels.py --op mmd --impl triton --impl reference --plot plots
+    python profiling/bench_kernels.py --bars --prepare                 # compiles, in parallel processes, and measures nothing
+    python profiling/bench_kernels.py --bars --json out.jsonl          # the shapes that bars.py judges
 
-All cases of an operation and shape take turns, with a copy and a matrix product among them, so the ratios of one run hold on a
-machine whose speed drifts; milliseconds of two runs do not compare. What is written:
+A case is printed as soon as it is compiled and has run: its time alone. Then all cases of an operation and shape take turns, with
+a copy and a matrix product among them, so the ratios of one run hold on a machine whose speed drifts; milliseconds of two runs do
+not compare. What is written is of the turns, or, where the run was ended before them (`rounds` is 0), of each case alone:
 
 - forward (with what the backward keeps), backward, both: median with the 20 % and 80 % quantiles. On a GPU between two events,
   behind a write that empties the L2 cache; on a CPU by the clock, with whatever the cache holds.
@@ -17,8 +20,9 @@ machine whose speed drifts; milliseconds of two runs do not compare. What is wri
 - error: to the first case that ran (the reference, unless --impl leaves it out): the share of integers that differ, or
   |a - b| / |b|; of the value for forward, of the gradients for backward. A fast wrong result is no result.
 
-A peer that is not installed, an implementation that cannot run and a case that fails have a line that says so. Cases of an
-operation stand in profiling/bench/<operation>.py.
+A peer that is not installed (printed once, written for each case), an implementation that cannot run, a case that fails and a
+peer whose result is not the operation's have a line that says so instead of a figure. Cases of an operation stand in
+profiling/bench/<operation>.py.
 """
 
 import argparse
@@ -36,20 +40,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bars import PANELS
 from bench_report import HEADER, plot, show
 from cases import Case
 from measuring import append_row, growth, load_module, machine, measuring_parser, now, quantiles, recorded_event, synchronize
+from prepare import OPERATIONS, Panel, prepare, run_once
 from torch import Tensor
 
-OPERATIONS = Path(__file__).with_name("bench")
 PACKAGES = (
     "torch", "triton", "numpy", "scipy", "scikit-learn", "geomloss", "pykeops", "POT", "vector-quantize-pytorch", "flash-kmeans",
-    "prdc",
+    "prdc", "flash-sinkhorn", "liger-kernel", "cut-cross-entropy", "quack-kernels",
 )  # fmt: skip
 WARM_UP, MIN_ROUNDS, MAX_ROUNDS = 2, 3, 100
+FOREIGN = 0.1  # a peer whose result or gradients are further than this from the reference's computes something else
 TURN_SECONDS = 0.02  # a fast case has several samples per turn
 PHASES = {"forward": (0, 1), "backward": (1, -1), "both": (0, -1)}  # from which mark of a step to which
-MEASURED = ("ms", "samples", "extra_bytes", "gb_per_s", "tflop_per_s", "floor_ms", "times_floor", "error")
+MEASURED = ("ms", "samples", "rounds", "extra_bytes", "gb_per_s", "tflop_per_s", "floor_ms", "times_floor", "error")
 
 
 class Bench:
@@ -67,6 +73,9 @@ class Bench:
         start = time.perf_counter()
         self.step()
         self.turn = max(1, min(20, int(TURN_SECONDS / max(time.perf_counter() - start, 1e-9))))
+        self.rounds = 0
+        self.take(max(MIN_ROUNDS, self.turn))
+        self.alone, self.samples = self.samples, {phase: [] for phase in self.samples}
 
     def mark(self) -> Any:
         """This moment: in the GPU's stream, or of the clock."""
@@ -93,7 +102,11 @@ class Bench:
         return result, gradients, marks
 
     def sample(self) -> None:
-        for _ in range(self.turn):
+        self.take(self.turn)
+        self.rounds += 1
+
+    def take(self, steps: int) -> None:
+        for _ in range(steps):
             marks = self.step()[2]
             for phase, times in self.samples.items():
                 a, b = (marks[number] for number in PHASES[phase])
@@ -110,15 +123,21 @@ class Bench:
             torch.autograd.grad(result, self.case.leaves, self.cotangent)
         return found | {"both": grown()}
 
+    def times(self, phase: str) -> list[float]:
+        """Milliseconds of the turns, or, before the first of them is over, of the case alone."""
+        return self.samples[phase] if self.rounds else self.alone[phase]
+
     def rows(self, floors: dict[str, float], first: "Bench") -> Iterator[dict[str, Any]]:
         """A row for each phase; `floors` has flops and bytes per second by product and "copy"."""
-        for phase, times in self.samples.items():
+        for phase in self.samples:
+            times = self.times(phase)
             ms = quantiles(times)
             flops, moved = self.case.minimum(phase)
             floor = 1e3 * max(flops / floors.get(self.case.product, math.inf), moved / floors.get("copy", math.inf)) or None
             row = line(self.case, phase, "ok") | {
                 "ms": ms,
                 "samples": len(times),
+                "rounds": self.rounds,
                 "extra_bytes": self.extra_bytes.get(phase),
                 "gb_per_s": moved / ms["median"] / 1e6,
                 "tflop_per_s": flops / ms["median"] / 1e9,
@@ -175,8 +194,10 @@ def floors_of(products: set[str], device: torch.device) -> Iterator[Case]:
         yield Case("floor", name, functools.partial(product, name, n), flops=2 * n**3, bytes=3 * size * n * n, product=name)
 
 
-def failures() -> tuple[type[Exception], ...]:
-    """What a case may fail with and the others still run: out of memory, a compiler's refusal, a peer's own checks."""
+def failures(case: Case) -> tuple[type[Exception], ...]:
+    """What a case may fail with and the others still run: out of memory, a compiler's refusal; anything in a peer's own code."""
+    if case.needs:
+        return (Exception,)
     known: tuple[type[Exception], ...] = (RuntimeError, ValueError, TypeError, ImportError, AttributeError, AssertionError)
     if importlib.util.find_spec("triton") is None:
         return known
@@ -185,35 +206,73 @@ def failures() -> tuple[type[Exception], ...]:
     return (*known, TritonError)
 
 
-def measure(cases: list[Case], device: torch.device, seconds: float) -> Iterator[dict[str, Any]]:
-    """The cases of one operation and shape in turns, for `seconds` and at least three rounds; rows also if it is stopped."""
+def measure(cases: list[Case], device: torch.device, seconds: float) -> Iterator[tuple[dict[str, Any], bool]]:
+    """Rows of the cases of one operation and shape, and whether they are final.
+
+    First each case alone, as soon as it has run. Then all in turns, for `seconds` and at least three rounds. Final rows come also
+    if the run is ended.
+    """
     flush = torch.empty(1 << 28, dtype=torch.int8, device=device) if device.type == "cuda" else None
     benches: list[Bench] = []
-    for case in itertools.chain(cases, floors_of({case.product for case in cases}, device)):
-        missing = case.needs and importlib.util.find_spec(case.needs) is None
-        status = f"not installed: {case.needs}" if missing else case.refusal and f"cannot run: {case.refusal}"
-        if not status:
-            try:
-                benches.append(Bench(case, device, flush))
-                continue
-            except failures() as error:
-                status = f"failed: {type(error).__name__}: {str(error).strip()[:300]}"
-        yield line(case, "forward", status)
+
+    def measured() -> list[Bench]:
+        return [bench for bench in benches if bench.case.op != "floor"]
+
     try:
+        for case in itertools.chain(floors_of({case.product for case in cases}, device), cases):
+            status = case.obstacle()
+            try:
+                bench = None if status else Bench(case, device, flush)
+            except failures(case) as error:
+                bench, status = None, reason(error)
+            if bench and case.needs and (status := foreign(bench, measured())):
+                bench = None
+            if bench is None:
+                yield line(case, "forward", status or ""), True
+                continue
+            benches.append(bench)
+            for row in bench.rows(rates_of(benches), (measured() or benches)[0]):
+                yield row, False
         start, rounds = time.perf_counter(), 0
         while rounds < MIN_ROUNDS or (rounds < MAX_ROUNDS and time.perf_counter() - start < seconds):
-            for bench in benches:
-                bench.sample()
+            for bench in list(benches):
+                try:
+                    bench.sample()
+                except failures(bench.case) as error:
+                    benches.remove(bench)
+                    yield line(bench.case, "forward", reason(error)), True
             rounds += 1
     finally:
-        ran = [bench for bench in benches if len(bench.samples["forward"]) > 1]
-        rates = {}
-        for bench in ran:
-            if bench.case.op == "floor":
-                work = bench.case.bytes if bench.case.impl == "copy" else bench.case.flops
-                rates[bench.case.impl] = work / statistics.median(bench.samples["forward"]) * 1e3
-        for bench in ran:
-            yield from bench.rows(rates, ran[0])
+        rates = rates_of(benches)
+        for bench in benches:
+            for row in bench.rows(rates, (measured() or benches)[0]):
+                yield row, True
+
+
+def rates_of(benches: list[Bench]) -> dict[str, float]:
+    """Bytes per second of the copy and flops per second of each product among them."""
+    rates = {}
+    for bench in benches:
+        if bench.case.op == "floor":
+            work = bench.case.bytes if bench.case.impl == "copy" else bench.case.flops
+            rates[bench.case.impl] = work / statistics.median(bench.times("forward")) * 1e3
+    return rates
+
+
+def foreign(bench: Bench, others: list[Bench]) -> str | None:
+    """Why a peer's time is no figure: its result or its gradients are not those of the first case."""
+    for phase, of in (("forward", "result"), ("backward", "gradients")):
+        if not others or not bench.results[phase] or not others[0].results[phase]:
+            continue
+        away = difference(bench.results[phase], others[0].results[phase])
+        if away is None or not away <= FOREIGN:
+            far = "of other shapes than" if away is None else f"{away:.1e} from"
+            return f"not run: its {of} are {far} those of {others[0].case.impl}"
+    return None
+
+
+def reason(error: Exception) -> str:
+    return f"not run: {type(error).__name__}: {str(error).strip()[:300]}"
 
 
 def shape_of(text: str) -> dict[str, int]:
@@ -243,33 +302,62 @@ def main() -> None:
     parser.add_argument("--impl", action="append", help="only cases whose name starts so (may be repeated)")
     parser.add_argument("--shape", type=shape_of, action="append", help="for example N=8192,K=4096,D=64 (may be repeated)")
     parser.add_argument("--dtype", choices=["float32", "float16", "bfloat16", "float64"], action="append", help="may be repeated")
+    parser.add_argument(
+        "--bars", action="store_true", help="the shapes and dtypes that bars.py judges, instead of --shape, --dtype"
+    )
+    parser.add_argument("--no-compile", action="store_true", help="leave out the cases of torch.compile")
+    parser.add_argument("--prepare", action="store_true", help="only compile, in parallel, so that the next call measures only")
+    parser.add_argument("--case", type=int, help="only run this case once, counted from 0: what --prepare starts for each")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes of --prepare (default: one per core)")
     parser.add_argument("--seconds", type=float, default=10.0, help="time per operation and shape, after warm-up")
     parser.add_argument("--plot", type=Path, help="write one figure for each operation into this folder (needs matplotlib)")
     arguments = parser.parse_args()
     if arguments.plot and importlib.util.find_spec("matplotlib") is None:
         parser.error("--plot needs matplotlib, which is not installed (pip install matplotlib)")
+    if arguments.bars and (arguments.shape or arguments.dtype):
+        parser.error("--bars has its own shapes and dtypes: expected no --shape or --dtype beside it")
+    if arguments.jobs < 1:
+        parser.error(f"--jobs: expected at least 1, got {arguments.jobs}")
     device = torch.device(arguments.device)
-    modules = {operation: load_module(OPERATIONS / f"{operation}.py") for operation in arguments.op or operations}
-    for operation, module in modules.items():  # before anything is measured
-        for shape in arguments.shape or []:
+    panels: list[Panel] = []
+    for operation in arguments.op or operations:
+        if arguments.bars:
+            panels += [Panel(*panel) for panel in PANELS if panel[0] == operation]
+            continue
+        module = load_module(OPERATIONS / f"{operation}.py")
+        for shape in arguments.shape or []:  # before anything is measured
             if refusal := refusal_of_shape(operation, shape, module.SHAPES[device.type][0]):
                 parser.error(refusal)
-    os.environ.pop("TRITON_INTERPRET", None)  # the interpreter's times say nothing
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # `timeout` ends a run; what it has by then is written
-    where, rows = machine(device, *PACKAGES), []
-    for operation, module in modules.items():
         dtypes = arguments.dtype or getattr(module, "DTYPES", {}).get(device.type, ["float32"])
-        for shape, dtype in itertools.product(arguments.shape or module.SHAPES[device.type], dtypes):
-            torch.manual_seed(0)
-            torch._dynamo.reset()
-            cases = list(module.cases(device, getattr(torch, dtype), **shape))
-            if arguments.impl:
-                cases = [case for case in cases if case.impl.startswith(tuple(arguments.impl))]
-            print(f"\n{operation} {shape} {dtype} on {where['hardware']}\n{HEADER}", flush=True)
-            for row in measure(cases, device, arguments.seconds):
-                rows.append(row | {"shape": shape, "dtype": dtype, "for_op": operation, "time": now()} | where)
-                print(show(rows[-1]), flush=True)
-                append_row(arguments.json, rows[-1])
+        shapes = arguments.shape or module.SHAPES[device.type]
+        panels += [Panel(operation, shape, dtype) for shape, dtype in itertools.product(shapes, dtypes)]
+    os.environ.pop("TRITON_INTERPRET", None)  # the interpreter's times say nothing
+
+    def wanted(case: Case) -> bool:
+        named = not arguments.impl or case.impl.startswith(tuple(arguments.impl))
+        return named and not (arguments.no_compile and case.compiled)
+
+    if arguments.case is not None:
+        run_once(panels[0].cases(device)[arguments.case], device)
+        return
+    if arguments.prepare:
+        failed = prepare(panels, wanted, device, arguments.jobs)
+        print(f"prepared; {failed} cases did not run")
+        return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # `timeout` ends a run; what it has by then is written
+    where, rows, said = machine(device, *PACKAGES) | {"run": now()}, [], set()
+    for panel in panels:
+        cases = [case for case in panel.cases(device) if wanted(case)]
+        print(f"\n{panel.op} {panel.shape} {panel.dtype} on {where['hardware']}\n{HEADER}", flush=True)
+        for row, final in measure(cases, device, arguments.seconds):
+            row |= {"shape": panel.shape, "dtype": panel.dtype, "for_op": panel.op, "time": now()} | where
+            if row["status"] not in said:
+                print(show(row) + ("" if final else "   alone"), flush=True)
+            if row["status"].startswith("not installed"):
+                said.add(row["status"])  # once
+            if final:
+                rows.append(row)
+                append_row(arguments.json, row)
     if arguments.plot:
         plot(rows, arguments.plot)
 

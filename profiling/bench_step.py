@@ -10,7 +10,7 @@ quantizer with its moving averages, which diffusers' has not; so a difference is
 must give one loss and one gradient in float64, which shows that they are the same model; `loss` is each one's first as timed.
 
 The step is that of the baseline `joint`: the real decoder, stage 1's losses. Each is measured contiguous and channels_last, in
-turns. Milliseconds and ratios: median with the 20 % and 80 % quantiles, a ratio of each round's two times. Peak is what a step
+turns; with --ours, ours with a further override, too. A step is named as soon as it has run; one that fails says why. Milliseconds and ratios: median with the 20 % and 80 % quantiles, a ratio of each round's two times. Peak is what a step
 allocates beyond the state, which is the weights and what the optimiser keeps: on a GPU by torch's allocator, on Linux the growth
 of the process's resident memory.
 """
@@ -22,6 +22,7 @@ import itertools
 import statistics
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,7 @@ class MeasuredStep:
         self.step().item()
         self.peak_bytes = grown() if grown else None
         self.samples: list[float] = []
+        self.sample()
 
     def sample(self) -> None:
         synchronize(self.device)
@@ -177,14 +179,32 @@ def show(row: dict[str, Any]) -> str:
 
 def verdict(steps: list[MeasuredStep]) -> list[dict[str, Any]]:
     """Ours against diffusers' in each layout, then each at its fastest: how many times as fast, and the memory."""
-    ours, theirs = ([step for step in steps if step.name.startswith(who)] for who in ("ours", "diffusers"))
-    fastest = [min(group, key=lambda step: statistics.median(step.samples)) for group in (ours, theirs)]
+    ours, theirs = ({step.name: step for step in steps if step.name.startswith(who)} for who in ("ours", "diffusers"))
+    pairs = [
+        (step, theirs[name.replace("ours", "diffusers")])
+        for name, step in ours.items()
+        if name.replace("ours", "diffusers") in theirs
+    ]
+    if ours and theirs:
+        fastest = [min(group.values(), key=lambda step: statistics.median(step.samples)) for group in (ours, theirs)]
+        pairs.append((fastest[0], fastest[1]))
     compared = []
-    for a, b in [*zip(ours, theirs, strict=True), fastest]:
+    for a, b in pairs:
         speed = quantiles([y / x for x, y in zip(a.samples, b.samples, strict=True)])
         memory = (a.peak_bytes + a.state_bytes) / (b.peak_bytes + b.state_bytes) if a.peak_bytes and b.peak_bytes else None
         compared.append({"ours": a.name, "diffusers": b.name, "speed": speed, "memory": memory})
     return compared
+
+
+def variants(
+    config: Config, of_ours: list[tuple[str, Config]], layouts: list[str], compiled: bool, peer: bool
+) -> Iterator[tuple[str, Config]]:
+    """Name and configuration of each step: of each layout, eager and compiled, ours, ours with each override, diffusers'."""
+    for layout, whole in itertools.product(layouts, [False, True][: 1 + compiled]):
+        for who, its in [("ours", config), *of_ours, *[("diffusers", config)] * peer]:
+            name, _, override = who.partition(" ")
+            words = [f"{name}, {layout}", *["compiled"] * whole, *filter(None, [override])]
+            yield ", ".join(words), dataclasses.replace(its, channels_last=layout == "channels_last", compile=whole)
 
 
 def main() -> None:
@@ -194,13 +214,19 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="measure both under torch.compile too")
     layouts = ["contiguous", "channels_last"]
     parser.add_argument("--layout", choices=layouts, action="append", help="default: both (may be repeated)")
+    parser.add_argument("--ours", metavar="key=value", action="append", default=[], help="ours with this, too (may be repeated)")
     parser.add_argument("--seconds", type=float, default=30.0, help="measuring time in all, after warm-up; at least three rounds")
     arguments = parser.parse_intermixed_args()
     device = torch.device(arguments.device)
     file = arguments.config or CONFIGS / ("imagenet256.yaml" if device.type == "cuda" else "photos.yaml")
-    try:
-        config = read_config(file, ["method=joint", *arguments.overrides])
+
+    def configured(*overrides: str) -> Config:
+        config = read_config(file, ["method=joint", *arguments.overrides, *overrides])
         config.stage2.loss = config.stage1.loss  # of the one stage of `joint`
+        return config
+
+    try:
+        config, of_ours = configured(), [(f"ours {override}", configured(override)) for override in arguments.ours]
         (stage,) = plan_stages(config)
     except ValueError as error:
         parser.error(str(error))
@@ -218,11 +244,18 @@ def main() -> None:
             sys.exit(f"the models differ: losses, samples or gradients in float64 are {apart:.1e} apart, expected less than 1e-6")
         print(f"diffusers {where['versions']['diffusers']}: the same model, float64 losses and gradients {apart:.0e} apart")
     print(HEADER, flush=True)
-    steps = []
-    for layout, compiled in itertools.product(arguments.layout or layouts, [False, True][: 1 + arguments.compile]):
-        chosen = dataclasses.replace(config, channels_last=layout == "channels_last", compile=compiled)
-        for name, model in models.items():
-            steps.append(MeasuredStep(f"{name}, {layout}{', compiled' if compiled else ''}", chosen, model, device))
+    steps, failed = [], []
+    for name, chosen in variants(config, of_ours, arguments.layout or layouts, arguments.compile, "diffusers" in models):
+        try:
+            steps.append(MeasuredStep(name, chosen, models[name.split(",")[0]], device))
+            print(f"{name:<36}{steps[-1].samples[0]:>11.2f}   alone", flush=True)
+        except Exception as error:  # of a compiler, of a driver; the other steps are still measured
+            failed.append({"step": name, "status": f"not run: {type(error).__name__}: {' '.join(str(error).split())[:300]}"})
+            print(f"{name:<36}{failed[-1]['status']}", flush=True)
+    if not steps:
+        sys.exit("no step ran")
+    for step in steps:
+        step.samples.clear()  # before the turns
     start = time.perf_counter()
     for turn in itertools.count():
         if turn >= 3 and time.perf_counter() - start > arguments.seconds:
@@ -230,13 +263,13 @@ def main() -> None:
         for step in steps if turn % 2 == 0 else reversed(steps):
             step.sample()
     rows = [step.row() for step in steps]
-    print("\n".join(map(show, rows)))
+    print("\n".join(["in turns", *map(show, rows)]))
     compared = verdict(steps) if "diffusers" in models else []
     for pair in compared:
         memory = "" if pair["memory"] is None else f", {pair['memory']:.2f} x the memory (state and peak)"
         low, median, high = (f"{pair['speed'][name]:.2f}" for name in ("p20", "median", "p80"))
         print(f"{pair['ours']}: {median} ({low} to {high}) x the images/s of {pair['diffusers']}{memory}")
-    append_row(arguments.json, {"config": title, "steps": rows, "compared": compared, "time": now()} | where)
+    append_row(arguments.json, {"config": title, "steps": rows + failed, "compared": compared, "time": now()} | where)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -49,6 +50,17 @@ class Case:
         forward, backward = (self.flops, self.bytes), (self.backward_flops, self.backward_bytes)
         both = forward[0] + backward[0], forward[1] + backward[1]
         return {"forward": forward, "backward": backward, "both": both}[phase]
+
+    @property
+    def compiled(self) -> bool:
+        """Whether torch.compile makes it."""
+        return self.impl == "flex" or self.impl.split(",")[0] == "compile"
+
+    def obstacle(self) -> str | None:
+        """Why it cannot be measured here, known without running it; None if it may be tried."""
+        if self.needs and find_spec(self.needs) is None:
+            return f"not installed: {self.needs}"
+        return self.refusal and f"cannot run: {self.refusal}"
 
 
 def implementations(

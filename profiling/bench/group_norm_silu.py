@@ -11,7 +11,7 @@ from cases import Case, implementations
 from dae_kernels.group_norm_silu import group_norm_silu
 
 SIZES = {
-    "cuda": [(8, 128, 256, 1), (8, 128, 256, 0), (8, 256, 64, 1), (8, 512, 16, 1), (1, 128, 256, 1)],
+    "cuda": [(8, 128, 256, 1), (8, 128, 256, 0), (8, 256, 64, 1), (16, 512, 16, 1), (1, 128, 256, 1)],
     "cpu": [(4, 64, 32, 0), (4, 64, 32, 1)],
 }
 SHAPES = {kind: [dict(zip("BCHL", sizes, strict=True)) for sizes in shapes] for kind, shapes in SIZES.items()}

@@ -4,6 +4,7 @@ Chunks do all of it in their forward pass, so only `both` compares.
 """
 
 from functools import partial
+from importlib import import_module
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,11 @@ def cases(device, dtype, N, V, D):
     case = partial(Case, "linear_cross_entropy", leaves=[hidden_ND, weight_VD], product=dtype, **work)
     ours = partial(linear_cross_entropy, hidden_ND, weight_VD, targets_N)
     plain = lambda: F.cross_entropy(F.linear(hidden_ND, weight_VD), targets_N)  # noqa: E731
+
+    def peer(module, function):
+        """A function that takes hidden states, weight and targets and returns the mean; imported where it is called."""
+        return lambda: getattr(import_module(module), function)(hidden_ND, weight_VD, targets_N)
+
     yield case("reference", partial(ours, impl="reference"))
     yield case("linear + cross_entropy", plain, note="in the dtype of the operands")
     yield case("compile, linear + cross_entropy", torch.compile(plain), note="in the dtype of the operands")
@@ -34,3 +40,9 @@ def cases(device, dtype, N, V, D):
     yield case("triton", partial(ours, impl="triton"), refusal=triton_refusal(device))
     missing = None if hasattr(torch.nn, "LinearCrossEntropyOptions") else f"needs torch 2.13, this is {torch.__version__}"
     yield case("torch", partial(ours, impl="torch"), refusal=missing, note="F.linear_cross_entropy, its default chunks")
+    refusal, liger = triton_refusal(device), peer("liger_kernel.transformers.functional", "liger_fused_linear_cross_entropy")
+    yield case("Liger", liger, needs="liger_kernel", refusal=refusal, note="its default chunks")
+    cut = peer("cut_cross_entropy", "linear_cross_entropy")
+    yield case("cut-cross-entropy", cut, needs="cut_cross_entropy", refusal=refusal, note="with its default filter of gradients")
+    quack = peer("quack.linear_cross_entropy", "chunked_linear_cross_entropy")
+    yield case("quack", quack, needs="quack", refusal=refusal, note="its default chunks")

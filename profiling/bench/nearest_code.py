@@ -56,3 +56,4 @@ def cases(device, dtype, N, K, D):
     yield case("keops", keops, needs="pykeops")
     yield case("scikit-learn", sklearn, needs="sklearn", refusal=on_cpu)
     yield case("scipy vq", scipy, needs="scipy", refusal=on_cpu)
+    yield case("product alone", lambda: x_ND @ codebook_KD.T, note="no search: the scores' product, written")

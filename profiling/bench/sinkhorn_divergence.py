@@ -6,9 +6,11 @@ known after our forward pass, so the backward needs no product, and only `both` 
 """
 
 from functools import partial
+from importlib import import_module
 
 import torch
 from cases import Case, geomloss, implementations
+from dae_kernels.dispatch import triton_refusal
 from dae_kernels.sinkhorn_divergence import sinkhorn_divergence
 from dae_kernels.sinkhorn_divergence.solver import box, epsilon_schedule
 
@@ -20,7 +22,8 @@ def cases(device, dtype, N, M, D):
     # Clouds of one scale at every D, half of it apart.
     x_ND = (torch.randn(N, D, device=device) / D**0.5).to(dtype).requires_grad_()
     y_MD = ((torch.randn(M, D, device=device) + 0.5) / D**0.5).to(dtype).requires_grad_()
-    steps = len(epsilon_schedule(box(x_ND.detach(), y_MD.detach())[1], BLUR, SCALING, 2)) + 2
+    schedule = epsilon_schedule(box(x_ND.detach(), y_MD.detach())[1], BLUR, SCALING, 2)
+    steps = len(schedule) + 2
     moved, flops = x_ND.nbytes + y_MD.nbytes + 8 * (N + M), 2 * (2 * N * M + N * N + M * M) * D * (steps + 1)
     work = {"flops": flops, "bytes": moved, "backward_flops": (N + M) * D, "backward_bytes": 2 * moved}
     case = partial(Case, "sinkhorn_divergence", leaves=[x_ND, y_MD], product=dtype, **work)
@@ -28,3 +31,12 @@ def cases(device, dtype, N, M, D):
     note = "of the reference, whose updates are one opaque operator"
     yield from implementations(case, partial(sinkhorn_divergence, x_ND, y_MD, **settings), device, note)
     yield from geomloss(case, lambda loss: loss("sinkhorn", **settings)(x_ND, y_MD))
+
+    def flash(tf32):
+        """flash-sinkhorn with our cost |x - y|^2 / 2 and our schedule, so as many updates, each at the same epsilon."""
+        options = {"debias": True, "half_cost": True, "eps_list": schedule, "allow_tf32": tf32, "truncate_tf32": tf32}
+        return import_module("flash_sinkhorn").SamplesLoss("sinkhorn", blur=BLUR, scaling=SCALING, **options)(x_ND, y_MD)
+
+    peer = partial(case, needs="flash_sinkhorn", refusal=triton_refusal(device))
+    yield peer("flash-sinkhorn", partial(flash, False), note="products in float32, as ours")
+    yield peer("flash-sinkhorn, tf32", partial(flash, True), note="its default precision: coordinates rounded to tf32")

@@ -5,10 +5,12 @@ that matter.
 """
 
 from functools import partial
+from importlib import import_module
 
 import torch
 from cases import Case
 from dae_kernels import gated_residual, layer_norm_modulate, rms_norm, rotary_table, rotate, swiglu
+from dae_kernels.dispatch import triton_refusal
 
 LAYERS = ("layer_norm_modulate", "gated_residual", "rms_norm", "rotate", "swiglu")
 SHAPES = {
@@ -32,9 +34,15 @@ def cases(device, dtype, B, L, C, **wanted):
         "rotate": (lambda: rotate(heads, table), [heads], 2, 2),
         "swiglu": (lambda: swiglu(x), [x], 1.5, 2.5),
     }
+    liger = lambda: import_module("liger_kernel.transformers.functional").liger_rms_norm(x, weight, 1e-6, in_place=False)  # noqa: E731
+    quack = lambda: import_module("quack").rmsnorm(x.view(-1, C), weight, eps=1e-6).view(x.shape)  # noqa: E731
+    peers = {"Liger": ("liger_kernel", liger), "quack": ("quack", quack)}
     for name in LAYERS:
         if name in wanted:
             run, leaves, forward, backward = layers[name]
             case = partial(Case, name, leaves=leaves, bytes=forward * x.nbytes, backward_bytes=backward * x.nbytes)
             yield case("eager", run)
             yield case("compile", torch.compile(run))
+            if name == "rms_norm":
+                for peer, (module, run) in peers.items():
+                    yield case(peer, run, needs=module, refusal=triton_refusal(device))
