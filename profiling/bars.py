@@ -249,9 +249,9 @@ def judged(rows: list[Row], bars: Iterable[Bar]) -> Iterator[tuple[Bar, str, str
             yield bar, bar.words(figure), "met" if bar.met(figure) else "not met"
 
 
-def summary(rows: list[Row], unreadable: int = 0) -> str:
-    """The table, and above it what it was measured with."""
-    bars = list(judged(rows, all_bars()))
+def summary(rows: list[Row], unreadable: int = 0, small: bool = False) -> str:
+    """The table, and above it what it was measured with. With `small` no bar is judged."""
+    bars = [(bar, words, "not judged" if small else state) for bar, words, state in judged(rows, all_bars())]
     count = {state: sum(s == state for _, _, s in bars) for state in ("met", "not met", "not measured")}
     hardware = sorted({row["hardware"] for row in rows if row.get("hardware")})
     versions: dict[str, set[str]] = {}
@@ -259,7 +259,8 @@ def summary(rows: list[Row], unreadable: int = 0) -> str:
         for name, version in (row.get("versions") or {}).items():
             if version:
                 versions.setdefault(name, set()).add(version)
-    lines = ["# Bars", "", f"{', '.join(f'{n} {state}' for state, n in count.items())}.", ""]
+    words = "Small sizes, which try the scripts: no bar is judged" if small else ", ".join(f"{n} {s}" for s, n in count.items())
+    lines = ["# Bars", "", f"{words}.", ""]
     if hardware:
         software = ", ".join(f"{name} {'/'.join(sorted(found))}" for name, found in versions.items())
         lines += [f"Measured on {'; '.join(hardware)}; {software}.", ""]
@@ -292,7 +293,9 @@ def read(files: Iterable[Path]) -> tuple[list[Row], int]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", type=Path, nargs="+", help="JSON lines of the other scripts; one that is not there is left out")
-    print(summary(*read(parser.parse_args().files)), end="")
+    parser.add_argument("--small", action="store_true", help="judge no bar: what was run only tries the scripts")
+    arguments = parser.parse_args()
+    print(summary(*read(arguments.files), arguments.small), end="")
 
 
 if __name__ == "__main__":

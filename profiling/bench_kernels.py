@@ -266,8 +266,8 @@ def foreign(bench: Bench, others: list[Bench]) -> str | None:
             continue
         away = difference(bench.results[phase], others[0].results[phase])
         if away is None or not away <= FOREIGN:
-            far = "of other shapes than" if away is None else f"{away:.1e} from"
-            return f"not run: its {of} are {far} those of {others[0].case.impl}"
+            far = "other shapes than" if away is None else f"{away:.1e} from"
+            return f"not run: {far} the {of} of {others[0].case.impl}"
     return None
 
 

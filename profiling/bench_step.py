@@ -10,9 +10,10 @@ quantizer with its moving averages, which diffusers' has not; so a difference is
 must give one loss and one gradient in float64, which shows that they are the same model; `loss` is each one's first as timed.
 
 The step is that of the baseline `joint`: the real decoder, stage 1's losses. Each is measured contiguous and channels_last, in
-turns; with --ours, ours with a further override, too. A step is named as soon as it has run; one that fails says why. Milliseconds and ratios: median with the 20 % and 80 % quantiles, a ratio of each round's two times. Peak is what a step
-allocates beyond the state, which is the weights and what the optimiser keeps: on a GPU by torch's allocator, on Linux the growth
-of the process's resident memory.
+turns; with --ours, ours with a further override, too. A step is printed as soon as it has run, and one that fails says why.
+Milliseconds and ratios: median with the 20 % and 80 % quantiles, a ratio of each round's two times. Peak is what a step allocates
+beyond the state, which is the weights and what the optimiser keeps: on a GPU by torch's allocator, on Linux the growth of the
+process's resident memory.
 """
 
 import copy
@@ -137,7 +138,7 @@ class MeasuredStep:
     """The training step of a model in a layout, with its samples and its memory."""
 
     def __init__(self, name: str, config: Config, model: Autoencoder, device: torch.device):
-        self.name, self.device = name, device
+        self.name, self.device, self.setting = name, device, (config.channels_last, config.compile)
         (stage,) = plan_stages(config)
         engine = LocalEngine(device, config.mixed_precision)
         self.step = TrainingStep(stage_training(config, stage, copy.deepcopy(model), engine))
@@ -179,14 +180,10 @@ def show(row: dict[str, Any]) -> str:
 
 def verdict(steps: list[MeasuredStep]) -> list[dict[str, Any]]:
     """Ours against diffusers' in each layout, then each at its fastest: how many times as fast, and the memory."""
-    ours, theirs = ({step.name: step for step in steps if step.name.startswith(who)} for who in ("ours", "diffusers"))
-    pairs = [
-        (step, theirs[name.replace("ours", "diffusers")])
-        for name, step in ours.items()
-        if name.replace("ours", "diffusers") in theirs
-    ]
+    ours, theirs = ([step for step in steps if step.name.startswith(who)] for who in ("ours", "diffusers"))
+    pairs = [(a, b) for a in ours for b in theirs if a.setting == b.setting]
     if ours and theirs:
-        fastest = [min(group.values(), key=lambda step: statistics.median(step.samples)) for group in (ours, theirs)]
+        fastest = [min(group, key=lambda step: statistics.median(step.samples)) for group in (ours, theirs)]
         pairs.append((fastest[0], fastest[1]))
     compared = []
     for a, b in pairs:

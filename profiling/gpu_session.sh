@@ -228,7 +228,8 @@ for part in "${PARTS[@]}"; do
         *) "$part" ;;
     esac
     if [ -n "$DRY" ]; then continue; fi
-    "$PYTHON" profiling/bars.py "$OUT"/{exactness,tests,bench,host,step,chain}.jsonl >"$OUT/summary.md" || echo "summary: failed" >>"$OUT/failed.txt"
+    "$PYTHON" profiling/bars.py ${SMALL:+--small} "$OUT"/{exactness,tests,bench,host,step,chain}.jsonl >"$OUT/summary.md" ||
+        echo "summary: failed" >>"$OUT/failed.txt"
     echo "==== $part: done after $((SECONDS - BEGUN)) s"
 done
 if [ -n "$DRY" ]; then exit 0; fi
