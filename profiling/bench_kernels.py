@@ -285,10 +285,11 @@ def shape_of(text: str) -> dict[str, int]:
     return shape
 
 
-def refusal_of_shape(operation: str, shape: dict[str, int], default: dict[str, int]) -> str | None:
-    """Why the operation cannot be measured at this shape: names it does not have, or lacks; None if it has just its own."""
-    if shape.keys() == default.keys():
+def refusal_of_shape(operation: str, shape: dict[str, int], defaults: list[dict[str, int]]) -> str | None:
+    """Why the operation cannot be measured at this shape: names it does not have, or lacks; None if it has those of a default."""
+    if any(shape.keys() == default.keys() for default in defaults):
         return None
+    default = defaults[0]
     got, example = (",".join(f"{name}={size}" for name, size in sizes.items()) for sizes in (shape, default))
     faults = ("missing", default.keys() - shape.keys()), ("unknown", shape.keys() - default.keys())
     found = "; ".join(f"{fault}: {', '.join(sorted(names))}" for fault, names in faults if names)
@@ -326,7 +327,7 @@ def main() -> None:
             continue
         module = load_module(OPERATIONS / f"{operation}.py")
         for shape in arguments.shape or []:  # before anything is measured
-            if refusal := refusal_of_shape(operation, shape, module.SHAPES[device.type][0]):
+            if refusal := refusal_of_shape(operation, shape, module.SHAPES[device.type]):
                 parser.error(refusal)
         dtypes = arguments.dtype or getattr(module, "DTYPES", {}).get(device.type, ["float32"])
         shapes = arguments.shape or module.SHAPES[device.type]
@@ -338,7 +339,12 @@ def main() -> None:
         return named and not (arguments.no_compile and case.compiled)
 
     if arguments.case is not None:
-        run_once(panels[0].cases(device)[arguments.case], device)
+        found = panels[0].cases(device) if len(panels) == 1 else []
+        if not 0 <= arguments.case < len(found):
+            parser.error(
+                f"--case: expected one --op, --shape and --dtype, and less than its {len(found)} cases, got {arguments.case}"
+            )
+        run_once(found[arguments.case], device)
         return
     if arguments.prepare:
         failed = prepare(panels, wanted, device, arguments.jobs)
