@@ -27,7 +27,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Chunks of 8 rows or more, so that small operands have several and a last one that is not full."""
-    for name, value in (("MIN_ROWS", 8), ("CPU_CHUNK", 1), ("GPU_CHUNK", 1), ("WEIGHT_BLOCK", 40)):
+    for name, value in (("CPU_ROWS", 8), ("CPU_CHUNK", 1), ("GPU_ROWS", 8)):
         monkeypatch.setattr(chunked, name, value)
 
 
@@ -220,10 +220,12 @@ def test_the_number_of_rows_does_not_choose_the_result(dtype, scale, monkeypatch
         monkeypatch.setattr(api, "FEW_LOGITS", few)
         found.append(results(linear_cross_entropy, leaves, weight, targets, cotangent, ("bias",), reduction="mean", impl=impl))
     assert all(t.isfinite().all() for t in found[0])
-    for other in found[1:]:
+    for impl, other in zip((*IMPLS, "auto", "auto"), found, strict=True):
         for k, (got, expected) in enumerate(zip(other, found[0], strict=True)):
-            # float32 logits of D + 1 = 5 terms; the operands of the gradients' products, and these, are rounded to dtype
-            eps = 8 * torch.finfo(torch.float32).eps if k == 0 else 4 * torch.finfo(dtype).eps
+            # float32 logits of D + 1 = 5 terms; the operands of the gradients' products, and these, are rounded to dtype,
+            # and the logits of "triton" to bfloat16: the largest and the target's, by half an eps each
+            narrow = k > 0 or (impl == "triton" and dtype == torch.bfloat16)
+            eps = torch.finfo(dtype).eps * (4 if k else 1) if narrow else 8 * torch.finfo(torch.float32).eps
             size = scale**2 * 20 if k == 0 else expected.float().norm()
             assert (got.float() - expected.float()).norm() <= eps * size
 

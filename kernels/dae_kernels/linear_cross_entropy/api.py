@@ -30,6 +30,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     ignore_index: int = -100,
     reduction: str = "mean",
+    chunk_bytes: int | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Cross-entropy of the softmax of a linear layer, without the logits of all rows at once.
@@ -42,11 +43,12 @@ def linear_cross_entropy(
     By chunks of rows: a chunk's logits become their own gradient in place and are multiplied into the gradients of hidden and
     linear_weight in the forward pass, as gradients of a scalar are known but for one factor. With reduction="none" they are not:
     the backward pass computes the logits anew, a third more products. The weight's gradient is summed in float32. Where nothing
-    requires a gradient, nothing of this is done. Memory: a chunk of logits (2^20 on a CPU, 2^24 on a GPU, at least 64 rows; twice
-    that with a soft cap by "chunked") and the two gradients, twice during the backward pass.
+    requires a gradient, nothing of this is done. Memory: a chunk of logits (twice that with a soft cap by "chunked", and for
+    the gradients of float16 by "triton"), the two gradients, twice during the backward pass, and hidden without ignored rows.
 
-    The operands of products have their own dtype, or autocast's where it is on; logits, softmax and loss are float32 (float64 for
-    float64) in every implementation but "torch", so that sizes do not change the result. On a CPU 16-bit operands
+    The operands of products have their own dtype, or autocast's where it is on. Softmax and loss are float32 (float64 for
+    float64), and logits too, except by "torch" and except bfloat16 by "triton", which rounds them to bfloat16, as torch's linear
+    layer does; float16 would overflow. So sizes do not change the result. On a CPU 16-bit operands of all other implementations
     are multiplied in float32. After a cast the gradient of a float32 linear_weight is the float32 sum, where torch would round it
     to 16 bits.
 
@@ -67,6 +69,8 @@ def linear_cross_entropy(
             infinities and overflows of such rows reach neither the loss nor a gradient.
         reduction: "mean" over the rows that are not ignored, weighted by w[t]; "sum"; or "none". The mean over no rows is NaN
             with a gradient of zero, as torch's; their sum is 0. Likewise where all w[t] are 0 (torch: NaN gradients).
+        chunk_bytes: bytes of logits that may be alive at once, positive; at least one row is. None: on a GPU an eighth of all
+            logits, but at least 2,048 rows, below which the products lose speed; on a CPU 4 MiB, at least 64 rows.
         impl: "reference": all logits at once, plain torch. "chunked": the above by torch's own operations. "triton": the same
             with one kernel between the products. "torch": `torch.nn.functional.linear_cross_entropy` with its default chunks
             (torch 2.13 or later; no soft cap, smoothing or z-loss, nor torch.func's transforms; it rounds bfloat16 losses and
@@ -100,6 +104,9 @@ def linear_cross_entropy(
     label_smoothing, z_loss = as_number(operation, "label_smoothing", label_smoothing), as_number(operation, "z_loss", z_loss)
     softcap = None if softcap is None else as_number(operation, "softcap", softcap)
     ignore_index = as_integer(operation, "ignore_index", ignore_index)
+    chunk_bytes = None if chunk_bytes is None else as_integer(operation, "chunk_bytes", chunk_bytes)
+    if chunk_bytes is not None and chunk_bytes < 1:
+        raise ValueError(f"chunk_bytes must be positive, or None for the default, got {chunk_bytes}")
     check_loss_options(label_smoothing, z_loss, softcap)
     dtype = compute_dtype(hidden)
     impl = implementation(impl, hidden, linear_weight, dtype, label_smoothing, z_loss, softcap)
@@ -120,7 +127,7 @@ def linear_cross_entropy(
     elif impl == "torch":
         losses = torch_losses(*tensors[:5], dtype, "none" if reduction == "none" else "sum").to(wide)
     else:
-        losses = chunked_cross_entropy(*tensors, *options, impl == "triton", reduction != "none")
+        losses = chunked_cross_entropy(*tensors, *options, impl == "triton", chunk_bytes, reduction != "none")
     losses = losses * torch.ones_like(rows).masked_fill(wrong, math.nan)  # not filled, as gradients are to be NaN, too
     if reduction == "none":
         return losses.view(targets.shape)
@@ -186,11 +193,11 @@ def counted(targets_N: Tensor, V: int, ignore_index: int) -> tuple[Tensor, Tenso
     ValueError for a wrong one where they are read.
     """
     counts_N = targets_N != ignore_index
-    wrong_N = ((targets_N < 0) | (targets_N >= V)) & counts_N
+    wrong_N = (targets_N.clamp(0, V - 1) != targets_N) & counts_N
     if targets_N.device.type == "cpu" and values_readable(targets_N) and wrong_N.any():
         wrong = targets_N[wrong_N][0].item()
         raise ValueError(f"targets must lie in 0..{V - 1} or be ignore_index={ignore_index}, got {wrong}")
-    return targets_N.where(counts_N, NOT_COUNTED).masked_fill(wrong_N, NOT_COUNTED), wrong_N.any(), counts_N.sum()
+    return targets_N.where(counts_N > wrong_N, NOT_COUNTED), wrong_N.any(), counts_N.sum()
 
 
 def implementation(

@@ -13,7 +13,14 @@ from torch import Tensor
 from dae_kernels.dispatch import apply, taken_whole
 from dae_kernels.linear_cross_entropy.chunked import chunked_losses
 from dae_kernels.linear_cross_entropy.reference import NOT_COUNTED
-from dae_kernels.tracing import differentiated
+from dae_kernels.tracing import differentiated, traced, valueless
+
+
+def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """gradient * factor, multiplied in the wider dtype and rounded once to `dtype`."""
+    if torch.is_grad_enabled() or traced() or valueless(gradient):  # none of them takes `out`
+        return (gradient * factor).to(dtype)
+    return torch.mul(gradient, factor, out=gradient.new_empty(gradient.shape, dtype=dtype))  # without a wide copy on a GPU
 
 
 class SumOfLosses(torch.autograd.Function):
@@ -22,9 +29,11 @@ class SumOfLosses(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(hidden_ND, linear_weight_VD, bias_V, weight_V, target_N, z_loss, label_smoothing, softcap, dtype, needs, kernel):
+    def forward(
+        hidden_ND, linear_weight_VD, bias_V, weight_V, target_N, z_loss, label_smoothing, softcap, dtype, needs, kernel, chunk
+    ):
         tensors = hidden_ND, linear_weight_VD, bias_V, weight_V, target_N, z_loss, None
-        loss_N, *gradients = chunked_losses(*tensors, label_smoothing, softcap, dtype, *needs, kernel)
+        loss_N, *gradients = chunked_losses(*tensors, label_smoothing, softcap, dtype, *needs, kernel, chunk)
         return loss_N.sum(), *gradients
 
     @staticmethod
@@ -37,12 +46,13 @@ class SumOfLosses(torch.autograd.Function):
     def backward(ctx: Any, d_sum: Tensor | None, *d_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_second(d_gradients)
         if d_sum is None:
-            return (None,) * 11
-        gradients, made = ctx.saved_tensors, [None, None, None]
+            return (None,) * 12
+        gradients = ctx.saved_tensors
+        made: list[Tensor | None] = [None, None, None]
         for i in (1, 0, 2):  # the weight's first: its product in float32 is the largest tensor here
             if ctx.needs[i]:
-                made[i] = (gradients[i] * d_sum).to(ctx.dtypes[i])
-        return *made, *[None] * 8
+                made[i] = scaled(gradients[i], d_sum, ctx.dtypes[i])
+        return *made, *[None] * 9
 
 
 class Losses(torch.autograd.Function):
@@ -51,9 +61,11 @@ class Losses(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(hidden_ND, linear_weight_VD, bias_V, weight_V, target_N, z_loss, label_smoothing, softcap, dtype, needs, kernel):
+    def forward(
+        hidden_ND, linear_weight_VD, bias_V, weight_V, target_N, z_loss, label_smoothing, softcap, dtype, needs, kernel, chunk
+    ):
         tensors = hidden_ND, linear_weight_VD, bias_V, weight_V, target_N, z_loss, None
-        return chunked_losses(*tensors, label_smoothing, softcap, dtype, False, False, False, kernel)[0]
+        return chunked_losses(*tensors, label_smoothing, softcap, dtype, False, False, False, kernel, chunk)[0]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -64,7 +76,7 @@ class Losses(torch.autograd.Function):
     def backward(ctx: Any, d_loss_N: Tensor) -> tuple[Tensor | None, ...]:
         gradients = apply(GradientsOfLosses, *ctx.saved_tensors, d_loss_N, *ctx.options)
         needs = ctx.options[3]
-        return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), *[None] * 8
+        return *(gradient if need else None for gradient, need in zip(gradients, needs, strict=True)), *[None] * 9
 
 
 class GradientsOfLosses(torch.autograd.Function):
@@ -74,14 +86,26 @@ class GradientsOfLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        hidden_ND, linear_weight_VD, bias_V, weight_V, target_N, z_loss, d_loss_N, label_smoothing, softcap, dtype, needs, kernel
+        hidden_ND,
+        linear_weight_VD,
+        bias_V,
+        weight_V,
+        target_N,
+        z_loss,
+        d_loss_N,
+        label_smoothing,
+        softcap,
+        dtype,
+        needs,
+        kernel,
+        chunk,
     ):
         d_loss_N = d_loss_N.masked_fill(target_N == NOT_COUNTED, 0.0)
         # Less a power of two, rows have factors of at most 1: such as 16 bits can hold.
         scale = torch.exp2(torch.frexp(d_loss_N.abs().amax() if len(d_loss_N) else d_loss_N.new_ones(())).exponent)
         scale = scale.to(d_loss_N.dtype)
         tensors = hidden_ND, linear_weight_VD, bias_V, weight_V, target_N, z_loss, d_loss_N / scale
-        _, d_hidden_ND, d_weight_VD, d_bias_V = chunked_losses(*tensors, label_smoothing, softcap, dtype, *needs, kernel)
+        _, d_hidden_ND, d_weight_VD, d_bias_V = chunked_losses(*tensors, label_smoothing, softcap, dtype, *needs, kernel, chunk)
         if needs[0]:
             d_hidden_ND = d_hidden_ND * d_loss_N.unsqueeze(1)
         d_weight_VD, d_bias_V = d_weight_VD * scale, d_bias_V * scale
@@ -95,7 +119,7 @@ class GradientsOfLosses(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *d_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_second(d_gradients)
-        return (None,) * 12
+        return (None,) * 13
 
 
 def refuse_second(d_gradients: tuple[Tensor | None, ...]) -> None:
@@ -106,10 +130,11 @@ def refuse_second(d_gradients: tuple[Tensor | None, ...]) -> None:
 @taken_whole
 def chunked_cross_entropy(
     hidden_ND: Tensor, linear_weight_VD: Tensor, bias_V: Tensor | None, weight_V: Tensor | None, target_N: Tensor,
-    z_loss: Tensor | None, label_smoothing: float, softcap: float | None, dtype: torch.dtype, kernel: bool, summed: bool,
+    z_loss: Tensor | None, label_smoothing: float, softcap: float | None, dtype: torch.dtype, kernel: bool, chunk: int | None,
+    summed: bool,
 ) -> Tensor:  # fmt: skip
     """The [N] losses, or their sum if `summed`."""
     needs = tuple(t is not None and differentiated(t) for t in (hidden_ND, linear_weight_VD, bias_V))
     tensors = hidden_ND, linear_weight_VD, bias_V, weight_V, target_N, z_loss
-    options = label_smoothing, softcap, dtype, needs, kernel
+    options = label_smoothing, softcap, dtype, needs, kernel, chunk
     return apply(SumOfLosses, *tensors, *options)[0] if summed else apply(Losses, *tensors, *options)

@@ -16,15 +16,32 @@ from dae_kernels.dispatch import register_op
 from dae_kernels.linear_cross_entropy.reference import NOT_COUNTED, counted_rows
 from dae_kernels.tracing import without_autocast
 
-# Elements of a chunk of logits, which are float32. CPU: 4 MiB, about what the caches hold. GPU: 64 MiB, which at V = 16384 makes
-# 1024 rows, so that adding a chunk's weight gradient to the float32 sum costs no more than the product it comes from.
-CPU_CHUNK, GPU_CHUNK = 1 << 20, 1 << 24
-MIN_ROWS = 64  # fewer make slow products
-WEIGHT_BLOCK = 1 << 22  # elements of the weight gradient added at once where the product's dtype is not the sum's
+# CPU: elements of a chunk of logits, 4 MiB of float32, about what the caches hold, and the fewest rows: fewer make slow products.
+CPU_CHUNK, CPU_ROWS = 1 << 20, 64
+# GPU: the fewest rows of a chunk, unless a budget says less. By count at 2048: the product with the weight makes 16 V / 256 tiles
+# of 128 x 256, several rounds of 132 SMs from V = 16384 on; adding to the float32 weight gradient reads and writes 8 V D bytes,
+# half of the time of its product (2 n V D flop at 798 TFLOP/s and 3.0 TB/s), most of it while other tiles multiply.
+GPU_ROWS = 2048
+SHARE = 8  # GPU: a chunk is at most this part of all rows, beyond GPU_ROWS
 
 
-def chunk_rows(V: int, device: torch.device) -> int:
-    return max(MIN_ROWS, (CPU_CHUNK if device.type == "cpu" else GPU_CHUNK) // V)
+def chunk_rows(N: int, V: int, device: torch.device, element_size: int, chunk_bytes: int | None) -> int:
+    """Rows of a chunk: what `chunk_bytes` of logits hold, or the default of the device; on GPUs in chunks of nearly one size."""
+    if chunk_bytes is not None:
+        rows = max(1, chunk_bytes // (V * element_size))
+    elif device.type == "cpu":
+        return max(1, min(N, max(CPU_ROWS, CPU_CHUNK // V)))
+    else:
+        rows = max(GPU_ROWS, -(-N // SHARE))
+    chunks = max(1, -(-N // rows))
+    even = -(-N // chunks)
+    # 128 rows are a tile of the product.
+    return max(1, min(N, rows, -(-even // 128) * 128))
+
+
+def logits_dtype(dtype: torch.dtype, kernel: bool) -> torch.dtype:
+    """bfloat16 for the kernel, which sums in float32; float16 would overflow at 65504."""
+    return dtype if kernel and dtype == torch.bfloat16 else torch.promote_types(dtype, torch.float32)
 
 
 def softmax_step(
@@ -82,26 +99,16 @@ def softmax_step(
         logits_nV.mul_(slope_nV)
 
 
-def multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
-    """out = a b, summed in the dtype of `out`."""
+def multiply(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
+    """out = a b, or out += a b, summed in the dtype of `out`, or in float32 if that is narrower, by the product itself."""
+    if not a.is_cuda:
+        a, b = a.to(out.dtype), b.to(out.dtype)
     if a.dtype == out.dtype:
-        torch.mm(a, b, out=out)
-    elif a.is_cuda:
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
+        torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
+    elif add:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
     else:
-        torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
-
-
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b. Operands narrower than the sum go by blocks, whose products fit into a GPU's L2 cache."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-        return
-    rows = max(1, WEIGHT_BLOCK // total.shape[1])
-    for block, a_block in zip(total.split(rows), a.split(rows), strict=True):
-        part = torch.empty_like(block)
-        multiply(a_block, b, part)
-        block += part
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
 def chunked_launcher(
@@ -119,6 +126,7 @@ def chunked_launcher(
     need_weight: bool,
     need_bias: bool,
     kernel: bool,
+    chunk_bytes: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """[N] losses, their own gradients by hidden (in `dtype`), and the sum's by linear_weight and bias (at least float32).
 
@@ -129,21 +137,27 @@ def chunked_launcher(
     # CPUs multiply 16 bits slowly; the kernel writes gradients as a GPU takes them.
     operand = wide if hidden_ND.device.type == "cpu" and not kernel else dtype
     needs = need_hidden, need_weight, need_bias
-    loss_N, d_hidden_ND, d_weight_VD, d_bias_V = chunked_empty(hidden_ND, linear_weight_VD, dtype, *needs, kernel)
+    loss_N, d_hidden_ND, d_weight_VD, d_bias_V = chunked_empty(hidden_ND, linear_weight_VD, dtype, *needs, kernel, chunk_bytes)
     d_bias_V.zero_()
     if N == 0:
         d_weight_VD.zero_()
-    rows = max(1, min(chunk_rows(V, hidden_ND.device), N))
+    logits = logits_dtype(dtype, kernel)
+    rows = chunk_rows(N, V, hidden_ND.device, logits.itemsize, chunk_bytes)
     with without_autocast(hidden_ND.device):
         w_VD = linear_weight_VD.to(dtype).to(operand)
         b_V = None if bias_V is None else bias_V.to(wide).contiguous()
-        buffer_nV = hidden_ND.new_empty(rows, V, dtype=wide)
-        # In place for float32, where the rows of both are equal.
-        narrow_nV = hidden_ND.new_empty(rows, V, dtype=dtype) if kernel and any(needs) and dtype != wide else buffer_nV
+        # At once on a GPU, which saves launches; by chunks on a CPU, whose products round by how their operands are aligned.
+        h_ND = counted_rows(hidden_ND, target_N).to(operand) if hidden_ND.is_cuda else None
+        buffer_nV = hidden_ND.new_empty(rows, V, dtype=logits)
+        # In place where the rows of both are equal.
+        narrow_nV = hidden_ND.new_empty(rows, V, dtype=dtype) if kernel and any(needs) and dtype != logits else buffer_nV
         for start in range(0, N, rows):
             n = min(rows, N - start)
             target_n, loss_n = target_N.narrow(0, start, n), loss_N.narrow(0, start, n)
-            h_nD = counted_rows(hidden_ND.narrow(0, start, n), target_n).to(dtype).to(operand)
+            if h_ND is None:
+                h_nD = counted_rows(hidden_ND.narrow(0, start, n), target_n).to(dtype).to(operand)
+            else:
+                h_nD = h_ND.narrow(0, start, n)
             logits_nV, gradient_nV = buffer_nV.narrow(0, 0, n), narrow_nV.narrow(0, 0, n)
             multiply(h_nD, w_VD.T, logits_nV)
             step = b_V, weight_V, target_n, loss_n, z_loss, label_smoothing, softcap, any(needs)
@@ -160,22 +174,19 @@ def chunked_launcher(
                     torch.mm(gradient_nV, w_VD, out=d_hidden_nD)
                 else:
                     d_hidden_nD.copy_(gradient_nV @ w_VD)
-            factor_n = torch.ones_like(loss_n) if factor_N is None else factor_N.narrow(0, start, n)
-            factor_1n = factor_n.to(operand).unsqueeze(0)
+            factor_1n = None if factor_N is None else factor_N.narrow(0, start, n).to(operand).unsqueeze(0)
             if need_bias:
-                add_product(d_bias_V.unsqueeze(0), factor_1n, gradient_nV)
+                ones_1n = torch.ones_like(loss_n, dtype=operand).unsqueeze(0) if factor_1n is None else factor_1n
+                multiply(ones_1n, gradient_nV, d_bias_V.unsqueeze(0), add=True)
             if need_weight:
-                if factor_N is not None:
+                if factor_1n is not None:
                     h_nD = h_nD * factor_1n.T
-                if start == 0:
-                    multiply(gradient_nV.T, h_nD, d_weight_VD)
-                else:
-                    add_product(d_weight_VD, gradient_nV.T, h_nD)
+                multiply(gradient_nV.T, h_nD, d_weight_VD, add=start > 0)
     return loss_N, d_hidden_ND, d_weight_VD, d_bias_V
 
 
 def chunked_empty(hidden_ND: Tensor, linear_weight_VD: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *_, dtype, need_hidden, need_weight, need_bias, _ = rest
+    *_, dtype, need_hidden, need_weight, need_bias, _, _ = rest
     wide = torch.promote_types(dtype, torch.float32)
     loss_N = hidden_ND.new_empty(len(hidden_ND), dtype=wide)
     d_hidden_ND = hidden_ND.new_empty(hidden_ND.shape if need_hidden else (0, 0), dtype=dtype)

@@ -1,19 +1,21 @@
 """The step between the products in Triton: it writes the gradient of a chunk of logits and one loss per row.
 
 Roofline (counts, with the measured floors of an H100: 3.0 TB/s of copy, 798 TFLOP/s in bf16, 132 SMs; not yet measured).
-- The kernel is bound by memory: n V float32 logits are read, twice where there is a gradient, and n V gradients of b bytes are
-  written; the eager steps that it replaces move about 8 n V float32 and cast. Logits are float32 because sums in 16 bits round
-  them to 3 digits (bfloat16) or overflow at 65504 (float16). From memory, [1024, 16384] in bf16 would take 53 us; the rows at
-  work at once (64 KB per row at V = 16384) do not all fit into the L2 cache (50 MB) for the second reading.
-- The three products around it are 6 n V D flop, 129 us for that chunk and D = 1024: the whole operation is bound by them.
-- Memory of the operation by count, at N = 8192, V = 16384, D = 1024 in bf16: a chunk of logits 64 MiB and its gradient 32, the
-  weight's gradient in float32 64 and the block that is added to it 16, hidden's gradient 16: 192 MiB forward; 240 backward. All
-  logits, their logarithmic softmax and the gradients of both are 768 MiB.
-- Arithmetic: two exponentials per logit (four with a soft cap); an SM does 16 per cycle and at 3.0 TB/s meets 1.3 logits
-  (10 bytes each) per cycle, so the exponentials take less than half of the time of the traffic.
-- A tile is one row of at most 2048 logits over 8 warps: 8 per thread, two loads of 16 bytes. With 16 per thread ptxas spilled
-  a few registers on sm_80, sm_90 and sm_100. The loop keeps a maximum and a sum for each lane (online softmax) and merges lanes
-  once, so nothing is reduced over threads inside it; a short row gets fewer warps.
+- The kernel is bound by memory: n V logits are read, twice where there is a gradient, and n V gradients written. In bfloat16 both
+  have 2 bytes, the gradient takes the place of the logits, and sums are float32: 6 n V bytes, 4 where the second reading comes
+  from the L2 cache (50 MB; the rows at work at once are 132 SMs x 8 rows x 32 KB at V = 16384). [2048, 16384]: 67 us, or 45.
+  float16 logits would overflow at 65504: they are float32, and gradients have a place of their own.
+- The three products around it are 6 n V D flop, 258 us for that chunk and D = 1024: the whole operation is bound by them.
+- Memory of the operation by count, at N = 8192, V = 16384, D = 1024 in bf16: 2048 rows of logits, which become their gradients,
+  64 MiB, the weight's gradient in float32 64, hidden's gradient 16 and hidden without the ignored rows 16: 160 MiB forward;
+  backward 128, as the logits are gone and the two gradients are there once more in bf16. All logits, their logarithmic softmax
+  and the gradients of both are 768 MiB.
+- Launches: two before the chunks, and four for each: a product, this kernel, a product, a product that adds.
+- Arithmetic: two exponentials per logit (four with a soft cap); an SM does 16 per cycle and at 3.0 TB/s meets 2 to 3 logits
+  (4 to 6 bytes each) per cycle, so the exponentials take less than half of the time of the traffic.
+- A tile is one row, 16 bytes of logits per thread of 8 warps: 2048 in bfloat16, 1024 in float32; 1024 with a soft cap,
+  where 8 per thread spilled on sm_80, sm_90 and sm_100. The loop keeps a maximum and a sum for each lane (online softmax) and
+  merges lanes once, so nothing is reduced over threads inside it; a short row gets fewer warps.
 """
 
 from __future__ import annotations
@@ -24,8 +26,6 @@ import triton.language as tl
 from torch import Tensor
 
 from dae_kernels.tiles import next_power_of_2
-
-MAX_BLOCK = 2048
 
 
 @triton.jit
@@ -58,7 +58,7 @@ def softmax_step_kernel(
     lane = tl.arange(0, BLOCK_V)
     logits_ptr += row * stride_n
     # Read before the row is overwritten, and by every thread.
-    x_target = tl.load(logits_ptr + target)
+    x_target = tl.load(logits_ptr + target).to(tl.float32)
     if BIAS:
         x_target += tl.load(bias_ptr + target)
     if SOFTCAP:
@@ -75,7 +75,7 @@ def softmax_step_kernel(
     for v0 in range(0, V, BLOCK_V):
         v = v0 + lane
         inside = v < V
-        x = tl.load(logits_ptr + v, mask=inside, other=float("-inf"))
+        x = tl.load(logits_ptr + v, mask=inside, other=float("-inf")).to(tl.float32)
         if BIAS:
             x += tl.load(bias_ptr + v, mask=inside, other=0.0)
         if SOFTCAP:
@@ -121,7 +121,7 @@ def softmax_step_kernel(
         for v0 in range(0, V, BLOCK_V):
             v = v0 + lane
             inside = v < V
-            x = tl.load(logits_ptr + v, mask=inside, other=0.0)
+            x = tl.load(logits_ptr + v, mask=inside, other=0.0).to(tl.float32)
             if BIAS:
                 x += tl.load(bias_ptr + v, mask=inside, other=0.0)
             if SOFTCAP:
@@ -138,10 +138,11 @@ def softmax_step_kernel(
             tl.store(gradient_ptr + v, tl.where(counts, d, 0.0).to(gradient_ptr.dtype.element_ty), mask=inside)
 
 
-def tile(V: int) -> dict[str, int]:
-    """One row of at most MAX_BLOCK logits, 8 per thread."""
-    block = min(next_power_of_2(V), MAX_BLOCK)
-    return {"BLOCK_V": block, "num_warps": max(1, block // 256)}
+def tile(V: int, logits: torch.dtype, softcap: bool) -> dict[str, int]:
+    """Of one row, what 8 warps load by 16 bytes per thread; with a soft cap and bfloat16 by 8."""
+    lanes = 4 if softcap or logits.itemsize == 4 else 8
+    block = min(next_power_of_2(V), 256 * lanes)
+    return {"BLOCK_V": block, "num_warps": max(1, block // (32 * lanes))}
 
 
 def launch(
@@ -150,7 +151,8 @@ def launch(
 ) -> None:  # fmt: skip
     """`chunked.softmax_step`, but with its gradient into gradient_nV, of any dtype or logits_nV itself.
 
-    Rows are contiguous, vectors too; all but the gradient is float32. gradient_nV is not touched unless `gradient`.
+    Rows are contiguous, vectors too; logits and gradient have any dtype, all else is float32. gradient_nV is not touched unless
+    `gradient`.
     """
     n, V = logits_nV.shape
     if n == 0:
@@ -176,5 +178,5 @@ def launch(
             BIAS=bias_V is not None,
             WEIGHT=weight_V is not None,
             SOFTCAP=softcap is not None,
-            **tile(V),
+            **tile(V, logits_nV.dtype, softcap is not None),
         )
