@@ -11,6 +11,8 @@ import torch
 from dae_kernels.dispatch import triton_refusal
 from torch import Tensor
 
+COMPILING = {"flash_kmeans", "flash_sinkhorn", "liger_kernel", "cut_cross_entropy", "quack", "pykeops"}
+
 
 @dataclass
 class Case:
@@ -55,6 +57,11 @@ class Case:
     def compiled(self) -> bool:
         """Whether torch.compile makes it."""
         return self.impl == "flex" or self.impl.split(",")[0] == "compile"
+
+    @property
+    def compiles(self) -> bool:
+        """Whether it compiles when it first runs: torch.compile, a kernel of ours, or a peer made of such."""
+        return self.compiled or self.impl.startswith("triton") or self.needs in COMPILING
 
     def obstacle(self) -> str | None:
         """Why it cannot be measured here, known without running it; None if it may be tried."""

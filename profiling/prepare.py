@@ -1,4 +1,4 @@
-"""Compiling beforehand: every case in a process of its own, into the caches that Triton and inductor keep on disk."""
+"""Compiling beforehand: each case that compiles in a process of its own, into the caches of Triton and inductor on disk."""
 
 import os
 import subprocess
@@ -46,7 +46,7 @@ def run_once(case: Case, device: torch.device) -> None:
 
 
 def prepare(panels: list[Panel], wanted: Callable[[Case], bool], device: torch.device, jobs: int) -> int:
-    """Run every wanted case of the panels once, `jobs` at a time, and print each as it is done; returns how many failed.
+    """Run each wanted case that compiles once, `jobs` at a time, and print it as it is done; returns how many failed.
 
     Each is this script again with --case: what is compiled in a process of another kind (a pool's, say) has other keys in
     inductor's cache, and one that dies ends no other.
@@ -69,7 +69,7 @@ def prepare(panels: list[Panel], wanted: Callable[[Case], bool], device: torch.d
         tasks = {}
         for panel in panels:
             for number, case in enumerate(panel.cases(device)):
-                if wanted(case) and not case.obstacle():
+                if case.compiles and wanted(case) and not case.obstacle():
                     tasks[pool.submit(one, panel, number)] = f"{panel}: {case.impl}"
             if device.type == "cuda":
                 torch.cuda.empty_cache()
