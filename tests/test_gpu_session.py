@@ -208,6 +208,23 @@ def test_prepared_is_compiled(tmp_path):
     assert "compile" not in done.stdout.split("x floor")[1]
 
 
+def test_absent_peers_are_named_once(tmp_path, module, monkeypatch, capsys):
+    bench = module("bench_kernels")
+    monkeypatch.setattr(module("cases"), "find_spec", lambda name: None)
+    monkeypatch.setattr(bench, "floors_of", lambda *_: iter(()))
+    shapes = ["--shape", "N=8,V=8,D=4", "--shape", "N=4,V=8,D=4", "--no-compile", "--seconds", "0", "--device", "cpu"]
+    file = tmp_path / "out.jsonl"
+    monkeypatch.setattr(sys, "argv", ["bench_kernels.py", "--op", "linear_cross_entropy", *shapes, "--json", str(file)])
+    monkeypatch.setattr(bench.signal, "signal", lambda *_: None)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    bench.main()
+    printed, rows = capsys.readouterr().out, [json.loads(text) for text in file.read_text().splitlines()]
+    for name, package in (("Liger", "liger_kernel"), ("cut-cross-entropy", "cut_cross_entropy"), ("quack", "quack")):
+        assert printed.count(f"not installed: {package}") == 1
+        assert [row["status"] for row in rows if row["impl"] == name] == [f"not installed: {package}"] * 2
+    assert not any("compile" in row["impl"] for row in rows)
+
+
 def test_failing_tests_are_named_at_once(tmp_path):
     (tmp_path / "test_it.py").write_text(
         "import pytest, time\n"
@@ -291,8 +308,8 @@ def test_session_names_what_exists(module):
     for line in commands():
         words = line.split()
         for name in re.findall(r"\b(?:profiling|tests|recipes)/[\w/-]+(?:\.(?:py|yaml))?", line):
-            assert (ROOT / name).exists() or name == "profiling/host_overhead.py", name
-        for script in {word for word in words if re.fullmatch(r"profiling/\w+\.py", word)} - {"profiling/host_overhead.py"}:
+            assert (ROOT / name).exists(), name
+        for script in {word for word in words if re.fullmatch(r"profiling/\w+\.py", word)}:
             source = (ROOT / script).read_text() + (ROOT / "profiling" / "measuring.py").read_text()
             after = words[words.index(script) :]
             assert not [flag for flag in after if flag.startswith("--") and f'"{flag}"' not in source], line
