@@ -1,7 +1,7 @@
 """Variants of group_norm_silu: both layouts, with SiLU and the adaptive operands, and the least of them. One stride is 1."""
 
 from dae_kernels.group_norm_silu import fused
-from dae_kernels.group_norm_silu.layout import tile
+from dae_kernels.group_norm_silu.layout import tile, whole_group_tile
 from variants import Variant
 
 # element type, channels_last, C, P, adaptive, SiLU
@@ -10,6 +10,14 @@ VARIANTS = {
     "bf16 contiguous": ("*bf16", False, 128, 65536, False, True),
     "fp32 channels_last C=100, adaptive": ("*fp32", True, 100, 4096, True, True),
     "fp16 contiguous 8x8, no SiLU": ("*fp16", False, 512, 64, False, False),
+}
+# element type, channels_last, channels of a group, P
+WHOLE = {
+    "bf16 channels_last 16x16, 16 a group": ("*bf16", True, 16, 256),
+    "bf16 contiguous 32x32, 16 a group": ("*bf16", False, 16, 1024),
+    "bf16 channels_last 32x32, 16 a group": ("*bf16", True, 16, 1024),
+    "fp32 contiguous 16384, 1 a group": ("*fp32", False, 1, 16384),
+    "fp32 channels_last 20x20, 12 a group": ("*fp32", True, 12, 400),
 }
 TENSORS = ("x", "y", "dy", "dx")
 KERNELS = (
@@ -35,3 +43,10 @@ def variants(backend, gpu=None):
             divisible = ("stride",) if C % 16 == 0 else ()
             sizes = tile(C, P, channels_last, kernel.__name__.removesuffix("_kernel"), gpu)
             yield Variant(name, kernel, types, own, sizes, divisible=divisible)
+    for name, (element, channels_last, channels, P) in WHOLE.items():
+        constants = {"WEIGHT": True, "BIAS": True, "ADAPTIVE": element == "*fp32", "SILU": True}
+        constants |= {f"stride_{'c' if channels_last else 'p'}": 1} | (
+            {} if element == "*fp32" else {"scale_ptr": None, "shift_ptr": None}
+        )
+        types = {"x_ptr": element, "y_ptr": element, "eps": "fp32"}
+        yield Variant(name, fused.whole_group_kernel, types, constants, whole_group_tile(channels, P), divisible=("stride",))

@@ -22,6 +22,15 @@ IMPLS = ["reference", pytest.param("triton", marks=needs_triton)]
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
 
+@pytest.fixture(params=["whole groups", "chunks"])
+def way(request, monkeypatch):
+    """The two ways of the kernels' forward pass, both for small maps."""
+    if request.param == "chunks":
+        monkeypatch.setattr(layouts, "WHOLE_GROUP", 0)
+    monkeypatch.setattr(layouts, "map_layout", layouts.MapLayout)  # not the ones that were kept
+    return request.param
+
+
 def operands(shape, layout="contiguous", dtype=torch.float32, affine=True, adaptive=False, mean=0.0, seed=0):
     """x in a layout, and weight, bias, scale, shift or None."""
     generator = torch.Generator().manual_seed(seed)
@@ -89,7 +98,7 @@ def check(values, groups, impl, activation="silu", cotangent=None):
     "shape, groups",
     [((1, 63, 9, 1), 21), ((2, 15, 1, 1), 15), ((1, 6, 33, 31), 1), ((1, 130, 6, 5), 13), ((1, 1, 3, 50), 1)],
 )
-def test_formula(impl, layout, shape, groups):
+def test_formula(impl, layout, shape, groups, way):
     check(operands(shape, layout), groups, impl)
 
 
@@ -97,7 +106,7 @@ def test_formula(impl, layout, shape, groups):
 @pytest.mark.parametrize("activation", ["silu", None])
 @pytest.mark.parametrize("affine, adaptive", [(True, True), (False, True), (False, False)])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_parameters(impl, activation, affine, adaptive, layout):
+def test_parameters(impl, activation, affine, adaptive, layout, way):
     check(operands((2, 12, 5, 6), layout, affine=affine, adaptive=adaptive), 3, impl, activation)
 
 
@@ -110,13 +119,13 @@ def test_other_numbers_of_dimensions(impl, shape):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision(impl, layout, dtype):
+def test_half_precision(impl, layout, dtype, way):
     check(operands((2, 16, 6, 7), layout, dtype), 4, impl)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @needs_triton
-def test_mean_far_from_zero(layout):
+def test_mean_far_from_zero(layout, way):
     """At mean / std = 200, E[x^2] - E[x]^2 in float32 leaves three digits of the deviation."""
     check(operands((2, 16, 33, 31), layout, mean=200.0), 4, "triton")
 
@@ -125,11 +134,11 @@ def test_mean_far_from_zero(layout):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_more_tiles_than_one_program_takes(layout, monkeypatch):
     """Chunks of several tiles, a last one that is not full, more chunks and channels than the merging kernels take at once."""
-    for name, value in {"TILE": 16, "PROGRAMS": 4, "TILES_PER_CHUNK": 3}.items():
+    for name, value in {"TILE": 16, "PROGRAMS": 4, "TILES_PER_CHUNK": 3, "WHOLE_GROUP": 0}.items():
         monkeypatch.setattr(layouts, name, value)
     for name, value in {"MERGE": {"BLOCK": 8}, "MERGE_GRADIENTS": {"BLOCK_C": 2, "BLOCK_S": 2}}.items():
         monkeypatch.setattr(fused, name, value)
-    monkeypatch.setattr(fused, "map_layout", layouts.MapLayout)  # not the ones that were kept
+    monkeypatch.setattr(layouts, "map_layout", layouts.MapLayout)  # not the ones that were kept
     check(operands((2, 6, 13, 11), layout), 2, "triton")
 
 
@@ -183,7 +192,7 @@ def test_dtypes_of_parameters_are_kept(impl):
 
 
 @pytest.mark.parametrize("impl", IMPLS)
-def test_constant_and_extreme_groups(impl):
+def test_constant_and_extreme_groups(impl, way):
     """No spread gives bias alone; a NaN stays within its group; large values do not overflow SiLU's exponential."""
     close = {"rtol": 0, "atol": 7.0 * 2**-23 * 1e-5**-0.5}  # a rounding of the mean, over sqrt(eps)
     x = torch.full((1, 4, 3, 3), 7.0, device=DEVICE)
@@ -237,6 +246,26 @@ def test_invariances(B, G, per_group, H, W, layout, seed):
 
 
 @needs_triton
+@pytest.mark.parametrize("shape, groups, launches", [((2, 32, 16, 16), 2, 1), ((1, 16, 32, 32), 1, 1), ((1, 17, 32, 32), 1, 3)])
+def test_a_group_that_fits_into_a_program_takes_one_launch(shape, groups, launches, monkeypatch):
+    counts = []
+    for name in ("whole_group_kernel", "moments_kernel", "merge_moments_kernel", "normalise_kernel"):
+        kernel = getattr(fused, name)
+        monkeypatch.setattr(fused, name, Counted(kernel, counts))
+    check(operands(shape), groups, "triton")
+    assert len(counts) == launches
+
+
+class Counted:
+    def __init__(self, kernel, counts):
+        self.kernel, self.counts = kernel, counts
+
+    def __getitem__(self, grid):
+        self.counts.append(grid)
+        return self.kernel[grid]
+
+
+@needs_triton
 def test_gradients_of_parameters_are_deterministic():
     values = operands((3, 16, 17, 19), "channels_last", adaptive=True)
     cotangent = torch.randn_like(values[0])
@@ -246,7 +275,7 @@ def test_gradients_of_parameters_are_deterministic():
 
 @needs_triton
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_nothing_is_touched_beyond_the_buffers(layout):
+def test_nothing_is_touched_beyond_the_buffers(layout, way):
     """NaN around x and dy must not come in, and guards around y and dx must stand."""
     B, C, H, W = 2, 9, 7, 5
     size, guard = B * C * H * W, 300

@@ -1,6 +1,10 @@
 """Tables of measured tiles: the nearest shape of this GPU's generation wins, anything else goes by rule, with one warning."""
 
+import importlib.util
 import json
+import os
+import subprocess
+import sys
 import tomllib
 import warnings
 from pathlib import Path
@@ -9,7 +13,6 @@ import pytest
 import torch
 from dae_kernels import group_norm_silu, nearest_code, tiles
 from dae_kernels.dispatch import triton_refusal
-from dae_kernels.group_norm_silu import fused as norm_kernels
 from dae_kernels.group_norm_silu import layout
 from dae_kernels.nearest_code import fused
 
@@ -123,9 +126,64 @@ def test_measured_tiles_compute_the_same(channels_last, monkeypatch):
         return y, torch.autograd.grad(y.square().sum(), x)[0], index, distance
 
     expected = results()
-    for module in (norm_kernels, fused):
+    monkeypatch.setattr(layout, "WHOLE_GROUP", 0)
+    for module in (layout, fused):
         monkeypatch.setattr(module, "generation", lambda device: "sm_90")
     got = results()
     layout.map_layout.cache_clear()
     torch.testing.assert_close(got[:2], expected[:2], rtol=1e-5, atol=1e-5)
     assert torch.equal(got[2], expected[2]) and torch.equal(got[3], expected[3])
+
+
+def run_tuning(*options):
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, str(ROOT / "profiling" / "tune_kernels.py"), *options]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+@pytest.mark.slow
+def test_tuning_lists_the_candidates_that_survive_compilation():
+    done = run_tuning(
+        *(
+            "--op",
+            "group_norm_silu",
+            "--dry-run",
+            "--gpu",
+            "sm_90",
+            "--kernel",
+            "gradient_sums",
+            "--shapes",
+            "1",
+            "--processes",
+            "1",
+        )
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    *lines, last = done.stdout.splitlines()
+    assert len(lines) == 12 and any("spills" in line for line in lines) and sum(line.endswith("ok") for line in lines) > 5
+    assert last.endswith("of 12 candidates compile for sm_90 without a fault")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure on")
+def test_tuning_without_the_gpu_is_refused_in_one_line():
+    done = run_tuning("--op", "nearest_code")
+    assert done.returncode == 2
+    assert (
+        "tiles are measured on the GPU they are for, and here is none: use --dry-run with --gpu" in done.stderr.splitlines()[-1]
+    )
+
+
+def test_tuning_replaces_the_tiles_of_one_gpu(table, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "profiling"))
+    spec = importlib.util.spec_from_file_location("tune_kernels", ROOT / "profiling" / "tune_kernels.py")
+    tune = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tune)
+    path = tmp_path / "op" / "tiles.json"
+    tune.write_table(path, "sm_90", {"hardware": "one"}, [entry(8, 4)])
+    tune.write_table(path, "sm_80", {"hardware": "two"}, [entry(8, 2)])
+    tune.write_table(path, "sm_90", {"hardware": "three"}, [entry(8, 8), entry(32, 4)])
+    made = json.loads(path.read_text())["made"]
+    assert made == {"sm_90": {"hardware": "three"}, "sm_80": {"hardware": "two"}}
+    tiles.entries.cache_clear()
+    assert [look(8)["num_warps"], look(64)["num_warps"], look(8, gpu="sm_80")["num_warps"]] == [8, 4, 2]
+    assert not list(tmp_path.glob("op/*.part"))

@@ -39,16 +39,20 @@ class GroupNormSiLU(torch.autograd.Function):
     def backward(ctx, dy, _d_mean, _d_rstd):
         saved = ctx.saved_tensors  # read once: torch.utils.checkpoint unpacks a tensor no second time
         _, weight, bias, scale, shift, *_ = saved
-        dx, sum_BC, sum_n_BC = apply(GroupNormSiLUBackward, dy, *saved, ctx.num_groups, ctx.silu)
+        dx, sums_2BC = apply(GroupNormSiLUBackward, dy, *saved, ctx.num_groups, ctx.silu)
         # sum is d out / d h summed over positions, sum_n that times n; they hold the gradients of all parameters.
         d_scale = d_shift = None
         if scale is not None:
+            sum_BC, sum_n_BC = sums_2BC.unbind()
             affine_n = sum_n_BC if weight is None else sum_n_BC * weight
             d_scale = (affine_n if bias is None else affine_n + sum_BC * bias).to(scale.dtype)
             d_shift = sum_BC.to(shift.dtype)
-            sum_BC, sum_n_BC = sum_BC * (1 + scale), sum_n_BC * (1 + scale)
-        d_weight = None if weight is None else sum_n_BC.sum(dim=0).to(weight.dtype)
-        d_bias = None if bias is None else sum_BC.sum(dim=0).to(bias.dtype)
+            sums_2BC = sums_2BC * (1 + scale)
+        d_weight = d_bias = None
+        if weight is not None or bias is not None:
+            d_bias_C, d_weight_C = sums_2BC.sum(dim=1).unbind()
+            d_weight = None if weight is None else d_weight_C.to(weight.dtype)
+            d_bias = None if bias is None else d_bias_C.to(bias.dtype)
         return dx, d_weight, d_bias, d_scale, d_shift, None, None, None
 
 

@@ -1,5 +1,7 @@
 """GroupNorm + SiLU in Triton: three passes over the tensor forward, five backward, whatever its layout.
 
+Forward, a group of at most 2^14 elements (16 channels of 32 x 32) fits into one program: two passes and one launch.
+
 Roofline (counts, with the measured floors of an H100: 3.0 TB/s of copy, 132 SMs; the kernels themselves are not yet measured).
 - Bound by memory. Forward: x is read for the statistics, read again, y written: 3 n b bytes for n elements of b bytes.
   Backward: x and dy are read for the sums, read again, dx written: 5 n b. [8, 128, 256, 256] in bf16 is 134 MB: 0.13 and
@@ -19,7 +21,6 @@ Roofline (counts, with the measured floors of an H100: 3.0 TB/s of copy, 132 SMs
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -28,8 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dae_kernels.dispatch import register_op
-from dae_kernels.group_norm_silu.layout import MapLayout, channels_last_format, is_dense, map_layout
-from dae_kernels.tiles import generation
+from dae_kernels.group_norm_silu.layout import contiguous, dense, densified, flags, positions
 
 MERGE, MERGE_GRADIENTS = {"BLOCK": 256}, {"BLOCK_C": 16, "BLOCK_S": 32}
 
@@ -167,6 +167,37 @@ def normalise_kernel(
 
 
 @triton.jit
+def whole_group_kernel(
+    x_ptr, y_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr,
+    stride_b, stride_c, stride_p,
+    C, P, channels, eps,
+    WEIGHT: tl.constexpr, BIAS: tl.constexpr, ADAPTIVE: tl.constexpr, SILU: tl.constexpr,
+    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """The three kernels above in one, for groups of at most BLOCK_P positions and BLOCK_C channels. Grid (groups, B)."""
+    b, c0 = tl.program_id(1).to(tl.int64), tl.program_id(0) * channels
+    p, i = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_C)
+    inside = (p[:, None] < P) & (i[None, :] < channels)
+    start = b * stride_b + c0.to(tl.int64) * stride_c
+    place = start + p[:, None] * stride_p + i[None, :] * stride_c
+    base = tl.load(x_ptr + start).to(tl.float32)  # a large mean then costs the sum nothing
+    x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32) - base
+    n = (tl.cast(channels, tl.int64) * P).to(tl.float32)
+    mean = tl.sum(tl.sum(tl.where(inside, x, 0.0), axis=0), axis=0) / n
+    away = tl.where(inside, x - mean, 0.0)
+    rstd = 1.0 / tl.sqrt_rn(tl.sum(tl.sum(away * away, axis=0), axis=0) / n + eps)
+    group = b * tl.num_programs(0) + tl.program_id(0)
+    tl.store(mean_ptr + group, base + mean)
+    tl.store(rstd_ptr + group, rstd)
+    c = tl.where(i < channels, c0 + i, C)
+    factor, term = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, b, c, C, WEIGHT, BIAS, ADAPTIVE)
+    y = away * (rstd * factor)[None, :] + term[None, :]
+    if SILU:
+        y = y / (1.0 + tl.exp(-y))
+    tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def gradient_sums_kernel(
     dy_ptr, x_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr, part_ptr,
     dy_stride_b, dy_stride_c, dy_stride_p, x_stride_b, x_stride_c, x_stride_p,
@@ -201,11 +232,11 @@ def gradient_sums_kernel(
 
 @triton.jit
 def merge_gradient_sums_kernel(
-    part_ptr, weight_ptr, scale_ptr, sum_ptr, sum_n_ptr, group_mean_ptr,
+    part_ptr, weight_ptr, scale_ptr, sum_ptr, group_mean_ptr,
     C, P, channels, chunks,
     WEIGHT: tl.constexpr, ADAPTIVE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """Chunks' sums to sums per channel [B, C], and to means of d n and (d n) n over a group [2, B, groups]. Grid (groups, B)."""
+    """Chunks' sums to sums per channel [2, B, C], and to means of d n and (d n) n over a group. Grid (groups, B)."""
     part_n_ptr = part_ptr + tl.num_programs(1).to(tl.int64) * C * chunks
     b, first = tl.program_id(1).to(tl.int64), tl.program_id(0) * channels
     i, s = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_S)
@@ -223,7 +254,7 @@ def merge_gradient_sums_kernel(
             total_n += tl.load(part_n_ptr + part, mask=inside, other=0.0)
         of_channel, of_channel_n = tl.sum(total, axis=1), tl.sum(total_n, axis=1)
         tl.store(sum_ptr + b * C + c, of_channel, mask=of_group)
-        tl.store(sum_n_ptr + b * C + c, of_channel_n, mask=of_group)
+        tl.store(sum_ptr + (tl.num_programs(1) + b) * C + c, of_channel_n, mask=of_group)
         factor = tl.full([BLOCK_C], 1.0, tl.float32)
         if WEIGHT:
             factor = tl.load(weight_ptr + c, mask=of_group, other=0.0).to(tl.float32)
@@ -265,37 +296,6 @@ def gradient_kernel(
     tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
-def densified(x: Tensor) -> Tensor:
-    """`x` if it is contiguous or channels_last, else a copy that is."""
-    if is_dense(x):
-        return x
-    return x.contiguous(memory_format=channels_last_format(x)) if x.stride(1) == 1 else x.contiguous()
-
-
-def dense(x: Tensor, num_groups: int) -> tuple[Tensor, MapLayout]:
-    """`densified(x)` and its launch parameters."""
-    layout = map_layout(x.shape, x.stride(), num_groups, generation(x.device))
-    if layout.dense:
-        return x, layout
-    x = densified(x)
-    return x, map_layout(x.shape, x.stride(), num_groups, generation(x.device))
-
-
-def positions(x: Tensor) -> Tensor:
-    """[B, C, *positions] as [B, C, P]: a view of what is dense, maybe a copy of what is not."""
-    return x.flatten(2) if x.dim() > 2 else x[..., None]
-
-
-@functools.lru_cache(maxsize=64)
-def flags(weight: bool, bias: bool, scale: bool, silu: bool) -> dict[str, bool]:
-    """Which operands there are, and SILU, as the kernels' constants."""
-    return {"WEIGHT": weight, "BIAS": bias, "ADAPTIVE": scale, "SILU": silu}
-
-
-def contiguous(parameter: Tensor | None) -> Tensor | None:
-    return None if parameter is None else parameter.contiguous()
-
-
 def forward_empty(x: Tensor, *operands: Any) -> tuple[Tensor, Tensor, Tensor]:
     groups, device = (x.shape[0], operands[4]), x.device
     mean_BG = torch.empty(groups, dtype=torch.float32, device=device)
@@ -318,24 +318,24 @@ def forward_launcher(
     y = torch.empty_like(x)
     mean_BG = torch.empty(layout.groups, dtype=torch.float32, device=device)
     rstd_BG = torch.empty_like(mean_BG)
-    part = torch.empty(moments.parts, dtype=torch.float32, device=device)
     weight, bias, scale, shift = contiguous(weight), contiguous(bias), contiguous(scale), contiguous(shift)
+    known = flags(weight is not None, bias is not None, scale is not None, silu)
+    operands = (x, y, weight, bias, scale, shift, mean_BG, rstd_BG, *strides)  # y has the strides of x, as both are dense
+    if layout.whole is not None:
+        whole_group_kernel[(num_groups, layout.B)](*operands, C, P, layout.channels, eps, **known, **layout.whole)
+        return y, mean_BG, rstd_BG
+    part = torch.empty(moments.parts, dtype=torch.float32, device=device)
     moments_kernel[moments.grid](x, part, *strides, C, P, moments.chunk, **moments.options)
     merge_moments_kernel[(layout.B * num_groups,)](
         part, mean_BG, rstd_BG, layout.channels, moments.chunks, moments.chunk, P, eps, **MERGE
     )
     grid, options = layout.normalise
-    known = flags(weight is not None, bias is not None, scale is not None, silu)
-    # y has the strides of x, as both are dense.
-    normalise_kernel[grid](
-        x, y, weight, bias, scale, shift, mean_BG, rstd_BG, *strides, C, P, layout.channels, **known, **options
-    )
+    normalise_kernel[grid](*operands, C, P, layout.channels, **known, **options)
     return y, mean_BG, rstd_BG
 
 
-def backward_empty(dy: Tensor, x: Tensor, *operands: Any) -> tuple[Tensor, Tensor, Tensor]:
-    sum_BC = torch.empty(x.shape[:2], dtype=torch.float32, device=x.device)
-    return torch.empty_like(densified(x)), sum_BC, torch.empty_like(sum_BC)
+def backward_empty(dy: Tensor, x: Tensor, *operands: Any) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(densified(x)), torch.empty((2, *x.shape[:2]), dtype=torch.float32, device=x.device)
 
 
 def backward_launcher(
@@ -349,13 +349,12 @@ def backward_launcher(
     rstd_BG: Tensor,
     num_groups: int,
     silu: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dx in the layout of x, and the sums of dh and dh n over positions, [B, C] float32. dy may have any strides."""
+) -> tuple[Tensor, Tensor]:
+    """dx in the layout of x, and the sums of dh and dh n over positions, [2, B, C] float32. dy may have any strides."""
     x, layout = dense(x, num_groups)
     C, P, strides, sums, device = layout.C, layout.P, layout.strides, layout.sums, x.device
     dx = torch.empty_like(x)
-    sum_BC = torch.empty((layout.B, C), dtype=torch.float32, device=device)
-    sum_n_BC = torch.empty_like(sum_BC)
+    sums_2BC = torch.empty((2, layout.B, C), dtype=torch.float32, device=device)
     weight, bias, scale, shift = contiguous(weight), contiguous(bias), contiguous(scale), contiguous(shift)
     dy_strides: tuple[int, ...] = strides
     if dy.stride() != x.stride():
@@ -371,12 +370,12 @@ def backward_launcher(
         dy, x, *operands, part, *dy_strides, *strides, C, P, layout.channels, sums.chunk, **known, **sums.options
     )
     merge_gradient_sums_kernel[(num_groups, layout.B)](
-        part, weight, scale, sum_BC, sum_n_BC, group_means, C, P, layout.channels, sums.chunks,
+        part, weight, scale, sums_2BC, group_means, C, P, layout.channels, sums.chunks,
         WEIGHT=known["WEIGHT"], ADAPTIVE=known["ADAPTIVE"], **MERGE_GRADIENTS,
     )  # fmt: skip
     grid, options = layout.gradient
     gradient_kernel[grid](dy, x, dx, *operands, group_means, *dy_strides, *strides, C, P, layout.channels, **known, **options)
-    return dx, sum_BC, sum_n_BC
+    return dx, sums_2BC
 
 
 group_norm_silu_forward = register_op("dae_kernels::group_norm_silu_forward", forward_launcher, forward_empty)

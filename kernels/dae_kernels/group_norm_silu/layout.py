@@ -9,10 +9,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dae_kernels.tiles import cdiv, measured_tile, next_power_of_2
+from dae_kernels.tiles import cdiv, generation, measured_tile, next_power_of_2
 
 # So many programs keep 132 SMs busy, as an SM holds several. A tile has at most TILE elements.
 PROGRAMS, TILES_PER_CHUNK, TILE, WARPS = 528, 16, 2048, 4
+WHOLE_GROUP = 1 << 14  # elements of a group that one program takes: 32 per thread of at most 16 warps
 
 
 class Chunked(NamedTuple):
@@ -53,6 +54,13 @@ def blocks(C: int, P: int, channels_last: bool, size: int) -> dict[str, int]:
     return {"BLOCK_P": block_p, "BLOCK_C": min(next_power_of_2(C), size // block_p)}
 
 
+def whole_group_tile(channels: int, P: int) -> dict[str, int] | None:
+    """The tile of a group in one program, or None if it does not fit."""
+    block_p, block_c = next_power_of_2(P), next_power_of_2(channels)
+    size = block_p * block_c
+    return {"BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": max(1, size // 1024)} if size <= WHOLE_GROUP else None
+
+
 class MapLayout:
     """Launch parameters: sizes, strides as [B, C, P], tiles, grids and chunks of positions; of use where x is `dense`.
 
@@ -68,6 +76,7 @@ class MapLayout:
         self.dense = is_dense(torch.empty_strided(shape, stride, device="meta"))
         self.groups = (shape[0], num_groups)
         self.gpu, self.channels_last = gpu, self.strides[1] == 1 and self.C > 1 and self.P > 1
+        self.whole = whole_group_tile(self.channels, self.P)
         self.moments, self.normalise = self.chunked("moments"), self.tiled("normalise")
         self.sums, self.gradient = self.chunked("gradient_sums"), self.tiled("gradient")
 
@@ -99,3 +108,34 @@ class MapLayout:
 
 
 map_layout = functools.lru_cache(maxsize=4096)(MapLayout)
+
+
+def densified(x: Tensor) -> Tensor:
+    """`x` if it is contiguous or channels_last, else a copy that is."""
+    if is_dense(x):
+        return x
+    return x.contiguous(memory_format=channels_last_format(x)) if x.stride(1) == 1 else x.contiguous()
+
+
+def dense(x: Tensor, num_groups: int) -> tuple[Tensor, MapLayout]:
+    """`densified(x)` and its launch parameters."""
+    layout = map_layout(x.shape, x.stride(), num_groups, generation(x.device))
+    if layout.dense:
+        return x, layout
+    x = densified(x)
+    return x, map_layout(x.shape, x.stride(), num_groups, generation(x.device))
+
+
+def positions(x: Tensor) -> Tensor:
+    """[B, C, *positions] as [B, C, P]: a view of what is dense, maybe a copy of what is not."""
+    return x.flatten(2) if x.dim() > 2 else x[..., None]
+
+
+@functools.lru_cache(maxsize=64)
+def flags(weight: bool, bias: bool, scale: bool, silu: bool) -> dict[str, bool]:
+    """Which operands there are, and SILU, as the kernels' constants."""
+    return {"WEIGHT": weight, "BIAS": bias, "ADAPTIVE": scale, "SILU": silu}
+
+
+def contiguous(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else parameter.contiguous()

@@ -187,7 +187,10 @@ def positions(x: Tensor) -> Tensor:
 
 def in_layout_of(x: Tensor, dx_BCP: Tensor) -> Tensor:
     """[B, C, P] in the shape of x and the strides of `empty_like(x)`: a view, or a copy where `positions` made one of x."""
-    dx, wanted = dx_BCP.view(x.shape), torch.empty_like(x, device="meta").stride()
+    dx = dx_BCP.view(x.shape)
+    if dx.stride() == x.stride():  # dx is dense, so x is, and so are those of `empty_like`, which take long to ask for
+        return dx
+    wanted = torch.empty_like(x, device="meta").stride()
     return dx if dx.stride() == wanted else torch.empty_strided(x.shape, wanted, dtype=dx.dtype, device=dx.device).copy_(dx)
 
 

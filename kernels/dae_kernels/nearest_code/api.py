@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from dae_kernels.checks import FLOAT_DTYPES, check_choice, check_tensors
@@ -18,7 +17,6 @@ MAX_HEADS = 65535  # the second axis of a CUDA grid
     cost="l2: |x - c|^2, factor 1; cosine: 1 - x.c / (|x| |c|), not squared",
     bias="none: exact in the vectors it is given",
 )
-@torch.no_grad()
 def nearest_code(
     x: Tensor, codebook: Tensor, *, metric: str = "l2", precision: str = "exact", impl: str = "auto"
 ) -> tuple[Tensor, Tensor]:
