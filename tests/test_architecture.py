@@ -84,9 +84,9 @@ def test_the_reader_of_imports(tmp_path):
 
 
 def test_kernels_import_torch_alone():
-    """Arrow 1. fused.py is the launching branch: triton at its top, and itself imported only inside functions."""
+    """Arrow 1. fused*.py is the launching branch: triton at its top, and itself imported only inside functions."""
     for path in KERNELS:
-        fused = path.name == "fused.py"
+        fused = path.name.startswith("fused")
         for name, at_module_level in imports(path):
             allowed = {"torch", "dae_kernels", *sys.stdlib_module_names}
             if fused or not at_module_level:
@@ -112,7 +112,7 @@ def test_operations_hold_the_same_files():
         bases = {ast.unparse(base) for node in body if isinstance(node, ast.ClassDef) for base in node.bases}
         if path.name != "autograd.py":
             assert "torch.autograd.Function" not in bases and "taken_whole" not in decorators, f"{path}: its place is autograd.py"
-        if path.name != "fused.py":
+        if not path.name.startswith("fused"):  # or fused_<part>.py, where one file would be too long
             assert not any("triton.jit" in each for each in decorators), f"{path}: kernels stand in fused.py"
         calls = [ast.unparse(node.value.func) if isinstance(getattr(node, "value", None), ast.Call) else "" for node in body]
         registered = [call for call in calls if call == "register_op"]

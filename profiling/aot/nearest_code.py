@@ -32,10 +32,15 @@ def variants(backend, gpu=None):
     for name, (x_dtype, code_dtype, exact, D, metric, heads) in VARIANTS.items():
         dtype = fused.dot_dtype(x_dtype, code_dtype, exact)
         types = {"x_ptr": POINTERS[x_dtype], "codebook_ptr": POINTERS[code_dtype], "candidate_ptr": "*i32", "index_ptr": "*i64"}
+        types |= {"count_ptr": "*i32", "list_ptr": "*i32", "part_distance_ptr": "*fp64", "part_code_ptr": "*i32"}
         constants = {"COSINE": metric == "cosine", "H": heads, "EXACT": exact}
         precision = ("ieee" if backend == "hip" else "tf32x3") if exact else "tf32"
         search = constants | {"D": D, "UPCAST": dtype != x_dtype, "INPUT_PRECISION": precision}
         yield Variant(name, fused.search_kernel, types, search, fused.search_tile(D, dtype, exact, gpu), product=True)
         yield Variant(name, fused.settle_kernel, types, constants, fused.settle_tile(metric == "cosine"))
+        if exact:
+            walk = fused.walk_tile(metric == "cosine")
+            yield Variant(name, fused.walk_kernel, types, constants, walk)
+            yield Variant(name, fused.join_kernel, types, constants | {"BLOCK_S": 2048}, walk)
         if D in (64, 100):
             yield Variant(name, fused.code_norm_kernel, types, constants | {"D": D}, fused.norm_tile(D))

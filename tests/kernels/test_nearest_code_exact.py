@@ -143,3 +143,58 @@ def test_the_bound_covers_three_truncated_tf32_products(D):
         length, size = x.norm(dim=1), code.norm(dim=1)
         assert (error <= (D + 16) * 2**-21 * size * (size + 2 * length)).all()
         assert math.isfinite(error.max().item())
+
+
+class Spied:
+    """A kernel, and how many rows were on the list of each launch."""
+
+    def __init__(self, kernel):
+        self.kernel, self.counts, self.grids = kernel, [], []
+
+    def __getitem__(self, grid):
+        def run(*arguments, **options):
+            self.counts.append(arguments[2].item())
+            self.grids.append(grid)
+            return self.kernel[grid](*arguments, **options)
+
+        return run
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("walking", [0, 1, 3, 40])
+def test_rows_that_walk_are_spread_over_the_programs(metric, walking, monkeypatch):
+    """`walking` rows have three codes that float32 cannot tell apart; few are split over their codes, many are not."""
+    from dae_kernels.nearest_code import fused
+
+    x, codebook = close_codes(40, 3, 12, True)
+    x = x[:, None].repeat(1, 2, 1)
+    away = 3 * torch.randn(40, 12, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    codebook = torch.stack([torch.cat([codebook, away]), torch.cat([away + 50, away + 100, codebook[:40], away - 50])])
+    x[walking:, 0], x[:, 1] = away[walking:], codebook[1, 80:120]
+    expected = None
+    for programs in (2, 16, 500):
+        spied = Spied(fused.walk_kernel)
+        monkeypatch.setattr(fused, "walk_kernel", spied)
+        monkeypatch.setattr(fused, "walk_programs", lambda _, P=programs: P)
+        found = nearest_code(x, codebook, metric=metric, impl="triton")
+        monkeypatch.undo()
+        assert spied.grids == [(programs,)] and spied.counts[0] >= walking and (metric == "cosine" or spied.counts[0] <= walking)
+        expected = expected or found
+        assert all(map(torch.equal, found, expected))  # bit for bit, however the codes are shared out
+    for head in range(2):
+        distance_NK = truth(x[:, head], codebook[head], metric)
+        best = distance_NK.min(dim=1).values
+        assert (distance_NK.gather(1, found[0][:, head, None])[:, 0] - best <= 1e-14).all()
+
+
+@pytest.mark.parametrize("programs", [1, 4, 64])
+def test_equal_codes_in_several_shares(programs, monkeypatch):
+    """The lowest index wins, across the shares too, and codes that are not finite never do."""
+    from dae_kernels.nearest_code import fused
+
+    monkeypatch.setattr(fused, "walk_programs", lambda _: programs)
+    torch.manual_seed(0)
+    codes = torch.randn(5, 6, device=DEVICE)
+    codebook = torch.cat([torch.full_like(codes, math.nan), codes.repeat(30, 1), torch.full_like(codes, math.inf)])
+    index, distance = nearest_code(codes[[3, 0]] + 0.1, codebook, impl="triton")
+    assert torch.equal(index, torch.cdist(codes[[3, 0]] + 0.1, codes).argmin(dim=1) + 5) and distance.isfinite().all()

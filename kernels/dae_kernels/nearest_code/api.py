@@ -31,7 +31,7 @@ def nearest_code(
     a code is tied with it by its cosine as long as the multiple itself is not rounded further than that.
     A zero vector has cosine 0 with everything.
     Memory is O(N + K) beside the operands: the [N, K] scores are never stored. The reference works on 2^18 coordinates of
-    codes (at least 64 codes) and 2^19 scores at a time, on a GPU 2^23; the kernel keeps 20 bytes per vector, times the splits of
+    codes (at least 64 codes) and 2^19 scores at a time, on a GPU 2^23; the kernel keeps 24 bytes per vector, times the splits of
     the codes where vectors are few: as many as fill the GPU. float64 squares may overflow: relative to the middle of the
     codes, distances shorter than 1e-154 of its spread are taken for 0.
     A code with NaN or infinity is never the nearest, unless no code is finite: then, and to a vector with NaN or infinity, the

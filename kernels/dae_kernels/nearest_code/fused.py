@@ -1,14 +1,26 @@
 """Nearest code in Triton: one pass over the scores, which never leave the chip, and float64 where their rounding could decide.
 
-Three kernels. `code_norm_kernel` takes |c|^2 of every code. `search_kernel` walks over the codes, or over a share of them, and
-keeps the best score of each row with its index. `settle_kernel` joins the shares and takes the distance from the winner itself.
+`code_norm_kernel` takes |c|^2 of every code. `search_kernel` walks over the codes, or over a share of them, and keeps the best
+score of each row with its index. `settle_kernel` (fused_settle.py) joins the shares and takes the distance from the winner.
 
 "exact" is exact by construction. The search then keeps the two best codes (of different tiles) and a bound `rest` below the
 scores of all others. `settle_kernel` compares the two by float64 distances. Where `rest` is within the error that rounding can
-leave in two scores (`rounding_error`), three or more codes may be nearest, or two of one tile, and the row walks: it is
-compared with every code in float64. By this bound and torch's float32 scores no row of 2048 walks in
-the three families of profiling/exactness.py, and 4 do for normal operands at K = 8192, D = 256. Every row does where float32
-cannot tell codes apart: three copies of each code, data far off the origin, D = 1 with many codes.
+leave in two scores (`rounding_error`), three or more codes may be nearest, or two of one tile, and the row walks:
+`settle_kernel` puts it on a list in the GPU's memory, `walk_kernel` compares the listed rows with every code in float64, rows x
+shares of the codes over the whole chip, and `join_kernel` joins the shares. The host never reads the list. By this bound and
+torch's float32 scores no row of 2048 walks in the three families of profiling/exactness.py, and 4 do for normal operands at
+K = 8192, D = 256. Every row does where float32 cannot tell codes apart: three copies of each code, data far off the origin, D = 1
+with many codes.
+
+What each kernel costs by count, with b bytes per element, S splits, W rows that walk; in brackets bf16 "exact" with N = 32768,
+K = 16384, D = 256, S = 1, W = 64, at 3.0 TB/s, 798 TFLOP/s in bf16, 64 float64 operations per SM and cycle (1.7 GHz):
+
+    kernel   programs              bytes from memory            arithmetic
+    norm     H K / 32              K D b + 4 K                  K D float64                    [   8 MB: 3 us]
+    search   N / BLOCK_N x H x S   (N + K) D b + 20 S N         2 N K D tensor core            [ 275 GFLOP: 344 us]
+    settle   N / 32 x H            3 N D b + 20 S N + 12 N      6 N D float64                  [  51 MB: 17 us]
+    walk     8 per SM              W D b; K D b from L2 a row   2 to 6 W K D float64           [ 0.5 G: 40 us]
+    join     4 per SM              12 per share                 nothing                        [ a launch]
 
 Roofline (counts, with the measured floors of an H100: 3.0 TB/s, 798 TFLOP/s in bf16; the kernels themselves are not measured).
 - Flop: 2 N K D for the products. Bytes: (N + K) D b for operands of b bytes, and 12 N of results. With N >> K that is 2 K / b
@@ -26,13 +38,6 @@ Roofline (counts, with the measured floors of an H100: 3.0 TB/s, 798 TFLOP/s in 
   stream; up to BLOCK_D the rows of x stay on the chip and only codes stream.
 - N / BLOCK_N programs fill 132 SMs from N = 17000 (float32: 8500). Below that the codes are split into S shares, so that
   S N / BLOCK_N programs do; they cost 8 S N bytes ("exact" 20 S N), written and read once.
-- Settling reads a row of x and a code that lies anywhere, 2 N D b bytes, with three float64 operations per coordinate; "exact"
-  twice that. A coordinate of the search is K bf16 multiply-adds, 32 of which take as long as one float64 operation: settling
-  is a few percent from K = 5000 on, and as long as the search at K = 200.
-- A row that walks reads the codebook, K D b bytes, from L2, and costs two float64 operations ("cosine": two multiply-adds) and
-  two conversions for each of K D coordinates; the 32 rows of a program walk one after the other. An SM does 64 such operations
-  per cycle (sm_80: 32) where its tensor cores do 2048 bf16 multiply-adds: if all rows walk, that takes 64 to 128 times as long
-  as the bf16 product at least.
 """
 
 from __future__ import annotations
@@ -45,6 +50,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dae_kernels.dispatch import register_op
+from dae_kernels.nearest_code.fused_settle import insert, join_kernel, settle_kernel, walk_kernel
 from dae_kernels.tiles import cdiv, generation, measured_tile, next_power_of_2, processors
 
 
@@ -66,18 +72,6 @@ def code_norm_kernel(
     if COSINE:
         norm = tl.where(norm > 0, 1.0 / tl.sqrt(norm), 0.0)
     tl.store(norm_ptr + code, norm.to(tl.float32), mask=code < K)
-
-
-@triton.jit
-def insert(best, index, second, second_index, rest, score, code, others):
-    """Add a candidate to the two best, and a bound below the scores of `others` to that of the rest. The earlier wins a tie."""
-    rest = tl.minimum(tl.minimum(rest, others), tl.maximum(second, score))
-    second_index = tl.where(score < best, index, tl.where(score < second, code, second_index))
-    second = tl.where(score < best, best, tl.minimum(second, score))
-    # Strictly less: NaN never is, so the index stays a code whatever x holds.
-    index = tl.where(score < best, code, index)
-    best = tl.where(score < best, score, best)
-    return best, index, second, second_index, rest
 
 
 @triton.jit(do_not_specialize=["N", "K", "codes_per_split", "d_end"])
@@ -154,132 +148,6 @@ def search_kernel(
         tl.store(score_ptr + 2 * ranks + slot, rest, mask=row < N)
 
 
-@triton.jit
-def true_distance(x_ptrs, code_ptrs, inside, D, COSINE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr):
-    """Distances of BLOCK_N pairs of rows in float64, and |x|^2: no cancellation, and equal codes get equal bits."""
-    e = tl.arange(0, BLOCK_E)
-    main = tl.zeros([BLOCK_N, BLOCK_E], tl.float64)
-    xx = tl.zeros([BLOCK_N, BLOCK_E], tl.float64)
-    cc = tl.zeros([BLOCK_N, BLOCK_E], tl.float64)
-    for e0 in range(0, D, BLOCK_E):
-        mask = inside[:, None] & (e0 + e[None, :] < D)
-        x = tl.load(x_ptrs[:, None] + e0 + e[None, :], mask=mask, other=0.0).to(tl.float64)
-        c = tl.load(code_ptrs[:, None] + e0 + e[None, :], mask=mask, other=0.0).to(tl.float64)
-        xx += x * x
-        if COSINE:
-            main += x * c
-            cc += c * c
-        else:
-            main += (x - c) * (x - c)
-    distance = tl.sum(main, axis=1)
-    square = tl.sum(xx, axis=1)
-    if COSINE:
-        lengths = tl.sqrt(square * tl.sum(cc, axis=1))  # sqrt(t * t) is t exactly: codes of D = 1 tie
-        distance = 1.0 - tl.where(lengths == 0, 0.0, distance / lengths)  # NaN stays
-    return distance, square
-
-
-@triton.jit
-def enlarged(distance, D, COSINE: tl.constexpr):
-    """A float64 distance plus the rounding error of two: another distance up to there may be equal to it."""
-    rounding = (D + 4) * 4.440892098500626e-16  # 2^-51
-    return distance + rounding * (1.0 if COSINE else distance)
-
-
-@triton.jit
-def nearest_of_all(x_ptr, codebook_ptr, K, D, COSINE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr):
-    """The float64 distance of one row of x to the nearest of K codes, and its index, BLOCK_N codes at a time."""
-    lane = tl.arange(0, BLOCK_N)
-    minimum = tl.full([BLOCK_N], float("inf"), tl.float64)
-    minimum_code = tl.zeros([BLOCK_N], tl.int32)
-    for k0 in range(0, K, BLOCK_N):
-        code = k0 + lane
-        code_ptrs = codebook_ptr + code.to(tl.int64) * D
-        distance, _ = true_distance(x_ptr + lane * 0, code_ptrs, code < K, D, COSINE, BLOCK_N, BLOCK_E)
-        better = (code < K) & (enlarged(distance, D, COSINE) < minimum)
-        minimum = tl.where(better, distance, minimum)
-        minimum_code = tl.where(better, code, minimum_code)
-    limit = enlarged(tl.min(minimum, axis=0), D, COSINE)
-    index = tl.min(tl.where(minimum <= limit, minimum_code, K - 1), axis=0)
-    return tl.min(tl.where(minimum_code == index, minimum, float("inf")), axis=0), index
-
-
-@triton.jit
-def rounding_error(x_square, distance, reach, D, COSINE: tl.constexpr):
-    """Bound of the error of a float32 score, for any code that is at most `distance` away; inf where it may overflow.
-
-    With R >= |c| the score consists of terms that sum to R^2 + 2 |x| R at most, or |x| for the cosine. Three tf32 products
-    of D terms, truncated at each addition as tensor cores do (2^-23), drop less than (3.75 D + 36) 2^-23 of it (Fasi et al.
-    2021, on tensor cores; Higham 2002, section 3.1); 16-bit products and float32 ones less. What underflows is below 2^-100.
-    """
-    x_length = tl.sqrt(x_square)
-    if COSINE:  # reach = the greatest |c| or 1 / |c|
-        size = tl.where(x_length * reach < 1e37, x_length + 7.9e-31 * (1.0 + x_length) * reach, float("inf"))
-    else:  # reach = max |c|^2; a code that is at most `distance` away is no longer than |x| + |x - c|
-        longest = tl.minimum(tl.sqrt(reach), x_length + tl.sqrt(distance))
-        size = longest * (longest + 2.0 * x_length) + 7.9e-31 * (1.0 + x_length + longest)
-    return tl.where(size < 1e37, (D + 16) * 4.76837158203125e-07 * size, float("inf"))  # 2^-21
-
-
-@triton.jit(do_not_specialize=["N", "K", "S", "D"])
-def settle_kernel(
-    x_ptr, codebook_ptr, reach_ptr, score_ptr, candidate_ptr, index_ptr, distance_ptr,
-    N, K, S, D,
-    H: tl.constexpr, COSINE: tl.constexpr, EXACT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_E: tl.constexpr,
-):  # fmt: skip
-    """Index and distance [N, H] of BLOCK_N rows of one head from the candidates of the S splits; `reach` [H] is for the bound."""
-    head = tl.program_id(1).to(tl.int64)
-    n = tl.arange(0, BLOCK_N)
-    row = tl.program_id(0).to(tl.int64) * BLOCK_N + n
-    inside = row < N
-    slot = row * H + head
-    x_ptrs = x_ptr + slot * D
-    codebook_ptr += head * K * D
-    plane = tl.cast(N, tl.int64) * H
-    best = tl.full([BLOCK_N], float("inf"), tl.float32)
-    index = tl.zeros([BLOCK_N], tl.int32)
-    second, second_index, rest = best, index, best
-    for split in range(0, S):  # in the order of the codes: an earlier one wins a tie
-        at = split * plane + slot
-        score = tl.load(score_ptr + at, mask=inside, other=float("inf"))
-        code = tl.load(candidate_ptr + at, mask=inside, other=0)
-        if EXACT:
-            best, index, second, second_index, rest = insert(best, index, second, second_index, rest, score, code, float("inf"))
-            score = tl.load(score_ptr + S * plane + at, mask=inside, other=float("inf"))
-            code = tl.load(candidate_ptr + S * plane + at, mask=inside, other=0)
-            others = tl.load(score_ptr + 2 * S * plane + at, mask=inside, other=float("inf"))
-            best, index, second, second_index, rest = insert(best, index, second, second_index, rest, score, code, others)
-        else:
-            index = tl.where(score < best, code, index)
-            best = tl.where(score < best, score, best)
-
-    # A score lacks |x|^2 and has cancelled; the distance is taken anew from the code.
-    code_ptrs = codebook_ptr + index.to(tl.int64) * D
-    distance, x_square = true_distance(x_ptrs, code_ptrs, inside, D, COSINE, BLOCK_N, BLOCK_E)
-    index = tl.where(x_square < float("inf"), index, 0)  # nothing is nearest to a row that is not finite
-    if EXACT:
-        code_ptrs = codebook_ptr + second_index.to(tl.int64) * D
-        second_distance, _ = true_distance(x_ptrs, code_ptrs, inside, D, COSINE, BLOCK_N, BLOCK_E)
-        error = rounding_error(x_square.to(tl.float32), distance.to(tl.float32), tl.load(reach_ptr + head), D, COSINE)
-        sure = rest - best > 2.0 * error  # false for NaN
-        # Nothing is nearest to a row that is not finite, and everything to a zero row by its cosine.
-        crowded = inside & (sure == 0) & (x_square < float("inf")) & (x_square > (0.0 if COSINE else -1.0))
-        nearer = enlarged(second_distance, D, COSINE) < distance
-        swap = nearer | ((second_index < index) & (second_distance <= enlarged(distance, D, COSINE)))
-        index = tl.where(swap, second_index, index)
-        distance = tl.where(swap, second_distance, distance)
-
-        while tl.max(crowded.to(tl.int32), axis=0) > 0:
-            r = tl.min(tl.where(crowded, n, BLOCK_N), axis=0)
-            x_r_ptr = x_ptr + ((tl.program_id(0).to(tl.int64) * BLOCK_N + r) * H + head) * D
-            distance_r, index_r = nearest_of_all(x_r_ptr, codebook_ptr, K, D, COSINE, BLOCK_N, BLOCK_E)
-            distance = tl.where(n == r, distance_r, distance)
-            index = tl.where(n == r, index_r, index)
-            crowded = crowded & (n != r)
-    tl.store(index_ptr + slot, index.to(tl.int64), mask=inside)
-    tl.store(distance_ptr + slot, distance.to(tl.float32), mask=inside)
-
-
 def padded(D: int) -> int:
     """The power of two, at least 16, that a tensor core takes for D."""
     return max(16, next_power_of_2(D))
@@ -310,6 +178,16 @@ def search_tile(D: int, dot_dtype: torch.dtype, exact: bool, gpu: str | None = N
 def settle_tile(cosine: bool) -> dict[str, int]:
     """Tile sizes and launch options of the settlement, with which no target spills: four coordinates per thread, or two."""
     return {"BLOCK_N": 32, "BLOCK_E": 16 if cosine else 8, "num_warps": 4}
+
+
+def walk_tile(cosine: bool) -> dict[str, int]:
+    """Tile sizes and launch options of the walk."""
+    return {"BLOCK_K": 32, "BLOCK_E": 16 if cosine else 8, "num_warps": 4}
+
+
+def walk_programs(device: torch.device) -> int:
+    """Programs of the walk: eight per multiprocessor; the interpreter, which runs one after the other, has few."""
+    return 8 * processors(device) if device.type == "cuda" else 8
 
 
 def dot_dtype(x: torch.dtype, codebook: torch.dtype, exact: bool) -> torch.dtype:
@@ -354,10 +232,24 @@ def launch(
         x_NHD, codebook_HKD, norm_HK, score_RSNH, candidate_RSNH, N, K, cdiv(cdiv(K, block_k), S) * block_k, D,
         UPCAST=dtype != x_NHD.dtype, INPUT_PRECISION=exact_precision if exact else "tf32", **constants, D=D, **search_options,
     )  # fmt: skip
+    results, count, rows = (index_NH, distance_NH), norm_HK, norm_HK
+    if exact:
+        count = index_NH.new_zeros(1, dtype=torch.int32)
+        rows = index_NH.new_empty(N * H, dtype=torch.int32 if N * H < 1 << 31 else torch.int64)
     settle_kernel[(cdiv(N, settle_options["BLOCK_N"]), H)](
-        x_NHD, codebook_HKD, reach_HK.amax(dim=1) if exact else norm_HK, score_RSNH, candidate_RSNH, index_NH, distance_NH,
+        x_NHD, codebook_HKD, reach_HK.amax(dim=1) if exact else norm_HK, score_RSNH, candidate_RSNH, *results, count, rows,
         N, K, S, D, **constants, **settle_options,
     )  # fmt: skip
+    if exact:  # the host does not learn how many rows there are: nothing waits
+        P, walk_options = walk_programs(x_NHD.device), walk_tile(cosine)
+        parts = index_NH.new_empty(P, dtype=torch.float64), index_NH.new_empty(P, dtype=torch.int32)
+        walk_kernel[(P,)](
+            x_NHD, codebook_HKD, count, rows, *parts, *results, K, D, P, H=H, COSINE=cosine, **walk_options
+        )  # fmt: skip
+        join_kernel[(max(1, P // 2),)](
+            count, rows, *parts, *results, K, D, P,
+            COSINE=cosine, BLOCK_K=walk_options["BLOCK_K"], BLOCK_S=next_power_of_2(P), num_warps=4,
+        )  # fmt: skip
 
 
 def nearest_code_empty(x_NHD: Tensor, codebook_HKD: Tensor, cosine: bool, exact: bool) -> tuple[Tensor, Tensor]:
