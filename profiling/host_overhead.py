@@ -6,7 +6,8 @@
 Without a GPU the operands are on the CPU and take the path of the kernels all the same, as no kernel runs. Operands are small, so
 what torch's own operators (sums, products, copies) compute costs little. `kernels` and `torch` count the launches of both kinds;
 `launches us` is the time of these alone, the same calls one after the other, and `beside us` the operation without them.
-"both" is forward and backward with `torch.autograd.grad`; "an empty Function" is what that costs where nothing is computed.
+"both" is forward and backward with `torch.autograd.grad`; what that takes for a Function that does nothing, the row "an empty
+Function", is torch's own and not in `beside us`.
 """
 
 import time
@@ -84,7 +85,7 @@ def calls(device: torch.device) -> Iterator[Call]:
     def make(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.randn(shape, device=device, dtype=dtype).requires_grad_()
 
-    x = make(2, 64, 64, 64, dtype=torch.bfloat16)
+    x = make(2, 64, 128, 128, dtype=torch.bfloat16)
     last = x.detach().contiguous(memory_format=torch.channels_last).requires_grad_()
     w, b, scale, shift = make(64), make(64), make(2, 64), make(2, 64)
     yield Call("an empty Function", partial(apply, Empty, x, w, b), [x, w, b])
@@ -178,8 +179,11 @@ def microseconds(run: Callable[[], Any], device: torch.device, seconds: float) -
     return samples
 
 
-def measured(call: Call, phase: str, real: bool, device: torch.device, seconds: float) -> dict[str, Any]:
-    """A row: the call's host time, and with kernels that do nothing the number of its launches and the time without them."""
+def measured(call: Call, phase: str, real: bool, device: torch.device, seconds: float, engine_us: float) -> dict[str, Any]:
+    """A row: the call's host time, and with kernels that do nothing the number of its launches and the time without them.
+
+    Of "both", `engine_us` is taken off, too: what torch's autograd takes for a Function that does nothing.
+    """
     run = call.both if phase == "both" else call.forward
     if real:
         return {"op": call.name, "phase": f"{phase} real", "us": quantiles(microseconds(run, device, seconds))}
@@ -190,8 +194,14 @@ def measured(call: Call, phase: str, real: bool, device: torch.device, seconds: 
         times = quantiles(microseconds(run, device, seconds))
         with torch.no_grad():
             launches_us = quantiles(microseconds(record.replay, device, seconds / 2))["median"]
-    found = {"kernels": len(record.kernels), "torch_operators": len(record.operators), "launches_us": launches_us}
-    return {"op": call.name, "phase": phase, "us": times, **found, "beside_us": times["median"] - launches_us}
+    engine_us = engine_us if phase == "both" else 0.0
+    found = {
+        "kernels": len(record.kernels),
+        "torch_operators": len(record.operators),
+        "launches_us": launches_us,
+        "engine_us": engine_us,
+    }
+    return {"op": call.name, "phase": phase, "us": times, **found, "beside_us": times["median"] - launches_us - engine_us}
 
 
 def show(row: dict[str, Any]) -> str:
@@ -211,12 +221,14 @@ def main() -> None:
     torch.set_num_threads(1)
     where = machine(device, *PEERS)
     print(f"{where['hardware']}, {software(where)}\n{where['command']}\n\n{HEADER}")
+    nothing = next(calls(device))
+    engine_us = measured(nothing, "both", False, device, arguments.seconds, 0.0)["us"]["median"]
     for call in calls(device):
-        if arguments.op and not call.name.startswith(tuple(arguments.op)):
+        if call.name != nothing.name and arguments.op and not call.name.startswith(tuple(arguments.op)):
             continue
         for phase in ("forward", "both") if call.leaves else ("forward",):
             for real in (False, True) if device.type == "cuda" else (False,):
-                row = measured(call, phase, real, device, arguments.seconds)
+                row = measured(call, phase, real, device, arguments.seconds, engine_us)
                 print(show(row), flush=True)
                 append_row(arguments.json, row | where | {"time": now()})
 
