@@ -38,7 +38,7 @@ from dae.config import Config, KernelsConfig
 from dae.models import Autoencoder, choose_kernels
 from dae.models.layers import Downsample, GroupNorm, ResidualBlock, SelfAttention2d, Upsample
 from dae.training import plan_stages
-from dae.training.engine import LocalEngine
+from dae.training.engine import LocalEngine, set_backends
 
 WARM_UP = 2
 HEADER = f"{'step':<36}{'median ms':>11}{'20 %':>9}{'80 %':>9}{'images/s':>10}{'peak MiB':>10}{'state MiB':>11}{'loss':>10}"
@@ -140,6 +140,7 @@ class MeasuredStep:
     def __init__(self, name: str, config: Config, model: Autoencoder, device: torch.device):
         self.name, self.device, self.setting = name, device, (config.channels_last, config.compile)
         (stage,) = plan_stages(config)
+        set_backends(config, device)
         engine = LocalEngine(device, config.mixed_precision)
         self.step = TrainingStep(stage_training(config, stage, copy.deepcopy(model), engine))
         self.batch = stage.config.train_batch_size

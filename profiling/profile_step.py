@@ -44,7 +44,7 @@ from dae.models import ARPrior, choose_kernels
 from dae.priors import PRIORS
 from dae.training import plan_stages
 from dae.training.autoencoder import build_autoencoder
-from dae.training.engine import LocalEngine
+from dae.training.engine import LocalEngine, set_backends
 from dae.training.prior import PriorTraining
 
 PHASES = ("data", "forward", "backward", "update")
@@ -208,6 +208,7 @@ def main() -> None:
         parser.error(f"--stage: expected one of {', '.join(names)}, got {unknown[0]}")
 
     device = torch.device(arguments.device)
+    set_backends(config, device)
     where, title = machine(device, "torch", "triton"), " ".join([Path(arguments.config).name, *arguments.overrides])
     print(f"{title} on {where['hardware']}; {software(where)}\nmilliseconds, medians of {arguments.steps} steps\n", flush=True)
     profiles: dict[str, dict] = {}
