@@ -198,3 +198,26 @@ def test_equal_codes_in_several_shares(programs, monkeypatch):
     codebook = torch.cat([torch.full_like(codes, math.nan), codes.repeat(30, 1), torch.full_like(codes, math.inf)])
     index, distance = nearest_code(codes[[3, 0]] + 0.1, codebook, impl="triton")
     assert torch.equal(index, torch.cdist(codes[[3, 0]] + 0.1, codes).argmin(dim=1) + 5) and distance.isfinite().all()
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("K, D", [(200, 3), (70, 20), (5, 1)])
+def test_minima_by_lane_choose_what_minima_by_tile_do(metric, K, D, monkeypatch):
+    """Small integers: no score is rounded, and many are equal, in one tile and in several; the lowest code wins."""
+    from dae_kernels.nearest_code import fused
+
+    generator = torch.Generator().manual_seed(K)
+    x, codebook = (torch.randint(-2, 3, (n, D), generator=generator).float().to(DEVICE) for n in (150, K))
+    x[7] = math.nan
+    codebook[K // 2] = math.nan
+    found = []
+    for block_n in (64, 128):  # by lane in tiles of 64 x 64 at most
+        tile = {"BLOCK_N": block_n, "BLOCK_K": 64, "BLOCK_D": 16, "num_warps": 4, "num_stages": 2}
+        monkeypatch.setattr(fused, "search_tile", lambda *_, tile=tile: tile)
+        found.append(nearest_code(x, codebook, metric=metric, precision="fast", impl="triton"))
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0, equal_nan=True)
+    if metric == "l2":
+        rows = torch.arange(150, device=DEVICE) != 7
+        squares = (x[rows, None] - codebook.nan_to_num(100.0)).square().sum(dim=2)
+        first = (squares == squares.amin(dim=1, keepdim=True)).int().argmax(dim=1)
+        assert torch.equal(found[0][0][rows], first) and found[0][0][7] == 0

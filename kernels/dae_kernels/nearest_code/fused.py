@@ -31,6 +31,8 @@ Roofline (counts, with the measured floors of an H100: 3.0 TB/s, 798 TFLOP/s in 
 - Comparing takes about six float32 or integer instructions per score (scale, minimum, equality, select, minimum of the
   index), and "exact" three more for the second score of the tile. An SM does 128 of them per cycle, so 20 or 14 scores, while its
   tensor cores do 2048 bf16 multiply-adds: the comparison is the bound below D = 100 or so (bf16, "fast"), the product above.
+  "fast" with tiles of at most 64 x 64 keeps a minimum per lane over all tiles: four instructions per score, one reduction over
+  threads at the end. Larger tiles have no registers for it (128 x 64 spilled on sm_80).
 - So the tile is chosen for registers: BLOCK_N x BLOCK_K sums over 32 * num_warps threads, 64 per thread for a 16-bit product
   (32 in "exact", which spilled on sm_100 with 64), 32 for tf32 and tf32x3,
   whose operands take more; tf32x3 holds each twice, hence the steps of 32 and 16 in D (sm_80).
@@ -103,6 +105,11 @@ def search_kernel(
     best = tl.full([BLOCK_N], float("inf"), tl.float32)
     index = tl.zeros([BLOCK_N], tl.int32)
     second, second_index, rest = best, index, best
+    # A minimum for each lane of the tile, reduced once at the end.
+    BY_LANE: tl.constexpr = not EXACT and BLOCK_N * BLOCK_K <= 4096
+    if BY_LANE:
+        lane_best = tl.full([BLOCK_N, BLOCK_K], float("inf"), tl.float32)
+        lane_tile = tl.zeros([BLOCK_N, BLOCK_K], tl.int32)
     if D <= BLOCK_D:
         x = tl.load(x_ptrs, mask=(row[:, None] < N) & (d[None, :] < D), other=0.0).to(DOT_DTYPE)
 
@@ -126,16 +133,24 @@ def search_kernel(
         else:
             norm = tl.load(norm_ptr + code, mask=code < K, other=float("inf"))
             score = norm[None, :] - 2.0 * dot
-        tile_best = tl.min(score, axis=1)
-        tile_index = tl.min(tl.where(score == tile_best[:, None], code[None, :], 2147483647), axis=1)
-        if EXACT:
-            others = tl.min(tl.where(code[None, :] == tile_index[:, None], float("inf"), score), axis=1)
-            best, index, second, second_index, rest = insert(
-                best, index, second, second_index, rest, tile_best, tile_index, others
-            )
+        if BY_LANE:  # strictly less: an earlier code wins a tie, and NaN never is
+            lane_tile = tl.where(score < lane_best, k0, lane_tile)
+            lane_best = tl.where(score < lane_best, score, lane_best)
         else:
-            index = tl.where(tile_best < best, tile_index, index)
-            best = tl.where(tile_best < best, tile_best, best)
+            tile_best = tl.min(score, axis=1)
+            tile_index = tl.min(tl.where(score == tile_best[:, None], code[None, :], 2147483647), axis=1)
+            if EXACT:
+                others = tl.min(tl.where(code[None, :] == tile_index[:, None], float("inf"), score), axis=1)
+                best, index, second, second_index, rest = insert(
+                    best, index, second, second_index, rest, tile_best, tile_index, others
+                )
+            else:
+                index = tl.where(tile_best < best, tile_index, index)
+                best = tl.where(tile_best < best, tile_best, best)
+    if BY_LANE:
+        best = tl.min(lane_best, axis=1)
+        lane_code = lane_tile + tl.arange(0, BLOCK_K)[None, :]
+        index = tl.min(tl.where(lane_best == best[:, None], lane_code, 2147483647), axis=1)
 
     plane = tl.cast(N, tl.int64) * H
     ranks = tl.num_programs(2) * plane
