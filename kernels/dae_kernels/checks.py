@@ -139,14 +139,15 @@ def check_clouds(operation: str, x: Tensor, y: Tensor) -> None:
         TypeError: not tensors, not floating point, or two dtypes.
         ValueError: other shapes, an empty cloud, or two devices.
     """
-    check_tensors(operation, x=x, y=y)
-    shapes = f"got x {list(x.shape)}, y {list(y.shape)}"
+    check_dense(operation, "x", x)
+    check_dense(operation, "y", y)
     for name, cloud in (("x", x), ("y", y)):
         if cloud.dtype not in FLOAT_DTYPES:
             raise TypeError(f"{operation} needs floating point clouds, got {name} of {cloud.dtype}")
     if x.dim() != 2 or y.dim() != 2 or x.shape[1] != y.shape[1]:
-        raise ValueError(f"{operation} needs clouds x [N, D] and y [M, D], {shapes}")
+        raise ValueError(f"{operation} needs clouds x [N, D] and y [M, D], got x {list(x.shape)}, y {list(y.shape)}")
     if x.numel() == 0 or y.numel() == 0:
+        shapes = f"got x {list(x.shape)}, y {list(y.shape)}"
         raise ValueError(f"{operation} needs at least one point and one dimension in each cloud, {shapes}")
     if x.dtype != y.dtype:
         raise TypeError(f"{operation} needs clouds of one dtype, got x {x.dtype}, y {y.dtype}")
