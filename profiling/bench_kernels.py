@@ -1,24 +1,24 @@
-"""How fast the operations are: reference, torch.compile of it, triton and every installed peer, taking turns in one run.
+"""Benchmark the operations: reference, compiled reference, triton and every installed peer, interleaved in one run.
 
     python profiling/bench_kernels.py                                  # all operations at their default shapes
     python profiling/bench_kernels.py --op nearest_code --shape N=8192,K=4096,D=64 --dtype float32 --json out.jsonl
     python profiling/bench_kernels.py --op mmd --impl triton --impl reference --plot plots
 
-All cases of an operation and shape take turns, with a copy and a matrix product among them, so the ratios of one run hold on a
-machine whose speed drifts; milliseconds of two runs do not compare. What is written:
+All cases of an operation and shape take turns, with a copy and a matrix product among them, so that ratios within a run hold
+even if the machine's speed drifts; milliseconds of two runs do not compare. Columns:
 
-- forward (with what the backward keeps), backward, both: median with the 20 % and 80 % quantiles. On a GPU between two events,
-  behind a write that empties the L2 cache; on a CPU by the clock, with whatever the cache holds.
-- extra_bytes: the most memory beyond what was there before the call, results included. On a GPU what torch allocated; on a CPU
-  the growth of the process's resident memory (its peak is reset through /proc, so Linux only), which sees numpy's as well.
-- floor_ms: the greater of flops / (rate of the run's product) and bytes / (rate of the run's copy); times_floor: how often the
-  floor fits into the median. Flops and bytes are the least the operation needs, not what an implementation does. The product
-  "float32" is without tf32, so on a GPU a kernel that splits float32 over tensor cores can come in under its floor.
-- error: to the first case that ran (the reference, unless --impl leaves it out): the share of integers that differ, or
-  |a - b| / |b|; of the value for forward, of the gradients for backward. A fast wrong result is no result.
+- forward (including what it saves for the backward), backward, both: median with the 20 % and 80 % quantiles. On a GPU between
+  two events, after a write that flushes the L2 cache; on a CPU by the clock, without flushing the cache.
+- extra_bytes: peak memory beyond that before the call, results included. On a GPU as allocated by torch; on a CPU the growth of
+  the process's resident memory (its peak is reset through /proc, so Linux only), which includes numpy's.
+- floor_ms: the greater of flops / (rate of the run's product) and bytes / (rate of the run's copy); times_floor: median / floor.
+  Flops and bytes are the minimum for the operation, not those of an implementation. The product "float32" is without tf32, so
+  on a GPU a kernel that splits float32 over tensor cores can beat its floor.
+- error: against the first case that ran (the reference, unless --impl leaves it out): the share of integers that differ, or
+  |a - b| / |b|; of the value for forward, of the gradients for backward.
 
-A peer that is not installed, an implementation that cannot run and a case that fails have a line that says so. Cases of an
-operation stand in profiling/bench/<operation>.py.
+A peer that is not installed, an implementation that cannot run and a case that fails get a line with the reason. The cases of an
+operation are in profiling/bench/<operation>.py.
 """
 
 import argparse
@@ -48,7 +48,7 @@ PACKAGES = (
 )  # fmt: skip
 WARM_UP, MIN_ROUNDS, MAX_ROUNDS = 2, 3, 100
 TURN_SECONDS = 0.02  # a fast case has several samples per turn
-PHASES = {"forward": (0, 1), "backward": (1, -1), "both": (0, -1)}  # from which mark of a step to which
+PHASES = {"forward": (0, 1), "backward": (1, -1), "both": (0, -1)}  # first and last mark
 MEASURED = ("ms", "samples", "extra_bytes", "gb_per_s", "tflop_per_s", "floor_ms", "times_floor", "error")
 
 
@@ -69,7 +69,7 @@ class Bench:
         self.turn = max(1, min(20, int(TURN_SECONDS / max(time.perf_counter() - start, 1e-9))))
 
     def mark(self) -> Any:
-        """This moment: in the GPU's stream, or of the clock."""
+        """The current time: an event in the GPU's stream, or the clock."""
         return recorded_event(self.device) or time.perf_counter()
 
     def forward(self) -> Tensor:
@@ -77,7 +77,7 @@ class Bench:
         return result[0] if isinstance(result, tuple) else result
 
     def step(self) -> tuple[Tensor, tuple[Tensor, ...], list[Any]]:
-        """Result, gradients under a fixed random cotangent if there are leaves, and the marks of PHASES."""
+        """Result, gradients for a fixed random cotangent if there are leaves, and the marks of PHASES."""
         if self.flush is not None:
             self.flush.zero_()
         marks = [self.mark()]
@@ -100,7 +100,7 @@ class Bench:
                 times.append(a.elapsed_time(b) if self.device.type == "cuda" else 1000 * (b - a))
 
     def memory(self) -> dict[str, int]:
-        """Peak extra bytes of the forward alone and of both, with the inputs, but nothing else, there before."""
+        """Peak extra bytes of the forward alone and of both, with only the inputs allocated before."""
         grown = growth(self.device)
         if grown is None:
             return {}
@@ -111,7 +111,7 @@ class Bench:
         return found | {"both": grown()}
 
     def rows(self, floors: dict[str, float], first: "Bench") -> Iterator[dict[str, Any]]:
-        """A row for each phase; `floors` has flops and bytes per second by product and "copy"."""
+        """A row per phase; `floors` has flops and bytes per second by product and "copy"."""
         for phase, times in self.samples.items():
             ms = quantiles(times)
             flops, moved = self.case.minimum(phase)
@@ -131,7 +131,7 @@ class Bench:
 
 
 def difference(got: list[Tensor], expected: list[Tensor]) -> float | None:
-    """Share of integers that differ, or |got - expected| / |expected| over all tensors; None if they do not compare."""
+    """Share of integers that differ, or |got - expected| / |expected| over all tensors; None if shapes or types do not match."""
     if [tensor.shape for tensor in got] != [tensor.shape for tensor in expected]:
         return None
     if not got[0].is_floating_point():
@@ -149,7 +149,7 @@ def line(case: Case, phase: str, status: str) -> dict[str, Any]:
 
 
 def floors_of(products: set[str], device: torch.device) -> Iterator[Case]:
-    """A copy, and a product of square matrices in each precision: the two ceilings of the machine, as it is during the run."""
+    """Cases that measure the machine's limits during the run: a copy, and a square matrix product per precision."""
     count = (1 << 28) if device.type == "cuda" else (1 << 25)
 
     @functools.cache
@@ -176,7 +176,7 @@ def floors_of(products: set[str], device: torch.device) -> Iterator[Case]:
 
 
 def failures() -> tuple[type[Exception], ...]:
-    """What a case may fail with and the others still run: out of memory, a compiler's refusal, a peer's own checks."""
+    """Errors that fail only their case: out of memory, compiler errors, a peer's own checks."""
     known: tuple[type[Exception], ...] = (RuntimeError, ValueError, TypeError, ImportError, AttributeError, AssertionError)
     if importlib.util.find_spec("triton") is None:
         return known
@@ -186,7 +186,7 @@ def failures() -> tuple[type[Exception], ...]:
 
 
 def measure(cases: list[Case], device: torch.device, seconds: float) -> Iterator[dict[str, Any]]:
-    """The cases of one operation and shape in turns, for `seconds` and at least three rounds; rows also if it is stopped."""
+    """Measure the cases of one operation and shape in turns, for `seconds` and at least three rounds; rows even if stopped."""
     flush = torch.empty(1 << 28, dtype=torch.int8, device=device) if device.type == "cuda" else None
     benches: list[Bench] = []
     for case in itertools.chain(cases, floors_of({case.product for case in cases}, device)):
@@ -227,7 +227,7 @@ def shape_of(text: str) -> dict[str, int]:
 
 
 def refusal_of_shape(operation: str, shape: dict[str, int], default: dict[str, int]) -> str | None:
-    """Why the operation cannot be measured at this shape: names it does not have, or lacks; None if it has just its own."""
+    """Why the operation cannot be measured at this shape (unknown or missing axes), or None."""
     if shape.keys() == default.keys():
         return None
     got, example = (",".join(f"{name}={size}" for name, size in sizes.items()) for sizes in (shape, default))
@@ -250,12 +250,12 @@ def main() -> None:
         parser.error("--plot needs matplotlib, which is not installed (pip install matplotlib)")
     device = torch.device(arguments.device)
     modules = {operation: load_module(OPERATIONS / f"{operation}.py") for operation in arguments.op or operations}
-    for operation, module in modules.items():  # before anything is measured
+    for operation, module in modules.items():  # check before measuring
         for shape in arguments.shape or []:
             if refusal := refusal_of_shape(operation, shape, module.SHAPES[device.type][0]):
                 parser.error(refusal)
-    os.environ.pop("TRITON_INTERPRET", None)  # the interpreter's times say nothing
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # `timeout` ends a run; what it has by then is written
+    os.environ.pop("TRITON_INTERPRET", None)  # the interpreter's times mean nothing
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # `timeout` ends a run: write the rows so far
     where, rows = machine(device, *PACKAGES), []
     for operation, module in modules.items():
         dtypes = arguments.dtype or getattr(module, "DTYPES", {}).get(device.type, ["float32"])

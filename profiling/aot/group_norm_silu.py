@@ -1,4 +1,4 @@
-"""Variants of group_norm_silu: both layouts, with SiLU and the adaptive operands, and the least of them. One stride is 1."""
+"""Variants of group_norm_silu: both layouts, with SiLU and the adaptive operands, and the simplest case. One stride is 1."""
 
 from dae_kernels.group_norm_silu import fused
 from variants import Variant
@@ -24,7 +24,7 @@ KERNELS = (
 def variants(backend):
     for name, (element, channels_last, C, P, adaptive, silu) in VARIANTS.items():
         constants = {"WEIGHT": True, "BIAS": True, "ADAPTIVE": adaptive, "SILU": silu} | fused.MERGE
-        # In the third dy comes in another layout than x: nothing may depend on their agreement.
+        # In the third, dy and x have different layouts, on which nothing may depend.
         constants |= {f"{t}_stride_{'c' if channels_last != (t == 'dy' and adaptive) else 'p'}": 1 for t in TENSORS}
         constants |= {} if adaptive else {"scale_ptr": None, "shift_ptr": None}
         types = {f"{t}_ptr": element for t in TENSORS} | {"eps": "fp32"}
