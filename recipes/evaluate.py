@@ -115,6 +115,8 @@ def evaluate(config: Config) -> dict:
         write_file(output / "metrics.json", json.dumps(metrics, indent=2).encode())
     for name, value, meaning in measurements(metrics):
         print(f"{name:<42}{value:>16}   {meaning}")
+    decoders = ", ".join(f"{name}: {found['decoder']} decoder" for name, found in reconstruction.items())
+    print(f"{decoders}; prior of step {history.chosen['step']:,}")
     announce(output, ["metrics.json", "evaluation/classifier.safetensors", "evaluation/pictures.npz"], "/metrics.json")
     return metrics
 
