@@ -1,4 +1,4 @@
-"""What recipes/evaluate.py measured of a run, in words: name, value and meaning of each number of metrics.json."""
+"""Name, value and meaning of each number in a run's metrics.json."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ Row = tuple[str, str, str]
 
 
 def measured_family(metrics: dict) -> PriorFamily:
-    """Of the prior that was measured; runs of earlier versions have ar."""
+    """The family of the measured prior; `ar` in runs of earlier versions."""
     return PRIORS[metrics["prior"].get("family", "ar")]
 
 
 def bits_per_image(metrics: dict) -> float:
-    """Held-out code length of an image's latent under the prior; runs of earlier versions have that of a token."""
+    """Held-out code length per image under the prior; runs of earlier versions have it per token."""
     prior = metrics["prior"]
     if "heldout_bits_per_image" in prior:
         return prior["heldout_bits_per_image"]
@@ -26,7 +26,7 @@ def bits_per_image(metrics: dict) -> float:
 
 
 def headline(metrics: dict, num_codes: int) -> list[Row]:
-    """The numbers that tell most, each as (value, what it is, what to hold it against)."""
+    """The most important numbers, each as (value, name, comparison)."""
     g, floor, rebuilt = metrics["generation"], metrics["floor"]["frechet"], metrics["reconstruction"]
     psnr = {stage: f"{number(found['psnr'], 1)}\u00a0dB" for stage, found in rebuilt.items()}
     weak = f"weak decoder of stage 1: {psnr['stage 1']}" if "stage 1" in psnr else "mean of held-out images"
@@ -55,7 +55,7 @@ def _prior_bits(metrics: dict, num_codes: int) -> Row:
 
 
 def measurements(metrics: dict) -> list[Row]:
-    """All numbers that there are, each as (name, value, meaning)."""
+    """All available numbers, each as (name, value, meaning)."""
     g, floor, prior = metrics["generation"], metrics["floor"], metrics["prior"]
     codebook, latent = metrics.get("codebook") or {}, metrics.get("latent") or {}
     task = "telling by how many quarter turns one was rotated"
@@ -119,7 +119,7 @@ def _shown(value: Any, digits: int | str) -> str:
 
 
 def provenance(metrics: dict) -> list[tuple[str, str]]:
-    """Of how many images, in whose features and with which seeds that was measured, each as (what, value)."""
+    """Number of images, feature extractor and seeds of the measurements, each as (what, value)."""
     count, extractor = metrics["counts"], metrics["extractor"]
     rows = [
         ("Training images, for the floor and the copies", f"{count['train']:,}"),
