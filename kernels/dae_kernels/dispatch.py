@@ -1,6 +1,6 @@
-"""Choice of an implementation, and registration of torch operators.
+"""Choose implementations and register torch operators.
 
-A named implementation runs or raises with the reason; `auto` is decided here. Nothing imports triton before a kernel is launched.
+A named implementation runs or raises; `auto` is resolved here. Triton is imported only when a kernel is launched.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-INTERPRETED_BFLOAT16 = False  # True where Triton's interpreter is patched, as in the tests
+INTERPRETED_BFLOAT16 = False  # True if Triton's interpreter is patched, as in the tests
 
 
 def dtype_refusal(*operands: torch.Tensor) -> str | None:
@@ -43,7 +43,7 @@ def triton_refusal(device: torch.device) -> str | None:
     if not TRITON_INSTALLED:
         return "triton is not installed (pip install triton)"
     if device.type == "cuda":
-        if not torch.cuda.is_available():  # fake tensors: what they stand for has a GPU
+        if not torch.cuda.is_available():  # fake tensors of a CUDA device
             return None
         properties = torch.cuda.get_device_properties(device)  # the only such query that Dynamo evaluates
         if torch.version.hip is None and properties.major < 8:
@@ -57,16 +57,16 @@ def triton_refusal(device: torch.device) -> str | None:
 def choose(impl: str, device: torch.device, refusal: str | None = None) -> str:
     """'reference' or 'triton' for a request of 'auto', 'reference' or 'triton'.
 
-    `auto` takes Triton on CUDA devices where the kernel can run and the reference elsewhere (also under the interpreter,
-    which is there for tests).
+    `auto` uses Triton on CUDA devices if the kernel can run, else the reference (also under the interpreter, which is meant for
+    tests).
 
     Args:
         impl: the caller's request.
-        device: where the operands are.
-        refusal: the operation's own reason why its kernel cannot take these operands (dtype, size), or None.
+        device: device of the operands.
+        refusal: the operation's reason why its kernel cannot take these operands (dtype, size), or None.
 
     Raises:
-        ValueError: `impl` is unknown, or 'triton' was asked for and cannot run; the message says why.
+        ValueError: `impl` is unknown, or 'triton' was requested and cannot run; the message says why.
     """
     check_choice("impl", impl, ("auto", "reference", "triton"))
     if impl == "reference" or (impl == "auto" and device.type != "cuda"):
@@ -82,9 +82,9 @@ def choose(impl: str, device: torch.device, refusal: str | None = None) -> str:
 def taken_whole(function: Callable) -> Callable:
     """Decorator of a function with an autograd.Function that Dynamo must not trace into (`allow_in_graph`).
 
-    Dynamo ignores the `backward` of an autograd.Function inside torch.func.grad, vjp and jacrev: the derivative would be that of
-    the forward pass, or 0, without an error (torch 2.13). Taken whole, the function is traced below these transforms, as in
-    eager mode.
+    Dynamo ignores the `backward` of an autograd.Function inside torch.func.grad, vjp and jacrev: the derivative would silently be
+    that of the forward pass, or 0 (torch 2.13). With `allow_in_graph` the function is traced below these transforms, as in eager
+    mode.
     """
     TAKEN_WHOLE.append(function)
 
@@ -100,8 +100,8 @@ def taken_whole(function: Callable) -> Callable:
 def register_op(name: str, body: Callable, fake: Callable) -> Callable:
     """`body` as the torch operator `name` ("dae_kernels::..."), opaque to torch.compile; torch.vmap loops over the batch.
 
-    Where nothing traces or transforms and the tensors have values, `body` is called directly: an operator's first call imports
-    Dynamo, which takes seconds and needs more than torch. The operator itself is the attribute `op` of what is returned.
+    Without tracing or transforms, on tensors with values, `body` is called directly: an operator's first call imports Dynamo,
+    which takes seconds and needs more than torch. The operator itself is the attribute `op` of the returned function.
 
     It has no derivative: differentiable functions call it from an autograd.Function, the others detach its operands.
 
@@ -128,10 +128,10 @@ def opaque_op(name: str, body: Callable, fake: Callable) -> Callable:
 
 
 def register_triton_op(name: str, launcher: Callable, fake: Callable) -> Callable:
-    """Make `launcher` the torch operator `name` ("dae_kernels::..."), opaque enough for torch.compile.
+    """Register `launcher` as the torch operator `name` ("dae_kernels::...") for torch.compile.
 
-    A compiled kernel becomes a `triton_op`, whose body Inductor sees through. The interpreter cannot run on the fake
-    tensors this tracing needs, so under it the launcher is an opaque operator and `fake` gives the shapes.
+    A compiled kernel becomes a `triton_op`, whose body Inductor can inspect. The interpreter cannot run on the fake tensors of
+    this tracing, so under it the launcher is an opaque operator and `fake` gives the shapes.
 
     Args:
         launcher: annotated function of tensors and numbers that allocates its outputs and launches through `launchable`.
@@ -145,7 +145,7 @@ def register_triton_op(name: str, launcher: Callable, fake: Callable) -> Callabl
 
 
 def loop_over_batch(op: Callable) -> Callable:
-    """The rule of torch.vmap for `op`: one call after the other, so memory stays bounded."""
+    """The vmap rule of `op`: sequential calls, which bound memory."""
 
     def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
         calls = []
@@ -161,5 +161,5 @@ def loop_over_batch(op: Callable) -> Callable:
 
 
 def launchable(kernel: Any) -> Any:
-    """`kernel` as a launcher registered above must call it: `launchable(kernel)[grid](...)`."""
+    """Wrap `kernel` for calls from a registered launcher: `launchable(kernel)[grid](...)`."""
     return kernel if interpreting() else torch.library.wrap_triton(kernel)
