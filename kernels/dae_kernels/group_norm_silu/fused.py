@@ -27,7 +27,7 @@ from torch import Tensor
 
 from dae_kernels.dispatch import launchable, register_triton_op
 
-# So many programs keep 132 SMs busy, as an SM holds several.
+# Enough programs to keep 132 SMs busy, several per SM.
 PROGRAMS, TILES_PER_CHUNK, TILE = 528, 16, 2048
 MERGE, MERGE_GRADIENTS = {"BLOCK": 256}, {"BLOCK_C": 16, "BLOCK_S": 32}
 
@@ -89,7 +89,7 @@ def moments_kernel(
     c0, b = tl.program_id(1) * BLOCK_C, tl.program_id(2).to(tl.int64)
     lane, c = tl.arange(0, BLOCK_P), c0 + tl.arange(0, BLOCK_C)
     x_ptrs = pointers(x_ptr, b, start, c0, x_stride_b, x_stride_c, x_stride_p, BLOCK_P, BLOCK_C)
-    # Differences from any one value of the channel: a large mean then costs its sums nothing.
+    # Differences from one value of the channel, so that a large mean costs no accuracy.
     base_ptrs = pointers(x_ptr, b, start, c0, x_stride_b, x_stride_c, x_stride_p, 1, BLOCK_C)
     base = tl.load(base_ptrs, mask=c[None, :] < C, other=0.0).to(tl.float32)
     mean = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
@@ -183,7 +183,7 @@ def gradient_sums_kernel(
         dy = tl.load(dy_ptrs + p0 * dy_stride_p, mask=inside, other=0.0).to(tl.float32)
         n = (x - mean[None, :]) * rstd[None, :]
         dh = d_activation(n * factor[None, :] + term[None, :], dy, SILU)
-        total += tl.where(inside, dh, 0.0)  # past the end n is any number, and with SiLU 0 * inf may stand there
+        total += tl.where(inside, dh, 0.0)  # past the end n is arbitrary, and with SiLU 0 * inf may occur
         total_n += tl.where(inside, dh * n, 0.0)
     out = (b * C + c) * tl.num_programs(0) + tl.program_id(0)
     tl.store(sum_ptr + out, tl.sum(total, axis=0), mask=c < C)
@@ -255,7 +255,7 @@ def gradient_kernel(
 
 
 def tile(C: int, P: int, channels_last: bool) -> dict[str, int]:
-    """A tile of at most TILE elements, long along the contiguous dimension."""
+    """Tile sizes, at most TILE elements, long along the contiguous dimension."""
     if channels_last:
         block_c = min(triton.next_power_of_2(C), 128)
         return {"BLOCK_P": min(triton.next_power_of_2(P), TILE // block_c), "BLOCK_C": block_c, "num_warps": 8}
@@ -280,7 +280,7 @@ class MapLayout:
     def reaches(self, dy_BCP: Tensor) -> bool:
         """Whether the offsets within a chunk and a block of channels are int32, as the kernels compute them.
 
-        Those of what is dense are: a chunk is at most 2^15 positions, and along the other dimension a tile is short.
+        Dense tensors fit: a chunk is at most 2^15 positions, and along the other dimension a tile is short.
         """
         return self.chunk * dy_BCP.stride(2) + self.options["BLOCK_C"] * dy_BCP.stride(1) < 2**31
 
@@ -294,7 +294,7 @@ def densified(x: Tensor) -> Tensor:
 
 
 def positions(x: Tensor) -> Tensor:
-    """[B, C, *positions] as [B, C, P]: a view of what is dense, maybe a copy of what is not."""
+    """[B, C, *positions] as [B, C, P]: a view if dense, else possibly a copy."""
     return x.flatten(2) if x.dim() > 2 else x[..., None]
 
 

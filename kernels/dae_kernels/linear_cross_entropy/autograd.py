@@ -17,7 +17,7 @@ from dae_kernels.tracing import differentiated
 
 
 class SumOfLosses(torch.autograd.Function):
-    """Sum of the losses; its gradients are made in the forward pass."""
+    """Sum of the losses; its gradients are computed in the forward pass."""
 
     generate_vmap_rule = True
 
@@ -39,14 +39,14 @@ class SumOfLosses(torch.autograd.Function):
         if d_sum is None:
             return (None,) * 11
         gradients, made = ctx.saved_tensors, [None, None, None]
-        for i in (1, 0, 2):  # the weight's first: its product in float32 is the largest tensor here
+        for i in (1, 0, 2):  # the weight's first, as its float32 product is the largest tensor
             if ctx.needs[i]:
                 made[i] = (gradients[i] * d_sum).to(ctx.dtypes[i])
         return *made, *[None] * 8
 
 
 class Losses(torch.autograd.Function):
-    """[N] losses; their gradients are made in the backward pass, where the factor of each row is known."""
+    """[N] losses; their gradients are computed in the backward pass, when each row's factor is known."""
 
     generate_vmap_rule = True
 
@@ -77,7 +77,7 @@ class GradientsOfLosses(torch.autograd.Function):
         hidden_ND, linear_weight_VD, bias_V, weight_V, target_N, z_loss, d_loss_N, label_smoothing, softcap, dtype, needs, kernel
     ):
         d_loss_N = d_loss_N.masked_fill(target_N == NOT_COUNTED, 0.0)
-        # Less a power of two, rows have factors of at most 1: such as 16 bits can hold.
+        # Divided by a power of two, factors are at most 1, which 16 bits can represent.
         scale = torch.exp2(torch.frexp(d_loss_N.abs().amax() if len(d_loss_N) else d_loss_N.new_ones(())).exponent)
         scale = scale.to(d_loss_N.dtype)
         tensors = hidden_ND, linear_weight_VD, bias_V, weight_V, target_N, z_loss, d_loss_N / scale
