@@ -67,11 +67,11 @@ def code_norm_kernel(
 
 @triton.jit
 def insert(best, index, second, second_index, rest, score, code, others):
-    """Add a candidate to the two best, and a bound below the scores of `others` to that of the rest. The earlier wins a tie."""
+    """Insert a candidate into the two best, and a lower bound of the other scores into `rest`. The earlier wins a tie."""
     rest = tl.minimum(tl.minimum(rest, others), tl.maximum(second, score))
     second_index = tl.where(score < best, index, tl.where(score < second, code, second_index))
     second = tl.where(score < best, best, tl.minimum(second, score))
-    # Strictly less: NaN never is, so the index stays a code whatever x holds.
+    # Strictly less, which NaN never is, so the index is always a code.
     index = tl.where(score < best, code, index)
     best = tl.where(score < best, score, best)
     return best, index, second, second_index, rest
@@ -84,7 +84,7 @@ def search_kernel(
     H: tl.constexpr, D: tl.constexpr, COSINE: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
     INPUT_PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """A program owns BLOCK_N rows of x of one head and walks over one split of its codes; scores are |c|^2 - 2 x . c.
+    """Search: a program has BLOCK_N rows of x of one head and loops over one split of the codes; scores are |c|^2 - 2 x . c.
 
     x is [N, H, D], the codebook [H, K, D]; scores are [1, S, N, H], candidates too. EXACT: scores [3, S, N, H] (best, second,
     rest) and candidates [2, S, N, H].
@@ -95,7 +95,7 @@ def search_kernel(
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(2)
     d = tl.arange(0, BLOCK_D)
-    if H > 1:  # offsets of 0 would still take registers
+    if H > 1:  # offsets of 0 would still use registers
         head = tl.program_id(1).to(tl.int64)
         x_ptr += head * D
         codebook_ptr += head * K * D
@@ -259,7 +259,7 @@ def settle_kernel(
         second_distance, _ = true_distance(x_ptrs, code_ptrs, inside, D, COSINE, BLOCK_N, BLOCK_E)
         error = rounding_error(x_square.to(tl.float32), distance.to(tl.float32), tl.load(reach_ptr + head), D, COSINE)
         sure = rest - best > 2.0 * error  # false for NaN
-        # Nothing is nearest to a row that is not finite, and everything to a zero row by its cosine.
+        # No code is nearest to a row that is not finite, and all are to a zero row in cosine.
         crowded = inside & (sure == 0) & (x_square < float("inf")) & (x_square > (0.0 if COSINE else -1.0))
         nearer = enlarged(second_distance, D, COSINE) < distance
         swap = nearer | ((second_index < index) & (second_distance <= enlarged(distance, D, COSINE)))
@@ -278,7 +278,7 @@ def settle_kernel(
 
 
 def padded(D: int) -> int:
-    """The power of two, at least 16, that a tensor core takes for D."""
+    """D padded to a power of two of at least 16, for tensor cores."""
     return max(16, triton.next_power_of_2(D))
 
 
@@ -341,7 +341,7 @@ def launch(
     launchable(code_norm_kernel)[(triton.cdiv(H * K, norm_options["BLOCK_K"]),)](
         codebook_HKD, norm_HK, H * K, D=D, COSINE=cosine, **norm_options
     )
-    # A zero code has no length to care for; a long one may overflow, a short one underflow.
+    # A zero code has no length; a long one may overflow, a short one underflow.
     reach_HK = torch.maximum(norm_HK, (1.0 / norm_HK).where(norm_HK > 0, 0.0)) if cosine else norm_HK
     block_k = search_options["BLOCK_K"]
     launchable(search_kernel)[(triton.cdiv(N, search_options["BLOCK_N"]), H, S)](
