@@ -88,7 +88,7 @@ PREDICTORS = {
         "set: 0\u00a0%, not to be told apart; 100\u00a0%, two separate points.", "lower",
     ),
     "reconstruction_error": Predictor(
-        "Reconstruction error", "squared error", "Mean squared error a pixel of held-out images that were encoded and decoded; "
+        "Reconstruction error", "squared error", "Mean squared error per pixel of held-out images that were encoded and decoded; "
         "black and white are 2 apart.", "lower",
     ),
     "linear_distance": Predictor(

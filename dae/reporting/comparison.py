@@ -80,7 +80,7 @@ def _lead(summary: dict) -> list[Html]:
         + (", and compared seed by seed" if len(seeds) > 1 else "")
         + f" (latent and prior: {latent}). What is compared is the generation distance: how far new images are from real images "
         "that no training saw, as a Fréchet distance in features of a small classifier"
-        + (f", at {distance:,} images a side" if distance else "")
+        + (f", at {distance:,} images per side" if distance else "")
         + f". Lower is better; real training images themselves are at {number(summary['facts']['floor']['frechet'])}."
     )
     notices = [f"{left_out} of {summary['trials']['planned']} trials have no result; see “Left out”."] if left_out else []

@@ -98,7 +98,7 @@ def measurements(metrics: dict) -> list[Row]:
          "Share of held-out images that lie among samples (inside open balls about their features): variety."),
         ("Near-copies", g["memorised"], "%", "Samples nearer to a training image than 99\u00a0% of held-out images are."),
         ("Near-copies, held-out", g["memorised_heldout"], "%", "The same share of the held-out images themselves."),
-        ("Near-copies, threshold", g["memorised_threshold"], 3, "RMS difference a pixel; black and white are 2 apart."),
+        ("Near-copies, threshold", g["memorised_threshold"], 3, "RMS difference per pixel; black and white are 2 apart."),
         ("Classifier's accuracy", metrics["extractor"]["heldout_accuracy"], "%", f"On held-out images: {task}."),
     ]  # fmt: skip
     return [(name, _shown(value, digits), meaning) for name, value, digits, meaning in rows if value is not None]
@@ -107,7 +107,7 @@ def measurements(metrics: dict) -> list[Row]:
 def _kernel_distance(of: dict, what: str) -> tuple[tuple[float, float] | None, int, str]:
     if "kernel_distance" not in of:  # not measured by earlier versions
         return None, 4, ""
-    subsets = f"{of['kernel_subsets']} random subsets of {of['kernel_subset_size']:,} a side"
+    subsets = f"{of['kernel_subsets']} random subsets of {of['kernel_subset_size']:,} per side"
     meaning = f"KID's formula in our features: of {what} to held-out images; {subsets}."
     return (of["kernel_distance"], of["kernel_distance_std"]), 4, meaning
 
@@ -125,7 +125,7 @@ def provenance(metrics: dict) -> list[tuple[str, str]]:
         ("Training images, for the floor and the copies", f"{count['train']:,}"),
         ("Held-out images", f"{count['heldout']:,}"),
         ("Samples", f"{count['samples']:,}"),
-        ("Images a side in a Fréchet distance", f"{count['frechet']:,}; ± is the deviation between disjoint sets of so many"),
+        ("Images per side in a Fréchet distance", f"{count['frechet']:,}; ± is the deviation between disjoint sets of so many"),
         ("Extractor of the features", f"{extractor['id']} ({extractor['note']})"),
         ("Seeds", f"{metrics['seed']} for training and evaluation, {metrics['sampling']['seed']} for the samples"),
     ]
