@@ -1,4 +1,4 @@
-"""How fast the operations are: reference, torch.compile of it, triton and every installed peer, taking turns in one run.
+"""Benchmark the operations: reference, compiled reference, triton and every installed peer, interleaved in one run.
 
     python profiling/bench_kernels.py                                  # all operations at their default shapes
     python profiling/bench_kernels.py --op nearest_code --shape N=8192,K=4096,D=64 --dtype float32 --json out.jsonl
@@ -10,15 +10,15 @@ A case is printed as soon as it is compiled and has run: its time alone. Then al
 a copy and a matrix product among them, so the ratios of one run hold on a machine whose speed drifts; milliseconds of two runs do
 not compare. What is written is of the turns, or, where the run was ended before them (`rounds` is 0), of each case alone:
 
-- forward (with what the backward keeps), backward, both: median with the 20 % and 80 % quantiles. On a GPU between two events,
-  behind a write that empties the L2 cache; on a CPU by the clock, with whatever the cache holds.
-- extra_bytes: the most memory beyond what was there before the call, results included. On a GPU what torch allocated; on a CPU
-  the growth of the process's resident memory (its peak is reset through /proc, so Linux only), which sees numpy's as well.
-- floor_ms: the greater of flops / (rate of the run's product) and bytes / (rate of the run's copy); times_floor: how often the
-  floor fits into the median. Flops and bytes are the least the operation needs, not what an implementation does. The product
-  "float32" is without tf32, so on a GPU a kernel that splits float32 over tensor cores can come in under its floor.
-- error: to the first case that ran (the reference, unless --impl leaves it out): the share of integers that differ, or
-  |a - b| / |b|; of the value for forward, of the gradients for backward. A fast wrong result is no result.
+- forward (including what it saves for the backward), backward, both: median with the 20 % and 80 % quantiles. On a GPU between
+  two events, after a write that flushes the L2 cache; on a CPU by the clock, without flushing the cache.
+- extra_bytes: peak memory beyond that before the call, results included. On a GPU as allocated by torch; on a CPU the growth of
+  the process's resident memory (its peak is reset through /proc, so Linux only), which includes numpy's.
+- floor_ms: the greater of flops / (rate of the run's product) and bytes / (rate of the run's copy); times_floor: median / floor.
+  Flops and bytes are the minimum for the operation, not those of an implementation. The product "float32" is without tf32, so
+  on a GPU a kernel that splits float32 over tensor cores can beat its floor.
+- error: against the first case that ran (the reference, unless --impl leaves it out): the share of integers that differ, or
+  |a - b| / |b|; of the value for forward, of the gradients for backward.
 
 A peer that is not installed (printed once, written for each case), an implementation that cannot run, a case that fails and a
 peer whose result is not the operation's have a line that says so instead of a figure. Cases of an operation stand in
@@ -78,7 +78,7 @@ class Bench:
         self.alone, self.samples = self.samples, {phase: [] for phase in self.samples}
 
     def mark(self) -> Any:
-        """This moment: in the GPU's stream, or of the clock."""
+        """The current time: an event in the GPU's stream, or the clock."""
         return recorded_event(self.device) or time.perf_counter()
 
     def forward(self) -> Tensor:
@@ -86,7 +86,7 @@ class Bench:
         return result[0] if isinstance(result, tuple) else result
 
     def step(self) -> tuple[Tensor, tuple[Tensor, ...], list[Any]]:
-        """Result, gradients under a fixed random cotangent if there are leaves, and the marks of PHASES."""
+        """Result, gradients for a fixed random cotangent if there are leaves, and the marks of PHASES."""
         if self.flush is not None:
             self.flush.zero_()
         marks = [self.mark()]
@@ -113,7 +113,7 @@ class Bench:
                 times.append(a.elapsed_time(b) if self.device.type == "cuda" else 1000 * (b - a))
 
     def memory(self) -> dict[str, int]:
-        """Peak extra bytes of the forward alone and of both, with the inputs, but nothing else, there before."""
+        """Peak extra bytes of the forward alone and of both, with only the inputs allocated before."""
         grown = growth(self.device)
         if grown is None:
             return {}
@@ -150,7 +150,7 @@ class Bench:
 
 
 def difference(got: list[Tensor], expected: list[Tensor]) -> float | None:
-    """Share of integers that differ, or |got - expected| / |expected| over all tensors; None if they do not compare."""
+    """Share of integers that differ, or |got - expected| / |expected| over all tensors; None if shapes or types do not match."""
     if [tensor.shape for tensor in got] != [tensor.shape for tensor in expected]:
         return None
     if not got[0].is_floating_point():
@@ -168,7 +168,7 @@ def line(case: Case, phase: str, status: str) -> dict[str, Any]:
 
 
 def floors_of(products: set[str], device: torch.device) -> Iterator[Case]:
-    """A copy, and a product of square matrices in each precision: the two ceilings of the machine, as it is during the run."""
+    """Cases that measure the machine's limits during the run: a copy, and a square matrix product per precision."""
     count = (1 << 28) if device.type == "cuda" else (1 << 25)
 
     @functools.cache

@@ -1,7 +1,7 @@
-"""Tables and figures from the JSON lines that bench_kernels.py writes.
+"""Make tables and figures from the JSON lines of bench_kernels.py.
 
-python profiling/bench_report.py profiling/results/cpu/*.jsonl          # a Markdown table for each operation and shape
-python profiling/bench_report.py out.jsonl --plot plots                 # and a figure for each operation
+python profiling/bench_report.py profiling/results/cpu/*.jsonl          # a Markdown table per operation and shape
+python profiling/bench_report.py out.jsonl --plot plots                 # and a figure per operation
 """
 
 import argparse
@@ -14,7 +14,7 @@ HEADER = f"{'case':<39}{'median ms':>11}{'20 %':>11}{'80 %':>11}" + "".join(form
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    """Median, quantiles and MEASURES of a measured row as text, "" for what it lacks."""
+    """Median, quantiles and MEASURES of a measured row as text, "" if missing."""
     times, mebibytes = [row["ms"][name] for name in ("median", "p20", "p80")], row["extra_bytes"] and row["extra_bytes"] / 2**20
     values = [*times, mebibytes, *(row[name] for name in ("gb_per_s", "tflop_per_s", "times_floor", "error"))]
     forms = (".3f", ".3f", ".3f", ".1f", ".1f", ".3f", ".2f", ".1e")
@@ -30,12 +30,12 @@ def show(row: dict[str, Any]) -> str:
 
 
 def software(where: dict[str, Any]) -> str:
-    """Versions that are in a row of measurements, and its number of threads."""
+    """Versions and number of threads in a row of measurements."""
     return f"{', '.join(f'{name} {v}' for name, v in where['versions'].items() if v)}; threads: {where['threads']}"
 
 
 def panels_of(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Rows by operation, shape, dtype and hardware, in the order they come."""
+    """Rows by operation, shape, dtype and hardware, in order of appearance."""
     panels: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         sizes = ", ".join(f"{key} = {size}" for key, size in row["shape"].items())
@@ -44,7 +44,7 @@ def panels_of(rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """A heading and a table for each panel."""
+    """A heading and a table per panel."""
     lines = []
     for title, panel in panels_of(rows).items():
         lines += [f"### {title}", "", f"`{panel[0]['command']}`, {software(panel[0])}", ""]
@@ -58,7 +58,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def plot(rows: list[dict[str, Any]], folder: Path) -> None:
-    """<folder>/<operation>.png: a panel for each shape, dtype and phase, a point for each case, whiskers from 20 % to 80 %."""
+    """<folder>/<operation>.png: a panel per shape, dtype and phase, a point per case, whiskers from 20 % to 80 %."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -81,7 +81,7 @@ def plot(rows: list[dict[str, Any]], folder: Path) -> None:
             cases = sorted(cases, key=lambda row: -row["ms"]["median"])
             low, median, high = ([row["ms"][name] for row in cases] for name in ("p20", "median", "p80"))
             away = [[abs(m - end) for m, end in zip(median, ends, strict=True)] for ends in (low, high)]
-            # Points, not bars: on a logarithmic axis, which has no 0, the length of a bar means nothing.
+            # Points, not bars, whose length means nothing on a logarithmic axis.
             axis.errorbar(median, [row["impl"] for row in cases], xerr=away, fmt="o", capsize=3)
             axis.set(xscale="log", xlabel="milliseconds: median, 20 % to 80 %", ylim=(-0.6, len(cases) - 0.4))
             axis.xaxis.set_major_formatter(ticker.LogFormatter())

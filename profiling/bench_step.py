@@ -1,13 +1,13 @@
-"""How fast a training step of the autoencoder is: ours beside the same model of diffusers' blocks, taking turns in one run.
+"""Benchmark a training step of the autoencoder against the same model built of diffusers' blocks, in turns in one run.
 
     python profiling/bench_step.py                                       # 32x32 VQ on a CPU, 256x256 VQGAN on a GPU
     python profiling/bench_step.py --config recipes/configs/imagenet256.yaml mixed_precision=bf16 --compile --json out.jsonl
 
 The peer is the same autoencoder with each block replaced by the one that diffusers builds its VQModel from: ResnetBlock2D,
-Downsample2D, Upsample2D, Attention, and torch's own GroupNorm and SiLU for what is left, with the same weights. Everything round
-the blocks is one code for both (dae/training): losses, AdamW, clipping, average of weights, and our vector
-quantizer with its moving averages, which diffusers' has not; so a difference is the blocks' alone. Before anything is timed, both
-must give one loss and one gradient in float64, which shows that they are the same model; `loss` is each one's first as timed.
+Downsample2D, Upsample2D, Attention, and torch's own GroupNorm and SiLU for the rest, with the same weights. Both share all other
+code (dae/training): losses, AdamW, clipping, average of weights, and our vector quantizer with its moving averages, which
+diffusers' lacks; so differences come from the blocks alone. Before timing, both must give the same loss and gradient in float64,
+which shows that they are the same model; `loss` is the first one of each as timed.
 
 The step is that of the baseline `joint`: the real decoder, stage 1's losses. Each is measured contiguous and channels_last, in
 turns; with --ours, ours with a further override, too. A step is printed as soon as it has run, and one that fails says why.
@@ -45,7 +45,7 @@ HEADER = f"{'step':<36}{'median ms':>11}{'20 %':>9}{'80 %':>9}{'images/s':>10}{'
 
 
 def with_diffusers_blocks(autoencoder: Autoencoder) -> Autoencoder:
-    """A copy with the same weights, made of diffusers' blocks."""
+    """A copy with the same weights, built of diffusers' blocks."""
     model = copy.deepcopy(autoencoder)
     for part in (model.encoder, model.decoder):
         exchange(part)
@@ -61,12 +61,12 @@ def exchange(parent: nn.Module) -> None:
 
 
 def without_time(_: nn.Module, inputs: tuple) -> tuple:
-    """ResnetBlock2D asks for the embedding of a diffusion model's time step: an autoencoder has none."""
+    """Forward pre-hook that drops the time embedding, which ResnetBlock2D requires and an autoencoder lacks."""
     return (*inputs, None)
 
 
 def diffusers_block(block: nn.Module) -> nn.Module | None:
-    """diffusers' block with the weights of ours; None if ours is none of the exchanged ones."""
+    """diffusers' block with our weights; None if this block is not replaced."""
     from diffusers.models.attention_processor import Attention
     from diffusers.models.downsampling import Downsample2D
     from diffusers.models.resnet import ResnetBlock2D
@@ -92,7 +92,7 @@ def diffusers_block(block: nn.Module) -> nn.Module | None:
             channels, heads=1, dim_head=channels, eps=block.norm.eps, norm_num_groups=block.norm.num_groups,
             residual_connection=True, bias=True, _from_deprecated_attn_block=True,
         )  # fmt: skip
-        flat = {key: value.view(value.shape[:2]) for key, value in weights.items()}  # our 1x1 convolutions are their products
+        flat = {key: value.view(value.shape[:2]) for key, value in weights.items()}  # our 1x1 convolutions are linear there
         found = {key.replace("norm.", "group_norm.").replace("out.", "to_out.0."): value for key, value in flat.items()}
         for key in ("weight", "bias"):
             found |= zip((f"to_{name}.{key}" for name in "qkv"), found.pop(f"qkv.{key}").chunk(3), strict=True)
@@ -114,9 +114,9 @@ def diffusers_block(block: nn.Module) -> nn.Module | None:
 
 
 def difference(config: Config, models: list[Any], device: torch.device) -> float:
-    """The greatest relative difference of features, sample, loss and a gradient at each end, in float64 and plain torch.
+    """Largest relative difference of features, sample, loss and a gradient at each end, in float64 and plain torch.
 
-    The quantizer computes in float32: its rounding, and nothing else, may differ.
+    The quantizer computes in float32, so only its rounding may differ.
     """
     shape = 1, config.data.channels, config.data.resolution, config.data.resolution
     images = torch.rand(shape, dtype=torch.float64, device=device)
@@ -180,7 +180,7 @@ def show(row: dict[str, Any]) -> str:
 
 
 def verdict(steps: list[MeasuredStep]) -> list[dict[str, Any]]:
-    """Ours against diffusers' in each layout, then each at its fastest: how many times as fast, and the memory."""
+    """Speed-up and memory of ours against diffusers', per layout, then each at its fastest."""
     ours, theirs = ([step for step in steps if step.name.startswith(who)] for who in ("ours", "diffusers"))
     pairs = [(a, b) for a in ours for b in theirs if a.setting == b.setting]
     if ours and theirs:
@@ -238,7 +238,7 @@ def main() -> None:
     else:
         models["diffusers"] = with_diffusers_blocks(ours)
         apart = difference(config, list(models.values()), device)
-        if not apart < 1e-6:  # float32's rounding unit is 6e-8; that of the quantizer reaches loss and gradients
+        if not apart < 1e-6:  # float32 rounds to 6e-8; the quantizer's rounding reaches loss and gradients
             sys.exit(f"the models differ: losses, samples or gradients in float64 are {apart:.1e} apart, expected less than 1e-6")
         print(f"diffusers {where['versions']['diffusers']}: the same model, float64 losses and gradients {apart:.0e} apart")
     print(HEADER, flush=True)

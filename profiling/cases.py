@@ -1,4 +1,4 @@
-"""A way to compute an operation, as bench_kernels.py measures it, and what the tables in profiling/bench/ have in common."""
+"""`Case`, one implementation of an operation for bench_kernels.py, and helpers for the tables in profiling/bench/."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -21,14 +21,14 @@ class Case:
     Args:
         op: the operation.
         impl: "reference", "compile", "triton", or the peer's name.
-        run: computes and returns the result anew at each call; the first of a tuple is compared and differentiated.
-        leaves: tensors whose gradients are wanted (none: forward only).
-        flops, bytes: the least that the forward needs.
+        run: computes and returns the result; the first of a tuple is compared and differentiated.
+        leaves: tensors that need gradients (none: forward only).
+        flops, bytes: minimum for the forward.
         backward_flops, backward_bytes: the same for the backward.
         product: dtype of the product whose rate bounds the flops, or "tf32".
-        needs: the module it imports, "" for none.
+        needs: module to import, "" for none.
         refusal: why it cannot run here, or None.
-        note: what differs from the operation (half the value, random directions), if anything.
+        note: difference from the operation (half the value, random directions), if any.
     """
 
     op: str
@@ -73,7 +73,7 @@ class Case:
 def implementations(
     case: Callable[..., Case], run: Callable[..., Any], device: torch.device, note: str = "of the reference"
 ) -> Iterator[Case]:
-    """The reference, torch.compile of it and the kernel of an operation that has all three; `note` is on the second."""
+    """Cases of the reference, the compiled reference and the kernel; `note` is for the compiled one."""
 
     def reference() -> Any:
         return run(impl="reference")
@@ -84,13 +84,13 @@ def implementations(
 
 
 def with_compiled(case: Callable[..., Case], run: Callable[[], Any], note: str = "") -> Iterator[Case]:
-    """The reference of an operation that has no kernel, with `note`, and torch.compile of it."""
+    """Cases of the reference, with `note`, and the compiled reference of an operation without a kernel."""
     yield case("reference", run, note=note)
     yield case("compile", torch.compile(run), note="of the reference")
 
 
 def geomloss(case: Callable[..., Case], run: Callable[[Callable], Tensor], note: str = "") -> Iterator[Case]:
-    """geomloss with either of its backends: `run` gets its class SamplesLoss and returns the value."""
+    """Cases of geomloss with either backend: `run` takes its class SamplesLoss and returns the value."""
 
     def value(backend: str) -> Tensor:
         return run(partial(import_module("geomloss").SamplesLoss, backend=backend))
@@ -102,6 +102,6 @@ def geomloss(case: Callable[..., Case], run: Callable[[Callable], Tensor], note:
 def normal_clouds(
     N: int, M: int, D: int, device: torch.device, dtype: torch.dtype, scale: float = 1.0, shift: float = 0.5
 ) -> list[Tensor]:
-    """x [N, D] from a standard normal and y [M, D] from another one, scaled and shifted; both want gradients."""
+    """x [N, D] from a standard normal, y [M, D] from a scaled and shifted one; both require gradients."""
     x_ND, y_MD = torch.randn(N, D, device=device), scale * torch.randn(M, D, device=device) + shift
     return [cloud.to(dtype).requires_grad_() for cloud in (x_ND, y_MD)]

@@ -1,4 +1,4 @@
-"""A clock that divides a training step of `dae.training` among phases and blocks, by hooks."""
+"""Hook-based timing of a training step of `dae.training` by phase and block."""
 
 import dataclasses
 import itertools
@@ -20,21 +20,20 @@ from dae.training.prior import PriorTraining
 
 @dataclass
 class Stamp:
-    """From here to the next stamp, time belongs to this phase and block; the last stamp of a step has no block."""
+    """Time from this stamp to the next counts to this phase and block; the last stamp of a step has no block."""
 
     phase: str
     block: str
-    seconds: float  # of the host's clock
-    event: Any  # at the same place in the GPU's stream, None elsewhere
+    seconds: float  # host clock
+    event: Any  # in the GPU's stream, or None
 
 
 class Clock:
-    """Divides all of a step's time among phases (data, forward, backward, update) and blocks of the model.
+    """Splits a step's time into phases (data, forward, backward, update) and blocks of the model.
 
-    `enter` is a boundary of the forward pass: what follows belongs to the block it names. The gradient that passes the same
-    boundary in the backward pass hands over to the block before. So the times add up to the step, with nothing left out;
-    a forward hook before a module is enough, and code between modules counts to the block that was entered last. The first
-    block that is entered ends the phase `data`.
+    `enter` marks a boundary of the forward pass, after which time counts to the named block; in the backward pass the gradient
+    crossing it switches to the previous block. So the times add up to the whole step: a forward pre-hook per module is enough,
+    and code between modules counts to the last block entered. The first block ends the phase `data`.
     """
 
     def __init__(self, device: torch.device):
@@ -51,18 +50,18 @@ class Clock:
         if self.phase == "data":
             self.stamp("forward", block)
             return x
-        # Other phases: layers that gradient checkpointing runs again belong to the backward pass of their block.
+        # Other phases: layers recomputed by gradient checkpointing count to their block's backward pass.
         if self.phase != "forward":
             return x
         before = self.block
         self.stamp("forward", block)
         if isinstance(x, Tensor) and x.requires_grad:
-            x = x.view_as(x)  # a tensor of this block alone: its gradient does not wait for other users of x
+            x = x.view_as(x)  # a separate tensor, whose gradient does not wait for other users of x
             x.register_hook(lambda _: self._leave(before))
         return x
 
     def _leave(self, before: str) -> None:
-        if self.phase == "backward":  # not in the small backward passes that the adaptive weight takes in the forward pass
+        if self.phase == "backward":  # not in the small backward passes of the adaptive weight
             self.stamp("backward", before)
 
     def watch(self, module: nn.Module, block: str) -> None:
@@ -70,7 +69,7 @@ class Clock:
         module.register_forward_pre_hook(lambda _, args: (self.enter(block, args[0]), *args[1:]))
 
     def times(self, owner: Any, method: str, phase: str, block: str) -> None:
-        """Whatever `owner.method` does belongs to this block; what follows it does, too, up to the next stamp."""
+        """Count `owner.method`, and what follows up to the next stamp, to this block."""
         original = getattr(owner, method)
 
         def timed(*args: Any) -> Any:
@@ -85,7 +84,7 @@ class Clock:
 
 
 def seconds_of(stamps: list[Stamp]) -> dict[tuple[str, str], float]:
-    """Seconds of each (phase, block) of one step, in the order of their first stamps; on CUDA by the stream's own events."""
+    """Seconds per (phase, block) of one step, in order of their first stamps; on CUDA from the stream's events."""
     if stamps[-1].event is not None:
         stamps[-1].event.synchronize()
     found: dict[tuple[str, str], float] = {}
@@ -96,7 +95,7 @@ def seconds_of(stamps: list[Stamp]) -> dict[tuple[str, str], float]:
 
 
 def phases_of(stamps: list[tuple[str, str, float]]) -> Iterator[tuple[str, float, float]]:
-    """Phase, begin and end of each unbroken phase in stamps of (phase, block, time)."""
+    """(phase, begin, end) of each contiguous phase in stamps of (phase, block, time)."""
     for phase, group in itertools.groupby(itertools.pairwise(stamps), key=lambda pair: pair[0][0]):
         pairs = list(group)
         yield phase, pairs[0][0][2], pairs[-1][1][2]
@@ -115,7 +114,7 @@ def watch_decoder(clock: Clock, autoencoder: Autoencoder) -> None:
 
 
 def watch_levels(clock: Clock, coder: Any, name: str, size: Callable[[int], int]) -> None:
-    """A block for each level of an encoder or decoder, named by its resolution, and one for what follows the last."""
+    """Watch each level of an encoder or decoder, named by its resolution, and what follows the last as one more block."""
     for level, layers in [(0, coder.conv_in), *enumerate(coder.levels)]:
         clock.watch(layers, f"{name} {size(level)}x{size(level)}")
     clock.watch(coder.norm_out, f"{name} out")
@@ -130,7 +129,7 @@ def watch_prior(clock: Clock, prior: Any) -> None:
 
 
 class ClockedEngine(LocalEngine):
-    """An engine that tells a clock when the backward pass, the clipping and the optimisers begin."""
+    """An engine that stamps the start of backward pass, clipping and optimisers."""
 
     def __init__(self, clock: Clock, mixed_precision: str | None):
         super().__init__(clock.device, mixed_precision)
@@ -138,7 +137,7 @@ class ClockedEngine(LocalEngine):
 
     def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Callable, torch.optim.Optimizer]:
         call, optimizer = super().prepare(module, optimizer)
-        compiled = isinstance(module, torch._dynamo.OptimizedModule)  # its graph has no blocks to watch
+        compiled = isinstance(module, torch._dynamo.OptimizedModule)  # a compiled graph has no blocks to watch
 
         def clocked(*args: Any, **options: Any) -> Any:
             if compiled:
@@ -167,7 +166,7 @@ class ClockedEngine(LocalEngine):
 
 
 class ClockedStep(TrainingStep):
-    """A step of a training under a clock."""
+    """A training step with a clock."""
 
     def __init__(self, training: StageTraining | PriorTraining, clock: Clock, settings: Any):
         super().__init__(training)

@@ -1,4 +1,4 @@
-"""A recipe's configuration, also where OmegaConf is not installed."""
+"""Read a recipe's configuration with or without OmegaConf."""
 
 import importlib.util
 from pathlib import Path
@@ -9,11 +9,11 @@ CONFIGS = Path(__file__).parents[1] / "recipes" / "configs"
 
 
 def read_config(path: str | Path, overrides: list[str]) -> Config:
-    """A recipe's YAML file with `a.b=c` set, also where OmegaConf is not installed: `load_config` then checks less.
+    """Read a recipe's YAML file with `a.b=c` overrides; without OmegaConf fewer checks are made.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: a key that there is not, or no YAML.
+        ValueError: an unknown key, or invalid YAML.
     """
     if importlib.util.find_spec("omegaconf"):
         return load_config(path, overrides)

@@ -1,13 +1,12 @@
-"""How often nearest_code picks a code that is not the nearest by float64, on families where rounding shows.
+"""Count how often nearest_code misses the float64 nearest code, on families of data where rounding matters.
 
     python profiling/exactness.py --impl triton --json exactness.jsonl          # 1e6 queries per family, for a GPU
     python profiling/exactness.py --impl reference --queries 2000
 
-- wrong: queries whose code is farther, by float64, than the nearest one. Ties are not wrong.
-- beyond_rounding: those among them that float32 could have told apart: farther by more than the error that one rounding to
-  float32 of |x| |c| can leave in the score, 2 * 2^-24 * 2 |x| |c|. Two codes nearer to each other than this may change
-  places in any float32 arithmetic.
-- excess: the greatest error among all queries, as a share of |x| |c|.
+- wrong: queries whose code is farther, in float64, than the nearest one. Ties are not wrong.
+- beyond_rounding: wrong queries that float32 could have resolved: farther by more than the error that one rounding to float32
+  of |x| |c| can leave in the score, 2 * 2^-24 * 2 |x| |c|. Closer codes may be swapped by any float32 arithmetic.
+- excess: the largest error of any query, as a share of |x| |c|.
 """
 
 import time
@@ -18,7 +17,7 @@ from measuring import append_row, machine, measuring_parser
 from torch import Tensor
 from torch.nn.functional import normalize
 
-SCORES = 1 << 27  # float64 scores alive at once: 1 GiB
+SCORES = 1 << 27  # float64 scores in memory at once: 1 GiB
 FAMILIES = {"random": (8192, 64), "uniform": (1024, 64), "normalized": (16384, 8), "pairs": (1024, 16)}  # K, D
 
 
@@ -33,10 +32,10 @@ def operands(family: str, N: int, K: int, D: int, generator: torch.Generator) ->
         return normal(N), normal(K)
     if family == "normalized":  # both on the unit sphere
         return normalize(normal(N), dim=1), normalize(normal(K), dim=1)
-    if family == "uniform":  # the usual start of a codebook, U(-1/K, 1/K): all codes are nearly as near
+    if family == "uniform":  # the usual codebook initialisation, U(-1/K, 1/K): all distances are nearly equal
         codebook_KD = torch.rand(K, D, **source)
         return normal(N), (2 * codebook_KD - 1) / K
-    # Codes in pairs that differ in the last bit of one coordinate, and queries beside them: float32 scores cannot choose.
+    # Pairs of codes that differ in the last bit of one coordinate, with queries near them: float32 scores cannot decide.
     codes_KD = normal(K // 2).repeat(2, 1)
     column_K = torch.randint(D, (len(codes_KD), 1), **source)
     changed_K = codes_KD.gather(1, column_K)
@@ -57,7 +56,7 @@ def judge(x_ND: Tensor, codebook_KD: Tensor, index_N: Tensor) -> tuple[int, int,
         away_n = score_nK.gather(1, index_n[:, None])[:, 0] - score_nK.amin(dim=1)
         scale_n = x_nD.norm(dim=1) * squares_K[index_n].sqrt()
         share_n = away_n / scale_n.clamp_min(torch.finfo(torch.float64).tiny)
-        # 2^-48: what the float64 product itself may be off by
+        # 2^-48: error of the float64 product itself
         wrong += int((share_n > 2**-48).sum())
         beyond += int((share_n > 4 * 2**-24).sum())
         excess = max(excess, share_n.max().item())

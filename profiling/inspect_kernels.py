@@ -1,4 +1,4 @@
-"""What the compiler makes of every Triton kernel, for GPUs that need not be here: registers, shared memory, spills, tensor cores.
+"""Compile every Triton kernel for GPUs that need not be present: registers, shared memory, spills, tensor cores.
 
     python profiling/inspect_kernels.py                       # all operations and targets, as a table
     python profiling/inspect_kernels.py --op nearest_code --target sm_90 --json
@@ -28,8 +28,8 @@ from measuring import load_module
 from variants import Variant
 
 VARIANTS = Path(__file__).with_name("aot")
-# What Triton calls the target; the most shared memory a block may have, which the compiler does not check; the tensor-core
-# instruction of the generation (an older one still runs there, at a fraction of the rate).
+# Triton's name of the target; its limit of shared memory per block, which the compiler does not check; its tensor-core
+# instruction (an older one still runs, at a fraction of the rate).
 TARGETS = {
     "sm_80": (("cuda", 80, 32), 166912, r"\bHMMA"),
     "sm_90": (("cuda", 90, 32), 232448, r"\bHGMMA"),
@@ -41,7 +41,7 @@ FRONT_ENDS = ("sm_90", "gfx942")  # targets for which Triton's front end, the sa
 
 
 def compiled(variant: Variant, target_name: str) -> Any:
-    """What Triton makes of the variant for the target."""
+    """The variant compiled by Triton for the target."""
     import triton
 
     return triton.compile(source_of(variant), target=gpu(target_name), options=variant.options)
@@ -106,15 +106,15 @@ def resources(binary: Any, target_name: str, product: bool) -> dict[str, Any]:
         spills = numbers["vgpr_spill_count"] + numbers["sgpr_spill_count"] + numbers["private_segment_fixed_size"]
     else:
         usage = disassembled(binary, "-res-usage")
-        code = disassembled(binary, "-sass") if product else ""  # which takes longer than to compile
+        code = disassembled(binary, "-sass") if product else ""  # slower than compiling
         numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-        registers, spills = numbers["REG"], numbers["STACK"] + numbers["LOCAL"]  # no LDL or STL without such memory
+        registers, spills = numbers["REG"], numbers["STACK"] + numbers["LOCAL"]  # without such memory there is no LDL or STL
     products = len(re.findall(TARGETS[target_name][2], code))
     return {"registers": registers, "shared": binary.metadata.shared, "spills": spills, "tensor_core": products}
 
 
 def disassembled(binary: Any, option: str) -> str:
-    """What cuobjdump prints of the binary."""
+    """Output of cuobjdump for the binary."""
     import triton
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -125,7 +125,7 @@ def disassembled(binary: Any, option: str) -> str:
 
 
 def faults(report: dict[str, Any]) -> list[str]:
-    """The rules of the gate that a kernel breaks."""
+    """The gate's rules that a kernel breaks."""
     found, most = [], TARGETS[report["target"]][1]
     if report["spills"]:
         found.append(f"{report['spills']} spills")

@@ -1,4 +1,4 @@
-"""What the scripts here share: arguments, modules of an operation, times, memory, and the machine in each row."""
+"""Shared by the profiling scripts: arguments, modules of operations, times, memory, and the machine's description."""
 
 import argparse
 import ctypes
@@ -27,7 +27,7 @@ def measuring_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def load_module(path: Path) -> ModuleType:
-    """The module in a file of profiling/bench/ or profiling/aot/, which are no packages."""
+    """Import a file of profiling/bench/ or profiling/aot/, which are not packages."""
     spec: Any = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # torch.compile imports it by its name
     spec.loader.exec_module(module)
@@ -35,10 +35,10 @@ def load_module(path: Path) -> ModuleType:
 
 
 def machine(device: torch.device, *packages: str) -> dict[str, Any]:
-    """Hardware, threads, versions (None: not installed) and the command, to stand in each row of measurements."""
+    """Hardware, threads, versions (None: not installed) and the command, for each row of measurements."""
     cpu = f"{platform.machine().replace('_', '-')} CPU, {os.cpu_count()} cores"
     installed = {name: next((found.version for found in importlib.metadata.distributions(name=name)), None) for name in packages}
-    # Absolute paths say where it ran, not what ran.
+    # Drop absolute paths, which say where it ran, not what.
     words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv[1:]]
     return {
         "hardware": f"{torch.cuda.get_device_name(device)}, {cpu}" if device.type == "cuda" else cpu,
@@ -53,7 +53,7 @@ def now() -> str:
 
 
 def append_row(file: Path | None, row: dict[str, Any]) -> None:
-    """Add the row to a file of JSON lines, if there is one."""
+    """Append the row to a file of JSON lines, if given."""
     if file is not None:
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("a") as lines:
@@ -73,7 +73,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def recorded_event(device: torch.device) -> torch.cuda.Event | None:
-    """An event at this place in the GPU's stream; None elsewhere."""
+    """An event recorded in the GPU's stream; None on other devices."""
     if device.type != "cuda":
         return None
     event = torch.cuda.Event(enable_timing=True)
@@ -82,21 +82,21 @@ def recorded_event(device: torch.device) -> torch.cuda.Event | None:
 
 
 def growth(device: torch.device) -> Callable[[], int] | None:
-    """Peak bytes allocated since this call, as a function; None where they cannot be known."""
+    """Peak bytes allocated since this call, as a function; None if unavailable."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         return lambda: torch.cuda.max_memory_allocated() - before
     if sys.platform == "linux" and os.access("/proc/self/clear_refs", os.W_OK):
-        ctypes.CDLL(None).malloc_trim(0)  # freed memory that the process still holds would hide new memory
+        ctypes.CDLL(None).malloc_trim(0)  # freed memory still held by the process would hide new allocations
         before = resident_bytes("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         return lambda: resident_bytes("VmHWM") - before
     return None
 
 
 def resident_bytes(field: str) -> int:
-    """Memory of this process by /proc: "VmRSS" now, "VmHWM" at most."""
+    """Memory of this process from /proc: "VmRSS" is current, "VmHWM" the peak."""
     found = [row for row in Path("/proc/self/status").read_text().splitlines() if row.startswith(field + ":")]
     return 1024 * int(found[0].split()[1])

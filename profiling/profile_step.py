@@ -1,4 +1,4 @@
-"""Where time and memory of a training step go, for each stage of a recipe's configuration and for its prior.
+"""Profile time and memory of a training step, for each stage of a recipe's configuration and for its prior.
 
     python profiling/profile_step.py --config recipes/configs/digits.yaml
     python profiling/profile_step.py --config recipes/configs/photos.yaml --stage stage2 mixed_precision=bf16 channels_last=true
@@ -8,16 +8,16 @@ The step is the recipe's (dae/training), with its losses, layout, precision, ker
 from the first step, and the codebook starts at random. Printed, and written to --output:
 
 - time by part: data, forward, backward, update (clipping, AdamW, average of weights, codebook).
-- time by block: forward hooks mark where a block of the model begins, and the gradient that passes the same place in the
-  backward pass marks its end there, so the blocks add up to the step. On CUDA the marks are events in the stream; no step waits
-  for them. Medians over --steps steps without the profiler. What torch.compile compiles is one block.
-- kept: by how much the allocated memory grows over a block's forward pass, which is what it keeps for its backward pass (below
-  0: it frees what the block before it made). From one step under torch.profiler.
-- profile.png: both as a picture (needs matplotlib). trace_<stage>.json.gz: that one step as a Chrome trace, with the same
-  phases and blocks as two rows of their own; open it in https://ui.perfetto.dev or chrome://tracing.
+- time by block: forward hooks mark the start of a block of the model, and the gradient at the same place in the backward pass
+  marks its end there, so the blocks add up to the step. On CUDA the marks are events in the stream, without synchronisation.
+  Medians over --steps steps without the profiler. A compiled module is one block.
+- kept: growth of allocated memory over a block's forward pass, saved for its backward pass (negative: it frees the previous
+  block's). From one step under torch.profiler.
+- profile.png: both as a picture (needs matplotlib). trace_<stage>.json.gz: that step as a Chrome trace, with the same phases
+  and blocks in two extra rows; open it in https://ui.perfetto.dev or chrome://tracing.
 
-With --synthetic images are random, and torch alone is needed; the prior's tokens are always random.
-Figures of different machines, or of one machine under different load, do not compare; shares within one run do.
+With --synthetic images are random, and only torch is needed; the prior's tokens are always random.
+Times of different machines, or of one machine under different load, do not compare; shares within a run do.
 """
 
 import gzip
@@ -52,7 +52,7 @@ MARK = "training step"
 
 
 def steps_of(config: Config, device: torch.device, synthetic: bool, only: list[str] | None) -> Iterator[tuple[str, ClockedStep]]:
-    """Name and step of each stage, then of the prior; one after the other, so that only one is in memory."""
+    """Yield name and step of each stage, then of the prior, one at a time to keep only one in memory."""
     data = None
     if not synthetic:
         from dae.data import load_data
@@ -72,7 +72,7 @@ def steps_of(config: Config, device: torch.device, synthetic: bool, only: list[s
 
 
 def prior_training(config: Config, data: Any, engine: LocalEngine) -> PriorTraining:
-    """Of the autoregressive prior, on random tokens."""
+    """Training of the autoregressive prior, on random tokens."""
     torch.manual_seed(0)
     vocabulary, batch = config.autoencoder.vq.codebook_size, config.prior.train_batch_size
     length = (config.data.resolution >> (len(config.autoencoder.channel_multipliers) - 1)) ** 2
@@ -86,7 +86,7 @@ def prior_training(config: Config, data: Any, engine: LocalEngine) -> PriorTrain
 
 
 def measure(step: ClockedStep, steps: int) -> dict[str, Any]:
-    """Milliseconds of a step, its phases and its blocks: medians over `steps` steps after some of warm-up."""
+    """Milliseconds of a step, its phases and its blocks: medians over `steps` steps after warm-up."""
     samples = []
     warm_up = max(2, steps // 4)
     for number in range(warm_up + steps):
@@ -106,10 +106,10 @@ def measure(step: ClockedStep, steps: int) -> dict[str, Any]:
 
 
 def record(step: ClockedStep, path: Path) -> dict[str, Any]:
-    """One step under torch.profiler: writes the trace; returns phases and allocated bytes over milliseconds."""
+    """Run one step under torch.profiler and write the trace; returns phases and allocated bytes over milliseconds."""
     device, state = step.device, state_bytes(step.training)
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
-    for _ in range(2):  # the profiler itself has a slow first step
+    for _ in range(2):  # the profiler's first step is slow
         step.clock.take()
         synchronize(device)
         with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
@@ -138,8 +138,8 @@ def record(step: ClockedStep, path: Path) -> dict[str, Any]:
 def memory_of(events: list[dict], zero: float, device: torch.device, state: int) -> list[tuple[float, int]]:
     """(milliseconds, bytes allocated on the device) at every allocation and release.
 
-    CUDA's allocator says what is allocated in all. On a CPU torch counts only what the profiler saw come and go; what was
-    there before, `state`, is added.
+    CUDA's allocator reports the total. On a CPU torch counts only changes under the profiler; the bytes allocated before,
+    `state`, are added.
     """
     kind = 1 if device.type == "cuda" else 0  # c10::DeviceType
     changes = [e for e in events if e.get("name") == "[memory]" and e["args"]["Device Type"] == kind and e["ts"] >= zero]
@@ -151,7 +151,7 @@ def memory_of(events: list[dict], zero: float, device: torch.device, state: int)
 
 
 def kept_bytes(recorded: dict[str, Any]) -> dict[str, int]:
-    """By how much the allocated memory grew over the forward passes of each block."""
+    """Growth of allocated memory over the forward passes of each block."""
     memory: list[tuple[float, int]] = recorded["memory"]
     found: dict[str, int] = {}
 

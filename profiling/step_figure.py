@@ -1,4 +1,4 @@
-"""The picture of profile_step.py: for each stage, time by block on the left and memory over one step on the right."""
+"""The figure of profile_step.py: per stage, time by block on the left and memory over one step on the right."""
 
 import io
 from pathlib import Path
@@ -11,7 +11,7 @@ WORDS = {"forward": "forward", "backward": "backward", "data": "loading data", "
 
 
 def draw(profiles: dict[str, dict], title: str, path: Path) -> None:
-    """Write `path`. Blocks from top to bottom in the order in which the step comes to them."""
+    """Write the figure to `path`. Blocks from top to bottom in order of execution."""
     import matplotlib
     from PIL import Image  # comes with matplotlib
 
@@ -31,7 +31,7 @@ def draw(profiles: dict[str, dict], title: str, path: Path) -> None:
     figure.savefig(file, dpi=90)
     pyplot.close(figure)
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.open(file).convert("RGB").quantize(64).save(path, optimize=True)  # a third of the size, to be kept in a repository
+    Image.open(file).convert("RGB").quantize(64).save(path, optimize=True)  # a third of the size, for the repository
 
 
 def draw_blocks(axis: Any, name: str, found: dict) -> None:

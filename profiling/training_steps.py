@@ -1,4 +1,4 @@
-"""Steps of dae/training as they are measured: at full load, one after the other, on random images where no data set is wanted."""
+"""Training steps of dae/training for measurements: with all losses on, on random images if no data set is given."""
 
 import dataclasses
 import itertools
@@ -18,13 +18,13 @@ from dae.training.prior import PriorTraining
 
 
 class TrainingStep:
-    """A step of a training: call it again and again."""
+    """A training step to call repeatedly."""
 
     def __init__(self, training: StageTraining | PriorTraining):
         self.training, self.number = training, 0
 
     def __call__(self) -> Tensor:
-        """Returns the loss of the last micro-batch."""
+        """Run the step; returns the loss of the last micro-batch."""
         self.training.step(self.number)
         self.number += 1
         loss = self.training.state.losses[-1]
@@ -35,9 +35,9 @@ class TrainingStep:
 def stage_training(
     config: Config, stage: Stage, autoencoder: Autoencoder, engine: LocalEngine, data: Any = None
 ) -> StageTraining:
-    """The training of a stage, its adversarial loss on from the first step and the codebook left as it is.
+    """The training of a stage, with the adversarial loss on from the first step and no codebook initialisation.
 
-    Without `data` the images are random, and so are the weights of the perceptual loss, which take as long as trained ones.
+    Without `data` the images are random, and so are the perceptual loss's weights, which cost the same as trained ones.
     """
     loss = dataclasses.replace(stage.config.loss, adversarial_start=0)
     stage = dataclasses.replace(stage, config=dataclasses.replace(stage.config, loss=loss))
@@ -61,13 +61,13 @@ def stage_training(
 
 
 def synthetic_images(config: Config, stage: Stage) -> Iterator[dict]:
-    """The same random images again and again: drawing them is not the step's work."""
+    """Endless repetition of the same random images, as drawing them is not part of the step."""
     shape = (stage.config.train_batch_size, config.data.channels, config.data.resolution, config.data.resolution)
     return itertools.repeat({"image": torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1})
 
 
 def state_bytes(training: StageTraining | PriorTraining) -> dict[str, int]:
-    """Bytes that stay from step to step: weights and buffers, the optimisers' moments, the average of the weights."""
+    """Bytes kept between steps: weights and buffers, optimiser state, average of the weights."""
     state, kind = training.state, training.engine.device.type
 
     def count(tensors: Iterable[Tensor]) -> int:

@@ -1,4 +1,4 @@
-"""A Triton kernel as its launcher compiles it, as inspect_kernels.py reads it and the tables in profiling/aot/ list it."""
+"""`Variant`: a Triton kernel with its launcher's types and constants, listed in profiling/aot/ for inspect_kernels.py."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,13 +9,13 @@ class Variant:
     """One kernel with the types of its arguments and its constants.
 
     Args:
-        name: tells it from the operation's other variants.
+        name: distinguishes it among the operation's variants.
         kernel: the `triton.jit` function.
-        types: type of an argument that has not the usual one, "*fp32" for `..._ptr` and "i32" for others.
-        constants: the constexpr arguments, and None for a pointer that is absent; what the kernel has not is left out.
-        tile: what the launcher passes as tile: sizes (BLOCK...), which are constants, and num_warps, num_stages.
-        product: whether the kernel multiplies matrices, so tensor-core instructions must be in it.
-        divisible: arguments that are multiples of 16, beside the pointers: those with one of these words in their name.
+        types: argument types other than the defaults, "*fp32" for `..._ptr` and "i32" for others.
+        constants: constexpr arguments, and None for an absent pointer; names that the kernel lacks are ignored.
+        tile: the launcher's tile: sizes (BLOCK...), which are constants, and num_warps, num_stages.
+        product: whether the kernel has a matrix product and so must use tensor-core instructions.
+        divisible: further arguments that are multiples of 16: those with one of these words in their name.
     """
 
     name: str
@@ -48,6 +48,6 @@ class Variant:
 
     @property
     def aligned(self) -> list[str]:
-        """Arguments that are multiples of 16, as the launcher would find out: pointers, and `divisible` ones."""
+        """Arguments that are multiples of 16, as the launcher would detect: pointers and `divisible` ones."""
         given = [key for key, kind in self.signature.items() if kind != "constexpr"]
         return [key for key in given if self.signature[key][0] == "*" or any(word in key for word in self.divisible)]

@@ -1,16 +1,16 @@
-"""Compare ways to train the encoder: all arms at equal steps, seed by seed, and at equal rate, with intervals.
+"""Compare ways to train the encoder: all arms at equal steps, paired by seed, and at equal rate, with intervals.
 
     python recipes/compare.py --config recipes/configs/digits.yaml output_dir=runs/compare
     python recipes/compare.py --config recipes/configs/digits.yaml output_dir=runs/small \\
         compare.arms=[joint,dae-linear] compare.seeds=[0,1,2] compare.learning_rates=[4e-3] compare.rates=[16,32,128]
 
 First every arm, the baseline too, tries each of compare.learning_rates once, with compare.tuning_seed and on images held out of
-the training set. Then every arm is trained with every seed at the best of them, and compare.rate_arms at compare.rates too (of
-these only at compare.other_rates, if given, where they are not the baseline). Each trial trains autoencoder and prior, draws
-samples and measures; compare.processes of them run at a time, with one CPU thread each. Each is saved when it is finished: the
-same command goes on where it was stopped. Another configuration is refused.
+the training set. Then every arm is trained with every seed at its best rate, and compare.rate_arms also at compare.rates (arms
+other than the baseline only at compare.other_rates, if given). Each trial trains autoencoder and prior, draws samples and
+measures; compare.processes of them run at a time, with one CPU thread each. Each is saved when finished: the same command
+resumes a stopped comparison. Another configuration is refused.
 Writes <output_dir>: compare.html (the answer, in words and pictures), compare.png, compare.json, compare.md (the table of all
-arms), trials/<trial>.json with the samples beside it in .npz, and bench/ (the classifier whose features judge).
+arms), trials/<trial>.json and .npz (samples), and bench/ (the classifier of the feature metrics).
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def compare(config: Config, prepare: Callable[[Config], Any] = Bench.prepare, tr
     arms = check_comparison(config)
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    bench = prepare(config)  # here first: its errors are the user's, and the workers find its classifier
+    bench = prepare(config)  # first in this process: it shows the user's errors and caches the classifier for the workers
     try:
         with worker_processes(config.compare.processes) as workers:
             work = {"prepare": prepare, "trial": trial, "workers": workers}

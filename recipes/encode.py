@@ -1,10 +1,10 @@
-"""Encode a data set with a trained autoencoder: the cache of tokens (VQ) or of posteriors (KL) that the prior is trained on.
+"""Encode a data set with a trained autoencoder: caches the tokens (VQ) or posteriors (KL) that train the prior.
 
     accelerate launch recipes/encode.py --config recipes/configs/digits.yaml
     accelerate launch recipes/encode.py --config recipes/configs/digits-kl.yaml
 
-Each image is encoded once as it is, and `prior.num_augmentations` times otherwise: augmented (`prior.augment_images`), with codes
-drawn near the encoder's output rather than the nearest ones (`prior.code_temperature`, VQ only), or both.
+Each image is encoded once unchanged, and `prior.num_augmentations` times augmented (`prior.augment_images`), with codes sampled
+near the encoder's output instead of the nearest ones (`prior.code_temperature`, VQ only), or both.
 Several processes share the work. Writes <output_dir>/tokens, or <output_dir>/latents with mean and log-variance of each
 posterior; both with fingerprints of autoencoder, data set and augmentation.
 """
@@ -35,7 +35,7 @@ from dae.training.run import refuse_other_data
 @writes("encodings")
 @torch.inference_mode()
 def encode(config: Config) -> Path:
-    """Make the cache; returns its folder."""
+    """Write the cache; returns its folder."""
     accelerator = make_accelerator(config)
     output = Path(config.output_dir)
     with failing_together():

@@ -1,11 +1,10 @@
-"""Measure a run: reconstructions of both decoders, the latent, the prior, the samples, and copies of training images.
+"""Evaluate a run: reconstructions of both decoders, the latent, the prior, the samples, and copies of training images.
 
     python recipes/evaluate.py --config recipes/configs/digits.yaml
 
 Frechet distance, kernel distance (KID's formula) and precision/recall are taken in features of a small classifier that is
-trained here on the training split (for unlabelled data: to tell by how many quarter turns an image was rotated). They compare
-runs on one data set with one another; they are not Inception numbers. Writes <output_dir>/metrics.json and
-<output_dir>/evaluation/.
+trained here on the training split (on unlabelled data, to predict by how many quarter turns an image was rotated). They compare
+runs on one data set; they are not Inception numbers. Writes <output_dir>/metrics.json and <output_dir>/evaluation/.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ def evaluate(config: Config) -> dict:
     classifier = train_extractor(train, train_labels, data, steps=settings.classifier_steps, seed=seed, device=device)
     judge = Judge(classifier, train, train_labels, heldout, heldout_labels, data.labelled, settings.neighbours, seed)
 
-    shown = (torch.arange(min(32, len(heldout))) * len(heldout)) // min(32, len(heldout))  # of a sorted set not one class
+    shown = (torch.arange(min(32, len(heldout))) * len(heldout)) // min(32, len(heldout))  # spread over the classes
     pictures, reconstruction = {"originals": to_uint8(as_float(heldout[shown]))}, {}
     stages = {"final": autoencoder}
     if (at_the_switch := output / "autoencoder" / "stage1").is_dir():
@@ -78,7 +77,7 @@ def evaluate(config: Config) -> dict:
     found, copies = extract_features(classifier, generated), judge.near_copies(generated)
     asked = torch.from_numpy(labels) if knows_classes(prior) else None
     generation = judge.samples(generated, asked, found, copies) | judge.kernel(found)
-    closest = copies.nearest_distance.argsort()[:16]  # the worst cases, not a selection that flatters
+    closest = copies.nearest_distance.argsort()[:16]  # the worst cases, not a favourable selection
     pictures["samples"] = samples[closest.numpy()]
     pictures["nearest training images"] = to_uint8(as_float(train[copies.nearest_index[closest]]))
     sweep = guidance_sweep(config, judge, autoencoder, prior, history, min(len(samples), settings.max_images))
@@ -116,6 +115,8 @@ def evaluate(config: Config) -> dict:
         write_file(output / "metrics.json", json.dumps(metrics, indent=2).encode())
     for name, value, meaning in measurements(metrics):
         print(f"{name:<42}{value:>16}   {meaning}")
+    decoders = ", ".join(f"{name}: {found['decoder']} decoder" for name, found in reconstruction.items())
+    print(f"{decoders}; prior of step {history.chosen['step']:,}")
     announce(output, ["metrics.json", "evaluation/classifier.safetensors", "evaluation/pictures.npz"], "/metrics.json")
     return metrics
 

@@ -1,11 +1,11 @@
-"""Does decoupling help, and at equal rate too? Six comparisons, two data sets by three types of latent, and docs/evidence.md.
+"""Does decoupling help, and at equal rate too? Six comparisons on two data sets and three latent types; writes docs/evidence.md.
 
     make evidence                                                   # docs/evidence.md, the pages behind it in runs/evidence
     python recipes/evidence.py --output runs/mine --docs runs/mine/docs 'compare.seeds=[10,11,12,13,14]' compare.tuning_seed=2000
 
 Each comparison is recipes/compare.py with recipes/configs/evidence-<data>.yaml and its overrides in dae.comparison.experiments;
-key=value on the command line changes all of them alike. Finished trials are kept: the same command goes on where it was stopped.
-The document is written from the comparisons' results alone, sentences included: other seeds, other sentences.
+key=value on the command line changes all of them. Finished trials are kept: the same command resumes a stopped run.
+The document, sentences included, is generated from the comparisons' results.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ RECIPES = Path(__file__).resolve().parent
 
 
 def evidence(output: Path, docs: Path, overrides: list[str], only: list[str] | None = None) -> Path:
-    """Run what is not finished of all comparisons, or `only` of some, and write the document; returns its path.
+    """Run the unfinished trials of all comparisons, or of those in `only`, and write the document; returns its path.
 
     Raises:
         ValueError: `only` names no comparison of this recipe.

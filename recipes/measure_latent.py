@@ -1,10 +1,10 @@
-"""Which latent needs the simplest generator? Measures the generator-induced distance D^G of latents, and writes a page on it.
+"""Which latent needs the simplest generator? Measures the generator-induced distance D^G of latents and writes a page.
 
     python recipes/measure_latent.py --config recipes/configs/digits.yaml \\
         'measure.latents=[gaussian,pca,autoencoder:runs/digits/autoencoder,my_module:encode]'
 
-For each latent, generators of growing strength are trained to make the training images from it, and the distance that remains
-on held-out rows is measured. A CPU will do. Writes <output_dir>/measure/latents.html, latents.json and *.png.
+For each latent, generators of increasing capacity are trained to produce the training images from it, and the remaining
+distance is measured on held-out rows. A CPU suffices. Writes <output_dir>/measure/latents.html, latents.json and *.png.
 """
 
 from __future__ import annotations

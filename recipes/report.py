@@ -2,8 +2,8 @@
 
     python recipes/report.py --config recipes/configs/digits.yaml
 
-Reads what recipes/train_dae.py, train_prior.py, sample.py and evaluate.py left in <output_dir>; measures nothing anew.
-Writes <output_dir>/report.html: one file without scripts and without requests, to open in any browser or to send by mail; and
+Reads what recipes/train_dae.py, train_prior.py, sample.py and evaluate.py wrote to <output_dir>; measures nothing.
+Writes <output_dir>/report.html, one file without scripts or network requests, for any browser or to send by mail, and
 report.png: held-out images beside samples.
 """
 

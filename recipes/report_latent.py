@@ -1,11 +1,11 @@
-"""Write the report card of a latent: what a trained autoencoder promises a generative model, before one is trained on it.
+"""Write the report card of a latent: how well a generative model is expected to do on it, before one is trained.
 
     python recipes/report_latent.py --config recipes/configs/digits.yaml
     python recipes/report_latent.py --config recipes/configs/digits.yaml measure.compare_folders=[runs/compare]
 
-Reads <output_dir>/autoencoder and the data set; of finished comparisons (recipes/compare.py) it says how well each line of the
-card ranked the latents that were tried. Writes <output_dir>/latent/: card.json, card.html (one file without scripts and without
-requests) and the pictures as PNG. Runs on a CPU in seconds.
+Reads <output_dir>/autoencoder and the data set; with finished comparisons (recipes/compare.py) it reports how well each line of
+the card ranked their latents. Writes <output_dir>/latent/: card.json, card.html (one file without scripts or network requests)
+and the pictures as PNG. Runs on a CPU in seconds.
 """
 
 from __future__ import annotations

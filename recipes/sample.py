@@ -3,9 +3,9 @@
     python recipes/sample.py --config recipes/configs/digits.yaml
     python recipes/sample.py --config recipes/configs/digits.yaml sampling.cfg_scale=2 sampling.num_samples=100
 
-Classes in equal parts; a Gaussian mixture knows none, and all labels are 0. Writes <output_dir>/samples: samples.npz with arr_0
-[N, H, W, C] uint8 (the format of the ADM evaluator) and arr_1 [N] labels, png/ with one file an image, grid.png with one row a
-class, and sampling.json with the settings.
+Classes in equal parts; a Gaussian mixture is unconditional, and all labels are 0. Writes <output_dir>/samples: samples.npz with
+arr_0 [N, H, W, C] uint8 (the format of the ADM evaluator) and arr_1 [N] labels, png/ with one file per image, grid.png with one
+row per class, and sampling.json with the settings.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ def sample(config: Config) -> Path:
     """Write samples; returns their folder."""
     settings = config.sampling
     autoencoder, prior = load_chain(config.output_dir, one_process(config), config.kernels)
-    drawn_from = fingerprint(Path(config.output_dir) / "prior")  # now: it may be trained further while it is sampled
+    drawn_from = fingerprint(Path(config.output_dir) / "prior")  # read first: training may replace it while it is sampled
     if not knows_classes(prior):
         for key, value, idle in (("classes", settings.classes, []), ("cfg_scale", settings.cfg_scale, 1)):
             if value != idle:
                 raise ValueError(f"sampling.{key}={value}: this prior knows no classes; leave it out")
     require_memory(
-        2 * settings.num_samples * autoencoder.image_channels * autoencoder.resolution**2,  # twice while they are put together
+        2 * settings.num_samples * autoencoder.image_channels * autoencoder.resolution**2,  # twice while concatenating
         f"{settings.num_samples:,} samples of {autoencoder.resolution} x {autoencoder.resolution} pixels",
         "lower sampling.num_samples",
     )
@@ -74,16 +74,16 @@ def sample(config: Config) -> Path:
 
 
 def chosen(config: Config, prior: Prior) -> list[int]:
-    """Numbers of the classes that `sampling.classes` names, none for all. ValueError: one of them is unknown."""
+    """Numbers of the classes in `sampling.classes`; empty for all. ValueError: an unknown class."""
     folder = Path(config.output_dir) / "prior"
-    data = recorded_data(folder) or {"class_names": [str(c) for c in range(prior.num_classes)]}  # of a run of earlier versions
+    data = recorded_data(folder) or {"class_names": [str(c) for c in range(prior.num_classes)]}  # for runs of earlier versions
     if (known := len(data["class_names"])) != prior.num_classes:
         raise ValueError(f"{folder}: data.json tells of {known} classes, the prior knows {prior.num_classes}: train it again")
     return resolve_classes(config.sampling.classes, data["class_names"], data.get("labels"))
 
 
 def overview(images_NHWC: np.ndarray, labels_N: np.ndarray) -> np.ndarray:
-    """One picture: a row of each of the first 20 classes that were drawn, or, of a single class, as many as fill ten rows."""
+    """One picture: a row for each of the first 20 sampled classes, or up to ten rows of a single class."""
     present = np.unique(labels_N)[:20]
     if len(present) == 1:
         return grid(images_NHWC[:160], columns=min(16, len(images_NHWC)))

@@ -4,8 +4,8 @@
     accelerate launch recipes/train_dae.py --config recipes/configs/digits.yaml method=joint output_dir=runs/joint
     torchrun --standalone --nproc_per_node 2 recipes/train_dae.py stage1.train_batch_size=32 stage2.train_batch_size=32
 
-Stage 1 trains encoder, bottleneck and a weak auxiliary decoder; then encoder and bottleneck are frozen for good, and stage 2
-trains the real decoder. Runs on a CPU as it stands; on GPUs add `--mixed_precision bf16` to `accelerate launch`.
+Stage 1 trains encoder, bottleneck and a weak auxiliary decoder; then encoder and bottleneck are frozen, and stage 2 trains
+the real decoder. Runs on a CPU unchanged; on GPUs add `--mixed_precision bf16` to `accelerate launch`.
 Writes <output_dir>/autoencoder: model.safetensors and config.json, stage1/ (the model at the switch), checkpoint-*/, logs/.
 """
 
@@ -69,7 +69,7 @@ def train(config: Config) -> Path:
 
 
 def make_loader(config: Config, data: ImageData, stage: Stage, purpose: str) -> TrainLoader:
-    """Training images for a stage, in an order that belongs to the purpose."""
+    """Loader of training images for a stage, in an order seeded by the purpose."""
     return TrainLoader(
         data.train,
         stage.config.train_batch_size,

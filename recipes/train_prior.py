@@ -5,10 +5,9 @@ Diffusion Transformer or a Gaussian mixture (`prior.family`).
     accelerate launch recipes/train_prior.py --config recipes/configs/digits-kl.yaml
     torchrun --standalone --nproc_per_node 2 recipes/train_prior.py prior.train_batch_size=32
 
-Runs on a CPU as it stands; on GPUs add `--mixed_precision bf16` to `accelerate launch`. Held-out bits per token (Diffusion
-Transformer: the flow-matching loss) are measured every `validation_steps`; with `prior.early_stopping` the weights with the
-fewest are delivered. Bits per image of a continuous latent are measured once, at the end. A mixture is fitted at once, by one
-process.
+Runs on a CPU unchanged; on GPUs add `--mixed_precision bf16` to `accelerate launch`. Held-out bits per token (Diffusion
+Transformer: the flow-matching loss) are measured every `validation_steps`; with `prior.early_stopping` the best weights are
+delivered. Bits per image of a continuous latent are measured once, at the end. A mixture is fitted in one step by one process.
 Writes <output_dir>/prior: model.safetensors and config.json, checkpoint-*/, logs/.
 """
 
@@ -72,7 +71,7 @@ def train(config: Config) -> Path:
     resumed = run.open(accelerator, dataclasses.asdict(cache.fingerprint), data=table)
 
     def card(step: int) -> str:
-        """With what was measured of the weights of this step."""
+        """The model card, with the measurements of this step's weights."""
         rows = [row for row in run.history() if row["step"] <= step or row["split"] == "delivered"]
         return prior_card(config, family, data.describe(), rows, summary.lines())
 

@@ -1,4 +1,4 @@
-"""How complex a generator a latent needs: the generator-induced distance D^G, complexity curves, and the latent that is best."""
+"""The generator-induced distance D^G, complexity curves, and the latent that is best for a family of generators."""
 
 from dae.complexity.curves import ComplexityCurve, complexity_curve
 from dae.complexity.distances import Distance, make_distance

@@ -21,8 +21,8 @@ from dae.complexity.estimate import CRITIC_ROWS, Estimate, check_cloud, check_se
 from dae.complexity.families import GeneratorFamily, check_count, check_family
 from dae.precision import own_arithmetic
 
-RATIO_PENALTY = 0.05  # on squared gradients of the density ratio that a generator is trained against
-ROWS_TO_CHOOSE_ON = 4096  # among trained generators
+RATIO_PENALTY = 0.05  # on squared gradients of the generator's density-ratio critic
+ROWS_TO_CHOOSE_ON = 4096  # rows to choose among trained generators
 SHRINKAGE = (1.0, 0.9, 0.75, 0.5)  # of the logarithm of an overfitted density ratio
 
 
@@ -30,9 +30,8 @@ SHRINKAGE = (1.0, 0.9, 0.75, 0.5)  # of the logarithm of an overfitted density r
 class Divergence:
     """An f-divergence as E_P[T] - E_Q[f*(T)] at T = f'(e^l), with l an estimate of log p/q, and the loss of a generator of Q.
 
-    `on_P` is T and `on_Q` is f*(T) as functions of l. The losses have the direction of the gradient of
-    -E_Q[f*(T)]; where that vanishes at points that the critic is sure of, they are its logarithm over the batch, or Goodfellow's
-    (2014) -log D.
+    `on_P` is T and `on_Q` is f*(T) as functions of l. The losses have the direction of the gradient of -E_Q[f*(T)]; where that
+    vanishes for a confident critic, they are its logarithm over the batch, or Goodfellow's (2014) -log D.
     """
 
     on_P: Callable[[Tensor], Tensor]
@@ -87,41 +86,41 @@ ADVERSARIAL = DIVERGENCES + WASSERSTEIN
 def adversarial_distance(
     x_ND: Tensor, y_MD: Tensor, name: str, *, seeds: Sequence[int] = (0, 1, 2), steps: int = 200, batch_size: int = 256
 ) -> Estimate:
-    """A lower bound of a divergence or Wasserstein-1 distance of two laws from samples, measured on rows no critic was fitted on.
+    """Lower bound of a divergence or Wasserstein-1 distance from samples, measured on rows that no critic was fitted on.
 
         f-divergence:  D_f(P|Q) >= E_P[T] - E_Q[f*(T)] for every T; here T = f'(e^l) with l an estimate of log p/q
         Wasserstein-1: W1(P, Q) >= E_P[f] - E_Q[f] for every 1-Lipschitz f
 
-    The rows of each cloud are shuffled by the seed: critics are fitted on a half, one is chosen on a quarter and measured on the
-    last quarter. Four rotations measure every row once, and their mean is the value of that seed; so more seeds remove the
-    randomness of splits and networks, but not that of the sample.
+    Rows are shuffled by the seed: critics are fitted on one half, selected on a quarter and measured on the last quarter. Four
+    rotations measure every row once, and their mean is the value of that seed; so more seeds remove the randomness of splits and
+    networks, but not that of the sample.
 
     js, kl, reverse_kl, chi2, hellinger: l is a logistic regression on monomials of degree 2, with or without a network added,
-    whichever has the lower logistic loss on the rows to choose on. l is cut at 1/2 log(N E_P[p/q]), and likewise below, where
-    less than one point of the other cloud is to be expected. Negative values are 0, which T = 0 gives.
+    whichever has the lower logistic loss on the selection rows. l is clamped at 1/2 log(N E_P[p/q]), and likewise below, where
+    less than one point of the other cloud is expected. Negative values become 0, which T = 0 attains.
     wgan_sn: a network that is 1-Lipschitz by its weights (singular values clipped, units sorted). wgan_gp: the same network
-    under the gradient penalty in the first quarter of its training, and clipped from then on, as a penalty proves nothing away
-    from the points that it is taken at. Both may be the projection on the difference of means instead, W1 of a pure shift.
+    with the gradient penalty in the first quarter of its training, and clipped from then on, because a penalty guarantees
+    nothing away from its sample points. Both may instead be the projection on the difference of means, W1 of a pure shift.
 
-    The value is a lower bound in the mean over samples (but for the cut at 0), as every critic is fixed before it meets the rows
-    that it is measured on; a single value may lie above the truth by its sampling error. `standard_error` is that of T and f*(T),
-    or of f, over the rows; with heavy tails (kl, chi2) it is too small, as the rows that decide may be missing.
+    In expectation over samples the value is a lower bound (except for the cut at 0), as every critic is fixed before it is
+    measured; a single value may exceed the truth by its sampling error. `standard_error` is that of T and f*(T), or f, over the
+    rows; with heavy tails (kl, chi2) it is too small, as the decisive rows may be missing.
 
-    A critic that misses a difference makes the value too small. kl needs E_Q[p/q] and chi2 E_Q[(p/q)^2], which a few rows decide
-    where the ratio is large; where E_Q[(p/q)^2] is infinite (s1^2 >= 2 s2^2 of two Gaussians), so is the standard error of kl. No
-    sample of N can certify a kl much above log N (McAllester & Stratos 2020), so disjoint supports, of infinite kl and chi2, have
-    a finite value. One row a million times as far out as the rest halves js and hides all from chi2. docs/latents.md has measured
-    errors.
+    A critic that misses a difference makes the value too small. kl needs E_Q[p/q] and chi2 E_Q[(p/q)^2], which depend on a few
+    rows if the ratio is large; if E_Q[(p/q)^2] is infinite (s1^2 >= 2 s2^2 for two Gaussians), so is the standard error of kl. No
+    sample of N can certify a kl much above log N (McAllester & Stratos 2020), so disjoint supports, with infinite kl and chi2,
+    have a finite value. One outlier a million times as far out as the rest halves js and hides everything from chi2.
+    docs/latents.md has measured errors.
 
     Args:
         x_ND: rows of P, the data [N, ...], floating, at least 32; flattened.
         y_MD: rows of Q, the generated points [M, ...] of the same size per row, at least 32. If M = N both are shuffled alike, so
-            that a reconstruction falls in the same part as what it was made from.
+            that a reconstruction falls in the same part as its original.
         name: "js", "kl", "reverse_kl", "chi2", "hellinger" (invariant to units and origin), "wgan_gp" or "wgan_sn" (in the
             units of x).
-        seeds: of splits and networks; the global random state is neither read nor changed.
-        steps: of the networks.
-        batch_size: rows of each cloud in a step.
+        seeds: for splits and networks; the global random state is not used.
+        steps: training steps of the networks.
+        batch_size: rows per cloud and step.
 
     Returns:
         `Estimate` with bound "lower", the standard error, and counts of rows of x in a rotation.
@@ -166,14 +165,14 @@ def divergence(x_ND: Tensor, y_MD: Tensor, kind: Divergence, seed: int, options:
     parts, _ = standardised(critics.parts_of(x_ND, y_MD, generator), isotropic=False)
     logits_CKR = ratio_candidates(parts, width=64, generator=generator, **options)
     logits_CKR = torch.cat([shrinkage * logits_CKR for shrinkage in SHRINKAGE])
-    # By logistic loss, which no single row decides; the own bound is too noisy to choose by where it has heavy tails
+    # By logistic loss, which no single row dominates; with heavy tails the bound itself is too noisy to select by
     logits_KR = critics.of_rotations(logits_CKR, logistic_loss(*parts.split(logits_CKR)[:2]).argmin(dim=0))
     select_P, select_Q, measure_P, measure_Q = parts.split(clamped(logits_KR, parts))
     return pooled(kind.bound(select_P, select_Q), kind.on_P(measure_P), kind.on_Q(measure_Q))
 
 
 def clamped(logits_KR: Tensor, parts: Parts) -> Tensor:
-    """Logits [K, R] cut where less than one point of the other cloud is to be expected, by the rows to choose on."""
+    """Logits [K, R] clamped where less than one point of the other cloud is expected, by the selection rows."""
     select_P, select_Q, _, _ = parts.split(logits_KR)
     rows_P, rows_Q = (sum(part[cloud].shape[1] for part in (parts.fit, parts.select, parts.measure)) for cloud in (0, 1))
     highest_K1 = (math.log(rows_Q) + log_mean_exp(select_P)) / 2
@@ -184,8 +183,8 @@ def clamped(logits_KR: Tensor, parts: Parts) -> Tensor:
 def pooled(selected_K: Tensor, terms_P: Tensor, terms_Q: Tensor) -> tuple[float, float]:
     """Mean over rotations of the mean of P's terms [K, n] less that of Q's [K, m], and its standard error.
 
-    Rotations that the rows to choose on give no more than 0 count as 0, but the error is of all, as if they did not. Clouds of
-    one length were shuffled alike: their rows are taken as pairs, which may depend on each other.
+    Rotations with no more than 0 on the selection rows count as 0, but the error includes them. Clouds of equal length were
+    shuffled alike: their rows count as pairs, which may be dependent.
     """
     measured_K = terms_P.mean(dim=1) - terms_Q.mean(dim=1)
     apart = (terms_P - terms_Q,) if terms_P.shape == terms_Q.shape else (terms_P, terms_Q)
@@ -240,22 +239,22 @@ def train_adversarial(
 
     The critic of an f-divergence is a density ratio fitted by logistic loss with a penalty on its gradients (Mescheder et al.
     2018), and the generator minimises the divergence's own loss (`Divergence.generator_loss`); that of a Wasserstein distance
-    is a network under the gradient penalty or spectral norm, three steps for each of the generator. Rates fall to 0 as a cosine.
-    Alternating steps may circle: of the start, the last generator and the mean of the weights over the second half of the
-    training, a fresh critic, on the rows trained on, chooses the one to return.
+    is a network with gradient penalty or spectral norm, three steps per generator step. Learning rates decay to 0 as a cosine.
+    Alternating steps may cycle, so a fresh critic on the training rows selects among the initial generator, the last one and
+    the average of the weights over the second half of training.
 
     Args:
         family: of generators; `family.constrain_` follows each of its steps.
         latents: [N, ...], floating, finite.
         data: [M, ...], floating, finite; rows are not paired.
-        name: as of `adversarial_distance`.
-        seed: of weights, batches and the generator's own randomness; the global random state is neither read nor changed.
+        name: as in `adversarial_distance`.
+        seed: for weights, batches and the generator's own randomness; the global random state is not used.
         steps: of the generator.
         batch_size: rows of each kind in a step.
         learning_rates: Adam's, of generator and critic, for data of unit scale.
 
     Returns:
-        The generator in eval mode. Its distance is to be measured by `adversarial_distance`, whose critic is a fresh one.
+        The generator in eval mode. Measure its distance with `adversarial_distance`, which fits a fresh critic.
 
     Raises:
         TypeError, ValueError: as `adversarial_distance`, or the family cannot map the shapes.

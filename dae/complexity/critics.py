@@ -1,7 +1,7 @@
-"""Critics of two clouds, fitted on one part of the rows: log-density ratios, and functions that are 1-Lipschitz.
+"""Critics of two clouds, fitted on part of the rows: log-density ratios and 1-Lipschitz functions.
 
 All rotations of the rows through the parts are fitted at once, as a stack of networks with a leading axis K: at these sizes
-a step costs the launching of its operations, not their arithmetic.
+the cost of a step is launching operations, not arithmetic.
 """
 
 from __future__ import annotations
@@ -17,36 +17,36 @@ from torch import Tensor
 
 from dae.complexity.linear import clipped, sort_pairs
 
-FOLDS = 4  # a rotation fits on two of them, chooses on one and measures on one
-SNAPSHOTS = 10  # of a network, spread over its training
-QUADRATIC_INPUTS = 12  # principal directions that the quadratic critic sees: 90 coefficients
-LARGEST_LOGIT = 40.0  # of a regression: far beyond what samples show, within what a network can undo, and finite if squared
+FOLDS = 4  # a rotation fits on two, selects on one and measures on one
+SNAPSHOTS = 10  # per network, spread over its training
+QUADRATIC_INPUTS = 12  # principal directions in the quadratic critic: 90 coefficients
+LARGEST_LOGIT = 40.0  # in a regression: far beyond what samples support, yet correctable by a network, and finite if squared
 GRADIENT_PENALTY = 10.0  # Gulrajani et al. 2017
-RIDGES = (1e-1, 1e-2, 1e-3, 1e-5, 1e-8)  # strong to weak, so that each solution starts the next
+RIDGES = (1e-1, 1e-2, 1e-3, 1e-5, 1e-8)  # strong to weak: each solution initialises the next
 
 
 @dataclass(frozen=True)
 class Parts:
-    """P's and Q's rows in K rotations: to fit on [K, n, D], to choose on [K, m, D] and to measure on [K, m, D]."""
+    """P's and Q's rows in K rotations: for fitting [K, n, D], selecting [K, m, D] and measuring [K, m, D]."""
 
     fit: tuple[Tensor, Tensor]
     select: tuple[Tensor, Tensor]
     measure: tuple[Tensor, Tensor]
 
     def heldout(self) -> Tensor:
-        """[K, R, D]: the rows to choose on and to measure on, in the order that `split` takes apart."""
+        """[K, R, D]: the selection and measuring rows, in the order of `split`."""
         return torch.cat([*self.select, *self.measure], dim=1)
 
     def split(self, values_R: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Values [..., R] at `heldout` by rows: P's and Q's to choose on, then P's and Q's to measure on."""
+        """Split values [..., R] at `heldout`: P's and Q's for selecting, then P's and Q's for measuring."""
         return values_R.split([part.shape[1] for part in (*self.select, *self.measure)], dim=-1)
 
 
 def parts_of(x_ND: Tensor, y_MD: Tensor, generator: torch.Generator) -> Parts:
-    """Shuffle the rows, cut them in `FOLDS` folds, and let every fold be measured on once.
+    """Shuffle the rows, cut them into `FOLDS` folds, and measure on each fold once.
 
-    Clouds of one length are shuffled alike: if row n of the one was made from row n of the other, both fall in one part, and
-    what a critic is measured on stays independent of what it was fitted on.
+    Clouds of equal length are shuffled alike: if row n of one was generated from row n of the other, both are in the same part,
+    and measuring rows stay independent of fitting rows.
     """
     longest = max(len(x_ND), len(y_MD))
     order = torch.randperm(longest, generator=generator)
@@ -63,8 +63,8 @@ def parts_of(x_ND: Tensor, y_MD: Tensor, generator: torch.Generator) -> Parts:
 def standardised(parts: Parts, isotropic: bool) -> tuple[Parts, Tensor]:
     """The parts less the mean and over the standard deviation of the rows to fit on, half P and half Q; and that scale [K, 1, D].
 
-    An isotropic scale, one number per rotation [K, 1, 1], keeps the distances but for this factor. Computed in float64, so that a
-    cloud far from the origin keeps what digits it has; the result is float32.
+    An isotropic scale, one number per rotation [K, 1, 1], preserves distances up to this factor. Computed in float64, so that a
+    cloud far from the origin keeps its digits; the result is float32.
     """
     fit_P, fit_Q = (part.double() for part in parts.fit)
     mean = (fit_P.mean(dim=1, keepdim=True) + fit_Q.mean(dim=1, keepdim=True)) / 2
@@ -92,7 +92,7 @@ def quadratic_logits(parts: Parts) -> tuple[Tensor, Tensor]:
     Exact for two Gaussians. From `QUADRATIC_INPUTS` dimensions on of the leading principal directions only.
     """
     fit_KND, heldout_KRD = torch.cat(parts.fit, dim=1).double(), parts.heldout().double()
-    # Whitened: a difference in a direction of small variance is as easy to find as in any other
+    # Whitened: differences in directions of small variance are as easy to find as others
     variances_KD, directions_KDD = torch.linalg.eigh(fit_KND.mT @ fit_KND / fit_KND.shape[1])
     variances_KD = torch.where(variances_KD > 1e-10 * variances_KD[:, -1:], variances_KD, 1.0)  # less is rounding
     directions_KDD = (directions_KDD / variances_KD[:, None].sqrt())[..., -QUADRATIC_INPUTS:]
@@ -123,7 +123,7 @@ def logistic_regression(
 ) -> Tensor:
     """Newton's method with the best of a few step lengths; column 0 is the constant and is not shrunk. Returns [K, F]."""
     penalty_F = torch.full_like(start_KF[0], ridge)
-    penalty_F[0] = 1e-9  # keeps the Hessian regular where all logits are large
+    penalty_F[0] = 1e-9  # keeps the Hessian regular if all logits are large
     signs_N = torch.where(labels_N, -1.0, 1.0).to(weights_N)
     lengths = torch.tensor([1.0, 0.5, 0.25, 0.0625, 0.0], dtype=start_KF.dtype, device=start_KF.device)
 
@@ -146,12 +146,12 @@ def logistic_regression(
 
 
 class Stack:
-    """K multilayer perceptrons [D, width, width, 1] side by side: weights [K, in, out], biases [K, 1, out].
+    """K parallel multilayer perceptrons [D, width, width, 1]: weights [K, in, out], biases [K, 1, out].
 
-    With `radial` they see |x| besides x, which plane pieces approach slowly in many dimensions, turned by an angle t that is
-    trained, (x cos t, |x| sin t): the map from x to both is 1-Lipschitz. `maxmin` sorts pairs of units instead of bending them
-    and keeps the length of every gradient (Anil et al. 2019, "Sorting out Lipschitz function approximation"), so that a network
-    of weights of norm 1 comes near every 1-Lipschitz function.
+    With `radial` the input is (x cos t, |x| sin t) with a trained angle t, a 1-Lipschitz map, because piecewise linear functions
+    approximate |x| slowly in many dimensions. `maxmin` sorts pairs of units and preserves gradient norms (Anil et al. 2019,
+    "Sorting out Lipschitz function approximation"), so that networks with weights of norm 1 approximate every 1-Lipschitz
+    function.
     """
 
     def __init__(
@@ -189,13 +189,13 @@ class Stack:
 
     @torch.no_grad()
     def clip_norms_(self) -> None:
-        """Clip the singular values of all weights at 1, exactly: with `maxmin` the networks are then 1-Lipschitz."""
+        """Clip the singular values of all weights at 1, exactly, which makes `maxmin` networks 1-Lipschitz."""
         for weight in self.weights:
             weight.copy_(clipped(weight, 1.0))
 
 
 def gradient_norms(critic: Stack, x_KND: Tensor, create_graph: bool = False) -> Tensor:
-    """[K, N]: length of the critic's gradient at every point."""
+    """[K, N]: norm of the critic's gradient at every point."""
     x_KND = x_KND.detach().requires_grad_()
     with torch.enable_grad():
         (gradient,) = torch.autograd.grad(critic(x_KND).sum(), x_KND, create_graph=create_graph)
@@ -203,7 +203,7 @@ def gradient_norms(critic: Stack, x_KND: Tensor, create_graph: bool = False) -> 
 
 
 def random_rows(part_KND: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """`size` random rows with replacement; one draw for all rotations, whose rows differ anyway."""
+    """`size` random rows with replacement; the same numbers for all rotations, whose rows differ."""
     return part_KND[:, torch.randint(part_KND.shape[1], (size,), generator=generator).to(part_KND.device)]
 
 
@@ -212,7 +212,7 @@ def annealed(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_sch
 
 
 def descend(optimizer: torch.optim.Optimizer, loss: Tensor, *schedules: torch.optim.lr_scheduler.LRScheduler) -> None:
-    """One step of the optimiser, and then of the schedules."""
+    """One step of the optimiser, then of the schedules."""
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
@@ -225,7 +225,7 @@ def snapshots(
 ) -> Tensor:
     """Values [S, K, R] of a stack at the points after `SNAPSHOTS` of its training steps 1 ... `steps`, each on `loss(step)` [K].
 
-    Networks with `maxmin` have their norms clipped after each step but the first `free`, of which there are no snapshots.
+    `maxmin` networks are clipped after each step except the first `free`, which have no snapshots.
     """
     schedule, found = annealed(optimizer, steps), []
     kept = {math.ceil(steps * i / SNAPSHOTS) for i in range(1, SNAPSHOTS + 1)}
@@ -241,10 +241,10 @@ def snapshots(
 
 
 def ratio_candidates(parts: Parts, *, steps: int, batch_size: int, width: int, generator: torch.Generator) -> Tensor:
-    """Candidates for l = log p/q at `parts.heldout()`, float64 [C, K, R], all fitted by logistic loss on the rows to fit on.
+    """Candidates for l = log p/q at `parts.heldout()`, float64 [C, K, R], fitted by logistic loss on the fitting rows.
 
-    The quadratic regressions; the best of them (by logistic loss on the rows to choose on) plus a network, at `SNAPSHOTS` of its
-    steps; and the mean of the later half of these, which strays less than each.
+    The quadratic regressions; the best of them (by logistic loss on the selection rows) plus a network, at `SNAPSHOTS` of its
+    steps; and the mean of the later half of these, which has less variance.
     """
     fit_CKN, heldout_CKR = quadratic_logits(parts)
     best_K = logistic_loss(*parts.split(heldout_CKR)[:2]).argmin(dim=0)
@@ -253,7 +253,7 @@ def ratio_candidates(parts: Parts, *, steps: int, batch_size: int, width: int, g
     rows = [torch.cat([part, base[..., None]], dim=2) for part, base in zip(parts.fit, bases, strict=True)]
     heldout_KRD = parts.heldout()
     network = Stack(FOLDS, heldout_KRD.shape[2], width, generator, heldout_KRD.device)
-    with torch.no_grad():  # starts at the regression, with units that bend at many places and sharply: densities have edges
+    with torch.no_grad():  # starts at the regression, with sharp bends at many places: densities have edges
         network.weights[-1].zero_()
         network.weights[0].mul_(2)
         network.biases[0].add_(2 * torch.randn(network.biases[0].shape, generator=generator).to(network.biases[0]))
@@ -276,9 +276,9 @@ def of_rotations(values_CK: Tensor, choice_K: Tensor) -> Tensor:
 def critic_loss(network: Stack, x_KBD: Tensor, y_KBD: Tensor, penalty: bool, generator: torch.Generator) -> Tensor:
     """[K]: E_Q f - E_P f, to be minimised, plus the penalty of a WGAN on gradients longer than 1.
 
-    It is taken at random points on the segments from row n of x to row n of y (Gulrajani et al. 2017, algorithm 1), and is
-    one-sided (Petzka et al. 2018, arXiv 1709.08894): the two-sided one of Gulrajani et al. also forbids the short gradients that
-    the best potential has between two scales of one centre, and finds a fifth of that distance.
+    The penalty uses random points on the segments from row n of x to row n of y (Gulrajani et al. 2017, algorithm 1) and is
+    one-sided (Petzka et al. 2018, arXiv 1709.08894): the two-sided one also penalises the short gradients of the optimal
+    potential between two concentric scales, and finds a fifth of their distance.
     """
     values_P, values_Q = network(torch.cat([x_KBD, y_KBD], dim=1)).chunk(2, dim=1)
     loss_K = values_Q.mean(dim=1) - values_P.mean(dim=1)
@@ -292,11 +292,11 @@ def critic_loss(network: Stack, x_KBD: Tensor, y_KBD: Tensor, penalty: bool, gen
 def potential_candidates(
     parts: Parts, penalty: bool, *, steps: int, batch_size: int, width: int, generator: torch.Generator
 ) -> Tensor:
-    """Candidates for Kantorovich's potential at `parts.heldout()`, float64 [C, K, R], every one 1-Lipschitz.
+    """1-Lipschitz candidates for Kantorovich's potential at `parts.heldout()`, float64 [C, K, R].
 
-    The projection on the difference of means, and sorting networks that maximise E_P f - E_Q f on the rows to fit on, with their
-    singular values clipped at 1 after every step; with `penalty`, clipped after the first quarter of the training only, which is
-    under a gradient penalty, as that proves nothing away from the points that it is taken at.
+    The projection on the difference of means, and sorting networks that maximise E_P f - E_Q f on the fitting rows, with singular
+    values clipped at 1 after every step; with `penalty`, the first quarter of training has a gradient penalty instead, which
+    guarantees nothing away from its sample points.
     """
     heldout_KRD = parts.heldout()
     difference_KD = (parts.fit[0].mean(dim=1) - parts.fit[1].mean(dim=1)).double()

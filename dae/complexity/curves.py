@@ -24,8 +24,8 @@ from dae.progress import with_progress
 class ComplexityCurve:
     """c -> D^{G_c}(P_z, P_x) at some capacities.
 
-    `raw` has the estimates of the generators fitted at each capacity alone, as `generator_distance` has them. Where the family is
-    nested, `estimates` are those of the best generators fitted at this or a smaller capacity.
+    `raw` has the estimates per capacity, as by `generator_distance`. If the family is nested, `estimates` are those of the best
+    generators fitted at this or a smaller capacity.
     """
 
     capacities: tuple[float, ...]  # increasing
@@ -37,10 +37,10 @@ class ComplexityCurve:
     def required_capacity(self, eps: float) -> float | None:
         """C_eps: the smallest capacity of the curve whose estimate is at most eps; None where none is.
 
-        Nothing is interpolated, so C_eps is too great by up to a step of the capacities. Apart from that and from sampling error
-        it is on the side of the curve: exact with "exact" estimates; an upper bound with "upper" ones, as a better training could
-        reach eps sooner; no bound with critics ("neither"). Where the curve is flat about eps, small errors of the estimates move
-        it far: `required_capacity_of_seeds` shows how far.
+        Without interpolation C_eps is too large by up to a step of the capacities. Apart from that and sampling error it has the
+        curve's bound: exact with "exact" estimates; an upper bound with "upper" ones, as better training could reach eps sooner;
+        no bound with critics ("neither"). If the curve is flat near eps, small errors of the estimates move it far:
+        `required_capacity_of_seeds` shows how far.
 
         Raises:
             TypeError: eps is not a number. ValueError: it is not finite.
@@ -48,9 +48,9 @@ class ComplexityCurve:
         return self._first(eps, [estimate.value for estimate in self.estimates])
 
     def required_capacity_of_seeds(self, eps: float) -> tuple[float | None, ...]:
-        """C_eps of each seed's own curve, in the order of the seeds; None where it does not reach eps. Errors as above.
+        """C_eps of each seed's own curve, in the order of the seeds; None if it does not reach eps. Errors as above.
 
-        They tell what splits and trainings change; that the data are a finite sample is in `Estimate.standard_error`.
+        Their spread is due to splits and training; `Estimate.standard_error` covers the finite sample.
         """
         values_SC = zip(*(estimate.values for estimate in self.estimates), strict=True)
         return tuple(self._first(eps, values) for values in values_SC)
@@ -81,23 +81,22 @@ def complexity_curve(
 ) -> ComplexityCurve:
     """The generator-induced distance at several capacities of one family.
 
-    With one seed all capacities share the split of the rows and what measuring draws at random, so they differ by their
-    generators alone. Where the family is nested, G_c in G_c' for c <= c', what was fitted at a smaller capacity is a member of
-    the greater one too: each estimate is that of the generator that is best, among those of this and the smaller capacities, on
-    the rows to choose on (of linear maps with "frechet", by the moments of all rows). So the curve falls but for the error of
-    finite samples. `raw` has what was fitted at each capacity alone. With an adversarial distance nothing is chosen, as every
-    score would need a critic of its own.
+    Per seed all capacities share the split of the rows and the random draws of measuring, so they differ only by their
+    generators. If the family is nested, G_c in G_c' for c <= c', a generator fitted at a smaller capacity also belongs to the
+    larger one: each estimate is that of the best generator of this and smaller capacities on the selection rows (for linear maps
+    with "frechet", by the moments of all rows). So the curve decreases up to sampling error. `raw` has the generators fitted per
+    capacity. With an adversarial distance nothing is selected, as every score would need its own critic.
 
     Args:
-        latents, data, distance: of `generator_distance`.
-        family: whose capacities to take; its own capacity does not matter.
+        latents, data, distance: as in `generator_distance`.
+        family: its capacity is replaced by `capacities`.
         capacities: increasing; at least one.
         seeds: of `generator_distance`.
         progress: show a bar over capacities and seeds.
         options: `steps`, `batch_size`, `learning_rate`, `heldout`, `measure_limit` of `generator_distance`.
 
     Raises:
-        ValueError: capacities that do not increase or that the family has not, and what `generator_distance` raises.
+        ValueError: capacities that do not increase or are not in the family, and as `generator_distance`.
         TypeError: likewise.
     """
     check_pair(latents, data)
@@ -118,7 +117,7 @@ def complexity_curve(
 
 
 def best_so_far(trials_CS: list[list[Trial]]) -> list[list[Trial]]:
-    """For each capacity and seed the trial of this or a smaller capacity with the best score."""
+    """Per capacity and seed the best-scoring trial of this or a smaller capacity."""
 
     def better(before: list[Trial], row: list[Trial]) -> list[Trial]:
         return [min(pair, key=lambda trial: cast(float, trial.score)) for pair in zip(before, row, strict=True)]

@@ -1,4 +1,4 @@
-"""Distances by name, with the parameters that a distance has to take from the data; the values are those of dae_kernels."""
+"""Distances by name, with data-dependent parameters; the values are those of dae_kernels."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ POINTS_FOR_SCALE = 512
 
 @dataclass(frozen=True)
 class Distance:
-    """A distance of two clouds, or of paired points, that a generator can be fitted by.
+    """A distance of two clouds, or of paired points, for fitting a generator.
 
     Args:
-        name: of it.
+        name: name of the distance.
         function: (generated [N, D], data [M, D], generator of its randomness) -> scalar, differentiable in the first.
         convention: one line: squared or root, the cost, parameters, bias.
         paired: row n of the generated belongs to row n of the data.
-        full_batch: batches would bias it much, so all rows are taken in every step.
-        pairwise: its time grows with the number of pairs of points.
-        solvable: a family may know its best member by this name (`GeneratorFamily.best`): not for a function of your own.
-        of_moments: a smooth function of means and covariances, whose bias in finite samples a jackknife takes away.
+        full_batch: mini-batches would bias it strongly, so every step uses all rows.
+        pairwise: its time is proportional to the number of pairs of points.
+        solvable: families may have a closed form under this name (`GeneratorFamily.best`); False for custom functions.
+        of_moments: a smooth function of means and covariances, whose finite-sample bias a jackknife removes.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Distance:
 
     @own_arithmetic(gradients=None)
     def __call__(self, generated: Tensor, data: Tensor, generator: torch.Generator) -> Tensor:
-        """Of [N, ...] and [M, ...], which are flattened."""
+        """The distance of [N, ...] and [M, ...], flattened."""
         return self.function(generated.flatten(1), data.flatten(1), generator)
 
 
@@ -65,7 +65,7 @@ def check_name(name: str) -> None:
 def make_distance(
     name: str, data: Tensor, *, num_projections: int = 128, blur: float | None = None, bandwidths: tuple[float, ...] | None = None
 ) -> Distance:
-    """A plain distance by name, with its scales taken from the data where they are not given.
+    """A non-adversarial distance by name, with scales taken from the data unless given.
 
         reconstruction      mean over rows and values of (x - g(z))^2; paired
         sliced_wasserstein  root of the mean over directions of W_2^2 of the projections
@@ -74,16 +74,16 @@ def make_distance(
         energy              2 E|x - y| - E|x - x'| - E|y - y'|
         frechet             W_2^2 of the Gaussians with the same means and covariances
 
-    where r is the median distance between the points of the data, of at most 512 of them at equal steps.
+    where r is the median distance between points of the data, at most 512 of them, evenly spaced.
 
     Args:
         name: one of these.
         data: [N, ...], floating.
         num_projections: directions of sliced_wasserstein.
-        blur, bandwidths: of sinkhorn and of mmd, in the unit of the data.
+        blur, bandwidths: for sinkhorn and mmd, in the unit of the data.
 
     Raises:
-        ValueError: an unknown name, or an adversarial one, which has no such form; a length that is not positive.
+        ValueError: an unknown or adversarial name; a length that is not positive.
         TypeError: a name that is not a string, data that are not floating, or a length that is no number.
     """
     check_name(name)
@@ -127,7 +127,7 @@ def make_distance(
 
 
 def typical_distance(data: Tensor) -> float:
-    """Median distance between different points, of at most 512 at equal steps; 1 where all of those are equal."""
+    """Median distance between different points, of at most 512, evenly spaced; 1 if all are equal."""
     step = -(-len(data) // POINTS_FOR_SCALE)
     distances = torch.pdist(data[::step].flatten(1).double())
     distances = distances[distances > 0]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from dae.metrics.validation import check_values
 
-CRITIC_ROWS = 32  # the least that critics can be fitted, chosen and measured on
+CRITIC_ROWS = 32  # minimum for fitting, selecting and measuring critics
 BOUND_NAMES = {"exact": "exact", "upper": "upper bound", "lower": "lower bound", "neither": "no bound"}
 
 
@@ -25,18 +25,18 @@ class Estimate:
 
     Args:
         value: mean of `values`.
-        std: their sample standard deviation, 0 of one: what splits, initial weights and batches change. All seeds share the data,
-            so it leaves out what another sample of the data would change: `standard_error`.
+        std: their sample standard deviation, 0 for a single one: the effect of splits, initial weights and batches. All seeds
+            share the data, so the variation over samples of the data is in `standard_error` instead.
         values: one per seed.
-        seeds: what the randomness of each was drawn from.
+        seeds: seed of each value.
         bound: which side of the true value it bounds in expectation over samples: "exact"; "upper", an infimum found by training;
-            "lower", a critic's supremum; "neither", both. One value may lie beyond it by its sampling error.
+            "lower", a critic's supremum; "neither", both. A single value may violate it by its sampling error.
         distance: its name, such as "sinkhorn".
         convention: one line: squared or root, the cost, its parameters, and what finite samples do to it.
         family, capacity: of the generators, such as "linear maps, |W| <= 1" and 1.0; None for a plain distance of two clouds.
-        counts: points fitted on and measured on; points that only chose among fitted generators are in neither.
-        standard_error: of one seed's value over samples of points, root of the mean square over the seeds; None where it is not
-            known. That of the mean of all seeds is less, but not by the root of their number.
+        counts: fitting and measuring points; points used only to select among fitted generators are in neither.
+        standard_error: of one seed's value over samples of points, root mean square over the seeds; None if unknown. That of the
+            mean over seeds is smaller, but not by the root of their number.
     """
 
     value: float
@@ -59,7 +59,7 @@ class Estimate:
 
     @classmethod
     def over(cls, values: Sequence[float], seeds: Sequence[int], **rest) -> Self:
-        """From one value per seed; `rest` are the other fields but `std`, without a family unless it is given.
+        """Build from one value per seed; `rest` are the other fields but `std`, by default without a family.
 
         FloatingPointError: a value is not finite.
         """
@@ -81,19 +81,19 @@ class Estimate:
 
     def __str__(self) -> str:
         seeds = f"{len(self.seeds)} seed" + "s" * (len(self.seeds) != 1)
-        spread, over = (f" ± {self.std:.2g}", "± over ") if len(self.seeds) > 1 else ("", "")  # one seed tells none
+        spread, over = (f" ± {self.std:.2g}", "± over ") if len(self.seeds) > 1 else ("", "")  # none for one seed
         sampling = "not included" if self.standard_error is None else f"{self.standard_error:.2g}"
         return f"{self.value:.4g}{spread} ({BOUND_NAMES[self.bound]}; {over}{seeds}, sampling error {sampling})"
 
 
 def pooled_error(errors: Sequence[float | None]) -> float | None:
-    """Root of the mean square of the standard errors, one per seed; None if one is not known."""
+    """Root mean square of the standard errors, one per seed; None if one is unknown."""
     known = [error for error in errors if error is not None]
     return math.hypot(*known) / math.sqrt(len(known)) if len(known) == len(errors) else None
 
 
 def check_cloud(name: str, cloud: Tensor) -> None:
-    """A cloud [N, ...]: a floating tensor of at least 2 finite points with at least 1 value each.
+    """Check a cloud [N, ...]: a floating tensor of at least 2 finite points with at least 1 value each.
 
     Raises:
         TypeError: not a tensor, or not floating.
@@ -113,7 +113,7 @@ def check_cloud(name: str, cloud: Tensor) -> None:
 
 
 def check_pair(latents: Tensor, data: Tensor) -> None:
-    """Latents [N, ...] and data [N, ...] that a generator can be fitted from; row n of the one belongs to row n of the other.
+    """Check latents [N, ...] and data [N, ...] for fitting a generator; rows n belong together.
 
     Raises:
         TypeError: not tensors, not floating, or on two devices.

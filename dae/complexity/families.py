@@ -1,7 +1,7 @@
 """Families of generators g: latent -> data with a knob for their capacity: the G in D^G(P_z, P_x) = inf over g in G of D.
 
-A family is *nested* where a greater capacity contains the smaller: G_c in G_c' for c <= c'. Then the infimum falls with the
-capacity by definition, whatever the distance.
+A family is *nested* if larger capacities contain smaller ones: G_c in G_c' for c <= c'. Then the infimum decreases with the
+capacity for every distance.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ SOLVERS = {"reconstruction": best_reconstruction, "frechet": best_frechet}  # of
 class GeneratorFamily:
     """Base class of the families. `str(family)` names the family with its capacity.
 
-    Members are built and constrained in float32 on the CPU unless told otherwise, whatever modes of torch are set
-    (`dae.precision.own_arithmetic`); as modules they then compute as all modules do, under autocast in its dtype.
+    Members are built and constrained in float32 on the CPU unless requested otherwise, independent of torch's modes
+    (`dae.precision.own_arithmetic`); called as modules they follow the caller's modes, such as autocast.
 
     Attributes:
         nested: whether `at(c)` contains `at(c')` for all c' <= c.
@@ -54,13 +54,13 @@ class GeneratorFamily:
 
     @property
     def capacity(self) -> float:
-        """How much the family can do, in the unit that `knob` names; more is more."""
+        """The capacity, in the unit named by `knob`; larger is more capable."""
         if self.parameter is None:
             raise NotImplementedError
         return getattr(self, self.parameter)
 
     def at(self, capacity: float) -> Self:
-        """The same family with another capacity. ValueError: it has none such."""
+        """The same family with another capacity. ValueError: not a capacity of the family."""
         if self.parameter is None:
             raise NotImplementedError
         return dataclasses.replace(self, **{self.parameter: capacity})  # type: ignore[type-var]
@@ -73,18 +73,18 @@ class GeneratorFamily:
         raise NotImplementedError
 
     def constrain_(self, module: nn.Module) -> None:
-        """Bring a module that `build` made back into the family, in place: for after an optimiser's step."""
+        """Project a module made by `build` back into the family, in place, after an optimiser step."""
 
     def rescaled(self, ratio: float) -> Self:
         """The same generators seen in other units, with latents divided by s and data by t, where ratio = s / t."""
         return self
 
     def best(self, latents: Tensor, data: Tensor, distance: str) -> nn.Module | None:
-        """The member with the smallest distance for these rows as they are; None where no closed form is known."""
+        """The member with the smallest distance on these rows; None without a closed form."""
         return None
 
     def start(self, latents: Tensor, data: Tensor) -> nn.Module:
-        """The member that training starts from: by default a fresh one."""
+        """The initial member for training; by default a new one."""
         return self.build(tuple(latents.shape[1:]), tuple(data.shape[1:])).to(data)
 
 
@@ -124,10 +124,10 @@ class LinearMaps(GeneratorFamily):
         return self.member(latents, data, weight_DK, x_ND.mean(dim=0) - weight_DK @ z_NK.mean(dim=0))
 
     def start(self, latents: Tensor, data: Tensor) -> nn.Module:
-        return cast(nn.Module, self.best(latents, data, "frechet"))  # the answer where both are Gaussian
+        return cast(nn.Module, self.best(latents, data, "frechet"))  # optimal if both are Gaussian
 
     def member(self, latents: Tensor, data: Tensor, weight_DK: Tensor, bias_D: Tensor) -> nn.Module:
-        """The map with this weight and bias, between such latents and data."""
+        """The map with this weight and bias, for the shapes of these latents and data."""
         module = self.build(tuple(latents.shape[1:]), tuple(data.shape[1:])).to(data)
         (layer,) = affine_layers(module)
         with torch.no_grad():
@@ -143,8 +143,8 @@ class LinearMaps(GeneratorFamily):
 class MLPs(GeneratorFamily):
     """Perceptrons with `depth` hidden layers of `width` ReLU units, on flattened latents and data.
 
-    Nested in either knob: a narrower network is a wider one with weights 0, and a shallower one a deeper one with an identity
-    after its last ReLU, where nothing is negative.
+    Nested in either knob: a narrower network is a wider one with zero weights, and a shallower one is a deeper one with an
+    identity after its last ReLU, where values are non-negative.
 
     Args:
         width, depth: at least 1.
@@ -182,9 +182,9 @@ class LipschitzNetworks(GeneratorFamily):
     """Networks with |g(z) - g(z')| <= constant |z - z'| for all z, z', in Euclidean norms of flattened latents and data.
 
     g(z) = A_n(s(A_{n-1}(... s(A_1(z))))) with n affine A_i of spectral norm <= constant^(1/n), whose singular values are clipped,
-    and s = MaxMin, which keeps the norm of the gradient, so that the bound can be reached. Nested in the constant. Training
-    starts from slope min(1, constant), as a function that is steep everywhere takes long to unfold. The infimum is over these
-    networks, so it is an upper bound of that over all functions with this constant.
+    and s = MaxMin, which preserves gradient norms, so that the bound is attainable. Nested in the constant. Training starts from
+    slope min(1, constant), as functions that are steep everywhere train slowly. The infimum over these networks is an upper
+    bound of that over all functions with this constant.
 
     Source: Anil, Lucas and Grosse 2019, "Sorting out Lipschitz function approximation", arXiv 1811.05381.
 
@@ -233,11 +233,11 @@ class LipschitzNetworks(GeneratorFamily):
 class ConvDecoders(GeneratorFamily):
     """The convolutional decoders of `dae.models.decoders`: [D, h, w] -> [C, h 2^k, w 2^k], k = 0, 1, ...
 
-    Not nested: GroupNorm divides by statistics of a group of channels, which channels of weight 0 change.
+    Not nested: GroupNorm divides by statistics of channel groups, which extra channels of weight 0 change.
 
     Args:
         width_factor: in (0, 1], channels relative to `base_channels` at full resolution and twice those below; the capacity.
-        base_channels: of the widest.
+        base_channels: channels of the widest.
         num_blocks: residual blocks per level.
     """
 
@@ -283,13 +283,13 @@ class ConvDecoders(GeneratorFamily):
 class DropoutNetworks(GeneratorFamily):
     """MLPs whose hidden units are zeroed with probability `dropout` whenever they generate, in evaluation too.
 
-    The capacity is the share of units kept, 1 - dropout. Not nested: no member has the noise of another rate. The paired
-    reconstruction error suffers from the noise (E|x - g(z)|^2 is that of the mean network plus the noise's variance); a distance
-    of distributions can gain from it, where the latent has too little randomness of its own.
+    The capacity is the share of units kept, 1 - dropout. Not nested: rates have different noise. The noise increases the paired
+    reconstruction error (E|x - g(z)|^2 is that of the mean network plus the noise's variance), but can lower a distance of
+    distributions if the latent has too little randomness.
 
     Args:
         dropout: in [0, 1).
-        width, depth: as those of MLPs.
+        width, depth: as in MLPs.
     """
 
     dropout: float = 0.1
@@ -355,7 +355,7 @@ def affine_layers(module: nn.Module) -> list[nn.Linear]:
 @torch.no_grad()
 def clip_singular_values_(weight: Tensor, largest: float) -> None:
     """The nearest matrix in the Frobenius norm whose spectral norm is at most `largest`, in place."""
-    # The Frobenius norm bounds the spectral one and is cheap: inside the ball of it nothing is to be done.
+    # The Frobenius norm is a cheap bound of the spectral norm: within it there is nothing to do.
     if math.isinf(largest) or torch.linalg.matrix_norm(weight) <= largest:
         return
     left, values, right = torch.linalg.svd(weight, full_matrices=False)

@@ -1,4 +1,4 @@
-"""Fitting a generator of a family to data by a distance, choosing among fitted ones, and measuring: each on rows of its own."""
+"""Fit generators of a family to data by a distance, select among them, and measure, each on separate rows."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from dae.complexity.distances import Distance
 from dae.complexity.families import GeneratorFamily, check_count, check_number, check_positive
 from dae.seeding import seed_for
 
-CHECKS = 10  # how often in a training its state is compared with the best before
-GROUPS = 10  # of rows, that a jackknife leaves out in turn
-ROWS_AT_ONCE = 4096  # that a network makes, or that a distance without batches takes
+CHECKS = 10  # checkpoint selections per training
+GROUPS = 10  # of rows, left out in turn by the jackknife
+ROWS_AT_ONCE = 4096  # for a network, or a full-batch distance
 
 
 @dataclass(frozen=True)
 class Fitting:
     """How generators are fitted and measured: the options of `generator_distance`."""
 
-    steps: int = 400  # of Adam, at a rate that falls to 0 as a cosine
+    steps: int = 400  # of Adam, with cosine decay to 0
     batch_size: int = 256
-    learning_rate: float | None = None  # at the start, for latents and data of unit scale; None is the family's own
+    learning_rate: float | None = None  # initial, for latents and data of unit scale; None is the family's
     heldout: float = 0.5
     measure_limit: int | None = None
 
@@ -62,7 +62,7 @@ class Fitting:
 
 @dataclass(frozen=True)
 class Rows:
-    """Latents and data of one purpose."""
+    """Latents and data for one purpose."""
 
     latents: Tensor
     data: Tensor
@@ -70,7 +70,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class RowSplit:
-    """Rows to fit on, to choose on (which state of a training, which capacity), and to measure on."""
+    """Rows for fitting, for selection (of checkpoints and capacities), and for measuring."""
 
     fit: Rows
     choose: Rows
@@ -78,11 +78,11 @@ class RowSplit:
 
 
 def split_rows(latents: Tensor, data: Tensor, seed: int, paired: bool, options: Fitting, limit: int | None = None) -> RowSplit:
-    """The split of one seed, the same for every family and capacity; at most `limit` rows to measure on, and to choose on.
+    """One seed's split, the same for every family and capacity; at most `limit` measuring and selection rows each.
 
-    Where the distance does not pair rows, a latent and the data point that it may be the code of never serve the same purpose
-    (with heldout = 1/2; with less, never in measuring). Else codes would be measured against their own images, and be spared the
-    error of finite samples that a drawn latent has to bear. With heldout = 0 all rows serve all purposes.
+    If the distance does not pair rows, a latent and its own data point never serve the same purpose (with heldout = 1/2; with
+    less, never measuring). Otherwise codes would be compared with their own images and avoid the finite-sample error of drawn
+    latents. With heldout = 0 all rows serve all purposes.
     """
     N = len(data)
     measured = round(options.heldout * N)
@@ -111,8 +111,8 @@ def split_rows(latents: Tensor, data: Tensor, seed: int, paired: bool, options: 
 class Generator(nn.Module):
     """A member of a family in the units of the latents and the data: g(z) = t inner((z - a) / s) + b.
 
-    a and b are means, one per channel; s and t are scales of all values. So one learning rate serves latents and data of any
-    scale. `inner` is the identity until a member of the family is put there; `ratio` is s / t.
+    a and b are means per channel; s and t are scales of all values, so that one learning rate suits latents and data of any
+    scale. `inner` is the identity until set to a member of the family; `ratio` is s / t.
     """
 
     latent_center: Tensor
@@ -140,8 +140,8 @@ class Generator(nn.Module):
 
 
 def center_and_scale(cloud: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean of each channel [1, C, 1, ...] and the root mean square deviation from it of all values []; 1 where that is 0."""
-    exact = cloud.double()  # squares of small values are 0 in float32
+    """Mean of each channel [1, C, 1, ...] and root mean square deviation of all values from it []; 1 if that is 0."""
+    exact = cloud.double()  # small squares underflow in float32
     center = exact.mean(dim=[0, *range(2, cloud.dim())], keepdim=True)
     scale = (exact - center).square().mean().sqrt().to(cloud.dtype)
     return center.to(cloud.dtype), torch.where(scale > 0, scale, 1.0)
@@ -149,14 +149,14 @@ def center_and_scale(cloud: Tensor) -> tuple[Tensor, Tensor]:
 
 @contextmanager
 def seeded(device: torch.device, *names: object) -> Iterator[torch.Generator]:
-    """torch's global generators seeded for `names` inside the block and as before after it; yields one more such generator."""
+    """Seed torch's global generators by `names` inside the block and restore them after it; yields another such generator."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed_for(*names))
         yield torch.Generator().manual_seed(seed_for(*names, "distance"))
 
 
 def closed_form(family: GeneratorFamily, rows: Rows, distance: Distance, seed: int) -> Generator | None:
-    """The best generator of the family for these rows; None where no closed form is known."""
+    """The best generator of the family on these rows; None without a closed form."""
     if not distance.solvable:
         return None
     generator = Generator(rows.latents, rows.data)
@@ -170,10 +170,10 @@ def closed_form(family: GeneratorFamily, rows: Rows, distance: Distance, seed: i
 
 
 def fit(family: GeneratorFamily, split: RowSplit, distance: Distance, seed: int, options: Fitting) -> tuple[Generator, bool]:
-    """A generator of the family, fitted on the rows to fit on; and whether it is exactly the best for these.
+    """A generator fitted on the fitting rows, and whether it is exactly optimal on them.
 
-    Where it is not computed it is trained by Adam with a projection into the family after each step, and the state is kept that
-    was best on the rows to choose on.
+    Without a closed form it is trained by Adam with a projection into the family after each step, and the checkpoint that is
+    best on the selection rows is kept.
     """
     solved = closed_form(family, split.fit, distance, seed)
     if solved is not None:
@@ -209,20 +209,20 @@ def fit(family: GeneratorFamily, split: RowSplit, distance: Distance, seed: int,
 
 
 def batch_rows(count: int, rows: int, randomness: torch.Generator) -> Tensor:
-    """Indices of `rows` of `count` points, each at most once; all if there are no more."""
+    """Indices of `rows` of `count` points without replacement; all if there are no more."""
     return torch.randperm(count, generator=randomness)[:rows] if count > rows else torch.arange(count)
 
 
 @torch.no_grad()
 def measure(generator: nn.Module, rows: Rows, distance: Distance, seed: int) -> float:
-    """The distance of generated points to the data; whatever is measured with one seed uses the same randomness."""
+    """Distance of generated points to the data; equal seeds use the same randomness."""
     with seeded(rows.data.device, seed, "measure") as randomness:
         return distance(generated_by(generator, rows.latents), rows.data, randomness).item()
 
 
 @torch.no_grad()
 def measure_by_jackknife(generator: nn.Module, rows: Rows, distance: Distance, seed: int) -> tuple[float, float | None]:
-    """As `measure`, less the bias of a distance of moments; and the standard error over samples of rows, None if not known."""
+    """As `measure`, with the bias of a distance of moments removed; and the standard error over rows, None if unknown."""
     with seeded(rows.data.device, seed, "measure"):
         made = Rows(generated_by(generator, rows.latents), rows.data)
     if distance.pairwise or len(made.data) < 2 * GROUPS:
@@ -232,7 +232,7 @@ def measure_by_jackknife(generator: nn.Module, rows: Rows, distance: Distance, s
 
 
 def jackknife(statistic: Callable[[Rows], float], rows: Rows, seed: int) -> tuple[float, float, float]:
-    """A statistic of rows; the same less its bias of order 1 / rows, and not below 0; and its standard error.
+    """A statistic of rows; the same without its bias of order 1 / rows, at least 0; and its standard error.
 
     With s of all rows and s_j of all but those of the j-th of g random groups, and m the mean of the s_j:
 

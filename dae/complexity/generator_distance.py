@@ -1,4 +1,4 @@
-"""The generator-induced distance D^G: fit generators of a family, and measure them on rows that none was fitted or chosen on."""
+"""The generator-induced distance D^G: fit generators of a family and measure them on held-out rows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dae.complexity.fitting import Fitting, Generator, Rows, measure, split_rows
 from dae.precision import own_arithmetic
 from dae.progress import with_progress
 
-PAIRS_LIMIT = 4096  # rows to measure on, and to choose on, by a distance that compares all pairs
+PAIRS_LIMIT = 4096  # measuring rows, and selection rows, for a distance over all pairs
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Trial:
     """One generator, fitted with one seed."""
 
     generator: nn.Module
-    value: float  # its distance on the rows to measure on
-    score: float | None  # on those to choose on; None where it is not known
+    value: float  # its distance on the measuring rows
+    score: float | None  # on the selection rows; None if unknown
     exact: bool
     convention: str
     counts: tuple[int, int]
@@ -50,41 +50,41 @@ def generator_distance(
     measure_limit: int | None = None,
     progress: bool = False,
 ) -> Estimate:
-    """The generator-induced distance of a latent and data, over a family G of generators.
+    """The generator-induced distance between a latent and data, over a family G of generators.
 
         D^G(P_z, P_x) = inf over g in G of D(P_g(z), P_x)
 
-    For each seed the rows are split at random: g is fitted on some and D is measured on the others, so that memorising does
-    not help; 20 % of the fitting rows select the checkpoint. What training finds is an upper bound of the infimum, apart from the
-    error of finite samples, which `convention` describes. With "reconstruction" and "frechet" the best linear map is computed.
+    Per seed the rows are split at random: g is fitted on some and D is measured on the others, so that memorising does not help;
+    20 % of the fitting rows select the checkpoint. Training finds an upper bound of the infimum, apart from the finite-sample
+    error, which `convention` describes. With "reconstruction" and "frechet" the best linear map is computed.
 
     "frechet" uses means and covariances only: for linear maps these are taken from all rows, whatever `heldout` > 0, and a
     jackknife removes the bias of order 1/N and gives the standard error, so the bound is "exact". For other families the
     jackknife is over the held-out rows.
 
-    heldout=0 means the empirical laws of the rows: for these, computed maps are exact and the rest is an upper bound, but both
-    are too small for the laws that the rows were drawn from.
+    heldout=0 takes the rows as empirical distributions: for these, computed maps are exact and trained ones an upper bound, but
+    both are too small for the underlying distributions.
 
     An adversarial distance is a critic's supremum inside this infimum, measured with a fresh critic: it bounds neither side.
-    Where generated points have a lower dimension than the data, the true f-divergences are at their greatest, log 2 of "js",
-    whatever g is, but a critic of finite samples finds less the nearer the points lie: a curve may fall where the truth is flat.
+    If generated points have a lower dimension than the data, the true f-divergences are maximal for every g (log 2 for "js"), but
+    a critic on finite samples finds less the closer the points are: a curve may decrease where the truth is constant.
 
-    Unless the distance pairs rows ("reconstruction"), with heldout > 0 a latent is never measured against the data point in its
-    own row: codes of an encoder bear the same error of finite samples as latents that are drawn.
+    Unless the distance pairs rows ("reconstruction"), with heldout > 0 a latent is never measured against the data point of its
+    own row, so that codes of an encoder have the same finite-sample error as drawn latents.
 
     Args:
         latents: [N, ...], floating, finite.
-        data: [N, ...], floating, finite; row n belongs to row n of the latents where the distance pairs them.
+        data: [N, ...], floating, finite; row n belongs to row n of the latents if the distance pairs them.
         family: of generators.
         distance: "reconstruction", "sliced_wasserstein", "sinkhorn", "mmd", "energy", "frechet" (see
             `dae.complexity.distances.make_distance`); "js", "kl", "reverse_kl", "chi2", "hellinger", "wgan_gp", "wgan_sn" (see
             `dae.complexity.adversarial`); or a `Distance`.
-        seeds: of splits, initial weights and batches; one estimate each.
-        steps, batch_size, learning_rate: of Adam; a learning rate of None is the family's own. Against a critic, the rate of the
-            generator, and the critic's is half; None is `train_adversarial`'s own.
-        heldout: share of the rows to measure on, in (0, 1/2]; 0 measures on the rows that were fitted on.
-        measure_limit: at most so many rows are measured on, and as many chosen on. None is 4096 for "sinkhorn", "mmd" and
-            "energy", which compare all pairs of points, and no limit for the others. Not used where moments of all rows are.
+        seeds: for splits, initial weights and batches; one value each.
+        steps, batch_size, learning_rate: for Adam; a learning rate of None is the family's. With a critic, the generator's rate,
+            and the critic's is half of it; None is the default of `train_adversarial`.
+        heldout: share of measuring rows, in (0, 1/2]; 0 measures on the fitting rows.
+        measure_limit: maximum of measuring rows, and of selection rows. None is 4096 for "sinkhorn", "mmd" and "energy", which
+            compare all pairs of points, and no limit for the others. Not used with moments of all rows.
         progress: show a bar over the seeds.
 
     Raises:
@@ -109,9 +109,9 @@ def generator_distance(
 def fit_generator(
     latents: Tensor, data: Tensor, family: GeneratorFamily, distance: str | Distance, *, seed: int = 0, **options
 ) -> nn.Module:
-    """The generator that `generator_distance` measures with this seed: [B, *latent_shape] -> [B, *data_shape].
+    """The generator measured by `generator_distance` with this seed: [B, *latent_shape] -> [B, *data_shape].
 
-    `options` are its `steps`, `batch_size`, `learning_rate`, `heldout` and `measure_limit`; so are the errors.
+    `options` are its `steps`, `batch_size`, `learning_rate`, `heldout` and `measure_limit`; errors as there.
     """
     check_pair(latents, data)
     check_family("family", family)
@@ -156,7 +156,7 @@ def fit_trial(
 
 
 def trial_by_moments(latents: Tensor, data: Tensor, family: GeneratorFamily, distance: Distance, seed: int) -> Trial | None:
-    """The smallest distance over the family by the moments of all rows, less its bias; None where no closed form is known."""
+    """The smallest distance over the family by the moments of all rows, bias removed; None without a closed form."""
     rows = Rows(latents, data)
     generator = fitting.closed_form(family, rows, distance, seed)
     if generator is None:
@@ -173,7 +173,7 @@ def trial_by_moments(latents: Tensor, data: Tensor, family: GeneratorFamily, dis
 def run_adversarial_trial(
     latents: Tensor, data: Tensor, family: GeneratorFamily, distance: str, seed: int, options: Fitting
 ) -> Trial:
-    """A generator trained against a critic, measured with a fresh one that has rows of its own."""
+    """Train a generator against a critic and measure it with a fresh one on other rows."""
     split = split_rows(latents, data, seed, False, options, options.measure_limit)
     N, measured_on = len(data), len(split.measure.data)
     fitted_on = N - round(options.heldout * N)
@@ -202,7 +202,7 @@ def run_adversarial_trial(
 
 
 def estimate_of(trials: Sequence[Trial], seeds: Sequence[int], family: GeneratorFamily, distance: str | Distance) -> Estimate:
-    """From one trial per seed."""
+    """The estimate of one trial per seed."""
     name = distance.name if isinstance(distance, Distance) else distance
     bound = "neither" if name in ADVERSARIAL else "exact" if all(trial.exact for trial in trials) else "upper"
     values, errors = [trial.value for trial in trials], [trial.error for trial in trials]

@@ -24,22 +24,21 @@ def gromov_wasserstein(
     normalize: bool = False,
     max_iterations: int = 1000,
 ) -> Estimate:
-    """How far two clouds are from being isometric, whatever spaces they lie in.
+    """Gromov-Wasserstein distance: how far two clouds, in any spaces, are from being isometric.
 
         GW = min over plans T with equal marginals of  sum_ijkl (|z_i - z_j| - |x_k - x_l|)^2 T_ik T_jl
 
-    Squared; 0 for a rotated, reflected or shifted copy. POT's conditional gradients find a local minimum; the best of three is
-    taken, from the product plan, from the plan that matches points of like eccentricity (mean squared distance to the others, the
-    start of Memoli's first lower bound), and from the plan that pairs the rows. So it is an upper bound of the minimum for the
-    points drawn.
+    Squared; 0 for a rotated, reflected or shifted copy. POT's conditional gradients find a local minimum; the best of three
+    starts is taken: the product plan, the plan that matches points by eccentricity (mean squared distance to the others, as in
+    Memoli's first lower bound), and the plan that pairs the rows. So it is an upper bound of the minimum for the drawn points.
 
     Args:
         latents: [N, ...], floating, finite.
         data: [N, ...], likewise; flattened, Euclidean distances.
-        seeds: of the points drawn; one estimate each.
-        num_points: drawn from either, the same rows; all if there are no more. Time grows with its cube.
-        normalize: divide the distances of either by their root mean square, so that scale does not count.
-        max_iterations: of the conditional gradients.
+        seeds: for drawing points; one value each.
+        num_points: points drawn from each, the same rows; all if there are no more. Time grows with its cube.
+        normalize: divide each cloud's distances by their root mean square, to ignore scale.
+        max_iterations: for the conditional gradients.
 
     Raises:
         ImportError: POT is not installed.
@@ -66,9 +65,9 @@ def gromov_wasserstein(
 
 
 def distances(cloud: Tensor, normalize: bool) -> Tensor:
-    """float64 [N, N] on the CPU."""
+    """Euclidean distances, float64 [N, N] on the CPU."""
     cloud_ND = cloud.detach().flatten(1).double().cpu()
-    # Not by |x|^2 + |y|^2 - 2 x.y, which loses what is small.
+    # Not by |x|^2 + |y|^2 - 2 x.y, which cancels for small distances.
     distances_NN = torch.cdist(cloud_ND, cloud_ND, compute_mode="donot_use_mm_for_euclid_dist")
     scale = distances_NN.square().mean().sqrt()
     return distances_NN / scale if normalize and scale > 0 else distances_NN

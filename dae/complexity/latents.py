@@ -1,4 +1,4 @@
-"""Where the latents come from that are measured: noise, PCA, features, autoencoders saved or trained here, or your function."""
+"""Sources of latents to measure: noise, PCA, features, autoencoders (saved or trained here), or a user's function."""
 
 from __future__ import annotations
 
@@ -27,23 +27,23 @@ from dae.precision import own_arithmetic
 from dae.seeding import seed_for
 from dae.training import plan_stages
 
-MIXTURE_COMPONENTS, MIXTURE_WITHIN = 10, 0.1  # Gaussians, and the share of the variance that lies within one
+MIXTURE_COMPONENTS, MIXTURE_WITHIN = 10, 0.1  # Gaussians, and the share of variance within each
 
 
 @dataclass(frozen=True)
 class Latent:
     """A latent of N images."""
 
-    name: str  # the specification that it was made from
-    codes: Tensor  # float32 [N, ...], in their own scale
-    paired: bool  # code n was computed from image n; not so of noise, for which reconstruction means nothing
-    description: str  # in words for a reader of a page
+    name: str  # its specification
+    codes: Tensor  # float32 [N, ...], unscaled
+    paired: bool  # code n was computed from image n; False for noise, which has no reconstruction error
+    description: str  # sentence for a page
     provenance: dict[str, Any]  # JSON-able: fingerprints, settings, seed, and the SHA-256 of the codes
 
 
 @own_arithmetic(gradients=True)
 def load_latent(spec: str, images_NCHW: Tensor, labels_N: Tensor | None, config: Config, seed: int) -> Latent:
-    """The latent that `spec` names, one code per image.
+    """Load or compute the latent named by `spec`, one code per image.
 
     | spec | codes |
     |---|---|
@@ -59,18 +59,18 @@ weights), or of a file written by `dae.metrics.Classifier.save` |
 weight 0, KL and VQ trained jointly, and the configured bottleneck by method dae |
     | `package.module:function` | what function(images) returns, [N, ...]; the current directory is importable |
 
-    What is fitted (pca, ae, vae, vq, dae) is fitted to all these images.
+    Fitted latents (pca, ae, vae, vq, dae) use all these images.
 
     Args:
         images_NCHW: images in [-1, 1].
-        labels_N: their classes, int64; None where there are none.
-        config: measure.latent_dim, and for autoencoders trained here all of the architecture and training.
-        seed: of whatever is random; the global random state stays as it was.
+        labels_N: their classes, int64; None without labels.
+        config: measure.latent_dim, and architecture and training of autoencoders trained here.
+        seed: for all randomness; the global random state is restored.
 
     Raises:
         ValueError: an unknown specification; codes with NaN, of another length than the images, constant, or that float32
-            cannot hold or tell apart; images that an autoencoder was not made for; more principal components than there are.
-        TypeError: a function that is none, or that returns no dense floating tensor or array.
+            cannot represent or distinguish; images that do not fit an autoencoder; too many principal components.
+        TypeError: not a function, or one that returns no dense floating tensor or array.
         RuntimeError: a function that raises; its own error is the cause.
         ImportError: a module or function that cannot be imported, whatever its code raises, or timm, which is not installed.
         FileNotFoundError: no such model.
@@ -103,7 +103,7 @@ weight 0, KL and VQ trained jointly, and the configured bottleneck by method dae
 
 
 def _in_float32(codes: Tensor) -> Tensor:
-    """Codes as generators are trained on them. ValueError: float32 cannot hold them, or rounds 1 % of what differs away."""
+    """Codes in float32, as for training. ValueError: float32 cannot represent them, or rounds away 1 % of their variation."""
     exact = codes.detach().cpu().double()
     rounded, largest = exact.float().contiguous(), exact.abs().max().item()
     if not rounded.isfinite().all():
@@ -118,7 +118,7 @@ def _in_float32(codes: Tensor) -> Tensor:
 
 
 class Found(NamedTuple):
-    """Codes of one source, its description, and what `Latent.provenance` says of it."""
+    """Codes of one source, its description and its `Latent.provenance`."""
 
     codes: Tensor
     description: str
@@ -235,7 +235,7 @@ def _load_timm(name: str) -> tuple[torch.nn.Module, dict[str, Any], dict[str, An
 
 
 def _as_the_model_expects(images: Tensor, settings: dict[str, Any]) -> Tensor:
-    """Images [N, C, H, W] in [-1, 1], whole and not cropped, in the size, channels and normalisation of a model of timm."""
+    """Convert images [N, C, H, W] in [-1, 1] to a timm model's size, channels and normalisation, without cropping."""
     channels, *size = settings["input_size"]
     if images.shape[1] == 1:
         images = images.expand(-1, channels, -1, -1)
@@ -250,7 +250,7 @@ def _as_the_model_expects(images: Tensor, settings: dict[str, Any]) -> Tensor:
 
 
 def saved_autoencoder(spec: str) -> Path | None:
-    """Folder of the autoencoder that `autoencoder:<folder>` or `posterior:<folder>` names, which may be that of a whole run."""
+    """Folder of the autoencoder in `autoencoder:<folder>` or `posterior:<folder>`, where <folder> may be a whole run."""
     kind, _, folder = spec.partition(":")
     if kind not in ("autoencoder", "posterior"):
         return None
@@ -280,13 +280,13 @@ def _trained_autoencoder(spec: str, images: Tensor, labels: Tensor | None, confi
 
 
 def rehearse_training(spec: str, config: Config, rows: int) -> tuple[int, ...] | None:
-    """Check, before anything is trained, that `ae`, `vae`, `vq` or `dae` can be trained here on `rows` images.
+    """Check before training that `ae`, `vae`, `vq` or `dae` can be trained here on `rows` images.
 
     Returns:
-        the shape of a code; None for a `spec` that is not trained here.
+        the shape of a code; None if `spec` is not trained here.
 
     Raises:
-        ValueError, TypeError, ImportError: what the configuration, a model or a kernel refuses.
+        ValueError, TypeError, ImportError: from the configuration, a model or a kernel.
     """
     if spec not in AUTOENCODERS:
         return None
@@ -310,7 +310,7 @@ def configuration_of(spec: str, config: Config) -> Config:
 
 @torch.no_grad()
 def _encode(autoencoder: Autoencoder, images: Tensor, config: Config, seed: int, sample: bool = False) -> tuple[Tensor, str]:
-    """Latents [N, D, h, w], and what they are."""
+    """Latents [N, D, h, w] and their description."""
     autoencoder.eval().refuse_other_data(images.shape[1], images.shape[2])
     with torch.random.fork_rng(devices=[]):
         torch.random.default_generator.manual_seed(seed_for(seed, "posterior"))

@@ -1,6 +1,6 @@
 """Closed forms of the best linear map between two clouds, on their moments and in float64.
 
-Both are about the means: g(z) = W (z - mean z) + mean x, |W| <= L in the operator norm.
+Both are centred: g(z) = W (z - mean z) + mean x, |W| <= L in the operator norm.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from torch import Tensor
 def best_reconstruction(z_NK: Tensor, x_ND: Tensor, max_norm: float) -> Tensor:
     """[D, K]: argmin over |W| <= max_norm of mean_n |x_n - mean x - W (z_n - mean z)|^2, row n of z with row n of x.
 
-    Least squares, of least norm where they are not unique; where that norm is above max_norm, the problem is convex and is
-    solved by projected gradients with momentum (FISTA, started anew where the value rises) until the step is rounding.
+    Minimum-norm least squares; if its norm exceeds max_norm, the convex problem is solved by projected gradients with momentum
+    (FISTA, restarted when the value increases) until steps are at rounding level.
     """
     z_NK, x_ND = centred(z_NK), centred(x_ND)
     within_KK, across_DK = z_NK.T @ z_NK / len(z_NK), x_ND.T @ z_NK / len(z_NK)
@@ -23,7 +23,7 @@ def best_reconstruction(z_NK: Tensor, x_ND: Tensor, max_norm: float) -> Tensor:
     if math.isinf(max_norm) or torch.linalg.matrix_norm(best_DK, 2) <= max_norm:
         return best_DK
 
-    def value(W_DK: Tensor) -> Tensor:  # less the constant E|x|^2
+    def value(W_DK: Tensor) -> Tensor:  # without the constant E|x|^2
         return ((W_DK @ within_KK - 2 * across_DK) * W_DK).sum()
 
     rate = 1 / torch.linalg.matrix_norm(within_KK, 2)
@@ -78,6 +78,6 @@ def clipped(W_DK: Tensor, max_norm: float) -> Tensor:
 
 
 def sort_pairs(x: Tensor) -> Tensor:
-    """(u_i, u_{i + n/2}) -> (max, min) along the last axis, of even length n: 1-Lipschitz, and it keeps gradients' norms."""
+    """(u_i, u_{i + n/2}) -> (max, min) along the last axis, of even length n: 1-Lipschitz and gradient-norm preserving."""
     first, second = x.chunk(2, dim=-1)
     return torch.cat([torch.maximum(first, second), torch.minimum(first, second)], dim=-1)

@@ -1,4 +1,4 @@
-"""D^G of several latents of one data set, over families, capacities and distances, with what to hold each value against."""
+"""Measure D^G of several latents of one data set, over families, capacities and distances, with baselines."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from dae.training import one_process
 from dae.training.run import refuse_other_data
 
 BATCH_SIZE = 128  # rows per training step of a generator
-GAP_CLOSED = 0.75  # the strength that a generator needs is stated for this share of the way from the average image to real ones
+GAP_CLOSED = 0.75  # required capacity is reported at this share of the gap between the average image and real ones
 
 
 @dataclass(frozen=True)
 class Choice:
-    """A family with the capacities to measure, words for a reader, and whether it bounds how much a generator stretches."""
+    """A family with capacities to measure, words for a page, and whether it bounds the generator's stretch."""
 
     family: GeneratorFamily
     capacities: tuple[float, ...]
@@ -68,26 +68,26 @@ FAMILIES = {
 
 @dataclass
 class Measurement:
-    """What `measure_latents` found."""
+    """Result of `measure_latents`."""
 
     config: Config
     data: dict  # `ImageData.describe`
     images: Tensor  # [N, C, H, W]
     latents: list[Latent]
-    scales: list[float]  # what the codes of each latent were divided by
+    scales: list[float]  # divisor of each latent's codes
     curves: dict[tuple[str, str, str], ComplexityCurve]  # by (distance, family, latent)
-    baselines: dict[str, dict[str, Estimate]]  # by distance, of "real" images and perhaps of the "average" image
+    baselines: dict[str, dict[str, Estimate]]  # by distance: of "real" images and, if measured, the "average" image
     gromov: dict[str, Estimate] | None  # Gromov-Wasserstein by latent; None without POT
     generated: dict[str, list[tuple[str, Tensor]]]  # by latent, labelled rows of images [n, C, H, W] from held-out codes
-    at: str  # when
+    at: str  # time of measurement
     seconds: float
 
     def of(self, distance: str, family: str) -> dict[str, ComplexityCurve]:
-        """Curves by latent."""
+        """The curves of a distance and family, by latent."""
         return {latent: curve for (d, f, latent), curve in self.curves.items() if (d, f) == (distance, family)}
 
     def enough(self, distance: str) -> float | None:
-        """The distance at which `GAP_CLOSED` of the way from the average image to real ones is made; None if not known."""
+        """The distance that closes `GAP_CLOSED` of the gap between the average image and real ones; None if unknown."""
         marks = self.baselines[distance]
         if "average" not in marks:
             return None
@@ -121,17 +121,17 @@ class Measurement:
 
 
 def measure_latents(config: Config, columns: int) -> Measurement:
-    """Measure the latents that `config.measure` names on the training images of its data set.
+    """Measure the latents named in `config.measure` on the training images of its data set.
 
-    Each latent is divided by one number, so that it varies as much as the images, summed over a code's values: a bound on the
-    stretch of a generator then means the same for all, and a latent gains nothing by repeating itself.
+    Each latent is divided by one number, so that its total variance equals the images': a bound on a generator's stretch then
+    means the same for all, and repeating values gives a latent no advantage.
 
     Args:
-        config: measure, data, and for autoencoders trained here all of the architecture and training.
-        columns: pictures in a row of `generated`.
+        config: measure, data, and architecture and training of autoencoders trained here.
+        columns: pictures per row of `generated`.
 
     Raises:
-        ValueError: settings of `measure` that do not go together, or what `load_latent` refuses; it has the other errors.
+        ValueError: contradictory settings of `measure`; other errors as `load_latent`.
     """
     started, device, settings = time.monotonic(), one_process(config), config.measure
     check_settings(config)
@@ -166,7 +166,7 @@ def measure_latents(config: Config, columns: int) -> Measurement:
 
 
 def check_settings(config: Config) -> None:
-    """ValueError for what is wrong in the section `measure`, before anything is loaded."""
+    """Check the section `measure` before loading anything. ValueError: it is wrong."""
     settings = config.measure
     for key in ("latents", "distances", "families", "seeds"):
         values = getattr(settings, key)
@@ -182,13 +182,13 @@ def check_settings(config: Config) -> None:
 
 
 def total_variance(cloud: Tensor) -> float:
-    """E|z - mean|^2 of [N, ...]: the variances of the values of a row, summed."""
-    cloud = cloud.flatten(1).double()  # squares of small codes are 0 in float32
+    """E|z - mean|^2 of [N, ...]: the sum of the variances of a row's values."""
+    cloud = cloud.flatten(1).double()  # small squares underflow in float32
     return (cloud - cloud.mean(0)).square().sum(1).mean().item()
 
 
 def load_latents(images: Tensor, labels: Tensor | None, config: Config) -> list[Latent]:
-    """The latents in their order; those that are trained here are made last, so that what is wrong with others shows early."""
+    """The latents in order; those trained here are computed last, so that errors in others show early."""
     for spec in config.measure.latents:
         if (shape := rehearse_training(spec, config, len(images))) is not None:
             require_maps(spec, shape, images, config)
@@ -200,7 +200,7 @@ def load_latents(images: Tensor, labels: Tensor | None, config: Config) -> list[
 
 
 def require_maps(latent: str, shape: tuple[int, ...], images: Tensor, config: Config) -> None:
-    """ValueError if a family of `measure.families` has no map from codes of this shape to images."""
+    """Raise ValueError if a family of `measure.families` has no map from codes of this shape to images."""
     for name in config.measure.families:
         try:
             with torch.random.fork_rng(devices=[]):
@@ -212,10 +212,10 @@ def require_maps(latent: str, shape: tuple[int, ...], images: Tensor, config: Co
 def measure_curves(
     latents: list[Latent], codes: dict[str, Tensor], images: Tensor, config: Config
 ) -> dict[tuple[str, str, str], ComplexityCurve]:
-    """Curves by distance, family and latent. ValueError: a distance that none of the latents has."""
+    """Curves by distance, family and latent. ValueError: a distance that applies to no latent."""
     settings = config.measure
     jobs = [(d, f, a) for d in settings.distances for f in settings.families for a in latents]
-    jobs = [(d, f, a) for d, f, a in jobs if a.paired or d != "reconstruction"]  # noise belongs to no image
+    jobs = [(d, f, a) for d, f, a in jobs if a.paired or d != "reconstruction"]  # noise is not paired with images
     if without := sorted({*settings.distances} - {d for d, _, _ in jobs}):
         raise ValueError(
             f"measure.distances: {without[0]} needs a latent that is computed from images, got {', '.join(settings.latents)}; "
@@ -234,8 +234,8 @@ def measure_curves(
 
 
 def baselines_of(images: Tensor, distance: str, seeds: list[int], options: Fitting) -> dict[str, Estimate]:
-    """The distance of "real" images and of the "average" image to the held-out ones; with a critic of real images alone."""
-    # Images in the place of latents: where rows are not paired, no image meets itself.
+    """Distance of "real" images and of the "average" image to held-out ones; with a critic only the former."""
+    # Images as latents: unless rows are paired, no image is compared with itself.
     found: dict[str, list[tuple[float, float | None]]] = {}
     if distance in ADVERSARIAL:
         for seed in seeds:
@@ -259,7 +259,7 @@ def baselines_of(images: Tensor, distance: str, seeds: list[int], options: Fitti
 
 
 def gromov(codes: dict[str, Tensor], images: Tensor, seeds: list[int]) -> dict[str, Estimate] | None:
-    """Gromov-Wasserstein distance of each latent and the images; None, and a line that says so, without POT."""
+    """Gromov-Wasserstein distance of each latent and the images; None, with a message, without POT."""
     try:
         return {
             name: gromov_wasserstein(latents, images, seeds=seeds, num_points=128, normalize=True)
@@ -288,6 +288,6 @@ def generated_rows(
         generator, _ = fit(choice.family.at(capacity), split, distance, seed, options)
         strength = "strongest" if capacity == choice.capacities[-1] else "weakest"
         label = f"{'given back' if distance.paired else 'made'} by the {strength} {choice.name}"
-        with torch.no_grad(), seeded(images.device, seed, "pictures"):  # dropout generates at random
+        with torch.no_grad(), seeded(images.device, seed, "pictures"):  # dropout networks generate at random
             rows.append((label, generated_by(generator, split.measure.latents[:columns])))
     return rows

@@ -1,4 +1,4 @@
-"""The latent that is best for a family of generators: an encoder trained to minimise D^G(P_f(x), P_x)."""
+"""The best latent for a family of generators: an encoder trained to minimise D^G(P_f(x), P_x)."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from dae.progress import with_progress
 
 @dataclass(frozen=True)
 class OptimalLatent:
-    """What `optimal_latent` finds.
+    """Result of `optimal_latent`.
 
-    `estimate` is of D^G(P_z, P_x) with z = f(x), on rows that neither was fitted on, one value per seed (of linear maps with
-    "frechet" by the moments of all rows, see `generator_distance`).
+    `estimate` is of D^G(P_z, P_x) with z = f(x), on held-out rows, one value per seed (for linear maps with "frechet" by the
+    moments of all rows, see `generator_distance`).
     """
 
-    encoder: nn.Module  # data [B, ...] -> codes [B, *latent_shape], of the seed that was best on the rows to choose on
+    encoder: nn.Module  # data [B, ...] -> codes [B, *latent_shape], of the best seed on the selection rows
     generator: nn.Module  # codes -> data, of the same seed
-    codes: Tensor  # [N, *latent_shape], of all rows of the data, in their order
+    codes: Tensor  # [N, *latent_shape], of all rows of the data, in order
     estimate: Estimate
 
 
@@ -51,21 +51,21 @@ def optimal_latent(
 
         inf over f of D^G(P_f(x), P_x) = inf over f and g of D(P_g(f(x)), P_x)
 
-    With the paired reconstruction error this is the autoencoder, and the error of PCA where both are linear: the identity says
-    that an autoencoder is the best latent for its own decoder. Where both are linear and the distance is "reconstruction" or
-    "frechet" the solution is computed; with heldout=0 it is exact. Else it is trained and an upper bound.
+    With the paired reconstruction error this is the autoencoder, and PCA if both are linear: by the identity an autoencoder is
+    the best latent for its own decoder. If both are linear and the distance is "reconstruction" or "frechet" the solution is
+    computed; with heldout=0 it is exact. Otherwise it is trained and an upper bound.
 
-    A bound on the generator alone, such as a Lipschitz constant, binds nothing while the encoder may scale its codes up: bound
-    the encoder too.
+    A bound on the generator alone, such as a Lipschitz constant, has no effect while the encoder can scale its codes: bound the
+    encoder too.
 
     Args:
         data: [N, ...], floating, finite.
         family: of the generators.
-        distance: of `generator_distance`.
-        latent_dim: values of a code, or its shape, such as (4, 8, 8) for `ConvDecoders`.
-        encoder: family of the encoders, from the data's shape to the latent's. None: `LinearMaps()` where the generators are
-            linear maps, which no other encoder betters in the reconstruction error, and `MLPs(width=128)` otherwise.
-        seeds, progress: of `generator_distance`.
+        distance: as in `generator_distance`.
+        latent_dim: number of values of a code, or its shape, such as (4, 8, 8) for `ConvDecoders`.
+        encoder: family of the encoders, from the data's shape to the latent's. None: `LinearMaps()`, optimal for the
+            reconstruction error, if the generators are linear maps, and `MLPs(width=128)` otherwise.
+        seeds, progress: as in `generator_distance`.
         options: its `steps`, `batch_size`, `learning_rate`, `heldout` and `measure_limit`.
 
     Raises:
@@ -89,7 +89,7 @@ def optimal_latent(
         encoder = LinearMaps() if isinstance(family, LinearMaps) else MLPs(width=128)
     both, fitting = Autoencoders(encoder, family, latent_shape), Fitting.of(options)
     trials = [fit_trial(data, data, both, distance, seed, fitting) for seed in with_progress(seeds, str(both), progress)]
-    # Critics give no score: then the first.
+    # Critics give no score: take the first.
     best = cast(Generator, min(trials, key=lambda trial: 0.0 if trial.score is None else trial.score).generator)
     found = FittedEncoder(best)
     with torch.no_grad():
@@ -128,11 +128,11 @@ class Autoencoders(GeneratorFamily):
             family.constrain_(half)
 
     def rescaled(self, ratio: float) -> Self:
-        # The codes in between are divided by what the encoder's input is, which leaves the encoder as it is.
+        # The codes are divided by the scale of the encoder's input, so the encoder is unchanged.
         return dataclasses.replace(self, decoder=self.decoder.rescaled(ratio))
 
     def best(self, latents: Tensor, data: Tensor, distance: str) -> nn.Module | None:
-        """Of linear maps: PCA, shrunk by the product of the norms if that is below 1.
+        """The best pair of linear maps: PCA, shrunk by the product of the norms if that is below 1.
 
         For W = G F of rank <= k and norm <= p, both E|x - W x|^2 and W_2^2 are at least
         sum_{i <= k} max(1 - p, 0)^2 l_i + sum_{i > k} l_i, with equality for W = min(p, 1) V V^T of the first k axes V.
@@ -143,7 +143,7 @@ class Autoencoders(GeneratorFamily):
         mean_D = data.flatten(1).double().mean(dim=0)
         K = math.prod(self.latent_shape)
         axes_DK = principal_axes(data.flatten(1))[1][:, :K]
-        axes_DK = nn.functional.pad(axes_DK, (0, K - axes_DK.shape[1]))  # more values than the data
+        axes_DK = nn.functional.pad(axes_DK, (0, K - axes_DK.shape[1]))  # more values per code than in the data
         shrunk = min(1.0, encoder.max_norm * decoder.max_norm)
         gain = min(encoder.max_norm, max(1.0, shrunk / decoder.max_norm))
         codes = data.new_empty(1, *self.latent_shape)
@@ -161,7 +161,7 @@ class Autoencoders(GeneratorFamily):
 
 
 class FittedEncoder(nn.Module):
-    """The first half of a fitted autoencoder, in the unit of the data."""
+    """The encoder of a fitted autoencoder, in the unit of the data."""
 
     def __init__(self, autoencoder: Generator):
         super().__init__()
@@ -173,7 +173,7 @@ class FittedEncoder(nn.Module):
 
 
 class FittedDecoder(FittedEncoder):
-    """The second half."""
+    """The decoder of a fitted autoencoder."""
 
     def forward(self, codes: Tensor) -> Tensor:
         _, decoder = cast(nn.Sequential, self.autoencoder.inner)

@@ -1,4 +1,4 @@
-"""Codes that a user's function computes from images, with one-line errors."""
+"""Codes computed from images by a user's function, with one-line errors."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from torch import Tensor
 
 
 def codes_of_function(spec: str, images: Tensor, seed: int, others: str) -> tuple[Tensor, str, dict[str, Any]]:
-    """What `package.module:function` returns for images [N, C, H, W], the function in words, and where it comes from.
+    """Call `package.module:function` on images [N, C, H, W]; returns codes, description and provenance.
 
     Args:
-        spec: names the function; the current directory is importable.
+        spec: the function; the current directory is importable.
         images: all of them, in one call.
-        seed: of torch's global generator, whose state afterwards is that of before.
-        others: what else `spec` could have been, for the message.
+        seed: for torch's global generator, whose state is restored.
+        others: other valid forms of `spec`, for the message.
 
     Raises:
         ValueError: a malformed `spec`, or codes of another length than the images.
         ImportError: a module or function that cannot be imported, whatever its code raises.
-        TypeError: a function that is none, or that returns no dense tensor or array of numbers.
+        TypeError: not a function, or one that returns no dense tensor or array of numbers.
         RuntimeError: a function that raises; its own error is the cause.
     """
     with _importable(Path.cwd()), torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.random.default_generator.manual_seed(seed)
         module, function = _import_function(spec, others)
         try:
-            codes = function(images.clone())  # its own copy: what it does to it is not done to ours
+            codes = function(images.clone())  # a copy, as it may change its argument
         except (Exception, SystemExit) as error:  # whatever the user's code raises
             raise RuntimeError(f"latent {spec!r}: the function failed: {_cause(error)}; DAE_TRACEBACK=1 shows where") from error
     if not isinstance(codes, Tensor):
@@ -69,7 +69,7 @@ def _cause(error: BaseException) -> str:
 
 
 def _import_function(spec: str, others: str) -> tuple[Any, Callable]:
-    """The module and the function that `spec` names. ImportError, ValueError, TypeError: as `codes_of_function`."""
+    """The module and function in `spec`. ImportError, ValueError, TypeError: as `codes_of_function`."""
     module_name, _, function_name = spec.partition(":")
     file, hint = Path(module_name), ""
     if file.suffix == ".py":
@@ -108,7 +108,7 @@ def _import_function(spec: str, others: str) -> tuple[Any, Callable]:
 
 @contextlib.contextmanager
 def _importable(folder: Path) -> Iterator[None]:
-    """`python recipes/x.py` puts the script's folder on the path, not the one that the user stands in."""
+    """Make `folder` importable: `python recipes/x.py` adds the script's folder, not the current directory, to the path."""
     sys.path.insert(0, str(folder))
     try:
         importlib.invalidate_caches()

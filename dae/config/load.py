@@ -20,6 +20,7 @@ from dae.config.schema import Config
 log = logging.getLogger(__name__)
 
 # Earlier key to today's, in the same section; files, overrides, saved models and checkpoints may hold the earlier one.
+_announced: set[str] = set()  # earlier keys that were warned of
 RENAMED = {"prior.augmented_copies": "prior.num_augmentations", "kernels.perceptual_tap": "kernels.lpips"}
 
 
@@ -183,14 +184,11 @@ def _rename_keys(layer: Any, source: str) -> None:
         if OmegaConf.is_dict(values) and name in values:
             if today in values:
                 raise ValueError(f"{source}: {old!r} is the earlier name of {new!r}, which is given too: leave it out")
-            _warn(f"{source}: {old} is now called {new}")
+            if old not in _announced:  # once per process: a recipe reads the configurations of several runs
+                _announced.add(old)
+                log.warning("%s: %s is now called %s", source, old, new)
             values[today] = values._get_node(name)
             del values[name]
-
-
-@functools.cache  # a comparison parses an arm's overrides many times
-def _warn(message: str) -> None:
-    log.warning(message)
 
 
 def _renamed_fields(schema: type) -> dict[str, str]:

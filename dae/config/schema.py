@@ -56,7 +56,7 @@ class DataConfig:
     random_flip: bool = knob(False, "mirror half of the training images, chosen at random", encoding="flip")
     random_affine: float = knob(
         0.0,
-        "strength of random shift, rotation, scale in training: 1.0 is 12.5 %, 15 degrees, 15 %",
+        "strength of random shift, rotation, scale in training: 1.0 is 12.5 % shift, 15 degrees, 15 % scale",
         ge=0,
         le=6,
         encoding="affine",

@@ -1,1 +1,1 @@
-"""What a trained latent promises a generative model: predictors, the report card of them, and how far each can be trusted."""
+"""Diagnostics of a trained latent before a prior is trained: predictors, their report card, and how reliable each is."""

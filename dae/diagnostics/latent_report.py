@@ -1,4 +1,4 @@
-"""All that a report on a latent shows: the card of a run's autoencoder, values to hold it against, and pictures."""
+"""Contents of a report on a latent: the card of a run's autoencoder, baseline values, and pictures."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ from dae.training import one_process
 from dae.training.run import refuse_other_data
 
 DISTURBANCES = (measure.PERTURBATION, 0.5, 1.0)
-STEPS_BETWEEN, PAIRS = 9, 4  # pictures of an interpolation with both its ends, and interpolations
+STEPS_BETWEEN, PAIRS = 9, 4  # pictures per interpolation, ends included, and interpolations
 
 
 class MeasuredLatent(NamedTuple):
-    """The autoencoder, what it was measured on, and its card."""
+    """An autoencoder, the data it was measured on, and its card."""
 
     config: Config
-    method: str  # that trained it
+    method: str  # of its training
     autoencoder: Autoencoder
     data: ImageData
     train: Encoded
     heldout: Encoded
     card: dict[str, float | None]
-    baselines: dict[str, float | None]  # of `without_latent`
+    baselines: dict[str, float | None]  # from `without_latent`
     seconds: float
 
 
 def measure_card(config: Config, method: str) -> MeasuredLatent:
-    """Load the run's autoencoder, which was trained by `method`, and its data, and measure the card.
+    """Load the run's autoencoder, trained by `method`, and its data, and measure the card.
 
     Raises:
         ValueError: the autoencoder was trained on other data, or there are too few images.
@@ -74,10 +74,10 @@ def measure_card(config: Config, method: str) -> MeasuredLatent:
 
 
 def without_latent(train: Tensor, heldout: Tensor, labels: Tensor | None, seed: int) -> dict[str, float | None]:
-    """What each predictor would be without the latent.
+    """Baseline of each predictor: its value without the latent.
 
-    The mean image in place of reconstructions and of what linear maps make, training images in place of interpolations and of
-    the set that a linear map makes, and the commonest class in place of the one that is read off the latent.
+    The mean image replaces reconstructions and outputs of linear maps, training images replace interpolations and the set that
+    a linear map generates, and the most frequent class replaces the probe's.
     """
     some, count = some_of(heldout)[: len(train)], min(len(train), len(heldout))
     found: dict[str, float | None] = {
@@ -89,7 +89,7 @@ def without_latent(train: Tensor, heldout: Tensor, labels: Tensor | None, seed: 
 
 
 def pictures(run: MeasuredLatent, columns: int) -> dict[str, dict[str, Tensor]]:
-    """Labelled rows of at most `columns` images [n, C, H, W] in [-1, 1] from held-out images, by the name of the picture."""
+    """Labelled rows of at most `columns` images [n, C, H, W] in [-1, 1] from held-out images, by name of the picture."""
     decode, size = partial(decode_latents, run.autoencoder), run.autoencoder.factor
     latents, seed, images = run.heldout.latents, run.config.seed, run.heldout.images[:columns]
     _, first, second = measure.midpoints(latents, seed=seed)
@@ -108,19 +108,19 @@ def pictures(run: MeasuredLatent, columns: int) -> dict[str, dict[str, Tensor]]:
 
 
 def as_colours(latents_NDhw: Tensor) -> Tensor:
-    """[N, 3, h, w] in [-1, 1]: the three principal components of the latent vectors, at 2.5 standard deviations full."""
+    """[N, 3, h, w] in [-1, 1]: the three principal components of the latent vectors, saturated at 2.5 standard deviations."""
     x_ND = latents_NDhw.double().movedim(1, -1).flatten(0, 2)
     x_ND = x_ND - x_ND.mean(0)
     _, directions_DD = torch.linalg.eigh(x_ND.T @ x_ND)
     main_N3 = x_ND @ directions_DD.flip(1)[:, :3]
     main_N3 = (main_N3 / (2.5 * main_N3.std(0, correction=0).clamp(min=1e-12))).clamp(-1, 1)
     N, _, h, w = latents_NDhw.shape
-    padded_N3 = F.pad(main_N3, (0, 3 - main_N3.shape[1]))  # of fewer than three channels
+    padded_N3 = F.pad(main_N3, (0, 3 - main_N3.shape[1]))  # if there are fewer than three channels
     return padded_N3.view(N, h, w, 3).movedim(-1, 1).float()
 
 
 def to_dict(run: MeasuredLatent, rankings: dict[Path, Ranking]) -> dict:
-    """JSON-able, for other programs; None for what does not apply or is not known."""
+    """JSON-able results; None where not applicable or unknown."""
     correlations = {
         str(folder): {
             name: {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in r._asdict().items()}

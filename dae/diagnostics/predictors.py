@@ -1,7 +1,7 @@
-"""Predictors: numbers of a latent that are known before a prior is trained on it, one function each.
+"""Predictors: numbers computed from a latent before a prior is trained on it, one function each.
 
-The functions take tensors on the CPU: latents [N, D, h, w], code indices [N, h, w], images [N, C, H, W]. Those that compare a
-training with a held-out set fit on the first and measure on the second. `dae.diagnostics.report_card` puts them together.
+The functions take tensors on the CPU: latents [N, D, h, w], code indices [N, h, w], images [N, C, H, W]. Those with a training
+and a held-out set fit on the first and measure on the second. `dae.diagnostics.report_card` combines them.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ PRIOR_STEPS, PRIOR_TOKENS, PRIOR_PASSES = 150, 1024, 8  # of the tiny Transforme
 MLP_STEPS, MLP_BATCH, MLP_WIDTH = 400, 128, 64
 
 
-# ---- how many bits the latent takes ----
+# ---- code length of the latent ----
 
 
 @own_arithmetic(gradients=False)
 def ngram_bits(train_Nhw: Tensor, heldout_Mhw: Tensor, codebook_size: int) -> float:
-    """Bits of a held-out image under a code model that sees the left and the upper neighbour only; lower is better.
+    """Bits per held-out image under an n-gram of the left and upper neighbours; lower is better.
 
         p(t | l, u) = (n(l, u, t) + c (p(t | l) + p(t | u)) / 2) / (n(l, u) + c)
         p(t | l)    = (n(l, t) + c p(t)) / (n(l) + c),  p(t | u) likewise,   p(t) = (n(t) + 1) / (n + K)
 
-    with counts n over the training images; beyond the border the neighbour is a code of its own. c is the best of
-    `CONCENTRATIONS` for the training tokens, each left out of the counts that it is coded with.
+    with counts n over the training images; outside the border the neighbour is an extra code. c is the best of
+    `CONCENTRATIONS` for the training tokens, each coded with counts that leave it out.
 
     Args:
         train_Nhw, heldout_Mhw: int64 codes in 0..codebook_size - 1.
 
     Returns:
-        -sum of log2 p over the h w tokens, a mean over the held-out images.
+        -sum of log2 p over the h w tokens, averaged over the held-out images.
 
     Source: ours; the back-off is Witten and Bell's interpolation with a constant instead of the number of followers.
     """
@@ -59,7 +59,7 @@ def ngram_bits(train_Nhw: Tensor, heldout_Mhw: Tensor, codebook_size: int) -> fl
 
 
 def _context_keys(codes_Nhw: Tensor, codebook_size: int) -> dict[str, Tensor]:
-    """One integer for each token, its contexts, and both together; for counting."""
+    """One integer per token, per context and per pair of both; for counting."""
     K = codebook_size
     left = torch.nn.functional.pad(codes_Nhw[:, :, :-1], (1, 0), value=K)
     up = torch.nn.functional.pad(codes_Nhw[:, :-1], (0, 0, 1, 0), value=K)
@@ -77,17 +77,17 @@ def _counts(keys: Tensor, queries: Tensor) -> Tensor:
 
 @own_arithmetic(gradients=True)
 def tiny_transformer_bits(train_Nhw: Tensor, heldout_Mhw: Tensor, codebook_size: int, *, seed: int) -> float:
-    """Bits of a held-out image under a very small autoregressive Transformer, trained for a second; lower is better.
+    """Bits per held-out image under a very small autoregressive Transformer trained for a second; lower is better.
 
         -sum over t of log2 p(token_t | token_<t), a mean over the held-out images, tokens in raster order
 
     Width 32, depth 1, no classes; `PRIOR_STEPS` steps of AdamW on about `PRIOR_TOKENS` tokens each, but at most `PRIOR_PASSES`
-    passes over the training images, so that it does not memorise a small set. It ranks latents by how fast they are learned, and
-    does not estimate what a prior reaches in the end.
+    passes over the training images, so that it does not memorise a small set. It ranks latents by how fast they are learned and
+    does not estimate a fully trained prior.
 
     Args:
         train_Nhw, heldout_Mhw: int64 codes in 0..codebook_size - 1.
-        seed: of weights and batches.
+        seed: for weights and batches.
     """
     train_NT, heldout_MT = train_Nhw.flatten(1), heldout_Mhw.flatten(1)
     N, T = train_NT.shape
@@ -120,7 +120,7 @@ def minimise(
 ) -> None:
     """Minimise `loss(rows_B)` by AdamW, batches drawn with replacement from `count` rows; linear warm-up, then a cosine to 0.
 
-    With `validate` the weights with its smallest value are kept, out of those at the start and after each tenth of the steps.
+    With `validate` the weights with its smallest value are kept, among the initial ones and those after each tenth of the steps.
     """
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.99), weight_decay=0.01)
     generator = torch.Generator().manual_seed(seed)
@@ -147,11 +147,11 @@ def minimise(
 def gaussian_prior_bits(
     train_mean: Tensor, train_log_variance: Tensor, heldout_mean: Tensor, heldout_log_variance: Tensor
 ) -> float:
-    """Bits of a held-out latent under the best Gaussian prior with full covariance; lower is better.
+    """Bits per held-out latent under the best Gaussian prior with full covariance; lower is better.
 
         E KL(q(z|x) || N(m, S)) / log 2,   m = E mean,   S = Cov(mean) + diag E variance   over the training images,
 
-    which is the code length by bits back: unlike a density, it does not change if the latent is scaled. The covariance is shrunk
+    the code length under bits-back coding: unlike a density, it is invariant to scaling. The covariance is shrunk
     towards its diagonal, S_a = (1 - a) S + a diag S; a is the one of `SHRINKAGES` with the shortest code for the last fifth of
     the training images, under the moments of the others.
 
@@ -190,7 +190,7 @@ def _moments(mean_NP: Tensor, variance_NP: Tensor) -> tuple[Tensor, Tensor]:
 def spectrum(latents: Tensor) -> Tensor:
     """Eigenvalues of the covariance of the flattened latents, largest first, float64, without those below 1e-9 of the largest.
 
-    At most N - 1 can be seen from N latents. Empty if the latents are constant.
+    N latents give at most N - 1. Empty if the latents are constant.
     """
     x_NP = latents.double().flatten(1)
     x_NP = x_NP - x_NP.mean(0)
@@ -204,7 +204,7 @@ def spectrum_slope(eigenvalues: Tensor) -> float | None:
     """Slope b of the least-squares line log l_i = a + b log i through the eigenvalues l_1 >= l_2 >= ...; lower is steeper.
 
     A power law l_i = i^-s has slope -s; equal eigenvalues have slope 0. Only eigenvalues above a thousandth of the largest
-    count: below, it would be the slope of rounding and of the finite sample. None of fewer than 3.
+    count, as smaller ones reflect rounding and the finite sample. None for fewer than 3.
     """
     eigenvalues = eigenvalues[eigenvalues > 1e-3 * eigenvalues.max()] if len(eigenvalues) else eigenvalues
     if len(eigenvalues) < 3:
@@ -215,11 +215,11 @@ def spectrum_slope(eigenvalues: Tensor) -> float | None:
 
 
 def effective_dimension(eigenvalues: Tensor) -> float | None:
-    """Participation ratio (sum l)^2 / sum l^2 of the eigenvalues: k equal ones give k. Lower is simpler. None of none."""
+    """Participation ratio (sum l)^2 / sum l^2 of the eigenvalues: k equal ones give k; lower is simpler. None if empty."""
     return (eigenvalues.sum().square() / eigenvalues.square().sum()).item() if len(eigenvalues) else None
 
 
-# ---- how the latent answers to changes ----
+# ---- sensitivity to changes ----
 
 
 @own_arithmetic(gradients=False)
@@ -232,9 +232,9 @@ def perturb(latents: Tensor, *, seed: int, size: float = PERTURBATION) -> Tensor
 
 @own_arithmetic(gradients=False)
 def relative_change(changed: Tensor, original: Tensor) -> float | None:
-    """sqrt(E|changed - original|^2 / E|original - E original|^2); lower is smoother. None where the originals are all equal.
+    """sqrt(E|changed - original|^2 / E|original - E original|^2); lower is smoother. None if all originals are equal.
 
-    `perturb` by a tenth gives 0.1 for a decoder that passes independent latent values on as they are.
+    `perturb` by a tenth gives 0.1 for a decoder that copies independent latent values.
     """
     changed, original = changed.double(), original.double()
     scale = (original - original.mean(0)).square().sum()
@@ -245,12 +245,12 @@ def relative_change(changed: Tensor, original: Tensor) -> float | None:
 def equivariance_error(of_moved: Tensor, moved: Tensor) -> float | None:
     """sqrt(E|encode(T x) - T encode(x)|^2 / (V(encode(T x)) + V(T encode(x)))), V(z) = E|z - E z|^2; lower is better.
 
-    0: the latent moves with the image. 1: as far off as the latents of two unrelated images. None where both are constant.
+    0: the latent moves with the image. 1: as far off as latents of unrelated images. None if both are constant.
 
     Args:
         of_moved, moved: encode(T x) and T encode(x), [M, D, h, w].
 
-    Source: ours; the question is that of Kouzelis et al. 2025, "EQ-VAE", which rotates and scales.
+    Source: ours; after Kouzelis et al. 2025, "EQ-VAE", which rotates and scales.
     """
     a, b = of_moved.double(), moved.double()
     scale = sum((z - z.mean(0)).square().sum() for z in (a, b))
@@ -258,15 +258,15 @@ def equivariance_error(of_moved: Tensor, moved: Tensor) -> float | None:
 
 
 def shift_images(images: Tensor, pixels: int) -> Tensor:
-    """Images moved to the right; what comes in on the left repeats their first column."""
+    """Images shifted to the right; their first column is repeated on the left."""
     return torch.cat([images[..., :1].expand(*images.shape[:-1], pixels), images[..., :-pixels]], dim=-1)
 
 
 @own_arithmetic(gradients=False)
 def midpoints(latents: Tensor, *, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Midpoints between each latent and that of a random other image; with the rows of both ends.
+    """Midpoints between each latent and a random other one, with the rows of both ends.
 
-    The partner of row p(i) is row p(i + 1) of a random order p, so that each image is used twice and none with itself.
+    The partner of row p(i) is row p(i + 1) of a random permutation p, so each image is used twice, never with itself.
     """
     order = torch.randperm(len(latents), generator=torch.Generator().manual_seed(seed))
     partner = order.roll(-1)
@@ -275,9 +275,9 @@ def midpoints(latents: Tensor, *, seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @own_arithmetic(gradients=False)
 def energy_coefficient(x: Tensor, y: Tensor) -> float | None:
-    """Energy distance relative to the distance between the sets: 0, the same distribution; 1, each a point, apart.
+    """Energy distance relative to the distance between the sets: 0 for equal distributions, 1 for two distinct points.
 
-        (2 E|x - y| - E|x - x'| - E|y - y'|) / (2 E|x - y|)     None where all points of both sets are equal
+        (2 E|x - y| - E|x - x'| - E|y - y'|) / (2 E|x - y|)     None if all points of both sets are equal
 
     of images [N, ...] and [M, ...].
 
@@ -288,17 +288,17 @@ def energy_coefficient(x: Tensor, y: Tensor) -> float | None:
     return energy_distance(x, y).item() / (2 * across) if across > 0 else None
 
 
-# ---- what simple readers make of the latent ----
+# ---- simple models on the latent ----
 
 
 class Ridge:
-    """Ridge regression y = a + z W on latents of mean 0 and variance 1, its penalty chosen by leaving one out.
+    """Ridge regression y = a + z W on standardised latents, with the penalty chosen by leave-one-out error.
 
         W = argmin sum_n |y_n - a - z_n W|^2 + N penalty |W|^2
 
-    The error with image n left out is the residual over 1 - h_n, h_n its leverage, so one decomposition serves all `PENALTIES`.
-    For one-hot targets the penalty is chosen by the same squared error. Latent values that never change have no influence.
-    `residuals` [N, Q] are the errors with each image left out: what is seen of new images.
+    The leave-one-out error of image n is its residual over 1 - h_n, h_n its leverage, so one decomposition serves all
+    `PENALTIES`. One-hot targets use the same squared error. Constant latent values have no influence. `residuals` [N, Q] are
+    the leave-one-out errors.
 
     Args:
         latents, targets: [N, ...]; flattened.
@@ -338,9 +338,9 @@ class Ridge:
 
 @own_arithmetic(gradients=False)
 def probe_accuracy(train: Tensor, train_labels: Tensor, heldout: Tensor, heldout_labels: Tensor) -> float:
-    """Share of the held-out images whose class a linear reader of the latent names; higher is better.
+    """Held-out accuracy of a linear probe on the latent; higher is better.
 
-    The reader is `Ridge` from latents to one-hot classes, fitted on the training images; it names the largest output.
+    The probe is `Ridge` from latents to one-hot classes, fitted on the training images; the largest output wins.
     """
     classes = train_labels.unique()
     scores = Ridge(train, train_labels[:, None] == classes)(heldout)
@@ -349,19 +349,18 @@ def probe_accuracy(train: Tensor, train_labels: Tensor, heldout: Tensor, heldout
 
 @own_arithmetic(gradients=True)
 def mlp_distance(linear: Ridge, train: Tensor, heldout: Tensor, heldout_images: Tensor, *, seed: int) -> float:
-    """D^G for the linear maps with one hidden layer beside them: held-out mean squared error per pixel value; lower is better.
+    """D^G for linear maps plus one hidden layer: held-out mean squared error per pixel value; lower is better.
 
         g(z) = a + z W + V silu(U z + b),   U: P -> 64,   trained from g = the ridge solution, on paired latents and images
 
-    The distance falls below that of linear maps as far as a little nonlinearity helps. The hidden layer learns what the ridge
-    regression leaves over of each image when that is left out; a fifth of the images, chosen at random, selects the checkpoint,
-    which may be the start.
+    The gain over linear maps shows how much a little nonlinearity helps. The hidden layer learns the leave-one-out residuals of
+    the ridge regression; a random fifth of the images selects the checkpoint, which may be the initial one.
 
     Args:
         linear: fitted on the same training latents and their images.
         train, heldout: latents [N, ...] and [M, ...], N >= 5.
         heldout_images: [M, ...].
-        seed: of weights, batches and the choice.
+        seed: for weights, batches and the choice.
     """
     rest_NQ, N = linear.residuals.float(), len(train)
     x_NP, z_MP = (((x.double().flatten(1) - linear.centre) / linear.scale).float() for x in (train, heldout))
@@ -384,12 +383,12 @@ def mlp_distance(linear: Ridge, train: Tensor, heldout: Tensor, heldout_images: 
 
 @own_arithmetic(gradients=False)
 def mean_squared_error(made: Tensor, images: Tensor) -> float:
-    """Mean of the squared difference over all values; images in [-1, 1], so black against white is 4."""
+    """Mean of the squared difference over all values; images in [-1, 1], so black against white gives 4."""
     return (made.double().flatten(1) - images.double().flatten(1)).square().mean().item()
 
 
 @own_arithmetic(gradients=False)
 def sliced_distance(made: Tensor, images: Tensor, *, seed: int) -> float:
-    """Sliced 2-Wasserstein distance of two sets of images (`dae_kernels.sliced_wasserstein`, 128 directions): their root."""
+    """Sliced 2-Wasserstein distance of two sets of images: root of `dae_kernels.sliced_wasserstein`, 128 directions."""
     generator = torch.Generator().manual_seed(seed)
     return sliced_wasserstein(made.double().flatten(1), images.double().flatten(1), generator=generator).item()

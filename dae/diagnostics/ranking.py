@@ -1,4 +1,4 @@
-"""Which predictor to trust: how well each one ranked the latents that a comparison tried."""
+"""Reliability of predictors: how well each ranked the latents of a comparison."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from dae.config import Config
 from dae.diagnostics.report_card import PREDICTORS
 from dae.statistics import RankCorrelation, rank_correlation
 
-SHARED = ("data.dataset_name", "data.train_files", "data.resolution", "autoencoder.bottleneck")  # by a latent and its trials
+SHARED = ("data.dataset_name", "data.train_files", "data.resolution", "autoencoder.bottleneck")  # between a latent and the trials
 
 
 class Ranking(NamedTuple):
-    """How well each predictor put the trials of one comparison into order, and over how many seeds."""
+    """How well each predictor ranked the trials of one comparison, and over how many seeds."""
 
     found: dict[str, RankCorrelation]
     seeds: int
 
 
 def rank_predictors(records: Sequence[dict], *, seed: int = 0) -> dict[str, RankCorrelation]:
-    """How well each predictor ranks the latents of finished trials by the generation distance that was reached with them.
+    """Rank correlation of each predictor with the generation distance, over the latents of finished trials.
 
-    Spearman's rank correlation over the trials that measure (not those that tune) at the configuration's own rate (else what
-    a predictor says would follow the rate), with its bootstrap interval over whole seeds
-    (`dae.statistics.rank_correlation`). 1: the larger the value, the larger the distance, without exception.
+    Spearman's rank correlation over the measuring (not tuning) trials at the configuration's own rate, as predictors otherwise
+    follow the rate, with its bootstrap interval over whole seeds (`dae.statistics.rank_correlation`). 1: a larger value always
+    has a larger distance.
 
     Args:
         records: of one comparison, one data set and one bottleneck: distances of two do not compare.
-        seed: of the bootstrap.
+        seed: for the bootstrap.
 
     Returns:
-        By name, the strongest correlation first; without predictors that have a value in fewer than 3 trials, and with NaN
-        where a predictor is the same in all.
+        By name, the strongest correlation first; without predictors that have a value in fewer than 3 trials; NaN for constant
+        predictors.
     """
     found = {}
     for name in PREDICTORS:
@@ -62,11 +62,11 @@ def rank_comparisons(config: Config, latent: Config) -> dict[Path, Ranking]:
 
     Args:
         config: names the folders and the seed.
-        latent: the configuration that the autoencoder was trained by.
+        latent: the configuration that trained the autoencoder.
 
     Raises:
         FileNotFoundError: a folder without trials.
-        ValueError: a damaged file, or trials of other data or another bottleneck than the latent's, of which they say nothing.
+        ValueError: a damaged file, or trials with other data or another bottleneck than the latent's.
     """
     folders = [Path(name) for name in config.measure.compare_folders]
     for folder in folders:
@@ -91,7 +91,7 @@ def read_trials(folder: Path, latent: Config) -> list[dict]:
     for path in sorted((folder / "trials").glob("*.json")):
         try:
             saved = json.loads(path.read_text())
-            settings = {"data.train_files": []} | saved["settings"]  # trials of earlier versions have no such entry
+            settings = {"data.train_files": []} | saved["settings"]  # missing in trials of earlier versions
             record, theirs = saved["record"], {key: settings[key] for key in ours}
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}): delete it and run recipes/compare.py again") from error

@@ -1,4 +1,4 @@
-"""The latent report card: what a trained autoencoder's latent promises a generative model, before a prior is trained on it."""
+"""The latent report card: predictors of generation quality, computed from an autoencoder before a prior is trained."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dae.precision import own_arithmetic
 
 FEWEST_IMAGES = 10
 BATCH = 256
-ANSWERING = 256  # held-out images that are decoded and changed, at most: most of the time goes there if images are large
+ANSWERING = 256  # maximum of held-out images to decode and perturb, which dominates the time for large images
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,12 @@ class Predictor:
 
     title: str
     unit: str  # empty for a plain number
-    meaning: str  # for someone who does not know the field
-    direction: str  # what one hopes for, "lower" or "higher"; "either" where more and less both have their price
+    meaning: str  # for readers new to the field
+    direction: str  # the desired one, "lower" or "higher"; "either" for a trade-off
 
     @property
     def sign(self) -> int:
-        """Of the correlation with a distance (lower is better) that the direction promises; 0 where it promises none."""
+        """Expected sign of the correlation with a distance (lower is better); 0 if there is none."""
         return {"lower": 1, "higher": -1, "either": 0}[self.direction]
 
 
@@ -88,7 +88,7 @@ PREDICTORS = {
         "set: 0\u00a0%, not to be told apart; 100\u00a0%, two separate points.", "lower",
     ),
     "reconstruction_error": Predictor(
-        "Reconstruction error", "squared error", "Mean squared error a pixel of held-out images that were encoded and decoded; "
+        "Reconstruction error", "squared error", "Mean squared error per pixel of held-out images that were encoded and decoded; "
         "black and white are 2 apart.", "lower",
     ),
     "linear_distance": Predictor(
@@ -108,7 +108,7 @@ PREDICTORS = {
 
 @dataclass(frozen=True)
 class Encoded:
-    """A set of images with their latents, on the CPU; `indices` of VQ only, `log_variance` of KL only."""
+    """Images with their latents, on the CPU; `indices` only for VQ, `log_variance` only for KL."""
 
     images: Tensor  # [N, C, H, W]
     latents: Tensor  # [N, D, h, w]: codes (VQ), the posterior's mean (KL)
@@ -117,7 +117,7 @@ class Encoded:
 
 
 def require_images(**counts: int) -> None:
-    """ValueError if a report card cannot be made of so many images."""
+    """Raise ValueError if there are too few images for a report card."""
     for name, count in counts.items():
         if count < FEWEST_IMAGES:
             raise ValueError(f"{name}: expected at least {FEWEST_IMAGES} images, got {count}; give more")
@@ -135,26 +135,25 @@ def report_card(
 ) -> dict[str, float | None]:
     """Measure every entry of `PREDICTORS`.
 
-    What has to be fitted is fitted on the training images, and every value is measured on held-out images, but for the spectrum
-    and the Gaussian rate, which are those of the training latents. Perturbations, interpolations and the reconstruction error
-    are of at most `ANSWERING` held-out images, and of the latents that the decoder reads: of VQ the codes, without a new search
-    for the nearest; of KL the posterior's mean.
+    Fits use the training images, and every value is measured on held-out images, except the spectrum and the Gaussian rate,
+    which are of the training latents. Perturbations, interpolations and the reconstruction error use at most `ANSWERING`
+    held-out images and the decoder's input: codes for VQ, without searching the nearest again; posterior means for KL.
 
     Args:
-        autoencoder: of either bottleneck, on any device; left in the mode that it is in, but measured in evaluation mode.
+        autoencoder: with either bottleneck, on any device; measured in eval mode, its own mode is restored.
         train_images, heldout_images: [N, C, H, W] and [M, C, H, W] in [-1, 1], at least 10 each.
         train_labels, heldout_labels: int64 [N] and [M]; None without labels.
-        seed: of noise, pairs, weights and batches. The global random state is not used.
+        seed: for noise, pairs, weights and batches. The global random state is not used.
 
     Returns:
-        One value for each predictor; None where it does not apply (codes of a continuous latent, a probe without labels or with
+        One value per predictor; None where not applicable (codes of a continuous latent, a probe without labels or with
         one class, the spectrum of a collapsed latent).
 
     Raises:
         TypeError: images that are not floating point, labels that are not integers.
         ValueError: too few images, images of another size than the autoencoder's, NaN in images, labels of one set only or of
             another number.
-        FloatingPointError: the autoencoder makes NaN or infinity of them: its training diverged.
+        FloatingPointError: the autoencoder returns NaN or infinity: its training diverged.
     """
     check_images_and_labels(autoencoder, train=(train_images, train_labels), heldout=(heldout_images, heldout_labels))
     train, heldout = (encode_images(autoencoder, images) for images in (train_images, heldout_images))
@@ -169,7 +168,7 @@ def report_card(
 
 
 def code_length(autoencoder: Autoencoder, train: Encoded, heldout: Encoded, seed: int) -> dict[str, float]:
-    """The bits that the latent takes, by the predictors that apply to its bottleneck."""
+    """Code lengths of the latent, by the predictors for its bottleneck."""
     if train.indices is None or heldout.indices is None:
         ours, theirs = (train.latents, cast(Tensor, train.log_variance)), (heldout.latents, cast(Tensor, heldout.log_variance))
         rate = gaussian_rate(*ours, covariance="diagonal")
@@ -186,7 +185,7 @@ def code_length(autoencoder: Autoencoder, train: Encoded, heldout: Encoded, seed
 
 
 def answers(autoencoder: Autoencoder, heldout: Encoded, seed: int) -> dict[str, float | None]:
-    """Reconstruction, and what changes of latents and images change, on `some_of` the held-out images."""
+    """Reconstruction error and sensitivity to changes of latents and images, on `some_of` the held-out images."""
     chosen = some_of(heldout.images)
     images, latents, f = heldout.images[chosen], heldout.latents[chosen], autoencoder.factor
     decoded = decode_latents(autoencoder, latents)
@@ -205,7 +204,7 @@ def answers(autoencoder: Autoencoder, heldout: Encoded, seed: int) -> dict[str, 
 
 
 def some_of(images: Tensor) -> Tensor:
-    """Rows of at most `ANSWERING` images, chosen at random, whatever the seed of a card: so that all cards see the same."""
+    """At most `ANSWERING` random images, independent of the card's seed, so that all cards use the same."""
     return torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:ANSWERING]
 
 
@@ -220,12 +219,12 @@ def readers(train: Encoded, heldout: Encoded, seed: int) -> dict[str, float]:
     }
 
 
-# ---- what the autoencoder makes of images and latents ----
+# ---- encoding and decoding ----
 
 
 @contextmanager
 def in_evaluation_mode(autoencoder: Autoencoder) -> Iterator[torch.device]:
-    """No gradients and evaluation mode inside the block, every module's own mode after it; gives the device."""
+    """No gradients and eval mode inside the block, then restore every module's mode; yields the device."""
     modes = {module: module.training for module in autoencoder.modules()}
     autoencoder.eval()
     try:
@@ -237,7 +236,7 @@ def in_evaluation_mode(autoencoder: Autoencoder) -> Iterator[torch.device]:
 
 
 def encode_images(autoencoder: Autoencoder, images: Tensor) -> Encoded:
-    """Images [N, C, H, W] with their latents. FloatingPointError: the encoder gives NaN or infinity."""
+    """Encode images [N, C, H, W]. FloatingPointError: the encoder returns NaN or infinity."""
     with in_evaluation_mode(autoencoder) as device:
         found = [autoencoder.encode(batch.to(device)) for batch in images.float().split(BATCH)]
 
@@ -245,7 +244,7 @@ def encode_images(autoencoder: Autoencoder, images: Tensor) -> Encoded:
         parts = [getattr(encoding, name) for encoding in found]
         return None if parts[0] is None else torch.cat(parts).cpu()
 
-    for name in ("features", "latents", "log_variance"):  # of NaN features the nearest code is still a finite one
+    for name in ("features", "latents", "log_variance"):  # NaN features still have a finite nearest code
         if (values := joined(name)) is not None and not values.isfinite().all():
             raise FloatingPointError(
                 f"the encoder gives NaN or infinity ({name}): its training diverged; lower stage1.learning_rate"
@@ -254,7 +253,7 @@ def encode_images(autoencoder: Autoencoder, images: Tensor) -> Encoded:
 
 
 def decode_latents(autoencoder: Autoencoder, latents: Tensor) -> Tensor:
-    """Latents [N, D, h, w] to images on the CPU, not clipped. FloatingPointError: the decoder gives NaN or infinity."""
+    """Decode latents [N, D, h, w] to unclipped images on the CPU. FloatingPointError: the decoder returns NaN or infinity."""
     with in_evaluation_mode(autoencoder) as device:
         images = torch.cat([autoencoder.decode(batch.to(device)).sample.float().cpu() for batch in latents.split(BATCH)])
     if not images.isfinite().all():
@@ -263,9 +262,9 @@ def decode_latents(autoencoder: Autoencoder, latents: Tensor) -> Tensor:
 
 
 def check_images_and_labels(autoencoder: Autoencoder, **sets: tuple[Tensor, Tensor | None]) -> None:
-    """The checks of `report_card`, of images and labels by the name of their set."""
+    """Check the images and labels of `report_card`, by name of their set."""
     by_name = {f"{name}_images": images for name, (images, _) in sets.items()}
-    check_images(False, **by_name)  # floating point: encoders read no bytes
+    check_images(False, **by_name)  # floating point, as encoders do not take bytes
     check_same_pixels(**by_name)
     require_images(**{name: len(images) for name, images in by_name.items()})
     expected = (autoencoder.image_channels, autoencoder.resolution, autoencoder.resolution)

@@ -6,12 +6,11 @@ import dataclasses
 from dataclasses import dataclass
 
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from dae.config import AutoencoderConfig, DecoderConfig, from_dict
 from dae.hub import PretrainedModel
 from dae.models.decoders import build_decoder
-from dae.models.layers import Downsample, GroupNorm, ResidualBlock, SelfAttention2d
+from dae.models.layers import Downsample, GroupNorm, LevelNetwork, ResidualBlock, SelfAttention2d
 from dae.quantizers import Encoding, bottleneck_class
 
 
@@ -26,12 +25,11 @@ class Reconstruction:
     encoding: Encoding
 
 
-class Encoder(nn.Module):
+class Encoder(LevelNetwork):
     """Images [B, C, H, W] to features [B, out_channels, H/f, W/f], f = 2^(levels - 1)."""
 
     def __init__(self, config: AutoencoderConfig, image_channels: int, resolution: int, out_channels: int):
         super().__init__()
-        self.gradient_checkpointing = False
         widths = [config.base_channels * m for m in config.channel_multipliers]
         channels = widths[0]
         self.conv_in = nn.Conv2d(image_channels, channels, 3, padding=1)
@@ -46,13 +44,6 @@ class Encoder(nn.Module):
             self.levels.append(nn.Sequential(*layers))
         self.norm_out = GroupNorm(channels)
         self.conv_out = nn.Conv2d(channels, out_channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.conv_in(x)
-        for level in self.levels:
-            recompute = self.gradient_checkpointing and self.training
-            h = checkpoint(level, h, use_reentrant=False) if recompute else level(h)
-        return self.conv_out(self.norm_out(h))
 
 
 class Autoencoder(PretrainedModel):

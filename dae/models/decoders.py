@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import nn
 
 from dae.config import AutoencoderConfig, DecoderConfig
-from dae.models.layers import GroupNorm, ResidualBlock, SelfAttention2d, Upsample
+from dae.models.layers import GroupNorm, LevelNetwork, ResidualBlock, SelfAttention2d, Upsample
 
 
 class LinearDecoder(nn.ConvTranspose2d):
@@ -26,7 +25,7 @@ class LinearDecoder(nn.ConvTranspose2d):
         super().__init__(latent_channels, image_channels, kernel_size=factor, stride=factor)
 
 
-class ConvDecoder(nn.Module):
+class ConvDecoder(LevelNetwork):
     """Residual blocks at each level from the coarsest to the finest, with upsampling between them.
 
     Args:
@@ -47,7 +46,6 @@ class ConvDecoder(nn.Module):
         dropout: float,
     ):
         super().__init__()
-        self.gradient_checkpointing = False
         widths = [max(4, round(config.base_channels * m * width_factor)) for m in config.channel_multipliers]
         resolutions = [resolution >> level for level in range(len(widths))]
         channels = widths[-1]
@@ -68,13 +66,6 @@ class ConvDecoder(nn.Module):
             self.levels.append(nn.Sequential(*layers))
         self.norm_out = GroupNorm(channels)
         self.conv_out = nn.Conv2d(channels, image_channels, 3, padding=1)
-
-    def forward(self, z: Tensor) -> Tensor:
-        h = self.conv_in(z)
-        for level in self.levels:
-            recompute = self.gradient_checkpointing and self.training
-            h = checkpoint(level, h, use_reentrant=False) if recompute else level(h)
-        return self.conv_out(self.norm_out(h))
 
 
 def build_decoder(config: AutoencoderConfig, image_channels: int, resolution: int) -> LinearDecoder | ConvDecoder:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from dae_kernels import attention
 from dae_kernels.group_norm_silu import group_norm_silu
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dae.config import PriorConfig
 from dae.distributed import draw_rows
@@ -136,3 +137,23 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class LevelNetwork(nn.Module):
+    """conv_in, one `nn.Sequential` per resolution, norm_out, conv_out; subclasses build them.
+
+    With `gradient_checkpointing` the activations of a level are recomputed in the backward pass.
+    """
+
+    gradient_checkpointing = False
+    conv_in: nn.Conv2d
+    levels: nn.ModuleList
+    norm_out: GroupNorm
+    conv_out: nn.Conv2d
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv_in(x)
+        for level in self.levels:
+            recompute = self.gradient_checkpointing and self.training
+            h = checkpoint(level, h, use_reentrant=False) if recompute else level(h)
+        return self.conv_out(self.norm_out(h))

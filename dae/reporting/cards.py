@@ -1,4 +1,4 @@
-"""Model cards: what a published model was trained on, how, and how good it is."""
+"""Model cards: training data, training and quality of a published model."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ arXiv 2307.08283) as publicly described; the hyper-parameters are ours.
 
 
 def autoencoder_card(config: Config, data: dict, history: list[dict], facts: Sequence[str] = ()) -> str:
-    """Card of an autoencoder; `facts` is the table of `dae.data.Summary`."""
+    """Model card of an autoencoder; `facts` is the table of `dae.data.Summary`."""
     usage = (
         "from dae.models import Autoencoder\n"
         'autoencoder = Autoencoder.from_pretrained("path or repository")\n'
@@ -65,7 +65,7 @@ def autoencoder_card(config: Config, data: dict, history: list[dict], facts: Seq
 
 
 def prior_card(config: Config, family: PriorFamily, data: dict, history: list[dict], facts: Sequence[str] = ()) -> str:
-    """Card of a prior of `family`."""
+    """Model card of a prior of `family`."""
     name = family.model.__name__
     usage = (
         "import torch\n"

@@ -1,7 +1,7 @@
-"""Charts as SVG that follow the reader's light or dark colour scheme; `dae.reporting.elements` puts them into pages.
+"""SVG charts that follow the reader's light or dark colour scheme; `dae.reporting.elements` embeds them in pages.
 
-matplotlib writes fixed colours. So it draws in stand-ins, which are then replaced by the CSS variables of one table, and each
-chart carries the rules that give those variables their light and dark values.
+matplotlib writes fixed colours, so it draws in placeholders that are then replaced by CSS variables; each chart includes the
+rules that give these variables their light and dark values.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 
 from dae.files import write_file
 
-# Name: (stands for it while matplotlib draws, in the light, in the dark). One table colours the page and its charts.
+# Name: (placeholder for matplotlib, light, dark). One table colours the page and its charts.
 PALETTE = {
     "ink": ("#010101", "#1c1e21", "#e7e9ec"),
     "soft": ("#020202", "#5f656d", "#a3aab3"),
@@ -30,12 +30,12 @@ PALETTE = {
     "sixth": ("#090909", "#b02a62", "#f593b8"),
 }
 SERIES_COLOURS = ("first", "second", "third", "fourth", "fifth", "sixth")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")  # with the colours: thirty pairs before one comes again
-CHART_POINTS = 600  # what is kept of a long line
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")  # with the colours: thirty pairs before one repeats
+CHART_POINTS = 600  # maximum points of a line
 
 
 def colour_rules() -> str:
-    """CSS that defines a variable for each entry of `PALETTE`, for pages and charts alike."""
+    """CSS with a variable per entry of `PALETTE`, for pages and charts."""
     light, dark = ("".join(f"--{name}:{colours[i]};" for name, colours in PALETTE.items()) for i in (1, 2))
     return f":root{{{light}}}@media (prefers-color-scheme:dark){{:root{{{dark}}}}}\n"
 
@@ -64,10 +64,10 @@ class Bar:
 
 @dataclass
 class Series:
-    """Points that belong together in a frontier chart; `joined` draws the line through them, by growing x.
+    """Points of one series in a frontier chart; `joined` connects them in order of x.
 
-    `style` numbers the pair of colour and marker, so that one thing looks the same in all charts of a page;
-    `low` and `high` are the ends of an interval of each y, if there are any.
+    `style` is the index of its colour and marker, for the same look in all charts of a page; `low` and `high` are the ends of
+    the intervals of y, if any.
     """
 
     name: str
@@ -79,11 +79,11 @@ class Series:
     high: Sequence[float | None] | None = None
 
 
-Panel = Callable[[Any, int], None]  # draws into matplotlib's axes, with the colours of that column of `PALETTE`
+Panel = Callable[[Any, int], None]  # draws into matplotlib's axes with the colours of a column of `PALETTE`
 
 
 def in_words(lines: Sequence[Line], x: str, y: str) -> str:
-    """What a line chart shows, for those who cannot see it."""
+    """Alternative text of a line chart."""
     runs = [f"{a.name} from {a.y[0]:.3g} at {a.x[0]:,} to {a.y[-1]:.3g} at {a.x[-1]:,}" for a in lines]
     return f"Chart of {y} over {x}: " + "; ".join(runs)
 
@@ -91,7 +91,7 @@ def in_words(lines: Sequence[Line], x: str, y: str) -> str:
 def line_chart(
     lines: Sequence[Line], *, x: str, y: str, marks: Sequence[tuple[float, str]] = (), logarithmic: bool = False
 ) -> str:
-    """Lines over an axis from 0, with `marks` (where, words) as vertical rules. Long lines are averaged to `CHART_POINTS`."""
+    """Line chart with the x axis from 0 and `marks` (x, words) as vertical rules; long lines are averaged to `CHART_POINTS`."""
     drawing, axes = _axes(x, y)
     end = max(value for line in lines for value in line.x)
     axes.set_xlim(0, end * 1.03)
@@ -104,7 +104,7 @@ def line_chart(
         axes.axvline(where, color=PALETTE["soft"][0], linewidth=1, linestyle=(0, (2, 2)))
         _note(axes, words, (where, 1), (-5 if left else 5, -4), ha="right" if left else "left", color=PALETTE["soft"][0])
     if marks:
-        axes.margins(y=0.14)  # room for their words
+        axes.margins(y=0.14)  # room for the words
     if logarithmic:
         _logarithmic(axes.yaxis, axes.set_yscale)
     if len(lines) > 1:
@@ -113,7 +113,7 @@ def line_chart(
 
 
 def bar_chart(heights: Sequence[float], *, x: str, y: str, level: tuple[float, str] | None = None) -> str:
-    """Bars side by side in the order given, at most `CHART_POINTS` (then each is a mean), and a `level` to compare them with."""
+    """Bars in the given order, averaged to at most `CHART_POINTS`, and a `level` to compare them with."""
     drawing, axes = _axes(x, y)
     _, values = _thin(range(len(heights)), heights)
     axes.stairs(values, np.linspace(0, len(heights), len(values) + 1), fill=True, color=PALETTE["first"][0])
@@ -136,7 +136,7 @@ def frontier_chart(series: Sequence[Series], **options: Any) -> str:
 
 
 def save_png(panels: Sequence[Panel], heights: Sequence[float], path: str | Path) -> None:
-    """The panels one below the other, in the light colours on white, as a PNG for documents that take no SVG."""
+    """Write the panels stacked vertically, in light colours on white, as a PNG for documents without SVG."""
     file = io.BytesIO()
     _figure(panels, heights, 1).savefig(file, format="png", dpi=160, facecolor="white", metadata={"Software": None})
     write_file(Path(path), file.getvalue())
@@ -145,13 +145,13 @@ def save_png(panels: Sequence[Panel], heights: Sequence[float], path: str | Path
 def interval_panel(
     bars: Sequence[Bar], *, x: str, level: tuple[float, str] | None = (0.0, ""), ends: tuple[str, str] | None = None
 ) -> Panel:
-    """Estimates with their intervals, one below the other (a forest plot), about a vertical rule `level` (where, words).
+    """Forest plot: estimates with their intervals, around a vertical rule `level` (x, words).
 
     Args:
-        bars: rows from top to bottom; an interval that leaves the rule out is drawn in colour, one that holds it in grey.
+        bars: rows from top to bottom; intervals that exclude the rule are coloured, others grey.
         x: name of the axis.
         level: the rule, such as (0, "no difference"); None draws none.
-        ends: what lies to the left and to the right of the rule, such as ("better", "worse"); they take the place of its words.
+        ends: labels left and right of the rule, such as ("better", "worse"), instead of its words.
     """
 
     def draw(axes: Any, scheme: int) -> None:
@@ -181,9 +181,9 @@ def interval_panel(
 def frontier_panel(
     series: Sequence[Series], *, x: str, y: str, level: tuple[float, str] | None = None, logarithmic: bool = False
 ) -> Panel:
-    """Points of several series in one plane, each with its colour and its marker; `level` is a horizontal rule (y, words).
+    """Scatter of several series, each with its colour and marker; `level` is a horizontal rule (y, words).
 
-    `logarithmic` is about x. The axes fit the points: they need not start at 0.
+    `logarithmic` applies to x. The axes fit the points and need not start at 0.
     """
 
     def draw(axes: Any, scheme: int) -> None:
@@ -212,12 +212,12 @@ def frontier_panel(
 
 
 def interval_height(bars: Sequence[Bar]) -> float:
-    """Inches for `save_png`."""
+    """Height in inches for `save_png`."""
     return 0.9 + 0.36 * len(bars)
 
 
 def _note(axes: Any, words: str, at: tuple[float, float], shift: tuple[float, float], above: bool = False, **style: Any) -> None:
-    """Words beside a vertical rule, at its upper end, or above the right end of a horizontal one."""
+    """Label a rule: beside the top of a vertical one, above the right end of a horizontal one."""
     coordinates = ("axes fraction", "data") if above else ("data", "axes fraction")
     style = ({"ha": "right"} if above else {"va": "top"}) | style
     axes.annotate(words, at, xycoords=coordinates, xytext=shift, textcoords="offset points", **style)
@@ -277,7 +277,7 @@ def _draw(drawing: Any) -> str:
     import matplotlib
 
     file = io.StringIO()
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # equal data give equal files
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # for reproducible files
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "dae"}):
         drawing.savefig(file, format="svg", transparent=True, metadata=nothing)
     svg = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", file.getvalue())

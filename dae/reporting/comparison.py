@@ -1,4 +1,4 @@
-"""The page of a comparison, for a reader who does not know the paper, and its main charts as a PNG."""
+"""The page of a comparison, for readers who do not know the paper, and its main charts as a PNG."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ def write_comparison(config: Config, summary: dict, pictures: Mapping[str, np.nd
 
     Args:
         config: of the comparison.
-        summary: of `dae.comparison.results.summarize_comparison`.
-        pictures: label -> uint8 [n, H, W, C], one row each: real images and samples of the arms.
+        summary: result of `dae.comparison.results.summarize_comparison`.
+        pictures: label to uint8 [n, H, W, C], one row each: real images and samples of the arms.
         folder: that of the comparison.
     """
-    styles = {arm["name"]: style for style, arm in enumerate(summary["arms"])}  # an arm looks alike in all charts
+    styles = {arm["name"]: style for style, arm in enumerate(summary["arms"])}  # an arm looks the same in all charts
     page = web.Page(f"How to train the encoder: {len(styles)} ways on {Path(summary['data']).name}", _lead(summary))
     page.section("The answer", *_answer(summary))
     page.section("What was compared", *_compared(config, summary))
@@ -80,7 +80,7 @@ def _lead(summary: dict) -> list[Html]:
         + (", and compared seed by seed" if len(seeds) > 1 else "")
         + f" (latent and prior: {latent}). What is compared is the generation distance: how far new images are from real images "
         "that no training saw, as a Fréchet distance in features of a small classifier"
-        + (f", at {distance:,} images a side" if distance else "")
+        + (f", at {distance:,} images per side" if distance else "")
         + f". Lower is better; real training images themselves are at {number(summary['facts']['floor']['frechet'])}."
     )
     notices = [f"{left_out} of {summary['trials']['planned']} trials have no result; see “Left out”."] if left_out else []
@@ -158,7 +158,7 @@ def _decoder(family: str) -> str:
 
 
 def _arms_table(summary: dict, header: Sequence[str], rows: Sequence[Sequence[str]], prose: Sequence[int] = (0,)) -> Html:
-    """A table with a row for each arm, the baseline marked."""
+    """A table with a row per arm, the baseline marked."""
     marked = [i for i, arm in enumerate(summary["arms"]) if arm["name"] == summary["baseline"]]
     return web.table(header, rows, prose=prose, marked=marked)
 
@@ -307,7 +307,7 @@ def _predictors(summary: dict) -> list[Html]:
     if best["low"] is None:
         words += "; but one seed cannot tell which number is best. "
     else:
-        nearest = max(0.0, best["low"] if best["rho"] > 0 else -best["high"])  # the end of its interval that lies next to 0
+        nearest = max(0.0, best["low"] if best["rho"] > 0 else -best["high"])  # the end of its interval nearest to 0
         rivals = [r for r in ranked[1:] if r["low"] is not None and max(-r["low"], r["high"]) >= nearest]
         reach = f"The intervals of {len(rivals)} of {len(ranked) - 1} others reach as far: which is best is not settled."
         reach = reach if rivals else "The interval of no other reaches as far."

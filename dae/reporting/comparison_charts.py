@@ -17,14 +17,14 @@ BITS, SIZE = "bits per image under the prior", "parameters of the prior"
 
 
 def difference_bars(rows: Mapping[str, dict]) -> list[Bar]:
-    """One for each arm that has a mean difference; those without a pair of every seed say so."""
+    """A bar per arm with a mean difference; labels tell if seeds lack a pair."""
     kept = {name: row for name, row in rows.items() if row["mean"] is not None}
     counted = {name: "" if row["n"] == row["of"] else f" ({row['n']} of {row['of']} seeds)" for name, row in kept.items()}
     return [Bar(name + counted[name], row["mean"], row["low"], row["high"], row["values"]) for name, row in kept.items()]
 
 
 def rate_series(summary: dict, styles: Mapping[str, int], key: str) -> list[Series]:
-    """One series per arm: at each of its rates the mean over the seeds; the lines span the seeds."""
+    """One series per arm: the mean over seeds at each rate, with the range of the seeds."""
     series = []
     for name, style in styles.items():
         by_rate: dict[float, list[tuple[float, float]]] = {}
@@ -39,7 +39,7 @@ def rate_series(summary: dict, styles: Mapping[str, int], key: str) -> list[Seri
 
 
 def size_series(summary: dict, styles: Mapping[str, int], key: str) -> list[Series]:
-    """One series per arm: the mean over the seeds at each size of the prior."""
+    """One series per arm: the mean over seeds per size of the prior."""
     rows = {name: [row for row in summary["prior_sizes"] if row["arm"] == name and row[key]] for name in styles}
     found = {
         name: ([row["parameters"] for row in mine], [row[key]["mean"] for row in mine]) for name, mine in rows.items() if mine
@@ -48,21 +48,21 @@ def size_series(summary: dict, styles: Mapping[str, int], key: str) -> list[Seri
 
 
 def interval_figure(bars: Sequence[Bar], axis: str, caption: str, **options: Any) -> Html:
-    """`interval_chart` with its caption, and with its numbers in words for those who cannot see it."""
+    """`interval_chart` with caption, and its numbers as alternative text."""
     words = [f"{b.name} {b.mean:.3g}" + ("" if b.low is None else f" from {b.low:.3g} to {b.high:.3g}") for b in bars]
     drawn = charts.interval_chart(bars, x=axis, **options)
     return web.figure(web.chart(drawn, f"Chart of {axis}: {'; '.join(words)}"), caption)
 
 
 def frontier_figure(series: Sequence[Series], x: str, y: str, caption: str, **options: Any) -> Html:
-    """As `interval_figure`, of a `frontier_chart`; the caption follows the name of the y axis."""
+    """As `interval_figure`, for a `frontier_chart`; the caption follows the name of the y axis."""
     words = [f"{s.name} {', '.join(f'{b:.3g} at {a:.4g}' for a, b in zip(s.x, s.y, strict=True))}" for s in series]
     drawn = charts.frontier_chart(series, x=x, y=y, **options)
     return web.figure(web.chart(drawn, f"Chart of {y} over {x}: {'; '.join(words)}"), f"{y[0].upper()}{y[1:]} {caption}")
 
 
 def save_charts(summary: dict, styles: Mapping[str, int], path: Path) -> None:
-    """Differences, distance and bits against the rate, and distance by the size of the prior, one below the other as a PNG."""
+    """Write a PNG of differences, distance and bits against the rate, and distance by size of the prior."""
     panels: list[tuple[Panel, float]] = []
     for rows, title in ((summary["differences"], "equal steps"), (summary["equal_rate"], "equal rate")):
         if rows and (bars := difference_bars(rows["frechet"])):
@@ -77,5 +77,5 @@ def save_charts(summary: dict, styles: Mapping[str, int], path: Path) -> None:
 
 
 def floor_of(summary: dict) -> tuple[float, str]:
-    """The distance of real training images, as the level of a chart."""
+    """The distance of real training images, as a chart's level."""
     return summary["facts"]["floor"]["frechet"], "training images"

@@ -1,7 +1,7 @@
-"""Self-contained HTML pages: numbers, tables, pictures and charts in one file that needs no network and no JavaScript.
+"""Elements of self-contained HTML pages: numbers, tables, pictures and charts, without network or JavaScript.
 
-Whatever is not `Html` is escaped where it enters a page, so class names and configuration values cannot break one. Pictures
-are PNG and charts SVG, both inside `data:` addresses; the page and each chart carry their colours for light and for dark.
+Everything but `Html` is escaped, so class names and configuration values cannot break a page. Pictures are PNG and charts SVG,
+both as `data:` URLs; the page and each chart define light and dark colours.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from dae.config import Config, config_differences
 from dae.files import write_file
 from dae.reporting.charts import bar_chart, colour_rules
 
-PICTURE_SIDE, LARGEST_SIDE = 64, 96  # CSS pixels of a small picture, pixels kept of a large one
+PICTURE_SIDE, LARGEST_SIDE = 64, 96  # CSS pixels of a small picture, maximum pixels of a large one
 STYLE = Path(__file__).with_name("style.css")
 
 
 class Html(str):
-    """Markup that is safe to put into a page as it is."""
+    """Markup that needs no escaping."""
 
 
 def text(value: Any) -> Html:
@@ -39,7 +39,7 @@ def join(parts: Sequence[Any], separator: str = "") -> Html:
 
 
 def element(tag: str, *content: Any, **attributes: Any) -> Html:
-    """`<tag attributes>content</tag>`; `class_` is `class`, `aria_label` is `aria-label`, what is None is left out."""
+    """`<tag attributes>content</tag>`; `class_` is `class`, `aria_label` is `aria-label`; None is omitted."""
     given = {k.rstrip("_").replace("_", "-"): html.escape(str(v)) for k, v in attributes.items() if v is not None}
     pairs = "".join(f' {name}="{value}"' for name, value in given.items())
     return Html(f"<{tag}{pairs}>" + ("" if tag == "img" else f"{join(content)}</{tag}>"))
@@ -57,7 +57,7 @@ def paragraph(*parts: Any, class_: str | None = None) -> Html:
 
 
 def tiles(entries: Sequence[tuple[Any, Any, Any]]) -> Html:
-    """Headline numbers, each as (number, what it is, what to hold it against)."""
+    """Headline numbers, each as (number, name, comparison)."""
     cells = [
         element("div", element("dt", name), element("dd", value, class_="number"), element("dd", baseline), class_="tile")
         for value, name, baseline in entries
@@ -68,7 +68,7 @@ def tiles(entries: Sequence[tuple[Any, Any, Any]]) -> Html:
 def table(
     header: Sequence[Any], rows: Sequence[Sequence[Any]], *, prose: Sequence[int] = (0,), marked: Sequence[int] = ()
 ) -> Html:
-    """A table that scrolls in its own box; columns in `prose` are words, the others numbers; rows in `marked` stand out."""
+    """A scrollable table; columns in `prose` are text, the others numbers; rows in `marked` are highlighted."""
 
     def row(values: Sequence[Any], tag: str, class_: str | None = None) -> Html:
         cells = [element(tag, value, class_="prose" if i in prose else None) for i, value in enumerate(values)]
@@ -88,7 +88,7 @@ def side_by_side(*figures: Html) -> Html:
 
 
 def configuration(config: Config, title: str | None = None) -> Html:
-    """The resolved configuration as YAML, folded in."""
+    """The resolved configuration as YAML, collapsed."""
     from omegaconf import OmegaConf
 
     changed = len(config_differences(Config(), config))
@@ -99,7 +99,7 @@ def configuration(config: Config, title: str | None = None) -> Html:
 
 @dataclass
 class Page:
-    """One page: its title, a lead before the list of sections, the sections, and the last lines."""
+    """A page: title, lead, list of sections, sections, footer."""
 
     title: str
     lead: Sequence[Html] = ()
@@ -115,7 +115,7 @@ class Page:
         body = [element("section", element("h2", h), c, id=n) for n, (h, c) in zip(names, self.sections, strict=True)]
         head = element("header", element("h1", self.title), *self.lead)
         main = element("main", head, element("nav", *contents, aria_label="Sections"), *body, element("footer", *self.footer))
-        # The policy forbids every request: a page that tried to load something would show it as missing, not fetch it.
+        # The policy forbids every request: nothing can be loaded, not even by mistake.
         policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
         return (
             '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -135,15 +135,15 @@ class Page:
 
 
 def per_row(side: int) -> int:
-    """How many pictures of so many pixels a strip holds at most."""
+    """Maximum number of pictures with this side in a strip."""
     return 12 if side <= PICTURE_SIDE else 8
 
 
 def strip(images_NHWC: np.ndarray, alt: str) -> Html:
     """One row of pictures as one PNG, with transparent gaps.
 
-    Small pictures are enlarged to whole multiples here, by repeating pixels, so that a browser never blurs them; those above
-    `LARGEST_SIDE` pixels are reduced to it, so that a page stays small.
+    Small pictures are enlarged by whole factors, repeating pixels, so that browsers do not blur them; those above
+    `LARGEST_SIDE` pixels are reduced to it, to keep pages small.
     """
     from PIL import Image
 
@@ -167,7 +167,7 @@ def strip(images_NHWC: np.ndarray, alt: str) -> Html:
 
 
 def strips(rows: Sequence[tuple[Any, Html]]) -> Html:
-    """Labelled rows of pictures: (label, `strip`); where labels are long they stand above the pictures on a phone."""
+    """Labelled rows of pictures: (label, `strip`); on a phone long labels are above the pictures."""
     longest = max(len(str(label)) for label, _ in rows)
     cells = [element("div", label, class_="label") + element("div", picture) for label, picture in rows]
     return element("div", *map(Html, cells), class_="strips long" if longest > 4 else "strips" if longest else "strips bare")
@@ -178,18 +178,18 @@ def _image(kind: str, data: bytes, **attributes: Any) -> Html:
 
 
 def chart(svg: str, alt: str) -> Html:
-    """A chart of `dae.reporting.charts`, as wide as its place; an image, so that its ids cannot clash with the page's."""
+    """Embed a chart at full width, as an image so that its ids cannot clash with the page's."""
     return _image("image/svg+xml", svg.encode(), alt=alt, class_="chart")
 
 
 def ranked_bars(values: Sequence[float], x: str, y: str, alt: str, caption: str, meaning: str) -> Html:
-    """Bars of ranked values and a rule at their mean, which all would have if they were equal, beside a paragraph."""
+    """Bars of ranked values with a rule at their mean, beside a paragraph."""
     svg = bar_chart(values, x=x, y=y, level=(sum(values) / len(values), "if all were equal"))
     return side_by_side(figure(chart(svg, alt), caption), paragraph(meaning))
 
 
 def code_usage(counts: Sequence[int], meaning: str) -> Html:
-    """`ranked_bars` of how often each code occurs."""
+    """`ranked_bars` of code frequencies."""
     ranked = sorted(counts, reverse=True)
     alt = f"Bars from {ranked[0]:,} tokens for the commonest code to {ranked[-1]:,} for the rarest"
     caption = f"How often each code is used in {sum(ranked):,} tokens of held-out images, most frequent first."
@@ -200,7 +200,7 @@ def code_usage(counts: Sequence[int], meaning: str) -> Html:
 
 
 def number(value: float | None, digits: int = 2) -> str:
-    """`1,234.50`; a dash for what is not known or not finite."""
+    """`1,234.50`; a dash if unknown or not finite."""
     return "–" if value is None or not math.isfinite(value) else f"{value:,.{digits}f}"
 
 
@@ -209,7 +209,7 @@ def percent(share: float | None) -> str:
 
 
 def spread(mean: float, deviation: float, digits: int = 2) -> str:
-    """`mean ± deviation`; the mean alone where the deviation is 0, which stands for not known."""
+    """`mean ± deviation`; only the mean if the deviation is 0, which means unknown."""
     return number(mean, digits) + (f" ± {number(deviation, digits)}" if deviation else "")
 
 

@@ -1,4 +1,4 @@
-"""docs/evidence.md: what several comparisons say of decoupling, written from their results alone, sentences included."""
+"""docs/evidence.md: what several comparisons show about decoupling; all sentences are generated from results."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ TEMPLATE = Path(__file__).with_suffix(".md")
 
 
 def evidence_document(summaries: Mapping[str, dict], command: str) -> str:
-    """The document.
+    """The document as Markdown.
 
     Args:
-        summaries: of `summarize_comparison`, by the names of `EXPERIMENTS`.
-        command: that made them.
+        summaries: results of `summarize_comparison`, by the names of `EXPERIMENTS`.
+        command: the one that made them.
     """
     first, pooled = next(iter(summaries.values())), pool(summaries)
     baseline, versions = first["baseline"], first["facts"]["versions"]
@@ -57,7 +57,7 @@ def evidence_document(summaries: Mapping[str, dict], command: str) -> str:
 
 
 def incomplete(summaries: Iterable[str]) -> list[str]:
-    """A warning where comparisons are missing, and the blank lines that end it."""
+    """A warning if comparisons are missing, with the blank lines after it."""
     missing = [name for name in EXPERIMENTS if name not in summaries]
     return [f"**This is not all: {', '.join(missing)} were not run.**", "", ""] if missing else []
 
@@ -73,7 +73,7 @@ def _tuned(summary: dict) -> str:
 
 
 def said_of_all(says: Callable[[dict], str], summaries: Mapping[str, dict]) -> list[str]:
-    """What is said of each comparison: once where it is the same for all, else each time with their names."""
+    """A statement on each comparison: once if all share it, else each with the comparisons' names."""
     said: dict[str, list[str]] = {}
     for name, summary in summaries.items():
         said.setdefault(says(summary), []).append(name)
@@ -83,7 +83,7 @@ def said_of_all(says: Callable[[dict], str], summaries: Mapping[str, dict]) -> l
 def pooled_answers(
     pooled: Mapping[str, dict | None], baseline: str, decoupled: set[str], finetuned: str | None = None
 ) -> list[str]:
-    """The questions, answered by counting what is shown after Holm's adjustment, then each decoupled arm."""
+    """The questions, answered by counts of differences shown after Holm's adjustment, then per decoupled arm."""
     lines = []
     no_encoder = "no arm trains its encoder for as many steps and goes on with its decoder"
     for key, title, other, untrained in (
@@ -119,7 +119,7 @@ def _over_all(row: dict) -> str:
 
 
 def _interval(row: dict | None) -> str:
-    """`0.93 [0.90, 0.96]`; the mean alone of one comparison; a dash of none."""
+    """`0.93 [0.90, 0.96]`; only the mean for one comparison; a dash for none."""
     if row is None:
         return "–"
     return f"{row['mean']:.2f}" + ("" if row["low"] is None else f" [{row['low']:.2f}, {row['high']:.2f}]")
@@ -128,7 +128,7 @@ def _interval(row: dict | None) -> str:
 def by_comparison(
     names: Iterable[str], pooled: Mapping[str, dict | None], baseline: str, finetuned: str | None = None
 ) -> list[str]:
-    """Every arm in every comparison: what is shown, and its distance in multiples of the other's."""
+    """Every arm in every comparison: the verdict, and its distance relative to the other's."""
     against = {"equal_steps": baseline, "equal_encoder": f"{finetuned}, equal steps of the encoder"}
     names, rows = list(names), []
     for key, other in (against | {"equal_rate": f"{baseline}, equal rate"}).items():
@@ -140,7 +140,7 @@ def by_comparison(
 
 
 def pooled_tables(pooled: Mapping[str, dict | None], finetuned: str | None = None) -> list[str]:
-    """The tables of `pool`, one row for each arm; `finetuned` is what arms are held against at equal steps of the encoder."""
+    """The tables of `pool`, one row per arm; `finetuned` is the reference arm at equal encoder steps."""
     header = ["arm", *OUTCOMES, "distance / other's", "comparisons in it", "seeds with a difference"]
     encoder = f"At equal steps of the encoder, against {finetuned} instead"
     lines = []
@@ -156,7 +156,7 @@ def pooled_tables(pooled: Mapping[str, dict | None], finetuned: str | None = Non
 
 
 def _costs(summaries: Mapping[str, dict]) -> list[str]:
-    """Bits under the prior, rate, PSNR and copies: arm minus baseline, in how many comparisons each way."""
+    """Bits under the prior, rate, PSNR and copies: arm minus baseline, counts of comparisons per direction."""
     columns = {"rate_bits": "rate, bits", "bits": "bits under the prior", "psnr": "PSNR, dB"}
     columns |= {"memorised": "near-copies, percentage points"}
     lines = []
@@ -171,7 +171,7 @@ def _costs(summaries: Mapping[str, dict]) -> list[str]:
 
 
 def _ways(tables: list[dict], arm: str, key: str) -> str:
-    """In how many tables one measure of an arm is shown to be higher or lower, and between what its mean differences lie."""
+    """In how many tables a measure of an arm is shown to be higher or lower, and the range of its mean differences."""
     rows = [row for table in tables if (row := table[key].get(arm)) and row["mean"] is not None]
     verdicts = [0 if row["low"] is None else row["verdict"] for row in rows]
     factor, digits = (100, 2) if key == "memorised" else (1, 1)
@@ -181,7 +181,7 @@ def _ways(tables: list[dict], arm: str, key: str) -> str:
 
 
 def best_predictor(rows: list[dict]) -> list[str]:
-    """Which number ranks best, if that can be told, and the tables: known in all comparisons, and in fewer."""
+    """The best-ranking number, if significant, and tables of those known in all comparisons and in fewer."""
     if not rows:
         return ["No report cards were made, or too few trials finished.", ""]
     best, most = rows[0], rows[0]["n"]
@@ -223,7 +223,7 @@ def best_predictor(rows: list[dict]) -> list[str]:
 
 
 def _section(name: str, summary: dict) -> list[str]:
-    """One comparison: its answers, its table, its picture and the sizes of its prior."""
+    """One comparison: answers, table, picture and prior sizes."""
     experiment, counts = EXPERIMENTS[name], summary["facts"]["counts"]
     tables = {"equal steps": (summary["differences"], None), "equal rate": (summary["equal_rate"], None)}
     if encoder := summary["equal_encoder"]:
@@ -233,7 +233,7 @@ def _section(name: str, summary: dict) -> list[str]:
         if table:
             said = [in_short(summary, table["frechet"], other), caveats(summary, table["frechet"])]
             words += [f"At {title}: {' '.join(said)}".rstrip(), ""]
-        if table and other:  # what the table below does not hold
+        if table and other:  # not in the table below
             rows = table["frechet"].items()
             words += [*(f"- {arm}: {distance_in_figures(summary, row, other)}" for arm, row in rows), ""]
     return [

@@ -1,4 +1,4 @@
-"""What a comparison found in words and figures: the sentences that its page, the terminal and docs/evidence.md share."""
+"""Findings of a comparison in words and figures, shared by its page, the terminal and docs/evidence.md."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def signed(value: float | None, digits: int = 2) -> str:
 
 
 def with_interval(measure: Measure, row: dict | None, sign: bool = False) -> str:
-    """A mean with its interval: `12.3 [10.1, 14.5] dB`; the mean alone where there is no interval."""
+    """A mean with its interval, if any: `12.3 [10.1, 14.5] dB`."""
     if row is None or row["mean"] is None:
         return "–"
     factor, unit = (100, "\u00a0%") if measure.unit == "%" else (1, f"\u00a0{measure.unit}" if measure.unit else "")
@@ -33,7 +33,7 @@ def with_interval(measure: Measure, row: dict | None, sign: bool = False) -> str
 
 
 def with_verdict(key: str, row: dict | None, between: str = " ") -> str:
-    """A difference with its interval, and what it is said to be; a dash where there is none."""
+    """A difference with its interval and verdict; a dash if there is none."""
     measure = BY_KEY[key]
     return "–" if row is None else f"{with_interval(measure, row, sign=True)}{between}{verdict_in_words(measure, row)}"
 
@@ -45,7 +45,7 @@ def with_seeds(key: str, row: dict) -> str:
 
 
 def in_percent(summary: dict, row: dict) -> tuple[str, str]:
-    """A difference of distances in % of the baseline's own distance, and of that of training images; dashes without one."""
+    """A difference of distances in % of the baseline's distance, and of that of training images; dashes without one."""
     own = sum(row["baseline"]) / len(row["baseline"]) if row["baseline"] else None
 
     def share(of: float | None) -> str:
@@ -55,14 +55,14 @@ def in_percent(summary: dict, row: dict) -> tuple[str, str]:
 
 
 def distance_in_figures(summary: dict, row: dict, base: str | None = None) -> str:
-    """A difference in generation distance with its interval and seeds, and in percent of the distances it is held against."""
+    """A difference in generation distance with interval and seeds, and in percent of the reference distances."""
     ours, floor = in_percent(summary, row)
     scale = "" if ours == "–" else f" ({ours} of {base or summary['baseline']}'s distance, {floor} of training images')"
     return with_seeds("frechet", row) + scale
 
 
 def adjusted_p(row: dict) -> str:
-    """p after Holm's adjustment; a dash where there is none."""
+    """p after Holm's adjustment; a dash if there is none."""
     return "–" if row["p"] is None else f"{row['adjusted']:.3f}" if row["adjusted"] >= 0.001 else "< 0.001"
 
 
@@ -77,9 +77,9 @@ def by_verdict(key: str, rows: dict[str, dict]) -> dict[str, list[str]]:
 
 
 def in_short(summary: dict, rows: dict[str, dict], base: str | None = None) -> str:
-    """One sentence that answers, for one table of differences, which arms are better or worse than `base`, the baseline.
+    """One sentence on which arms are better or worse than `base`, the baseline, for one table of differences.
 
-    Arms without any result are named, too, and those of which trials diverged are marked.
+    Arms without results are named too, and those with diverged trials are marked.
     """
     base, arms = base or summary["baseline"], {arm["name"]: arm for arm in summary["arms"]}
     words = {"better": f"better than {base}", "worse": f"worse than {base}", "not known": "not known, for want of two seeds"}
@@ -96,7 +96,7 @@ def in_short(summary: dict, rows: dict[str, dict], base: str | None = None) -> s
 
 
 def caveats(summary: dict, rows: dict[str, dict]) -> str:
-    """How a difference came to count as shown, and what the intervals do not know; empty where there is nothing to say."""
+    """How differences are tested, and what the intervals leave out; empty if nothing applies."""
     words, tested = [], {name: row for name, row in rows.items() if row["p"] is not None}
     if len(tested) > 1:
         words.append(
@@ -111,7 +111,7 @@ def caveats(summary: dict, rows: dict[str, dict]) -> str:
 
 
 def answer_lines(summary: dict, rows: dict[str, dict] | None) -> list[str]:
-    """The answer of one table of generation distances, for a terminal: in short, each arm's figures, and the caveats."""
+    """The result of one table of generation distances, for a terminal: summary, figures per arm, caveats."""
     if rows is None:
         return []
     figures = [f"  {name}: {distance_in_figures(summary, row)}" for name, row in rows.items()]
@@ -119,7 +119,7 @@ def answer_lines(summary: dict, rows: dict[str, dict] | None) -> list[str]:
 
 
 def budgets(summary: dict) -> str:
-    """What equal numbers of steps mean for encoder and decoder, and which arms' images another decoder makes."""
+    """What equal steps mean for encoder and decoder, and which arms generate images with another decoder."""
     by_steps: dict[tuple[int, int], list[str]] = {}
     for arm in summary["arms"]:
         by_steps.setdefault((arm["encoder_steps"], arm["decoder_steps"]), []).append(arm["name"])
@@ -135,13 +135,13 @@ def budgets(summary: dict) -> str:
 
 def latent_type(summary: dict) -> tuple[type[Bottleneck], PriorFamily, bool]:
     """The bottleneck, the family of the prior, and whether the decoder had an adversarial loss."""
-    names = summary["latent_type"] if "latent_type" in summary else summary["carrier"]  # its key in earlier versions
+    names = summary["latent_type"] if "latent_type" in summary else summary["carrier"]  # the key in earlier versions
     bottleneck, family, *adversarial = names.split(" + ")
     return BOTTLENECKS[bottleneck], PRIORS[family], bool(adversarial)
 
 
 def rate_means(summary: dict) -> str:
-    """What the rate is, for the bottleneck of this comparison."""
+    """Definition of the rate for this comparison's bottleneck."""
     rate = "the mean Kullback-Leibler divergence of an image's latent distribution from a Gaussian with the moments of them all"
     if latent_type(summary)[0].discrete:
         rate = "the entropy of the codes as if the tokens of an image were independent"
@@ -149,7 +149,7 @@ def rate_means(summary: dict) -> str:
 
 
 def bits_mean(summary: dict) -> str:
-    """What the bits under the prior are; only some priors are told the class, and only of labelled images."""
+    """Definition of the bits under the prior; only some priors are class-conditional, and only with labels."""
     words = "Bits under the prior: what the trained prior needs to write down the latent of a held-out image"
     if summary["facts"].get("labelled"):
         words += ", not told its class" if latent_type(summary)[1].fitted else ", told the image's class"
@@ -160,13 +160,13 @@ def bits_mean(summary: dict) -> str:
 
 
 def markdown_table(header: Sequence[Any], rows: Sequence[Sequence[Any]]) -> list[str]:
-    """Its lines."""
+    """The lines of a Markdown table."""
     cells = [[str(cell).replace("|", "\\|") for cell in row] for row in (header, ["---"] * len(header), *rows)]
     return [f"| {' | '.join(row)} |" for row in cells]
 
 
 def results_markdown(summary: dict) -> str:
-    """The table of all arms with intervals and paired differences, and what its numbers are."""
+    """The table of all arms with intervals and paired differences, and definitions of its numbers."""
     measures = [BY_KEY[k] for k in COLUMNS if any(arm["measures"][k] for arm in summary["arms"])]
     base, equal, rows = summary["baseline"], summary["equal_rate"], []
     header = ["arm", *(m.name for m in measures), f"distance minus {base}'s", "p (Holm)"]
@@ -192,5 +192,5 @@ def results_markdown(summary: dict) -> str:
 
 
 def missing(arm: Mapping[str, Any]) -> str:
-    """How many trials of an arm have no result: `1 diverged, 2 failed`; empty if all have one."""
+    """Counts of an arm's trials without a result: `1 diverged, 2 failed`; empty if there are none."""
     return ", ".join(f"{arm[kind]} {kind}" for kind in ("diverged", "failed") if arm[kind])

@@ -1,4 +1,4 @@
-"""The page of recipes/report_latent.py: the report card of a latent, for a reader who does not know the field."""
+"""The page of recipes/report_latent.py: the report card of a latent, for readers new to the field."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PROSE = read_prose(__file__)
 HOPED = {"lower": "lower", "higher": "higher", "either": "depends"}
 DIGITS = {"bits per image": 1, "directions": 1, "codes": 1, "squared error": 4, "pixel units": 3}  # else 2
 HEADLINES = ("prior_bits", "linear_distance", "reconstruction_error", "sensitivity", "interpolation_distance")
-FEWEST_SEEDS = 5  # of a bootstrap over seeds from which anything is concluded
+FEWEST_SEEDS = 5  # below, no conclusion is drawn from a bootstrap over seeds
 
 
 def write_card_page(run: MeasuredLatent, rankings: dict[Path, Ranking], folder: Path) -> None:
@@ -64,7 +64,7 @@ def _lead(run: MeasuredLatent) -> list[Html]:
 
 
 def _compare_with(run: MeasuredLatent) -> dict[str, str]:
-    """What each value is to be held against: its end of the scale, or what doing without the latent gives."""
+    """What to compare each value with: the end of its scale, or the value without the latent."""
     latents, without = run.heldout.latents, run.baselines
     mean_image = f"the mean image: {number(without['reconstruction_error'], 3)}"
     found = {
@@ -100,7 +100,7 @@ def _headline(run: MeasuredLatent, compared: dict[str, str]) -> Html:
 
 
 def _value_and_unit(name: str, value: float | None) -> tuple[str, str]:
-    """A value with as many digits as its unit deserves, and the unit; a share is in per cent and has none."""
+    """A value formatted for its unit, and the unit; shares are in per cent, without unit."""
     unit = PREDICTORS[name].unit
     return (percent(value), "") if unit == "share" else (number(value, DIGITS.get(unit, 2)), unit)
 
@@ -119,7 +119,7 @@ def _card_table(run: MeasuredLatent, compared: dict[str, str]) -> Html:
 
 
 def _picture(rows: dict[str, Tensor], caption: str, path: Path) -> Html:
-    """Labelled rows of images on the page, and the same as a PNG."""
+    """Labelled rows of images for the page; also written as a PNG."""
     images = {name: to_uint8(x_BCHW) for name, x_BCHW in rows.items()}
     sheet = np.concatenate(list(images.values()))
     factor = max(1, web.PICTURE_SIDE // max(sheet.shape[1:3]))
@@ -162,7 +162,7 @@ def _trust(folder: Path, ranking: Ranking) -> Html:
 
 
 def outcome(name: str, r: RankCorrelation) -> str:
-    """Whether the interval holds what was hoped for."""
+    """Whether the interval agrees with the expected direction."""
     if not math.isfinite(r.rho):
         return "the same in all trials"
     if not math.isfinite(r.low):

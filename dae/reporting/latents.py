@@ -1,4 +1,4 @@
-"""The page of recipes/measure_latent.py: what was measured, for a reader who does not know the paper."""
+"""The page of recipes/measure_latent.py, for readers who do not know the paper."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ DISTANCES = {  # title and meaning
 
 
 def _title_of(measured: Measurement, name: str) -> str:
-    """A latent's name, without the folders of a path unless two would look the same."""
+    """A latent's name, without parent folders unless two names would be the same."""
     return _shortened(name) if sum(_shortened(a.name) == _shortened(name) for a in measured.latents) == 1 else name
 
 
@@ -87,7 +87,7 @@ def _margin(estimate: Estimate) -> float:
 
 
 def _counts(measured: Measurement) -> tuple[int, int]:
-    """Rows that generators were fitted on and judged on; all rows where every distance was computed from moments."""
+    """Numbers of fitting and measuring rows of the generators; all rows if every distance was computed from moments."""
     return min(e.counts for curve in measured.curves.values() for e in curve.estimates)
 
 
@@ -107,7 +107,7 @@ def _answer(measured: Measurement) -> Html:
 
 
 def _unequal(measured: Measurement) -> list[Html]:
-    """A warning where codes have different numbers of values, with what that does to each kind of family."""
+    """A warning if codes have different numbers of values, with the effect on each kind of family."""
     sizes = sorted({latent.codes[0].numel() for latent in measured.latents})
     if len(sizes) == 1:
         return []
@@ -120,7 +120,7 @@ def _unequal(measured: Measurement) -> list[Html]:
 
 
 def tile(ranked: Sequence[tuple[str, Estimate]], words: str) -> tuple[str, str, str]:
-    """The best latent, or all that cannot be told from it: not ahead with each seed, or by less than twice the error of that."""
+    """The best latent, or all not distinguishable from it: not ahead with each seed, or by less than twice the error."""
     (first, best), *others = ranked
     tied = [name for name, e in others if not _ahead(best, e)]
     places = _decimals([e.value for _, e in ranked])
@@ -141,7 +141,7 @@ def _ahead(best: Estimate, other: Estimate) -> bool:
 
 
 def _table_of(measured: Measurement, distance: str) -> list[Html]:
-    """Latents x families at the weakest and the strongest capacity, with what to hold them against."""
+    """Latents x families at the lowest and highest capacity, with baselines."""
     families, marks = measured.config.measure.families, measured.baselines[distance]
     columns = [(name, index) for name in families for index in (0, -1)]
     header = ["latent"] + [f"{FAMILIES[n].name}, {FAMILIES[n].knob} {FAMILIES[n].capacities[i]:g}" for n, i in columns]
@@ -185,7 +185,7 @@ def _strength(measured: Measurement) -> list[Html]:
 
 
 def _lines_of(measured: Measurement, distance: str) -> Iterator[tuple[Choice, list[Series], dict[str, Any]]]:
-    """For each family: itself, a line per latent, and the axes of their chart."""
+    """Per family: the family, a line per latent, and the axes of their chart."""
     order = [latent.name for latent in measured.latents]
     mark = None if distance == "reconstruction" else (measured.baselines[distance]["real"].value, "real images")
     for name in measured.config.measure.families:
@@ -273,7 +273,7 @@ def _method(measured: Measurement) -> list[Html]:
     ]
 
 
-# ---- pictures of their own ----
+# ---- pictures as files ----
 
 
 def _write_pictures(measured: Measurement, folder: Path) -> list[str]:
@@ -299,12 +299,12 @@ def _file_name(name: str) -> str:
 
 
 def _decimals(values: Sequence[float]) -> int:
-    """As many as give the smallest value but 0 three digits, but at most 4."""
+    """Decimals that give the smallest non-zero value three digits, at most 4."""
     smallest = min((abs(value) for value in values if value), default=1.0)
     return min(max(0, 2 - math.floor(math.log10(smallest))), 4)
 
 
 def _plus_minus(estimate: Estimate, places: int) -> str:
-    """`value ± deviation`, the deviation left out where there is one seed."""
+    """`value ± deviation`, without the deviation for a single seed."""
     words = number(estimate.value, places)
     return words if len(estimate.values) == 1 else f"{words} ± {number(_margin(estimate), places)}"

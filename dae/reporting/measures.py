@@ -1,4 +1,4 @@
-"""What recipes/evaluate.py measured of a run, in words: name, value and meaning of each number of metrics.json."""
+"""Name, value and meaning of each number in a run's metrics.json."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ Row = tuple[str, str, str]
 
 
 def measured_family(metrics: dict) -> PriorFamily:
-    """Of the prior that was measured; runs of earlier versions have ar."""
+    """The family of the measured prior; `ar` in runs of earlier versions."""
     return PRIORS[metrics["prior"].get("family", "ar")]
 
 
 def bits_per_image(metrics: dict) -> float:
-    """Held-out code length of an image's latent under the prior; runs of earlier versions have that of a token."""
+    """Held-out code length per image under the prior; runs of earlier versions have it per token."""
     prior = metrics["prior"]
     if "heldout_bits_per_image" in prior:
         return prior["heldout_bits_per_image"]
@@ -26,7 +26,7 @@ def bits_per_image(metrics: dict) -> float:
 
 
 def headline(metrics: dict, num_codes: int) -> list[Row]:
-    """The numbers that tell most, each as (value, what it is, what to hold it against)."""
+    """The most important numbers, each as (value, name, comparison)."""
     g, floor, rebuilt = metrics["generation"], metrics["floor"]["frechet"], metrics["reconstruction"]
     psnr = {stage: f"{number(found['psnr'], 1)}\u00a0dB" for stage, found in rebuilt.items()}
     weak = f"weak decoder of stage 1: {psnr['stage 1']}" if "stage 1" in psnr else "mean of held-out images"
@@ -55,7 +55,7 @@ def _prior_bits(metrics: dict, num_codes: int) -> Row:
 
 
 def measurements(metrics: dict) -> list[Row]:
-    """All numbers that there are, each as (name, value, meaning)."""
+    """All available numbers, each as (name, value, meaning)."""
     g, floor, prior = metrics["generation"], metrics["floor"], metrics["prior"]
     codebook, latent = metrics.get("codebook") or {}, metrics.get("latent") or {}
     task = "telling by how many quarter turns one was rotated"
@@ -98,7 +98,7 @@ def measurements(metrics: dict) -> list[Row]:
          "Share of held-out images that lie among samples (inside open balls about their features): variety."),
         ("Near-copies", g["memorised"], "%", "Samples nearer to a training image than 99\u00a0% of held-out images are."),
         ("Near-copies, held-out", g["memorised_heldout"], "%", "The same share of the held-out images themselves."),
-        ("Near-copies, threshold", g["memorised_threshold"], 3, "RMS difference a pixel; black and white are 2 apart."),
+        ("Near-copies, threshold", g["memorised_threshold"], 3, "RMS difference per pixel; black and white are 2 apart."),
         ("Classifier's accuracy", metrics["extractor"]["heldout_accuracy"], "%", f"On held-out images: {task}."),
     ]  # fmt: skip
     return [(name, _shown(value, digits), meaning) for name, value, digits, meaning in rows if value is not None]
@@ -107,7 +107,7 @@ def measurements(metrics: dict) -> list[Row]:
 def _kernel_distance(of: dict, what: str) -> tuple[tuple[float, float] | None, int, str]:
     if "kernel_distance" not in of:  # not measured by earlier versions
         return None, 4, ""
-    subsets = f"{of['kernel_subsets']} random subsets of {of['kernel_subset_size']:,} a side"
+    subsets = f"{of['kernel_subsets']} random subsets of {of['kernel_subset_size']:,} per side"
     meaning = f"KID's formula in our features: of {what} to held-out images; {subsets}."
     return (of["kernel_distance"], of["kernel_distance_std"]), 4, meaning
 
@@ -119,13 +119,13 @@ def _shown(value: Any, digits: int | str) -> str:
 
 
 def provenance(metrics: dict) -> list[tuple[str, str]]:
-    """Of how many images, in whose features and with which seeds that was measured, each as (what, value)."""
+    """Number of images, feature extractor and seeds of the measurements, each as (what, value)."""
     count, extractor = metrics["counts"], metrics["extractor"]
     rows = [
         ("Training images, for the floor and the copies", f"{count['train']:,}"),
         ("Held-out images", f"{count['heldout']:,}"),
         ("Samples", f"{count['samples']:,}"),
-        ("Images a side in a Fréchet distance", f"{count['frechet']:,}; ± is the deviation between disjoint sets of so many"),
+        ("Images per side in a Fréchet distance", f"{count['frechet']:,}; ± is the deviation between disjoint sets of so many"),
         ("Extractor of the features", f"{extractor['id']} ({extractor['note']})"),
         ("Seeds", f"{metrics['seed']} for training and evaluation, {metrics['sampling']['seed']} for the samples"),
     ]

@@ -12,7 +12,7 @@ from dae.reporting.elements import Html, text
 
 
 def read_prose(page: str) -> dict[str, str]:
-    """Text by name, from the file next to the module `page`; a line break is a space, and a blank line stays."""
+    """Text by name, from the file next to the module `page`; line breaks become spaces, blank lines are kept."""
     _, *parts = re.split(r"^## (.+)\n", Path(page).with_suffix(".md").read_text(), flags=re.M)
     return {name: re.sub(r"(?<!\n)\n(?!\n)", " ", words.strip()) for name, words in zip(parts[::2], parts[1::2], strict=True)}
 

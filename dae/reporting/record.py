@@ -1,4 +1,4 @@
-"""A finished run, read from its folder for the pages that show it."""
+"""Read a finished run from its folder, for pages."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ from dae.training.run import Run, recorded_data
 class Record:
     """A run that was trained, sampled and evaluated."""
 
-    config: Config  # what was really trained, see `trained_configuration`
+    config: Config  # as trained, see `trained_configuration`
     metrics: dict  # metrics.json of recipes/evaluate.py
     images: np.ndarray  # uint8 [N, H, W, C], the samples
     labels: np.ndarray  # int64 [N], their classes
-    pictures: dict[str, np.ndarray]  # by name, the images that recipes/evaluate.py kept
+    pictures: dict[str, np.ndarray]  # by name, the images saved by recipes/evaluate.py
     autoencoder: list[dict]  # rows of its log, oldest first; empty if there is no log
     prior: list[dict]  # likewise
-    tables: list[list[tuple[str, str]]]  # of `dae.data.Summary`, one per data set that was read; none of earlier versions
+    tables: list[list[tuple[str, str]]]  # of `dae.data.Summary`, one per data set; empty in earlier versions
     measured_on: datetime.date  # the day metrics.json was written
-    contradictions: list[str]  # sentences on what in the folder is newer than the measurements
+    contradictions: list[str]  # sentences on files newer than the measurements
 
     @classmethod
     def load(cls, config: Config) -> Record:
@@ -43,7 +43,7 @@ class Record:
 
         Raises:
             FileNotFoundError: the run has no samples or no metrics.json yet; the message names the recipe to run.
-            ValueError: one of the files is damaged; likewise.
+            ValueError: one of the files is damaged; so does this message.
         """
         output = Path(config.output_dir)
         samples_file, metrics_file = output / "samples" / "samples.npz", output / "metrics.json"
@@ -70,7 +70,7 @@ class Record:
 
     @property
     def data(self) -> dict:
-        """What evaluate.py says about the data; nothing in runs of earlier versions."""
+        """The data's description by evaluate.py; empty in runs of earlier versions."""
         return self.metrics.get("data") or {}
 
     @property
@@ -78,7 +78,7 @@ class Record:
         """Name of the data set, without the folders of a local one."""
         if "title" in self.data:
             return str(self.data["title"])
-        name = str(self.data.get("name") or source_title(self.config.data))  # of a run of earlier versions
+        name = str(self.data.get("name") or source_title(self.config.data))  # for runs of earlier versions
         return Path(name).name if name.startswith(("/", ".", "~")) else name
 
     @property
@@ -87,19 +87,19 @@ class Record:
 
     @property
     def family(self) -> PriorFamily:
-        """Of the prior."""
+        """The family of the prior."""
         return measured_family(self.metrics)
 
     @property
     def num_codes(self) -> int:
-        """K of a latent of tokens; 0 of a continuous one, of which evaluate.py tells the bits."""
+        """K of a token latent; 0 for a continuous one, whose bits evaluate.py measures."""
         autoencoder = self.config.autoencoder
         return 0 if self.metrics.get("latent") else bottleneck_class(autoencoder).num_codes(autoencoder)
 
 
 @contextlib.contextmanager
 def _undamaged(file: Path, recipe: str) -> Iterator[None]:
-    """What reading a damaged file raises becomes a ValueError that names the recipe which writes it."""
+    """Turn errors of reading a damaged file into a ValueError that names the recipe to run."""
     try:
         yield
     except (ValueError, TypeError, KeyError, EOFError, BadZipFile) as error:
@@ -108,7 +108,7 @@ def _undamaged(file: Path, recipe: str) -> Iterator[None]:
 
 
 def trained_configuration(config: Config) -> Config:
-    """The configuration of what was trained: each training recipe saves the one it ran with, and these may differ."""
+    """The configuration as trained: each training recipe saves its own, and these may differ."""
     folder = Path(config.output_dir)
     saved = {name: load_config(p) for name in ("", "autoencoder", "prior") if (p := folder / name / "config.yaml").is_file()}
     trained = saved.get("", config)
@@ -119,7 +119,7 @@ def trained_configuration(config: Config) -> Config:
 
 
 def contradictions(output: Path, metrics: dict) -> list[str]:
-    """What is newer than the measurements, so that a page would show one run and count another."""
+    """Sentences on files newer than the measurements, for which a page would mix two runs."""
     found, sampling = [], output / "samples" / "sampling.json"
     if sampling.is_file() and json.loads(sampling.read_text()) != metrics["sampling"]:
         found.append("The samples shown were drawn after the measurements: run evaluate.py again, then report.py.")
@@ -130,7 +130,7 @@ def contradictions(output: Path, metrics: dict) -> list[str]:
 
 
 def seconds_by_stage(history: list[dict]) -> dict[str, float]:
-    """Seconds per stage; the clock of a resumed run starts at 0 again, which shows as a step back."""
+    """Seconds per stage; the clock of a resumed run restarts at 0, which shows as a decrease."""
     seconds: dict[str, float] = {}
     before = 0.0
     for row in history:

@@ -53,7 +53,7 @@ SETTINGS = {
 
 
 def run_page(run: Record) -> web.Page:
-    """The page; it measures nothing anew."""
+    """Build the page from the record; measures nothing."""
     page = web.Page(f"{METHODS[run.config.method][0]} on {run.data_name}", lead(run))
     page.section("In numbers", web.tiles(headline(run.metrics, run.num_codes)))
     page.section("Samples", sample_grid(run))
@@ -241,7 +241,7 @@ def copies(run: Record) -> list[Html]:
 
 
 def guidance_table(run: Record) -> list[Html]:
-    """What stronger guidance and longer training cost; empty for a prior that has neither."""
+    """Effects of guidance and training length; empty for a prior with neither."""
     prior = run.family
     if not run.metrics.get("guidance_sweep"):
         return []
@@ -269,7 +269,7 @@ def guidance_table(run: Record) -> list[Html]:
 
 
 def samples_beside_originals(run: Record) -> np.ndarray:
-    """uint8 [H, W, C] for a README or a slide: at most 32 held-out images on the left, as many samples on the right; enlarged."""
+    """Enlarged picture, uint8 [H, W, C]: at most 32 held-out images on the left, as many samples on the right."""
     factor, both = max(1, web.PICTURE_SIDE // max(run.images.shape[1:3])), (run.pictures["originals"], run.images)
     shown = min(32, *map(len, both))
     left, right = (grid(x[:shown].repeat(factor, 1).repeat(factor, 2), 8, gap=2, background=255) for x in both)

@@ -1,4 +1,4 @@
-"""Fused operations for latent generative models; works with torch alone, uses Triton where it launches."""
+"""Fused operations for latent generative models; works with torch alone, uses Triton if available."""
 
 from dae_kernels.attention import attention, attention_varlen
 from dae_kernels.clouds import Convention

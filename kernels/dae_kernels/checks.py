@@ -1,7 +1,7 @@
-"""Checks of arguments that operations share: options become Python's numbers and flags, operands are dense and floating point.
+"""Argument checks shared by operations: options become Python numbers and flags, operands must be dense floating point.
 
-A number may come as Python's, as NumPy's (a scalar or an array of one element) or as a tensor of one element, as from
-`x.std()` or `np.median(d)`. A tensor is read, which on a GPU waits for it.
+Numbers may be Python's, NumPy's (a scalar or an array of one element) or a tensor of one element, as from `x.std()` or
+`np.median(d)`. Reading a tensor synchronises with a GPU.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def as_number(operation: str, name: str, got: Any) -> float:
-    """`got` as a float, or torch.compile's symbol in its place.
+    """`got` as a float, or as torch.compile's symbol for it.
 
     Raises:
         TypeError: not a real number; a bool is refused, too.
-        ValueError: too large for a float, or a tensor that cannot be read here or asks for a gradient.
+        ValueError: too large for a float, or a tensor that cannot be read here or requires a gradient.
     """
     if type(got) is float or isinstance(got, torch.SymInt | torch.SymFloat):
         return got  # type: ignore[return-value]
@@ -68,7 +68,7 @@ def as_numbers(operation: str, name: str, got: Any) -> tuple[float, ...]:
 
 def unwrapped(operation: str, name: str, got: Any) -> Any:
     """The Python number of a tensor, array or NumPy scalar of one element; `got` itself otherwise."""
-    if isinstance(got, bool | int | float):  # first: under torch.compile they may be symbols, for which this test suffices
+    if isinstance(got, bool | int | float):  # first, because under torch.compile they may be symbols
         return got
     if isinstance(got, Tensor) and got.numel() == 1:
         if not values_readable(got) or got.is_meta:
@@ -98,7 +98,7 @@ def check_choice(name: str, got: Any, choices: Sequence[str | None]) -> None:
 
 
 def check_dense(operation: str, name: str, operand: Any) -> None:
-    """TypeError unless `operand` is a tensor whose elements all lie in memory: sparse and nested ones have little arithmetic."""
+    """TypeError unless `operand` is a dense tensor: sparse and nested ones support few operations."""
     if not isinstance(operand, torch.Tensor):
         raise TypeError(f"{operation} needs {name} as a torch.Tensor, got {type(operand).__name__}")
     if operand.is_nested or operand.layout != torch.strided:
@@ -113,7 +113,7 @@ def check_tensors(operation: str, **operands: Tensor) -> None:
 
 
 def check_floating(operation: str, name: str, operand: Any, remedy: str | None = None) -> None:
-    """TypeError unless `operand` is a dense tensor of 16, 32 or 64 bits floating point: 8 bits have no arithmetic in torch."""
+    """TypeError unless `operand` is a dense tensor of 16, 32 or 64 bits floating point; torch has no arithmetic for 8 bits."""
     if not isinstance(operand, torch.Tensor) or operand.dtype not in FLOAT_DTYPES:
         got = operand.dtype if isinstance(operand, torch.Tensor) else type(operand)
         takes = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
@@ -133,7 +133,7 @@ def check_operands(operation: str, **tensors: Tensor) -> None:
 
 
 def check_clouds(operation: str, x: Tensor, y: Tensor) -> None:
-    """Two clouds x [N, D] and y [M, D], N, M, D >= 1, floating, of one dtype and on one device.
+    """Check two clouds x [N, D] and y [M, D], N, M, D >= 1, floating, of one dtype and on one device.
 
     Raises:
         TypeError: not tensors, not floating point, or two dtypes.
@@ -156,10 +156,10 @@ def check_clouds(operation: str, x: Tensor, y: Tensor) -> None:
 
 
 def check_weights(operation: str, name: str, weights: Tensor | None, cloud: Tensor) -> None:
-    """Weights [N] of a cloud [N, D]: floating, finite, not negative, with a positive sum; None stands for equal weights.
+    """Check weights [N] of a cloud [N, D]: floating, finite, not negative, with a positive sum; None for equal weights.
 
-    The values are read, which on a GPU waits for it, but not while torch.compile traces, inside torch.vmap and of fake tensors,
-    where they cannot be: there bad values give a meaningless result.
+    Reading the values synchronises with a GPU. They cannot be read under torch.compile and torch.vmap or in fake tensors: there
+    bad values give a meaningless result.
 
     Raises:
         TypeError: not a tensor, or not floating point.

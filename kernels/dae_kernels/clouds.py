@@ -1,4 +1,4 @@
-"""What distances between point clouds share: conventions, normalised weights, centres and scales."""
+"""Shared by distances between point clouds: conventions, normalised weights, centres and scales."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ SAMPLES = 512  # points of a cloud from which its centre is estimated
 
 @dataclass(frozen=True)
 class Convention:
-    """What a distance returns; `some_distance.convention` states it.
+    """Convention of a distance, available as `some_distance.convention`.
 
     Args:
         value: "squared" or "root": whether the result is a squared distance or its root; "share" for shares of points.
         cost: the cost between two points, with its factor.
-        bias: what the estimate from samples is off by in expectation.
+        bias: expected error of the estimate from samples.
     """
 
     value: str
@@ -38,7 +38,7 @@ def convention(value: str, cost: str, bias: str) -> Callable[[Callable], Callabl
 
 
 def normalised(weights: Tensor | None, cloud: Tensor, dtype: torch.dtype) -> Tensor:
-    """Weights [N] of a cloud [N, D] in `dtype` that sum to 1; None stands for equal ones."""
+    """Weights [N] of a cloud [N, D] in `dtype` that sum to 1; None for equal ones."""
     if weights is None:
         return cloud.new_full(cloud.shape[:1], 1 / cloud.shape[0], dtype=dtype)
     weights = weights.to(dtype)
@@ -46,28 +46,28 @@ def normalised(weights: Tensor | None, cloud: Tensor, dtype: torch.dtype) -> Ten
 
 
 def unit_scale(*tensors: Tensor) -> Tensor:
-    """A power of 2, [] in float64 and without gradient, by which the largest of the numbers comes to lie in 1/2..4.
+    """A power of 2, [] in float64 and without gradient, that scales the largest of the numbers into 1/2..4.
 
-    Powers of what it multiplies are numbers of its dtype, and nothing is rounded.
+    Powers of the scaled values then neither overflow nor underflow, and scaling does not round.
     """
     largest = torch.stack([t.detach().abs().amax() for t in tensors]).amax()
     return torch.exp2(-largest.clamp_min(torch.finfo(largest.dtype).tiny).double().log2().floor())
 
 
 def sampled(cloud_ND: Tensor, weights_N: Tensor) -> Tensor:
-    """SAMPLES points at equal steps of the cumulated weights, which sum to 1: none of weight 0; without gradient."""
-    # Whole numbers, as a GPU cumulates them in any order to the same bits; 2^52 times 2 SAMPLES is still an int64.
+    """SAMPLES points at equal steps of the cumulative weights, which sum to 1; none of weight 0; without gradient."""
+    # Integers, whose cumulative sum on a GPU is exact in any order; 2^52 times 2 SAMPLES is still an int64.
     cumulated_N = (weights_N.detach().double() * 2**52).round().long().cumsum(dim=0)
     level_S = (2 * torch.arange(SAMPLES, device=cloud_ND.device) + 1) * cumulated_N[-1] // (2 * SAMPLES)
-    # right=True: the first point whose cumulated weight goes beyond the level, which a point of weight 0 never is
+    # right=True: the first point whose cumulative weight exceeds the level, never one of weight 0
     index_S = torch.searchsorted(cumulated_N, level_S, right=True).clamp_max(cloud_ND.shape[0] - 1)
     return cloud_ND.detach()[index_S]
 
 
 def middle(points_SD: Tensor) -> Tensor:
-    """[D]: the lower median of every coordinate. Far points do not move it, as they would the mean.
+    """[D]: the lower median of every coordinate, which unlike the mean is robust to outliers.
 
-    By sorting, as torch.median is refused on a GPU where torch.use_deterministic_algorithms is set.
+    By sorting, as torch.median raises on a GPU under torch.use_deterministic_algorithms.
     """
     return points_SD.sort(dim=0).values[(points_SD.shape[0] - 1) // 2]
 

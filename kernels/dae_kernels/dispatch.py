@@ -1,6 +1,6 @@
-"""Choice of an implementation, and registration of torch operators.
+"""Choose implementations and register torch operators.
 
-A named implementation runs or raises with the reason; `auto` is decided here. Nothing imports triton before a kernel is launched.
+A named implementation runs or raises; `auto` is resolved here. Triton is imported only when a kernel is launched.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
-INTERPRETED_BFLOAT16 = False  # True where Triton's interpreter is patched, as in the tests
+INTERPRETED_BFLOAT16 = False  # True if Triton's interpreter is patched, as in the tests
 
 
 def dtype_refusal(*operands: Tensor) -> str | None:
@@ -75,16 +75,16 @@ known_gpu_refusal = functools.cache(gpu_refusal)  # the driver's answers take as
 def choose(impl: str, device: torch.device, refusal: str | None = None) -> str:
     """'reference' or 'triton' for a request of 'auto', 'reference' or 'triton'.
 
-    `auto` takes Triton on CUDA devices where the kernel can run and the reference elsewhere (also under the interpreter,
-    which is there for tests).
+    `auto` uses Triton on CUDA devices if the kernel can run, else the reference (also under the interpreter, which is meant for
+    tests).
 
     Args:
         impl: the caller's request.
-        device: where the operands are.
-        refusal: the operation's own reason why its kernel cannot take these operands (dtype, size), or None.
+        device: device of the operands.
+        refusal: the operation's reason why its kernel cannot take these operands (dtype, size), or None.
 
     Raises:
-        ValueError: `impl` is unknown, or 'triton' was asked for and cannot run; the message says why.
+        ValueError: `impl` is unknown, or 'triton' was requested and cannot run; the message says why.
     """
     check_choice("impl", impl, ("auto", "reference", "triton"))
     if impl == "reference" or (impl == "auto" and device.type != "cuda"):
@@ -100,9 +100,9 @@ def choose(impl: str, device: torch.device, refusal: str | None = None) -> str:
 def taken_whole(function: Callable) -> Callable:
     """Decorator of a function with an autograd.Function that Dynamo must not trace into (`allow_in_graph`).
 
-    Dynamo ignores the `backward` of an autograd.Function inside torch.func.grad, vjp and jacrev: the derivative would be that of
-    the forward pass, or 0, without an error (torch 2.13). Taken whole, the function is traced below these transforms, as in
-    eager mode.
+    Dynamo ignores the `backward` of an autograd.Function inside torch.func.grad, vjp and jacrev: the derivative would silently be
+    that of the forward pass, or 0 (torch 2.13). With `allow_in_graph` the function is traced below these transforms, as in eager
+    mode.
     """
     TAKEN_WHOLE.append(function)
 
@@ -169,7 +169,7 @@ def register_op(name: str, body: Callable, fake: Callable) -> Callable:
 
 
 def loop_over_batch(op: Callable) -> Callable:
-    """The rule of torch.vmap for `op`: one call after the other, so memory stays bounded."""
+    """The vmap rule of `op`: sequential calls, which bound memory."""
 
     def rule(info: Any, in_dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
         calls = []

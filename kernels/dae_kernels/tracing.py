@@ -1,4 +1,4 @@
-"""What torch does around a call: whether it traces, transforms, batches or differentiates, and autocast."""
+"""Queries of torch's state around a call: tracing, transforms, batching, differentiation, and autocast."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 MODES = torch._C._TorchDispatchModeKey
 TRACING_MODES = (MODES.FAKE, MODES.FUNCTIONAL, MODES.PROXY)
 
-TAKEN_WHOLE: list[Callable] = []  # functions that Dynamo must not trace into, see `dispatch.taken_whole`
+TAKEN_WHOLE: list[Callable] = []  # functions for `allow_in_graph`, see `dispatch.taken_whole`
 
 
 def traced() -> bool:
@@ -24,10 +24,9 @@ def traced() -> bool:
 
 
 def values_readable(*tensors: torch.Tensor) -> bool:
-    """Whether Python may look at values.
+    """Whether Python may read the tensors' values.
 
-    Not while torch.compile, torch.export or make_fx traces, not of meta and fake tensors, which have none, and not of those
-    that torch.vmap batches.
+    Not while torch.compile, torch.export or make_fx traces, nor for meta and fake tensors, nor for those batched by torch.vmap.
     """
     if torch.compiler.is_compiling() or any(torch._C._get_dispatch_mode(mode) is not None for mode in TRACING_MODES):
         return False
@@ -44,12 +43,12 @@ def batched(*tensors: torch.Tensor) -> bool:
 
 
 def differentiated(*tensors: torch.Tensor) -> bool:
-    """Whether a derivative by one of these may be taken, also by a torch.func transform outside of a torch.vmap."""
+    """Whether one of these may be differentiated, also by a torch.func transform outside a torch.vmap."""
     return torch.is_grad_enabled() and any(level.requires_grad for tensor in tensors for level in transform_levels(tensor))
 
 
 def transform_levels(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """`tensor` and what the transforms of torch.func have wrapped in it."""
+    """`tensor` and the tensors that transforms of torch.func wrapped in it."""
     yield tensor
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)

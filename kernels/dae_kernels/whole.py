@@ -1,6 +1,6 @@
 """autograd.Functions that Dynamo must not trace into (`allow_in_graph`), registered when something is first compiled.
 
-torch._dynamo takes a second to import; and a function is looked up after the import that stands before its call.
+Imported just before such a function is called, as torch._dynamo takes a second to import; Dynamo looks functions up after that.
 """
 
 from __future__ import annotations

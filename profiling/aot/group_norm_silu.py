@@ -1,4 +1,4 @@
-"""Variants of group_norm_silu: both layouts, with SiLU and the adaptive operands, and the least of them. One stride is 1."""
+"""Variants of group_norm_silu: both layouts, with SiLU and the adaptive operands, and the simplest case. One stride is 1."""
 
 from dae_kernels.group_norm_silu import fused
 from dae_kernels.group_norm_silu.layout import tile, whole_group_tile

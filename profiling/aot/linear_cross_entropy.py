@@ -8,7 +8,7 @@ from dae_kernels.linear_cross_entropy import fused
 from variants import Variant
 
 FLAGS = ("SMOOTH", "Z_LOSS", "BIAS", "WEIGHT", "SOFTCAP")
-# element type of the gradient, V, gradient, and what is on
+# element type of the gradient, V, gradient, enabled options
 VARIANTS = {
     "bf16 V=16384": ("*bf16", 16384, True, ()),
     "bf16 V=16384, smoothed": ("*bf16", 16384, True, ("SMOOTH", "Z_LOSS")),

@@ -1,4 +1,4 @@
-"""Variants of lpips: VGG16's widths in both layouts, all gradients and one, and as many channels as the kernel takes."""
+"""Variants of lpips: VGG16's widths in both layouts, all gradients and one, and the largest number of channels."""
 
 from dae_kernels.lpips import fused
 from variants import Variant
@@ -11,7 +11,7 @@ VARIANTS = {
     "bf16 contiguous C=512, all": ("*bf16", False, 512, 1024, True, (True, True, True)),
     "fp32 contiguous C=100, all": ("*fp32", False, 100, 4096, True, (True, True, True)),
     "fp16 channels_last C=2048, all": ("*fp16", True, 2048, 64, True, (True, True, True)),
-    "fp32 [B, C=63]": ("*fp32", True, 63, 1, False, (True, True, False)),  # the launcher knows these sizes to be 1
+    "fp32 [B, C=63]": ("*fp32", True, 63, 1, False, (True, True, False)),  # sizes of 1 are specialised by the launcher
     "fp32 contiguous C=2048, all": ("*fp32", False, 2048, 64, True, (True, True, True)),
 }
 

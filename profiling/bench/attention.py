@@ -1,4 +1,4 @@
-"""Cases of attention: 4 B H L^2 D flop forward, two products; five backward. Each operand read once, each result written once."""
+"""Cases of attention: 4 B H L^2 D flop forward, two products; five backward. Operands read once, results written once."""
 
 from functools import partial
 

@@ -14,7 +14,7 @@ def cases(device, dtype, N, K, D):
     x_ND, indices_N = torch.randn(N, D, device=device).to(dtype), torch.randint(K, (N,), device=device)
     case = partial(Case, "codebook_statistics", flops=N * D, bytes=x_ND.nbytes + 8 * N + K * (8 + 4 * D))
 
-    # Each returns the sums first, which are what is compared, then the counts.
+    # Each returns the sums, which are compared, then the counts.
     def one_hot():
         chosen_NK = torch.nn.functional.one_hot(indices_N, K).to(x_ND.dtype)
         return (chosen_NK.T @ x_ND).float(), chosen_NK.sum(dim=0)

@@ -41,7 +41,7 @@ def cases(device, dtype, N, M, D):
 
     def decompositions():
         (_, vectors_x_DD), (_, vectors_y_DD) = map(torch.linalg.eigh, covariances)
-        return torch.linalg.svd(vectors_x_DD * vectors_y_DD).S  # of any matrix: the time is that of its size
+        return torch.linalg.svd(vectors_x_DD * vectors_y_DD).S  # any matrix: the time depends only on its size
 
     note = "there is no kernel: decompositions and products in float64"
     yield from with_compiled(case, lambda: frechet_distance(x_ND, y_MD), note)

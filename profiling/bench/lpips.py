@@ -22,7 +22,7 @@ def cases(device, dtype, B, C, H, nchw=0):
     case = partial(Case, "lpips", leaves=[a.requires_grad_()], **work)
 
     def formula():
-        """As the lpips package computes it, with its 1x1 convolution."""
+        """LPIPS as in the lpips package, with its 1x1 convolution."""
         u, v = (x / (x.square().sum(dim=1, keepdim=True).sqrt() + 1e-10) for x in (a, b))
         return torch.nn.functional.conv2d((u - v) ** 2, weight.to(u.dtype).view(1, -1, 1, 1)).mean(dim=(2, 3)).flatten()
 

@@ -2,7 +2,7 @@
 
 Flops: of the products, 2 D for each of the N^2 + M^2 and N M pairs, and as much again for the gradients of both clouds;
 exponentials are not counted. Bytes: both clouds once, both gradients written.
-Ours makes the gradients in the forward pass, so only `both` compares.
+Ours computes the gradients in the forward pass, so only `both` compares.
 """
 
 from functools import partial

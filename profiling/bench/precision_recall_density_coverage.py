@@ -1,4 +1,4 @@
-"""Cases of precision_recall_density_coverage, k = 5; what is compared are its four numbers.
+"""Cases of precision_recall_density_coverage, k = 5, comparing its four numbers.
 
 Flops: the products, 2 D for each of the N^2 + M^2 + N M pairs, in float64; comparisons and the search for the k nearest are not
 counted. Bytes: both clouds once.
@@ -23,7 +23,7 @@ def cases(device, dtype, N, M, D):
     case = partial(Case, "precision_recall_density_coverage", product="float64", **work)
 
     def products():
-        """What is left of it without the choice of neighbours, the balls and the cases that rounding could decide."""
+        """Its matrix products alone, without neighbour search, balls and the handling of near-ties."""
         real, fake = real_ND.double(), fake_MD.double()
         return torch.stack([torch.mm(a, b.T)[0, 0] for a, b in ((real, real), (fake, fake), (real, fake))])
 

@@ -1,4 +1,4 @@
-"""Cases of sampling from the prior: T tokens for each of B images, with the keys and values of earlier positions and without.
+"""Cases of sampling from the prior: T tokens for each of B images, with and without a KV cache.
 
 Both draw from the same generator, so `error` is the share of tokens that differ. Flops are those of the matrices, once per token.
 """

@@ -19,7 +19,7 @@ BLUR, SCALING = 0.05, 0.5
 
 
 def cases(device, dtype, N, M, D):
-    # Clouds of one scale at every D, half of it apart.
+    # Clouds of equal scale at every D, shifted by half of it.
     x_ND = (torch.randn(N, D, device=device) / D**0.5).to(dtype).requires_grad_()
     y_MD = ((torch.randn(M, D, device=device) + 0.5) / D**0.5).to(dtype).requires_grad_()
     schedule = epsilon_schedule(box(x_ND.detach(), y_MD.detach())[1], BLUR, SCALING, 2)

@@ -1,6 +1,6 @@
 """Cases of sliced_wasserstein, p = 2, given directions.
 
-Flops: the projections, 2 (N + M) D L, and as much for each gradient; comparisons of the sorts are not counted. Bytes: both
+Flops: the projections, 2 (N + M) D L, and as much per gradient; comparisons in the sorts are not counted. Bytes: both
 clouds once; a sort that does not fit on the chip moves more.
 """
 

@@ -1,7 +1,6 @@
-"""Cases of the layers that have no kernel, eager and compiled: each reads its operands once and writes its result once.
+"""Cases of the layers without kernels, eager and compiled: operands are read once and results written once.
 
-In the backward the gradient and the operands are read and the gradients are written. A few operations per element: no flops
-that matter.
+The backward reads the gradient and the operands and writes the gradients. A few operations per element: flops are negligible.
 """
 
 from functools import partial
@@ -26,7 +25,7 @@ def cases(device, dtype, B, L, C, **wanted):
     weight = torch.randn(C, device=device).to(dtype).requires_grad_()
     heads = torch.randn(B, C // 64, L, 64, device=device).to(dtype).requires_grad_()
     table = rotary_table(L, 64).to(device)
-    # What is run, its operands, and the sizes of x that are moved forward and backward.
+    # Function, operands, and bytes moved forward and backward in units of x.
     layers = {
         "layer_norm_modulate": (lambda: layer_norm_modulate(x, scale, shift), [x, scale, shift], 2, 3),
         "gated_residual": (lambda: gated_residual(x, h, scale), [x, h, scale], 3, 4),

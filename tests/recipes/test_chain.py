@@ -115,7 +115,7 @@ def test_report(chain):
     page = (chain / "report.html").read_text()
     assert (
         "Decoupled Autoencoder on digits" in page
-        and "100 random subsets of 20 a side" in page
+        and "100 random subsets of 20 per side" in page
         and len(re.findall('src="data:image/', page)) > 10
     )
 

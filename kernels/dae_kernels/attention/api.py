@@ -44,15 +44,15 @@ def attention(
     dropout: float = 0.0,
     impl: str = "auto",
 ) -> Tensor:
-    """Softmax attention, with grouped queries and a causal mask that suits key-value caches.
+    """Softmax attention with grouped queries and a causal mask for key-value caches.
 
         out[b, h, i] = sum_j dropout(softmax_j(s[b, h, i, j] + bias[b, h, i, j] + mask[b, i, j])) v[b, g, j],   g = h // (H / Hkv)
-        s[b, h, i, j] = scale * q[b, h, i] . k[b, g, j], and with a soft cap softcap * tanh(of that / softcap)
+        s[b, h, i, j] = scale * q[b, h, i] . k[b, g, j], and with a soft cap softcap * tanh(that / softcap)
 
-    The causal mask is aligned bottom-right on every back-end: query i sees the keys j <= i + Lk - Lq, so the last query
-    sees all of them, as when Lq new tokens are appended to a cache. With `key_lengths` the keys at and beyond the length are
-    hidden, and the last query sits at the last key before it: j <= i + key_lengths[b] - Lq. A window is aligned likewise: query i
-    sees the keys from i + Lk - Lq - window[0] to i + Lk - Lq + window[1]. Under autocast the operands are first cast to
+    The causal mask is aligned bottom-right on every back-end: query i attends to keys j <= i + Lk - Lq, so the last query attends
+    to all of them, as when Lq new tokens are appended to a cache. With `key_lengths` the keys at and beyond the length are
+    masked, and the last query is aligned with the last key before it: j <= i + key_lengths[b] - Lq. A window is aligned likewise:
+    query i attends to keys i + Lk - Lq - window[0] to i + Lk - Lq + window[1]. Under autocast the operands are first cast to
     autocast's dtype on every back-end, as torch does for its own.
 
     | | bias | window | softcap | dropout | v of another head dimension |
@@ -67,22 +67,22 @@ def attention(
         q: [B, H, Lq, D], floating.
         k: [B, Hkv, Lk, D] with Lk >= 1; Hkv divides H.
         v: [B, Hkv, Lk, Dv]; Dv is D on most back-ends.
-        causal: hide the keys after the query; needs Lq <= Lk, and Lq <= key_lengths.
+        causal: mask the keys after the query; needs Lq <= Lk, and Lq <= key_lengths.
         scale: factor of the scores, 1 / sqrt(D) if None.
-        key_lengths: [B] int32 or int64 from 1 to Lk, of a static cache or a right-padded batch; hidden keys and values must be
-            finite. The range is checked by reading them, which on a GPU waits for it; not in a compiled graph nor where
-            torch.vmap batches them, which "auto", "sdpa" and "reference" take and the others refuse.
+        key_lengths: [B] int32 or int64 from 1 to Lk, of a static cache or a right-padded batch; masked keys and values must be
+            finite. Checking their range synchronises with a GPU; it is skipped in a compiled graph and under torch.vmap,
+            which "auto", "sdpa" and "reference" support and the others refuse.
         bias: added to the scores after the cap, in the dtype of q, broadcast to [B, H, Lq, Lk]; -inf hides a key. Differentiable.
-        window: numbers of keys seen (before, after) the query's own position, -1 for all of a side; needs Lq <= Lk as `causal`,
-            which is a window of (-1, 0) and takes the narrower of both.
+        window: numbers of keys attended to (before, after) the query's position, -1 for all of a side; needs Lq <= Lk as
+            `causal`, which is a window of (-1, 0); with both, the narrower applies.
         softcap: bound of the scores (Gemma 2 has 50); 0 for none.
         dropout: probability that a weight is zeroed, in [0, 1); pass 0 in evaluation.
-        impl: "auto" is "sdpa" on every device, but with a softcap "flex" on CUDA where it can run, and "reference" elsewhere.
-            "sdpa" and "flex" (torch), "flash_attn" (generation 4, 3 or 2, the newest that is installed for the device) and
-            "xformers" (both CUDA only) and "reference" (plain float32 math, [Lq, Lk] memory) are obeyed or refused. "flex"
-            refuses operands that torch.vmap batches, and on CPUs has no backward and refuses masks in a graph of torch.compile.
-            "sdpa" on CPUs may lose a NaN: torch's kernel there makes finite numbers of a query with NaN over few keys without a
-            mask (seen below 16 in float32, torch 2.13), where "reference" and "flex" return NaN.
+        impl: "auto" is "sdpa" on every device, but with a softcap "flex" on CUDA if it can run, else "reference".
+            "sdpa" and "flex" (torch), "flash_attn" (generation 4, 3 or 2, the newest installed for the device) and "xformers"
+            (both CUDA only) and "reference" (plain float32 math, [Lq, Lk] memory) are obeyed or refused. "flex" refuses
+            operands under torch.vmap, and on CPUs has no backward and refuses masks in a graph of torch.compile.
+            "sdpa" on CPUs may lose a NaN: torch's kernel returns finite numbers for a query with NaN over few keys without a
+            mask (below 16 in float32, torch 2.13), while "reference" and "flex" return NaN.
 
     Returns:
         [B, H, Lq, Dv] in the dtype of the operands; differentiable with respect to q, k, v and bias.
@@ -90,7 +90,7 @@ def attention(
     Raises:
         ValueError: shapes, dtypes or devices disagree; causal or a window with Lq > Lk; lengths, softcap or dropout out of range;
             `impl` is unknown or does not take these operands or options.
-        TypeError: the operands are no floating point tensors, the lengths no integers, causal no bool or scale no number.
+        TypeError: operands are not floating point tensors, lengths not integers, causal not a bool or scale not a number.
         ImportError: the package that `impl` names is not installed.
 
     Source: Vaswani et al. 2017, arXiv 1706.03762, section 3.2.1; grouped queries: Ainslie et al. 2023, arXiv 2305.13245; windows:
@@ -103,7 +103,7 @@ def attention(
     if bias is not None:
         bias = autocast(bias) if isinstance(bias, Tensor) else bias
         check_bias(bias, q, k)
-        bias = torch.atleast_2d(bias)  # torch's kernel asks for the last two dimensions
+        bias = torch.atleast_2d(bias)  # torch's kernel requires the last two dimensions
     options = as_options("attention", q.shape[3], causal, scale, window, softcap, dropout)
     if options.by_position and q.shape[2] > k.shape[2]:
         what = f"{options.kind} attention needs Lq <= Lk (the first queries would see no key)"
@@ -139,17 +139,17 @@ def attention_varlen(
 
         out[s_n : s_(n+1)] = attention(q[s_n : s_(n+1)], k[t_n : t_(n+1)], v[t_n : t_(n+1)]),   s = cu_seqlens_q, t = cu_seqlens_k
 
-    The borders are read on the host (on a GPU this waits for it), except in a graph of torch.compile, which holds for all
-    lengths: there they are not checked, "sdpa" and "reference" take a [Tq, Tk] mask, and "xformers" is refused. So it is where
-    torch.vmap batches the borders, which the packages and "flex" refuse.
+    The boundaries are read on the host (which synchronises with a GPU), except in a graph of torch.compile, which is valid for
+    all lengths: there they are not checked, "sdpa" and "reference" use a [Tq, Tk] mask, and "xformers" is refused. The same
+    holds if torch.vmap batches the boundaries, which the packages and "flex" refuse.
 
     Args:
         q: [Tq, H, D], floating.
         k: [Tk, Hkv, D]; Hkv divides H.
         v: [Tk, Hkv, Dv].
-        cu_seqlens_q: [N + 1] int32 or int64, the borders of the sequences in q: from 0 to Tq, not falling.
-        cu_seqlens_k: [N + 1] in k: from 0 to Tk. A sequence with queries needs keys, and with a causal mask as many.
-        causal: hide the keys after the query, aligned at the last query and the last key of each sequence.
+        cu_seqlens_q: [N + 1] int32 or int64, boundaries of the sequences in q: from 0 to Tq, non-decreasing.
+        cu_seqlens_k: [N + 1], likewise in k: from 0 to Tk. A sequence with queries needs keys, at least as many if causal.
+        causal: mask the keys after the query, aligned at the last query and the last key of each sequence.
         scale: factor of the scores, 1 / sqrt(D) if None.
         window, softcap, dropout: as in `attention`; "xformers" has no window here.
         impl: as in `attention`; "flex" by a mask of sequences, "flash_attn" by its own function, "xformers" by its
@@ -159,7 +159,7 @@ def attention_varlen(
         [Tq, H, Dv] in the dtype of the operands; differentiable with respect to q, k and v.
 
     Raises:
-        As `attention`; ValueError also for borders that are not as above.
+        As `attention`; ValueError also for invalid boundaries.
 
     Source: as `attention`; the names and the layout are flash-attn's.
     """

@@ -1,4 +1,4 @@
-"""Checks of operands: those of all back-ends, and those that single back-ends call."""
+"""Checks of operands, for all back-ends and for single ones."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 from dae_kernels.checks import FLOAT_DTYPES, check_dense
 from dae_kernels.tracing import batched, differentiated, has_autocast, values_readable
 
-FUSED_DEVICES = ("cuda",)  # where flash-attn and xformers run; the tests of their adapters add "cpu"
+FUSED_DEVICES = ("cuda",)  # devices of flash-attn and xformers; their adapters' tests add "cpu"
 
 
 def autocast(x: Tensor) -> Tensor:
-    """`x` in the dtype to which autocast casts the operands of its low-precision list."""
+    """`x` in autocast's dtype for operands of its low-precision list."""
     device = x.device.type
     if has_autocast(device) and torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(device))
@@ -31,7 +31,7 @@ def check_types(operation: str, q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def check_shapes(operation: str, layout_q: str, layout_k: str, q: Tensor, k: Tensor, v: Tensor) -> None:
-    """Shapes, dtypes and devices of q and of k and v, laid out as "B, H, Lq, D" and "B, Hkv, Lk, D", or as "Tq, H, D"."""
+    """Check shapes, dtypes and devices of q, k and v, laid out as "B, H, Lq, D" and "B, Hkv, Lk, D", or as "Tq, H, D"."""
     shapes = f"got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
     dims, head = layout_q.count(",") + 1, layout_q.split(", ").index("H")
     if not q.dim() == k.dim() == v.dim() == dims:
@@ -55,12 +55,12 @@ def check_shapes(operation: str, layout_q: str, layout_k: str, q: Tensor, k: Ten
 
 
 def broken_package(name: str, error: Exception) -> ImportError:
-    """The error of a package that is installed and cannot be imported; one built for another torch may raise anything."""
+    """The ImportError of an installed package that fails to import; built for another torch it may raise anything."""
     return ImportError(f"{name} is installed but cannot be imported ({type(error).__name__}: {' '.join(str(error).split())})")
 
 
 def check_integers(name: str, x: Tensor, length: int | None, device: torch.device) -> None:
-    """TypeError or ValueError unless `x` is a vector of int32 or int64 on `device`, of `length` entries if that is given."""
+    """TypeError or ValueError unless `x` is a vector of int32 or int64 on `device`, of `length` entries if given."""
     if not isinstance(x, Tensor) or x.dtype not in (torch.int32, torch.int64):
         raise TypeError(f"{name} must be an int32 or int64 tensor, got {x.dtype if isinstance(x, Tensor) else type(x)}")
     check_dense("attention", name, x)
@@ -72,19 +72,19 @@ def check_integers(name: str, x: Tensor, length: int | None, device: torch.devic
 
 
 def readable(*tensors: Tensor) -> bool:
-    """Whether values may be read: not in a traced, batched or captured call, which is run with other values, too."""
+    """Whether values may be read: not in a traced, batched or captured call, which also runs with other values."""
     return values_readable(*tensors) and not (any(x.is_cuda for x in tensors) and torch.cuda.is_current_stream_capturing())
 
 
 def recorded(*tensors: Tensor) -> bool:
-    """Whether a derivative by one of these may be taken. Dynamo cannot trace how a transform of torch.func shows that."""
+    """Whether one of these may be differentiated. Dynamo cannot trace the check for transforms of torch.func."""
     if torch.compiler.is_compiling():
         return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     return differentiated(*tensors)
 
 
 def check_key_lengths(key_lengths: Tensor, q: Tensor, k: Tensor, kind: str | None) -> None:
-    """ValueError unless lengths [B] lie in 1..Lk, and in Lq..Lk under a mask by position, `kind`; reading waits for a GPU."""
+    """ValueError unless lengths [B] lie in 1..Lk, and in Lq..Lk under a positional mask, `kind`; synchronises with a GPU."""
     check_integers("key_lengths", key_lengths, q.shape[0], q.device)
     if not readable(key_lengths) or key_lengths.shape[0] == 0:
         return
@@ -100,7 +100,7 @@ def check_key_lengths(key_lengths: Tensor, q: Tensor, k: Tensor, kind: str | Non
 def sequence_lengths(
     cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, total_q: int, total_k: int, kind: str | None
 ) -> tuple[tuple[int, int], ...] | None:
-    """((queries, keys), ...) of each sequence, from borders that are checked, or None where they may not be read."""
+    """((queries, keys), ...) per sequence, from checked boundaries; None if they may not be read."""
     if not readable(cu_seqlens_q, cu_seqlens_k):
         return None
     lengths = []
@@ -134,7 +134,7 @@ def check_device_and_dtype(impl: str, q: Tensor, dtypes: tuple[torch.dtype, ...]
 
 
 def check_unbatched(impl: str, what: str, *tensors: Tensor | None) -> None:
-    """ValueError if torch.vmap batches a tensor that `impl` cannot take so; a graph of torch.compile is left to torch."""
+    """ValueError if torch.vmap batches a tensor, which `impl` does not support; graphs of torch.compile are left to torch."""
     if not torch.compiler.is_compiling() and batched(*(x for x in tensors if x is not None)):
         raise ValueError(f"impl={impl!r} does not take {what} that torch.vmap batches, got such; use impl='auto'")
 

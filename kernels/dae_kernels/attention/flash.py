@@ -1,4 +1,4 @@
-"""flash-attn, in the newest of its generations that is installed and made for the device.
+"""flash-attn, in the newest generation installed and built for the device.
 
 Read for this: flash-attn 2.8.3.post2 (sdist; `flash_attn`, and `hopper/flash_attn_interface.py`, which is generation 3 and not
 on PyPI), the same file at commit 01afd16 of its repository, and flash-attn-4 4.0.0b36 (wheel; `flash_attn.cute`). They share
@@ -9,7 +9,7 @@ on PyPI), the same file at commit 01afd16 of its repository, and flash-attn-4 4.
     3  flash_attn_interface    9.x               out or (out, lse)   flash_attn_varlen_func(seqused_k=)
     4  flash_attn.cute         9.x, 10.x, 11.x   (out, lse)          flash_attn_varlen_func(seqused_k=)
 
-Every argument but q, k and v goes by its name. Generation 2 pads head dimensions to a multiple of 8, the others ask for one, so
+All arguments but q, k and v are passed by name. Generation 2 pads head dimensions to a multiple of 8, the others require one, so
 it is done here for all; generation 4 on 10.x and 11.x takes up to 128, or 256.
 """
 
@@ -33,12 +33,12 @@ class Generation:
     module: ModuleType
 
     def head_size(self, D: int, major: int) -> int:
-        """The smallest head dimension that it takes and that holds `D`."""
+        """The smallest supported head dimension of at least `D`."""
         size = -(-D // 8) * 8
         return 256 if self.number == 4 and major in (10, 11) and size > 128 else size
 
     def rule(self, options: AttentionOptions) -> dict:
-        """Keyword arguments for `options`. Defaults are left out, as the generations differ in what they take."""
+        """Keyword arguments for `options`. Defaults are left out, as the generations differ in their arguments."""
         rule: dict = {"softmax_scale": options.scale, "causal": options.causal}
         if options.window is not None:
             unbounded = None if self.number == 4 else -1
@@ -90,7 +90,7 @@ def compute_capability(device: torch.device) -> int:
 
 
 def newest(major: int) -> Generation:
-    """The newest generation that is installed, of those for compute capability `major`.x (ROCm has generation 2)."""
+    """The newest installed generation for compute capability `major`.x (ROCm has generation 2)."""
     fits: tuple[int, ...] = (2,)
     if torch.version.hip is None and major in (9, 10, 11):
         fits = (4, 3, 2) if major == 9 else (4, 2)
@@ -146,7 +146,7 @@ def lengths_in_2(module: ModuleType, q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Ten
 def lengths_in_3_and_4(module: ModuleType, q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, key_lengths: Tensor, rule: dict):
     B, Lq, Lk = *q_BLHD.shape[:2], k_BLHD.shape[1]
     if recorded(k_BLHD, v_BLHD):
-        # The kernels leave the gradients of hidden keys unwritten; the gradient of `where` is 0 there.
+        # The kernels do not write the gradients of masked keys; `where` makes them 0.
         seen = (torch.arange(Lk, device=k_BLHD.device) < key_lengths[:, None])[..., None, None]
         k_BLHD, v_BLHD = k_BLHD.where(seen, 0), v_BLHD.where(seen, 0)
     padding = Packing(whole_lengths(B, Lq, q_BLHD.device), whole_lengths(B, Lk, q_BLHD.device), None, Lq, Lk)

@@ -1,7 +1,7 @@
-"""`torch.nn.attention.flex_attention`, which skips the blocks that a mask hides.
+"""`torch.nn.attention.flex_attention`, which skips fully masked blocks.
 
-On CUDA it runs compiled, with or without a compiled caller. On CPUs torch has its forward pass only, which runs in its unfused
-form: compilation would take seconds, and fails (torch 2.13, NoValidChoicesError) on a mask that is made in the same graph.
+On CUDA it runs compiled, with or without a compiled caller. On CPUs torch has only the forward pass, which runs unfused here:
+compilation would take seconds, and fails (torch 2.13, NoValidChoicesError) on a mask created in the same graph.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, bias: Ten
     if options.by_position:
         last = key_lengths if key_lengths is not None else torch.full((B,), num_keys, device=q.device)
         shift_B = last - num_queries
-        if key_lengths is None or options.after == 0:  # the last query sits at the last key, so nothing hidden is before it
+        if key_lengths is None or options.after == 0:  # the last query is at the last key, so no masked key precedes it
             seen = lambda b, h, i, j: options.sees(j - i - shift_B[b])  # noqa: E731
         else:
             seen = lambda b, h, i, j: options.sees(j - i - shift_B[b]) & (j < key_lengths[b])  # noqa: E731
@@ -48,7 +48,7 @@ def packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing, options: Attention
 
 
 def score_change(bias_BHQK: Tensor | None, softcap: float) -> Callable | None:
-    """What is done to a scaled score, in the form that flex_attention takes."""
+    """The `score_mod` of flex_attention for a bias and a soft cap."""
     if bias_BHQK is None and not softcap:
         return None
 
@@ -87,11 +87,11 @@ def call(q: Tensor, k: Tensor, v: Tensor, seen: Callable | None, bias: Tensor | 
     attend = functools.partial(flex_attention, score_mod=score_change(bias, options.softcap), **rule)
     if q.device.type == "cuda":
         return attend(q, k, v)
-    q, k, v = q.detach(), k.detach(), v.detach()  # it refuses what requires a gradient even where none is recorded
+    q, k, v = q.detach(), k.detach(), v.detach()  # it refuses tensors that require a gradient even if none is recorded
     if tracing:
         return attend(q, k, v)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that this is the unfused form
+        warnings.simplefilter("ignore", UserWarning)  # about the unfused form
         return attend(q, k, v)
 
 

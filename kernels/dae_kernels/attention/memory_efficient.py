@@ -1,8 +1,8 @@
 """`xformers.ops.memory_efficient_attention` (its arguments as in the wheel of xformers 0.0.35).
 
-Grouped keys and values are repeated: its own grouped layout has no backward in every kernel. Key lengths become a block-diagonal
-bias over packed keys: its biases of padded keys have no backward. Head dimensions are padded to a multiple of 8, as its kernels
-ask for. Block-diagonal biases are made from lengths on the host.
+Grouped keys and values are repeated, because not all kernels have a backward for the grouped layout. Key lengths become a
+block-diagonal bias over packed keys, because biases for padded keys have no backward. Head dimensions are padded to a multiple
+of 8, as the kernels require. Block-diagonal biases are built from lengths on the host.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing, options: Attention
 
 
 def position_bias(biases, q: Tensor, k: Tensor, options: AttentionOptions):
-    """xformers' class for the mask by position, or None."""
+    """xformers' class for the positional mask, or None."""
     if options.window is not None:
         everything = k.shape[2]
         before, after = (everything if side is None else side for side in (options.before, options.after))
@@ -59,7 +59,7 @@ def position_bias(biases, q: Tensor, k: Tensor, options: AttentionOptions):
 
 
 def tensor_bias(bias: Tensor, q: Tensor, k: Tensor, options: AttentionOptions) -> Tensor:
-    """[B, H, Lq, Lk] with the mask in it, in memory whose rows are multiples of 8, as its kernels ask for."""
+    """[B, H, Lq, Lk] with the mask included, with rows padded to multiples of 8 in memory, as the kernels require."""
     mask = position_mask(q.shape[2], k.shape[2], options, q.device)
     if mask is not None:
         bias = bias.masked_fill(~mask, -torch.inf)
@@ -68,7 +68,7 @@ def tensor_bias(bias: Tensor, q: Tensor, k: Tensor, options: AttentionOptions) -
 
 
 def load(q: Tensor):
-    """`memory_efficient_attention` and the module of its biases, for operands that it takes."""
+    """`memory_efficient_attention` and the module of its biases, after checking its operands."""
     check_device_and_dtype("xformers", q, (torch.float16, torch.bfloat16, torch.float32))
     try:
         from xformers.ops import memory_efficient_attention

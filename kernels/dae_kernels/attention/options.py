@@ -1,4 +1,4 @@
-"""Options of attention that every back-end gets: mask by position, scale, soft cap, dropout."""
+"""Options of attention for all back-ends: positional mask, scale, soft cap, dropout."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from dae_kernels.checks import as_flag, as_integer, as_number, check_dense, desc
 
 @dataclass(frozen=True)
 class AttentionOptions:
-    """Mask by position, and what happens to the scores.
+    """Positional mask and transformations of the scores.
 
     Args:
-        causal: no key after the query's own position, that of the last query being the last key.
+        causal: mask keys after the query's position, where the last query is at the last key.
         scale: factor of the scores.
-        window: keys that are seen before and after the own position, or None for all; -1 for all of a side.
-        softcap: scores become softcap * tanh(score / softcap); 0 leaves them as they are.
-        dropout: probability that a weight is zeroed; the others grow by 1 / (1 - dropout).
+        window: keys attended to before and after the query's position, or None for all; -1 for all of a side.
+        softcap: scores become softcap * tanh(score / softcap); 0 for none.
+        dropout: probability that a weight is zeroed; the others are scaled by 1 / (1 - dropout).
     """
 
     causal: bool
@@ -30,27 +30,27 @@ class AttentionOptions:
 
     @property
     def before(self) -> int | None:
-        """Number of keys seen before the own position, None for all."""
+        """Number of keys attended to before the query's position, None for all."""
         return None if self.window is None or self.window[0] < 0 else self.window[0]
 
     @property
     def after(self) -> int | None:
-        """Number of keys seen after the own position, None for all."""
+        """Number of keys attended to after the query's position, None for all."""
         after = None if self.window is None or self.window[1] < 0 else self.window[1]
         return 0 if self.causal else after
 
     @property
     def by_position(self) -> bool:
-        """Whether the own position decides what a query sees."""
+        """Whether there is a positional mask."""
         return self.before is not None or self.after is not None
 
     @property
     def kind(self) -> str | None:
-        """The name of the mask by position, for messages; None where there is none."""
+        """The name of the positional mask, for messages; None without one."""
         return None if not self.by_position else "causal" if self.causal else "windowed"
 
     def sees(self, distance: Tensor) -> Tensor:
-        """Bool where a key at `distance` (its position less the query's own) is seen; needs `by_position`."""
+        """Bool: whether a key at `distance` (its position minus the query's) is attended to; needs `by_position`."""
         if self.before is None:
             return distance <= self.after  # type: ignore[operator]  # a number, by position
         seen = distance >= -self.before
@@ -60,7 +60,7 @@ class AttentionOptions:
 def as_options(
     operation: str, D: int, causal: bool, scale: float | None, window: tuple[int, int] | None, softcap: float, dropout: float
 ) -> AttentionOptions:
-    """The checked options for heads of D dimensions. TypeError or ValueError for values that have no meaning."""
+    """The checked options for heads of D dimensions. TypeError or ValueError for invalid values."""
     causal, softcap, dropout = (
         as_flag(operation, "causal", causal),
         as_number(operation, "softcap", softcap),

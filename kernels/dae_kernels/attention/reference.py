@@ -12,7 +12,7 @@ from dae_kernels.tracing import without_autocast
 
 
 def position_mask(num_queries: int, num_keys: int, options: AttentionOptions, device: torch.device) -> Tensor | None:
-    """[Lq, Lk] bool, True where query i may see key j, whose distance is j - (i + Lk - Lq); None where all see all."""
+    """[Lq, Lk] bool, True where query i attends to key j, at distance j - (i + Lk - Lq); None if nothing is masked."""
     if not options.by_position:
         return None
     query = torch.arange(num_queries, device=device)[:, None]
@@ -21,7 +21,7 @@ def position_mask(num_queries: int, num_keys: int, options: AttentionOptions, de
 
 
 def length_mask(key_lengths_B: Tensor, num_queries: int, num_keys: int, options: AttentionOptions) -> Tensor:
-    """[B, 1, Lq or 1, Lk] bool: key j is seen if j < length, and its distance is j - (i + length - Lq)."""
+    """[B, 1, Lq or 1, Lk] bool: key j is attended to if j < length; its distance is j - (i + length - Lq)."""
     key = torch.arange(num_keys, device=key_lengths_B.device)
     length = key_lengths_B[:, None, None, None]
     mask = key < length
@@ -32,7 +32,7 @@ def length_mask(key_lengths_B: Tensor, num_queries: int, num_keys: int, options:
 
 
 def document_mask(packing: Packing, num_queries: int, num_keys: int, options: AttentionOptions) -> Tensor:
-    """[Tq, Tk] bool: a query sees the keys of its own sequence, positions aligned at the ends of both."""
+    """[Tq, Tk] bool: queries attend to keys of their own sequence, with positions aligned at the ends of both."""
     document_q, left_q = documents(packing.cu_seqlens_q, num_queries)
     document_k, left_k = documents(packing.cu_seqlens_k, num_keys)
     mask = document_q[:, None] == document_k
@@ -71,7 +71,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, bias: Ten
 
 
 def packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing, options: AttentionOptions) -> Tensor:
-    """One sequence after another; in a compiled graph, which must not depend on lengths, all at once under one mask."""
+    """Attention per sequence; in a compiled graph, which must not depend on lengths, all at once with one mask."""
     q_1HTD, k_1HTD, v_1HTD = (x.transpose(0, 1)[None] for x in (q, k, v))
     if packing.lengths is None:
         mask = document_mask(packing, q.shape[0], k.shape[0], options)

@@ -14,11 +14,11 @@ from dae_kernels.attention.reference import document_mask, length_mask, position
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, bias: Tensor | None, options: AttentionOptions) -> Tensor:
-    """Its `is_causal` is aligned top-left, so it serves only where Lq == Lk. A single query sees every key and needs no mask.
+    """SDPA; its `is_causal` is aligned top-left, so it is used only if Lq == Lk. A single query needs no causal mask.
 
-    Otherwise the mask is a [Lq, Lk] bool tensor. torch's own bias class would spare it the flash kernel, but is a subclass of
-    Tensor, which neither Dynamo nor a dispatch mode (fake tensors, counting, selective checkpointing) can build: for long keys
-    on CUDA there is impl="flash_attn". Key lengths are a mask of [B, 1, 1, Lk], or [B, 1, Lq, Lk] where positions decide.
+    Otherwise the mask is a [Lq, Lk] bool tensor. torch's own bias class would avoid it in the flash kernel, but is a subclass of
+    Tensor, which neither Dynamo nor a dispatch mode (fake tensors, counting, selective checkpointing) can build; for long keys
+    on CUDA there is impl="flash_attn". Key lengths are a mask [B, 1, 1, Lk], or [B, 1, Lq, Lk] with a positional mask.
     """
     refuse("sdpa", "flex", soft_cap=options.softcap)
     num_queries, num_keys = q.shape[2], k.shape[2]
@@ -38,7 +38,7 @@ def dense(q: Tensor, k: Tensor, v: Tensor, key_lengths: Tensor | None, bias: Ten
 
 def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, options: AttentionOptions) -> Tensor:
     grouped = False
-    if q.shape[1] != k.shape[1]:  # a branch, because a graph of dynamic shapes must settle it
+    if q.shape[1] != k.shape[1]:  # a branch, because a graph with dynamic shapes must resolve it
         grouped = True
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=options.dropout, is_causal=is_causal, scale=options.scale, enable_gqa=grouped
@@ -46,11 +46,11 @@ def call(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, 
 
 
 def packed(q: Tensor, k: Tensor, v: Tensor, packing: Packing, options: AttentionOptions) -> Tensor:
-    """One call for all sequences that have equal lengths; in a compiled graph one call under a [Tq, Tk] mask.
+    """One call per group of sequences with equal lengths; in a compiled graph one call with a [Tq, Tk] mask.
 
     On a CPU, 8 sequences of 32 to 512 (float32, H = 4, D = 64, causal, forward and backward) took 148 ms one by one, 376 ms
-    padded to the longest and 931 ms under a [T, T] mask; 500 sequences of length 5 took 299, 102 and 1114 ms. Calls by length
-    have the better of the first two. Nested tensors do not take a causal mask there.
+    padded to the longest and 931 ms with a [T, T] mask; 500 sequences of length 5 took 299, 102 and 1114 ms. Calls by length
+    get the better of the first two. Nested tensors do not support a causal mask there.
     """
     if packing.lengths is None:
         refuse("sdpa", "flex", soft_cap=options.softcap)

@@ -15,22 +15,21 @@ INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 @torch.no_grad()
 def codebook_statistics(x: Tensor, indices: Tensor, K: int, *, impl: str = "auto") -> tuple[Tensor, Tensor]:
-    """How many vectors chose each code, and their sums.
+    """Counts and sums of the vectors assigned to each code.
 
         counts_k = #{n: indices_n = k},  sums_k = sum of x_n over these n
 
-    The mean of a code's vectors is sums / counts; averages that move with both are the EMA codebook. The vectors of a code are
-    summed in float64 in their order (on a GPU they are sorted by code for that, and segments summed: there are no atomic
-    additions), so one device gives the same bits every time. Nothing is differentiable. Beside the operands it takes
-    O(N D + K D) memory.
+    The mean of a code's vectors is sums / counts; moving averages of both give the EMA codebook. The vectors of a code are
+    summed in float64 in their order (on a GPU by sorting by code and summing segments, without atomic additions), so results are
+    bitwise reproducible on one device. Not differentiable. Extra memory is O(N D + K D).
 
-    There is no Triton kernel, as the search that chooses the codes takes far longer: on one CPU core, N = 8192, K = 1024, D = 64,
-    this takes 3 to 7 % of the time of `nearest_code` (four runs on a shared machine). On a GPU it is not measured.
+    There is no Triton kernel, as the search for the codes takes far longer: on one CPU core, N = 8192, K = 1024, D = 64,
+    this takes 3 to 7 % of the time of `nearest_code` (four runs on a shared machine). Not measured on a GPU.
 
     Args:
         x: [..., D], floating; any strides.
-        indices: [...], the codes of `x`, in [0, K), of an integer dtype. Their range is checked, which on a GPU waits for it,
-            so there not under torch.compile and torch.vmap, where an index out of range is left out of all counts and sums.
+        indices: [...], the codes of `x`, in [0, K), of an integer dtype. Checking their range synchronises with a GPU, where it
+            is skipped under torch.compile and torch.vmap; indices out of range are then left out of all counts and sums.
         K: the number of codes.
         impl: "auto" or "reference"; there is no Triton kernel, so "triton" is refused.
 
@@ -39,8 +38,8 @@ def codebook_statistics(x: Tensor, indices: Tensor, K: int, *, impl: str = "auto
         sums: [K, D] float32, or float64 if `x` is.
 
     Raises:
-        ValueError: shapes or devices disagree, K < 1, an index lies outside [0, K), or `impl` cannot run here.
-        TypeError: `x` is not a floating point tensor, `indices` are not an integer one, or K is not an int.
+        ValueError: shapes or devices disagree, K < 1, an index outside [0, K), or `impl` cannot run here.
+        TypeError: `x` is not a floating point tensor, `indices` is not an integer one, or K is not an int.
 
     Source: van den Oord et al. 2017, arXiv 1711.00937, appendix A.1.
     """

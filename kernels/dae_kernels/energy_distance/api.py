@@ -27,16 +27,16 @@ def energy_distance(
     it. It is the V-statistic, which is not negative and is 0 on equal clouds; an unbiased one is not offered. The gradient of
     |x - y| at x = y is 0.
 
-    Memory is O((N + M) D), forward and backward: distances are never stored (the reference keeps a few blocks of 8 MiB). If
-    gradients are needed they are made in the forward pass; there are no second derivatives (asking for them raises).
-    A point with NaN or infinity makes the result NaN, also if its weight is 0.
+    Memory is O((N + M) D), forward and backward: distances are never stored (the reference keeps a few blocks of 8 MiB).
+    Gradients, if needed, are computed in the forward pass; second derivatives raise.
+    A point with NaN or infinity makes the result NaN, even if its weight is 0.
 
     The reference computes in float64. The kernel computes in float32 with |x|^2 + |y|^2 - 2 x.y, about medians of the clouds,
-    so neither the origin nor a few far points matter. Rounding moves the distance r of two points at distance R from the
-    median by about 1e-7 R^2 / r, and two that are nearer than 1e-3 R are taken for one. It shows where points are near each
-    other and both far from the rest of their cloud: of pairs in a second cluster at R = 100 r distances are good to three
-    digits, from R = 1000 r on they are lost, which is up to 1e-3 R in the result. The unit of the points does not matter: they
-    are scaled by a power of 2.
+    so neither the origin nor a few outliers matter. Rounding changes the distance r of two points at distance R from the median
+    by about 1e-7 R^2 / r, and points closer than 1e-3 R count as equal. This matters for points that are close to each other but
+    far from the rest of their cloud: for pairs in a second cluster at R = 100 r, distances have three correct digits; from
+    R = 1000 r on they are lost, an error of up to 1e-3 R in the result. The unit of the points does not matter: they are scaled
+    by a power of 2.
 
     Args:
         x: [N, D], floating; any strides.

@@ -18,13 +18,13 @@ def gaussian_w2(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) ->
 
         |m_a - m_b|^2 + tr(S_a + S_b - 2 (S_a^1/2 S_b S_a^1/2)^1/2)
 
-    All arithmetic is float64. Plain torch is the implementation: two eigendecompositions and one of singular values. A kernel of
-    ours could not speed them up, and they, by LAPACK, take 57 % of `frechet_distance`'s forward time on one
-    CPU core at 2000 points per cloud and D = 256, and products of matrices most of the rest. On a GPU it is not measured.
+    All arithmetic is float64, in plain torch: two eigendecompositions and one singular value decomposition. A custom kernel could
+    not speed them up: in LAPACK they take 57 % of `frechet_distance`'s forward time on one CPU core at 2000 points per cloud and
+    D = 256, and matrix products most of the rest. Not measured on a GPU.
 
-    Differentiable once, with respect to all four, where both covariances are positive definite (equal eigenvalues included).
-    Where one of them is singular but A A^T with A of full column rank, as of points from fewer dimensions, the gradient by A is
-    right to about 1e-7 of its size. Elsewhere it is finite but need not be one.
+    Differentiable once, with respect to all four, if both covariances are positive definite (equal eigenvalues included).
+    If one is singular but A A^T with A of full column rank, as for points in a subspace, the gradient by A is accurate to about
+    1e-7 of its size. Otherwise it is finite but need not be correct.
 
     Args:
         mean_a, mean_b: [D], D >= 1, floating.
@@ -51,7 +51,7 @@ def gaussian_w2(mean_a: Tensor, cov_a: Tensor, mean_b: Tensor, cov_b: Tensor) ->
     if len({tensor.device for tensor in moments.values()}) > 1:
         got = ", ".join(f"{name} on {tensor.device}" for name, tensor in moments.items())
         raise ValueError(f"gaussian_w2 needs moments on one device, got {got}")
-    for name, tensor in moments.items():  # or else LAPACK fails to converge
+    for name, tensor in moments.items():  # LAPACK would not converge
         if values_readable(tensor) and not tensor.isfinite().all():
             raise ValueError(f"gaussian_w2 needs finite moments, got NaN or infinity in {name}")
     exact = all(tensor.dtype == torch.float64 for tensor in moments.values())
@@ -66,8 +66,8 @@ def frechet_distance(x: Tensor | GaussianStatistics, y: Tensor | GaussianStatist
         gaussian_w2(mean(x), cov(x), mean(y), cov(y))
 
     This is the formula of FID; it is FID only with the features of FID's Inception network. The estimate from few points
-    is biased upwards by an amount that depends on their number: compare only distances at equal counts. Differentiable with
-    respect to clouds given as tensors, where `gaussian_w2` is: more points than dimensions are needed.
+    is biased upwards, depending on their number: compare distances only at equal counts. Differentiable with
+    respect to clouds given as tensors where `gaussian_w2` is, which needs more points than dimensions.
 
     There is no Triton kernel, for the reason and with the figure in `gaussian_w2`.
 
@@ -79,7 +79,7 @@ def frechet_distance(x: Tensor | GaussianStatistics, y: Tensor | GaussianStatist
         Scalar, at least 0; float32 if an argument is a tensor of another dtype than float64, else float64.
 
     Raises:
-        TypeError: neither floating point tensors nor `GaussianStatistics`.
+        TypeError: arguments other than floating point tensors and `GaussianStatistics`.
         ValueError: fewer than 2 points, different D, tensors on two devices, or NaN or infinity among the points.
 
     Source: Heusel et al. 2017, arXiv 1706.08500, section 3 (after Dowson and Landau 1982).

@@ -1,4 +1,4 @@
-"""Square root of a positive semi-definite matrix, differentiable also where eigenvalues are equal."""
+"""Square root of a positive semi-definite matrix, differentiable even with equal eigenvalues."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def square_root(matrix_DD: Tensor) -> Tensor:
 
 
 class SquareRoot(torch.autograd.Function):
-    """The positive semi-definite square root of the symmetric part of a matrix; rounding's negative eigenvalues become 0.
+    """The positive semi-definite square root of the symmetric part of a matrix; negative eigenvalues from rounding become 0.
 
-    torch's own derivative of eigh divides by differences of eigenvalues and fails where two are equal, as in the
-    identity. The root R itself is smooth: dR solves dS = dR R + R dR, in the eigenbasis a division by sums of roots.
-    The eigenvectors and the roots of the eigenvalues are the further outputs, which the derivative needs.
+    torch's derivative of eigh divides by differences of eigenvalues and fails if two are equal, as in the identity. The root R
+    itself is smooth: dR solves dS = dR R + R dR, in the eigenbasis a division by sums of roots. Eigenvectors and roots of the
+    eigenvalues are further outputs, needed by the derivative.
     """
 
     generate_vmap_rule = True
@@ -45,7 +45,7 @@ class SquareRoot(torch.autograd.Function):
             return None
         roots_D, vectors_DD = ctx.saved_tensors
         sums_DD = roots_D[:, None] + roots_D
-        # Between two eigenvectors of eigenvalue 0 to rounding there is no derivative: 0 instead of noise divided by nothing.
+        # Between eigenvectors with eigenvalues of about 0 there is no derivative: use 0 instead of dividing noise by 0.
         floor = (len(roots_D) * torch.finfo(roots_D.dtype).eps) ** 0.5 * roots_D.max()
         inverse_DD = torch.where(sums_DD > floor, 1 / sums_DD, 0.0)
         symmetric_DD = (grad_DD + grad_DD.mT) / 2

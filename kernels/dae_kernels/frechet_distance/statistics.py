@@ -1,4 +1,4 @@
-"""Mean and covariance of a stream of points, merged across batches and processes without loss."""
+"""Mean and covariance of a stream of points, merged exactly across batches and processes."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class GaussianStatistics:
         self._moments: tuple[Tensor, Tensor] | None = None  # mean [D] and M2 [D, D]
 
     def update(self, x: Tensor) -> Self:
-        """Add points [N, D] (N may be 0), without their gradient; returns itself.
+        """Add points [N, D] (N may be 0), detached; returns itself.
 
         TypeError: not a floating point tensor. ValueError: not [N, D], or another D than before.
         """
@@ -46,7 +46,7 @@ class GaussianStatistics:
         return self.merge(batch)
 
     def merge(self, other: GaussianStatistics) -> Self:
-        """Add the points that `other` has seen; returns itself. ValueError: another dimension D. TypeError: another class."""
+        """Merge the statistics of `other`; returns itself. ValueError: another dimension D. TypeError: another class."""
         if not isinstance(other, GaussianStatistics):
             raise TypeError(f"expected GaussianStatistics to merge, got {type(other).__name__}; points are added by update")
         if other._moments is None:
@@ -67,20 +67,20 @@ class GaussianStatistics:
         return self
 
     def all_reduce(self, summed: Callable[[Tensor], Tensor]) -> Self:
-        """Make this the statistics of the points of all processes; returns itself.
+        """Combine the statistics of all processes; returns itself.
 
-        Every process must call it, once: a second call would count each point once for each process. A process without
-        points takes part. Memory stays O(D^2) whatever the number of processes; to merge in another way, gather `state()`.
-        Sums are read on the host: fake tensors have none to read, and torch.export cannot trace this.
+        Every process, with or without points, must call it once: a second call would count each point once per process.
+        Memory stays O(D^2) for any number of processes; to merge in another way, gather `state()`. Sums are read on the
+        host, so fake tensors and torch.export are not supported.
 
         Args:
             summed: returns the sum over all processes of a tensor (int64, float64), which it must not change.
 
         Raises:
-            ValueError: in every process, where the processes have points of different dimensions.
+            ValueError: in every process, if processes have points of different dimensions.
         """
         dimension = 0 if self._moments is None else len(self._moments[0])
-        # Where all D are equal, and only there, Cauchy-Schwarz holds with equality: (sum D)^2 = (number) (sum D^2).
+        # Cauchy-Schwarz is an equality only if all D are equal: (sum D)^2 = (number) (sum D^2).
         members, total, squares = summed(whole([int(dimension > 0), dimension, dimension**2])).tolist()
         if members * squares != total**2:
             raise ValueError(f"expected one feature dimension in all processes, got {dimension} here; use one feature extractor")
@@ -105,7 +105,7 @@ class GaussianStatistics:
 
     @classmethod
     def from_state(cls, state: Tensor) -> Self:
-        """The statistics whose `state()` this is. ValueError: it cannot be one. TypeError: not a tensor."""
+        """Restore from `state()`. ValueError: not a valid state. TypeError: not a tensor."""
         check_tensors("GaussianStatistics.from_state", state=state)
         D = math.isqrt(state.numel())  # of 1 + D + D^2
         if state.dim() != 1 or D < 1 or len(state) != 1 + D + D * D or state.dtype != torch.float64:
@@ -135,7 +135,7 @@ class GaussianStatistics:
 
 
 def whole(numbers: int | list[int]) -> Tensor:
-    """int64 on the CPU, whatever device torch has for a default."""
+    """int64 tensor on the CPU, independent of torch's default device."""
     return torch.tensor(numbers, dtype=torch.int64, device="cpu")
 
 

@@ -10,7 +10,7 @@ from dae_kernels.dispatch import choose, dtype_refusal, plain
 from dae_kernels.group_norm_silu.autograd import group_norm_silu_fused
 from dae_kernels.group_norm_silu.reference import group_norm_silu_reference
 
-MAX_GRID = 65535  # the second and third axis of a CUDA grid
+MAX_GRID = 65535  # limit of a CUDA grid's second and third axis
 MAX_POSITIONS = 2**31 - 2**16  # counted in int32, a chunk beyond the last
 
 
@@ -32,13 +32,13 @@ def group_norm_silu(
         h = (n * weight_c + bias_c) * (1 + scale_bc) + shift_bc
         out = h * sigmoid(h)                                     or h itself without activation
 
-    The kernels save x and the mean and 1 / std of each group for the backward pass, and nothing else of the size of x: h is
-    computed anew. Statistics are float32 whatever the dtype of x, merged from (mean, sum of squared deviations) of chunks,
-    so a mean far from zero costs no accuracy. The gradients of all operands are sums in a fixed order: deterministic.
+    The kernels save x and the mean and 1 / std of each group for the backward pass and recompute h. Statistics are float32 for
+    every dtype of x, merged from (mean, sum of squared deviations) of chunks, so a mean far from zero costs no accuracy. The
+    gradients of all operands are sums in a fixed order: deterministic.
 
     Args:
-        x: [B, C, *positions], floating, C divisible by num_groups. Contiguous and channels_last are taken as they are, the
-            kernels copy other strides.
+        x: [B, C, *positions], floating, C divisible by num_groups. Contiguous and channels_last are used directly; the kernels
+            copy other strides.
         num_groups: groups of adjacent channels.
         weight, bias: [C], floating, or None for 1 and 0.
         eps: added to the variance, > 0.

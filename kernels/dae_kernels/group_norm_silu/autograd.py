@@ -1,4 +1,4 @@
-"""The gradient of the fused kernels of `group_norm_silu`, and a fix of torch's own on CPUs."""
+"""The gradient of the fused kernels of `group_norm_silu`, and a workaround for torch's on CPUs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class GroupNormSiLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, _d_mean, _d_rstd):
-        saved = ctx.saved_tensors  # read once: torch.utils.checkpoint unpacks a tensor no second time
+        saved = ctx.saved_tensors  # read once: torch.utils.checkpoint unpacks a tensor only once
         _, weight, bias, scale, shift, *_ = saved
         dx, sums_2BC = apply(GroupNormSiLUBackward, dy, *saved, ctx.num_groups, ctx.silu)
         # sum is d out / d h summed over positions, sum_n that times n; they hold the gradients of all parameters.
@@ -82,10 +82,10 @@ def input_in_graph(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Ten
 
 
 class InputInGraph(torch.autograd.Function):
-    """x, which requires a gradient where x, weight or bias does.
+    """x, made to require a gradient if x, weight or bias does.
 
-    On a CPU torch writes the gradient of a channels_last x also where nobody asked for it: into no memory, with a segmentation
-    fault, if x requires none and a parameter does (native_group_norm_backward, torch 2.13). This Function always asks for it.
+    On a CPU torch writes the gradient of a channels_last x even if it was not requested, which is a segmentation fault if only a
+    parameter requires one (native_group_norm_backward, torch 2.13). This Function always requests it.
     """
 
     generate_vmap_rule = True

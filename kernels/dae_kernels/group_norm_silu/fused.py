@@ -91,7 +91,7 @@ def moments_kernel(
     c0, b = tl.program_id(1) * BLOCK_C, tl.program_id(2).to(tl.int64)
     lane, c = tl.arange(0, BLOCK_P), c0 + tl.arange(0, BLOCK_C)
     x_ptrs = pointers(x_ptr, b, start, c0, x_stride_b, x_stride_c, x_stride_p, BLOCK_P, BLOCK_C)
-    # Differences from any one value of the channel: a large mean then costs its sums nothing.
+    # Differences from one value of the channel, so that a large mean costs no accuracy.
     base_ptrs = pointers(x_ptr, b, start, c0, x_stride_b, x_stride_c, x_stride_p, 1, BLOCK_C)
     base = tl.load(base_ptrs, mask=c[None, :] < C, other=0.0).to(tl.float32)
     mean = tl.zeros([BLOCK_P, BLOCK_C], tl.float32)
@@ -222,7 +222,7 @@ def gradient_sums_kernel(
         dy = tl.load(dy_ptrs + p0 * dy_stride_p, mask=inside, other=0.0).to(tl.float32)
         n = (x - mean[None, :]) * rstd[None, :]
         dh = d_activation(n * factor[None, :] + term[None, :], dy, SILU)
-        total += tl.where(inside, dh, 0.0)  # past the end n is any number, and with SiLU 0 * inf may stand there
+        total += tl.where(inside, dh, 0.0)  # past the end n is arbitrary, and with SiLU 0 * inf may occur
         total_n += tl.where(inside, dh * n, 0.0)
     out = (b * C + c) * tl.num_programs(0) + tl.program_id(0)
     second = tl.num_programs(2).to(tl.int64) * C * tl.num_programs(0)

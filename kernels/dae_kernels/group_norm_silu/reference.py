@@ -24,7 +24,7 @@ def group_norm_silu_reference(
     wide = torch.promote_types(x.dtype, torch.float32)
     with without_autocast(x.device):
         weight, bias = (None if parameter is None else parameter.to(wide) for parameter in (weight, bias))
-        if weight is None and bias is not None:  # torch has no backward of a bias alone where x is empty
+        if weight is None and bias is not None:  # torch has no backward for a bias alone if x is empty
             weight = torch.ones_like(bias, requires_grad=False)
         x_ = x.to(wide)
         if x.device.type == "cpu" and not x_.is_contiguous():
@@ -35,5 +35,5 @@ def group_norm_silu_reference(
             y = y * (1 + scale_BC.to(wide).view(per_channel)) + shift_BC.to(wide).view(per_channel)
         y = F.silu(y) if silu else y
         y = y.to(x.dtype)
-    # CUDA's own GroupNorm returns a contiguous tensor whatever it was given.
+    # CUDA's GroupNorm returns a contiguous tensor for every input layout.
     return y if y.stride() == x.stride() else torch.empty_like(x).copy_(y)

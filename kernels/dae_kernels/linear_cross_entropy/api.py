@@ -15,7 +15,7 @@ from dae_kernels.linear_cross_entropy.reference import NOT_COUNTED, counted_rows
 from dae_kernels.tracing import has_autocast, values_readable, without_autocast
 
 IMPLS = ("auto", "reference", "torch", "chunked", "triton")
-FEW_LOGITS = 1 << 20  # of all rows together; on a CPU they are then as fast at once
+FEW_LOGITS = 1 << 20  # of all rows; up to here a CPU is as fast without chunks
 
 
 def linear_cross_entropy(
@@ -52,21 +52,21 @@ def linear_cross_entropy(
     are multiplied in float32. After a cast the gradient of a float32 linear_weight is the float32 sum, where torch would round it
     to 16 bits.
 
-    Targets are read, and wrong ones refused, on CPUs alone: reading them on a GPU would stop the host at each step until the
-    device has caught up. There, under torch.compile and under vmap, a target outside the vocabulary makes all losses and their
-    gradients NaN on every implementation, and costs two operations on [N].
+    Targets are checked only on CPUs: reading them on a GPU would synchronise at each step. There, under torch.compile and under
+    vmap, a target outside the vocabulary makes all losses and their gradients NaN on every implementation, at the cost of two
+    operations on [N].
 
     Args:
         hidden: [..., D], floating; any strides.
         linear_weight: [V, D], of the dtype of hidden, or castable by autocast.
         targets: [...] int64, in 0..V-1 or ignore_index.
         bias: [V], floating, or None.
-        weight: [V], floating: the weight of each class, as torch's `cross_entropy` has it; or None. It takes no gradient.
+        weight: [V], floating: class weights as in torch's `cross_entropy`, or None. Not differentiable.
         softcap: positive and finite, the bound of the logits, or None. Gemma 2 uses 30.
         label_smoothing: in [0, 1], torch's definition.
         z_loss: weight of the squared log-normaliser, finite and not negative; class weights do not apply to it.
-        ignore_index: rows with this target have no loss, no gradient, and no part in the mean, whatever hidden is there: NaN,
-            infinities and overflows of such rows reach neither the loss nor a gradient.
+        ignore_index: rows with this target have no loss and no gradient and do not count in the mean: NaN, infinities and
+            overflows of such rows reach neither the loss nor a gradient.
         reduction: "mean" over the rows that are not ignored, weighted by w[t]; "sum"; or "none". The mean over no rows is NaN
             with a gradient of zero, as torch's; their sum is 0. Likewise where all w[t] are 0 (torch: NaN gradients).
         chunk_bytes: bytes of logits that may be alive at once, positive; at least one row is. None: on a GPU an eighth of all
@@ -89,7 +89,7 @@ def linear_cross_entropy(
         hidden, linear_weight and bias; twice by "reference" only (chunks raise RuntimeError).
 
     Raises:
-        TypeError: an operand is not floating point of 16 to 64 bits, targets are not int64, or ignore_index is no int.
+        TypeError: an operand is not floating point of 16 to 64 bits, targets are not int64, or ignore_index is not an int.
         ValueError: shapes, dtypes or devices disagree, V = 0 or D = 0, a target outside the vocabulary (see above), an option
             out of range, class weights that require a gradient, or `impl` is unknown or cannot run here; the message says why.
 
@@ -117,7 +117,7 @@ def linear_cross_entropy(
     rows = rows.to(wide)
     mass = rows if weight_V is None else weight_V.gather(0, target_N.clamp(min=0)).where(target_N != NOT_COUNTED, 0.0).sum()
     z = None
-    if z_loss:  # a mean over rows, although the sum will be divided by their class weights
+    if z_loss:  # a mean over rows, though the sum is divided by class weights
         scaled = reduction == "mean" and weight_V is not None
         z = mass / rows.clamp(min=1) * z_loss if scaled else rows.new_full((), z_loss)
     tensors = (hidden_ND, linear_weight, bias, weight_V, target_N, z)
@@ -133,7 +133,7 @@ def linear_cross_entropy(
         return losses.view(targets.shape)
     if reduction == "sum":
         return losses.sum()
-    # Filled, as the gradient of 0 / 0 would be NaN.
+    # Filled, because the gradient of 0 / 0 would be NaN.
     return (losses.sum() / mass.masked_fill(mass == 0, 1.0)).masked_fill(mass == 0, math.nan)
 
 
@@ -188,9 +188,9 @@ def check_loss_options(label_smoothing: float, z_loss: float, softcap: float | N
 
 
 def counted(targets_N: Tensor, V: int, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Targets with NOT_COUNTED for ignored and wrong ones, whether any is wrong, and how many are not ignored.
+    """Targets with NOT_COUNTED for ignored and invalid ones, whether any is invalid, and the number not ignored.
 
-    ValueError for a wrong one where they are read.
+    ValueError: an invalid target, if they are read.
     """
     counts_N = targets_N != ignore_index
     wrong_N = (targets_N.clamp(0, V - 1) != targets_N) & counts_N

@@ -24,7 +24,7 @@ def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class SumOfLosses(torch.autograd.Function):
-    """Sum of the losses; its gradients are made in the forward pass."""
+    """Sum of the losses; its gradients are computed in the forward pass."""
 
     generate_vmap_rule = True
 
@@ -56,7 +56,7 @@ class SumOfLosses(torch.autograd.Function):
 
 
 class Losses(torch.autograd.Function):
-    """[N] losses; their gradients are made in the backward pass, where the factor of each row is known."""
+    """[N] losses; their gradients are computed in the backward pass, when each row's factor is known."""
 
     generate_vmap_rule = True
 
@@ -101,7 +101,7 @@ class GradientsOfLosses(torch.autograd.Function):
         chunk,
     ):
         d_loss_N = d_loss_N.masked_fill(target_N == NOT_COUNTED, 0.0)
-        # Less a power of two, rows have factors of at most 1: such as 16 bits can hold.
+        # Divided by a power of two, factors are at most 1, which 16 bits can represent.
         scale = torch.exp2(torch.frexp(d_loss_N.abs().amax() if len(d_loss_N) else d_loss_N.new_ones(())).exponent)
         scale = scale.to(d_loss_N.dtype)
         tensors = hidden_ND, linear_weight_VD, bias_V, weight_V, target_N, z_loss, d_loss_N / scale

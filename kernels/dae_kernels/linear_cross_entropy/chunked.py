@@ -1,8 +1,8 @@
-"""Losses and gradients by chunks of rows, as one operator: at most one chunk of logits is in memory.
+"""Losses and gradients by chunks of rows, as one operator, with at most one chunk of logits in memory.
 
-The gradients of a sum of losses are known but for one factor as soon as a chunk's logits are: they are made in the same pass,
-unscaled, and the backward pass only multiplies. Where every row has its own factor (reduction="none"), the backward pass calls
-the operator again, with these factors.
+The gradients of a sum of losses are known up to a factor once a chunk's logits are: they are computed unscaled in the same pass,
+and the backward pass only multiplies. If every row has its own factor (reduction="none"), the backward pass calls the operator
+again with these factors.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def softmax_step(
     else:
         target_mass_n1 = (1 - label_smoothing) * weight_V.unsqueeze(1).gather(0, safe_n1)
         mass_n1 = target_mass_n1 + share * weight_V.sum()
-    # Less the largest before anything is summed: large logits that differ little keep their digits.
+    # Subtract the maximum before summing, so that large logits with small differences keep their digits.
     largest_n1 = logits_nV.amax(dim=1, keepdim=True)
     logits_nV.sub_(largest_n1)
     value_n1 = logits_nV.gather(1, safe_n1) * target_mass_n1
@@ -134,7 +134,7 @@ def chunked_launcher(
     """
     N, V = len(hidden_ND), len(linear_weight_VD)
     wide = torch.promote_types(dtype, torch.float32)
-    # CPUs multiply 16 bits slowly; the kernel writes gradients as a GPU takes them.
+    # CPUs multiply 16 bits slowly; the kernel writes gradients in the GPU's product dtype.
     operand = wide if hidden_ND.device.type == "cpu" and not kernel else dtype
     needs = need_hidden, need_weight, need_bias
     loss_N, d_hidden_ND, d_weight_VD, d_bias_V = chunked_empty(hidden_ND, linear_weight_VD, dtype, *needs, kernel, chunk_bytes)
@@ -194,5 +194,5 @@ def chunked_empty(hidden_ND: Tensor, linear_weight_VD: Tensor, *rest: Any) -> tu
     return loss_N, d_hidden_ND, d_weight_VD, hidden_ND.new_empty(len(linear_weight_VD) if need_bias else 0, dtype=wide)
 
 
-# Opaque also without the interpreter: its products are cuBLAS's, and a compiler that saw the loop would unroll it.
+# Opaque even without the interpreter: its products are cuBLAS's, and Inductor would unroll the loop.
 chunked_losses = register_op("dae_kernels::linear_cross_entropy", chunked_launcher, chunked_empty)

@@ -34,7 +34,7 @@ def tanh_and_slope(u):
     e = tl.exp(-2.0 * tl.abs(u))
     large = (1.0 - e) / (1.0 + e)
     s = u * u
-    # The series of tanh u / u: the first term left out, 0.0036 u^12, is 1.2e-8 at 0.35 (the unit roundoff is 6e-8).
+    # The series of tanh u / u: the first omitted term, 0.0036 u^12, is 1.2e-8 at 0.35 (unit roundoff: 6e-8).
     small = 1.0 + s * (-1.0 / 3 + s * (2.0 / 15 + s * (-17.0 / 315 + s * (62.0 / 2835 + s * (-1382.0 / 155925)))))
     return tl.where(tl.abs(u) < 0.35, u * small, tl.where(u < 0, -large, large)), 4.0 * e / ((1.0 + e) * (1.0 + e))
 
@@ -67,7 +67,7 @@ def softmax_step_kernel(
     if WEIGHT:
         target_mass *= tl.load(weight_ptr + target)
 
-    # A lane without a finite logit so far has the maximum -inf, from which nothing may be subtracted.
+    # A lane without a finite logit so far has the maximum -inf, which must not be subtracted.
     largest = tl.full([BLOCK_V], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_V], tl.float32)
     plain = tl.zeros([BLOCK_V], tl.float32)
@@ -81,7 +81,7 @@ def softmax_step_kernel(
         if SOFTCAP:
             x = tl.where(inside, tanh_and_slope(x / softcap)[0] * softcap, float("-inf"))
         larger = tl.maximum(largest, x)
-        # One of the two exponents is 0: one exponential does for both.
+        # One of the two exponents is 0, so one exponential suffices.
         e = tl.exp(tl.where(larger == float("-inf"), 0.0, -tl.abs(x - largest)))
         total = tl.where(x > largest, total * e + 1.0, total + tl.where(inside, e, 0.0))
         largest = larger

@@ -23,14 +23,14 @@ def lpips(a: Tensor, b: Tensor, weight: Tensor | None = None, *, eps: float = 1e
         u = a / (|a| + eps), v = b / (|b| + eps)              norms over the channels of one position
         out = mean over positions of sum_c weight_c (u_c - v_c)^2
 
-    The kernels read a and b once forward and once backward, where the norms are computed anew; they save a, b and weight and
-    nothing else. All sums are float32 in a fixed order: deterministic. Equal a and b give exactly 0 and gradients of exactly 0.
+    The kernels read a and b once forward and once backward, recomputing the norms; they save only a, b and weight.
+    All sums are float32 in a fixed order: deterministic. Equal a and b give exactly 0 and gradients of exactly 0.
     A position whose vector is zero (its squared norm is 0 in float32) has the unit vector 0 and no gradient: the formula's own
     would be of the order of 1 / eps, and the lpips package's is NaN. NaN at a position makes its image's distance NaN.
 
     Args:
         a, b: [B, C, *positions], floating of 16 to 64 bits, of one shape, dtype and device. Contiguous, channels_last or one of
-            each are taken as they are, other strides are copied if positions do not lie at one distance from each other.
+            each are used directly; other strides are copied unless positions are evenly spaced.
         weight: [C], floating, or None for ones.
         eps: added to each norm, >= 0.
         impl: "auto" is "triton" for CUDA tensors of at most 32 bits and 2048 channels where triton is installed, else

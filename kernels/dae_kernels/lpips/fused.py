@@ -26,7 +26,7 @@ from torch import Tensor
 from dae_kernels.dispatch import register_op
 from dae_kernels.tiles import cdiv, next_power_of_2
 
-# So many programs keep 132 SMs busy, as an SM holds several.
+# Enough programs to keep 132 SMs busy, several per SM.
 PROGRAMS, TILES_PER_CHUNK, TILE = 528, 16, 4096
 
 
@@ -57,7 +57,7 @@ def chunk_of_program(
 @triton.jit
 def inverse(squares, eps):
     """1 / (sqrt(squares) + eps), and 0 where squares is 0."""
-    present = squares != 0  # NaN is present: all channels of its position become NaN, as in the reference
+    present = squares != 0  # true for NaN: all channels of its position become NaN, as in the reference
     return tl.div_rn(present.to(tl.float32), tl.where(present, tl.sqrt_rn(squares) + eps, 1.0))
 
 
@@ -70,7 +70,7 @@ def compare(a, b, eps):
     """
     squares_a, squares_b = tl.sum(a * a, axis=1), tl.sum(b * b, axis=1)
     inverse_a, inverse_b = inverse(squares_a, eps), inverse(squares_b, eps)
-    apart = tl.sum(tl.abs(a - b), axis=1) != 0  # so written, NaN is apart from everything
+    apart = tl.sum(tl.abs(a - b), axis=1) != 0  # written so that NaN differs from everything
     e = tl.where(apart[:, None], a * inverse_a[:, None] - b * inverse_b[:, None], 0.0)
     return e, squares_a, squares_b, inverse_a, inverse_b
 
@@ -177,9 +177,9 @@ pair_layout = functools.lru_cache(maxsize=4096)(PairLayout)
 
 
 def positions(x: Tensor) -> Tensor:
-    """[B, C, *positions] as [B, C, P]: a view, or a copy where positions do not lie at one distance from each other.
+    """[B, C, *positions] as [B, C, P]: a view if positions are evenly spaced, else a copy.
 
-    Nor where they lie so far apart that offsets within a tile would not be int32.
+    Also a copy if offsets within a tile would exceed int32.
     """
     x_BCP = x.flatten(2) if x.dim() > 2 else x[..., None]
     return x_BCP if TILE * x_BCP.stride(2) < 2**31 else x_BCP.contiguous()

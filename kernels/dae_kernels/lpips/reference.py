@@ -7,9 +7,9 @@ from torch import Tensor
 
 
 def unit_vectors(x: Tensor, eps: float) -> Tensor:
-    """x / (|x| + eps) along dim 1; where |x|^2 is 0 the result is 0 and its gradient, of the order of 1 / eps, is left out."""
+    """x / (|x| + eps) along dim 1; if |x|^2 is 0 the result and its gradient (of order 1 / eps) are 0."""
     squares = x.square().sum(dim=1, keepdim=True)
-    present = squares != 0  # so written, NaN is present and shows
+    present = squares != 0  # written so that NaN counts as present
     norm = torch.where(present, squares, 1).sqrt()  # the root has no gradient at 0
     return torch.where(present, x / (norm + eps), 0)
 
@@ -17,7 +17,7 @@ def unit_vectors(x: Tensor, eps: float) -> Tensor:
 def lpips_reference(a: Tensor, b: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """mean over positions of sum_c weight_c (a_c / (|a| + eps) - b_c / (|b| + eps))^2, [B] float32 (float64 for float64)."""
     wide = torch.promote_types(a.dtype, torch.float32)
-    if a.stride() != b.stride():  # equal maps in two layouts would be summed in two orders
+    if a.stride() != b.stride():  # layouts would otherwise change the order of summation
         a, b = a.contiguous(), b.contiguous()
     squares = (unit_vectors(a.to(wide), eps) - unit_vectors(b.to(wide), eps)).square()
     if weight is not None:

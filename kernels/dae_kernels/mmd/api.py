@@ -43,26 +43,25 @@ def mmd(
         unbiased = sum_{i != j} a_i a_j k(x_i, x_j) / (1 - sum_i a_i^2) + the same of y - 2 sum_ij a_i b_j k(x_i, y_j)
 
     with a and b normalised to sum 1; for equal weights the divisor is that of the U-statistic, (N - 1) / N. A pair i = j is
-    known by its index, so equal points stay in. geomloss's "gaussian" loss with one blur is half of the biased value. The
+    identified by its index, so equal points are kept. geomloss's "gaussian" loss with one blur is half of the biased value. The
     unbiased polynomial one with the defaults is KID of image features (`dae.metrics.kernel_distance`: means over subsets).
 
     Memory is O((N + M) D), forward and backward: kernel values are never stored (the reference keeps a few blocks of 8 MiB).
-    If gradients are needed they are made in the forward pass; there are no second derivatives (asking for them raises).
-    A point with NaN or infinity, or 1e154 away from another, makes the result NaN, also if its weight is 0.
+    Gradients, if needed, are computed in the forward pass; second derivatives raise.
+    A point with NaN or infinity, or 1e154 away from another, makes the result NaN, even if its weight is 0.
 
-    The reference computes in float64, as do polynomials everywhere: nearly all of their time is that of three products of
-    matrices, so there is no Triton kernel for them. That of Gaussians computes in float32 with |x|^2 + |y|^2 - 2 x.y, about
-    medians of the clouds, so neither the origin nor a few far points matter. Rounding moves the exponent |x - y|^2 / (2 s^2) of
-    two points at distance R from the median by about 1e-7 (R / s)^2. It shows where points are near each other and both far
-    from the rest of their cloud: of pairs in a second cluster at R = 100 s the kernel values are good to three digits, from
-    R = 3000 s on they are anything from 0 to 1, and there the reference is to be used. Distances from the median from 1e19 on
-    overflow to NaN.
+    The reference computes in float64, as do polynomials everywhere: nearly all their time is three matrix products, so they have
+    no Triton kernel. The kernel for Gaussians computes in float32 with |x|^2 + |y|^2 - 2 x.y, about medians of the clouds, so
+    neither the origin nor a few outliers matter. Rounding changes the exponent |x - y|^2 / (2 s^2) of two points at distance R
+    from the median by about 1e-7 (R / s)^2. This matters for points that are close to each other but far from the rest of their
+    cloud: for pairs in a second cluster at R = 100 s, kernel values have three correct digits; from R = 3000 s on they are
+    arbitrary in 0..1, so use the reference. Distances of 1e19 or more from the median overflow to NaN.
 
     Args:
         x: [N, D], floating; any strides.
         y: [M, D], of the same dtype and device.
         bandwidths: at least one standard deviation s, in the unit of the points, from 1e-150 to 1e150; from 1e-18 to 1e18 for
-            the kernel, which computes in float32. Needed by "gaussian", and not taken by "polynomial".
+            the kernel, which computes in float32. Required for "gaussian", refused for "polynomial".
         kernel: "gaussian" or "polynomial".
         degree, gamma, coef0: of the polynomial: a whole degree of at least 1, gamma and coef0 finite; gamma None is 1 / D.
         unbiased: the U-statistic, which needs two points of positive weight in each cloud and a sum of squared weights of at
@@ -138,7 +137,7 @@ def checked_polynomial(degree: int, gamma: float | None, coef0: float, D: int) -
 def checked_bandwidths(bandwidths: Sequence[float] | None) -> tuple[float, ...]:
     numbers = as_numbers("mmd", "bandwidths", bandwidths)
     for bandwidth in numbers:
-        if not 1e-150 <= bandwidth <= 1e150:  # the squares beyond are not float64 numbers
+        if not 1e-150 <= bandwidth <= 1e150:  # squares beyond are not representable in float64
             raise ValueError(f"mmd needs bandwidths that are positive and finite, from 1e-150 to 1e150, got {bandwidth!r:.20}")
     if len(numbers) == 0:
         raise ValueError("mmd needs at least one bandwidth, got none")
@@ -146,9 +145,9 @@ def checked_bandwidths(bandwidths: Sequence[float] | None) -> tuple[float, ...]:
 
 
 def check_pairs(name: str, cloud: Tensor, weights: Tensor | None) -> None:
-    """ValueError unless two points have positive weight, as an unbiased mean over pairs needs; weights are read where possible.
+    """ValueError unless two points have positive weight, as an unbiased mean over pairs needs; weights are read if possible.
 
-    The mean divides by the weight of pairs, 1 - sum a_i^2, which is rounding alone where one point has nearly all weight.
+    The mean divides by the weight of pairs, 1 - sum a_i^2, which is only rounding if one point has nearly all weight.
     """
     points, pairs = cloud.shape[0], 1.0
     if weights is not None and values_readable(weights):

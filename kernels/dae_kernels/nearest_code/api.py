@@ -9,7 +9,7 @@ from dae_kernels.clouds import convention
 from dae_kernels.dispatch import choose, dtype_refusal, plain
 from dae_kernels.nearest_code.reference import nearest_code_reference
 
-MAX_HEADS = 65535  # the second axis of a CUDA grid
+MAX_HEADS = 65535  # limit of a CUDA grid's second axis
 
 
 @convention(
@@ -20,15 +20,15 @@ MAX_HEADS = 65535  # the second axis of a CUDA grid
 def nearest_code(
     x: Tensor, codebook: Tensor, *, metric: str = "l2", precision: str = "exact", impl: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """Index of the nearest codebook entry of every vector, and the distance to it.
+    """Index of and distance to the nearest codebook entry of every vector.
 
         l2:      index = argmin_k |x - c_k|^2,            distance = |x - c_index|^2 (squared)
         cosine:  index = argmax_k x . c_k / (|x| |c_k|),  distance = 1 - that cosine, in [0, 2]
 
-    The code is the one that float64 finds, except by precision="fast": float32 scores settle what they provably can, float64
-    distances the rest. The lowest index wins a tie, also one that float64 rounds apart: codes whose distances differ by no
-    more than (D + 4) 2^-51 of the distance (of 1 for the cosine) may count as equal, in either implementation. A multiple of
-    a code is tied with it by its cosine as long as the multiple itself is not rounded further than that.
+    The code is the float64 result, except with precision="fast": float32 scores decide where they provably can, float64
+    distances elsewhere. The lowest index wins a tie, including ties broken only by float64 rounding: codes whose distances differ
+    by no more than (D + 4) 2^-51 of the distance (of 1 for the cosine) may count as equal, in either implementation. A multiple
+    of a code ties with it in cosine unless the multiple itself is rounded further than that.
     A zero vector has cosine 0 with everything.
     Memory is O(N + K) beside the operands: the [N, K] scores are never stored. The reference works on 2^18 coordinates of
     codes (at least 64 codes) and 2^19 scores at a time, on a GPU 2^23; the kernel keeps 24 bytes per vector, times the splits of
@@ -45,10 +45,10 @@ def nearest_code(
         codebook: [K, D] with K, D >= 1, or [H, K, D], one for each head of `x`, H >= 1; floating. Operands of two dtypes are
             compared in the wider one.
         metric: "l2" or "cosine".
-        precision: "exact" decides as float64 does. It takes longer where float32 cannot tell three codes apart: several
-            copies of a code, or vectors far from the origin beside their distances. "fast" lets the kernel decide by one
-            tensor-core product of the dtype of `x` (tf32 for float32), which can pick another code where two are nearly as
-            near. The reference is always exact.
+        precision: "exact" decides as float64 does. It is slower if float32 cannot distinguish three codes: several copies of a
+            code, or vectors far from the origin relative to their distances. "fast" decides by one tensor-core product in the
+            dtype of `x` (tf32 for float32), which can pick another code if two are nearly equally near. The reference is
+            always exact.
         impl: "auto" is "triton" for CUDA tensors of at most 32 bits where triton is installed, else "reference"; a named
             choice is obeyed or refused.
 

@@ -83,7 +83,7 @@ def search_kernel(
     H: tl.constexpr, D: tl.constexpr, COSINE: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
     INPUT_PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """A program owns BLOCK_N rows of x of one head and walks over one split of its codes; scores are |c|^2 - 2 x . c.
+    """Search: a program has BLOCK_N rows of x of one head and loops over one split of the codes; scores are |c|^2 - 2 x . c.
 
     x is [N, H, D], the codebook [H, K, D]; scores are [1, S, N, H], candidates too. EXACT: scores [3, S, N, H] (best, second,
     rest) and candidates [2, S, N, H].
@@ -94,7 +94,7 @@ def search_kernel(
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(2)
     d = tl.arange(0, BLOCK_D)
-    if H > 1:  # offsets of 0 would still take registers
+    if H > 1:  # offsets of 0 would still use registers
         head = tl.program_id(1).to(tl.int64)
         x_ptr += head * D
         codebook_ptr += head * K * D

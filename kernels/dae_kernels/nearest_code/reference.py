@@ -1,4 +1,4 @@
-"""Nearest code in eager torch, a bounded number of codes and of scores at a time: the definition."""
+"""Nearest code in eager torch, in blocks of bounded size: the definition."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dae_kernels.clouds import power_of_two
 from dae_kernels.dispatch import register_op
 from dae_kernels.tracing import without_autocast
 
-MAX_CODES = 1 << 18  # coordinates of codes alive at once: 2 MiB in float64
+MAX_CODES = 1 << 18  # coordinates of codes in memory at once: 2 MiB in float64
 MAX_SCORES = {"cpu": 1 << 19, "gpu": 1 << 23}  # alive at once; on a CPU 2 MiB of float32, which are read again from its cache
 CLASSES = 64  # of codes, by their index modulo the number of columns, in `search`
 CENTRE_SAMPLE = 64
@@ -23,8 +23,8 @@ def reference(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, Tensor]
 
     With a codebook [H, K, D] x is [N, H, D] and the results are [N, H].
 
-    Scores |c|^2 - 2 x . c decide where their rounding provably cannot matter: those of float32 first, where float32 products
-    are what they say (torch's "high" and "medium" lower them), then those of float64. Float64 distances decide the rest.
+    Scores |c|^2 - 2 x . c decide where their rounding provably cannot matter: float32 scores first, if float32 products are exact
+    float32 (torch's "high" and "medium" lower them), then float64 scores. Float64 distances decide the rest.
     """
     if codebook.dim() == 3:
         heads = [reference(x_ND, c_KD, metric) for x_ND, c_KD in zip(x.unbind(1), codebook.unbind(0), strict=True)]
@@ -55,16 +55,16 @@ def search(
     """The best code of each row by scores in `dtype`, computed of `view(rows)`, a map [*, D] -> [*, D] to float64.
 
     Returns:
-        The code of the lowest score [N]; whether no rounding can have made it so [N]; and a bound [N] that the score of the
+        The code of the lowest score [N]; whether it is certain despite rounding [N]; and a bound [N] that the score of the
         nearest code cannot exceed, however it is computed in `dtype`.
 
     A score of D products and a bias, in any order of summation, is off by at most (D + 3) u (|bias| + 2 |x| |c|) with u half
-    the eps of `dtype` (Higham 2002, section 3.1), rounding the operands adds three u, and each underflow less than its least
-    normal number; D + 8 leaves room for the square of D u. The winner is sure where it leads by more than two such errors:
+    the eps of `dtype` (Higham 2002, section 3.1), rounding the operands adds three u, and each underflow less than its smallest
+    normal number; D + 8 leaves room for the square of D u. The winner is certain if it leads by more than two such errors:
     exact ties never are.
 
     torch's argmin reads a score ten times slower than amin, so a block of scores is laid out as [CLASSES, columns]: amin finds
-    the best of each column, and argmin sees the columns and one column's codes only.
+    the best of each column, and argmin reads only the columns and one column's codes.
     """
     (N, D), K = x_ND.shape, len(codebook_KD)
     best_N, second_N = x_ND.new_full((2, N), float("inf"), dtype=dtype)
@@ -102,9 +102,9 @@ def search(
     number = torch.finfo(dtype)
     size_N = reach + 2.0 * reach.sqrt() * length_N
     limit_N = best_N.double() + 2.0 * (D + 8) * (number.eps / 2 * size_N + 8 * number.tiny)
-    # Also false for NaN, and where a sum may have overflowed.
+    # Also false for NaN, and if a sum may have overflowed.
     sure_N = (second_N.double() > limit_N) & (size_N < number.max**0.75)
-    # Nothing is nearest to a row that is not finite, nor where no code is, and every finite code to a zero row by its cosine.
+    # No code is nearest to a non-finite row, nor if no code is finite; all finite codes are to a zero row in cosine.
     nothing_N = ~x_ND.isfinite().all(dim=1) | (first == K)
     zero_N = (length_N == 0) & (metric == "cosine") & ~nothing_N
     index_N = torch.where(zero_N, first, index_N.masked_fill(nothing_N, 0))
@@ -117,7 +117,7 @@ def settle(
     """The first code [N] at the smallest distance, up to its rounding, among those whose score is within `limit_N`."""
     minimum_N = limit_N.new_full((len(x_ND),), float("inf"))
     index_N = torch.zeros(len(x_ND), dtype=torch.int64, device=x_ND.device)
-    relative = (x_ND.shape[1] + 4) * 2.0**-51  # what two float64 distances may be off by
+    relative = (x_ND.shape[1] + 4) * 2.0**-51  # relative error of two float64 distances
     rounding = lambda distance: relative * (distance if metric == "l2" else 1.0)  # noqa: E731
     for start, codes_kD in code_blocks(codebook_KD):
         shown_kD, _, bias_k, finite_k = scored(codes_kD, metric, view)
@@ -138,14 +138,14 @@ def settle(
 
 
 def scored(codes_kD: Tensor, metric: str, view: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Codes as `view` shows them, their squared lengths [k] there, their part of the score [k], and whether they are finite [k].
+    """Codes under `view`, their squared lengths [k], their part of the score [k], and whether they are finite [k].
 
-    A code that is not finite is shown as zeros with a score of infinity.
+    A code that is not finite becomes zeros with a score of infinity.
     """
     shown_kD = view(codes_kD)
     square_k = shown_kD.square().sum(dim=1)
     finite_k = square_k.isfinite()
-    if not finite_k.all():  # a finite code may be too long for its square
+    if not finite_k.all():  # the square of a finite code may overflow
         finite_k = codes_kD.isfinite().all(dim=1)
         shown_kD = shown_kD.where(finite_k[:, None], 0.0)
         square_k = square_k.where(finite_k, 0.0)
@@ -160,9 +160,9 @@ def pair_distance(x_PD: Tensor, code_PD: Tensor, metric: str, scale: Tensor | fl
 
 
 def frame(codebook_KD: Tensor) -> tuple[Tensor, Tensor]:
-    """A point [D] amid the codes and a power of two, so that scores of (rows - point) * power cancel and overflow little.
+    """A central point [D] of the codes and a power of two, to reduce cancellation and overflow in (rows - point) * power.
 
-    Medians of some codes, which no outlier moves. Every row is treated alike, so equal codes stay equal.
+    Medians of some codes, robust to outliers. Every row is transformed alike, so equal codes stay equal.
     """
     sample_kD = codebook_KD[:: -(-len(codebook_KD) // CENTRE_SAMPLE)].double()
     centre_D = sample_kD.nanmedian(dim=0).values.nan_to_num(0.0, 0.0, 0.0)
@@ -178,7 +178,7 @@ def unit_rows(x_ND: Tensor) -> Tensor:
 
 
 def float32_products(x: Tensor, codebook: Tensor) -> bool:
-    """Whether float32 scores may decide: float32 products are that here, and no operand is wider."""
+    """Whether float32 scores may decide: products are computed in full float32, and no operand is wider."""
     if x.device.type != "cpu" or torch.promote_types(x.dtype, codebook.dtype) == torch.float64:
         return False
     mkldnn: Any = torch.backends.mkldnn
@@ -187,14 +187,14 @@ def float32_products(x: Tensor, codebook: Tensor) -> bool:
 
 
 def code_blocks(codebook_KD: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """(index of the first code, codes): at most MAX_CODES coordinates, but CLASSES codes at least, at a time."""
+    """(index of the first code, codes): at most MAX_CODES coordinates, but at least CLASSES codes, at a time."""
     size = min(8192, max(1, MAX_CODES // codebook_KD.shape[1] // CLASSES) * CLASSES)
     for start in range(0, len(codebook_KD), size):
         yield start, codebook_KD[start : start + size]
 
 
 def score_rows(x_ND: Tensor, codes: int) -> int:
-    """How many rows are compared with so many codes at once."""
+    """Number of rows to compare with `codes` codes at once."""
     return max(1, MAX_SCORES["cpu" if x_ND.device.type == "cpu" else "gpu"] // codes)
 
 
@@ -207,5 +207,5 @@ def reference_empty(x: Tensor, codebook: Tensor, metric: str) -> tuple[Tensor, T
     return x.new_empty(x.shape[:-1], dtype=torch.int64), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
-# An operator, so that torch.compile and torch.vmap leave alone what it does by the values it finds.
+# An operator, so that torch.compile and torch.vmap do not trace its data-dependent control flow.
 nearest_code_reference = register_op("dae_kernels::nearest_code_reference", reference, reference_empty)

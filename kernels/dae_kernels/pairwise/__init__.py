@@ -1,1 +1,1 @@
-"""Weighted sums of a function of the distance over all pairs of two clouds: the common part of `mmd` and `energy_distance`."""
+"""Weighted sums of a function of the distance over all pairs of two clouds, shared by `mmd` and `energy_distance`."""

@@ -13,7 +13,7 @@ from dae_kernels.dispatch import apply, taken_whole
 from dae_kernels.pairwise.reference import pair_rows, polynomial_rows
 from dae_kernels.tracing import differentiated
 
-POLYNOMIAL = "polynomial"  # in place of an implementation: that of the kernel (gamma x.y + coef0)^degree
+POLYNOMIAL = "polynomial"  # used as `impl` for the kernel (gamma x.y + coef0)^degree
 Rows = Callable[[Tensor, Tensor, Tensor, bool, bool], tuple[Tensor, Tensor]]
 
 
@@ -21,14 +21,14 @@ Rows = Callable[[Tensor, Tensor, Tensor, bool, bool], tuple[Tensor, Tensor]]
 def pair_sums(
     x_ND: Tensor, y_MD: Tensor, a_N: Tensor, b_M: Tensor, parameters: tuple[float, ...], impl: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums of k over the pairs within x, across, and within y, pairs of a point with itself left out; float64 scalars.
+    """Sums of k over the pairs within x, across, and within y, without pairs of a point with itself; float64 scalars.
 
         sum_{i != j} a_i a_j k(x_i, x_j),  sum_{ij} a_i b_j k(x_i, y_j),  sum_{i != j} b_i b_j k(y_i, y_j)
 
-    k is a sum of Gaussians with the parameters for bandwidths, the distance where there are none, or for impl=POLYNOMIAL the
-    polynomial with the parameters degree, gamma and coef0. As the results are scalars,
-    their gradients are made in the forward pass, where the distances are at hand, and only for the side that needs them;
-    the backward pass scales them. One pass over pairs per needed gradient or sum: 3 in all if one side needs gradients, else 4.
+    k is a sum of Gaussians with the parameters as bandwidths, the distance without parameters, or for impl=POLYNOMIAL the
+    polynomial with the parameters degree, gamma and coef0. As the results are scalars, their gradients are computed in the
+    forward pass, which has the distances, and only for the side that needs them; the backward pass scales them. One pass over
+    pairs per needed gradient or sum: 3 in all if one side needs gradients, else 4.
 
     Args:
         x_ND, y_MD: the clouds.
@@ -42,9 +42,9 @@ def pair_sums(
 def prepared(
     x_ND: Tensor, y_MD: Tensor, a_N: Tensor, b_M: Tensor, parameters: tuple[float, ...], impl: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Rows]:
-    """x for the pairs within it, x and y for those across, y for those within it, and what sums over the rows of two of these.
+    """x for its own pairs, x and y for those across, y for its own pairs, and the function that sums over their rows.
 
-    It takes q, s, the weights v of s, `same` and `gradient`, and returns what `pair_rows_reference` does.
+    It takes q, s, the weights v of s, `same` and `gradient`, and returns the same as `pair_rows_reference`.
     """
     if impl == POLYNOMIAL:
         degree, gamma, coef0 = parameters
@@ -56,7 +56,7 @@ def prepared(
     x_alone, x, y, y_alone = centred(x_ND, y_MD, a_N, b_M)
     rate_B = rates(parameters, x_ND.device)
     scale: Tensor | float = 1.0
-    if not parameters:  # float32 squares of distances overflow from 1e19 on, and are 0 below 1e-19
+    if not parameters:  # float32 squared distances overflow above 1e19 and underflow below 1e-19
         scale = unit_scale(x_alone, x, y, y_alone)
         x_alone, x, y, y_alone = (cloud * scale for cloud in (x_alone, x, y, y_alone))
 
@@ -70,7 +70,7 @@ def prepared(
 class PairSums(torch.autograd.Function):
     """`pair_sums`, with the sides that need gradients as arguments.
 
-    The sums and slopes that make the gradients are also outputs, so that double backward reaches them and raises.
+    The sums and slopes behind the gradients are also outputs, so that double backward reaches them and raises.
     """
 
     generate_vmap_rule = True

@@ -39,7 +39,7 @@ def pair_rows_kernel(
     D: tl.constexpr, BANDWIDTHS: tl.constexpr, SAME: tl.constexpr, GRADIENT: tl.constexpr, INPUT_PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
-    """A program owns BLOCK_N rows of q and BLOCK_E dimensions of their gradients, and walks over all of s.
+    """Sums over pairs: a program has BLOCK_N rows of q and BLOCK_E dimensions of their gradients, and loops over all of s.
 
     `d_end` is D once more, at run time: the compiler would unroll a loop over D of known length, and spill.
     """
@@ -76,7 +76,7 @@ def pair_rows_kernel(
                 value += bump
                 slope += bump * (rate * 1.3862943611198906)  # 2 ln 2: the rate is -log2(e) / (2 s^2), the slope -1 / s^2
         else:
-            # Below 1e-6 of the norms the difference is rounding: the points count as one, with gradient 0. NaN stays.
+            # Below 1e-6 of the norms the difference is rounding: the points count as equal, with gradient 0. NaN stays.
             value = tl.sqrt(tl.where(square < 1e-6 * scale, 0.0, square))
             slope = tl.where(value == 0.0, 0.0, 1.0 / value)
         if SAME:
@@ -106,10 +106,10 @@ def tile(D: int, gradient: bool) -> dict[str, int]:
 
 
 def centred(x_ND: Tensor, y_MD: Tensor, a_N: Tensor, b_M: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """float32 clouds about a centre, where |x|^2 + |y|^2 - 2 x.y cancels least: x alone, x and y, y alone.
+    """float32 clouds centred to reduce cancellation in |x|^2 + |y|^2 - 2 x.y: x alone, x and y, y alone.
 
-    The centres are medians, as one far point would move a mean away from all others; and each cloud has its own for the pairs
-    within it, as it may be far from the other.
+    The centres are medians, which outliers do not move; each cloud has its own for its own pairs, as it may be far from the
+    other.
     """
     x_ND, y_MD = x_ND.float(), y_MD.float()
     x_SD, y_SD = sampled(x_ND, a_N), sampled(y_MD, b_M)
@@ -118,7 +118,7 @@ def centred(x_ND: Tensor, y_MD: Tensor, a_N: Tensor, b_M: Tensor) -> tuple[Tenso
 
 
 def rates(bandwidths: tuple[float, ...], device: torch.device) -> Tensor:
-    """[max(B, 1)] float32: exp(-r^2 / (2 s^2)) is 2 to the power rate r^2."""
+    """[max(B, 1)] float32 rates: exp(-r^2 / (2 s^2)) = 2^(rate r^2)."""
     return torch.tensor([-math.log2(math.e) / (2 * s * s) for s in bandwidths] or [0.0], dtype=torch.float32, device=device)
 
 

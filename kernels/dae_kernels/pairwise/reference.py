@@ -1,4 +1,4 @@
-"""Sums over pairs in eager torch, a bounded number of pairs at a time: the definition."""
+"""Sums over pairs in eager torch, in blocks of bounded size: the definition."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from torch import Tensor
 
 from dae_kernels.dispatch import register_op
 
-MAX_PAIRS = 1 << 20  # pairs alive at once: 8 MiB for each of the few float64 matrices
+MAX_PAIRS = 1 << 20  # pairs in memory at once: 8 MiB for each of the few float64 matrices
 
 
 def pair_rows_reference(
     q_ND: Tensor, s_MD: Tensor, v_M: Tensor, bandwidths: Sequence[float], same: bool, gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """For each row of q its sum over the weighted rows of s, and the gradient of that sum to the row.
+    """Per row of q the sum over the weighted rows of s, and the sum's gradient with respect to the row.
 
         p_i = sum_j v_j f(|q_i - s_j|),  g_i = d p_i / d q_i
 
-    with f(r) = sum_b exp(-r^2 / (2 b^2)) over `bandwidths`, or f(r) = r where there are none; `same` leaves i = j out. The
+    with f(r) = sum_b exp(-r^2 / (2 b^2)) over `bandwidths`, or f(r) = r without bandwidths; `same` leaves i = j out. The
     gradient of r at r = 0 is 0. All arithmetic is float64, and distances are norms of differences, so nothing cancels.
 
     Returns:
@@ -28,7 +28,7 @@ def pair_rows_reference(
     q_ND, s_MD, v_M = q_ND.double(), s_MD.double(), v_M.double()
     N, M = q_ND.shape[0], s_MD.shape[0]
     rows = max(1, MAX_PAIRS // M)
-    # The plain tuple, not a split into one: a graph compiled for one chunk then serves every N up to `rows`.
+    # The plain tuple, not a split into one, so that a graph compiled for one chunk is valid for every N up to `rows`.
     chunks = (q_ND,) if rows >= N else q_ND.split(rows)
     # Allocated before the large blocks, against fragmentation.
     sum_N, gradient_ND = q_ND.new_empty(N), q_ND.new_empty(N if gradient else 0, q_ND.shape[1])
@@ -37,7 +37,7 @@ def pair_rows_reference(
         value_nM = torch.cdist(q_nD, s_MD, compute_mode="donot_use_mm_for_euclid_dist")
         # slope is f'(r) / r, so the gradient is the sum of v slope (q - s).
         if bandwidths:
-            # A point at infinity would have kernel value 0 with all others, and the result would look right.
+            # A point at infinity would have kernel value 0 with all others, and the result would look valid.
             square_nM = value_nM.square_()
             square_nM.masked_fill_(square_nM.isinf(), float("nan"))
             value_nM, slope_nM = torch.zeros_like(square_nM), torch.zeros_like(square_nM)

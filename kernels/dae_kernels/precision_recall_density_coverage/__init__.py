@@ -1,4 +1,4 @@
-"""Precision, recall, density and coverage of a generated cloud, and the k-nearest-neighbour search below them."""
+"""Precision, recall, density and coverage of a generated cloud, and their k-nearest-neighbour search."""
 
 from dae_kernels.precision_recall_density_coverage.api import (
     PrecisionRecallDensityCoverage,

@@ -29,7 +29,7 @@ class PrecisionRecallDensityCoverage(NamedTuple):
 )
 @torch.no_grad()
 def precision_recall_density_coverage(real: Tensor, fake: Tensor, *, k: int = 5) -> PrecisionRecallDensityCoverage:
-    """How faithful and how diverse a generated cloud is, from balls that reach the k-th nearest neighbour.
+    """Fidelity and diversity of a generated cloud, from balls that reach the k-th nearest neighbour.
 
         ball(a in A) = {z : |z - a| < distance of a to its k-th nearest neighbour in A, a itself excluded}
         precision = share of fake points in the ball of some real point
@@ -37,18 +37,18 @@ def precision_recall_density_coverage(real: Tensor, fake: Tensor, *, k: int = 5)
         density   = mean over fake points of (number of balls of real points it is in) / k
         coverage  = share of real points with a fake point in their ball
 
-    Distances are Euclidean, in float64: from products, and from differences wherever the error bound of the products leaves a
-    doubt. So the result is that of differences alone, in clouds of near-duplicates, far from the origin and at any scale too;
-    such clouds take longer. Coinciding points are at distance 0, and distances that differ by no more than (D + 1) 2^-52 of
-    themselves are equal. As in the package `prdc` balls are open: a point on the sphere is outside, and of k + 1 coinciding
-    points the balls are empty. Both papers write closed balls, which is the same unless distances are equal.
+    Distances are Euclidean, in float64: from products, and from differences wherever the error bound of the products is not
+    sufficient. So the result equals that from differences alone, also for near-duplicates, far from the origin and at any scale;
+    such clouds take longer. Coinciding points are at distance 0, and distances with a relative difference of at most
+    (D + 1) 2^-52 are equal. As in the package `prdc` balls are open: a point on the sphere is outside, and k + 1 coinciding
+    points have empty balls. Both papers use closed balls, which differ only for equal distances.
 
     Compare results only at equal N, M and k. Memory beside the operands and their copies in float64 is O(N + M + block), with
     arrays of at most 64 MiB in a block. Nothing is differentiable: all four are counts.
 
-    There is no Triton kernel, as this is computed once per evaluation and not at each step of training. One might pay: on one CPU
-    core at 2000 points per cloud, D = 64, products are 9 to 22 % of the time, the rest mostly passes over blocks of distances,
-    and the whole is 1.3 to 2.0 times the time of `prdc` (five runs on a shared machine). On a GPU it is not measured.
+    There is no Triton kernel, as this is computed once per evaluation. One might pay off: on one CPU core at 2000 points per
+    cloud, D = 64, products are 9 to 22 % of the time, the rest mostly passes over blocks of distances, and the whole is 1.3 to
+    2.0 times the time of `prdc` (five runs on a shared machine). Not measured on a GPU.
 
     Args:
         real, fake: features [N, D] and [M, D], floating.
@@ -80,13 +80,13 @@ def precision_recall_density_coverage(real: Tensor, fake: Tensor, *, k: int = 5)
 @convention(value="root", cost="|x - y|, the Euclidean distance", bias="none: exact in the points it is given")
 @torch.no_grad()
 def k_nearest_distances(x: Tensor, y: Tensor, k: int, exclude_self: bool = False) -> Tensor:
-    """Euclidean distances of every point of x to its k nearest points of y, by brute force in blocks.
+    """Euclidean distances of every point of x to its k nearest points of y, by blockwise brute force.
 
         out[i] = the k smallest of |x_i - y_j|, ascending, over all j (over j != i with exclude_self)
 
-    Products in float64 choose k + 8 candidates, whose distances are taken from differences: coinciding points are at distance 0.
-    Where the error bound of the products cannot exclude all other points, products about a point nearby decide, then
-    differences. So every distance is that of differences in float64, to (D + 2) 2^-53 of itself. Memory beside the operands and
+    Float64 products choose k + 8 candidates, whose distances are computed from differences: coinciding points are at distance 0.
+    If the error bound of the products cannot exclude all other points, products about a nearby point decide, then
+    differences. So every distance is that of float64 differences, to a relative (D + 2) 2^-53. Memory beside the operands and
     their copies in float64 is O(N k + M + block), with arrays of at most 64 MiB in a block. Not differentiable.
 
     There is no Triton kernel, for the reason in `precision_recall_density_coverage`; on one CPU core at 2000 points per cloud,
@@ -94,9 +94,9 @@ def k_nearest_distances(x: Tensor, y: Tensor, k: int, exclude_self: bool = False
 
     Args:
         x, y: [N, D] and [M, D], floating.
-        k: at least 1 and at most the number of points to choose from: M, or M - 1 with exclude_self.
-        exclude_self: leave out j = i, by index, for x and y that are the same points in the same order. A duplicate of a
-            point stays its neighbour.
+        k: from 1 to the number of candidates: M, or M - 1 with exclude_self.
+        exclude_self: leave out j = i, by index, if x and y are the same points in the same order. Duplicates of a point
+            remain neighbours.
 
     Returns:
         [N, k], float64 for float64 clouds and float32 otherwise.

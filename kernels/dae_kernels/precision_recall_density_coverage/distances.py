@@ -9,17 +9,17 @@ from torch import Tensor
 
 from dae_kernels.clouds import middle, normalised, power_of_two, sampled
 
-MAX_NUMBERS = 1 << 23  # alive at once in an array: 64 MiB in float64
+MAX_NUMBERS = 1 << 23  # per array in memory: 64 MiB in float64
 EPS, TINY = torch.finfo(torch.float64).eps, torch.finfo(torch.float64).tiny
-SQUARABLE = 2.0**480  # a distance between this and its inverse is the root of a square that float64 holds with all digits
+SQUARABLE = 2.0**480  # distances between this and its inverse have squares with full precision in float64
 
 
 class Frame:
-    """Both clouds about a point amid y, scaled by a power of two, where products cancel and overflow little.
+    """Both clouds centred on a point of y and scaled by a power of two, to reduce cancellation and overflow in products.
 
     The square of a distance is |a|^2 + |b|^2 - 2 a.b there. Rounding of the shift, of D products and of their sums in any order
     moves it by at most (D + 4) eps (|a|^2 + |b|^2) (Higham 2002, section 3.1), of which 4 is for the shift; D + 8 leaves room for
-    the rounding of the bound. `underflow` is for products that are no normal numbers.
+    the rounding of the bound. `underflow` covers subnormal products.
     """
 
     def __init__(self, x_ND: Tensor, y_MD: Tensor) -> None:
@@ -31,7 +31,7 @@ class Frame:
         self.relative, self.underflow = (x_ND.shape[1] + 8) * EPS, 8 * (x_ND.shape[1] + 8) * TINY
         radius = (self.aa_N.amax().sqrt() + self.bb_M.amax().sqrt()) / self.scale
         self.radius = radius.clamp_max(torch.finfo(torch.float64).max)
-        # In a frame of radius r products know the square of a distance beyond r / span to 2^-20 of it.
+        # In a frame of radius r products give the square of a distance beyond r / span to a relative 2^-20.
         self.span = (2.0**-21 / self.relative) ** 0.5
 
     def partial_squares(self, block: slice, error: float) -> Tensor:
@@ -39,12 +39,12 @@ class Frame:
         return torch.addmm(self.bb_M * (1 - error), self.a_ND[block], self.b_MD.T, alpha=-2.0)
 
     def squares(self, distances: Tensor) -> Tensor:
-        """Squares of distances in the unit of this frame, rounded up."""
+        """Squared distances in the unit of this frame, rounded up."""
         return (distances * self.scale).square() * (1 + 4 * EPS) + TINY
 
 
 def comparable(x_ND: Tensor, y_MD: Tensor) -> tuple[Tensor, Tensor, Tensor | float]:
-    """Both clouds times a power of two, and that power: squares then neither overflow nor underflow, where that loses no bit."""
+    """Both clouds times a power of two, and that power, so that squares neither overflow nor underflow if that is lossless."""
     largest = torch.maximum(x_ND.abs().amax(), y_MD.abs().amax())
     if 1 / SQUARABLE < largest < SQUARABLE:
         return x_ND, y_MD, 1.0
@@ -74,7 +74,7 @@ def distances(x_BnD: Tensor, y_BmD: Tensor) -> Tensor:
 def regions(frame: Frame, x_ND: Tensor, y_MD: Tensor, rows_U: Tensor, reach_U: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
     """Rows of x with the columns (rows of y) that hold all of y within a row's reach; None stands for all columns.
 
-    Columns are listed where they lie so close together, beside the frame, that products tell them apart in a frame of their own.
+    Columns are listed if they are so close together, relative to the frame, that products resolve them in their own frame.
     """
     local_U = frame.span * reach_U <= frame.radius / 16
     for rows in rows_U[~local_U].split(rows_of(4 * len(y_MD))):
@@ -90,11 +90,11 @@ def regions(frame: Frame, x_ND: Tensor, y_MD: Tensor, rows_U: Tensor, reach_U: T
 
 
 def rows_of(width: int) -> int:
-    """How many rows of so many numbers may be alive at once."""
+    """Number of rows of `width` numbers that fit into memory at once."""
     return max(1, MAX_NUMBERS // width)
 
 
 def blocks(length: int, width: int) -> Iterator[slice]:
-    """Rows of so many numbers, as many at a time as may be alive at once."""
+    """Slices of `length` rows of `width` numbers, each within the memory limit."""
     for start in range(0, length, rows_of(width)):
         yield slice(start, min(start + rows_of(width), length))

@@ -1,7 +1,7 @@
-"""Neighbour distances and membership of balls, a bounded number of distances at a time.
+"""Neighbour distances and membership of balls, in blocks of bounded size.
 
-Products find them fast and settle what their error bound lets them; differences decide the rest. Where many points are too near
-each other for the products, those of a frame about these points decide first.
+Products are fast and decide what their error bound allows; differences decide the rest. If many points are too close together
+for the products, products in a frame about these points decide first.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dae_kernels.precision_recall_density_coverage.distances import (
     rows_of,
 )
 
-SPARE = 8  # candidates beyond the k nearest, as products may get the order wrong
+SPARE = 8  # extra candidates, as products may misorder near-ties
 
 
 def k_nearest(x_ND: Tensor, y_MD: Tensor, k: int, exclude_self: bool) -> Tensor:
@@ -38,9 +38,9 @@ def nearest(x_ND: Tensor, y_MD: Tensor, k: int, own_N: Tensor | None) -> Tensor:
     candidates = min(k + SPARE, available)
     nearest_Nk, unsure_N = x_ND.new_empty(N, k), torch.zeros(N, dtype=torch.bool, device=x_ND.device)
     for block in blocks(N, max(M, candidates * D)):
-        # Lower bounds of the squares, by the products' error.
+        # Lower bounds of the squares, by the error of the products.
         lower_nM = frame.partial_squares(block, frame.relative)
-        if own_N is not None:  # by index: a duplicate at distance 0 is a neighbour like any other
+        if own_N is not None:  # by index: a duplicate at distance 0 is a neighbour
             lower_nM.scatter_(1, own_N[block, None], float("inf"))
         lower_nC, index_nC = lower_nM.topk(candidates, dim=1, largest=False)
         distance_nC = distances(x_ND[block, None], y_MD[index_nC])[:, 0]
@@ -75,13 +75,13 @@ def shares(real_ND: Tensor, fake_MD: Tensor, k: int) -> Tensor:
 
 
 def balls(x_ND: Tensor, radius_N: Tensor, y_MD: Tensor) -> tuple[Tensor, Tensor]:
-    """In how many of the open balls about x each point of y is, int64 [M], and whether a ball holds any, bool [N].
+    """Number of open balls about x that contain each point of y, int64 [M], and whether each ball contains any, bool [N].
 
-    A distance that is equal to the radius up to rounding counts as equal: the point is outside.
+    A distance equal to the radius up to rounding counts as equal: the point is outside.
     """
     (N, D), M = x_ND.shape, len(y_MD)
     frame = Frame(x_ND, y_MD)
-    error = 8 * frame.relative  # no less than what counts as equal
+    error = 8 * frame.relative  # at least the tolerance for equality
     within_N = radius_N * (1 - (D + 1) * EPS)
     count_M = torch.zeros(M, dtype=torch.int64, device=x_ND.device)
     filled_N, unsure_N = torch.zeros(2, N, dtype=torch.bool, device=x_ND.device)
@@ -93,7 +93,7 @@ def balls(x_ND: Tensor, radius_N: Tensor, y_MD: Tensor) -> tuple[Tensor, Tensor]
         square_nM += frame.bb_M * (2 * error)
         inside_nM = square_nM < square_n1 - aa_n1 * (1 + error) - frame.underflow
         doubtful_nM &= ~inside_nM
-        doubtful_nM &= radius_N[block, None] > 0  # nothing is in an empty ball
+        doubtful_nM &= radius_N[block, None] > 0  # an empty ball contains nothing
         unsure_n = doubtful_nM.sum(dim=1) > M // 16
         unsure_N[block] = unsure_n
         doubtful_nM[unsure_n] = inside_nM[unsure_n] = False
@@ -115,7 +115,7 @@ def balls(x_ND: Tensor, radius_N: Tensor, y_MD: Tensor) -> tuple[Tensor, Tensor]
     return count_M, filled_N
 
 
-# Operators, as what they compute depends on values: how many distances are in doubt, which torch.compile cannot know.
+# Operators, as their control flow depends on values (the number of doubtful distances), which torch.compile cannot trace.
 k_nearest_reference = register_op(
     "dae_kernels::k_nearest", k_nearest, lambda x_ND, y_MD, k, exclude_self: x_ND.new_empty(x_ND.shape[0], k)
 )

@@ -39,7 +39,7 @@ def sinkhorn_divergence(
         OT(a, b) = min over plans P with marginals a, b of  sum_ij P_ij |x_i - y_j|^p / p + blur^p KL(P | a b^T)
         S(a, b)  = OT(a, b) - OT(a, a) / 2 - OT(b, b) / 2        with debias, else OT(a, b)
 
-    With `reach` mass may be created and destroyed instead of moved further than about that far (unbalanced transport):
+    With `reach` (unbalanced transport) mass may be created and destroyed instead of moved farther than about that distance:
 
         OT(a, b) = min over P >= 0 of  sum_ij P_ij |x_i - y_j|^p / p + blur^p KL(P | a b^T)
                                        + reach^p (KL(P 1 | a) + KL(P^T 1 | b)),  KL(u | v) = sum u log(u / v) - sum u + sum v
@@ -51,7 +51,7 @@ def sinkhorn_divergence(
     Computed by symmetric, averaged Sinkhorn updates in the log domain while epsilon falls from diameter^p to blur^p by
     scaling^p per step. As in geomloss the number of updates is set by that schedule and nothing tests for convergence, unless
     `max_iter` or `tolerance` is given: then alternating updates follow at the final blur, until the plan has its marginals.
-    `scaling` nearer to 1 is more accurate and slower, too. Points are moved and scaled by a power of 2 first, so neither their
+    `scaling` closer to 1 is more accurate but slower. Points are moved and scaled by a power of 2 first, so neither their
     origin nor their unit matters: a value beyond the dtype is infinite or 0, and its gradient right. Memory is O(N + M): scores
     are computed in blocks and never kept (but for p = 1 the reference keeps up to 2^22 distances of each of the four pairs of
     clouds).
@@ -67,15 +67,15 @@ def sinkhorn_divergence(
         x: [N, D], floating, N, D >= 1; any strides.
         y: [M, D], of the same dtype and on the same device.
         p: 1 or 2, the exponent of the cost.
-        blur: > 0, in the units of the points: the scale below which points are not told apart; epsilon = blur^p.
-            |x - y|^p / epsilon must be a number of the dtype computed in.
+        blur: > 0, in the units of the points: the scale below which points are not distinguished; epsilon = blur^p.
+            |x - y|^p / epsilon must be representable in the compute dtype.
         scaling: in (0, 1), the ratio of successive scales.
-        debias: whether to take off the cost of each cloud against itself.
+        debias: whether to subtract the cost of each cloud against itself.
         reach: > 0, in the units of the points: the distance beyond which destroying and creating mass is cheaper than moving
-            it; None: all is moved.
+            it; None: all mass is moved.
             Its ratio to the diagonal of the box around the points, and that of blur, must have powers p that the dtype holds.
-        max_iter: at least 0: most iterations at the final blur, 1000 where only `tolerance` is given. Without `tolerance` so
-            many are done.
+        max_iter: at least 0: maximum of iterations at the final blur, 1000 if only `tolerance` is given. Without `tolerance`
+            all are done.
         tolerance: > 0: the final iterations stop once the plan's marginals, taken before an iteration, are off by no more than
             this share of the mass (sum_i |sum_j P_ij - a_i| for sum a = 1; with reach, from a_i exp(-f_i / reach^p)). If
             max_iter is not enough, a RuntimeWarning says how much they are off by, and the result is that of the last iteration.
@@ -84,8 +84,8 @@ def sinkhorn_divergence(
             sum is the cloud's mass. A weight of 0 takes its point out of the plan and of the diameter.
         weights_y: [M], likewise.
         diameter: > 0, the scale to start from, with the limits of blur; None takes the diagonal of the box around both clouds.
-            (The box is looked at in any case, which waits for a GPU.)
-        potentials: return the potentials in place of their sum.
+            (The box is computed in any case, which synchronises with a GPU.)
+        potentials: return the potentials instead of their sum.
         impl: "auto" is "triton" for CUDA tensors of at most 32 bits where triton is installed, else "reference"; a named
             choice is obeyed or refused.
 
@@ -122,14 +122,14 @@ def sinkhorn_transport(
         P = argmin of OT(a, b) in `sinkhorn_divergence`,   out_i = sum_j P_ij v_j
 
     The last update is made on the side of x: rows of P sum to a_i exactly (with reach to a_i exp(-f_i / reach^p)), columns to b_j
-    up to `tolerance`. For P^T u, on the points of x, call it with x and y exchanged. Memory is O((N + M) (D + E)): P is made
+    up to `tolerance`. For P^T u, on the points of x, swap x and y. Memory is O((N + M) (D + E)): P is made
     in blocks and never kept.
 
     Differentiable with respect to `values`, once; the plan is held constant.
 
     Args:
         values: [M, E] or [M], of the dtype of the clouds and on their device.
-        The others are those of `sinkhorn_divergence`.
+        The others are as in `sinkhorn_divergence`.
 
     Returns:
         [N, E] or [N], float64 for float64 clouds, else float32.
@@ -160,7 +160,7 @@ def barycentric_map(
     max_iter: int | None = None, tolerance: float | None = 1e-3,
     weights_x: Tensor | None = None, weights_y: Tensor | None = None, diameter: float | None = None, impl: str = "auto",
 ) -> Tensor:  # fmt: skip
-    """Where the entropic transport plan sends every point of x: the mean of the y that it is coupled with.
+    """Barycentric map of the entropic transport plan: each point of x goes to the mean of the y it is coupled with.
 
         P = argmin of OT(a, b) in `sinkhorn_divergence`,   out_i = sum_j P_ij y_j / sum_j P_ij
 

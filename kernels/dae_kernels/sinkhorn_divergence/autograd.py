@@ -20,7 +20,7 @@ def envelope(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 class Envelope(torch.autograd.Function):
     """A Function, as `register_autograd` does not support torch.func.
 
-    What makes the gradients is an output too, so that double backward reaches it and raises.
+    The tensors behind the gradients are outputs too, so that double backward reaches them and raises.
     """
 
     generate_vmap_rule = True
@@ -49,7 +49,7 @@ class Envelope(torch.autograd.Function):
 def envelope_gradients(
     a_N: Tensor, du_N: Tensor, dx_ND: Tensor, d_value: Tensor | None, d_u_N: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients to the points [N, D] and the weights [N] of one side; a potential takes none to the weights."""
+    """Gradients to the points [N, D] and the weights [N] of one side; potentials have none to the weights."""
     by_row_N = None if d_value is None else d_value * a_N
     if d_u_N is not None:
         by_row_N = d_u_N if by_row_N is None else by_row_N + d_u_N

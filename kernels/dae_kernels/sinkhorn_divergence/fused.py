@@ -115,7 +115,7 @@ def sinkhorn_update_kernel(
             total += tl.sum(b[None, :] * expm1(score * 0.6931471805599453), axis=1)
         else:
             new_top = tl.maximum(top, tl.max(score, axis=1))
-            # As long as all weights were 0 the maximum is -inf, and -inf less itself is NaN.
+            # While all weights are 0 the maximum is -inf, and -inf - (-inf) is NaN.
             finite_top = tl.where(new_top == float("-inf"), 0.0, new_top)
             total = total * tl.exp2(top - finite_top) + tl.sum(tl.exp2(score - finite_top[:, None]), axis=1)
             top = new_top
@@ -151,7 +151,7 @@ def sinkhorn_mean_kernel(
         plan = tl.exp2(score + (f * scale)[:, None])
         total += tl.sum(plan, axis=1)
         if GRADIENT and P == 1:
-            # Differences again, as for distances: near points have large weights. A point's own distance counts as 0.
+            # From differences, as for distances: near points have large weights. A point's own distance counts as 0.
             weight = tl.where(distance > 0, plan / distance, 0.0)
             for k in range(0, tl.minimum(BLOCK_E, d_end - e0)):
                 x_k = tl.load(x_ptr + row * D + e0 + k, mask=row < N, other=0.0)
@@ -221,8 +221,8 @@ def launch(
 
 
 def shares_to_fill(device: torch.device, N: int, M: int) -> int:
-    """How many programs should take the columns of a row for two programs on each SM."""
-    if device.type != "cuda":  # the interpreter runs one program after the other
+    """Number of programs that share the columns of a row, for two programs per SM."""
+    if device.type != "cuda":  # the interpreter runs programs sequentially
         return 1
     return max(1, min(2 * processors(device) // cdiv(N, UPDATE_TILE[2]["BLOCK_N"]), M // MIN_SHARE))
 

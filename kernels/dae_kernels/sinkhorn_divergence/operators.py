@@ -19,7 +19,7 @@ from dae_kernels.tracing import without_autocast
 def sinkhorn(
     x_ND: Tensor, y_MD: Tensor, a_N: Tensor, b_M: Tensor, options: TransportOptions, debias: bool, triton: bool
 ) -> Sinkhorn:
-    """The problems to be solved, by the reference or the kernels."""
+    """The problems to solve, by the reference or the kernels."""
     kind: type[Update] = ReferenceUpdate
     if triton:
         from dae_kernels.sinkhorn_divergence.fused import TritonUpdate

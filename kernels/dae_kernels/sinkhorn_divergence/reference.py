@@ -1,4 +1,4 @@
-"""One Sinkhorn update in eager torch, a bounded number of scores at a time: the definition."""
+"""One Sinkhorn update in eager torch, in blocks of bounded size: the definition."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-# Scores alive at once. On a CPU they stay in its cache: larger blocks are slower, as every step then goes to memory.
+# Scores in memory at once. On a CPU they fit into its cache: larger blocks are slower, as every step then goes to memory.
 MAX_SCORES = {"cpu": 1 << 17}
 MAX_SCORES_ELSEWHERE = 1 << 23
-MIN_ROWS = 16  # fewer would make matrix products of matrix-vector ones
+MIN_ROWS = 16  # with fewer, products degrade to matrix-vector ones
 MAX_HELD = 1 << 22  # distances kept from one update to the next for p = 1, up to four times: 64 MiB in float32
 
 
@@ -24,10 +24,10 @@ def product(a_nK: Tensor, b_Km: Tensor, bias_m: Tensor | None = None, scale: flo
 
 
 class Update:
-    """One Sinkhorn update between two clouds x and y: what `ReferenceUpdate` defines and the kernels compute.
+    """One Sinkhorn update between two clouds x and y: defined by `ReferenceUpdate`, also computed by the kernels.
 
-    For p = 2 potentials stand here less half the squared norm of their point: then a score is a product and two numbers, nothing
-    cancels, and every step rounds less.
+    For p = 2 half the squared norm of the point is subtracted from its potential: a score is then a product and two numbers,
+    without cancellation and with less rounding.
     """
 
     def __init__(self, x_ND: Tensor, y_MD: Tensor, p: int) -> None:
@@ -36,19 +36,19 @@ class Update:
     def __call__(
         self, log_b_M: Tensor, g_M: Tensor, epsilon: float, flat: bool, gradient: bool = False, values_ME: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The new potential [N] of x from that of y, and what else is asked for under the plan, or an empty tensor.
+        """The new potential [N] of x from that of y, and the requested derivative or mean under the plan, else an empty tensor.
 
         Args:
-            log_b_M: logarithms of the weights of y; one at least is finite.
+            log_b_M: logarithms of the weights of y, at least one finite.
             g_M: the potential of y.
             epsilon: the strength of the entropy.
-            flat: all scores are below 1.5, as they are where epsilon exceeds every cost: logsumexp loses the small terms there,
+            flat: all scores are below 1.5, as when epsilon exceeds every cost: logsumexp loses the small terms there,
                 log1p(mean(expm1)) does not.
             gradient: also the derivative of the cost by x, [N, D].
             values_ME: also the mean of these values, [N, E].
         """
         columns = self.y_MD.shape[1] if gradient else 0 if values_ME is None else values_ME.shape[1]
-        # Written in place: small results kept between large blocks would keep the heap from reusing the blocks.
+        # Written in place: small results allocated between large blocks would fragment the heap.
         f_N, made_NE = self.x_ND.new_empty(len(self.x_ND)), self.x_ND.new_empty(len(self.x_ND), columns)
         self.write(f_N, made_NE, log_b_M, g_M, epsilon, flat, gradient, values_ME)
         return f_N, made_NE
@@ -57,7 +57,7 @@ class Update:
         self, f_N: Tensor, made_NE: Tensor, log_b_M: Tensor, g_M: Tensor, epsilon: float, flat: bool,
         gradient: bool, values_ME: Tensor | None,
     ) -> None:  # fmt: skip
-        """What `__call__` returns, into f_N and made_NE."""
+        """Compute the results of `__call__` into f_N and made_NE."""
         raise NotImplementedError
 
 
@@ -73,7 +73,7 @@ class ReferenceUpdate(Update):
     def __init__(self, x_ND: Tensor, y_MD: Tensor, p: int) -> None:
         super().__init__(x_ND, y_MD, p)
         self.rows = max(MIN_ROWS, MAX_SCORES.get(x_ND.device.type, MAX_SCORES_ELSEWHERE) // y_MD.shape[0])
-        # exp is some seventy times slower where its result is subnormal; nothing as small counts beside the largest term, 1.
+        # exp is some seventy times slower for subnormal results, which are negligible beside the largest term, 1.
         self.minimum = 0.9 * math.log(torch.finfo(x_ND.dtype).tiny)
         held = p == 1 and len(x_ND) * len(y_MD) <= MAX_HELD
         self.distance_NM = self.distances(x_ND) if held else None
@@ -111,7 +111,7 @@ class ReferenceUpdate(Update):
                 if gradient:
                     made_NE[block] = x_nD - made_NE[block]
             elif gradient:
-                # Differences again, as near points have large weights. The distance of a point to itself has derivative 0.
+                # From differences, as near points have large weights. The distance of a point to itself has derivative 0.
                 weight_nM = plan_nM.div_(distance_nM).masked_fill_(distance_nM == 0, 0.0)
                 for d in range(x_nD.shape[1]):
                     difference_nM = x_nD[:, d, None] - self.y_MD[:, d]

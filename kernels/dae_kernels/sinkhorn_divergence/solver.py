@@ -11,13 +11,13 @@ from torch import Tensor
 
 from dae_kernels.sinkhorn_divergence.reference import Update
 
-DEFAULT_ITERATIONS = 1000  # at the final blur, where a tolerance is given and no limit
-LARGE = 2.0**60  # adding 1 to it changes nothing, in float64 either
-STEP = 100  # 2^100 and 2^-100 are numbers of both dtypes
+DEFAULT_ITERATIONS = 1000  # at the final blur, with a tolerance but no limit
+LARGE = 2.0**60  # absorbs 1 in addition, also in float64
+STEP = 100  # 2^100 and 2^-100 are representable in both dtypes
 
 
 class TransportOptions(NamedTuple):
-    """The arguments of `sinkhorn_divergence` of the same names; lengths are in the units of the points."""
+    """Arguments of `sinkhorn_divergence` of the same names; lengths are in the units of the points."""
 
     p: int
     blur: float
@@ -29,7 +29,7 @@ class TransportOptions(NamedTuple):
 
 
 class Potential(NamedTuple):
-    """A potential less half the squared norm of its point (p = 2), as a small vector and the number to be added to it."""
+    """A potential minus half the squared norm of its point (p = 2), as a small vector and a number to add."""
 
     vector: Tensor
     constant: float
@@ -42,18 +42,18 @@ class Potential(NamedTuple):
 
 
 class Problem(NamedTuple):
-    """One side of a transport problem: its update makes the potential of one cloud from that of the cloud `over`."""
+    """One side of a transport problem: its update computes one cloud's potential from that of the cloud `over`."""
 
     update: Update
     log_b_M: Tensor  # of the other cloud's weights, which are normalised
     log_mass: float  # of the other cloud
-    half_N: Tensor  # half squared norms of the own points, 0 for p = 1
-    a_N: Tensor  # the own weights, normalised
+    half_N: Tensor  # half squared norms of its points, 0 for p = 1
+    a_N: Tensor  # its weights, normalised
     over: int
 
 
 def times_power_of_two(x: Tensor, exponent: int) -> Tensor:
-    """x 2^exponent, by factors that are numbers of its dtype."""
+    """x 2^exponent, by factors representable in its dtype."""
     while exponent:
         step = max(-STEP, min(STEP, exponent))
         x, exponent = x * 2.0**step, exponent - step
@@ -61,23 +61,23 @@ def times_power_of_two(x: Tensor, exponent: int) -> Tensor:
 
 
 def box(x_ND: Tensor, y_MD: Tensor) -> tuple[Tensor, float]:
-    """Centre [D] of the box that holds both clouds, and its diagonal, which bounds every distance."""
+    """Centre [D] of the bounding box of both clouds, and its diagonal, which bounds every distance."""
     low_D = torch.minimum(x_ND.amin(dim=0), y_MD.amin(dim=0)) / 2
     high_D = torch.maximum(x_ND.amax(dim=0), y_MD.amax(dim=0)) / 2
     side_D = high_D - low_D
     longest = side_D.amax()
-    norm = (side_D / longest.clamp_min(torch.finfo(side_D.dtype).tiny)).norm()  # a square of a side may overflow
+    norm = (side_D / longest.clamp_min(torch.finfo(side_D.dtype).tiny)).norm()  # the square of a side may overflow
     longest, norm = torch.stack([longest, norm]).tolist()
     return low_D + high_D, 2 * longest * norm
 
 
 def with_weight(x_ND: Tensor, a_N: Tensor) -> Tensor:
-    """The cloud, with points of weight 0 moved to one that has some."""
+    """The cloud with points of weight 0 moved onto a point of positive weight."""
     return torch.where((a_N > 0)[:, None], x_ND, x_ND.index_select(0, a_N.argmax()[None]))
 
 
 def check_span(span: float, options: TransportOptions, dtype: torch.dtype) -> None:
-    """ValueError where |x - y|^p / epsilon overflows; points that are not finite themselves make a NaN instead."""
+    """ValueError if |x - y|^p / epsilon overflows; non-finite points give NaN instead."""
     largest = (torch.finfo(dtype).max / 16) ** (1 / options.p)
     for name, scale in (("blur", options.blur), ("diameter", options.diameter)):
         if scale is not None and largest * scale < span < math.inf:
@@ -88,7 +88,7 @@ def check_span(span: float, options: TransportOptions, dtype: torch.dtype) -> No
 
 
 def check_reach(span: float, options: TransportOptions, dtype: torch.dtype) -> None:
-    """ValueError where powers of the ratio of blur or reach to the span of the points overflow or underflow."""
+    """ValueError if powers of the ratio of blur or reach to the span of the points overflow or underflow."""
     limit = (torch.finfo(dtype).max ** 0.75) ** (1 / options.p)
     for name, scale in (("blur", options.blur), ("reach", options.reach)):
         if scale is not None and not span / limit <= scale <= span * limit:
@@ -99,9 +99,9 @@ def check_reach(span: float, options: TransportOptions, dtype: torch.dtype) -> N
 
 
 def epsilon_schedule(diameter: float, blur: float, scaling: float, p: int) -> list[float]:
-    """diameter^p twice, then times scaling^p down to blur^p, which is always the last.
+    """Epsilons: diameter^p twice, then times scaling^p down to blur^p, which is always last.
 
-    Points that (nearly) coincide, or that are not finite, have no scale to start from: there it is blur^p alone.
+    Points that (nearly) coincide or are not finite have no initial scale: then blur^p alone.
     """
     if not 1e-9 * blur < diameter < math.inf:
         return [blur**p] * 2
@@ -114,7 +114,7 @@ class Sinkhorn:
     """The transport problems between two clouds, and with `debias` of each to itself, in units in which the points span about 1.
 
     `potentials` are those of x and y for the first problem, and of x and y for the others; `epsilon` and `rho` are blur^p and
-    reach^p in these units, in which a cost is 2^-`exponent`p of what it is.
+    reach^p in these units, in which costs are scaled by 2^-`exponent`p.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class Sinkhorn:
         self.options, self.p = options, p
         self.exponent = max(-1000, math.frexp(scale)[1])
         unit = math.ldexp(1.0, -self.exponent)
-        # From a blur of 2^30 diameters on nothing changes by more than a rounding, until its power overflows.
+        # From a blur of 2^30 diameters on changes are below rounding, until its power overflows.
         largest = LARGE ** (1 / p)
         blur = options.blur * unit if options.reach is not None else min(options.blur * unit, largest)
         diameter = (diagonal if options.diameter is None else options.diameter) * unit
@@ -158,7 +158,7 @@ class Sinkhorn:
         self.potentials = [Potential(-problem.half_N, 0.0) for problem in (*self.problems[:2], *self.problems[:2])]
 
     def solve(self) -> Sinkhorn:
-        """Potentials by the schedule, and then until they converge if that was asked for; returns itself."""
+        """Run the schedule and, if requested, iterate to convergence; returns itself."""
         several, max_iter = range(len(self.problems)), self.options.max_iter
         self.potentials = [self.updated(k, *self.schedule[0])[0] for k in several]
         for step in self.schedule:
@@ -172,21 +172,21 @@ class Sinkhorn:
         return 1.0 if self.rho is None else self.rho / (self.rho + epsilon)
 
     def updated(self, k: int, epsilon: float, flat: bool, **wanted: Any) -> tuple[Potential, Tensor]:
-        """The new potential of problem k, and what is wanted beside it."""
+        """The new potential of problem k, and the further outputs requested."""
         problem, damping = self.problems[k], self.damping(epsilon)
         over = self.potentials[problem.over]
         vector_N, made = problem.update(problem.log_b_M, over.vector, epsilon, flat, **wanted)
         if self.rho is None:
             return Potential(vector_N, 0.0), made
-        # The potential itself is damped, not what it is less half a squared norm.
+        # Damping applies to the potential itself, before subtracting half a squared norm.
         vector_N = damping * vector_N - epsilon / (self.rho + epsilon) * problem.half_N
         return Potential(vector_N, -damping * (over.constant + epsilon * problem.log_mass)), made
 
     def converge(self, max_iter: int, tolerance: float | None) -> None:
         """Up to max_iter iterations at the final epsilon: alternating between x and y, averaged for a cloud and itself.
 
-        Alternation takes a quarter of the steps that averages take (its rate is the square of theirs, for half the updates);
-        between a cloud and itself averages halve all errors.
+        Alternation takes a quarter of the steps of averaging (its rate is the square, with half the updates); between a cloud
+        and itself averages halve all errors.
         """
         error = math.inf
         for _ in range(max_iter):
@@ -211,9 +211,9 @@ class Sinkhorn:
             )
 
     def marginal_error(self, k: int, new: Potential) -> Tensor:
-        """Sum over the points of problem k of the difference between the plan's marginal and the one it should have.
+        """Sum over the points of problem k of the difference between the plan's marginal and its target.
 
-        The plan is that of the potentials as they are; where mass may be lost, its marginal should be a exp(-f / rho).
+        The plan is that of the current potentials; if mass may be lost, the target is a exp(-f / rho).
         """
         problem, old = self.problems[k], self.potentials[k]
         error_N = torch.expm1(old.less(new) / (self.damping(self.epsilon) * self.epsilon)).abs()
@@ -230,18 +230,18 @@ class Sinkhorn:
         The divergence is sum_i a_i u_i + sum_j b_j v_j, its derivatives are du by a, dv by b, a_i dx_i by x_i and b_j dy_j by
         y_j. With `potentials` u and v are these, and dx and dy their derivatives.
         """
-        # Full steps, not averages: their derivative is that of the cost under the plan, which the envelope theorem asks for.
+        # Full steps, not averages: their derivative is that of the cost under the plan, as the envelope theorem requires.
         last = [self.updated(k, *self.schedule[-1], gradient=True) for k in range(len(self.problems))]
         sides = [self.side(k, last, potentials) for k in range(2)]
         values, by_weight, by_point = zip(*sides, strict=True)
-        # Summed before they are scaled: of two powers beyond the dtype there is no difference.
+        # Summed before scaling, as two overflowing powers have no difference.
         value = sum(m * (one.a_N * u).sum() for m, one, u in zip(self.masses, self.problems[:2], values, strict=True))
         value, u_N, v_M, du_N, dv_M = (times_power_of_two(t, self.p * self.exponent) for t in (value, *values, *by_weight))
         dx_ND, dy_MD = (times_power_of_two(t, (self.p - 1) * self.exponent) for t in by_point)
         return value, u_N, v_M, du_N, dv_M, dx_ND, dy_MD
 
     def side(self, k: int, last: list[tuple[Potential, Tensor]], potentials: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """u, du and dx of `divergence`, or those of the other cloud."""
+        """u, du and dx of `divergence` for one cloud."""
         f, df_ND = last[k]
         own = last[k + 2] if len(last) > 2 else None
         plain_N = self.whole(k, f) if own is None else f.less(own[0])
@@ -261,9 +261,9 @@ class Sinkhorn:
         return (rho + epsilon / 2) * lost_N + excess / 2, (rho + epsilon) * lost_N + excess, kept_N * df_ND
 
     def means(self, values_ME: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Means of values (of the points y, if None) under the rows of the plan, and what the rows sum to, [N].
+        """Means of values (of the points y, if None) under the rows of the plan, and the rows' sums [N].
 
-        Then the potentials f, by which those rows are divided by their sums, and g, in the units of this object.
+        Also the potentials f, which normalise those rows, and g, in the units of this object.
         """
         values = self.y_MD if values_ME is None else values_ME
         problem, over = self.problems[0], self.potentials[1]
@@ -278,6 +278,6 @@ class Sinkhorn:
     def sums_over_rows(self, f_N: Tensor, g_M: Tensor, d_NE: Tensor) -> Tensor:
         """[M, E]: sum over i of d_i times the weight of value j in the mean i of `means`."""
         problem, N = self.problems[1], len(f_N)
-        # As if all points of x had equal weights: the rows of the plan, divided by their sums, do not depend on them.
+        # With equal weights for x, as the normalised rows of the plan do not depend on them.
         t_M, means_ME = problem.update(torch.full_like(f_N, -math.log(N)), f_N, self.epsilon, False, values_ME=d_NE)
         return (N * problem.a_N * torch.exp((g_M - t_M) / self.epsilon))[:, None] * means_ME

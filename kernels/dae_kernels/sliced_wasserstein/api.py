@@ -37,9 +37,9 @@ def sliced_wasserstein(
     backward pass computes a block anew where there are several. (torch.func.grad inside of torch.compile takes one block, and
     refuses several.)
 
-    Plain torch is the implementation on every device: most of the time is that of `torch.sort`, for which we have nothing
-    faster. On one CPU core, 128 directions and 4096 to 16384 points per cloud, sorting takes 80 to 96 % of the
-    forward time, and with weights, whose levels are sorted too, 63 to 80 %.
+    Plain torch on every device: most of the time is `torch.sort`, for which we have nothing faster. On one CPU core, with 128
+    directions and 4096 to 16384 points per cloud, sorting takes 80 to 96 % of the forward time, and with weights, whose levels
+    are sorted too, 63 to 80 %.
 
     Differentiable with respect to both clouds and both weights (almost everywhere: ties are kinks). At distance 0, where
     the root has no derivative, the gradient is 0. A cloud is at distance 0 from itself; in another order of its points, which a
@@ -82,7 +82,7 @@ def max_sliced_wasserstein(
     weights_x: Tensor | None = None, weights_y: Tensor | None = None,
     generator: torch.Generator | None = None, projections: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """The greatest p-Wasserstein distance among the clouds' projections on random directions.
+    """The largest p-Wasserstein distance among the clouds' projections on random directions.
 
         max_l W_p(<t_l, x>, <t_l, y>)
 
@@ -132,7 +132,7 @@ def projected_distance(
         check_projections(operation, projections, x)
     dtype = torch.promote_types(x.dtype, torch.float32)
     x, y = x.to(dtype), y.to(dtype)
-    # The distance is the same about any origin, but rounding of the projections grows with what is projected.
+    # The distance does not depend on the origin, but rounding grows with the size of the projections.
     near = [sampled(cloud, normalised(w, cloud, torch.float64)) for cloud, w in ((x, weights_x), (y, weights_y))]
     centre_D = middle(torch.cat(near))
     x, y, projections = x - centre_D, y - centre_D, projections.to(dtype)

@@ -1,4 +1,4 @@
-"""Costs over many projections, a bounded number of projected points at a time, forward and backward."""
+"""Costs over many projections, in blocks of bounded size, forward and backward."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch.utils.checkpoint import checkpoint
 
 from dae_kernels.sliced_wasserstein.reference import projected_cost
 
-MAX_PROJECTED = 1 << 22  # projected points of both clouds alive at once; a handful of arrays of that length exist together
+MAX_PROJECTED = 1 << 22  # projected points of both clouds in memory at once; a handful of such arrays coexist
 
 
 def mean_cost(x_ND: Tensor, y_MD: Tensor, projections_DL: Tensor, p: float, wx_N: Tensor | None, wy_M: Tensor | None) -> Tensor:
     """Mean over projections of W_p^p.
 
-    Where gradients are recorded and one block does not hold everything, a block is computed anew in the backward pass
-    instead of being kept, so that memory is bounded there too.
+    If gradients are recorded and there are several blocks, a block is recomputed in the backward pass instead of being saved,
+    so that memory is bounded there too.
     """
     total = x_ND.new_zeros(())
     blocks = projection_blocks(x_ND, y_MD, projections_DL)
@@ -26,8 +26,8 @@ def mean_cost(x_ND: Tensor, y_MD: Tensor, projections_DL: Tensor, p: float, wx_N
         arguments = (x_ND, y_MD, block_Dl, p, wx_N, wy_M)
         if len(blocks) == 1 or not torch.is_grad_enabled():
             cost_l = projected_cost(*arguments)
-        elif torch.compiler.is_compiling():  # which would find that `Recomputed` does the same twice, and keep it
-            # Nothing in a block is random, so there is no random state to put back.
+        elif torch.compiler.is_compiling():  # which would deduplicate the recomputation of `Recomputed` and save it
+            # Nothing in a block is random, so there is no random state to restore.
             cost_l = checkpoint(projected_cost, *arguments, use_reentrant=False, preserve_rng_state=False)
         else:
             cost_l = Recomputed.apply(*arguments)
@@ -51,7 +51,7 @@ class Recomputed(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d_cost_L: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors  # read once: torch.utils.checkpoint unpacks a tensor no second time
+        saved = ctx.saved_tensors  # read once: torch.utils.checkpoint unpacks a tensor only once
         needs = [need for i, need in enumerate(ctx.needs_input_grad) if i != 3]  # without p
         positions = [i for i, need in enumerate(needs) if need]
 
@@ -82,7 +82,7 @@ def pull_back(function: Callable[..., Tensor], operands: list[Tensor], cotangent
 def greatest_cost(
     x_ND: Tensor, y_MD: Tensor, projections_DL: Tensor, p: float, wx_N: Tensor | None, wy_M: Tensor | None
 ) -> Tensor:
-    """Maximum over projections of W_p^p. The search records nothing: only the winner, computed again, has a gradient."""
+    """Maximum over projections of W_p^p. The search records no gradient: only the recomputed winner has one."""
     with torch.no_grad():
         blocks = projection_blocks(x_ND, y_MD, projections_DL)
         winner = torch.cat([projected_cost(x_ND, y_MD, block_Dl, p, wx_N, wy_M) for block_Dl in blocks]).argmax()

@@ -28,12 +28,12 @@ def projected_cost(
 
 
 def power(difference: Tensor, p: float) -> Tensor:
-    """|difference|^p, for p > 2 in float64: float32 has no 1e-7^6, and differences of that share of the clouds' size occur."""
+    """|difference|^p, for p > 2 in float64: float32 underflows at 1e-7^6, and differences of that relative size occur."""
     return difference.square() if p == 2 else (difference.double() if p > 2 else difference).abs().pow(p)
 
 
 def levels(weights_N: Tensor | None, order_LN: Tensor) -> Tensor:
-    """[L, N] float64: cumulated weights in sorted order, divided by their last, so that the last is 1 exactly."""
+    """[L, N] float64: cumulative weights in sorted order, divided by the last, which becomes exactly 1."""
     if weights_N is None:
         N = order_LN.shape[1]
         return (torch.arange(1, N + 1, device=order_LN.device, dtype=torch.float64) / N).expand(order_LN.shape)
@@ -42,7 +42,7 @@ def levels(weights_N: Tensor | None, order_LN: Tensor) -> Tensor:
 
 
 def merge_levels(x_level: Tensor, y_level: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """For each interval between successive levels [..., N + M]: the points of x and of y that it belongs to, and its length."""
+    """Per interval between successive levels [..., N + M]: its points of x and of y, and its length."""
     N, M = x_level.shape[-1], y_level.shape[-1]
     level, origin = torch.cat([x_level, y_level], dim=-1).sort(dim=-1)
     step = level.diff(dim=-1, prepend=torch.zeros_like(level[..., :1]))

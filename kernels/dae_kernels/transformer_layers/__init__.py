@@ -1,7 +1,7 @@
 """Norms, rotary positions and the gated activation of Transformer blocks, in plain torch.
 
-There is no kernel: each of these is one read and one write of its operands, and torch.compile achieves that from the definitions.
-Whether a kernel beats its code, only a GPU can show. The README of dae_kernels has the figures, eager and compiled.
+There is no kernel: each of these reads and writes its operands once, and torch.compile achieves that from the definitions.
+Whether a kernel would be faster is not measured on a GPU. The README of dae_kernels has figures, eager and compiled.
 """
 
 from dae_kernels.transformer_layers.api import (

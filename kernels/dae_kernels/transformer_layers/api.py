@@ -17,7 +17,7 @@ from dae_kernels.transformer_layers.reference import (
 
 
 def layer_norm_modulate(x: Tensor, scale: Tensor, shift: Tensor, eps: float = 1e-6) -> Tensor:
-    """LayerNorm without parameters of its own, scaled and shifted by what depends on the sample (adaLN).
+    """LayerNorm without learned parameters, with per-sample scale and shift (adaLN).
 
         out = (x - mean(x)) / sqrt(var(x) + eps) * (1 + scale) + shift       mean and var over C
 
@@ -97,7 +97,7 @@ def rms_norm(x: Tensor, weight: Tensor | None = None, eps: float = 1e-6) -> Tens
 
 
 def qk_norm(q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """`rms_norm` of queries and keys over each head: the scores of attention then do not grow with the width of the model.
+    """`rms_norm` of queries and keys over each head: attention scores then do not grow with the model's width.
 
     Args:
         q, k: [..., D], floating.
@@ -121,14 +121,14 @@ def rotary_table(length: int, head_dim: int, base: float = 10000.0) -> Tensor:
     Args:
         length: number of positions.
         head_dim: D, even.
-        base: the greatest wavelength is about 2 pi base positions.
+        base: the longest wavelength is about 2 pi base positions.
 
     Returns:
         [2, length, D / 2] float32, from angles in float64, on torch's default device.
 
     Raises:
         ValueError: a negative length, an odd head dimension, or base <= 0.
-        TypeError: a length or head dimension that is no int, or a base that is no number.
+        TypeError: a length or head dimension that is not an int, or a base that is not a number.
 
     Source: Su et al. 2021, arXiv 2104.09864, section 3.2.2.
     """
@@ -152,7 +152,7 @@ def rotary_table_2d(height: int, width: int, head_dim: int, base: float = 10000.
 
     Raises:
         ValueError: a negative height or width, a head dimension that 4 does not divide, or base <= 0.
-        TypeError: a size that is no int, or a base that is no number.
+        TypeError: a size that is not an int, or a base that is not a number.
 
     Source: Heo et al. 2024, arXiv 2403.13298, section 3.1 (axial frequencies).
     """
@@ -188,7 +188,7 @@ def rotate(x: Tensor, table: Tensor) -> Tensor:
 
 
 def swiglu(gate_up: Tensor) -> Tensor:
-    """out = silu(gate) * up, of the two halves of what one matrix product gives.
+    """out = silu(gate) * up, for the two halves of one matrix product's output.
 
     Args:
         gate_up: [..., 2 F], floating; the gate comes first.
@@ -234,7 +234,7 @@ def as_size(operation: str, name: str, got: int) -> int:
 
 
 def as_turns(operation: str, head_dim: int, divisor: int, base: float) -> tuple[int, float]:
-    """Head dimension and base as numbers. ValueError: the divisor does not divide the one, or the other is not positive."""
+    """Head dimension and base as numbers. ValueError: head_dim is not a multiple of the divisor, or base is not positive."""
     head_dim, base = as_size(operation, "head_dim", head_dim), as_number(operation, "base", base)
     if not base > 0:
         raise ValueError(f"{operation} needs a positive base, got {base}")

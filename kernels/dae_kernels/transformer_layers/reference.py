@@ -1,4 +1,4 @@
-"""The layers of a Transformer block in eager torch: the definitions, and what runs everywhere.
+"""The layers of a Transformer block in eager torch: the definitions, used on every device.
 
 16-bit operands are computed in float32, and rounded once.
 """
@@ -24,7 +24,7 @@ def gated_residual_reference(x: Tensor, h: Tensor, gate: Tensor) -> Tensor:
 
 def rms_norm_reference(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight."""
-    if weight is not None and weight.dtype != x.dtype:  # or else torch warns, and takes its unfused form
+    if weight is not None and weight.dtype != x.dtype:  # otherwise torch warns and runs unfused
         wide = torch.promote_types(x.dtype, weight.dtype)
         x, weight = x.to(wide), weight.to(wide)
     return F.rms_norm(x, x.shape[-1:], weight, eps)

@@ -51,10 +51,10 @@ def vector_quantize(
     the cosine metric a vector x = 0 has quantized = e^ and no gradient. Values and gradients are finite as long as |x|^2, |e|^2
     and |e| / |x| are.
 
-    No gradient reaches the codebook: it is meant to follow the averages of `codebook_statistics`. To train it by gradients
+    The codebook gets no gradient: it follows the averages of `codebook_statistics`. To train it by gradients
     instead, add `F.mse_loss(codebook[indices], x.detach())` (one codebook).
 
-    The search is `nearest_code` with its kernel. All else is a few operations on [N, D], which torch.compile fuses.
+    The search is `nearest_code` with its kernel. The rest is a few operations on [N, D], which torch.compile fuses.
     16-bit operands are rotated and compared in float32.
 
     Args:
@@ -62,7 +62,7 @@ def vector_quantize(
         codebook: [K, D] with K, D >= 1, or [H, K, D], one for each head of `x`; floating.
         gradient: "ste" or "rotation".
         commitment_weight: finite and not negative.
-        metric, precision, impl: those of `nearest_code`.
+        metric, precision, impl: as in `nearest_code`.
 
     Returns:
         quantized: x.shape, of the wider dtype of the operands.
@@ -71,7 +71,7 @@ def vector_quantize(
 
     Raises:
         ValueError: shapes or devices disagree, K = 0 or D = 0, an unknown option, a bad weight, or `impl` cannot run here.
-        TypeError: an operand is not a floating point tensor, or the weight no number.
+        TypeError: an operand is not a floating point tensor, or the weight is not a number.
 
     Source: van den Oord et al. 2017, arXiv 1711.00937, equation 3 without its codebook term; rotation: Fifty et al. 2024,
     arXiv 2410.06424, sections 4.1 and 4.2; cosine: Yu et al. 2022, arXiv 2110.04627, section 3.2.

@@ -1,4 +1,4 @@
-"""The gradients of vector quantization in eager torch: the definition, and what runs everywhere.
+"""The gradients of vector quantization in eager torch: the definition, used on every device.
 
 They are element-wise operations and sums over D, without a kernel of their own.
 """
@@ -29,12 +29,12 @@ def rotated(x: Tensor, code: Tensor) -> Tensor:
     w = unit_length(from_ + to)
     turned = x - 2 * w * (w * x).sum(dim=-1, keepdim=True) + 2 * to * (from_ * x).sum(dim=-1, keepdim=True)
     length = x.detach().norm(dim=-1, keepdim=True)
-    # A zero vector: w = to and from = 0 would leave a reflection times a ratio that is none.
+    # For a zero vector, w = to and from = 0 would give a reflection times an invalid ratio.
     zero = length == 0
     scale = code.norm(dim=-1, keepdim=True) / length.masked_fill(zero, 1.0)
     return straight_through((scale * turned).where(~zero, x), code)
 
 
 def commitment(x: Tensor, code: Tensor) -> Tensor:
-    """mean |x - code|^2 over all elements, 0 of none."""
+    """mean |x - code|^2 over all elements, 0 if there are none."""
     return (x - code).square().sum() / max(1, x.numel())
