@@ -62,19 +62,11 @@ class TokenDataset(EncodedDataset):
 
     name, stored, given = "tokens", torch.int32, torch.int64
 
-    @property
-    def tokens_NCT(self) -> Tensor:
-        return self.values_NC
-
 
 class PosteriorDataset(EncodedDataset):
     """Rows {"moments": float32 [C, 2D, h, w], "label": int, "row": int}; the 2D channels are D means, then D log-variances."""
 
     name, stored, given = "moments", torch.float32, torch.float32
-
-    @property
-    def moments_NCEhw(self) -> Tensor:
-        return self.values_NC
 
 
 @dataclass

@@ -27,10 +27,10 @@ def test_round_trip(tmp_path):
     loaded = LatentCache.load(tmp_path, FINGERPRINT)
     assert (loaded.latent_channels, loaded.num_classes, loaded.latent_size, loaded.fingerprint) == (2, 3, 2, FINGERPRINT)
     for before, after in ((cache.train, loaded.train), (cache.validation, loaded.validation)):
-        assert torch.equal(before.moments_NCEhw, after.moments_NCEhw) and after.moments_NCEhw.dtype == torch.float32
+        assert torch.equal(before.values_NC, after.values_NC) and after.values_NC.dtype == torch.float32
         assert torch.equal(before.labels_N, after.labels_N)
     batch = next(iter(TrainLoader(loaded.train, 4, seed=0)))
-    assert torch.equal(batch["moments"], cache.train.moments_NCEhw[batch["row"]]) and batch["moments"].shape == (4, 3, 4, 2, 2)
+    assert torch.equal(batch["moments"], cache.train.values_NC[batch["row"]]) and batch["moments"].shape == (4, 3, 4, 2, 2)
 
 
 def test_stale_missing_and_damaged(tmp_path):

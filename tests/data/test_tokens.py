@@ -74,10 +74,10 @@ def test_a_crash_while_saving(tmp_path, monkeypatch, written):
     with pytest.raises(OSError, match="No space"):
         new.save(tmp_path)
     try:
-        tokens = TokenCache.load(tmp_path, FINGERPRINT).train.tokens_NCT
+        tokens = TokenCache.load(tmp_path, FINGERPRINT).train.values_NC
     except (FileNotFoundError, ValueError):
         return
-    assert torch.equal(tokens, old.train.tokens_NCT.int())
+    assert torch.equal(tokens, old.train.values_NC.int())
 
 
 DAMAGE = {
