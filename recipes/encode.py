@@ -27,7 +27,7 @@ from dae.hub import fingerprint, require_model
 from dae.lock import writes
 from dae.models import Autoencoder, choose_kernels
 from dae.seeding import seed_for
-from dae.training import make_accelerator
+from dae.training import end_training, make_accelerator
 from dae.training.encodings import build_cache, cache_class, encode_views
 from dae.training.run import refuse_other_data
 
@@ -83,7 +83,7 @@ def encode(config: Config) -> Path:
         announce(folder, cache.files(), note)
 
     run_on_first_process(save)
-    accelerator.end_training()
+    end_training(accelerator)
     return folder
 
 

@@ -24,7 +24,7 @@ from dae.lock import writes
 from dae.priors import require_guidance
 from dae.reporting.cards import autoencoder_card
 from dae.seeding import seed_for
-from dae.training import Run, Stage, make_accelerator, plan_stages
+from dae.training import Run, Stage, end_training, make_accelerator, plan_stages
 from dae.training.autoencoder import build_autoencoder, train_stages
 from dae.training.engine import AcceleratorEngine
 from dae.training.rehearsal import rehearse_chain, require_measurable, sampled_classes
@@ -64,7 +64,7 @@ def train(config: Config) -> Path:
             print(autoencoder.push_to_hub(config.hub_model_id, folder=run.folder))
 
     run_on_first_process(save)
-    accelerator.end_training()
+    end_training(accelerator)
     return run.folder
 
 

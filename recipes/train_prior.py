@@ -31,7 +31,7 @@ from dae.priors import prior_family, require_guidance
 from dae.quantizers import bottleneck_class
 from dae.reporting.cards import prior_card
 from dae.seeding import seed_for
-from dae.training import Run, make_accelerator
+from dae.training import Run, end_training, make_accelerator
 from dae.training.encodings import cache_class
 from dae.training.engine import AcceleratorEngine
 from dae.training.initialization import load_prior
@@ -93,7 +93,7 @@ def train(config: Config) -> Path:
     run_on_first_process(lambda: announce(run.folder, run.outputs()))
     if config.push_to_hub:
         accelerator.print(run_on_first_process(lambda: prior.push_to_hub(repository, folder=run.folder)))
-    accelerator.end_training()
+    end_training(accelerator)
     return run.folder
 
 

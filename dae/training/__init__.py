@@ -1,4 +1,4 @@
-from dae.training.accelerator import make_accelerator, one_process
+from dae.training.accelerator import end_training, make_accelerator, one_process
 from dae.training.checkpoint import Checkpoint, Checkpoints
 from dae.training.ema import EMA
 from dae.training.optimization import build_optimizer, build_scheduler
@@ -15,6 +15,7 @@ __all__ = [
     "TrainingState",
     "build_optimizer",
     "build_scheduler",
+    "end_training",
     "make_accelerator",
     "one_process",
     "plan_stages",
