@@ -151,7 +151,7 @@ def test_figures_show_points_with_their_quantiles(tmp_path, monkeypatch):
     ]
     bench_report.plot(rows, tmp_path)
     assert (tmp_path / "mmd.png").stat().st_size > 1000
-    (figure,) = kept
+    (figure,) = [each for each in kept if each != "all"]  # which matplotlib 3.9 asks for itself, before the first figure
     assert len(figure.axes) == 2  # forward and both
     for axis in figure.axes:
         assert axis.get_xscale() == "log" and not axis.patches

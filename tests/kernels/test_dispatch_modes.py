@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of numpy in the interpreter, and of what torch imports
@@ -53,6 +54,15 @@ class Exported(torch.nn.Module):
         return self.operation(*operands)
 
 
+def records_generators():
+    """Whether a graph of torch.fx may hold a generator; that of torch 2.11 may not."""
+    try:
+        make_fx(lambda x: x + torch.rand(1, generator=torch.Generator()))(torch.ones(1))
+    except NotImplementedError:
+        return False
+    return True
+
+
 def test_export(operation, operations):
     """Strictly, through Dynamo as torch.compile, once for each public operation: test_transforms.py has more of that."""
     operands = tuple(operation.operands())
@@ -61,6 +71,10 @@ def test_export(operation, operations):
     first = next(other for other in operations if other.public == operation.public)
     for strict in (False, True) if operation is first else (False,):
         torch._dynamo.reset()
+        if operation.name == "sliced generator" and not records_generators():
+            with pytest.raises(ValueError, match=r"^sliced_wasserstein: torch .* cannot record a generator.*give projections$"):
+                torch.export.export(Exported(operation), operands, strict=strict)
+            continue
         exported = torch.export.export(Exported(operation), operands, strict=strict).module()
         if not operation.random:
             torch.testing.assert_close(list(exported(*operands)), list(operation(*operands)))

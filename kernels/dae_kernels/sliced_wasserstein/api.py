@@ -54,8 +54,8 @@ def sliced_wasserstein(
         weights_x, weights_y: [N] and [M], not negative; only their proportions matter. None: equal weights.
         generator: source of the directions, which are drawn in float64 on its device, so that one seed gives one set of
             directions whatever the dtype and device of the clouds. None: torch's generator of the CPU. torch.compile cannot
-            take a generator (it breaks the graph: give `projections`), and Inductor draws others than eager mode does;
-            torch.vmap needs its `randomness` set to draw.
+            take a generator (it breaks the graph: give `projections`), nor can torch.export in torch 2.11, and Inductor draws
+            others than eager mode does; torch.vmap needs its `randomness` set to draw.
         projections: [D, L] to use instead of drawn ones, as they are: unit columns make the sliced distance.
 
     Returns:
@@ -126,7 +126,13 @@ def projected_distance(
         if num_projections < 1:
             raise ValueError(f"{operation} needs at least 1 projection, got num_projections={num_projections}")
         device = "cpu" if generator is None else generator.device
-        projections = torch.randn(D, num_projections, generator=generator, device=device, dtype=torch.float64)
+        try:
+            projections = torch.randn(D, num_projections, generator=generator, device=device, dtype=torch.float64)
+        except NotImplementedError as error:  # of torch.fx, until 2.11
+            if generator is None:
+                raise
+            version = torch.__version__
+            raise ValueError(f"{operation}: torch {version} cannot record a generator in a graph, give projections") from error
         projections = (projections / projections.norm(dim=0)).to(x.device)
     else:
         check_projections(operation, projections, x)
