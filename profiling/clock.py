@@ -176,7 +176,7 @@ class ClockedStep(TrainingStep):
             clock.times(training.ahead, "fetch", "data", "data")
         compiled = training.config.compile
         if training.state.ema:
-            clock.times(training.state.ema, "update", "update", "average of weights")
+            clock.times(training.state.ema, "move", "update", "average of weights")
         if isinstance(training, PriorTraining):
             if not compiled:
                 watch_prior(clock, training.prior)

@@ -313,6 +313,12 @@ class Config:
         None, "no, fp16 or bf16; null leaves it to `accelerate launch --mixed_precision`", choices=(None, "no", "fp16", "bf16")
     )
     compile: bool = knob(False, "compile the models with torch.compile", role="free")
+    cuda_graphs: bool = knob(
+        False,
+        "training on a GPU in one process: record the step once and start all of its kernels by one call: the same results, and "
+        "no waiting for Python",
+        role="free",
+    )
     channels_last: bool = knob(False, "keep feature maps of the autoencoder in memory as NHWC, which convolutions on GPUs prefer")
     cudnn_benchmark: bool = knob(
         True,

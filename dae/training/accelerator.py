@@ -22,6 +22,7 @@ from dae.distributed import agree
 from dae.lock import RANKS, SIZES
 from dae.optional import optional
 from dae.training.engine import set_backends
+from dae.training.graphs import check_cuda_graphs
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -83,6 +84,7 @@ def make_accelerator(config: Config, logging_dir: Path | None = None) -> Acceler
     config.mixed_precision = accelerator.mixed_precision
     agree({key: operator.attrgetter(key)(config) for key, knob in knobs().items() if knob.role not in ("free", "judging")})
     if trains:
+        check_cuda_graphs(config, accelerator.device, accelerator.num_processes)
         set_backends(config, accelerator.device)
     if trains and accelerator.is_main_process:
         processes = f"{accelerator.num_processes} process" + ("es" if accelerator.num_processes > 1 else "")

@@ -137,6 +137,8 @@ class StageTraining(Training):
         new_codebook: initialise the codebook by k-means, if this stage learns it.
     """
 
+    columns = ("image",)
+
     def __init__(
         self,
         config: Config,
@@ -181,14 +183,15 @@ class StageTraining(Training):
         if self.learns_codebook:
             self.autoencoder.bottleneck.update_codebook()
 
-    def next_images(self) -> Tensor:
-        images, data = next(self.batches)["image"].to(self.engine.device, non_blocking=True), self.config.data
-        images = augment(images, random_flip=data.random_flip, random_affine=data.random_affine)
-        return images.contiguous(memory_format=self.layout)
+    def phase(self, number: int) -> bool:
+        """Whether the discriminator has its say."""
+        return self.discriminator is not None and number >= self.stage.config.loss.adversarial_start
 
-    def micro_step(self, number: int) -> Tensor:
+    def micro_step(self, batch: dict[str, Tensor], number: int) -> Tensor:
         """Add the gradients of a batch; returns its reconstruction loss."""
-        loss_config, images = self.stage.config.loss, self.next_images()
+        loss_config, data = self.stage.config.loss, self.config.data
+        images = augment(batch["image"], random_flip=data.random_flip, random_affine=data.random_affine)
+        images = images.contiguous(memory_format=self.layout)
         sample, encoding = self.reconstruct(images)
         reconstruction = reconstruction_loss(sample, images, loss_config)
         if self.perceptual is not None:
@@ -196,7 +199,7 @@ class StageTraining(Training):
                 distance = self.perceptual(sample, images).mean()
             reconstruction = reconstruction + loss_config.perceptual * distance
         loss = reconstruction if self.stage.latent_frozen else reconstruction + encoding.loss
-        if self.discriminator is not None and number >= loss_config.adversarial_start:
+        if self.discriminator is not None and self.phase(number):
             self.discriminator.requires_grad_(False)
             with self.engine.autocast():
                 logits = self.discriminator(sample)

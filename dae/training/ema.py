@@ -22,27 +22,48 @@ class EMA:
 
     def __init__(self, module: nn.Module, decay: float):
         self.decay, self.updates = decay, 0
+        self.rate: float | Tensor = 0.0  # 1 - d of the next `move`
         self.average = copy.deepcopy(module).requires_grad_(False)
         for parameter in self.average.parameters():
             parameter.data = parameter.data.to(wide(parameter.dtype))
         self._source: nn.Module | None = None
 
-    @torch.no_grad()
     def update(self, module: nn.Module) -> None:
+        """`advance`, then `move`."""
+        self.advance()
+        self.move(module)
+
+    def keep_rate_on(self, device: torch.device) -> None:
+        """From now on `move` reads its rate from the device, so that it can be recorded and replayed."""
+        self.rate = torch.zeros((), dtype=torch.float64, device=device)
+
+    def advance(self) -> None:
+        """Set the rate of the next `move`, and count it: the host's part of an update."""
+        rate = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
+        self.updates += 1
+        if isinstance(self.rate, Tensor):
+            self.rate.fill_(rate)
+        else:
+            self.rate = rate
+
+    @torch.no_grad()
+    def move(self, module: nn.Module) -> None:
         """Move towards the weights of `module`, whose tensors must stay the same objects from one update to the next."""
         if self._source is not module:
             self._source = module
             self._weights: tuple[list[Tensor], list[Tensor]] = list(self.average.parameters()), list(module.parameters())
             self._narrow = any(a.dtype != b.dtype for a, b in zip(*self._weights, strict=True))
             self._buffers = list(self.average.buffers()), list(module.buffers())
-        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
         averages, weights = self._weights
         if self._narrow:
             weights = [weight.to(average.dtype) for average, weight in zip(averages, weights, strict=True)]
-        torch._foreach_lerp_(averages, weights, 1 - decay)
+        if isinstance(self.rate, Tensor):
+            for average, weight in zip(averages, weights, strict=True):
+                average.lerp_(weight, self.rate.to(average.dtype))
+        else:
+            torch._foreach_lerp_(averages, weights, self.rate)
         for own, new in zip(*self._buffers, strict=True):
             own.copy_(new)
-        self.updates += 1
 
     def state_dict(self) -> dict:
         """Weights under the averaged module's own names."""

@@ -16,6 +16,7 @@ from dae.distributed import sum_over_processes, world_size
 from dae.seeding import set_seed
 from dae.training.ema import EMA
 from dae.training.engine import Engine
+from dae.training.graphs import StepGraphs, check_cuda_graphs
 from dae.training.optimization import build_optimizer, build_scheduler
 from dae.training.prefetch import Prefetcher, prefetched
 from dae.training.state import TrainingState
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 
 class Training:
     """One optimisation: modules, optimisers, schedule, average, and the training step. Subclasses define `micro_step`.
+
+    `step` is the host's part of it: seeds, batches, rates. `compute` is the device's and changes tensors alone, so that it can be
+    recorded and replayed (`dae.training.graphs`).
 
     Args:
         settings: of this optimisation, a section of `config`.
@@ -42,6 +46,8 @@ class Training:
         state: all that changes, for checkpoints.
     """
 
+    columns: tuple[str, ...] | None = None  # of a batch that `micro_step` reads; None is all
+
     def __init__(
         self,
         config: Config,
@@ -53,6 +59,7 @@ class Training:
         engine: Engine,
     ):
         self.config, self.settings, self.name, self.trained, self.engine = config, settings, name, trained, engine
+        check_cuda_graphs(config, engine.device, world_size(), **{name: settings})
         self.parameters = list(trained.parameters())  # walking through a small module takes a twentieth of a step
         ema = EMA(trained, settings.ema_decay) if settings.use_ema else None
         optimizer = build_optimizer(trained, settings)
@@ -66,25 +73,48 @@ class Training:
         modules, optimizers = {"model": model}, {"optimizer": prepared}
         self.state = TrainingState(modules, optimizers, scheduler, batches, ema, engine.scaler)  # type: ignore[arg-type]
         self.batches = iter(batches)
+        self.graphs: StepGraphs | None = None  # once all that a step works on exists
 
     def step(self, number: int) -> None:
-        """Step `number`: gradients of all micro-steps, then optimisers, schedule, codebook, average."""
+        """Step `number`: gradients of all micro-steps, then optimisers, codebook, average, schedule."""
+        if self.config.cuda_graphs and self.graphs is None:
+            self.graphs = StepGraphs(self)
+        if self.state.ema:
+            self.state.ema.advance()
         for micro in range(self.settings.gradient_accumulation_steps):
             set_seed(self.config.seed, self.name, number, micro)  # the only source of this micro-step's randomness
-            last = micro == self.settings.gradient_accumulation_steps - 1
-            with self.engine.synchronize(*self.synchronized, when=last):
-                self.state.losses.append(self.micro_step(number))
-        if self.settings.max_grad_norm > 0:
-            self.engine.clip(self.parameters, self.settings.max_grad_norm)
-        self.engine.step(self.state.optimizers.values())
+            self.state.losses.append((self.graphs or self.compute)(self.next_batch(), number, micro))
         self.state.scheduler.step()
-        self.update_codebook()
-        if self.state.ema:
-            self.state.ema.update(self.trained)
         if self.ahead is not None and number + 1 < self.settings.max_train_steps:
             self.ahead.fetch()  # while the device works on this step
 
-    def micro_step(self, number: int) -> Tensor:
+    def next_batch(self) -> dict[str, Tensor]:
+        """The columns of the next batch that `micro_step` reads, on the device."""
+        batch = next(self.batches)
+        return {name: batch[name].to(self.engine.device, non_blocking=True) for name in self.columns or batch}
+
+    def compute(self, batch: dict[str, Tensor], number: int, micro: int) -> Tensor:
+        """Micro-step `micro` of step `number`, and after the last one the updates; returns the micro-step's loss, detached."""
+        last = self.is_last(micro)
+        with self.engine.synchronize(*self.synchronized, when=last):
+            loss = self.micro_step(batch, number)
+        if last:
+            if self.settings.max_grad_norm > 0:
+                self.engine.clip(self.parameters, self.settings.max_grad_norm)
+            self.engine.step(self.state.optimizers.values())
+            self.update_codebook()
+            if self.state.ema:
+                self.state.ema.move(self.trained)
+        return loss
+
+    def is_last(self, micro: int) -> bool:
+        return micro == self.settings.gradient_accumulation_steps - 1
+
+    def phase(self, number: int) -> object:
+        """What decides which operations step `number` consists of; equal phases are the same operations."""
+        return None
+
+    def micro_step(self, batch: dict[str, Tensor], number: int) -> Tensor:
         """Add the gradients of a batch; returns its loss for the log, detached."""
         raise NotImplementedError
 

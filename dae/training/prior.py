@@ -51,8 +51,7 @@ class PriorTraining(Training):
         prior.gradient_checkpointing = config.prior.gradient_checkpointing
         super().__init__(config, config.prior, "prior", prior, prior, loader, engine)
 
-    def micro_step(self, number: int) -> Tensor:
-        batch = {name: column.to(self.engine.device, non_blocking=True) for name, column in next(self.batches).items()}
+    def micro_step(self, batch: dict[str, Tensor], number: int) -> Tensor:
         loss = self.family.loss(self.model, self.prior, batch)
         self.backward(loss)
         return loss.detach()

@@ -16,6 +16,7 @@ from torch import Tensor
 from dae.config import Config
 from dae.data.cache import Fingerprint
 from dae.data.columns import resolve_classes
+from dae.distributed import world_size
 from dae.losses import PerceptualLoss, discriminator_loss
 from dae.models import Autoencoder, PatchDiscriminator, choose_kernels
 from dae.priors import prior_family
@@ -23,6 +24,7 @@ from dae.quantizers import bottleneck_class
 from dae.training.autoencoder import build_autoencoder, build_perceptual_loss
 from dae.training.encodings import build_cache, cache_class
 from dae.training.engine import Engine
+from dae.training.graphs import check_cuda_graphs
 from dae.training.stages import Stage, plan_stages
 
 Autocast = Callable[[], AbstractContextManager]
@@ -52,6 +54,7 @@ def rehearse_autoencoder(config: Config, rows: int | None, engine: Engine) -> Au
     for stage in plan_stages(config):
         if engine.scaler is not None and stage.config.loss.adversarial > 0:
             raise ValueError("an adversarial loss needs mixed_precision=bf16 or no: one loss scale cannot serve two optimisers")
+        check_cuda_graphs(config, engine.device, world_size(), **{stage.name: stage.config})
         if rows is not None and rows < (batch := stage.config.train_batch_size):
             raise ValueError(f"{stage.name}: the training set has {rows} rows, fewer than one batch of {batch}; make it smaller")
         with torch.random.fork_rng(devices=[]):
@@ -109,6 +112,7 @@ def rehearse_prior(config: Config, autoencoder: Autoencoder, num_classes: int, r
     family.require_rows(config, autoencoder, rows)
     if family.fitted:
         return
+    check_cuda_graphs(config, device, world_size(), prior=settings)
     with _rehearsal(config, device, f"the prior ({family.name})"):
         encoded = cache_class(autoencoder.bottleneck).dataset(*_encoding(config, autoencoder))
         cache = build_cache(autoencoder, encoded, encoded, num_classes, Fingerprint("", "", ""))

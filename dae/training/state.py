@@ -12,6 +12,7 @@ from dae.distributed import failing_together, gather_objects, rank, world_size
 from dae.hub import load_weights
 from dae.training.checkpoint import Checkpoint
 from dae.training.ema import EMA
+from dae.training.optimization import Schedule
 
 if TYPE_CHECKING:
     from dae.data import TrainLoader
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 class TrainingState:
     modules: dict[str, nn.Module]  # unwrapped, by the name of their file in a checkpoint
     optimizers: dict[str, torch.optim.Optimizer]
-    scheduler: torch.optim.lr_scheduler.LambdaLR
+    scheduler: Schedule
     loader: TrainLoader | Prefetcher  # or, where nothing is saved, a TensorLoader
     ema: EMA | None = None
     scaler: Any = None  # of fp16 training
@@ -78,10 +79,7 @@ class TrainingState:
             self.scaler.load_state_dict(state["scaler"])
         self.scheduler.load_state_dict(state["scheduler"])
         # The learning rates of this configuration's schedule: they differ from the saved ones if its length changed.
-        self.scheduler._last_lr = [
-            base * factor(self.scheduler.last_epoch)
-            for base, factor in zip(self.scheduler.base_lrs, self.scheduler.lr_lambdas, strict=True)
-        ]
+        self.scheduler._last_lr = list(self.scheduler.get_lr())
         for group, rate in zip(self.scheduler.optimizer.param_groups, self.scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
         positions = state["loaders"]

@@ -5,26 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_training import CPU, GAN, autoencoder_training, prior_training, weights
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import Dataset
 
 import dae
-from dae.config import load_config
 from dae.data import TrainLoader
-from dae.data.cache import Fingerprint
 from dae.data.tensors import TensorLoader
-from dae.losses import PerceptualLoss
-from dae.priors import prior_family
-from dae.training import plan_stages
-from dae.training.autoencoder import StageTraining, build_autoencoder
 from dae.training.checkpoint import Checkpoint
-from dae.training.encodings import build_cache, cache_class
-from dae.training.engine import LocalEngine
 from dae.training.prefetch import Prefetcher, prefetched
-from dae.training.prior import PriorTraining
-
-CPU = torch.device("cpu")
-TINY = Path(__file__).parents[1] / "recipes" / "tiny.yaml"
 
 
 class Rows(Dataset):
@@ -81,40 +70,6 @@ def test_where_it_gains_nothing_there_is_none():
     loader, in_memory = TrainLoader(Rows(), 2, seed=1), TensorLoader({"row": torch.arange(4)}, 2, seed=1)
     assert prefetched(loader, CPU) is loader
     assert prefetched(in_memory, torch.device("cuda")) is in_memory
-
-
-def autoencoder_training(*overrides, which=0, device=CPU):
-    config = load_config(TINY, ["data.random_flip=true", "autoencoder.vq.kmeans_iterations=1", *overrides])
-    stage = plan_stages(config)[which]
-    images = torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    data = [{"image": image} for image in images]
-    autoencoder = build_autoencoder(config, stage)
-    if stage.latent_frozen:
-        autoencoder.freeze_latent()
-    autoencoder.to(device).train()
-
-    def loaders(stage, purpose):
-        return TrainLoader(data, stage.config.train_batch_size, seed=3)
-
-    perceptual = PerceptualLoss() if stage.config.loss.perceptual else None
-    return StageTraining(config, stage, autoencoder, loaders, LocalEngine(device), perceptual)
-
-
-def prior_training(*overrides, values):
-    config = load_config(TINY, ["prior.num_augmentations=1", "prior.token_noise=0.1", "prior.dropout=0.1", *overrides])
-    autoencoder = build_autoencoder(config, plan_stages(config)[0])
-    parts = [cache_class(autoencoder.bottleneck).dataset(values, torch.arange(len(values)) % 3)] * 2
-    cache = build_cache(autoencoder, *parts, 3, Fingerprint("", "", ""))
-    family = prior_family(config)
-    torch.manual_seed(0)
-    prior = family.build(config.prior, cache)
-    loader = TrainLoader(cache.train, config.prior.train_batch_size, seed=1)
-    return PriorTraining(config, family, prior.train(), loader, LocalEngine())
-
-
-def weights(training):
-    tensors, state = training.state.pack()
-    return {f"{file}/{name}": value.clone() for file, part in tensors.items() for name, value in part.items()}, state
 
 
 def test_training_and_resuming_to_the_bit(monkeypatch):
@@ -175,9 +130,6 @@ class Reads(TorchDispatchMode):
             if (package := Path(dae.__file__).parent) in folders and package / "data" not in folders:
                 self.lines.append(f"{frame.f_code.co_filename}:{frame.f_lineno}")
         return function(*args, **(kwargs or {}))
-
-
-GAN = ("stage2.loss.adversarial=0.1", "stage2.loss.discriminator_channels=8", "autoencoder.vq.revive_threshold=0.5")
 
 
 @pytest.mark.parametrize(
