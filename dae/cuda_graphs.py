@@ -26,9 +26,14 @@ class Recorder:
     Args:
         device: of CUDA.
         generators: other than the device's own, from which the work draws.
+
+    Raises:
+        ValueError: another device.
     """
 
     def __init__(self, device: torch.device, generators: Iterable[torch.Generator] = ()):
+        if device.type != "cuda":
+            raise ValueError(f"CUDA graphs need a CUDA device, got {device}; leave cuda_graphs out")
         self.generators = list(generators)
         self.stream, self.pool = torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
 
@@ -49,3 +54,16 @@ class Recorder:
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
             result = work()
         return Graph(graph, result)
+
+    def repeated(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
+        """The work as a function: the first call does it without a graph, the second records it and, as later ones, replays it."""
+        calls: list[Graph | None] = []
+
+        def again() -> Tensor:
+            if not calls:
+                calls.append(None)
+                return self.warm_up(work)
+            graph = calls[0] = calls[0] or self.record(work)
+            return graph.replay()
+
+        return again

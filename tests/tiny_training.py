@@ -1,10 +1,14 @@
-"""Trainings of a few seconds: stages and priors of the smallest models, on random data."""
+"""Trainings of a few seconds on random data, and watches over what a step does."""
 
+import sys
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import dae
 from dae.config import load_config
+from dae.cuda_graphs import Recorder
 from dae.data import TrainLoader
 from dae.data.cache import Fingerprint
 from dae.losses import PerceptualLoss
@@ -52,3 +56,54 @@ def prior_training(*overrides, values, device=CPU):
 def weights(training):
     tensors, state = training.state.pack()
     return {f"{file}/{name}": value.clone() for file, part in tensors.items() for name, value in part.items()}, state
+
+
+class Rerun(Recorder):
+    """In place of graphs on a CPU: a replay does the work again, on the tensors that it was recorded with."""
+
+    def __init__(self, device=CPU, generators=()):
+        self.recorded = 0
+
+    def warm_up(self, work):
+        return work()
+
+    def record(self, work):
+        self.recorded += 1
+        return _Again(work)
+
+
+class _Again:
+    def __init__(self, work):
+        self.work, self.result = work, None
+
+    def replay(self):
+        result = self.work()
+        self.result = result if self.result is None else self.result.copy_(result)
+        return self.result
+
+
+READERS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal")
+
+
+class Reads(TorchDispatchMode):
+    """The lines of dae that read a value of a tensor, for which the host would wait on a GPU.
+
+    Lines of torch do not count: AdamW, whose count of steps is on the CPU where it is not fused. Nor do those of dae_kernels,
+    which read values on a CPU alone (`values_readable`), and of dae.data, whose tables are in the host's memory.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        masked = name == "index" and any(each is not None and each.dtype == torch.bool for each in args[1])
+        if name in READERS or name.startswith("unique") or masked:
+            frame = sys._getframe(1)
+            while frame.f_code.co_filename.endswith(("_python_dispatch.py", "eval_frame.py", "_compile.py")):  # the mode's own
+                frame = frame.f_back
+            folders = Path(frame.f_code.co_filename).parents
+            if (package := Path(dae.__file__).parent) in folders and package / "data" not in folders:
+                self.lines.append(f"{frame.f_code.co_filename}:{frame.f_lineno}")
+        return function(*args, **(kwargs or {}))

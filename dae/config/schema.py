@@ -232,6 +232,7 @@ class SamplingConfig:
     temperature: float = knob(1.0, "divides the logits; below 1 is safer, above 1 more varied", ge=0, le=100)
     top_k: Optional[int] = knob(None, "keep only the k likeliest tokens", ge=1)
     top_p: Optional[float] = knob(None, "keep only the likeliest tokens that together have this probability", gt=0, le=1)
+    cuda_graphs: bool = knob(False, "ar on a GPU: start all kernels of a token by one call; the same up to rounding")
 
 
 @dataclass

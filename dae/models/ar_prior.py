@@ -26,6 +26,19 @@ class KVCache:
         self.keys = torch.zeros(depth, batch, heads, length, head_dim, device=device, dtype=dtype)
         self.values = torch.zeros_like(self.keys)
         self.position = 0  # number of positions that are filled
+        self.bias: Tensor | None = None  # of the attention to what `extend` returns; None: it is causal
+
+    @property
+    def empty(self) -> bool:
+        return self.position == 0
+
+    def begin(self, count: int) -> slice | Tensor:
+        """The positions of a forward pass over the next `count`."""
+        return slice(self.position, self.position + count)
+
+    def end(self, count: int) -> None:
+        """All layers have been extended by them."""
+        self.position += count
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store [B, heads, L, head_dim] of the next L positions; return all keys and values up to them."""
@@ -35,6 +48,34 @@ class KVCache:
         self.keys[layer, :, :, self.position : end] = k
         self.values[layer, :, :, self.position : end] = v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+
+class FixedKVCache(KVCache):
+    """A filled cache that goes on by one position a call, and counts on the device: all calls are the same work for a CUDA graph.
+
+    Attention runs over the whole length, and a bias hides what is not filled.
+    """
+
+    def __init__(self, cache: KVCache):
+        self.keys, self.values, self.position = cache.keys, cache.values, cache.position
+        self.index = torch.full((1,), cache.position, dtype=torch.int64, device=cache.keys.device)
+        self.all = torch.arange(cache.keys.shape[3], device=cache.keys.device)
+
+    def begin(self, count: int) -> Tensor:
+        if count != 1:
+            raise ValueError(f"a fixed KV cache goes on by one position a call, got {count}")
+        hidden = torch.full_like(self.all, -torch.inf, dtype=self.keys.dtype).masked_fill(self.all <= self.index, 0.0)
+        self.bias = hidden[None, None, None]
+        return self.index
+
+    def end(self, count: int) -> None:
+        self.index.add_(count)
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store [B, heads, 1, head_dim] of the next position; return keys and values of all positions, filled or not."""
+        self.keys[layer].index_copy_(2, self.index, k)
+        self.values[layer].index_copy_(2, self.index, v)
+        return self.keys[layer], self.values[layer]
 
 
 class ARBlock(nn.Module):
@@ -64,7 +105,8 @@ class ARBlock(nn.Module):
         q, k = rotate(q, table), rotate(k, table)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
-        h = attention(q, k, v, causal=True, impl=self.impl)
+        bias = None if cache is None else cache.bias
+        h = attention(q, k, v, causal=bias is None, bias=bias, impl=self.impl)
         x = x + self.dropout(self.proj(h.transpose(1, 2).flatten(2)))
         return x + self.dropout(self.down(swiglu(self.gate_up(self.norm_mlp(x)))))
 
@@ -119,14 +161,13 @@ class ARPrior(WideBuffers, ClassConditional, Prior):
         (divide by log 2 for bits), without all logits at once. In training mode `label_smoothing` and `z_loss` are in it.
         """
         x = self.token_embedding(tokens_BT)
-        start = 0 if cache is None else cache.position
-        if start == 0:
+        if cache is None or cache.empty:
             x = torch.cat([self.class_embedding(labels_B)[:, None], x], dim=1)
-        if start + x.shape[1] > self.sequence_length:
+        positions = slice(0, x.shape[1]) if cache is None else cache.begin(x.shape[1])
+        if isinstance(positions, slice) and positions.stop > self.sequence_length:
             raise ValueError(
-                f"the prior models {self.sequence_length} tokens; class and {start + x.shape[1] - 1} tokens given is too many"
+                f"the prior models {self.sequence_length} tokens; class and {positions.stop - 1} tokens given is too many"
             )
-        positions = slice(start, start + x.shape[1])
         x = self.dropout(x + self.position_embedding.weight[positions])
         table = self.rotary[:, positions]
         for block in self.blocks:
@@ -135,7 +176,7 @@ class ARPrior(WideBuffers, ClassConditional, Prior):
             else:
                 x = block(x, table, cache)
         if cache is not None:
-            cache.position += x.shape[1]
+            cache.end(x.shape[1])
         x = self.norm(x)
         if targets_BT is None:
             return self.head(x)

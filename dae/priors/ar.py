@@ -11,7 +11,9 @@ from dae_kernels.checks import as_integer, as_number, check_floating
 from torch import Tensor
 
 from dae.config import Config, PriorConfig, SamplingConfig
+from dae.cuda_graphs import Recorder
 from dae.models import ARPrior
+from dae.models.ar_prior import FixedKVCache
 from dae.priors.family import PriorFamily, draw_augmentations, latent_shape
 
 if TYPE_CHECKING:
@@ -60,7 +62,7 @@ class Autoregressive(PriorFamily[ARPrior]):
 
     def sample(self, prior: ARPrior, labels_B: Tensor, settings: SamplingConfig, generator: torch.Generator) -> Tensor:
         options = {knob: getattr(settings, knob) for knob in self.sampling_knobs}
-        return sample_tokens(prior, labels_B, **options, generator=generator)
+        return sample_tokens(prior, labels_B, **options, generator=generator, cuda_graphs=settings.cuda_graphs)
 
     def rehearse(self, prior: ARPrior, batch: dict[str, Tensor]) -> None:
         if prior.sequence_length > 1:  # sampling: one token after the other
@@ -113,6 +115,7 @@ def sample_tokens(
     top_k: int | None = None,
     top_p: float | None = None,
     generator: torch.Generator | None = None,
+    cuda_graphs: bool = False,
 ) -> Tensor:
     """Tokens [B, T] drawn from p(tokens | label).
 
@@ -124,12 +127,14 @@ def sample_tokens(
         prior: in evaluation mode.
         labels_B: int64 classes, on the prior's device; `prior.null_class` samples without class.
         generator: on the prior's device; its state decides the result.
+        cuda_graphs: from the third token on, start all kernels of a token by one call. Attention then runs over all positions,
+            of which a mask hides the later ones, so logits may differ by rounding.
 
     Raises:
         TypeError: an option of another type.
         ValueError: labels outside the classes, a negative temperature or guidance, guidance of a prior without class dropout,
-            top_k or top_p out of range, or logits with NaN or infinity, after guidance; -inf forbids a token, as long as another
-            is left.
+            top_k or top_p out of range, `cuda_graphs` on another device, or logits with NaN or infinity, after guidance; -inf
+            forbids a token, as long as another is left.
     """
     operation = "sample_tokens"
     temperature, cfg_scale = as_number(operation, "temperature", temperature), as_number(operation, "cfg_scale", cfg_scale)
@@ -143,28 +148,39 @@ def sample_tokens(
     divisor = min(max(temperature, number.tiny), number.max)
     prior.check_labels(labels_B)
     prior.check_guidance(cfg_scale)
+    recorder = Recorder(labels_B.device, [generator] if generator is not None else []) if cuda_graphs else None
     guided = cfg_scale != 1
     B, T = len(labels_B), prior.sequence_length
     labels = torch.cat([labels_B, torch.full_like(labels_B, prior.null_class)]) if guided else labels_B
     cache = prior.make_cache(len(labels))
     tokens_BT = torch.empty(B, T, dtype=torch.int64, device=labels_B.device)
-    new = tokens_BT[:, :0]
     finite = torch.ones((), dtype=torch.bool, device=labels_B.device)  # read once, at the end: a GPU would wait at each token
-    for t in range(T):
-        logits = prior(labels, new.repeat(2, 1) if guided else new, cache)[:, -1].float()
+
+    def draw(latest: Tensor) -> Tensor:
+        """The next token [B, 1] after the latest."""
+        logits = prior(labels, latest.repeat(2, 1) if guided else latest, cache)[:, -1].float()
         if guided:
             conditional, null = logits.chunk(2)
             logits = null + cfg_scale * (conditional - null)
         largest = logits.amax(-1, keepdim=True)  # NaN if any of them is
         known = largest.isfinite()
-        finite &= known.all()
+        finite.logical_and_(known.all())
         # Subtract the largest first: then no division overflows.
         logits = filter_logits((logits - largest).where(known, 0.0) / divisor, top_k, top_p)
         if temperature == 0:
-            new = logits.argmax(-1, keepdim=True)
-        else:
-            new = torch.multinomial(logits.softmax(-1), 1, generator=generator)
+            return logits.argmax(-1, keepdim=True)
+        probabilities = logits.softmax(-1)
+        # torch.multinomial's draw, without its checks, for which a GPU would wait.
+        return (probabilities / torch.empty_like(probabilities).exponential_(generator=generator)).argmax(-1, keepdim=True)
+
+    new = tokens_BT[:, :0]
+    for t in range(T if recorder is None else min(T, 1)):
+        new = draw(new)
         tokens_BT[:, t : t + 1] = new
+    if recorder is not None:
+        cache, rest = FixedKVCache(cache), recorder.repeated(lambda: new.copy_(draw(new)))
+        for t in range(1, T):
+            tokens_BT[:, t : t + 1] = rest()
     if not finite:
         raise ValueError(
             f"{operation} needs finite logits, got NaN or infinity (or -inf alone); look for a diverged prior, or lower cfg_scale"

@@ -11,7 +11,7 @@ from dae_kernels.attention.api import BACKENDS
 import dae.distributed
 from dae.config import KernelsConfig, PriorConfig
 from dae.models import ARPrior, choose_kernels
-from dae.models.ar_prior import KVCache
+from dae.models.ar_prior import FixedKVCache, KVCache
 
 K, T, C = 11, 9, 3
 
@@ -45,6 +45,23 @@ def test_cache_gives_the_logits_of_the_full_forward(inputs, attention, chunks):
         pieces.append(prior(labels, part, cache))
     assert cache.position == T
     torch.testing.assert_close(torch.cat(pieces, dim=1), full, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("attention", ["auto", "sdpa", "reference"])
+@pytest.mark.parametrize("filled", [0, 3])
+def test_a_cache_that_counts_on_the_device(inputs, attention, filled):
+    """What a CUDA graph repeats: one position a call, over the whole length, of which what is not filled is hidden."""
+    labels, tokens = inputs
+    prior = make(attention=attention)
+    cache = prior.make_cache(4)
+    pieces = [prior(labels, tokens[:, :filled], cache)]
+    cache.keys[:, :, :, filled + 1 :] = 1e3  # must not be seen
+    fixed = FixedKVCache(cache)
+    for t in range(filled, T - 1):
+        pieces.append(prior(labels, tokens[:, t : t + 1], fixed))
+    torch.testing.assert_close(torch.cat(pieces, dim=1), prior(labels, tokens), rtol=1e-10, atol=1e-10)
+    with pytest.raises(ValueError, match="one position a call, got 2"):
+        prior(labels, tokens[:, :2], fixed)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "reference"])

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from tiny_training import Reads, Rerun
 
 from dae.config import PriorConfig
 from dae.models import ARPrior
@@ -191,3 +192,38 @@ def test_probabilities_sum_to_one():
     prior = make()
     for label, (_, transform) in itertools.product((0, 1, C), CASES.values()):
         assert abs(sequences(prior, label, transform).sum().item() - 1) < 1e-6
+
+
+class Watched(Rerun):
+    """And no value of a tensor is read by the work."""
+
+    def record(self, work):
+        def watched():
+            with Reads() as reads:
+                result = work()
+            assert reads.lines == []
+            return result
+
+        return super().record(watched)
+
+
+@pytest.mark.parametrize("length", [1, 2, 9])
+@pytest.mark.parametrize("options", [{}, {"cfg_scale": 2.0, "top_k": 4}, {"top_p": 0.8, "temperature": 0.7}, {"temperature": 0}])
+def test_a_graph_a_token(monkeypatch, length, options):
+    prior, labels = make(vocab=7, length=length, width=16, depth=2, class_dropout=0.1), torch.arange(40) % C
+    plain = sample_tokens(prior, labels, **options, generator=generator())
+    monkeypatch.setattr("dae.priors.ar.Recorder", Watched)
+    assert torch.equal(sample_tokens(prior, labels, **options, generator=generator(), cuda_graphs=True), plain)
+
+
+def test_graphs_need_a_gpu():
+    with pytest.raises(ValueError, match="CUDA graphs need a CUDA device, got cpu; leave cuda_graphs out"):
+        sample_tokens(make(), torch.zeros(1, dtype=torch.int64), cuda_graphs=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_graph_a_token_on_a_gpu():
+    prior, labels = make(vocab=7, length=16, width=32, depth=2).cuda(), torch.zeros(64, dtype=torch.int64, device="cuda")
+    found = [sample_tokens(prior, labels, generator=torch.Generator("cuda").manual_seed(0), cuda_graphs=g) for g in (False, True)]
+    assert (found[0] == found[1]).float().mean() > 0.99  # a draw may fall between two tokens

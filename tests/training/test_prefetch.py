@@ -1,15 +1,12 @@
 """The next batch on its way: the same batches, and a position that counts only those that were taken."""
 
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from tiny_training import CPU, GAN, autoencoder_training, prior_training, weights
-from torch.utils._python_dispatch import TorchDispatchMode
+from tiny_training import CPU, GAN, Reads, autoencoder_training, prior_training, weights
 from torch.utils.data import Dataset
 
-import dae
 from dae.data import TrainLoader
 from dae.data.tensors import TensorLoader
 from dae.training.checkpoint import Checkpoint
@@ -103,33 +100,6 @@ def test_no_batch_is_read_after_the_last_step(monkeypatch):
     training.step(0)
     training.step(1)
     assert training.ahead._ahead is None and training.ahead.loader.state_dict() == {"micro_step": 2}
-
-
-READERS = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal")
-
-
-class Reads(TorchDispatchMode):
-    """The lines of dae that read a value of a tensor, for which the host would wait on a GPU.
-
-    Lines of torch do not count: AdamW, whose count of steps is on the CPU where it is not fused. Nor do those of dae_kernels,
-    which read values on a CPU alone (`values_readable`), and of dae.data, whose tables are in the host's memory.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.lines = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        name = function.overloadpacket.__name__
-        masked = name == "index" and any(each is not None and each.dtype == torch.bool for each in args[1])
-        if name in READERS or name.startswith("unique") or masked:
-            frame = sys._getframe(1)
-            while frame.f_code.co_filename.endswith(("_python_dispatch.py", "eval_frame.py", "_compile.py")):  # the mode's own
-                frame = frame.f_back
-            folders = Path(frame.f_code.co_filename).parents
-            if (package := Path(dae.__file__).parent) in folders and package / "data" not in folders:
-                self.lines.append(f"{frame.f_code.co_filename}:{frame.f_lineno}")
-        return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(
