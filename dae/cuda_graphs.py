@@ -56,7 +56,7 @@ class Recorder:
         return Graph(graph, result)
 
     def repeated(self, work: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """The work as a function: the first call does it without a graph, the second records it and, as later ones, replays it."""
+        """The work as a function: the first call does it without a graph, the second records it, and replays begin."""
         calls: list[Graph | None] = []
 
         def again() -> Tensor:

@@ -155,8 +155,7 @@ training_step() {
         config=recipes/configs/photos.yaml
         tiny=(data.resolution=16 autoencoder.base_channels=8 stage1.train_batch_size=4 stage2.train_batch_size=4)
     fi
-    # A further variant of ours, where the configuration knows it.
-    if grep -q cuda_graphs dae/config/schema.py && [ -z "$SMALL" ]; then graphs=(--ours cuda_graphs=true); fi
+    [ -n "$SMALL" ] || graphs=(--ours cuda_graphs=true)
     fresh step.txt step.jsonl
     local run=("$PYTHON" profiling/bench_step.py --device "$DEVICE" --config "$config" mixed_precision=bf16 "${tiny[@]}" "${graphs[@]}")
     if [ -z "$SMALL" ]; then

@@ -203,6 +203,8 @@ def main() -> None:
         config = read_config(arguments.config, arguments.overrides)
     except (ValueError, FileNotFoundError) as error:
         parser.error(str(error))
+    if config.cuda_graphs:
+        parser.error("a CUDA graph has no blocks to time: profile without cuda_graphs, and time the whole step by bench_step.py")
     names = [stage.name for stage in plan_stages(config)] + ["prior"] * (config.autoencoder.bottleneck == "vq")
     if unknown := sorted(set(arguments.stage or []) - set(names)):
         parser.error(f"--stage: expected one of {', '.join(names)}, got {unknown[0]}")

@@ -270,6 +270,7 @@ def test_profile_refuses_what_it_does_not_know(clock, monkeypatch, capsys):
     assert "unknown key 'stage1.batch'; the nearest one is 'stage1.train_batch_size'" in refusal("stage1.batch=3")
     assert "--stage: expected one of joint, prior, got stage1" in refusal("method=joint", "--stage", "stage1")
     assert "--steps: expected at least 1, got 0" in refusal("--steps", "0")
+    assert "a CUDA graph has no blocks to time: profile without cuda_graphs" in refusal("cuda_graphs=true")
 
 
 class Slow(torch.autograd.Function):

@@ -1,6 +1,6 @@
-"""Cases of sampling from the prior: T tokens for each of B images, with and without a KV cache.
+"""Cases of sampling from the prior: T tokens for each of B images, with and without a KV cache and a CUDA graph.
 
-Both draw from the same generator, so `error` is the share of tokens that differ. Flops are those of the matrices, once per token.
+All draw from the same generator, so `error` is the share of tokens that differ. Flops are those of the matrices, once per token.
 """
 
 from functools import partial
@@ -36,4 +36,6 @@ def cases(device, dtype, B, T, width, depth):
         return tokens
 
     yield case("cached", lambda: sample_tokens(prior, labels, generator=seeded()))
+    if torch.device(device).type == "cuda":
+        yield case("cached, a graph a token", lambda: sample_tokens(prior, labels, generator=seeded(), cuda_graphs=True))
     yield case("whole prefix", whole_prefix, note="anew for each token")
