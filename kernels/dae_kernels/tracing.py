@@ -26,9 +26,12 @@ def traced() -> bool:
 def values_readable(*tensors: torch.Tensor) -> bool:
     """Whether Python may read the tensors' values.
 
-    Not while torch.compile, torch.export or make_fx traces, nor for meta and fake tensors, nor for those batched by torch.vmap.
+    Not while torch.compile, torch.export or make_fx traces or a CUDA graph is recorded, nor for meta and fake tensors, nor for
+    those batched by torch.vmap.
     """
     if torch.compiler.is_compiling() or any(torch._C._get_dispatch_mode(mode) is not None for mode in TRACING_MODES):
+        return False
+    if any(tensor.is_cuda for tensor in tensors) and torch.cuda.is_current_stream_capturing():
         return False
     return not (batched(*tensors) or any(valueless(level) for tensor in tensors for level in transform_levels(tensor)))
 

@@ -129,8 +129,9 @@ META = torch.device("meta")
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_the_recorded_part_stays_on_the_device(name):
+def test_the_recorded_part_stays_on_the_device(name, monkeypatch):
     """The meta device has shapes without values: each read of a value fails there."""
+    monkeypatch.setattr("dae_kernels.tracing.valueless", lambda tensor: False)  # as for a GPU: checks may read
     training = MAKERS[name]()
     for module in training.state.modules.values():
         module.to(META)

@@ -71,11 +71,6 @@ def check_integers(name: str, x: Tensor, length: int | None, device: torch.devic
         raise ValueError(f"{name} must be on {device}, where q is, got {x.device}")
 
 
-def readable(*tensors: Tensor) -> bool:
-    """Whether values may be read: not in a traced, batched or captured call, which also runs with other values."""
-    return values_readable(*tensors) and not (any(x.is_cuda for x in tensors) and torch.cuda.is_current_stream_capturing())
-
-
 def recorded(*tensors: Tensor) -> bool:
     """Whether one of these may be differentiated. Dynamo cannot trace the check for transforms of torch.func."""
     if torch.compiler.is_compiling():
@@ -86,7 +81,7 @@ def recorded(*tensors: Tensor) -> bool:
 def check_key_lengths(key_lengths: Tensor, q: Tensor, k: Tensor, kind: str | None) -> None:
     """ValueError unless lengths [B] lie in 1..Lk, and in Lq..Lk under a positional mask, `kind`; synchronises with a GPU."""
     check_integers("key_lengths", key_lengths, q.shape[0], q.device)
-    if not readable(key_lengths) or key_lengths.shape[0] == 0:
+    if not values_readable(key_lengths) or key_lengths.shape[0] == 0:
         return
     shortest, longest = (int(value) for value in key_lengths.aminmax())
     if shortest < 1 or longest > k.shape[2]:
@@ -101,7 +96,7 @@ def sequence_lengths(
     cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, total_q: int, total_k: int, kind: str | None
 ) -> tuple[tuple[int, int], ...] | None:
     """((queries, keys), ...) per sequence, from checked boundaries; None if they may not be read."""
-    if not readable(cu_seqlens_q, cu_seqlens_k):
+    if not values_readable(cu_seqlens_q, cu_seqlens_k):
         return None
     lengths = []
     for name, borders, total in (

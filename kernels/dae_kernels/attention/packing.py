@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dae_kernels.attention.checks import readable
+from dae_kernels.tracing import values_readable
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def pack_keys(q_BLHD: Tensor, k_BLHD: Tensor, v_BLHD: Tensor, key_lengths_B: Ten
     valid = torch.arange(num_keys, device=k_BLHD.device) < key_lengths_B[:, None]
     borders_k = F.pad(key_lengths_B.cumsum(0), (1, 0)).to(torch.int32)
     lengths = None
-    if readable(key_lengths_B):
+    if values_readable(key_lengths_B):
         lengths = tuple((num_queries, length) for length in key_lengths_B.tolist())
     packing = Packing(whole_lengths(B, num_queries, q_BLHD.device), borders_k, lengths, num_queries, num_keys)
     return q_BLHD.flatten(0, 1), k_BLHD[valid], v_BLHD[valid], packing
