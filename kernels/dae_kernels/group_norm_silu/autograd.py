@@ -38,22 +38,19 @@ class GroupNormSiLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy, _d_mean, _d_rstd):
         saved = ctx.saved_tensors  # read once: torch.utils.checkpoint unpacks a tensor only once
-        _, weight, bias, scale, shift, *_ = saved
-        dx, sums_2BC = apply(GroupNormSiLUBackward, dy, *saved, ctx.num_groups, ctx.silu)
-        # sum is d out / d h summed over positions, sum_n that times n; they hold the gradients of all parameters.
-        d_scale = d_shift = None
-        if scale is not None:
-            sum_BC, sum_n_BC = sums_2BC.unbind()
-            affine_n = sum_n_BC if weight is None else sum_n_BC * weight
-            d_scale = (affine_n if bias is None else affine_n + sum_BC * bias).to(scale.dtype)
-            d_shift = sum_BC.to(shift.dtype)
-            sums_2BC = sums_2BC * (1 + scale)
-        d_weight = d_bias = None
+        _, weight, bias, scale, shift, _, _ = saved
+        dx, d_affine_2C, d_adaptive_2BC = apply(GroupNormSiLUBackward, dy, *saved, ctx.num_groups, ctx.silu)
+        d_weight = d_bias = d_scale = d_shift = None
         if weight is not None or bias is not None:
-            d_bias_C, d_weight_C = sums_2BC.sum(dim=1).unbind()
-            d_weight = None if weight is None else d_weight_C.to(weight.dtype)
-            d_bias = None if bias is None else d_bias_C.to(bias.dtype)
+            d_weight, d_bias = of_dtypes(d_affine_2C, weight, bias)
+        if scale is not None:
+            d_scale, d_shift = of_dtypes(d_adaptive_2BC, scale, shift)
         return dx, d_weight, d_bias, d_scale, d_shift, None, None, None
+
+
+def of_dtypes(gradients: Tensor, *parameters: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The gradients along the first axis, each in its parameter's dtype; None for what is not there."""
+    return tuple(None if p is None else d.to(p.dtype) for d, p in zip(gradients.unbind(), parameters, strict=True))
 
 
 class GroupNormSiLUBackward(torch.autograd.Function):

@@ -1,6 +1,7 @@
 """GroupNorm + SiLU in Triton: three passes over the tensor forward, five backward, whatever its layout.
 
-Forward, a group of at most 2^14 elements (16 channels of 32 x 32) fits into one program: two passes and one launch.
+A group of at most 2^14 elements (16 channels of 32 x 32) fits into one program (fused_whole.py): two passes forward, three
+backward. The gradients of the parameters take one small launch beside those.
 
 Roofline (counts, with the measured floors of an H100: 3.0 TB/s of copy, 132 SMs; the kernels themselves are not yet measured).
 - Bound by memory. Forward: x is read for the statistics, read again, y written: 3 n b bytes for n elements of b bytes.
@@ -29,50 +30,12 @@ import triton.language as tl
 from torch import Tensor
 
 from dae_kernels.dispatch import register_op
-from dae_kernels.group_norm_silu.layout import contiguous, dense, densified, flags, positions
+from dae_kernels.group_norm_silu.fused_tile import affine, d_activation, pointers, statistics
+from dae_kernels.group_norm_silu.fused_whole import whole_group_gradient_kernel, whole_group_kernel
+from dae_kernels.group_norm_silu.layout import contiguous, dense, densified, flags, pair_dtype, positions
+from dae_kernels.tiles import cdiv
 
-MERGE, MERGE_GRADIENTS = {"BLOCK": 256}, {"BLOCK_C": 16, "BLOCK_S": 32}
-
-
-@triton.jit
-def pointers(ptr, b, p0, c0, stride_b, stride_c, stride_p, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Pointers to the tile [BLOCK_P, BLOCK_C] that begins at position p0 and channel c0 of image b."""
-    ptr += b.to(tl.int64) * stride_b + p0.to(tl.int64) * stride_p + c0.to(tl.int64) * stride_c
-    return ptr + tl.arange(0, BLOCK_P)[:, None] * stride_p + tl.arange(0, BLOCK_C)[None, :] * stride_c
-
-
-@triton.jit
-def statistics(mean_ptr, rstd_ptr, b, c, C, channels):
-    """Mean and 1 / std of the group of each channel, and the index of that group in [B, groups]."""
-    group = b * (C // channels) + c // channels
-    mean = tl.load(mean_ptr + group, mask=c < C, other=0.0)
-    rstd = tl.load(rstd_ptr + group, mask=c < C, other=0.0)
-    return mean, rstd, group
-
-
-@triton.jit
-def affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, b, c, C, WEIGHT: tl.constexpr, BIAS: tl.constexpr, ADAPTIVE: tl.constexpr):
-    """The factor and the term of each channel: h = n * factor + term."""
-    factor = tl.full(c.shape, 1.0, tl.float32)
-    term = tl.zeros(c.shape, tl.float32)
-    if WEIGHT:
-        factor = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)
-    if BIAS:
-        term = tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)
-    if ADAPTIVE:
-        scale = 1.0 + tl.load(scale_ptr + b * C + c, mask=c < C, other=0.0).to(tl.float32)
-        shift = tl.load(shift_ptr + b * C + c, mask=c < C, other=0.0).to(tl.float32)
-        factor, term = factor * scale, term * scale + shift
-    return factor, term
-
-
-@triton.jit
-def d_activation(h, dy, SILU: tl.constexpr):
-    """dy times the derivative of the activation at h."""
-    if SILU:
-        sigmoid = 1.0 / (1.0 + tl.exp(-h))
-        dy = dy * sigmoid * (1.0 + h * (1.0 - sigmoid))
-    return dy
+MERGE, MERGE_GRADIENTS, PARAMETERS = {"BLOCK": 256}, {"BLOCK_C": 16, "BLOCK_S": 32}, {"BLOCK_B": 16, "BLOCK_C": 32}
 
 
 @triton.jit
@@ -164,37 +127,6 @@ def normalise_kernel(
         y = y / (1.0 + tl.exp(-y))
     y_ptrs = pointers(y_ptr, b, p0, c0, stride_b, stride_c, stride_p, BLOCK_P, BLOCK_C)
     tl.store(y_ptrs, y.to(y_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def whole_group_kernel(
-    x_ptr, y_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr,
-    stride_b, stride_c, stride_p,
-    C, P, channels, eps,
-    WEIGHT: tl.constexpr, BIAS: tl.constexpr, ADAPTIVE: tl.constexpr, SILU: tl.constexpr,
-    BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """The three kernels above in one, for groups of at most BLOCK_P positions and BLOCK_C channels. Grid (groups, B)."""
-    b, c0 = tl.program_id(1).to(tl.int64), tl.program_id(0) * channels
-    p, i = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK_C)
-    inside = (p[:, None] < P) & (i[None, :] < channels)
-    start = b * stride_b + c0.to(tl.int64) * stride_c
-    place = start + p[:, None] * stride_p + i[None, :] * stride_c
-    base = tl.load(x_ptr + start).to(tl.float32)  # a large mean then costs the sum nothing
-    x = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32) - base
-    n = (tl.cast(channels, tl.int64) * P).to(tl.float32)
-    mean = tl.sum(tl.sum(tl.where(inside, x, 0.0), axis=0), axis=0) / n
-    away = tl.where(inside, x - mean, 0.0)
-    rstd = 1.0 / tl.sqrt_rn(tl.sum(tl.sum(away * away, axis=0), axis=0) / n + eps)
-    group = b * tl.num_programs(0) + tl.program_id(0)
-    tl.store(mean_ptr + group, base + mean)
-    tl.store(rstd_ptr + group, rstd)
-    c = tl.where(i < channels, c0 + i, C)
-    factor, term = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, b, c, C, WEIGHT, BIAS, ADAPTIVE)
-    y = away * (rstd * factor)[None, :] + term[None, :]
-    if SILU:
-        y = y / (1.0 + tl.exp(-y))
-    tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -296,6 +228,45 @@ def gradient_kernel(
     tl.store(dx_ptrs, dx.to(dx_ptr.dtype.element_ty), mask=inside)
 
 
+@triton.jit
+def parameter_gradients_kernel(
+    sum_ptr, weight_ptr, bias_ptr, scale_ptr, d_affine_ptr, d_adaptive_ptr,
+    B, C,
+    WEIGHT: tl.constexpr, BIAS: tl.constexpr, ADAPTIVE: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """The sums [2, B, C] of dh and dh n to the gradients of weight and bias [2, C], and of scale and shift [2, B, C].
+
+    Grid (blocks of channels): a program goes over the images in order.
+    """
+    c, i = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_B)
+    second = tl.cast(B, tl.int64) * C
+    weight = tl.full([BLOCK_C], 1.0, tl.float32)
+    bias = tl.zeros([BLOCK_C], tl.float32)
+    if ADAPTIVE:
+        if WEIGHT:
+            weight = tl.load(weight_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+        if BIAS:
+            bias = tl.load(bias_ptr + c, mask=c < C, other=0.0).to(tl.float32)
+    d_bias = tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
+    d_weight = tl.zeros([BLOCK_B, BLOCK_C], tl.float32)
+    for b0 in range(0, B, BLOCK_B):
+        place = (b0 + i[:, None]).to(tl.int64) * C + c[None, :]
+        inside = (b0 + i[:, None] < B) & (c[None, :] < C)
+        total = tl.load(sum_ptr + place, mask=inside, other=0.0)
+        total_n = tl.load(sum_ptr + second + place, mask=inside, other=0.0)
+        if ADAPTIVE:
+            d_scale = total_n * weight[None, :] + total * bias[None, :]
+            tl.store(d_adaptive_ptr + place, d_scale.to(d_adaptive_ptr.dtype.element_ty), mask=inside)
+            tl.store(d_adaptive_ptr + second + place, total.to(d_adaptive_ptr.dtype.element_ty), mask=inside)
+            scale = 1.0 + tl.load(scale_ptr + place, mask=inside, other=0.0).to(tl.float32)
+            total, total_n = total * scale, total_n * scale
+        d_bias += total
+        d_weight += total_n
+    if WEIGHT or BIAS:
+        tl.store(d_affine_ptr + c, tl.sum(d_weight, axis=0).to(d_affine_ptr.dtype.element_ty), mask=c < C)
+        tl.store(d_affine_ptr + C + c, tl.sum(d_bias, axis=0).to(d_affine_ptr.dtype.element_ty), mask=c < C)
+
+
 def forward_empty(x: Tensor, *operands: Any) -> tuple[Tensor, Tensor, Tensor]:
     groups, device = (x.shape[0], operands[4]), x.device
     mean_BG = torch.empty(groups, dtype=torch.float32, device=device)
@@ -334,8 +305,19 @@ def forward_launcher(
     return y, mean_BG, rstd_BG
 
 
-def backward_empty(dy: Tensor, x: Tensor, *operands: Any) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(densified(x)), torch.empty((2, *x.shape[:2]), dtype=torch.float32, device=x.device)
+def gradients_empty(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Memory for the gradients of weight and bias [2, C], and of scale and shift [2, B, C]; without elements for absent ones."""
+    (B, C), affine, adaptive, device = x.shape[:2], pair_dtype(weight, bias), pair_dtype(scale, shift), x.device
+    return (
+        torch.empty(0 if affine is None else (2, C), dtype=affine, device=device),
+        torch.empty(0 if adaptive is None else (2, B, C), dtype=adaptive, device=device),
+    )
+
+
+def backward_empty(dy: Tensor, x: Tensor, *operands: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(densified(x)), *gradients_empty(x, *operands[:4])
 
 
 def backward_launcher(
@@ -349,12 +331,13 @@ def backward_launcher(
     rstd_BG: Tensor,
     num_groups: int,
     silu: bool,
-) -> tuple[Tensor, Tensor]:
-    """dx in the layout of x, and the sums of dh and dh n over positions, [2, B, C] float32. dy may have any strides."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dx in the layout of x, and `gradients_empty` with the gradients of the parameters. dy may have any strides."""
     x, layout = dense(x, num_groups)
-    C, P, strides, sums, device = layout.C, layout.P, layout.strides, layout.sums, x.device
+    B, C, P, channels, strides, device = layout.B, layout.C, layout.P, layout.channels, layout.strides, x.device
     dx = torch.empty_like(x)
-    sums_2BC = torch.empty((2, layout.B, C), dtype=torch.float32, device=device)
+    d_affine_2C, d_adaptive_2BC = gradients_empty(x, weight, bias, scale, shift)
+    sums_2BC = torch.empty((2, B, C), dtype=torch.float32, device=device)
     weight, bias, scale, shift = contiguous(weight), contiguous(bias), contiguous(scale), contiguous(shift)
     dy_strides: tuple[int, ...] = strides
     if dy.stride() != x.stride():
@@ -362,20 +345,31 @@ def backward_launcher(
         if not layout.reaches(*dy.stride()[1:]):
             dy = torch.empty_like(positions(x), dtype=dy.dtype).copy_(dy)
         dy_strides = dy.stride()
-    part = torch.empty(sums.parts, dtype=torch.float32, device=device)
-    group_means = torch.empty((2, *layout.groups), dtype=torch.float32, device=device)
     operands = (weight, bias, scale, shift, mean_BG.contiguous(), rstd_BG.contiguous())
-    known = flags(weight is not None, bias is not None, scale is not None, silu)
-    gradient_sums_kernel[sums.grid](
-        dy, x, *operands, part, *dy_strides, *strides, C, P, layout.channels, sums.chunk, **known, **sums.options
-    )
-    merge_gradient_sums_kernel[(num_groups, layout.B)](
-        part, weight, scale, sums_2BC, group_means, C, P, layout.channels, sums.chunks,
-        WEIGHT=known["WEIGHT"], ADAPTIVE=known["ADAPTIVE"], **MERGE_GRADIENTS,
-    )  # fmt: skip
-    grid, options = layout.gradient
-    gradient_kernel[grid](dy, x, dx, *operands, group_means, *dy_strides, *strides, C, P, layout.channels, **known, **options)
-    return dx, sums_2BC
+    known, sizes = flags(weight is not None, bias is not None, scale is not None, silu), (C, P, channels)
+    if layout.whole_gradient is not None:
+        whole_group_gradient_kernel[(num_groups, B)](
+            dy, x, dx, *operands, sums_2BC, *dy_strides, *strides, *sizes, **known, **layout.whole_gradient
+        )
+    else:
+        sums = layout.sums
+        part = torch.empty(sums.parts, dtype=torch.float32, device=device)
+        group_means = torch.empty((2, *layout.groups), dtype=torch.float32, device=device)
+        gradient_sums_kernel[sums.grid](
+            dy, x, *operands, part, *dy_strides, *strides, *sizes, sums.chunk, **known, **sums.options
+        )
+        merge_gradient_sums_kernel[(num_groups, B)](
+            part, weight, scale, sums_2BC, group_means, *sizes, sums.chunks,
+            WEIGHT=known["WEIGHT"], ADAPTIVE=known["ADAPTIVE"], **MERGE_GRADIENTS,
+        )  # fmt: skip
+        grid, options = layout.gradient
+        gradient_kernel[grid](dy, x, dx, *operands, group_means, *dy_strides, *strides, *sizes, **known, **options)
+    if weight is not None or bias is not None or scale is not None:
+        parameter_gradients_kernel[(cdiv(C, PARAMETERS["BLOCK_C"]),)](
+            sums_2BC, weight, bias, scale, d_affine_2C, d_adaptive_2BC, B, C,
+            WEIGHT=known["WEIGHT"], BIAS=known["BIAS"], ADAPTIVE=known["ADAPTIVE"], **PARAMETERS,
+        )  # fmt: skip
+    return dx, d_affine_2C, d_adaptive_2BC
 
 
 group_norm_silu_forward = register_op("dae_kernels::group_norm_silu_forward", forward_launcher, forward_empty)

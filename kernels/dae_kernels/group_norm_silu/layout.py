@@ -14,6 +14,8 @@ from dae_kernels.tiles import cdiv, generation, measured_tile, next_power_of_2
 # So many programs keep 132 SMs busy, as an SM holds several. A tile has at most TILE elements.
 PROGRAMS, TILES_PER_CHUNK, TILE, WARPS = 528, 16, 2048, 4
 WHOLE_GROUP = 1 << 14  # elements of a group that one program takes: 32 per thread of at most 16 warps
+WHOLE_CHANNELS = 32  # at most; with more of them factors and sums of the channels spill
+HELD, HELD_TILE = 1 << 13, 1 << 11  # elements of a group that its gradient holds in registers; of a tile of a larger one
 
 
 class Chunked(NamedTuple):
@@ -58,7 +60,18 @@ def whole_group_tile(channels: int, P: int) -> dict[str, int] | None:
     """The tile of a group in one program, or None if it does not fit."""
     block_p, block_c = next_power_of_2(P), next_power_of_2(channels)
     size = block_p * block_c
-    return {"BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": max(1, size // 1024)} if size <= WHOLE_GROUP else None
+    if size > WHOLE_GROUP or channels > WHOLE_CHANNELS:
+        return None
+    return {"BLOCK_P": block_p, "BLOCK_C": block_c, "num_warps": max(1, size // 1024)}
+
+
+def whole_gradient_tile(channels: int, P: int) -> dict[str, int] | None:
+    """The tile of the gradient of a group in one program, and whether it is HELD whole; None where `whole_group_tile` is."""
+    whole = whole_group_tile(channels, P)
+    if whole is None or whole["BLOCK_P"] * whole["BLOCK_C"] <= HELD:
+        return whole and {"HELD": True} | whole
+    block_c = whole["BLOCK_C"]
+    return {"HELD": False, "BLOCK_P": HELD_TILE // block_c, "BLOCK_C": block_c, "num_warps": 8}
 
 
 class MapLayout:
@@ -76,7 +89,7 @@ class MapLayout:
         self.dense = is_dense(torch.empty_strided(shape, stride, device="meta"))
         self.groups = (shape[0], num_groups)
         self.gpu, self.channels_last = gpu, self.strides[1] == 1 and self.C > 1 and self.P > 1
-        self.whole = whole_group_tile(self.channels, self.P)
+        self.whole, self.whole_gradient = whole_group_tile(self.channels, self.P), whole_gradient_tile(self.channels, self.P)
         self.moments, self.normalise = self.chunked("moments"), self.tiled("normalise")
         self.sums, self.gradient = self.chunked("gradient_sums"), self.tiled("gradient")
 
@@ -104,6 +117,8 @@ class MapLayout:
         """
         block_p = max(self.sums.chunk, self.gradient[1]["BLOCK_P"])
         block_c = max(self.sums.options["BLOCK_C"], self.gradient[1]["BLOCK_C"])
+        if self.whole_gradient is not None:
+            block_p, block_c = self.whole_gradient["BLOCK_P"], self.whole_gradient["BLOCK_C"]
         return block_p * stride_p + block_c * stride_c < 2**31
 
 
@@ -129,6 +144,13 @@ def dense(x: Tensor, num_groups: int) -> tuple[Tensor, MapLayout]:
 def positions(x: Tensor) -> Tensor:
     """[B, C, *positions] as [B, C, P]: a view of what is dense, maybe a copy of what is not."""
     return x.flatten(2) if x.dim() > 2 else x[..., None]
+
+
+def pair_dtype(one: Tensor | None, two: Tensor | None) -> torch.dtype | None:
+    """The dtype in which the gradients of two parameters are written: theirs, or float32 where they differ; None for neither."""
+    if one is None or two is None:
+        return two.dtype if two is not None else None if one is None else one.dtype
+    return one.dtype if one.dtype == two.dtype else torch.float32
 
 
 @functools.lru_cache(maxsize=64)
