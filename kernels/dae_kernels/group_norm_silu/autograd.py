@@ -48,9 +48,14 @@ class GroupNormSiLU(torch.autograd.Function):
         return dx, d_weight, d_bias, d_scale, d_shift, None, None, None
 
 
-def of_dtypes(gradients: Tensor, *parameters: Tensor | None) -> tuple[Tensor | None, ...]:
-    """The gradients along the first axis, each in its parameter's dtype; None for what is not there."""
-    return tuple(None if p is None else d.to(p.dtype) for d, p in zip(gradients.unbind(), parameters, strict=True))
+def of_dtypes(gradients: Tensor, one: Tensor | None, two: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """The two gradients along the first axis, each in its parameter's dtype; None for what is not there."""
+    d_one, d_two = gradients.unbind()
+    if one is not None and one.dtype != d_one.dtype:
+        d_one = d_one.to(one.dtype)
+    if two is not None and two.dtype != d_two.dtype:
+        d_two = d_two.to(two.dtype)
+    return None if one is None else d_one, None if two is None else d_two
 
 
 class GroupNormSiLUBackward(torch.autograd.Function):

@@ -131,13 +131,16 @@ def normalise_kernel(
 
 @triton.jit
 def gradient_sums_kernel(
-    dy_ptr, x_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr, part_ptr,
+    dy_ptr, x_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr, sum_ptr,
     dy_stride_b, dy_stride_c, dy_stride_p, x_stride_b, x_stride_c, x_stride_p,
     C, P, channels, chunk,
     WEIGHT: tl.constexpr, BIAS: tl.constexpr, ADAPTIVE: tl.constexpr, SILU: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Sums of dh and dh n of each channel over a chunk of positions, into part [2, B, C, chunks]. Grid as of the moments."""
+    """Sums of dh and dh n of each channel over a chunk of positions, into part [2, B, C, chunks]. Grid as of the moments.
+
+    sum, here and below, is [2, B, C] with group means [2, B, groups] and part behind it: one allocation.
+    """
     start = tl.program_id(0) * chunk
     count = tl.minimum(P - start, chunk)
     c0, b = tl.program_id(1) * BLOCK_C, tl.program_id(2).to(tl.int64)
@@ -158,17 +161,20 @@ def gradient_sums_kernel(
         total_n += tl.where(inside, dh * n, 0.0)
     out = (b * C + c) * tl.num_programs(0) + tl.program_id(0)
     second = tl.num_programs(2).to(tl.int64) * C * tl.num_programs(0)
+    part_ptr = sum_ptr + 2 * tl.num_programs(2).to(tl.int64) * (C + C // channels)
     tl.store(part_ptr + out, tl.sum(total, axis=0), mask=c < C)
     tl.store(part_ptr + second + out, tl.sum(total_n, axis=0), mask=c < C)
 
 
 @triton.jit
 def merge_gradient_sums_kernel(
-    part_ptr, weight_ptr, scale_ptr, sum_ptr, group_mean_ptr,
+    weight_ptr, scale_ptr, sum_ptr,
     C, P, channels, chunks,
     WEIGHT: tl.constexpr, ADAPTIVE: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """Chunks' sums to sums per channel [2, B, C], and to means of d n and (d n) n over a group. Grid (groups, B)."""
+    group_mean_ptr = sum_ptr + 2 * tl.num_programs(1).to(tl.int64) * C
+    part_ptr = group_mean_ptr + 2 * tl.num_programs(1).to(tl.int64) * (C // channels)
     part_n_ptr = part_ptr + tl.num_programs(1).to(tl.int64) * C * chunks
     b, first = tl.program_id(1).to(tl.int64), tl.program_id(0) * channels
     i, s = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_S)
@@ -202,7 +208,7 @@ def merge_gradient_sums_kernel(
 
 @triton.jit
 def gradient_kernel(
-    dy_ptr, x_ptr, dx_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr, group_mean_ptr,
+    dy_ptr, x_ptr, dx_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, mean_ptr, rstd_ptr, sum_ptr,
     dy_stride_b, dy_stride_c, dy_stride_p, stride_b, stride_c, stride_p,
     C, P, channels,
     WEIGHT: tl.constexpr, BIAS: tl.constexpr, ADAPTIVE: tl.constexpr, SILU: tl.constexpr,
@@ -214,6 +220,7 @@ def gradient_kernel(
     inside = (p[:, None] < P) & (c[None, :] < C)
     mean, rstd, group = statistics(mean_ptr, rstd_ptr, b, c, C, channels)
     groups = tl.num_programs(2) * (C // channels)
+    group_mean_ptr = sum_ptr + 2 * tl.num_programs(2).to(tl.int64) * C
     group_mean = tl.load(group_mean_ptr + group, mask=c < C, other=0.0)
     group_mean_n = tl.load(group_mean_ptr + groups + group, mask=c < C, other=0.0)
     factor, term = affine(weight_ptr, bias_ptr, scale_ptr, shift_ptr, b, c, C, WEIGHT, BIAS, ADAPTIVE)
@@ -309,10 +316,10 @@ def gradients_empty(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Memory for the gradients of weight and bias [2, C], and of scale and shift [2, B, C]; without elements for absent ones."""
-    (B, C), affine, adaptive, device = x.shape[:2], pair_dtype(weight, bias), pair_dtype(scale, shift), x.device
+    (B, C), affine, adaptive = x.shape[:2], pair_dtype(weight, bias), pair_dtype(scale, shift)
     return (
-        torch.empty(0 if affine is None else (2, C), dtype=affine, device=device),
-        torch.empty(0 if adaptive is None else (2, B, C), dtype=adaptive, device=device),
+        x.new_empty(0 if affine is None else (2, C), dtype=affine),
+        x.new_empty(0 if adaptive is None else (2, B, C), dtype=adaptive),
     )
 
 
@@ -334,10 +341,10 @@ def backward_launcher(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx in the layout of x, and `gradients_empty` with the gradients of the parameters. dy may have any strides."""
     x, layout = dense(x, num_groups)
-    B, C, P, channels, strides, device = layout.B, layout.C, layout.P, layout.channels, layout.strides, x.device
+    B, C, P, channels, strides = layout.B, layout.C, layout.P, layout.channels, layout.strides
     dx = torch.empty_like(x)
     d_affine_2C, d_adaptive_2BC = gradients_empty(x, weight, bias, scale, shift)
-    sums_2BC = torch.empty((2, B, C), dtype=torch.float32, device=device)
+    sums = mean_BG.new_empty(layout.scratch)
     weight, bias, scale, shift = contiguous(weight), contiguous(bias), contiguous(scale), contiguous(shift)
     dy_strides: tuple[int, ...] = strides
     if dy.stride() != x.stride():
@@ -349,24 +356,19 @@ def backward_launcher(
     known, sizes = flags(weight is not None, bias is not None, scale is not None, silu), (C, P, channels)
     if layout.whole_gradient is not None:
         whole_group_gradient_kernel[(num_groups, B)](
-            dy, x, dx, *operands, sums_2BC, *dy_strides, *strides, *sizes, **known, **layout.whole_gradient
+            dy, x, dx, *operands, sums, *dy_strides, *strides, *sizes, **known, **layout.whole_gradient
         )
     else:
-        sums = layout.sums
-        part = torch.empty(sums.parts, dtype=torch.float32, device=device)
-        group_means = torch.empty((2, *layout.groups), dtype=torch.float32, device=device)
-        gradient_sums_kernel[sums.grid](
-            dy, x, *operands, part, *dy_strides, *strides, *sizes, sums.chunk, **known, **sums.options
-        )
+        grid, options, chunk, chunks = layout.sums[:4]
+        gradient_sums_kernel[grid](dy, x, *operands, sums, *dy_strides, *strides, *sizes, chunk, **known, **options)
         merge_gradient_sums_kernel[(num_groups, B)](
-            part, weight, scale, sums_2BC, group_means, *sizes, sums.chunks,
-            WEIGHT=known["WEIGHT"], ADAPTIVE=known["ADAPTIVE"], **MERGE_GRADIENTS,
-        )  # fmt: skip
+            weight, scale, sums, *sizes, chunks, WEIGHT=known["WEIGHT"], ADAPTIVE=known["ADAPTIVE"], **MERGE_GRADIENTS
+        )
         grid, options = layout.gradient
-        gradient_kernel[grid](dy, x, dx, *operands, group_means, *dy_strides, *strides, *sizes, **known, **options)
+        gradient_kernel[grid](dy, x, dx, *operands, sums, *dy_strides, *strides, *sizes, **known, **options)
     if weight is not None or bias is not None or scale is not None:
         parameter_gradients_kernel[(cdiv(C, PARAMETERS["BLOCK_C"]),)](
-            sums_2BC, weight, bias, scale, d_affine_2C, d_adaptive_2BC, B, C,
+            sums, weight, bias, scale, d_affine_2C, d_adaptive_2BC, B, C,
             WEIGHT=known["WEIGHT"], BIAS=known["BIAS"], ADAPTIVE=known["ADAPTIVE"], **PARAMETERS,
         )  # fmt: skip
     return dx, d_affine_2C, d_adaptive_2BC

@@ -92,6 +92,10 @@ class MapLayout:
         self.whole, self.whole_gradient = whole_group_tile(self.channels, self.P), whole_gradient_tile(self.channels, self.P)
         self.moments, self.normalise = self.chunked("moments"), self.tiled("normalise")
         self.sums, self.gradient = self.chunked("gradient_sums"), self.tiled("gradient")
+        # Elements of the sums per channel, and unless a program takes a group the means per group and the sums per chunk.
+        self.scratch = 2 * self.B * self.C
+        if self.whole is None:
+            self.scratch += 2 * self.B * num_groups + math.prod(self.sums.parts)
 
     def options(self, kernel: str) -> tuple[dict[str, int], int, int]:
         """Launch options of a kernel, the number of blocks of channels, and of tiles along the positions."""
