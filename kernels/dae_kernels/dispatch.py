@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -119,8 +120,8 @@ def apply(function: Any, *arguments: Any) -> Any:
     """`function.apply(*arguments)` of an autograd.Function with `setup_context`, at a tenth of its host time.
 
     torch binds the arguments to the signature of `forward` at each call (45 of 50 us in torch 2.13), for default values that
-    the Functions here have not. Where nothing traces or transforms, that is left out, and where no derivative can be taken,
-    `forward` runs alone.
+    the Functions here have not. Where nothing traces or transforms, that is left out (`without_setup`), and where no derivative
+    can be taken, `forward` runs alone.
     """
     if traced():
         return function.apply(*arguments)
@@ -130,9 +131,24 @@ def apply(function: Any, *arguments: Any) -> Any:
             if torch._C._functorch.is_functorch_wrapped_tensor(argument):  # left behind by a transform
                 return function.apply(*arguments)
             wanted = wanted or argument.requires_grad
-    if (wanted and torch.is_grad_enabled()) or forward_ad._current_level >= 0:
-        return super(torch.autograd.Function, function).apply(*arguments)
+    if forward_ad._current_level >= 0:
+        return function.apply(*arguments)
+    if wanted and torch.is_grad_enabled():
+        return super(torch.autograd.Function, without_setup(function)).apply(*arguments)
     return function.forward(*arguments)
+
+
+@functools.cache
+def without_setup(function: Any) -> Any:
+    """The autograd.Function with `setup_context` within `forward`: then no version of torch asks for the signature."""
+
+    def forward(ctx: Any, *arguments: Any) -> Any:
+        results = function.forward(*arguments)
+        function.setup_context(ctx, arguments, results)
+        return results
+
+    parts = {"forward": staticmethod(forward), "backward": staticmethod(function.backward), "__module__": function.__module__}
+    return types.new_class(function.__name__, (torch.autograd.Function,), exec_body=lambda body: body.update(parts))
 
 
 def register_op(name: str, body: Callable, fake: Callable) -> Callable:

@@ -29,7 +29,11 @@ def group_norm_silu_reference(
         x_ = x.to(wide)
         if x.device.type == "cpu" and not x_.is_contiguous():
             x_ = input_in_graph(x_, weight, bias)
-        y = F.group_norm(x_, num_groups, weight, bias, eps)
+        if x.numel():
+            y = F.group_norm(x_, num_groups, weight, bias, eps)
+        else:  # torch 2.14 refuses images without pixels; there is no value, but the parameters' gradients are 0
+            y = x_ if weight is None else x_ * weight.view(-1, *[1] * (x.dim() - 2))
+            y = y if bias is None else y + bias.view(-1, *[1] * (x.dim() - 2))
         if scale_BC is not None and shift_BC is not None:
             per_channel = (*scale_BC.shape, *[1] * (x.dim() - 2))
             y = y * (1 + scale_BC.to(wide).view(per_channel)) + shift_BC.to(wide).view(per_channel)
