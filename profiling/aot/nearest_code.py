@@ -1,7 +1,7 @@
-"""Variants of nearest_code. It loops over D above 16 (exact float32), 32 (fast float32) or 64; D = 100 leaves a remainder."""
+"""Variants of nearest_code, with and without a last tile of fewer codes. It loops over D above 16 (exact float32), 32 (fast float32) or 64; D = 100 leaves a remainder."""
 
 import torch
-from dae_kernels.nearest_code import fused
+from dae_kernels.nearest_code import fused, layout
 from variants import Variant
 
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
@@ -30,17 +30,20 @@ VARIANTS = {
 
 def variants(backend, gpu=None):
     for name, (x_dtype, code_dtype, exact, D, metric, heads) in VARIANTS.items():
-        dtype = fused.dot_dtype(x_dtype, code_dtype, exact)
+        dtype = layout.dot_dtype(x_dtype, code_dtype, exact)
         types = {"x_ptr": POINTERS[x_dtype], "codebook_ptr": POINTERS[code_dtype], "candidate_ptr": "*i32", "index_ptr": "*i64"}
         types |= {"count_ptr": "*i32", "list_ptr": "*i32", "part_distance_ptr": "*fp64", "part_code_ptr": "*i32"}
         constants = {"COSINE": metric == "cosine", "H": heads, "EXACT": exact}
         precision = ("ieee" if backend == "hip" else "tf32x3") if exact else "tf32"
         search = constants | {"D": D, "UPCAST": dtype != x_dtype, "INPUT_PRECISION": precision}
-        yield Variant(name, fused.search_kernel, types, search, fused.search_tile(D, dtype, exact, gpu), product=True)
-        yield Variant(name, fused.settle_kernel, types, constants, fused.settle_tile(metric == "cosine"))
+        tile = layout.search_tile(D, dtype, exact, gpu)
+        for label, ragged in ((name, False), (f"{name}, ragged", True)):
+            flags = {"BY_LANE": layout.by_lane(tile, exact), "RAGGED": ragged}
+            yield Variant(label, fused.search_kernel, types, search | flags, tile, product=True)
+        yield Variant(name, fused.settle_kernel, types, constants, layout.settle_tile(metric == "cosine"))
         if exact:
-            walk = fused.walk_tile(metric == "cosine")
+            walk = layout.walk_tile(metric == "cosine")
             yield Variant(name, fused.walk_kernel, types, constants, walk)
             yield Variant(name, fused.join_kernel, types, constants | {"BLOCK_S": 2048}, walk)
         if D in (64, 100):
-            yield Variant(name, fused.code_norm_kernel, types, constants | {"D": D}, fused.norm_tile(D))
+            yield Variant(name, fused.code_norm_kernel, types, constants | {"D": D}, layout.norm_tile(D))

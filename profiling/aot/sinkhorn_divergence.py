@@ -14,8 +14,9 @@ def variants(backend):
     for name, (p, D) in VARIANTS.items():
         shared = {"D": D, "P": p, "INPUT_PRECISION": "ieee" if backend == "hip" else "tf32x3"}
         for label, kernel, tile, flags in (
-            (name, fused.sinkhorn_update_kernel, fused.UPDATE_TILE[p], {"FLAT": False}),
-            (f"{name} flat", fused.sinkhorn_update_kernel, fused.UPDATE_TILE[p], {"FLAT": True}),
+            (name, fused.sinkhorn_update_kernel, fused.UPDATE_TILE[p], {"FLAT": False, "AVERAGE": False}),
+            (f"{name} average", fused.sinkhorn_update_kernel, fused.UPDATE_TILE[p], {"FLAT": False, "AVERAGE": True}),
+            (f"{name} flat", fused.sinkhorn_update_kernel, fused.UPDATE_TILE[p], {"FLAT": True, "AVERAGE": False}),
             (f"{name} derivative", fused.sinkhorn_mean_kernel, fused.MEAN_TILE, {"GRADIENT": True}),
             (f"{name} mean", fused.sinkhorn_mean_kernel, fused.MEAN_TILE, {"GRADIENT": False}),
         ):

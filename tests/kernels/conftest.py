@@ -3,7 +3,8 @@
 Found in 3.6.0 and 3.7.1: sums and products of the raw bits, casts from float32 that truncate, comparisons of integers. The patch
 decodes to float32, computes there and rounds to nearest even on the way back, as the hardware does; test_interpreter_bf16.py
 holds it against torch bit by bit. Loads, stores and moves copy bits and were right. A reduction of bfloat16 is rounded once, at
-its end. Atomics on bfloat16 still raise.
+its end. Atomics on bfloat16 still raise. `tl.minimum` and `tl.maximum` return NaN of a number and NaN; patched, the number, as a
+GPU does.
 """
 
 import functools
@@ -95,6 +96,8 @@ def patch_interpreter():
 
         return apply
 
+    Builder.create_minnumf = lambda self, a, b: self.binary_op(a, b, np.fmin)
+    Builder.create_maxnumf = lambda self, a, b: self.binary_op(a, b, np.fmax)
     for Operation in (interpreter.ReduceOps, interpreter.ScanOps):
         Operation.apply_impl = reduced(Operation.apply_impl)
     Builder.cast_impl, Builder.create_fp_to_fp = cast(cast_impl), cast(fp_to_fp)

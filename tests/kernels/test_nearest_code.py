@@ -238,10 +238,11 @@ def test_each_head_has_its_codebook(impl, metric, leading, H, K, D):
             assert torch.equal(distance[..., h], expected[1])
 
 
-def test_heads_of_the_kernel_stay_inside_their_codebooks():
+def test_heads_of_the_kernel_stay_inside_their_codebooks(monkeypatch):
     """The other head's codes and what lies around would win: every code of a head is the best of the other head's rows."""
-    from dae_kernels.nearest_code import fused
+    from dae_kernels.nearest_code import fused, layout
 
+    monkeypatch.setattr(layout, "split_count", lambda *_: 2)
     torch.manual_seed(18)
     N, K, D, guard = 33, 45, 20, 7
     x = torch.randn(N, 2, D, device=DEVICE)
@@ -254,7 +255,8 @@ def test_heads_of_the_kernel_stay_inside_their_codebooks():
         size = 2 * guard + math.prod(shape)
         wholes[name] = torch.full((size,), filling, dtype=dtypes.get(name, torch.float32), device=DEVICE)
         views.append(wholes[name][guard:-guard].view(shape))
-    fused.launch(x, codebook, *views, False, True)
+    launches = layout.SearchLayout(N, 2, K, D, x.dtype, x.dtype, False, True, x.device)
+    fused.launch(launches, x, codebook, *views)
     for name, whole in wholes.items():
         filling = -float("inf") if name == "norm" else -7
         assert (whole[:guard] == filling).all() and (whole[-guard:] == filling).all(), name
@@ -276,7 +278,7 @@ def test_vmap_over_codebooks():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_kernel_stays_inside_its_buffers(metric, dtype):
     """What lies around the operands would win every comparison, what lies around the results must survive."""
-    from dae_kernels.nearest_code import fused
+    from dae_kernels.nearest_code import fused, layout
 
     torch.manual_seed(10)
     N, K, D, guard = 33, 45, 20, 160
@@ -298,8 +300,8 @@ def test_kernel_stays_inside_its_buffers(metric, dtype):
     indices, index = guarded(torch.zeros(N, dtype=torch.int64, device=DEVICE), around["index"])
     distances, distance = guarded(torch.zeros(N, device=DEVICE), around["distance"])
 
-    buffers = score.view(3, 1, N, 1), candidate.view(2, 1, N, 1), index, distance
-    fused.launch(x[:, None], codebook[None], norm[None], *buffers, metric == "cosine", True)
+    launches = layout.SearchLayout(N, 1, K, D, dtype, dtype, metric == "cosine", True, x.device)
+    fused.launch(launches, x, codebook, norm[None], score, candidate, index, distance)
 
     assert torch.equal(norms[:guard], around_norm) and torch.equal(norms[-guard:], around_norm)
     for whole in (scores, candidates, indices, distances):

@@ -95,8 +95,6 @@ def test_16_bit_operands_are_decided_as_by_float64(dtype):
 @pytest.mark.parametrize("metric", METRICS)
 def test_splits_do_not_show(monkeypatch, splits, precision, metric):
     """Also more splits than tiles, whose last ones have no code, and equal codes in several of them."""
-    from dae_kernels.nearest_code import fused
-
     torch.manual_seed(splits)
     for K, D in ((30, 5), (70, 20)):
         codes = torch.randn(2, K, D, device=DEVICE)
@@ -105,17 +103,17 @@ def test_splits_do_not_show(monkeypatch, splits, precision, metric):
         x[3, 0] = float("nan")
         whole = nearest_code(x, codebook, metric=metric, precision=precision, impl="triton")
         with monkeypatch.context() as patch:
-            patch.setattr(fused, "split_count", lambda *_: splits)
+            fixed(patch, split_count=lambda *_: splits)
             parts = nearest_code(x, codebook, metric=metric, precision=precision, impl="triton")
         torch.testing.assert_close(parts, whole, rtol=0, atol=0, equal_nan=True)
 
 
 def test_split_count():
     """Two programs an SM (132 here) where there are codes for it, four tiles a program at least, never none."""
-    from dae_kernels.nearest_code import fused
+    from dae_kernels.nearest_code import layout
 
     tile, cpu = {"BLOCK_N": 64, "BLOCK_K": 64}, torch.device("cpu")
-    count = lambda N, H, K: fused.split_count(N, H, K, tile, cpu)  # noqa: E731
+    count = lambda N, H, K: layout.split_count(N, H, K, tile, cpu)  # noqa: E731
     assert count(1_000_000, 1, 16384) == 1 and count(64, 1, 100) == 1 and count(1, 1, 1) == 1
     assert count(64, 1, 16384) == 64 and count(64, 8, 16384) == 33 and count(1024, 1, 262144) == 16
 
@@ -143,6 +141,15 @@ def test_the_bound_covers_three_truncated_tf32_products(D):
         length, size = x.norm(dim=1), code.norm(dim=1)
         assert (error <= (D + 16) * 2**-21 * size * (size + 2 * length)).all()
         assert math.isfinite(error.max().item())
+
+
+def fixed(patch, **functions):
+    """These functions of the launch parameters, which are then made anew at each call."""
+    from dae_kernels.nearest_code import fused, layout
+
+    for name, function in functions.items():
+        patch.setattr(layout, name, function)
+    patch.setattr(fused, "search_layout", layout.SearchLayout)
 
 
 class Spied:
@@ -175,7 +182,7 @@ def test_rows_that_walk_are_spread_over_the_programs(metric, walking, monkeypatc
     for programs in (2, 16, 500):
         spied = Spied(fused.walk_kernel)
         monkeypatch.setattr(fused, "walk_kernel", spied)
-        monkeypatch.setattr(fused, "walk_programs", lambda _, P=programs: P)
+        fixed(monkeypatch, walk_programs=lambda _, P=programs: P)
         found = nearest_code(x, codebook, metric=metric, impl="triton")
         monkeypatch.undo()
         assert spied.grids == [(programs,)] and spied.counts[0] >= walking and (metric == "cosine" or spied.counts[0] <= walking)
@@ -190,9 +197,7 @@ def test_rows_that_walk_are_spread_over_the_programs(metric, walking, monkeypatc
 @pytest.mark.parametrize("programs", [1, 4, 64])
 def test_equal_codes_in_several_shares(programs, monkeypatch):
     """The lowest index wins, across the shares too, and codes that are not finite never do."""
-    from dae_kernels.nearest_code import fused
-
-    monkeypatch.setattr(fused, "walk_programs", lambda _: programs)
+    fixed(monkeypatch, walk_programs=lambda _: programs)
     torch.manual_seed(0)
     codes = torch.randn(5, 6, device=DEVICE)
     codebook = torch.cat([torch.full_like(codes, math.nan), codes.repeat(30, 1), torch.full_like(codes, math.inf)])
@@ -200,24 +205,61 @@ def test_equal_codes_in_several_shares(programs, monkeypatch):
     assert torch.equal(index, torch.cdist(codes[[3, 0]] + 0.1, codes).argmin(dim=1) + 5) and distance.isfinite().all()
 
 
-@pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize("K, D", [(200, 3), (70, 20), (5, 1)])
-def test_minima_by_lane_choose_what_minima_by_tile_do(metric, K, D, monkeypatch):
-    """Small integers: no score is rounded, and many are equal, in one tile and in several; the lowest code wins."""
-    from dae_kernels.nearest_code import fused
+def test_layouts_are_made_once_per_shape():
+    """What a launch needs beside pointers is no work of the host at the second call."""
+    from dae_kernels.nearest_code import layout
 
+    x, codebook = torch.randn(9, 5, device=DEVICE), torch.randn(7, 5, device=DEVICE)
+    layout.search_layout.cache_clear()
+    for _ in range(3):
+        nearest_code(x, codebook, impl="triton")
+    assert layout.search_layout.cache_info()[:2] == (2, 1)  # hits, misses
+
+
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+@pytest.mark.parametrize("K, D", [(200, 3), (70, 20), (128, 130), (5, 1)])
+def test_minima_by_lane_choose_what_minima_by_tile_do(metric, precision, K, D, monkeypatch):
+    """Small integers: no score is rounded, and many are equal, in one tile and in several; the lowest code wins."""
     generator = torch.Generator().manual_seed(K)
     x, codebook = (torch.randint(-2, 3, (n, D), generator=generator).float().to(DEVICE) for n in (150, K))
     x[7] = math.nan
     codebook[K // 2] = math.nan
+    tile = {"BLOCK_N": 64, "BLOCK_K": 64, "BLOCK_D": 16, "num_warps": 4, "num_stages": 2}
     found = []
-    for block_n in (64, 128):  # by lane in tiles of 64 x 64 at most
-        tile = {"BLOCK_N": block_n, "BLOCK_K": 64, "BLOCK_D": 16, "num_warps": 4, "num_stages": 2}
-        monkeypatch.setattr(fused, "search_tile", lambda *_, tile=tile: tile)
-        found.append(nearest_code(x, codebook, metric=metric, precision="fast", impl="triton"))
+    for lanes in (True, False):
+        fixed(monkeypatch, search_tile=lambda *_: tile, by_lane=lambda *_, lanes=lanes: lanes)
+        found.append(nearest_code(x, codebook, metric=metric, precision=precision, impl="triton"))
     torch.testing.assert_close(found[0], found[1], rtol=0, atol=0, equal_nan=True)
     if metric == "l2":
         rows = torch.arange(150, device=DEVICE) != 7
         squares = (x[rows, None] - codebook.nan_to_num(100.0)).square().sum(dim=2)
         first = (squares == squares.amin(dim=1, keepdim=True)).int().argmax(dim=1)
         assert torch.equal(found[0][0][rows], first) and found[0][0][7] == 0
+
+
+@pytest.mark.parametrize("apart, walks", [(1, False), (63, False), (64, True), (128, True)])
+def test_which_rows_walk_if_minima_are_kept_by_lane(apart, walks, monkeypatch):
+    """Two copies of a code are compared unless they share a lane of the tile of 64 codes; then the row walks, to the same code."""
+    from dae_kernels.nearest_code import fused
+
+    torch.manual_seed(0)
+    codebook = torch.randn(200, 20, device=DEVICE)
+    codebook[3 + apart] = codebook[3]
+    x = torch.cat([codebook[3:4], torch.randn(30, 20, device=DEVICE)])
+    tile = {"BLOCK_N": 64, "BLOCK_K": 64, "BLOCK_D": 128, "num_warps": 4, "num_stages": 2}
+    fixed(monkeypatch, search_tile=lambda *_: tile)
+    monkeypatch.setattr(fused, "walk_kernel", spied := Spied(fused.walk_kernel))
+    index, _ = nearest_code(x, codebook, impl="triton")
+    assert index[0] == 3 and spied.counts == [int(walks)]
+    assert torch.equal(index.cpu(), truth(x, codebook, "l2").argmin(dim=1).cpu())
+
+
+def test_minima_by_lane_have_registers():
+    """Thirty-two lanes per thread; "exact", which keeps three numbers per lane, only where the rows fill the shared memory."""
+    from dae_kernels.nearest_code.layout import by_lane
+
+    tile = lambda n, k, d, warps: {"BLOCK_N": n, "BLOCK_K": k, "BLOCK_D": d, "num_warps": warps}  # noqa: E731
+    assert by_lane(tile(64, 64, 16, 4), False) and by_lane(tile(128, 64, 64, 8), False)
+    assert not by_lane(tile(128, 64, 64, 4), False) and not by_lane(tile(128, 128, 64, 8), False)
+    assert by_lane(tile(128, 64, 256, 8), True) and not by_lane(tile(128, 64, 64, 8), True)

@@ -11,11 +11,12 @@ import warnings
 import pytest
 import torch
 from dae_kernels.sinkhorn_divergence import operators, reference, sinkhorn_divergence
-from dae_kernels.sinkhorn_divergence.solver import epsilon_schedule
+from dae_kernels.sinkhorn_divergence.solver import Sinkhorn, TransportOptions, epsilon_schedule
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tolerances import assert_errors
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -347,6 +348,35 @@ def test_autocast_does_not_touch_the_products():
     assert torch.equal(value, sinkhorn_divergence(x, y, impl="reference"))
 
 
+def test_a_step_of_the_schedule_is_one_kernel_per_problem(monkeypatch):
+    """No tensor is made and none of torch's arithmetic runs in a step that is not flat; values are read once per solve."""
+    from dae_kernels.sinkhorn_divergence import fused
+
+    class Calls(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            names.append(function.name())
+            return function(*arguments, **(options or {}))
+
+    class NoKernel:
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: names.append("kernel")
+
+    tolist, reads = Tensor.tolist, []
+    monkeypatch.setattr(Tensor, "tolist", lambda tensor: reads.append(tensor.shape) or tolist(tensor))
+    monkeypatch.setattr(fused, "sinkhorn_update_kernel", NoKernel())
+    weights, counts = [simplex(n, torch.float32) for n in (20, 30)], []
+    for blur in (0.5, 0.05):
+        names: list[str] = []
+        options = TransportOptions(2, blur, 0.5, None, None, None, None)
+        problems = Sinkhorn(fused.TritonUpdate, *clouds(20, 30, 2, torch.float32), *weights, options, True)
+        with Calls():
+            problems.solve()
+        counts.append((len(problems.schedule), names.count("kernel"), len(names) - names.count("kernel")))
+    (steps, kernels, others), (more_steps, more_kernels, more_others) = counts
+    assert more_steps > steps and more_kernels - kernels == 4 * (more_steps - steps) and more_others == others
+    assert reads == [(4,)] * 2
+
+
 @pytest.mark.parametrize("impl", IMPLS)
 def test_operator(impl):
     x, y = clouds(6, 5, 2, torch.float32)
@@ -397,12 +427,17 @@ def test_kernels_stay_inside_their_buffers(p, N, M, D, shares, flat):
         middle = whole[guard:-guard].view(inner.shape)
         return whole, middle.copy_(inner)
 
-    operands = (x, y, b.log(), g)
+    average = torch.randn(N, device=DEVICE)
     epsilon = 2e3 if flat else 0.3
     whole_f, f = guarded(torch.zeros(N), -7.0)
     whole_df, df = guarded(torch.zeros(N, D), -7.0)
-    fused.launch(*(guarded(t, math.nan)[1] for t in operands), f, df, epsilon, p, flat, shares)
-    for whole in (whole_f, whole_df):
+    whole_mean, mean = guarded(torch.zeros(N), -7.0)
+    inner_x, inner_y, log_b, inner_g, inner_average = (guarded(t, math.nan)[1] for t in (x, y, b.log(), g, average))
+    update = fused.TritonUpdate(inner_x, inner_y, p, shares)
+    update.write(f, df, log_b, inner_g, epsilon, flat, True, None, None)
+    update.write(mean, update.nothing, log_b, inner_g, epsilon, flat, False, None, inner_average)
+    assert torch.equal(mean, (f + average) / 2)
+    for whole in (whole_f, whole_df, whole_mean):
         assert (whole[:guard] == -7).all() and (whole[-guard:] == -7).all()
     expected = reference.ReferenceUpdate(x.double(), y.double(), p)(b.double().log(), g.double(), epsilon, flat, gradient=True)
     # A few roundings of the largest score, |C| / epsilon of 100 or so, which the plan errs by.

@@ -356,7 +356,7 @@ def test_the_mean_kernel_stays_inside_its_buffers(p, E):
     whole, out = guarded(torch.zeros(33, E), -7.0)
     f = torch.empty(33, device=DEVICE)
     x, y, log_b, g, values = (guarded(t, math.nan)[1] for t in (x, y, (b / b.sum()).log(), g, values))
-    fused.launch(x, y, log_b, g, f, out, 0.5, p, False, 1, values)
+    fused.TritonUpdate(x, y, p).write(f, out, log_b, g, 0.5, False, False, values, None)
     assert (whole[:guard] == -7).all() and (whole[-guard:] == -7).all()
     update = reference.ReferenceUpdate(x.double(), y.double(), p)
     expected = update(log_b.double(), g.double(), 0.5, False, values_ME=values.double())

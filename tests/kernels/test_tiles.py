@@ -14,7 +14,7 @@ import torch
 from dae_kernels import group_norm_silu, nearest_code, tiles
 from dae_kernels.dispatch import triton_refusal
 from dae_kernels.group_norm_silu import layout
-from dae_kernels.nearest_code import fused
+from dae_kernels.nearest_code import layout as code_layout
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -105,11 +105,13 @@ def test_launchers_look_up_their_tables():
     assert layout.tile(128, 65536, True, "gradient", "sm_90") == {"BLOCK_P": 16, "BLOCK_C": 128, "num_warps": 4}
     assert layout.tile(64, 65536, False, "gradient_sums", "sm_90") == {"BLOCK_P": 2048, "BLOCK_C": 1, "num_warps": 8}
     assert layout.tile(128, 65536, True, "moments") == {"BLOCK_P": 16, "BLOCK_C": 128, "num_warps": 4}  # by rule
-    search = lambda D, exact, gpu="sm_90": tuple(fused.search_tile(D, torch.bfloat16, exact, gpu).values())  # noqa: E731
+    search = lambda D, exact, gpu="sm_90": tuple(code_layout.search_tile(D, torch.bfloat16, exact, gpu).values())  # noqa: E731
     assert search(8, False) == (64, 128, 16, 4, 3) and search(300, True) == (128, 64, 256, 8, 2)
     assert search(32, False) == (128, 128, 32, 4, 3) and search(512, False) == (64, 64, 256, 4, 2)
     assert search(100, True) == (128, 64, 128, 8, 2) and search(64, True) == (128, 128, 64, 4, 3)
-    assert fused.search_tile(64, torch.float32, True, "sm_90") == fused.search_tile(64, torch.float32, True)  # not measured
+    assert code_layout.search_tile(64, torch.float32, True, "sm_90") == code_layout.search_tile(
+        64, torch.float32, True
+    )  # not measured
 
 
 @needs_triton
@@ -121,16 +123,18 @@ def test_measured_tiles_compute_the_same(channels_last, monkeypatch):
 
     def results():
         layout.map_layout.cache_clear()
+        code_layout.search_layout.cache_clear()
         y = group_norm_silu(x, 3, impl="triton")
         index, distance = nearest_code(points, codes, impl="triton")
         return y, torch.autograd.grad(y.square().sum(), x)[0], index, distance
 
     expected = results()
     monkeypatch.setattr(layout, "WHOLE_GROUP", 0)
-    for module in (layout, fused):
+    for module in (layout, code_layout):
         monkeypatch.setattr(module, "generation", lambda device: "sm_90")
     got = results()
     layout.map_layout.cache_clear()
+    code_layout.search_layout.cache_clear()
     torch.testing.assert_close(got[:2], expected[:2], rtol=1e-5, atol=1e-5)
     assert torch.equal(got[2], expected[2]) and torch.equal(got[3], expected[3])
 

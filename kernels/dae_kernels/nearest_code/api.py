@@ -75,8 +75,6 @@ def nearest_code(
     if choose(impl, x.device, refusal) == "triton":
         from dae_kernels.nearest_code.fused import nearest_code_triton
 
-        if rank == 2:
-            rows, codebook = rows.unsqueeze(1), codebook.unsqueeze(0)
         index, distance = nearest_code_triton(rows, codebook, metric == "cosine", precision == "exact")
     else:
         index, distance = nearest_code_reference(rows, codebook, metric)

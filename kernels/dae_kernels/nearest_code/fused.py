@@ -28,14 +28,22 @@ Roofline (counts, with the measured floors of an H100: 3.0 TB/s, 798 TFLOP/s in 
 - Every program reads its codes, K D b bytes for its BLOCK_N rows, but a codebook (16384 x 256 in bf16: 8 MB) stays
   in the L2 cache (50 MB). Out of L2 the intensity is 2 BLOCK_N / b flop per byte while the rows of x stay on the chip (128 for
   bf16 and BLOCK_N = 128), and 2 / b / (1 / BLOCK_N + 1 / BLOCK_K) where D is looped and they stream too (64; 16 in float32).
-- Comparing takes about six float32 or integer instructions per score (scale, minimum, equality, select, minimum of the
-  index), and "exact" three more for the second score of the tile. An SM does 128 of them per cycle, so 20 or 14 scores, while its
+- Comparing takes about five float32 or integer instructions per score (scale, minimum, equality, select, minimum of the
+  index), and "exact" three more for the second score of the tile. An SM does 128 of them per cycle, so 25 or 16 scores, while its
   tensor cores do 2048 bf16 multiply-adds: the comparison is the bound below D = 100 or so (bf16, "fast"), the product above.
-  "fast" with tiles of at most 64 x 64 keeps a minimum per lane over all tiles: four instructions per score, one reduction over
-  threads at the end. Larger tiles have no registers for it (128 x 64 spilled on sm_80).
+- Where registers allow it (`layout.by_lane`) each lane of the tile keeps its own minimum over all tiles, four instructions per
+  score ("exact" six, with a bound below the lane's other scores), and threads reduce once at the end. "exact" then cannot tell two
+  codes of one lane apart: a row whose nearest code has a copy a multiple of BLOCK_K codes away walks.
+- All instructions of the loop per score, counted in what triton 3.7.1 compiles for sm_90 (bf16; not a time), with a reduction
+  and masks in each tile, and now: D = 256 "fast", tile 64 x 64, 16.2 and 9.2; D = 256 "exact", 128 x 64, 18.2 and 11.7. No mask is
+  made where D fills the blocks and K the tiles.
 - So the tile is chosen for registers: BLOCK_N x BLOCK_K sums over 32 * num_warps threads, 64 per thread for a 16-bit product
-  (32 in "exact", which spilled on sm_100 with 64), 32 for tf32 and tf32x3,
-  whose operands take more; tf32x3 holds each twice, hence the steps of 32 and 16 in D (sm_80).
+  (32 in "exact", which spilled on sm_100 with 64), 32 for tf32 and tf32x3, whose operands take more; tf32x3 holds each twice,
+  hence the steps of 32 and 16 in D (sm_80).
+- No persistent programs: 512 programs of 64 rows (N = 32768), two per SM, are 1.94 waves, so 3 % are idle at the end, and a
+  program's start is 64 rows of x beside all codes. No TMA descriptors: they would save about 70 of the loop's 295 instructions per
+  thread (D = 256, "fast"), but not traffic out of L2, and need rows of a multiple of 16 bytes and host time per call; whether
+  that pays is for a GPU to say.
 - D is padded to a power of two of at least 16, the minimum of a tensor core. Above BLOCK_D it is looped and both operands
   stream; up to BLOCK_D the rows of x stay on the chip and only codes stream.
 - N / BLOCK_N programs fill 132 SMs from N = 17000 (float32: 8500). Below that the codes are split into S shares, so that
@@ -44,8 +52,6 @@ Roofline (counts, with the measured floors of an H100: 3.0 TB/s, 798 TFLOP/s in 
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -53,7 +59,7 @@ from torch import Tensor
 
 from dae_kernels.dispatch import register_op
 from dae_kernels.nearest_code.fused_settle import insert, join_kernel, settle_kernel, walk_kernel
-from dae_kernels.tiles import cdiv, generation, measured_tile, next_power_of_2, processors
+from dae_kernels.nearest_code.layout import SearchLayout, search_layout
 
 
 @triton.jit(do_not_specialize=["K"])
@@ -76,12 +82,88 @@ def code_norm_kernel(
     tl.store(norm_ptr + code, norm.to(tl.float32), mask=code < K)
 
 
+@triton.jit
+def load_vectors(ptrs, inside, d0, D: tl.constexpr, RAGGED: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Values d0 to d0 + BLOCK_D of some vectors, 0 beyond D and, if RAGGED, in those not `inside`. No mask where none is needed."""
+    if RAGGED or D % BLOCK_D != 0:
+        mask = d0 + tl.arange(0, BLOCK_D)[None, :] < D
+        return tl.load(ptrs + d0, mask=mask & inside[:, None] if RAGGED else mask, other=0.0)
+    return tl.load(ptrs + d0)
+
+
+@triton.jit
+def tile_scores(
+    x, x_ptrs, row_inside, codebook_ptr, norm_ptr,
+    k0, K, d_end,
+    D: tl.constexpr, COSINE: tl.constexpr, RAGGED: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Scores of the codes from k0 on; RAGGED: infinite beyond K, else all of them exist. `x` are the rows, unless D is looped."""
+    code = k0 + tl.arange(0, BLOCK_K)
+    inside = code < K
+    c_ptrs = codebook_ptr + code.to(tl.int64)[:, None] * D + tl.arange(0, BLOCK_D)[None, :]
+    dot = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    if D <= BLOCK_D:
+        c = load_vectors(c_ptrs, inside, 0, D, RAGGED, BLOCK_D).to(x.dtype)
+        dot = tl.dot(x, tl.trans(c), dot, input_precision=INPUT_PRECISION)
+    else:
+        for d0 in range(0, d_end, BLOCK_D):
+            x_d = load_vectors(x_ptrs, row_inside, d0, D, RAGGED, BLOCK_D).to(x.dtype)
+            c = load_vectors(c_ptrs, inside, d0, D, RAGGED, BLOCK_D).to(x.dtype)
+            dot = tl.dot(x_d, tl.trans(c), dot, input_precision=INPUT_PRECISION)
+    # After the product: before it, norms would take the registers of a second program per SM (sm_80).
+    if RAGGED:
+        norm = tl.load(norm_ptr + code, mask=inside, other=float("inf"))
+    else:
+        norm = tl.load(norm_ptr + code)
+    if COSINE:
+        score = -dot * norm[None, :]
+        return tl.where(inside[None, :], score, float("inf")) if RAGGED else score
+    return norm[None, :] - 2.0 * dot
+
+
+@triton.jit
+def keep_best(
+    best, index, second, second_index, rest, score, k0,
+    EXACT: tl.constexpr, BY_LANE: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """What a row keeps, after the scores of one more tile; BY_LANE: what a lane keeps, with the tile k0 for the index."""
+    if BY_LANE:  # strictly less: an earlier code wins a tie, and NaN never is
+        less = score < best
+        if EXACT:
+            rest = tl.minimum(rest, tl.where(less, best, score))
+        index = tl.where(less, k0, index)
+        best = tl.minimum(best, score)
+    else:
+        code = k0 + tl.arange(0, BLOCK_K)
+        tile_best = tl.min(score, axis=1)
+        tile_index = tl.min(tl.where(score == tile_best[:, None], code[None, :], 2147483647), axis=1)
+        if EXACT:
+            others = tl.min(tl.where(code[None, :] == tile_index[:, None], float("inf"), score), axis=1)
+            best, index, second, second_index, rest = insert(
+                best, index, second, second_index, rest, tile_best, tile_index, others
+            )
+        else:
+            index = tl.where(tile_best < best, tile_index, index)
+            best = tl.where(tile_best < best, tile_best, best)
+    return best, index, second, second_index, rest
+
+
+@triton.jit
+def lowest_lane(lane_best, lane_code):
+    """The least value of each row with the lowest code that has it, and the values without that code."""
+    best = tl.min(lane_best, axis=1)
+    index = tl.min(tl.where(lane_best == best[:, None], lane_code, 2147483647), axis=1)
+    return best, index, tl.where(lane_code == index[:, None], float("inf"), lane_best)
+
+
 @triton.jit(do_not_specialize=["N", "K", "codes_per_split", "d_end"])
 def search_kernel(
     x_ptr, codebook_ptr, norm_ptr, score_ptr, candidate_ptr,
     N, K, codes_per_split, d_end,
     H: tl.constexpr, D: tl.constexpr, COSINE: tl.constexpr, EXACT: tl.constexpr, UPCAST: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr, BY_LANE: tl.constexpr, RAGGED: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Search: a program has BLOCK_N rows of x of one head and loops over one split of the codes; scores are |c|^2 - 2 x . c.
 
@@ -93,7 +175,6 @@ def search_kernel(
     DOT_DTYPE: tl.constexpr = tl.float32 if UPCAST else x_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(2)
-    d = tl.arange(0, BLOCK_D)
     if H > 1:  # offsets of 0 would still use registers
         head = tl.program_id(1).to(tl.int64)
         x_ptr += head * D
@@ -101,56 +182,29 @@ def search_kernel(
         norm_ptr += head * K
         score_ptr += head
         candidate_ptr += head
-    x_ptrs = x_ptr + row[:, None] * (H * D) + d[None, :]
-    best = tl.full([BLOCK_N], float("inf"), tl.float32)
-    index = tl.zeros([BLOCK_N], tl.int32)
+    # Without masks, rows beyond N repeat the last one; they are not stored. With RAGGED that spilled on sm_100.
+    x_row = row if RAGGED else tl.minimum(row, N - 1)
+    x_ptrs = x_ptr + x_row[:, None] * (H * D) + tl.arange(0, BLOCK_D)[None, :]
+    x = load_vectors(x_ptrs, row < N, 0, D, RAGGED, BLOCK_D).to(DOT_DTYPE)
+    best = tl.full([BLOCK_N, BLOCK_K] if BY_LANE else [BLOCK_N], float("inf"), tl.float32)
+    index = tl.zeros([BLOCK_N, BLOCK_K] if BY_LANE else [BLOCK_N], tl.int32)
     second, second_index, rest = best, index, best
-    # A minimum for each lane of the tile, reduced once at the end.
-    BY_LANE: tl.constexpr = not EXACT and BLOCK_N * BLOCK_K <= 4096
-    if BY_LANE:
-        lane_best = tl.full([BLOCK_N, BLOCK_K], float("inf"), tl.float32)
-        lane_tile = tl.zeros([BLOCK_N, BLOCK_K], tl.int32)
-    if D <= BLOCK_D:
-        x = tl.load(x_ptrs, mask=(row[:, None] < N) & (d[None, :] < D), other=0.0).to(DOT_DTYPE)
 
     for k0 in range(split * codes_per_split, tl.minimum(K, (split + 1) * codes_per_split), BLOCK_K):
-        code = k0 + tl.arange(0, BLOCK_K)
-        c_ptrs = codebook_ptr + code.to(tl.int64)[:, None] * D + d[None, :]
-        dot = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-        if D <= BLOCK_D:
-            c = tl.load(c_ptrs, mask=(code[:, None] < K) & (d[None, :] < D), other=0.0).to(DOT_DTYPE)
-            dot = tl.dot(x, tl.trans(c), dot, input_precision=INPUT_PRECISION)
-        else:
-            for d0 in range(0, d_end, BLOCK_D):
-                d_inside = d0 + d[None, :] < D
-                x = tl.load(x_ptrs + d0, mask=(row[:, None] < N) & d_inside, other=0.0).to(DOT_DTYPE)
-                c = tl.load(c_ptrs + d0, mask=(code[:, None] < K) & d_inside, other=0.0).to(DOT_DTYPE)
-                dot = tl.dot(x, tl.trans(c), dot, input_precision=INPUT_PRECISION)
-
-        if COSINE:
-            norm = tl.load(norm_ptr + code, mask=code < K, other=0.0)
-            score = tl.where(code[None, :] < K, -dot * norm[None, :], float("inf"))
-        else:
-            norm = tl.load(norm_ptr + code, mask=code < K, other=float("inf"))
-            score = norm[None, :] - 2.0 * dot
-        if BY_LANE:  # strictly less: an earlier code wins a tie, and NaN never is
-            lane_tile = tl.where(score < lane_best, k0, lane_tile)
-            lane_best = tl.where(score < lane_best, score, lane_best)
-        else:
-            tile_best = tl.min(score, axis=1)
-            tile_index = tl.min(tl.where(score == tile_best[:, None], code[None, :], 2147483647), axis=1)
-            if EXACT:
-                others = tl.min(tl.where(code[None, :] == tile_index[:, None], float("inf"), score), axis=1)
-                best, index, second, second_index, rest = insert(
-                    best, index, second, second_index, rest, tile_best, tile_index, others
-                )
-            else:
-                index = tl.where(tile_best < best, tile_index, index)
-                best = tl.where(tile_best < best, tile_best, best)
+        score = tile_scores(
+            x, x_ptrs, row < N, codebook_ptr, norm_ptr, k0, K, d_end,
+            D, COSINE, RAGGED, INPUT_PRECISION, BLOCK_N, BLOCK_K, BLOCK_D,
+        )  # fmt: skip
+        best, index, second, second_index, rest = keep_best(
+            best, index, second, second_index, rest, score, k0, EXACT, BY_LANE, BLOCK_K
+        )
     if BY_LANE:
-        best = tl.min(lane_best, axis=1)
-        lane_code = lane_tile + tl.arange(0, BLOCK_K)[None, :]
-        index = tl.min(tl.where(lane_best == best[:, None], lane_code, 2147483647), axis=1)
+        lane_code = index + tl.arange(0, BLOCK_K)[None, :]
+        lane_rest = rest
+        best, index, lane_best = lowest_lane(best, lane_code)
+        if EXACT:
+            second, second_index, lane_best = lowest_lane(lane_best, lane_code)
+            rest = tl.min(tl.minimum(lane_rest, lane_best), axis=1)
 
     plane = tl.cast(N, tl.int64) * H
     ranks = tl.num_programs(2) * plane
@@ -163,129 +217,57 @@ def search_kernel(
         tl.store(score_ptr + 2 * ranks + slot, rest, mask=row < N)
 
 
-def padded(D: int) -> int:
-    """The power of two, at least 16, that a tensor core takes for D."""
-    return max(16, next_power_of_2(D))
-
-
-def norm_tile(D: int) -> dict[str, int]:
-    """Tile sizes and launch options of the norm kernel."""
-    return {"BLOCK_K": 32, "BLOCK_D": min(32, padded(D)), "num_warps": 4}
-
-
-@functools.lru_cache(maxsize=1024)
-def search_tile(D: int, dot_dtype: torch.dtype, exact: bool, gpu: str | None = None) -> dict[str, int]:
-    """Tile sizes and launch options of the search: those measured on the GPU generation at the nearest D, else by rule.
-
-    D is padded and larger ones come first in the table, so a tile that keeps whole rows of x is not taken for longer ones: such a
-    tile may spill where it loops over D.
-    """
-    when = {"bits": 8 * dot_dtype.itemsize, "exact": exact}
-    if found := measured_tile("nearest_code", gpu, "search", when, {"D": padded(D)}):
-        return found | {"BLOCK_D": min(found["BLOCK_D"], padded(D))}
-    if dot_dtype == torch.float32:
-        block_d = 16 if exact else min(padded(D), 32)
-        return {"BLOCK_N": 64, "BLOCK_K": 64, "BLOCK_D": block_d, "num_warps": 4, "num_stages": 2}
-    block_k = 64 if exact else 128
-    return {"BLOCK_N": 128, "BLOCK_K": block_k, "BLOCK_D": min(padded(D), 64), "num_warps": 8, "num_stages": 2}
-
-
-def settle_tile(cosine: bool) -> dict[str, int]:
-    """Tile sizes and launch options of the settlement, with which no target spills: four coordinates per thread, or two."""
-    return {"BLOCK_N": 32, "BLOCK_E": 16 if cosine else 8, "num_warps": 4}
-
-
-def walk_tile(cosine: bool) -> dict[str, int]:
-    """Tile sizes and launch options of the walk."""
-    return {"BLOCK_K": 32, "BLOCK_E": 16 if cosine else 8, "num_warps": 4}
-
-
-def walk_programs(device: torch.device) -> int:
-    """Programs of the walk: eight per multiprocessor; the interpreter, which runs one after the other, has few."""
-    return 8 * processors(device) if device.type == "cuda" else 8
-
-
-def dot_dtype(x: torch.dtype, codebook: torch.dtype, exact: bool) -> torch.dtype:
-    """The dtype in which operands are multiplied (sums are float32): the wider one, or that of `x` if it need not be exact."""
-    return torch.promote_types(x, codebook) if exact else x
-
-
-def split_count(N: int, H: int, K: int, tile: dict[str, int], device: torch.device) -> int:
-    """The number of splits of the codes: two programs per SM, and at least four tiles per program."""
-    programs = cdiv(N, tile["BLOCK_N"]) * H
-    return max(1, min(K // (4 * tile["BLOCK_K"]), 2 * processors(device) // programs))
-
-
 def launch(
-    x_NHD: Tensor,
-    codebook_HKD: Tensor,
+    layout: SearchLayout,
+    x: Tensor,
+    codebook: Tensor,
     norm_HK: Tensor,
-    score_RSNH: Tensor,
-    candidate_RSNH: Tensor,
-    index_NH: Tensor,
-    distance_NH: Tensor,
-    cosine: bool,
-    exact: bool,
+    score: Tensor,
+    candidate: Tensor,
+    index: Tensor,
+    distance: Tensor,
 ) -> None:
-    """All kernels, into contiguous buffers: index_NH int64, candidate_RSNH int32, the others float32; N, H >= 1.
-
-    R is 3 for scores and 2 for candidates if `exact`, else 1; S is the number of splits.
-    """
-    N, K, S = x_NHD.shape[0], codebook_HKD.shape[1], score_RSNH.shape[1]
-    H, D = codebook_HKD.shape[0], codebook_HKD.shape[2]  # constants of the kernels
-    dtype = dot_dtype(x_NHD.dtype, codebook_HKD.dtype, exact)
-    search_options = search_tile(D, dtype, exact, generation(x_NHD.device))
-    norm_options, settle_options = norm_tile(D), settle_tile(cosine)
-    constants = {"H": H, "COSINE": cosine, "EXACT": exact}
-    # AMD has no tf32x3; its float32 product is a float32 product.
-    exact_precision = "ieee" if torch.version.hip else "tf32x3"
-    code_norm_kernel[(cdiv(H * K, norm_options["BLOCK_K"]),)](codebook_HKD, norm_HK, H * K, D=D, COSINE=cosine, **norm_options)
-    # A zero code has no length to care for; a long one may overflow, a short one underflow.
-    reach_HK = torch.maximum(norm_HK, (1.0 / norm_HK).where(norm_HK > 0, 0.0)) if cosine else norm_HK
-    block_k = search_options["BLOCK_K"]
-    search_kernel[(cdiv(N, search_options["BLOCK_N"]), H, S)](
-        x_NHD, codebook_HKD, norm_HK, score_RSNH, candidate_RSNH, N, K, cdiv(cdiv(K, block_k), S) * block_k, D,
-        UPCAST=dtype != x_NHD.dtype, INPUT_PRECISION=exact_precision if exact else "tf32", **constants, D=D, **search_options,
+    """All kernels, on contiguous tensors: index int64, candidate int32, the results and buffers otherwise float32; N, H >= 1."""
+    kernel = code_norm_kernel[layout.norm_grid]
+    kernel(codebook, norm_HK, *layout.norm_sizes, **layout.norm_options)
+    kernel = search_kernel[layout.search_grid]
+    kernel(x, codebook, norm_HK, score, candidate, *layout.search_sizes, **layout.search_options)
+    reach, count, rows = norm_HK, norm_HK, norm_HK  # of no use unless exact
+    if layout.exact:
+        if layout.cosine:  # a zero code has no length to care for; a long one may overflow, a short one underflow
+            reach = torch.maximum(norm_HK, (1.0 / norm_HK).where(norm_HK > 0, 0.0))
+        reach = reach.amax(dim=1)
+        count = index.new_zeros(1, dtype=torch.int32)
+        rows = index.new_empty(index.numel(), dtype=layout.list_dtype)
+    kernel = settle_kernel[layout.settle_grid]
+    kernel(
+        x, codebook, reach, score, candidate, index, distance, count, rows, *layout.settle_sizes, **layout.settle_options
     )  # fmt: skip
-    results, count, rows = (index_NH, distance_NH), norm_HK, norm_HK
-    if exact:
-        count = index_NH.new_zeros(1, dtype=torch.int32)
-        rows = index_NH.new_empty(N * H, dtype=torch.int32 if N * H < 1 << 31 else torch.int64)
-    settle_kernel[(cdiv(N, settle_options["BLOCK_N"]), H)](
-        x_NHD, codebook_HKD, reach_HK.amax(dim=1) if exact else norm_HK, score_RSNH, candidate_RSNH, *results, count, rows,
-        N, K, S, D, **constants, **settle_options,
-    )  # fmt: skip
-    if exact:  # the host does not learn how many rows there are: nothing waits
-        P, walk_options = walk_programs(x_NHD.device), walk_tile(cosine)
-        parts = index_NH.new_empty(P, dtype=torch.float64), index_NH.new_empty(P, dtype=torch.int32)
-        walk_kernel[(P,)](
-            x_NHD, codebook_HKD, count, rows, *parts, *results, K, D, P, H=H, COSINE=cosine, **walk_options
-        )  # fmt: skip
-        join_kernel[(max(1, P // 2),)](
-            count, rows, *parts, *results, K, D, P,
-            COSINE=cosine, BLOCK_K=walk_options["BLOCK_K"], BLOCK_S=next_power_of_2(P), num_warps=4,
-        )  # fmt: skip
+    if layout.exact:  # the host does not learn how many rows there are: nothing waits
+        P = layout.programs
+        parts = index.new_empty(P, dtype=torch.float64), index.new_empty(P, dtype=torch.int32)
+        kernel = walk_kernel[layout.walk_grid]
+        kernel(x, codebook, count, rows, *parts, index, distance, *layout.walk_sizes, **layout.walk_options)
+        kernel = join_kernel[layout.join_grid]
+        kernel(count, rows, *parts, index, distance, *layout.walk_sizes, **layout.join_options)
 
 
-def nearest_code_empty(x_NHD: Tensor, codebook_HKD: Tensor, cosine: bool, exact: bool) -> tuple[Tensor, Tensor]:
-    return x_NHD.new_empty(x_NHD.shape[:2], dtype=torch.int64), x_NHD.new_empty(x_NHD.shape[:2], dtype=torch.float32)
+def nearest_code_empty(x: Tensor, codebook: Tensor, cosine: bool, exact: bool) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape[:-1], dtype=torch.int64), x.new_empty(x.shape[:-1], dtype=torch.float32)
 
 
-def nearest_code_launcher(x_NHD: Tensor, codebook_HKD: Tensor, cosine: bool, exact: bool) -> tuple[Tensor, Tensor]:
-    N, H, D = x_NHD.shape
-    device = x_NHD.device
-    index_NH = torch.empty((N, H), dtype=torch.int64, device=device)
-    distance_NH = torch.empty((N, H), dtype=torch.float32, device=device)
-    if N:
-        K = codebook_HKD.shape[1]
-        tile = search_tile(D, dot_dtype(x_NHD.dtype, codebook_HKD.dtype, exact), exact, generation(device))
-        S = split_count(N, H, K, tile, device)
-        norm_HK = torch.empty((H, K), dtype=torch.float32, device=device)
-        score_RSNH = torch.empty((3 if exact else 1, S, N, H), dtype=torch.float32, device=device)
-        candidate_RSNH = torch.empty((2 if exact else 1, S, N, H), dtype=torch.int32, device=device)
-        x_NHD, codebook_HKD = x_NHD.contiguous(), codebook_HKD.contiguous()
-        launch(x_NHD, codebook_HKD, norm_HK, score_RSNH, candidate_RSNH, index_NH, distance_NH, cosine, exact)
-    return index_NH, distance_NH
+def nearest_code_launcher(x: Tensor, codebook: Tensor, cosine: bool, exact: bool) -> tuple[Tensor, Tensor]:
+    """Index and distance [N] of x [N, D] with codebook [K, D], or [N, H] of x [N, H, D] with [H, K, D]."""
+    *rows, D = x.shape
+    *heads, K, _ = codebook.shape
+    index, distance = x.new_empty(*rows, dtype=torch.int64), x.new_empty(*rows, dtype=torch.float32)
+    if N := rows[0]:
+        H = heads[0] if heads else 1
+        layout = search_layout(N, H, K, D, x.dtype, codebook.dtype, cosine, exact, x.device)
+        norm_HK = x.new_empty(H, K, dtype=torch.float32)
+        score, candidate = x.new_empty(layout.scores, dtype=torch.float32), x.new_empty(layout.candidates, dtype=torch.int32)
+        launch(layout, x.contiguous(), codebook.contiguous(), norm_HK, score, candidate, index, distance)
+    return index, distance
 
 
 nearest_code_triton = register_op("dae_kernels::nearest_code", nearest_code_launcher, nearest_code_empty)

@@ -88,14 +88,15 @@ def scores(
 
 @triton.jit(do_not_specialize=["N", "M", "share", "d_end"])
 def sinkhorn_update_kernel(
-    x_ptr, y_ptr, log_b_ptr, g_ptr, f_ptr,
+    x_ptr, y_ptr, log_b_ptr, g_ptr, average_ptr, f_ptr,
     N, M, share, d_end, scale,
-    D: tl.constexpr, P: tl.constexpr, FLAT: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    D: tl.constexpr, P: tl.constexpr, FLAT: tl.constexpr, AVERAGE: tl.constexpr, INPUT_PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """f = -log2(sum_j 2^score_j) / scale for BLOCK_N rows and `share` columns; scale = log2(e) / epsilon.
 
-    If FLAT (see the solver), the sum of b_j (e^score_j - 1) in its place. f is [shares, N].
+    If FLAT (see the solver), the sum of b_j (e^score_j - 1) in its place. f is [shares, N]. If AVERAGE, f is averaged with
+    `average`, which is read only then.
     `d_end` is D once more, at run time: the compiler would unroll a loop over D of known length, and spill.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -120,6 +121,8 @@ def sinkhorn_update_kernel(
             total = total * tl.exp2(top - finite_top) + tl.sum(tl.exp2(score - finite_top[:, None]), axis=1)
             top = new_top
     f = total if FLAT else -(tl.log2(total) + top) / scale
+    if AVERAGE:
+        f = (f + tl.load(average_ptr + row, mask=row < N, other=0.0)) / 2
     tl.store(f_ptr + tl.program_id(1).to(tl.int64) * N + row, f, mask=row < N)
 
 
@@ -176,48 +179,7 @@ UPDATE_TILE = {
 }
 MEAN_TILE = {"BLOCK_N": 128, "BLOCK_M": 32, "BLOCK_D": 16, "BLOCK_E": 16, "num_warps": 8, "num_stages": 2}
 MIN_SHARE = 2048
-
-
-def launch(
-    x_ND: Tensor,
-    y_MD: Tensor,
-    log_b_M: Tensor,
-    g_M: Tensor,
-    f_N: Tensor,
-    out_NE: Tensor | None,
-    epsilon: float,
-    p: int,
-    flat: bool,
-    shares: int = 1,
-    values_ME: Tensor | None = None,
-) -> None:
-    """The update into f_N and, unless out_NE is None, the derivative or the mean of values into it.
-
-    All buffers are contiguous and float32. Up to `shares` programs take the columns of a row; their results are joined in one
-    order, so runs agree bit for bit.
-    """
-    N, M, D = x_ND.shape[0], y_MD.shape[0], x_ND.shape[1]
-    scale = math.log2(math.e) / epsilon
-    # AMD has no tf32x3; its float32 product is a float32 product.
-    constants = {"D": D, "P": p, "INPUT_PRECISION": "ieee" if torch.version.hip else "tf32x3"}
-    rows, tiles = cdiv(N, UPDATE_TILE[p]["BLOCK_N"]), cdiv(M, UPDATE_TILE[p]["BLOCK_M"])
-    share = cdiv(tiles, shares) * UPDATE_TILE[p]["BLOCK_M"]
-    shares = cdiv(M, share)
-    f_SN = f_N[None] if shares == 1 else f_N.new_empty(shares, N)
-    sinkhorn_update_kernel[rows, shares](
-        x_ND, y_MD, log_b_M, g_M, f_SN, N, M, share, D, scale, FLAT=flat, **constants, **UPDATE_TILE[p]
-    )  # fmt: skip
-    if flat:
-        f_N.copy_(f_SN.sum(dim=0).log1p() * -epsilon)
-    elif shares > 1:
-        f_N.copy_(torch.logsumexp(f_SN / -epsilon, dim=0) * -epsilon)
-    if out_NE is not None:
-        gradient, E = values_ME is None, out_NE.shape[1]
-        grid = cdiv(N, MEAN_TILE["BLOCK_N"]), cdiv(E, MEAN_TILE["BLOCK_E"])
-        sinkhorn_mean_kernel[grid](
-            x_ND, y_MD, y_MD if gradient else values_ME, log_b_M, g_M, f_N, out_NE, N, M, E, D, scale,
-            GRADIENT=gradient, **constants, **MEAN_TILE,
-        )  # fmt: skip
+LOG2_E = math.log2(math.e)
 
 
 def shares_to_fill(device: torch.device, N: int, M: int) -> int:
@@ -228,16 +190,55 @@ def shares_to_fill(device: torch.device, N: int, M: int) -> int:
 
 
 class TritonUpdate(Update):
-    """`ReferenceUpdate` by kernels, for float32 points."""
+    """`ReferenceUpdate` by kernels, for contiguous float32 points; all tensors are contiguous.
 
-    def __init__(self, x_ND: Tensor, y_MD: Tensor, p: int) -> None:
+    What its launches have in common is made once. Up to `shares` programs take the columns of a row; their results are joined in
+    one order, so runs agree bit for bit.
+    """
+
+    def __init__(self, x_ND: Tensor, y_MD: Tensor, p: int, shares: int | None = None) -> None:
         super().__init__(x_ND, y_MD, p)
-        self.shares = shares_to_fill(x_ND.device, len(x_ND), len(y_MD))
+        (N, D), M = x_ND.shape, y_MD.shape[0]
+        tile = UPDATE_TILE[p]
+        shares = shares_to_fill(x_ND.device, N, M) if shares is None else shares
+        share = cdiv(cdiv(M, tile["BLOCK_M"]), shares) * tile["BLOCK_M"]
+        self.shares = cdiv(M, share)
+        self.update = sinkhorn_update_kernel[cdiv(N, tile["BLOCK_N"]), self.shares]
+        self.sizes = N, M, share, D
+        # AMD has no tf32x3; its float32 product is a float32 product.
+        self.constants = {"D": D, "P": p, "INPUT_PRECISION": "ieee" if torch.version.hip else "tf32x3"}
+        self.options = self.constants | tile
+        self.part_SN = x_ND.new_empty(self.shares, N) if self.shares > 1 else None
 
     def write(
         self, f_N: Tensor, made_NE: Tensor, log_b_M: Tensor, g_M: Tensor, epsilon: float, flat: bool,
-        gradient: bool, values_ME: Tensor | None,
+        gradient: bool, values_ME: Tensor | None, average_N: Tensor | None,
     ) -> None:  # fmt: skip
-        values_ME = None if gradient or values_ME is None else values_ME.contiguous()
-        out_NE = made_NE if gradient or values_ME is not None else None
-        launch(self.x_ND, self.y_MD, log_b_M, g_M, f_N, out_NE, epsilon, self.p, flat, self.shares, values_ME)
+        part_SN, scale = self.part_SN, LOG2_E / epsilon
+        average = average_N is not None and part_SN is None and not flat  # by the kernel
+        self.update(
+            self.x_ND, self.y_MD, log_b_M, g_M, average_N if average else f_N, f_N if part_SN is None else part_SN,
+            *self.sizes, scale, FLAT=flat, AVERAGE=average, **self.options,
+        )  # fmt: skip
+        if flat:
+            total_N = f_N if part_SN is None else torch.sum(part_SN, dim=0, out=f_N)
+            total_N.log1p_().mul_(-epsilon)
+        elif part_SN is not None:
+            torch.logsumexp(part_SN.div_(-epsilon), dim=0, out=f_N).mul_(-epsilon)
+        if average_N is not None and not average:
+            f_N.add_(average_N).div_(2)
+        if gradient or values_ME is not None:
+            self.write_mean(
+                f_N, made_NE, log_b_M, g_M, scale, self.y_MD if gradient or values_ME is None else values_ME, gradient
+            )
+
+    def write_mean(
+        self, f_N: Tensor, made_NE: Tensor, log_b_M: Tensor, g_M: Tensor, scale: float, values_ME: Tensor, gradient: bool
+    ) -> None:
+        """The derivative, or the mean of values, into made_NE."""
+        N, M, _, D = self.sizes
+        E = made_NE.shape[1]
+        sinkhorn_mean_kernel[cdiv(N, MEAN_TILE["BLOCK_N"]), cdiv(E, MEAN_TILE["BLOCK_E"])](
+            self.x_ND, self.y_MD, values_ME.contiguous(), log_b_M, g_M, f_N, made_NE, N, M, E, D, scale,
+            GRADIENT=gradient, **self.constants, **MEAN_TILE,
+        )  # fmt: skip

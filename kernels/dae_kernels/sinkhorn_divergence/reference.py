@@ -32,10 +32,12 @@ class Update:
 
     def __init__(self, x_ND: Tensor, y_MD: Tensor, p: int) -> None:
         self.x_ND, self.y_MD, self.p = x_ND, y_MD, p
+        self.nothing = x_ND.new_empty(0)
 
     def __call__(
-        self, log_b_M: Tensor, g_M: Tensor, epsilon: float, flat: bool, gradient: bool = False, values_ME: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self, log_b_M: Tensor, g_M: Tensor, epsilon: float, flat: bool, gradient: bool = False, values_ME: Tensor | None = None,
+        average_N: Tensor | None = None, into_N: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """The new potential [N] of x from that of y, and the requested derivative or mean under the plan, else an empty tensor.
 
         Args:
@@ -46,16 +48,20 @@ class Update:
                 log1p(mean(expm1)) does not.
             gradient: also the derivative of the cost by x, [N, D].
             values_ME: also the mean of these values, [N, E].
+            average_N: the new potential is averaged with this one; then neither a derivative nor a mean is requested.
+            into_N: the memory for the new potential.
         """
-        columns = self.y_MD.shape[1] if gradient else 0 if values_ME is None else values_ME.shape[1]
+        N = self.x_ND.shape[0]
         # Written in place: small results allocated between large blocks would fragment the heap.
-        f_N, made_NE = self.x_ND.new_empty(len(self.x_ND)), self.x_ND.new_empty(len(self.x_ND), columns)
-        self.write(f_N, made_NE, log_b_M, g_M, epsilon, flat, gradient, values_ME)
+        f_N, made_NE = self.x_ND.new_empty(N) if into_N is None else into_N, self.nothing
+        if gradient or values_ME is not None:
+            made_NE = self.x_ND.new_empty(N, (self.y_MD if gradient or values_ME is None else values_ME).shape[1])
+        self.write(f_N, made_NE, log_b_M, g_M, epsilon, flat, gradient, values_ME, average_N)
         return f_N, made_NE
 
     def write(
         self, f_N: Tensor, made_NE: Tensor, log_b_M: Tensor, g_M: Tensor, epsilon: float, flat: bool,
-        gradient: bool, values_ME: Tensor | None,
+        gradient: bool, values_ME: Tensor | None, average_N: Tensor | None,
     ) -> None:  # fmt: skip
         """Compute the results of `__call__` into f_N and made_NE."""
         raise NotImplementedError
@@ -83,7 +89,7 @@ class ReferenceUpdate(Update):
 
     def write(
         self, f_N: Tensor, made_NE: Tensor, log_b_M: Tensor, g_M: Tensor, epsilon: float, flat: bool,
-        gradient: bool, values_ME: Tensor | None,
+        gradient: bool, values_ME: Tensor | None, average_N: Tensor | None,
     ) -> None:  # fmt: skip
         b_M = log_b_M.exp()
         u_M = g_M / epsilon if flat else g_M / epsilon + log_b_M
@@ -116,3 +122,5 @@ class ReferenceUpdate(Update):
                 for d in range(x_nD.shape[1]):
                     difference_nM = x_nD[:, d, None] - self.y_MD[:, d]
                     made_NE[block, d] = difference_nM.mul_(weight_nM).sum(dim=1) / total_n
+        if average_N is not None:
+            f_N.add_(average_N).div_(2)

@@ -60,15 +60,19 @@ def times_power_of_two(x: Tensor, exponent: int) -> Tensor:
     return x
 
 
-def box(x_ND: Tensor, y_MD: Tensor) -> tuple[Tensor, float]:
-    """Centre [D] of the bounding box of both clouds, and its diagonal, which bounds every distance."""
-    low_D = torch.minimum(x_ND.amin(dim=0), y_MD.amin(dim=0)) / 2
-    high_D = torch.maximum(x_ND.amax(dim=0), y_MD.amax(dim=0)) / 2
-    side_D = high_D - low_D
-    longest = side_D.amax()
-    norm = (side_D / longest.clamp_min(torch.finfo(side_D.dtype).tiny)).norm()  # the square of a side may overflow
-    longest, norm = torch.stack([longest, norm]).tolist()
-    return low_D + high_D, 2 * longest * norm
+def boxes(*pairs: tuple[Tensor, Tensor]) -> list[tuple[Tensor, float]]:
+    """Centre [D] of the bounding box of each two clouds, and its diagonal, which bounds every distance; a GPU is asked once."""
+    centres, sizes = [], []
+    for x_ND, y_MD in pairs:
+        low_D = torch.minimum(x_ND.amin(dim=0), y_MD.amin(dim=0)) / 2
+        high_D = torch.maximum(x_ND.amax(dim=0), y_MD.amax(dim=0)) / 2
+        side_D = high_D - low_D
+        longest = side_D.amax()
+        norm = (side_D / longest.clamp_min(torch.finfo(side_D.dtype).tiny)).norm()  # the square of a side may overflow
+        centres.append(low_D + high_D)
+        sizes += [longest, norm]
+    numbers = torch.stack(sizes).tolist()
+    return [(centre_D, 2 * longest * norm) for centre_D, longest, norm in zip(centres, numbers[::2], numbers[1::2], strict=True)]
 
 
 def with_weight(x_ND: Tensor, a_N: Tensor) -> Tensor:
@@ -121,9 +125,9 @@ class Sinkhorn:
         self, kind: type[Update], x_ND: Tensor, y_MD: Tensor, a_N: Tensor, b_M: Tensor, options: TransportOptions, debias: bool
     ) -> None:
         p, dtype = options.p, x_ND.dtype
-        span = box(x_ND, y_MD)[1]
+        weighted = with_weight(x_ND, a_N), with_weight(y_MD, b_M)
+        (_, span), (centre_D, diagonal) = boxes((x_ND, y_MD), weighted)
         check_span(span, options, dtype)
-        centre_D, diagonal = box(with_weight(x_ND, a_N), with_weight(y_MD, b_M))
         scale = diagonal if 0 < diagonal < math.inf else options.blur
         if options.reach is not None:
             check_reach(scale, options, dtype)
@@ -161,9 +165,10 @@ class Sinkhorn:
         """Run the schedule and, if requested, iterate to convergence; returns itself."""
         several, max_iter = range(len(self.problems)), self.options.max_iter
         self.potentials = [self.updated(k, *self.schedule[0])[0] for k in several]
+        spare: list[Tensor | None] = [None] * len(self.problems)  # the potentials before last, to be written over
         for step in self.schedule:
-            new = [self.updated(k, *step)[0] for k in several]
-            self.potentials = [old.average(one) for old, one in zip(self.potentials, new, strict=True)]
+            new = [self.averaged(k, *step, spare[k]) for k in several]
+            spare, self.potentials = [old.vector for old in self.potentials], new
         if max_iter is not None or self.options.tolerance is not None:
             self.converge(DEFAULT_ITERATIONS if max_iter is None else max_iter, self.options.tolerance)
         return self
@@ -181,6 +186,13 @@ class Sinkhorn:
         # Damping applies to the potential itself, before subtracting half a squared norm.
         vector_N = damping * vector_N - epsilon / (self.rho + epsilon) * problem.half_N
         return Potential(vector_N, -damping * (over.constant + epsilon * problem.log_mass)), made
+
+    def averaged(self, k: int, epsilon: float, flat: bool, into_N: Tensor | None = None) -> Potential:
+        """The average of problem k's potential and its new one."""
+        old = self.potentials[k]
+        if self.rho is None:
+            return self.updated(k, epsilon, flat, average_N=old.vector, into_N=into_N)[0]
+        return old.average(self.updated(k, epsilon, flat, into_N=into_N)[0])
 
     def converge(self, max_iter: int, tolerance: float | None) -> None:
         """Up to max_iter iterations at the final epsilon: alternating between x and y, averaged for a cloud and itself.
