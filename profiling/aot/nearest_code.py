@@ -1,4 +1,7 @@
-"""Variants of nearest_code, with and without a last tile of fewer codes. It loops over D above 16 (exact float32), 32 (fast float32) or 64; D = 100 leaves a remainder."""
+"""Variants of nearest_code, with and without a last tile of fewer codes.
+
+It loops over D above 16 (exact float32), 32 (fast float32) or 64; D = 100 leaves a remainder.
+"""
 
 import torch
 from dae_kernels.nearest_code import fused, layout

@@ -276,12 +276,13 @@ def test_vmap_over_codebooks():
 
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_kernel_stays_inside_its_buffers(metric, dtype):
+@pytest.mark.parametrize("K, D", [(45, 20), (128, 64)])  # with masks, and without: whole tiles of codes, and of coordinates
+def test_kernel_stays_inside_its_buffers(metric, dtype, K, D):
     """What lies around the operands would win every comparison, what lies around the results must survive."""
     from dae_kernels.nearest_code import fused, layout
 
     torch.manual_seed(10)
-    N, K, D, guard = 33, 45, 20, 160
+    N, guard = 33, 160
     x_ND, codebook_KD = torch.randn(N, D, device=DEVICE).to(dtype), torch.randn(K, D, device=DEVICE).to(dtype)
     bait = x_ND[:1].repeat(guard, 1)  # codes at distance 0 of the first row
 

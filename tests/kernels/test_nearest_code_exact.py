@@ -240,7 +240,7 @@ def test_minima_by_lane_choose_what_minima_by_tile_do(metric, precision, K, D, m
 
 @pytest.mark.parametrize("apart, walks", [(1, False), (63, False), (64, True), (128, True)])
 def test_which_rows_walk_if_minima_are_kept_by_lane(apart, walks, monkeypatch):
-    """Two copies of a code are compared unless they share a lane of the tile of 64 codes; then the row walks, to the same code."""
+    """Two copies of a code are compared unless they share a lane of the tiles of 64 codes; then the row walks."""
     from dae_kernels.nearest_code import fused
 
     torch.manual_seed(0)

@@ -3,14 +3,14 @@
 `code_norm_kernel` takes |c|^2 of every code. `search_kernel` walks over the codes, or over a share of them, and keeps the best
 score of each row with its index. `settle_kernel` (fused_settle.py) joins the shares and takes the distance from the winner.
 
-"exact" is exact by construction. The search then keeps the two best codes (of different tiles) and a bound `rest` below the
-scores of all others. `settle_kernel` compares the two by float64 distances. Where `rest` is within the error that rounding can
-leave in two scores (`rounding_error`), three or more codes may be nearest, or two of one tile, and the row walks:
-`settle_kernel` puts it on a list in the GPU's memory, `walk_kernel` compares the listed rows with every code in float64, rows x
-shares of the codes over the whole chip, and `join_kernel` joins the shares. The host never reads the list. By this bound and
-torch's float32 scores no row of 2048 walks in the three families of profiling/exactness.py, and 4 do for normal operands at
-K = 8192, D = 256. Every row does where float32 cannot tell codes apart: three copies of each code, data far off the origin, D = 1
-with many codes.
+"exact" is exact by construction. The search then keeps the two best codes (of different tiles, or lanes of a tile) and a bound
+`rest` below the scores of all others. `settle_kernel` compares the two by float64 distances. Where `rest` is within the error
+that rounding can leave in two scores (`rounding_error`), three or more codes may be nearest, or two of one tile or lane, and the
+row walks: `settle_kernel` puts it on a list in the GPU's memory, `walk_kernel` compares the listed rows with every code in
+float64, rows x shares of the codes over the whole chip, and `join_kernel` joins the shares. The host never reads the list. By
+this bound and torch's float32 scores no row of 2048 walks in the three families of profiling/exactness.py, and 4 do for normal
+operands at K = 8192, D = 256. Every row does where float32 cannot tell codes apart: three copies of each code, data far off the
+origin, D = 1 with many codes.
 
 What each kernel costs by count, with b bytes per element, S splits, W rows that walk; in brackets bf16 "exact" with N = 32768,
 K = 16384, D = 256, S = 1, W = 64, at 3.0 TB/s, 798 TFLOP/s in bf16, 64 float64 operations per SM and cycle (1.7 GHz):
@@ -29,21 +29,21 @@ Roofline (counts, with the measured floors of an H100: 3.0 TB/s, 798 TFLOP/s in 
   in the L2 cache (50 MB). Out of L2 the intensity is 2 BLOCK_N / b flop per byte while the rows of x stay on the chip (128 for
   bf16 and BLOCK_N = 128), and 2 / b / (1 / BLOCK_N + 1 / BLOCK_K) where D is looped and they stream too (64; 16 in float32).
 - Comparing takes about five float32 or integer instructions per score (scale, minimum, equality, select, minimum of the
-  index), and "exact" three more for the second score of the tile. An SM does 128 of them per cycle, so 25 or 16 scores, while its
-  tensor cores do 2048 bf16 multiply-adds: the comparison is the bound below D = 100 or so (bf16, "fast"), the product above.
+  index), and "exact" three more for the second score of the tile. An SM does 128 of them per cycle, so 25 or 16 scores, while
+  its tensor cores do 2048 bf16 multiply-adds: the comparison is the bound below D = 100 or so (bf16, "fast"), the product above.
 - Where registers allow it (`layout.by_lane`) each lane of the tile keeps its own minimum over all tiles, four instructions per
-  score ("exact" six, with a bound below the lane's other scores), and threads reduce once at the end. "exact" then cannot tell two
-  codes of one lane apart: a row whose nearest code has a copy a multiple of BLOCK_K codes away walks.
-- All instructions of the loop per score, counted in what triton 3.7.1 compiles for sm_90 (bf16; not a time), with a reduction
-  and masks in each tile, and now: D = 256 "fast", tile 64 x 64, 16.2 and 9.2; D = 256 "exact", 128 x 64, 18.2 and 11.7. No mask is
-  made where D fills the blocks and K the tiles.
+  score ("exact" six, with a bound below the lane's other scores), and threads reduce once at the end. "exact" then cannot tell
+  two codes of one lane apart: a row whose nearest code has a copy a multiple of BLOCK_K codes away walks.
+- All instructions of the loop per score, as compiled by triton 3.7.1 for sm_90 (bf16; counts, not times), with a reduction and
+  masks in each tile, and now: D = 256 "fast", tile 64 x 64, 16.2 and 9.2; D = 256 "exact", 128 x 64, 18.2 and 11.7. No mask
+  is made where D fills the blocks and K the tiles.
 - So the tile is chosen for registers: BLOCK_N x BLOCK_K sums over 32 * num_warps threads, 64 per thread for a 16-bit product
   (32 in "exact", which spilled on sm_100 with 64), 32 for tf32 and tf32x3, whose operands take more; tf32x3 holds each twice,
   hence the steps of 32 and 16 in D (sm_80).
 - No persistent programs: 512 programs of 64 rows (N = 32768), two per SM, are 1.94 waves, so 3 % are idle at the end, and a
-  program's start is 64 rows of x beside all codes. No TMA descriptors: they would save about 70 of the loop's 295 instructions per
-  thread (D = 256, "fast"), but not traffic out of L2, and need rows of a multiple of 16 bytes and host time per call; whether
-  that pays is for a GPU to say.
+  program's start is 64 rows of x beside all codes. No TMA descriptors: they would save about 70 of the 295 instructions per
+  thread and tile (D = 256, "fast"), but no traffic out of L2, and need rows of a multiple of 16 bytes and host time per call;
+  whether that pays is for a GPU to say.
 - D is padded to a power of two of at least 16, the minimum of a tensor core. Above BLOCK_D it is looped and both operands
   stream; up to BLOCK_D the rows of x stay on the chip and only codes stream.
 - N / BLOCK_N programs fill 132 SMs from N = 17000 (float32: 8500). Below that the codes are split into S shares, so that
@@ -84,7 +84,7 @@ def code_norm_kernel(
 
 @triton.jit
 def load_vectors(ptrs, inside, d0, D: tl.constexpr, RAGGED: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Values d0 to d0 + BLOCK_D of some vectors, 0 beyond D and, if RAGGED, in those not `inside`. No mask where none is needed."""
+    """Values d0 to d0 + BLOCK_D of some vectors, 0 beyond D and, if RAGGED, in those not `inside`; masks where needed."""
     if RAGGED or D % BLOCK_D != 0:
         mask = d0 + tl.arange(0, BLOCK_D)[None, :] < D
         return tl.load(ptrs + d0, mask=mask & inside[:, None] if RAGGED else mask, other=0.0)
@@ -112,10 +112,7 @@ def tile_scores(
             c = load_vectors(c_ptrs, inside, d0, D, RAGGED, BLOCK_D).to(x.dtype)
             dot = tl.dot(x_d, tl.trans(c), dot, input_precision=INPUT_PRECISION)
     # After the product: before it, norms would take the registers of a second program per SM (sm_80).
-    if RAGGED:
-        norm = tl.load(norm_ptr + code, mask=inside, other=float("inf"))
-    else:
-        norm = tl.load(norm_ptr + code)
+    norm = tl.load(norm_ptr + code, mask=inside, other=float("inf")) if RAGGED else tl.load(norm_ptr + code)
     if COSINE:
         score = -dot * norm[None, :]
         return tl.where(inside[None, :], score, float("inf")) if RAGGED else score
@@ -182,7 +179,7 @@ def search_kernel(
         norm_ptr += head * K
         score_ptr += head
         candidate_ptr += head
-    # Without masks, rows beyond N repeat the last one; they are not stored. With RAGGED that spilled on sm_100.
+    # Without masks, rows beyond N repeat the last one; they are not stored. With RAGGED that spilled on sm_100 (float32).
     x_row = row if RAGGED else tl.minimum(row, N - 1)
     x_ptrs = x_ptr + x_row[:, None] * (H * D) + tl.arange(0, BLOCK_D)[None, :]
     x = load_vectors(x_ptrs, row < N, 0, D, RAGGED, BLOCK_D).to(DOT_DTYPE)

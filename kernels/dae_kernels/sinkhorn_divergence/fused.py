@@ -206,8 +206,8 @@ class TritonUpdate(Update):
         self.update = sinkhorn_update_kernel[cdiv(N, tile["BLOCK_N"]), self.shares]
         self.sizes = N, M, share, D
         # AMD has no tf32x3; its float32 product is a float32 product.
-        self.constants = {"D": D, "P": p, "INPUT_PRECISION": "ieee" if torch.version.hip else "tf32x3"}
-        self.options = self.constants | tile
+        self.constants: dict[str, int | str] = {"D": D, "P": p, "INPUT_PRECISION": "ieee" if torch.version.hip else "tf32x3"}
+        self.options = {**self.constants, **tile}
         self.part_SN = x_ND.new_empty(self.shares, N) if self.shares > 1 else None
 
     def write(
