@@ -6,8 +6,8 @@
 Without a GPU the operands are on the CPU and take the path of the kernels all the same, as no kernel runs. Operands are small, so
 what torch's own operators (sums, products, copies) compute costs little. `kernels` and `torch` count the launches of both kinds;
 `launches us` is the time of these alone, the same calls one after the other, and `beside us` the operation without them.
-"both" is forward and backward with `torch.autograd.grad`; what that takes for a Function that does nothing, the row "an empty
-Function", is torch's own and not in `beside us`.
+"both" is forward and backward with `torch.autograd.grad`; what that takes for a Function that does nothing, with as many operands
+as the call has leaves, is torch's own and not in `beside us`. The row "an empty Function" has three.
 """
 
 import time
@@ -33,7 +33,7 @@ PEERS = ("torch", "triton", "numpy")
 # Torch's operators that launch nothing: views, and memory that nobody writes to.
 NO_LAUNCH = (
     *("empty", "new_empty", "view", "_unsafe_view", "_reshape_alias", "expand", "detach", "alias", "select", "slice", "split"),
-    *("unbind", "unsqueeze", "squeeze", "transpose", "permute", "as_strided", "is_same_size"),
+    *("unbind", "unsqueeze", "squeeze", "transpose", "permute", "as_strided", "is_same_size", "promote_types"),
 )
 
 
@@ -63,11 +63,11 @@ class Call:
 
 
 class Empty(torch.autograd.Function):
-    """Nothing, forward and backward, of three operands: what torch's own autograd costs."""
+    """Nothing, forward and backward, of some operands: what torch's own autograd costs."""
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return x.detach()
+    def forward(*operands: Tensor) -> Tensor:
+        return operands[0].detach()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -75,8 +75,7 @@ class Empty(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor, ...]:
-        _, weight, bias = ctx.saved_tensors
-        return d, weight, bias
+        return d, *ctx.saved_tensors[1:]
 
 
 def calls(device: torch.device) -> Iterator[Call]:
@@ -221,14 +220,18 @@ def main() -> None:
     torch.set_num_threads(1)
     where = machine(device, *PEERS)
     print(f"{where['hardware']}, {software(where)}\n{where['command']}\n\n{HEADER}")
+    engine_us: dict[int, float] = {}
+    for call in calls(device):
+        if call.leaves and len(call.leaves) not in engine_us:
+            nothing = Call("", partial(apply, Empty, *call.leaves), call.leaves)
+            engine_us[len(call.leaves)] = measured(nothing, "both", False, device, arguments.seconds, 0.0)["us"]["median"]
     nothing = next(calls(device))
-    engine_us = measured(nothing, "both", False, device, arguments.seconds, 0.0)["us"]["median"]
     for call in calls(device):
         if call.name != nothing.name and arguments.op and not call.name.startswith(tuple(arguments.op)):
             continue
         for phase in ("forward", "both") if call.leaves else ("forward",):
             for real in (False, True) if device.type == "cuda" else (False,):
-                row = measured(call, phase, real, device, arguments.seconds, engine_us)
+                row = measured(call, phase, real, device, arguments.seconds, engine_us.get(len(call.leaves), 0.0))
                 print(show(row), flush=True)
                 append_row(arguments.json, row | where | {"time": now()})
 

@@ -29,11 +29,19 @@ def values_readable(*tensors: torch.Tensor) -> bool:
     Not while torch.compile, torch.export or make_fx traces or a CUDA graph is recorded, nor for meta and fake tensors, nor for
     those batched by torch.vmap.
     """
-    if torch.compiler.is_compiling() or any(torch._C._get_dispatch_mode(mode) is not None for mode in TRACING_MODES):
+    if torch.compiler.is_compiling():
         return False
-    if any(tensor.is_cuda for tensor in tensors) and torch.cuda.is_current_stream_capturing():
+    if torch._C._len_torch_dispatch_stack() and any(torch._C._get_dispatch_mode(mode) is not None for mode in TRACING_MODES):
         return False
-    return not (batched(*tensors) or any(valueless(level) for tensor in tensors for level in transform_levels(tensor)))
+    for tensor in tensors:
+        if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+            return False
+        if valueless(tensor):
+            return False
+        wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        if wrapped and (batched(tensor) or any(valueless(level) for level in transform_levels(tensor))):
+            return False
+    return True
 
 
 def valueless(tensor: torch.Tensor) -> bool:
@@ -47,7 +55,16 @@ def batched(*tensors: torch.Tensor) -> bool:
 
 def differentiated(*tensors: torch.Tensor) -> bool:
     """Whether one of these may be differentiated, also by a torch.func transform outside a torch.vmap."""
-    return torch.is_grad_enabled() and any(level.requires_grad for tensor in tensors for level in transform_levels(tensor))
+    if not torch.is_grad_enabled():
+        return False
+    for tensor in tensors:
+        if tensor.requires_grad:
+            return True
+        if torch._C._functorch.is_functorch_wrapped_tensor(tensor) and any(
+            level.requires_grad for level in transform_levels(tensor)
+        ):
+            return True
+    return False
 
 
 def transform_levels(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -59,8 +76,15 @@ def transform_levels(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
-    """Autocast off, for operations that choose their own precision: it would cast float32 down again."""
-    return torch.autocast(device.type, enabled=False) if has_autocast(device.type) else nullcontext()
+    """Autocast off, for operations that choose their own precision: it would cast float32 down again.
+
+    Nothing where it is off already, but for what is compiled, which may be called where it is on.
+    """
+    if not has_autocast(device.type):
+        return nullcontext()
+    if not torch.compiler.is_compiling() and not torch.is_autocast_enabled(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def has_autocast(device_type: str) -> bool:

@@ -110,10 +110,11 @@ def linear_cross_entropy(
     check_loss_options(label_smoothing, z_loss, softcap)
     dtype = compute_dtype(hidden)
     impl = implementation(impl, hidden, linear_weight, dtype, label_smoothing, z_loss, softcap)
-    hidden_ND, targets_N = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
+    hidden_ND = hidden if hidden.dim() == 2 else hidden.reshape(-1, hidden.shape[-1])
+    targets_N = targets if targets.dim() == 1 else targets.reshape(-1)
     wide = torch.promote_types(dtype, torch.float32)
     weight_V = None if weight is None else weight.detach().to(wide).contiguous()
-    target_N, wrong, rows = counted(targets_N, len(linear_weight), ignore_index)
+    target_N, wrong, rows = counted(targets_N, linear_weight.shape[0], ignore_index)
     rows = rows.to(wide)
     mass = rows if weight_V is None else weight_V.gather(0, target_N.clamp(min=0)).where(target_N != NOT_COUNTED, 0.0).sum()
     z = None
@@ -122,19 +123,22 @@ def linear_cross_entropy(
         z = mass / rows.clamp(min=1) * z_loss if scaled else rows.new_full((), z_loss)
     tensors = (hidden_ND, linear_weight, bias, weight_V, target_N, z)
     options = (label_smoothing, softcap, dtype)
+    divisor, empty = torch.ones_like(rows), None
+    if reduction == "mean":
+        empty = mass == 0
+        divisor = mass.masked_fill(empty, 1.0)  # because the gradient of 0 / 0 would be NaN
+    divisor = divisor.masked_fill(wrong, math.nan)  # gradients are to be NaN, too
+    if impl in ("chunked", "triton"):
+        losses = chunked_cross_entropy(*tensors, *options, impl == "triton", chunk_bytes, divisor, empty, reduction != "none")
+        return losses.view(targets.shape) if reduction == "none" else losses
     if impl == "reference":
         losses = linear_cross_entropy_reference(*tensors, *options)
-    elif impl == "torch":
-        losses = torch_losses(*tensors[:5], dtype, "none" if reduction == "none" else "sum").to(wide)
     else:
-        losses = chunked_cross_entropy(*tensors, *options, impl == "triton", chunk_bytes, reduction != "none")
-    losses = losses * torch.ones_like(rows).masked_fill(wrong, math.nan)  # not filled, as gradients are to be NaN, too
+        losses = torch_losses(*tensors[:5], dtype, "none" if reduction == "none" else "sum").to(wide)
     if reduction == "none":
-        return losses.view(targets.shape)
-    if reduction == "sum":
-        return losses.sum()
-    # Filled, because the gradient of 0 / 0 would be NaN.
-    return (losses.sum() / mass.masked_fill(mass == 0, 1.0)).masked_fill(mass == 0, math.nan)
+        return (losses / divisor).view(targets.shape)
+    total = losses.sum() / divisor
+    return total if empty is None else total.masked_fill(empty, math.nan)
 
 
 def compute_dtype(hidden: Tensor) -> torch.dtype:
@@ -155,18 +159,17 @@ def check_rows_and_classes(
         kind = targets.dtype if isinstance(targets, Tensor) else type(targets)
         raise TypeError(f"{operation} needs int64 targets, got {kind}")
     check_dense(operation, "targets", targets)
-    shapes = f"got hidden {list(hidden.shape)}, linear_weight {list(linear_weight.shape)}, targets {list(targets.shape)}"
     matrix = linear_weight.dim() == 2 and hidden.dim() >= 1 and hidden.shape[-1] == linear_weight.shape[1]
-    if not matrix or targets.shape != hidden.shape[:-1]:
-        raise ValueError(f"{operation} needs hidden [..., D], linear_weight [V, D] and targets [...], {shapes}")
-    if linear_weight.numel() == 0:
-        raise ValueError(f"{operation} needs V >= 1 and D >= 1, {shapes}")
+    if not matrix or targets.shape != hidden.shape[:-1] or linear_weight.numel() == 0:
+        shapes = f"got hidden {list(hidden.shape)}, linear_weight {list(linear_weight.shape)}, targets {list(targets.shape)}"
+        needs = "V >= 1 and D >= 1" if matrix and targets.shape == hidden.shape[:-1] else ""
+        raise ValueError(f"{operation} needs {needs or 'hidden [..., D], linear_weight [V, D] and targets [...]'}, {shapes}")
     if not hidden.device == linear_weight.device == targets.device:
         raise ValueError(f"{operation} needs one device, got {hidden.device}, {linear_weight.device}, {targets.device}")
     if hidden.dtype != linear_weight.dtype and compute_dtype(hidden) != compute_dtype(linear_weight):
         got = f"{hidden.dtype} and {linear_weight.dtype}"
         raise ValueError(f"{operation} needs hidden and linear_weight of one dtype, got {got}")
-    V = len(linear_weight)
+    V = linear_weight.shape[0]
     for name, vector in (("bias", bias), ("weight", weight)):
         if vector is None:
             continue
@@ -192,12 +195,13 @@ def counted(targets_N: Tensor, V: int, ignore_index: int) -> tuple[Tensor, Tenso
 
     ValueError: an invalid target, if they are read.
     """
-    counts_N = targets_N != ignore_index
-    wrong_N = (targets_N.clamp(0, V - 1) != targets_N) & counts_N
-    if targets_N.device.type == "cpu" and values_readable(targets_N) and wrong_N.any():
-        wrong = targets_N[wrong_N][0].item()
-        raise ValueError(f"targets must lie in 0..{V - 1} or be ignore_index={ignore_index}, got {wrong}")
-    return targets_N.where(counts_N > wrong_N, NOT_COUNTED), wrong_N.any(), counts_N.sum()
+    counts_N, valid_N = targets_N != ignore_index, targets_N.clamp(0, V - 1) == targets_N
+    wrong_N = counts_N > valid_N
+    wrong = wrong_N.any()
+    if targets_N.device.type == "cpu" and values_readable(targets_N) and wrong:
+        found = targets_N[wrong_N][0].item()
+        raise ValueError(f"targets must lie in 0..{V - 1} or be ignore_index={ignore_index}, got {found}")
+    return targets_N.where(counts_N & valid_N, NOT_COUNTED), wrong, counts_N.sum()
 
 
 def implementation(
@@ -222,7 +226,9 @@ def implementation(
             raise ValueError("impl='torch' has no rules for torch.func (vmap, grad, ...): use impl='chunked'")
         return impl
     if impl == "triton" or (impl == "auto" and hidden.device.type == "cuda"):
-        refusal = dtype_refusal(hidden, linear_weight, hidden.new_empty(0, dtype=dtype))  # the last is autocast's
+        refusal = dtype_refusal(hidden, linear_weight)
+        if refusal is None and dtype != hidden.dtype:  # autocast's
+            refusal = dtype_refusal(hidden.new_empty(0, dtype=dtype))
         return "triton" if choose(impl, hidden.device, refusal) == "triton" else "chunked"
     if impl == "auto":
         return "reference" if math.prod(hidden.shape[:-1]) * len(linear_weight) <= FEW_LOGITS else "chunked"

@@ -5,6 +5,7 @@ Gradients made in a forward pass are outputs too, so that double backward reache
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -24,35 +25,50 @@ def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class SumOfLosses(torch.autograd.Function):
-    """Sum of the losses; its gradients are computed in the forward pass."""
+    """Sum of the losses over `divisor`, NaN without a gradient if `empty`; its gradients are computed in the forward pass."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(
-        hidden_ND, linear_weight_VD, bias_V, weight_V, target_N, z_loss, label_smoothing, softcap, dtype, needs, kernel, chunk
+        hidden_ND,
+        linear_weight_VD,
+        bias_V,
+        weight_V,
+        target_N,
+        z_loss,
+        divisor,
+        empty,
+        label_smoothing,
+        softcap,
+        dtype,
+        needs,
+        kernel,
+        chunk,
     ):
         tensors = hidden_ND, linear_weight_VD, bias_V, weight_V, target_N, z_loss, None
         loss_N, *gradients = chunked_losses(*tensors, label_smoothing, softcap, dtype, *needs, kernel, chunk)
-        return loss_N.sum(), *gradients
+        value = loss_N.sum() / divisor
+        return value if empty is None else value.masked_fill(empty, math.nan), *gradients
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.dtypes, ctx.needs = [None if t is None else t.dtype for t in inputs[:3]], inputs[9]
+        ctx.dtypes, ctx.needs = [None if t is None else t.dtype for t in inputs[:3]], inputs[11]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(*output[1:])
+        ctx.save_for_backward(*output[1:], *inputs[6:8])
 
     @staticmethod
     def backward(ctx: Any, d_sum: Tensor | None, *d_gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_second(d_gradients)
         if d_sum is None:
-            return (None,) * 12
-        gradients = ctx.saved_tensors
+            return (None,) * 14
+        *gradients, divisor, empty = ctx.saved_tensors
+        d_sum = (d_sum if empty is None else d_sum.masked_fill(empty, 0.0)) / divisor
         made: list[Tensor | None] = [None, None, None]
         for i in (1, 0, 2):  # the weight's first: its product in float32 is the largest tensor here
             if ctx.needs[i]:
                 made[i] = scaled(gradients[i], d_sum, ctx.dtypes[i])
-        return *made, *[None] * 9
+        return *made, *[None] * 11
 
 
 class Losses(torch.autograd.Function):
@@ -131,10 +147,12 @@ def refuse_second(d_gradients: tuple[Tensor | None, ...]) -> None:
 def chunked_cross_entropy(
     hidden_ND: Tensor, linear_weight_VD: Tensor, bias_V: Tensor | None, weight_V: Tensor | None, target_N: Tensor,
     z_loss: Tensor | None, label_smoothing: float, softcap: float | None, dtype: torch.dtype, kernel: bool, chunk: int | None,
-    summed: bool,
+    divisor: Tensor, empty: Tensor | None, summed: bool,
 ) -> Tensor:  # fmt: skip
-    """The [N] losses, or their sum if `summed`."""
+    """The [N] losses, or their sum if `summed`, over `divisor`; the sum is NaN without a gradient if `empty`."""
     needs = tuple(t is not None and differentiated(t) for t in (hidden_ND, linear_weight_VD, bias_V))
     tensors = hidden_ND, linear_weight_VD, bias_V, weight_V, target_N, z_loss
     options = label_smoothing, softcap, dtype, needs, kernel, chunk
-    return apply(SumOfLosses, *tensors, *options)[0] if summed else apply(Losses, *tensors, *options)
+    if summed:
+        return apply(SumOfLosses, *tensors, divisor, empty, *options)[0]
+    return apply(Losses, *tensors, *options) / divisor

@@ -99,10 +99,20 @@ def softmax_step(
         logits_nV.mul_(slope_nV)
 
 
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x.to(dtype), at a tenth of its host time where x has it."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def part(x: Tensor, start: int, n: int) -> Tensor:
+    """n rows of x, or x itself if it has no others."""
+    return x if x.shape[0] == n else x.narrow(0, start, n)
+
+
 def multiply(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> None:
     """out = a b, or out += a b, summed in the dtype of `out`, or in float32 if that is narrower, by the product itself."""
     if not a.is_cuda:
-        a, b = a.to(out.dtype), b.to(out.dtype)
+        a, b = cast(a, out.dtype), cast(b, out.dtype)
     if a.dtype == out.dtype:
         torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
     elif add:
@@ -132,49 +142,50 @@ def chunked_launcher(
 
     Gradients are empty where not needed. `factor_N`, of at most 1 in absolute value, multiplies the rows of that sum.
     """
-    N, V = len(hidden_ND), len(linear_weight_VD)
+    N, V = hidden_ND.shape[0], linear_weight_VD.shape[0]
     wide = torch.promote_types(dtype, torch.float32)
     # CPUs multiply 16 bits slowly; the kernel writes gradients in the GPU's product dtype.
     operand = wide if hidden_ND.device.type == "cpu" and not kernel else dtype
     needs = need_hidden, need_weight, need_bias
     loss_N, d_hidden_ND, d_weight_VD, d_bias_V = chunked_empty(hidden_ND, linear_weight_VD, dtype, *needs, kernel, chunk_bytes)
-    d_bias_V.zero_()
+    if need_bias:
+        d_bias_V.zero_()
     if N == 0:
         d_weight_VD.zero_()
     logits = logits_dtype(dtype, kernel)
     rows = chunk_rows(N, V, hidden_ND.device, logits.itemsize, chunk_bytes)
+    if kernel:
+        from dae_kernels.linear_cross_entropy.fused import launch
     with without_autocast(hidden_ND.device):
-        w_VD = linear_weight_VD.to(dtype).to(operand)
+        w_VD = cast(cast(linear_weight_VD, dtype), operand)
         b_V = None if bias_V is None else bias_V.to(wide).contiguous()
         # At once on a GPU, which saves launches; by chunks on a CPU, whose products round by how their operands are aligned.
-        h_ND = counted_rows(hidden_ND, target_N).to(operand) if hidden_ND.is_cuda else None
+        h_ND = cast(counted_rows(hidden_ND, target_N), operand) if hidden_ND.is_cuda else None
         buffer_nV = hidden_ND.new_empty(rows, V, dtype=logits)
         # In place where the rows of both are equal.
         narrow_nV = hidden_ND.new_empty(rows, V, dtype=dtype) if kernel and any(needs) and dtype != logits else buffer_nV
         for start in range(0, N, rows):
             n = min(rows, N - start)
-            target_n, loss_n = target_N.narrow(0, start, n), loss_N.narrow(0, start, n)
+            target_n, loss_n = part(target_N, start, n), part(loss_N, start, n)
             if h_ND is None:
-                h_nD = counted_rows(hidden_ND.narrow(0, start, n), target_n).to(dtype).to(operand)
+                h_nD = cast(cast(counted_rows(part(hidden_ND, start, n), target_n), dtype), operand)
             else:
-                h_nD = h_ND.narrow(0, start, n)
-            logits_nV, gradient_nV = buffer_nV.narrow(0, 0, n), narrow_nV.narrow(0, 0, n)
+                h_nD = part(h_ND, start, n)
+            logits_nV, gradient_nV = part(buffer_nV, 0, n), part(narrow_nV, 0, n)
             multiply(h_nD, w_VD.T, logits_nV)
             step = b_V, weight_V, target_n, loss_n, z_loss, label_smoothing, softcap, any(needs)
             if kernel:
-                from dae_kernels.linear_cross_entropy.fused import launch
-
                 launch(logits_nV, gradient_nV, *step)
             else:
                 softmax_step(logits_nV, *step)
-                gradient_nV = logits_nV.to(operand)
+                gradient_nV = cast(logits_nV, operand)
             if need_hidden:
-                d_hidden_nD = d_hidden_ND.narrow(0, start, n)
+                d_hidden_nD = part(d_hidden_ND, start, n)
                 if operand == dtype:
                     torch.mm(gradient_nV, w_VD, out=d_hidden_nD)
                 else:
                     d_hidden_nD.copy_(gradient_nV @ w_VD)
-            factor_1n = None if factor_N is None else factor_N.narrow(0, start, n).to(operand).unsqueeze(0)
+            factor_1n = None if factor_N is None else cast(part(factor_N, start, n), operand).unsqueeze(0)
             if need_bias:
                 ones_1n = torch.ones_like(loss_n, dtype=operand).unsqueeze(0) if factor_1n is None else factor_1n
                 multiply(ones_1n, gradient_nV, d_bias_V.unsqueeze(0), add=True)
@@ -188,10 +199,10 @@ def chunked_launcher(
 def chunked_empty(hidden_ND: Tensor, linear_weight_VD: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *_, dtype, need_hidden, need_weight, need_bias, _, _ = rest
     wide = torch.promote_types(dtype, torch.float32)
-    loss_N = hidden_ND.new_empty(len(hidden_ND), dtype=wide)
+    loss_N = hidden_ND.new_empty(hidden_ND.shape[0], dtype=wide)
     d_hidden_ND = hidden_ND.new_empty(hidden_ND.shape if need_hidden else (0, 0), dtype=dtype)
     d_weight_VD = hidden_ND.new_empty(linear_weight_VD.shape if need_weight else (0, 0), dtype=wide)
-    return loss_N, d_hidden_ND, d_weight_VD, hidden_ND.new_empty(len(linear_weight_VD) if need_bias else 0, dtype=wide)
+    return loss_N, d_hidden_ND, d_weight_VD, hidden_ND.new_empty(linear_weight_VD.shape[0] if need_bias else 0, dtype=wide)
 
 
 # Opaque even without the interpreter: its products are cuBLAS's, and Inductor would unroll the loop.

@@ -20,6 +20,8 @@ Roofline (counts, with the measured floors of an H100: 3.0 TB/s of copy, 798 TFL
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -138,6 +140,7 @@ def softmax_step_kernel(
             tl.store(gradient_ptr + v, tl.where(counts, d, 0.0).to(gradient_ptr.dtype.element_ty), mask=inside)
 
 
+@functools.cache
 def tile(V: int, logits: torch.dtype, softcap: bool) -> dict[str, int]:
     """Of one row, what 8 warps load by 16 bytes per thread; with a soft cap and bfloat16 by 8."""
     lanes = 4 if softcap or logits.itemsize == 4 else 8
