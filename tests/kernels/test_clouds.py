@@ -107,6 +107,12 @@ def test_a_centre_comes_from_points_in_proportion_to_their_weights(weights):
     assert ((counts_N - len(points_S1) * weights_N).abs() < 1 + 1e-9).all()
 
 
+@pytest.mark.parametrize("N", [1, 2, 3, 7, 100, 511, 512, 513, 1023, 1024, 1025, 5000, 99991])
+def test_equal_weights_need_not_be_summed(N):
+    cloud = torch.arange(N, dtype=torch.float64)[:, None]
+    assert torch.equal(sampled(cloud, None), sampled(cloud, torch.full((N,), 1 / N, dtype=torch.float64)))
+
+
 def test_the_middle_is_the_lower_median():
     for points in (torch.randn(7, 3), torch.randn(8, 3)):
         assert torch.equal(middle(points), points.median(dim=0).values)

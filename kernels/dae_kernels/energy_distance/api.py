@@ -60,6 +60,6 @@ def energy_distance(
     check_weights("energy_distance", "weights_y", weights_y, y)
     chosen = choose(impl, x.device, dtype_refusal(x))
     a_N, b_M = normalised(weights_x, x, torch.float64), normalised(weights_y, y, torch.float64)
-    within_x, across, within_y = pair_sums(x, y, a_N, b_M, (), chosen)
+    within_x, across, within_y = pair_sums(x, y, a_N, b_M, (), chosen, (weights_x is None, weights_y is None))
     distance = 2.0 * across - within_x - within_y
     return distance if x.element_size() == 8 else distance.float()

@@ -105,7 +105,7 @@ def mmd(
         if min(parameters) < 1e-18 or max(parameters) > 1e18:
             refusal = f"the kernel takes bandwidths from 1e-18 to 1e18, got {parameters}"
         chosen = choose(impl, x.device, refusal)
-    within_x, across, within_y = pair_sums(x, y, a_N, b_M, parameters, chosen)
+    within_x, across, within_y = pair_sums(x, y, a_N, b_M, parameters, chosen, (weights_x is None, weights_y is None))
     if unbiased:
         pairs_x, pairs_y = 1.0 - a_N.square().sum(), 1.0 - b_M.square().sum()
         squared = within_x / pairs_x + within_y / pairs_y - 2.0 * across

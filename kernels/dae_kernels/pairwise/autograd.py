@@ -19,7 +19,13 @@ Rows = Callable[[Tensor, Tensor, Tensor, bool, bool], tuple[Tensor, Tensor]]
 
 @taken_whole
 def pair_sums(
-    x_ND: Tensor, y_MD: Tensor, a_N: Tensor, b_M: Tensor, parameters: tuple[float, ...], impl: str
+    x_ND: Tensor,
+    y_MD: Tensor,
+    a_N: Tensor,
+    b_M: Tensor,
+    parameters: tuple[float, ...],
+    impl: str,
+    equal: tuple[bool, bool] = (False, False),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Sums of k over the pairs within x, across, and within y, without pairs of a point with itself; float64 scalars.
 
@@ -34,13 +40,14 @@ def pair_sums(
         x_ND, y_MD: the clouds.
         a_N, b_M: their weights, float64.
         impl: "reference", "triton" or POLYNOMIAL.
+        equal: whether the weights of x, and of y, are known to be equal, which saves launches.
     """
     for_x, for_y = differentiated(x_ND, a_N), differentiated(y_MD, b_M)
-    return apply(PairSums, x_ND, y_MD, a_N, b_M, parameters, impl, for_x, for_y)[:3]
+    return apply(PairSums, x_ND, y_MD, a_N, b_M, parameters, impl, equal, for_x, for_y)[:3]
 
 
 def prepared(
-    x_ND: Tensor, y_MD: Tensor, a_N: Tensor, b_M: Tensor, parameters: tuple[float, ...], impl: str
+    x_ND: Tensor, y_MD: Tensor, a_N: Tensor, b_M: Tensor, parameters: tuple[float, ...], impl: str, equal: tuple[bool, bool]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Rows]:
     """x for its own pairs, x and y for those across, y for its own pairs, and the function that sums over their rows.
 
@@ -53,7 +60,7 @@ def prepared(
         return x_ND, x_ND, y_MD, y_MD, lambda q, s, v, *flags: pair_rows(q, s, v, parameters, *flags)
     from dae_kernels.pairwise.fused import centred, pair_rows_triton, rates
 
-    x_alone, x, y, y_alone = centred(x_ND, y_MD, a_N, b_M)
+    x_alone, x, y, y_alone = centred(x_ND, y_MD, *(None if known else w for w, known in zip((a_N, b_M), equal, strict=True)))
     rate_B = rates(parameters, x_ND.device)
     scale: Tensor | float = 1.0
     if not parameters:  # float32 squared distances overflow above 1e19 and underflow below 1e-19
@@ -83,10 +90,11 @@ class PairSums(torch.autograd.Function):
         b_M: Tensor,
         parameters: tuple[float, ...],
         impl: str,
+        equal: tuple[bool, bool],
         for_x: bool,
         for_y: bool,
     ) -> tuple[Tensor, ...]:
-        x_alone, x, y, y_alone, rows = prepared(x_ND, y_MD, a_N, b_M, parameters, impl)
+        x_alone, x, y, y_alone, rows = prepared(x_ND, y_MD, a_N, b_M, parameters, impl, equal)
         within_x_N, slope_xx_ND = rows(x_alone, x_alone, a_N, True, for_x)
         within_y_M, slope_yy_MD = rows(y_alone, y_alone, b_M, True, for_y)
         made = []
@@ -105,7 +113,7 @@ class PairSums(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x_ND, y_MD, a_N, b_M, _, _, ctx.for_x, ctx.for_y = inputs
+        x_ND, y_MD, a_N, b_M, _, _, _, ctx.for_x, ctx.for_y = inputs
         ctx.dtypes = x_ND.dtype, y_MD.dtype
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(a_N, b_M, *output[3:])
@@ -122,7 +130,7 @@ class PairSums(torch.autograd.Function):
             d_x, d_a = gradients_of_cloud(a_N, made[:4], d_within_x, d_across, ctx.dtypes[0])
         if ctx.for_y:
             d_y, d_b = gradients_of_cloud(b_M, made[-4:], d_within_y, d_across, ctx.dtypes[1])
-        return d_x, d_y, d_a, d_b, None, None, None, None
+        return d_x, d_y, d_a, d_b, None, None, None, None, None
 
 
 def gradients_of_cloud(

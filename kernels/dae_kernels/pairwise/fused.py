@@ -20,6 +20,7 @@ Roofline, by counting (the kernel is not measured; H100: 3.0 TB/s, 67 TFLOP/s in
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -30,6 +31,7 @@ from torch import Tensor
 from dae_kernels.clouds import middle, sampled
 from dae_kernels.dispatch import register_op
 from dae_kernels.tiles import cdiv, next_power_of_2
+from dae_kernels.tracing import traced
 
 
 @triton.jit(do_not_specialize=["N", "M", "d_end"])
@@ -105,7 +107,7 @@ def tile(D: int, gradient: bool) -> dict[str, int]:
     return {"BLOCK_N": 64, "BLOCK_M": block_m, "BLOCK_D": 16, "BLOCK_E": block_e, "num_warps": 4, "num_stages": 2}
 
 
-def centred(x_ND: Tensor, y_MD: Tensor, a_N: Tensor, b_M: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def centred(x_ND: Tensor, y_MD: Tensor, a_N: Tensor | None, b_M: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """float32 clouds centred to reduce cancellation in |x|^2 + |y|^2 - 2 x.y: x alone, x and y, y alone.
 
     The centres are medians, which outliers do not move; each cloud has its own for its own pairs, as it may be far from the
@@ -118,8 +120,15 @@ def centred(x_ND: Tensor, y_MD: Tensor, a_N: Tensor, b_M: Tensor) -> tuple[Tenso
 
 
 def rates(bandwidths: tuple[float, ...], device: torch.device) -> Tensor:
-    """[max(B, 1)] float32 rates: exp(-r^2 / (2 s^2)) = 2^(rate r^2)."""
+    """[max(B, 1)] float32 rates: exp(-r^2 / (2 s^2)) = 2^(rate r^2); kept, as a GPU waits for numbers of the host."""
+    return made_rates(bandwidths, device) if traced() else known_rates(bandwidths, device)
+
+
+def made_rates(bandwidths: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor([-math.log2(math.e) / (2 * s * s) for s in bandwidths] or [0.0], dtype=torch.float32, device=device)
+
+
+known_rates = functools.lru_cache(maxsize=256)(made_rates)
 
 
 def launch(

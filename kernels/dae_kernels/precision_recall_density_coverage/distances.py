@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from dae_kernels.clouds import middle, normalised, power_of_two, sampled
+from dae_kernels.clouds import middle, power_of_two, sampled
 
 MAX_NUMBERS = 1 << 23  # per array in memory: 64 MiB in float64
 EPS, TINY = torch.finfo(torch.float64).eps, torch.finfo(torch.float64).tiny
@@ -23,7 +23,7 @@ class Frame:
     """
 
     def __init__(self, x_ND: Tensor, y_MD: Tensor) -> None:
-        centre_D = middle(sampled(y_MD, normalised(None, y_MD, torch.float64)))
+        centre_D = middle(sampled(y_MD, None))
         a_ND, b_MD = x_ND - centre_D, y_MD - centre_D
         self.scale = power_of_two(torch.maximum(a_ND.abs().amax(), b_MD.abs().amax()))
         self.a_ND, self.b_MD = a_ND.mul_(self.scale), b_MD.mul_(self.scale)

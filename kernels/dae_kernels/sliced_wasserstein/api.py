@@ -139,7 +139,10 @@ def projected_distance(
     dtype = torch.promote_types(x.dtype, torch.float32)
     x, y = x.to(dtype), y.to(dtype)
     # The distance does not depend on the origin, but rounding grows with the size of the projections.
-    near = [sampled(cloud, normalised(w, cloud, torch.float64)) for cloud, w in ((x, weights_x), (y, weights_y))]
+    near = [
+        sampled(cloud, None if w is None else normalised(w, cloud, torch.float64))
+        for cloud, w in ((x, weights_x), (y, weights_y))
+    ]
     centre_D = middle(torch.cat(near))
     x, y, projections = x - centre_D, y - centre_D, projections.to(dtype)
     of_clouds, of_projections = unit_scale(x, y), unit_scale(projections)
