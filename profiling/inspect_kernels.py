@@ -147,7 +147,7 @@ def main() -> None:
     if os.environ.pop("TRITON_INTERPRET", "0") == "1":
         print("TRITON_INTERPRET is set: ignored, nothing compiles under the interpreter", file=sys.stderr)
     if not arguments.json:
-        print(f"{'kernel':<34}{'variant':<34}{'target':<8}{'registers':>10}{'shared':>8}{'spills':>7}{'tensor core':>13}")
+        print(f"{'kernel':<34}{'variant':<40}{'target':<8}{'registers':>10}{'shared':>8}{'spills':>7}{'tensor core':>13}")
     broken, wanted = 0, [name for name in TARGETS if name in (arguments.target or TARGETS)]
     for operation, target_name in itertools.product(arguments.op or operations, wanted):
         for variant in variants_of(operation, target_name):
@@ -161,7 +161,7 @@ def main() -> None:
                 continue
             remark = f"   <- {'; '.join(report['faults'])}" if report["faults"] else ""
             print(
-                f"{report['kernel']:<34}{variant.name:<34}{target_name:<8}{report['registers']:>10}{report['shared']:>8}"
+                f"{report['kernel']:<34}{variant.name:<40}{target_name:<8}{report['registers']:>10}{report['shared']:>8}"
                 f"{report['spills']:>7}{report['tensor_core']:>13}{remark}",
                 flush=True,
             )
