@@ -173,7 +173,8 @@ def test_applied_functions_under_transforms_and_forward_mode():
 def test_host_overhead_takes_the_path_of_the_kernels(tmp_path):
     """A CPU without the interpreter: launches are counted, nothing is computed."""
     root = Path(__file__).resolve().parents[2]
-    options = ["--op", "group_norm_silu", "--op", "nearest_code", "--seconds", "0.01", "--device", "cpu"]
+    names = ("group_norm_silu", "nearest_code", "linear_cross_entropy", "mmd", "energy_distance")
+    options = [*(part for name in names for part in ("--op", name)), "--seconds", "0.01", "--device", "cpu"]
     command = [sys.executable, str(root / "profiling" / "host_overhead.py"), *options, "--json", str(tmp_path / "rows.jsonl")]
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
@@ -182,4 +183,9 @@ def test_host_overhead_takes_the_path_of_the_kernels(tmp_path):
     launches = {(row["op"], row["phase"]): row["kernels"] for row in rows}
     assert launches[("group_norm_silu", "forward")] == 3 and launches[("group_norm_silu", "both")] == 7
     assert launches[("nearest_code fast", "forward")] == 3
+    operators = {(row["op"], row["phase"]): row["torch_operators"] for row in rows}
+    assert operators[("group_norm_silu adaptive", "both")] == 0
+    most = {"linear_cross_entropy": (20, 26), "mmd": (51, 81), "energy_distance": (66, 95)}
+    for name, (forward, both) in most.items():  # of small tensors, each a launch: what they cost a GPU's host is their number
+        assert operators[(name, "forward")] <= forward and operators[(name, "both")] <= both
     assert all(row["us"]["median"] > 0 and row["command"].startswith("python profiling/host_overhead.py") for row in rows)

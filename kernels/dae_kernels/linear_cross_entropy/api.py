@@ -123,10 +123,8 @@ def linear_cross_entropy(
         z = mass / rows.clamp(min=1) * z_loss if scaled else rows.new_full((), z_loss)
     tensors = (hidden_ND, linear_weight, bias, weight_V, target_N, z)
     options = (label_smoothing, softcap, dtype)
-    divisor, empty = torch.ones_like(rows), None
-    if reduction == "mean":
-        empty = mass == 0
-        divisor = mass.masked_fill(empty, 1.0)  # because the gradient of 0 / 0 would be NaN
+    empty = mass == 0 if reduction == "mean" else None
+    divisor = torch.ones_like(rows) if empty is None else mass.masked_fill(empty, 1.0)  # the gradient of 0 / 0 would be NaN
     divisor = divisor.masked_fill(wrong, math.nan)  # gradients are to be NaN, too
     if impl in ("chunked", "triton"):
         losses = chunked_cross_entropy(*tensors, *options, impl == "triton", chunk_bytes, divisor, empty, reduction != "none")

@@ -62,14 +62,14 @@ def prepared(
 
     x_alone, x, y, y_alone = centred(x_ND, y_MD, *(None if known else w for w, known in zip((a_N, b_M), equal, strict=True)))
     rate_B = rates(parameters, x_ND.device)
-    scale: Tensor | float = 1.0
+    scale: Tensor | None = None
     if not parameters:  # float32 squared distances overflow above 1e19 and underflow below 1e-19
         scale = unit_scale(x_alone, x, y, y_alone)
         x_alone, x, y, y_alone = (cloud * scale for cloud in (x_alone, x, y, y_alone))
 
     def rows(q: Tensor, s: Tensor, v: Tensor, same: bool, gradient: bool) -> tuple[Tensor, Tensor]:
         p, g = pair_rows_triton(q, s, v.float(), rate_B, len(parameters), same, gradient)
-        return p.double() / scale, g  # the gradient of a distance has no unit
+        return p.double() if scale is None else p.double() / scale, g  # the gradient of a distance has no unit
 
     return x_alone, x, y, y_alone, rows
 

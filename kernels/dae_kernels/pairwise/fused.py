@@ -145,12 +145,13 @@ def launch(
     """The kernel into contiguous float32 buffers; gradient_ND is not touched unless `gradient`."""
     N, M, D = q_ND.shape[0], s_MD.shape[0], int(q_ND.shape[1])
     options = tile(D, gradient)
+    square_N = q_ND.square().sum(dim=1)
     grid = (cdiv(N, options["BLOCK_N"]), cdiv(D, options["BLOCK_E"]) if gradient else 1)
     pair_rows_kernel[grid](
         q_ND,
         s_MD,
-        q_ND.square().sum(dim=1),
-        s_MD.square().sum(dim=1),
+        square_N,
+        square_N if s_MD is q_ND else s_MD.square().sum(dim=1),
         v_M,
         rate_B,
         sum_N,
