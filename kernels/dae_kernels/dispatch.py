@@ -14,12 +14,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 from dae_kernels.checks import check_choice
-from dae_kernels.tracing import TAKEN_WHOLE, traced, valueless
+from dae_kernels.tracing import TAKEN_WHOLE, traced
 
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
+
+is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # looked up once, as it is asked for each argument
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -128,7 +131,7 @@ def apply(function: Any, *arguments: Any) -> Any:
     wanted = False
     for argument in arguments:
         if isinstance(argument, Tensor):
-            if torch._C._functorch.is_functorch_wrapped_tensor(argument):  # left behind by a transform
+            if is_wrapped(argument):  # left behind by a transform
                 return function.apply(*arguments)
             wanted = wanted or argument.requires_grad
     if forward_ad._current_level >= 0:
@@ -175,7 +178,7 @@ def register_op(name: str, body: Callable, fake: Callable) -> Callable:
         if traced():
             return op(*arguments)
         for argument in arguments:
-            if isinstance(argument, Tensor) and valueless(argument):
+            if isinstance(argument, Tensor) and (argument.is_meta or isinstance(argument, FakeTensor)):
                 return op(*arguments)
         return body(*arguments)
 
