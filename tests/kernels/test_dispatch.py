@@ -182,6 +182,7 @@ def test_host_overhead_takes_the_path_of_the_kernels(tmp_path):
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
     launches = {(row["op"], row["phase"]): row["kernels"] for row in rows}
     assert launches[("group_norm_silu", "forward")] == 3 and launches[("group_norm_silu", "both")] == 7
+    assert launches[("group_norm_silu 16x16", "forward")] == 1 and launches[("group_norm_silu 16x16", "both")] == 3
     assert launches[("nearest_code fast", "forward")] == 3
     operators = {(row["op"], row["phase"]): row["torch_operators"] for row in rows}
     assert operators[("group_norm_silu adaptive", "both")] == 0
