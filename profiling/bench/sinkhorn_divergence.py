@@ -12,7 +12,7 @@ import torch
 from cases import Case, geomloss, implementations
 from dae_kernels.dispatch import triton_refusal
 from dae_kernels.sinkhorn_divergence import sinkhorn_divergence
-from dae_kernels.sinkhorn_divergence.solver import box, epsilon_schedule
+from dae_kernels.sinkhorn_divergence.solver import boxes, epsilon_schedule
 
 SHAPES = {"cuda": [{"N": 16384, "M": 16384, "D": 64}], "cpu": [{"N": 2000, "M": 2000, "D": 2}]}
 BLUR, SCALING = 0.05, 0.5
@@ -22,7 +22,7 @@ def cases(device, dtype, N, M, D):
     # Clouds of equal scale at every D, shifted by half of it.
     x_ND = (torch.randn(N, D, device=device) / D**0.5).to(dtype).requires_grad_()
     y_MD = ((torch.randn(M, D, device=device) + 0.5) / D**0.5).to(dtype).requires_grad_()
-    schedule = epsilon_schedule(box(x_ND.detach(), y_MD.detach())[1], BLUR, SCALING, 2)
+    schedule = epsilon_schedule(boxes((x_ND.detach(), y_MD.detach()))[0][1], BLUR, SCALING, 2)
     steps = len(schedule) + 2
     moved, flops = x_ND.nbytes + y_MD.nbytes + 8 * (N + M), 2 * (2 * N * M + N * N + M * M) * D * (steps + 1)
     work = {"flops": flops, "bytes": moved, "backward_flops": (N + M) * D, "backward_bytes": 2 * moved}
