@@ -73,8 +73,8 @@ class FixedKVCache(KVCache):
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store [B, heads, 1, head_dim] of the next position; return keys and values of all positions, filled or not."""
-        self.keys[layer].index_copy_(2, self.index, k)
-        self.values[layer].index_copy_(2, self.index, v)
+        self.keys[layer].index_copy_(2, self.index, k.to(self.keys.dtype))  # under autocast k is narrower
+        self.values[layer].index_copy_(2, self.index, v.to(self.values.dtype))
         return self.keys[layer], self.values[layer]
 
 

@@ -174,8 +174,11 @@ class VectorQuantizer(WideBuffers, Bottleneck):
         x_BTD = encoding.features.detach().movedim(1, -1).flatten(1, 2)
         # Sums in float64: over micro-batches and processes they add up to the global sum with a single rounding.
         counts, sums = codebook_statistics(x_BTD.double(), encoding.indices.flatten(1), len(self.codebook))
-        self._counts = counts if self._counts is None else self._counts + counts
-        self._sums = sums if self._sums is None else self._sums + sums
+        if self._counts is None or self._sums is None:
+            self._counts, self._sums = counts, sums
+        else:  # in place: a CUDA graph of this step may be replayed several times, and then adds to what its first replay left
+            self._counts += counts
+            self._sums += sums
         if x_BTD.numel():
             self._latest = x_BTD
 

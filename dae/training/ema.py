@@ -58,8 +58,11 @@ class EMA:
         if self._narrow:
             weights = [weight.to(average.dtype) for average, weight in zip(averages, weights, strict=True)]
         if isinstance(self.rate, Tensor):
+            rates = {
+                dtype: self.rate.to(dtype) for dtype in {average.dtype for average in averages}
+            }  # one launch, not one a tensor
             for average, weight in zip(averages, weights, strict=True):
-                average.lerp_(weight, self.rate.to(average.dtype))
+                average.lerp_(weight, rates[average.dtype])
         else:
             torch._foreach_lerp_(averages, weights, self.rate)
         for own, new in zip(*self._buffers, strict=True):

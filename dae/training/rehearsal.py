@@ -109,6 +109,8 @@ def rehearse_prior(config: Config, autoencoder: Autoencoder, num_classes: int, r
         ValueError, TypeError, ImportError: what the prior or a kernel refuses, or too few rows.
     """
     family, settings, device = prior_family(config), config.prior, autoencoder.device
+    if config.sampling.cuda_graphs and device.type != "cuda":
+        raise ValueError(f"sampling.cuda_graphs=true needs a CUDA device, this run is on {device.type}; leave it out")
     family.require_rows(config, autoencoder, rows)
     if family.fitted:
         return

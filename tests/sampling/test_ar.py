@@ -216,6 +216,15 @@ def test_a_graph_a_token(monkeypatch, length, options):
     assert torch.equal(sample_tokens(prior, labels, **options, generator=generator(), cuda_graphs=True), plain)
 
 
+def test_a_graph_a_token_under_autocast(monkeypatch):
+    """Keys are narrower than the cache there."""
+    prior, labels = make(vocab=7, length=5, width=16, depth=2), torch.zeros(4, dtype=torch.int64)
+    monkeypatch.setattr("dae.priors.ar.Recorder", Rerun)
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens = [sample_tokens(prior, labels, generator=generator(), cuda_graphs=graphs) for graphs in (False, True)]
+    assert torch.equal(*tokens)
+
+
 def test_graphs_need_a_gpu():
     with pytest.raises(ValueError, match="CUDA graphs need a CUDA device, got cpu; leave cuda_graphs out"):
         sample_tokens(make(), torch.zeros(1, dtype=torch.int64), cuda_graphs=True)

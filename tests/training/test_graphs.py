@@ -91,6 +91,17 @@ def test_the_recorded_part_changes_tensors_alone(name):
     assert {key: pair for key, pair in changed.items() if not key.endswith(sums)} == {} and len(before) > 50
 
 
+def test_what_micro_steps_add_up_keeps_its_place():
+    """The graph of those between the first and the last adds to the same tensors, however often it is replayed."""
+    training = autoencoder_training("stage1.gradient_accumulation_steps=4")
+    bottleneck, places = training.autoencoder.bottleneck, []
+    for micro in range(3):
+        training.compute(training.next_batch(), 0, micro)
+        added = [p.grad for p in training.parameters if p.grad is not None] + [bottleneck._counts, bottleneck._sums]
+        places.append([tensor.data_ptr() for tensor in added])
+    assert places[0] == places[1] == places[2] and len(places[0]) > 9
+
+
 class Copies(TorchDispatchMode):
     """Copies from the host's memory to the device, for which the meta device stands; a recording cannot hold them."""
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dae.config import Config, DecoderConfig, LossConfig, OptimizationConfig, StageConfig, load_config
 from dae.models import Autoencoder
@@ -100,6 +101,22 @@ def test_ema_by_hand():
         assert torch.equal(ema.state_dict()["book"], module.book)  # copied, not averaged
     assert ema.updates == 30 and ema.state_dict().keys() == module.state_dict().keys()
     assert not any(p.requires_grad for p in ema.average.parameters())
+
+
+def test_a_recorded_average_converts_its_rate_once():
+    class Conversions(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.count += "_to_copy" in str(function)
+            return function(*args, **(kwargs or {}))
+
+    module = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    ema = EMA(module, decay=0.5)
+    ema.keep_rate_on(torch.device("cpu"))
+    with Conversions() as conversions:
+        ema.update(module)
+    assert conversions.count == 1
 
 
 def test_ema_is_swapped_in_and_out():

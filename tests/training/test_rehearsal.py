@@ -61,6 +61,11 @@ def rehearse(*overrides, rows=50, heldout=10):
         ),
         (["data.resolution=4"], ValueError, "data.resolution=4.*8 x 8"),
         (
+            ["sampling.cuda_graphs=true"],
+            ValueError,
+            "^sampling.cuda_graphs=true needs a CUDA device, this run is on cpu; leave it out",
+        ),
+        (
             ["stage2.loss.adversarial=1", "stage2.loss.discriminator_layers=5"],
             ValueError,
             "less than a pixel: expected at most 4",
