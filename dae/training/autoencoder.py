@@ -124,7 +124,7 @@ def train_stage(training: StageTraining, heldout: AnyDataset | None, run: Run | 
     bar.close()
     if state.ema:
         training.trained.load_state_dict(state.ema.state_dict())  # the average is delivered, and frozen by stage 2
-    training.engine.free_memory()
+    training.end()
 
 
 class StageTraining(Training):

@@ -58,9 +58,8 @@ class EMA:
         if self._narrow:
             weights = [weight.to(average.dtype) for average, weight in zip(averages, weights, strict=True)]
         if isinstance(self.rate, Tensor):
-            rates = {
-                dtype: self.rate.to(dtype) for dtype in {average.dtype for average in averages}
-            }  # one launch, not one a tensor
+            dtypes = {average.dtype for average in averages}
+            rates = {dtype: self.rate.to(dtype) for dtype in dtypes}  # one launch, not one a tensor
             for average, weight in zip(averages, weights, strict=True):
                 average.lerp_(weight, rates[average.dtype])
         else:

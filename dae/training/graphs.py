@@ -9,6 +9,7 @@ Validations and checkpoints read values on the host and run between replays, wit
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -65,7 +66,7 @@ class StepGraphs:
 
     def __init__(self, training: Training, recorder: Callable[[], Recorder] | None = None):
         self.training, self.device = training, training.engine.device
-        self.make_recorder = recorder or (lambda: Recorder(self.device))
+        self.make_recorder = recorder or functools.partial(Recorder, self.device)  # not a closure of self: see `Training.end`
         self.recorder = self.make_recorder()
         self.batch: dict[str, Tensor] = {}
         self.graphs: dict[tuple[bool, bool], Replayable] = {}

@@ -88,6 +88,11 @@ class Training:
         if self.ahead is not None and number + 1 < self.settings.max_train_steps:
             self.ahead.fetch()  # while the device works on this step
 
+    def end(self) -> None:
+        """Free what was recorded and prepared: nothing else can use the memory of graphs, and they refer back to this."""
+        self.graphs = None
+        self.engine.free_memory()
+
     def next_batch(self) -> dict[str, Tensor]:
         """The columns of the next batch that `micro_step` reads, on the device."""
         batch = next(self.batches)

@@ -114,7 +114,7 @@ def train_by_steps(
     if best is None:  # there was no validation, or an earlier version wrote the checkpoint
         best = Best(total, _copied((state.ema or prior).state_dict()))
     prior.load_state_dict(best.tensors)
-    training.engine.free_memory()
+    training.end()
     return best
 
 

@@ -1,6 +1,8 @@
 """A step from CUDA graphs: what it computes, that it can be recorded, and what is refused."""
 
+import gc
 import sys
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -167,6 +169,22 @@ def test_the_watches_see():
         with pytest.raises((RuntimeError, NotImplementedError)):
             torch.empty(2, device=META).sum().item()
     assert copies.found and constants.found
+
+
+def test_graphs_are_freed_at_the_end(monkeypatch):
+    """By counting references: a stage's graphs would else keep their memory while the next stage records its own."""
+    monkeypatch.setattr("dae.training.graphs.Recorder", Rerun)
+    training = MAKERS["vq"]()
+    training.graphs = StepGraphs(training)
+    for number in range(WARM_UP):  # a graph keeps its result alone, where `Rerun` keeps the work
+        training.step(number)
+    graphs = weakref.ref(training.graphs)
+    gc.disable()
+    try:
+        training.end()
+        assert graphs() is None
+    finally:
+        gc.enable()
 
 
 def test_a_batch_of_another_shape_is_refused():
