@@ -18,4 +18,5 @@ def variants(backend):
     precision = "ieee" if backend == "hip" else "tf32x3"
     for name, (bandwidths, D, same, gradient) in VARIANTS.items():
         constants = {"D": D, "BANDWIDTHS": bandwidths, "SAME": same, "GRADIENT": gradient, "INPUT_PRECISION": precision}
-        yield Variant(name, fused.pair_rows_kernel, {}, constants, fused.tile(D, gradient), product=True)
+        tile = fused.tile(D, bandwidths, same, gradient, backend == "hip")
+        yield Variant(name, fused.pair_rows_kernel, {}, constants, tile, product=True)

@@ -17,7 +17,7 @@ def variants(backend):
             (name, fused.sinkhorn_update_kernel, fused.UPDATE_TILE[p], {"FLAT": False, "AVERAGE": False}),
             (f"{name} average", fused.sinkhorn_update_kernel, fused.UPDATE_TILE[p], {"FLAT": False, "AVERAGE": True}),
             (f"{name} flat", fused.sinkhorn_update_kernel, fused.UPDATE_TILE[p], {"FLAT": True, "AVERAGE": False}),
-            (f"{name} derivative", fused.sinkhorn_mean_kernel, fused.MEAN_TILE, {"GRADIENT": True}),
-            (f"{name} mean", fused.sinkhorn_mean_kernel, fused.MEAN_TILE, {"GRADIENT": False}),
+            (f"{name} derivative", fused.sinkhorn_mean_kernel, fused.mean_tile(p, D, True), {"GRADIENT": True}),
+            (f"{name} mean", fused.sinkhorn_mean_kernel, fused.mean_tile(p, D, False), {"GRADIENT": False}),
         ):
             yield Variant(label, kernel, {"scale": "fp32"}, shared | flags, tile, product=p == 2 or label.endswith("mean"))

@@ -48,6 +48,32 @@ def test_kernel_stays_inside_its_buffers(bandwidths, same):
     torch.testing.assert_close(gradient_ND.cpu().double(), expected_gradient, rtol=1e-5, atol=3e-5)
 
 
+def test_columns_of_a_tile_by_what_spilled():
+    """The compilation itself is a test of the gate, test_aot.py, which fails with triton 3.8 where 16 columns are 32."""
+    columns = {
+        (bandwidths, same, gradient, amd): fused.tile(100, bandwidths, same, gradient, amd)["BLOCK_M"]
+        for bandwidths in (0, 3) for same in (False, True) for gradient in (False, True) for amd in (False, True)
+    }  # fmt: skip
+    assert columns == {case: (16 if case == (0, True, True, True) else 32) if case[2] else 64 for case in columns}
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_tile_of_amd(same, monkeypatch):
+    """Its sums and gradients are those of the other tile, over more blocks than one."""
+    torch.manual_seed(0)
+    q_ND = torch.randn(33, 20, device=DEVICE)
+    s_MD = q_ND if same else torch.randn(45, 20, device=DEVICE)
+    v_M, rate_B = torch.rand(len(s_MD), device=DEVICE), torch.zeros(1, device=DEVICE)
+    own, whole = fused.tile, []
+    for amd in (False, True):
+        monkeypatch.setattr(
+            fused, "tile", lambda D, bandwidths, same, gradient, _, amd=amd: own(D, bandwidths, same, gradient, amd)
+        )
+        whole.append(fused.pair_rows_launcher(q_ND, s_MD, v_M, rate_B, 0, same, True))
+    for found, expected in zip(whole[1], whole[0], strict=True):
+        torch.testing.assert_close(found, expected, rtol=20 * EPS, atol=45 * 20 * EPS)  # a sum of 45 terms, in another order
+
+
 def test_without_gradient_the_sums_are_the_same():
     torch.manual_seed(1)
     q, s, v = torch.randn(5, 3, device=DEVICE), torch.randn(70, 3, device=DEVICE), torch.rand(70, device=DEVICE)

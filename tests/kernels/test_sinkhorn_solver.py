@@ -54,3 +54,15 @@ def test_averages_and_memory_of_the_reference(p, flat):
     new, nothing = update(log_b, g, 50.0, flat)
     averaged, _ = update(log_b, g, 50.0, flat, average_N=old, into_N=into)
     assert averaged is into and torch.equal(averaged, (old + new) / 2) and not nothing.numel()
+
+
+@pytest.mark.skipif(triton_refusal(DEVICE) is not None, reason="no Triton here")
+@pytest.mark.parametrize("p, D, gradient, rows", [
+    (1, 2, True, 128), (1, 64, True, 128), (1, 2, False, 64), (1, 64, False, 64),
+    (2, 16, True, 128), (2, 17, True, 64), (2, 256, True, 64), (2, 16, False, 128), (2, 64, False, 128),
+])  # fmt: skip
+def test_rows_of_a_mean_by_what_spilled(p, D, gradient, rows):
+    """The compilation itself is a test of the gate, test_aot.py, which fails with triton 3.8 where 64 are 128."""
+    from dae_kernels.sinkhorn_divergence import fused
+
+    assert fused.mean_tile(p, D, gradient) == fused.MEAN_TILE | {"BLOCK_N": rows}

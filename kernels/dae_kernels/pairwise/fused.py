@@ -100,10 +100,14 @@ def pair_rows_kernel(
         tl.store(gradient_ptr + row[:, None] * D + e[None, :], q * slopes[:, None] - pulls, mask=inside)
 
 
-def tile(D: int, gradient: bool) -> dict[str, int]:
-    """Tile sizes and launch options; a tensor core takes no fewer than 16 dimensions."""
+def tile(D: int, bandwidths: int, same: bool, gradient: bool, amd: bool) -> dict[str, int]:
+    """Tile sizes and launch options; a tensor core takes no fewer than 16 dimensions.
+
+    AMD keeps a mask in scalar registers, and an element of a root's gradient among the same points has several: of 32 columns
+    some spilled with triton 3.8.
+    """
     block_e = max(16, min(64, next_power_of_2(D))) if gradient else 16
-    block_m = 32 if gradient else 64
+    block_m = (16 if amd and same and not bandwidths else 32) if gradient else 64
     return {"BLOCK_N": 64, "BLOCK_M": block_m, "BLOCK_D": 16, "BLOCK_E": block_e, "num_warps": 4, "num_stages": 2}
 
 
@@ -144,7 +148,8 @@ def launch(
 ) -> None:
     """The kernel into contiguous float32 buffers; gradient_ND is not touched unless `gradient`."""
     N, M, D = q_ND.shape[0], s_MD.shape[0], int(q_ND.shape[1])
-    options = tile(D, gradient)
+    amd = torch.version.hip is not None
+    options = tile(D, bandwidths, same, gradient, amd)
     square_N = q_ND.square().sum(dim=1)
     grid = (cdiv(N, options["BLOCK_N"]), cdiv(D, options["BLOCK_E"]) if gradient else 1)
     pair_rows_kernel[grid](
@@ -163,8 +168,7 @@ def launch(
         BANDWIDTHS=bandwidths,
         SAME=same,
         GRADIENT=gradient,
-        # AMD has no tf32x3; its float32 product is a float32 product.
-        INPUT_PRECISION="ieee" if torch.version.hip else "tf32x3",
+        INPUT_PRECISION="ieee" if amd else "tf32x3",  # AMD has no tf32x3; its float32 product is a float32 product
         **options,
     )
 
