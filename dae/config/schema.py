@@ -98,6 +98,31 @@ class VQConfig:
 
 
 @dataclass
+class FSQConfig:
+    levels: List[int] = knob(
+        [8, 5, 5, 5],
+        "levels of each channel of the latent, autoencoder.latent_channels of them; their product is K",
+        ge=2,
+        le=4096,
+    )
+
+
+@dataclass
+class LFQConfig:
+    entropy_weight: float = knob(0.1, "weight of the entropy terms: sure of each latent's code, all codes used", ge=0)
+    diversity: float = knob(1.0, "weight of the batch's entropy within them", ge=0)
+    inverse_temperature: float = knob(100.0, "of the soft assignment that the entropies are of", gt=0)
+    commitment_weight: float = knob(0.25, "weight of |z - sg(code)|^2", ge=0)
+
+
+@dataclass
+class BSQConfig:
+    entropy_weight: float = knob(0.1, "weight of the entropy terms: sure of each latent's code, all codes used", ge=0)
+    diversity: float = knob(1.0, "weight of the batch's entropy within them", ge=0)
+    inverse_temperature: float = knob(100.0, "of the soft assignment that the entropies are of", gt=0)
+
+
+@dataclass
 class KLConfig:
     kl_weight: float = knob(1e-6, "weight of KL(q(z|x) || N(0, I)), summed over a latent, averaged over the batch", ge=0)
 
@@ -111,8 +136,15 @@ class AutoencoderConfig:
     num_blocks: int = knob(1, "residual blocks per level in the encoder; a full decoder has one more", ge=0, le=1000)
     attention_resolutions: List[int] = knob([], "feature-map sizes at which self-attention is added", ge=1)
     latent_channels: int = knob(16, "channels of the latent", ge=1, le=65536)
-    bottleneck: str = knob("vq", "vq (tokens) or kl (continuous)", choices=("vq", "kl"))
+    bottleneck: str = knob(
+        "vq",
+        "tokens: vq, fsq, lfq (2^latent_channels codes), bsq (the same on a sphere); continuous: kl",
+        choices=("vq", "fsq", "lfq", "bsq", "kl"),
+    )
     vq: VQConfig = section(VQConfig, "vector quantization")
+    fsq: FSQConfig = section(FSQConfig, "finite scalar quantization")
+    lfq: LFQConfig = section(LFQConfig, "lookup-free quantization")
+    bsq: BSQConfig = section(BSQConfig, "binary spherical quantization")
     kl: KLConfig = section(KLConfig, "Gaussian posterior")
     decoder: DecoderConfig = section(DecoderConfig, "the real decoder")
 

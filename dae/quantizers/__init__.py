@@ -1,9 +1,18 @@
 from dae.config import AutoencoderConfig
 from dae.quantizers.bottleneck import Bottleneck, Encoding
+from dae.quantizers.bsq import BinarySphericalQuantizer
+from dae.quantizers.fsq import FiniteScalarQuantizer
 from dae.quantizers.kl import GaussianBottleneck, latent_statistics, sample_posteriors
+from dae.quantizers.lfq import LookupFreeQuantizer
 from dae.quantizers.vq import VectorQuantizer
 
-BOTTLENECKS: dict[str, type[Bottleneck]] = {"vq": VectorQuantizer, "kl": GaussianBottleneck}
+BOTTLENECKS: dict[str, type[Bottleneck]] = {
+    "vq": VectorQuantizer,
+    "fsq": FiniteScalarQuantizer,
+    "lfq": LookupFreeQuantizer,
+    "bsq": BinarySphericalQuantizer,
+    "kl": GaussianBottleneck,
+}
 
 
 def bottleneck_class(config: AutoencoderConfig) -> type[Bottleneck]:
@@ -16,9 +25,12 @@ def bottleneck_class(config: AutoencoderConfig) -> type[Bottleneck]:
 
 __all__ = [
     "BOTTLENECKS",
+    "BinarySphericalQuantizer",
     "Bottleneck",
     "Encoding",
+    "FiniteScalarQuantizer",
     "GaussianBottleneck",
+    "LookupFreeQuantizer",
     "VectorQuantizer",
     "bottleneck_class",
     "latent_statistics",
