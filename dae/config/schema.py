@@ -95,6 +95,12 @@ class VQConfig:
     commitment_weight: float = knob(0.25, "weight of |z - sg(code)|^2 that keeps the encoder near its codes", ge=0)
     kmeans_iterations: int = knob(10, "Lloyd iterations that place the codebook on the first batches; 0: random", ge=0, le=10_000)
     revive_threshold: float = knob(0.1, "codes used below this share of the average are moved onto a latent; 0: none", ge=0, lt=1)
+    metric: str = knob("l2", "l2, or cosine: latents and codes of length 1, as in ViT-VQGAN", choices=("l2", "cosine"))
+    gradient: str = knob(
+        "ste",
+        "of the encoder: ste passes the decoder's straight through, rotation turns it as the latent onto its code",
+        choices=("ste", "rotation"),
+    )
 
 
 @dataclass
@@ -138,10 +144,11 @@ class AutoencoderConfig:
     latent_channels: int = knob(16, "channels of the latent", ge=1, le=65536)
     bottleneck: str = knob(
         "vq",
-        "tokens: vq, fsq, lfq (2^latent_channels codes), bsq (the same on a sphere); continuous: kl",
-        choices=("vq", "fsq", "lfq", "bsq", "kl"),
+        "tokens: vq (codes follow averages), vq_gradient (codes are trained), simvq (a trained map of fixed codes), fsq, lfq "
+        "(2^latent_channels codes), bsq (the same on a sphere); continuous: kl",
+        choices=("vq", "vq_gradient", "simvq", "fsq", "lfq", "bsq", "kl"),
     )
-    vq: VQConfig = section(VQConfig, "vector quantization")
+    vq: VQConfig = section(VQConfig, "vector quantization, of vq, vq_gradient and simvq")
     fsq: FSQConfig = section(FSQConfig, "finite scalar quantization")
     lfq: LFQConfig = section(LFQConfig, "lookup-free quantization")
     bsq: BSQConfig = section(BSQConfig, "binary spherical quantization")

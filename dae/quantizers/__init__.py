@@ -4,10 +4,14 @@ from dae.quantizers.bsq import BinarySphericalQuantizer
 from dae.quantizers.fsq import FiniteScalarQuantizer
 from dae.quantizers.kl import GaussianBottleneck, latent_statistics, sample_posteriors
 from dae.quantizers.lfq import LookupFreeQuantizer
+from dae.quantizers.simvq import SimVectorQuantizer
 from dae.quantizers.vq import VectorQuantizer
+from dae.quantizers.vq_gradient import GradientVectorQuantizer
 
 BOTTLENECKS: dict[str, type[Bottleneck]] = {
     "vq": VectorQuantizer,
+    "vq_gradient": GradientVectorQuantizer,
+    "simvq": SimVectorQuantizer,
     "fsq": FiniteScalarQuantizer,
     "lfq": LookupFreeQuantizer,
     "bsq": BinarySphericalQuantizer,
@@ -30,7 +34,9 @@ __all__ = [
     "Encoding",
     "FiniteScalarQuantizer",
     "GaussianBottleneck",
+    "GradientVectorQuantizer",
     "LookupFreeQuantizer",
+    "SimVectorQuantizer",
     "VectorQuantizer",
     "bottleneck_class",
     "latent_statistics",

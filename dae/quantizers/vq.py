@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import chain
 from typing import Self
 
 import torch
@@ -15,13 +16,17 @@ from torch import Tensor
 from dae.config import AutoencoderConfig, VQConfig
 from dae.distributed import from_first_process, gather_numbers, in_global_order, rank, sum_over_processes
 from dae.precision import WideBuffers, wide
-from dae.quantizers.bottleneck import Bottleneck, Encoding, check_feature_map
+from dae.quantizers.bottleneck import Encoding, check_feature_map
+from dae.quantizers.tokens import TokenBottleneck
 
 
-class VectorQuantizer(WideBuffers, Bottleneck):
+class VectorQuantizer(WideBuffers, TokenBottleneck):
     """Nearest code in l2, straight-through gradient, commitment loss, and a codebook that follows the latents.
 
     latents = code[argmin_k |z - code_k|^2], loss = commitment_weight * mean |z - sg(latents)|^2.
+
+    With `metric=cosine` latents and codes have length 1 (Yu et al. 2022, arXiv 2110.04627, section 3.2); with `gradient=rotation`
+    the encoder's gradient is rotated (Fifty et al. 2024, arXiv 2410.06424), see `dae_kernels.vector_quantize`.
 
     The forward pass changes nothing. Training calls `observe` after each micro-batch and `update_codebook` after each
     optimiser step: counts and sums of the *global* batch move averages with `ema_decay`, code_k = sums_k / counts_k, and
@@ -31,8 +36,8 @@ class VectorQuantizer(WideBuffers, Bottleneck):
     all end with its codebook to the bit. The codebook and its averages are float32, whatever the module is cast to.
     """
 
-    discrete = learns_codebook = True
-    kept, rate_knob = ("indices",), "autoencoder.vq.codebook_size"
+    learns_codebook = revives = True
+    rate_knob = "autoencoder.vq.codebook_size"
     rate_plural, rate_setting = "codebook sizes", "a codebook of {:,.0f} codes"
     operation, impl = "vector_quantize", "auto"  # for dae.models.kernels
     buffer_dtypes = (torch.float32,)
@@ -44,9 +49,9 @@ class VectorQuantizer(WideBuffers, Bottleneck):
         super().__init__()
         if config.codebook_size < 1:
             raise ValueError(f"autoencoder.vq.codebook_size must be positive, got {config.codebook_size}")
-        self.config = config
+        self.config, self.channels = config, channels
         K = config.codebook_size
-        self.register_buffer("codebook", torch.randn(K, channels, dtype=torch.float32))
+        self.register_buffer("codebook", self.placed(torch.randn(K, channels, dtype=torch.float32)))
         self.register_buffer("average_counts", torch.ones(K, dtype=torch.float32))
         self.register_buffer("average_sums", self.codebook.clone())
         self._counts: Tensor | None = None  # of the micro-batches since the last update
@@ -59,15 +64,25 @@ class VectorQuantizer(WideBuffers, Bottleneck):
 
     def forward(self, features: Tensor, sample_posterior: bool = False) -> Encoding:
         """Features [B, D, h, w] to latents of the same shape and dtype and indices [B, h, w]; a code is never sampled."""
-        check_feature_map("VectorQuantizer", features, self.codebook.shape[1])
-        z_BhwD, weight = features.to(wide(features.dtype)).movedim(1, -1), self.config.commitment_weight
-        out = vector_quantize(z_BhwD, self.codebook, commitment_weight=weight, impl=self.impl)
+        check_feature_map("VectorQuantizer", features, self.channels)
+        config, z_BhwD = self.config, features.to(wide(features.dtype)).movedim(1, -1)
+        out = vector_quantize(
+            z_BhwD,
+            self.codes(),
+            gradient=config.gradient,
+            commitment_weight=config.commitment_weight,
+            metric=config.metric,
+            impl=self.impl,
+        )
         return Encoding(out.quantized.movedim(-1, 1).to(features.dtype), out.loss, features, out.indices)
 
-    def pack(self, encoding: Encoding) -> Tensor:
-        if encoding.indices is None:
-            raise ValueError("VectorQuantizer packs encodings with indices, got one without")
-        return encoding.indices.flatten(1).int()
+    def codes(self) -> Tensor:
+        """[K, D] float32."""
+        return self.codebook
+
+    def placed(self, x: Tensor) -> Tensor:
+        """Points [..., D] where latents and codes lie: anywhere, or with the cosine metric on the sphere."""
+        return F.normalize(x, dim=-1) if self.config.metric == "cosine" else x
 
     def resample(self, encoding: Encoding, temperature: float) -> Encoding:
         if temperature == 0:
@@ -89,7 +104,7 @@ class VectorQuantizer(WideBuffers, Bottleneck):
 
     def lookup(self, indices_Bhw: Tensor) -> Tensor:
         """Codes [B, D, h, w] of indices [B, h, w], in float32."""
-        return F.embedding(indices_Bhw, self.codebook).movedim(-1, 1)
+        return F.embedding(indices_Bhw, self.codes()).movedim(-1, 1)
 
     @torch.no_grad()
     def sample_indices(self, features: Tensor, temperature: float) -> Tensor:
@@ -112,9 +127,9 @@ class VectorQuantizer(WideBuffers, Bottleneck):
         """
         if not temperature > 0:
             raise ValueError(f"the temperature must be positive, got {temperature}; the nearest code is `forward`'s")
-        check_feature_map("VectorQuantizer", features, self.codebook.shape[1])
-        z_BhwD, codebook_KD = features.movedim(1, -1).double(), self.codebook.double()
-        nearest_Bhw, _ = nearest_code(features.float().movedim(1, -1), self.codebook, impl=self.impl)
+        check_feature_map("VectorQuantizer", features, self.channels)
+        z_BhwD, codebook_KD = self.placed(features.movedim(1, -1).double()), self.codes().double()
+        nearest_Bhw, _ = nearest_code(self.placed(features.float().movedim(1, -1)), self.codes(), impl=self.impl)
         minimum_N = (z_BhwD - codebook_KD[nearest_Bhw]).square().sum(-1).flatten()
         if not (minimum_N.isfinite().all() and codebook_KD.isfinite().all()):
             raise ValueError("sample_indices needs finite features and codes, got NaN or infinity; look for a diverged encoder")
@@ -139,11 +154,11 @@ class VectorQuantizer(WideBuffers, Bottleneck):
             ValueError: there are no features in any process.
         """
         self._refuse_if_frozen()
-        x_ND = in_global_order(features_NDhw).movedim(1, -1).flatten(0, -2).float()
+        x_ND = self.placed(in_global_order(features_NDhw).movedim(1, -1).flatten(0, -2).float())
         if len(x_ND) == 0:
             raise ValueError("k-means needs at least one latent, got none; encode images first")
         generator.set_state(from_first_process(generator.get_state()))
-        K = len(self.codebook)
+        K = len(self.average_counts)
 
         def random_latents(count: int) -> Tensor:
             few = len(x_ND) < K  # codes share latents then, and noise separates them
@@ -152,7 +167,7 @@ class VectorQuantizer(WideBuffers, Bottleneck):
             )
             chosen = x_ND[rows[:count].to(x_ND.device)]
             noise = torch.randn(chosen.shape, generator=generator).to(chosen) * x_ND.std(0, correction=0)
-            return chosen + 1e-2 * noise if few else chosen
+            return self.placed(chosen + 1e-2 * noise) if few else chosen
 
         codebook = random_latents(K)
         counts = torch.ones(K, device=x_ND.device)
@@ -160,7 +175,7 @@ class VectorQuantizer(WideBuffers, Bottleneck):
             indices, _ = nearest_code(x_ND, codebook, impl=self.impl)
             counts, sums = codebook_statistics(x_ND.double(), indices, K)
             empty = counts == 0
-            codebook = (sums / counts.clamp(min=1)[:, None]).float()
+            codebook = self.placed((sums / counts.clamp(min=1)[:, None]).float())
             codebook[empty] = random_latents(int(empty.sum()))
         self._set_codes(torch.ones(K, dtype=torch.bool, device=x_ND.device), codebook)
         self._take_first_process_codebook()
@@ -171,9 +186,9 @@ class VectorQuantizer(WideBuffers, Bottleneck):
         self._refuse_if_frozen()
         if encoding.indices is None:
             raise ValueError("observe needs encodings with indices")
-        x_BTD = encoding.features.detach().movedim(1, -1).flatten(1, 2)
+        x_BTD = self.placed(encoding.features.detach().movedim(1, -1).flatten(1, 2))
         # Sums in float64: over micro-batches and processes they add up to the global sum with a single rounding.
-        counts, sums = codebook_statistics(x_BTD.double(), encoding.indices.flatten(1), len(self.codebook))
+        counts, sums = codebook_statistics(x_BTD.double(), encoding.indices.flatten(1), len(self.average_counts))
         if self._counts is None or self._sums is None:
             self._counts, self._sums = counts, sums
         else:  # in place: a CUDA graph of this step may be replayed several times, and then adds to what its first replay left
@@ -194,21 +209,25 @@ class VectorQuantizer(WideBuffers, Bottleneck):
         held = gather_numbers(int(self._counts is not None), images, positions)
         if not any(observed for observed, _, _ in held):
             raise RuntimeError("update_codebook without observe: there is nothing to update from")
-        K, D = self.codebook.shape
+        (K, D), device = self.codes().shape, self.average_counts.device
         if self._counts is None or self._sums is None:
-            self._counts = torch.zeros(K, dtype=torch.int64, device=self.codebook.device)
-            self._sums = torch.zeros(K, D, dtype=torch.float64, device=self.codebook.device)
+            self._counts = torch.zeros(K, dtype=torch.int64, device=device)
+            self._sums = torch.zeros(K, D, dtype=torch.float64, device=device)
         counts, sums = sum_over_processes(self._counts), sum_over_processes(self._sums)
         if any(images for _, images, _ in held):
-            decay = self.config.ema_decay
-            self.average_counts.mul_(decay).add_(counts.float(), alpha=1 - decay)
-            self.average_sums.mul_(decay).add_(sums.float(), alpha=1 - decay)
-            self.codebook.copy_(self.average_sums / self.average_counts.clamp(min=1e-6)[:, None])
-            if self.config.revive_threshold > 0:
+            self._follow(counts.float(), sums.float())
+            if self.revives and self.config.revive_threshold > 0:
                 dead = self.average_counts < self.config.revive_threshold * self.average_counts.mean()
                 self._set_codes(dead, self._random_latents_of_the_global_batch(held))
         self._take_first_process_codebook()
         self._counts = self._sums = self._latest = None
+
+    def _follow(self, counts_K: Tensor, sums_KD: Tensor) -> None:
+        """Move averages and codes by what the global batch used."""
+        decay = self.config.ema_decay
+        self.average_counts.mul_(decay).add_(counts_K, alpha=1 - decay)
+        self.average_sums.mul_(decay).add_(sums_KD, alpha=1 - decay)
+        self.codebook.copy_(self.placed(self.average_sums / self.average_counts.clamp(min=1e-6)[:, None]))
 
     def _random_latents_of_the_global_batch(self, held: list[tuple[int, ...]]) -> Tensor:
         """[K, D], drawn by process 0 from [images, positions], the last two numbers `held` by each process.
@@ -216,21 +235,21 @@ class VectorQuantizer(WideBuffers, Bottleneck):
         The latents are numbered as one process would have them. Each process fills in those that it holds, and a sum brings them
         together.
         """
-        device = self.codebook.device
+        device, K = self.average_counts.device, len(self.average_counts)
         if len(held) == 1 and self._latest is not None:  # one process: no table of images, whose copy the host would wait for
             latents_ND = self._latest.flatten(0, 1)
-            number_K = (torch.rand(len(self.codebook), device=device, dtype=torch.float64) * len(latents_ND)).long()
-            return latents_ND[number_K].to(self.codebook)
+            number_K = (torch.rand(K, device=device, dtype=torch.float64) * len(latents_ND)).long()
+            return latents_ND[number_K].float()
         images_W, positions_W = torch.tensor(held)[:, 1:].unbind(1)
         image_process = (torch.arange(int(images_W.max()))[:, None] < images_W).nonzero()  # row in its process, process
         ends = positions_W[image_process[:, 1]].cumsum(0)
         count = int(ends[-1])
         image_process, ends, positions_W = (x.to(device) for x in (image_process, ends, positions_W))
-        number_K = (from_first_process(torch.rand(len(self.codebook), device=device, dtype=torch.float64)) * count).long()
+        number_K = (from_first_process(torch.rand(K, device=device, dtype=torch.float64)) * count).long()
         image_K = torch.searchsorted(ends, number_K, right=True)
         row_K, process_K = image_process[image_K].unbind(1)
         position_K = number_K - ends[image_K] + positions_W[process_K]
-        found_KD = torch.zeros_like(self.codebook)
+        found_KD = torch.zeros(K, self.channels, device=device)
         if self._latest is not None:
             mine_K = process_K == rank()
             latents_KD = self._latest[row_K * mine_K, position_K * mine_K].to(found_KD)
@@ -239,8 +258,8 @@ class VectorQuantizer(WideBuffers, Bottleneck):
 
     def _take_first_process_codebook(self) -> None:
         """Copy process 0's codebook: others may have started with another one, or round differently."""
-        for buffer in self.buffers():
-            from_first_process(buffer)
+        for tensor in chain(self.buffers(), self.parameters()):
+            from_first_process(tensor.detach())
 
     def _set_codes(self, which_K: Tensor, codes_KD: Tensor) -> None:
         """Set the chosen codes, each with an average count, so that it has time to be used."""
