@@ -191,8 +191,8 @@ class ClockedStep(TrainingStep):
                 clock.times(autoencoder.bottleneck, method, "update", "codebook")
         if training.perceptual is not None:
             clock.watch(training.perceptual, "perceptual loss")
-        if training.discriminator is not None:
-            clock.watch(training.discriminator, "discriminator")
+        if training.adversary is not None:
+            clock.watch(training.adversary.discriminator, "discriminator")
 
     def _clocked(self, batches: Iterator[dict]) -> Iterator[dict]:
         while True:

@@ -162,14 +162,26 @@ class LossConfig:
 
     l1: float = knob(0.0, "weight of the mean absolute error", ge=0)
     l2: float = knob(1.0, "weight of the mean squared error", ge=0)
+    charbonnier: float = knob(0.0, "weight of the mean of sqrt(error^2 + 1e-6)", ge=0)
     perceptual: float = knob(0.0, "weight of LPIPS, the distance of VGG16's features; 0 loads no network", ge=0)
     perceptual_weights: str = knob(
         "timm/vgg16.tv_in1k",
         "its weights by torchvision's names, and LPIPS's `lin0.weight` ... if there: a .safetensors file, a folder, a Hub id",
         path=True,
     )
-    adversarial: float = knob(0.0, "weight of the hinge loss of a patch discriminator; 0 trains none", ge=0, role="second stage")
+    adversarial: float = knob(0.0, "weight of the loss of a patch discriminator; 0 trains none", ge=0, role="second stage")
+    adversarial_loss: str = knob(
+        "hinge",
+        "hinge, non_saturating or least_squares",
+        choices=("hinge", "non_saturating", "least_squares"),
+        role="second stage",
+    )
     adversarial_start: int = knob(0, "step of the stage at which the adversarial loss is switched on", ge=0, role="second stage")
+    adversarial_ramp: int = knob(0, "steps over which it rises to its weight", ge=0, role="second stage")
+    lecam: float = knob(0.0, "weight of LeCam regularisation of the discriminator, for few images", ge=0, role="second stage")
+    r1: float = knob(0.0, "gamma of the gradient penalty R1 of the discriminator", ge=0, role="second stage")
+    r1_every: int = knob(16, "steps between two penalties, each with as many times its weight", ge=1, role="second stage")
+    spectral_norm: bool = knob(False, "spectral normalisation of the discriminator's convolutions", role="second stage")
     discriminator_channels: int = knob(64, "channels of the discriminator's first layer", ge=1, le=16384, role="second stage")
     discriminator_layers: int = knob(2, "strided layers of the discriminator", ge=0, le=14, role="second stage")
     discriminator_learning_rate: float = knob(1e-4, "learning rate of the discriminator", ge=0, le=1, role="second stage")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
 from dae.models.layers import GroupNorm
 
@@ -12,10 +13,11 @@ class PatchDiscriminator(nn.Module):
     """Images [B, C, H, W] to one real-or-fake logit for each overlapping patch, [B, 1, h, w].
 
     GroupNorm instead of BatchNorm: a verdict then does not depend on the other images of the batch, nor on how many
-    processes share it.
+    processes share it. With `spectral_norm` each convolution is divided by its largest singular value (Miyato et al. 2018,
+    arXiv 1802.05957), as one step of power iteration per forward pass in training estimates it.
     """
 
-    def __init__(self, image_channels: int, channels: int = 64, num_layers: int = 2):
+    def __init__(self, image_channels: int, channels: int = 64, num_layers: int = 2, spectral_norm: bool = False):
         super().__init__()
         self.conv_in = nn.Conv2d(image_channels, channels, 4, stride=2, padding=1)
         self.convs, self.norms = nn.ModuleList(), nn.ModuleList()
@@ -26,6 +28,9 @@ class PatchDiscriminator(nn.Module):
             self.norms.append(GroupNorm(wider, activation=None))
             channels = wider
         self.conv_out = nn.Conv2d(channels, 1, 3, padding=1)
+        if spectral_norm:
+            for conv in (self.conv_in, *self.convs, self.conv_out):
+                parametrizations.spectral_norm(conv)
 
     def forward(self, x: Tensor) -> Tensor:
         h = F.leaky_relu(self.conv_in(x), 0.2)

@@ -15,12 +15,13 @@ from dae.config import Config
 from dae.data.augmentation import augment
 from dae.data.loader import AnyDataset, evaluation_batches
 from dae.distributed import failing_together, rank, run_on_first_process, sum_over_processes, world_size
-from dae.losses import PerceptualLoss, adaptive_weight, discriminator_loss, generator_loss, reconstruction_loss
+from dae.losses import PerceptualLoss, reconstruction_loss
 from dae.metrics import CodebookUsage, psnr
-from dae.models import Autoencoder, PatchDiscriminator, choose_kernels
+from dae.models import Autoencoder, choose_kernels
 from dae.progress import progress_bar
 from dae.quantizers import Encoding
 from dae.seeding import seed_for, set_seed
+from dae.training.adversary import Adversary, build_discriminator
 from dae.training.checkpoint import Checkpoint
 from dae.training.engine import Engine
 from dae.training.initialization import load_decoder, load_encoder
@@ -162,16 +163,18 @@ class StageTraining(Training):
         super().__init__(config, stage.config, stage.name, trained, autoencoder, loader, engine)
 
         loss = stage.config.loss
-        self.discriminator: PatchDiscriminator | None = None
+        self.adversary: Adversary | None = None
         if loss.adversarial > 0:
             set_seed(config.seed, stage.name, "discriminator")
-            discriminator = PatchDiscriminator(config.data.channels, loss.discriminator_channels, loss.discriminator_layers)
-            self._place(discriminator, config, engine.device)
+            discriminator = build_discriminator(config, loss)
+            discriminator.to(device=engine.device, memory_format=self.layout)  # type: ignore[call-overload]
             optimizer = build_optimizer(discriminator, stage.config, loss.discriminator_learning_rate)
-            self.discriminate, prepared = engine.prepare(discriminator, optimizer)
-            self.synchronized.append(self.discriminate)
+            discriminate, prepared = engine.prepare(discriminator, optimizer)
+            self.synchronized.append(discriminate)
             self.state.modules["discriminator"], self.state.optimizers["discriminator_optimizer"] = discriminator, prepared
-            self.discriminator = discriminator
+            self.adversary = Adversary(loss, discriminator, discriminate, engine)
+            if self.adversary.lecam is not None:
+                self.state.modules["lecam"] = self.adversary.lecam
         if perceptual is not None:
             self._place(perceptual, config, engine.device)
 
@@ -183,9 +186,9 @@ class StageTraining(Training):
         if self.learns_codebook:
             self.autoencoder.bottleneck.update_codebook()
 
-    def phase(self, number: int) -> bool:
-        """Whether the discriminator has its say."""
-        return self.discriminator is not None and number >= self.stage.config.loss.adversarial_start
+    def phase(self, number: int) -> object:
+        """The weight of the adversarial loss, and whether the discriminator is penalised."""
+        return None if self.adversary is None else (self.adversary.weight(number), self.adversary.penalised(number))
 
     def micro_step(self, batch: dict[str, Tensor], number: int) -> Tensor:
         """Add the gradients of a batch; returns its reconstruction loss."""
@@ -199,17 +202,11 @@ class StageTraining(Training):
                 distance = self.perceptual(sample, images).mean()
             reconstruction = reconstruction + loss_config.perceptual * distance
         loss = reconstruction if self.stage.latent_frozen else reconstruction + encoding.loss
-        if self.discriminator is not None and self.phase(number):
-            self.discriminator.requires_grad_(False)
-            with self.engine.autocast():
-                logits = self.discriminator(sample)
-            adversarial = generator_loss(logits.float())
-            loss = loss + loss_config.adversarial * adaptive_weight(reconstruction, adversarial, sample) * adversarial
-            self.discriminator.requires_grad_(True)
+        if self.adversary is not None and self.adversary.weight(number) > 0:
+            loss = loss + self.adversary.generator_term(reconstruction, sample, number)
         self.backward(loss)
-        if self.discriminator is not None:
-            real, fake = self.discriminate(images), self.discriminate(sample.detach())
-            self.backward(discriminator_loss(real, fake))
+        if self.adversary is not None:
+            self.backward(self.adversary.discriminator_term(images, sample, number))
         if self.learns_codebook:
             self.autoencoder.bottleneck.observe(encoding)
         return reconstruction.detach()

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor
 
-from dae.config import Config, OptimizationConfig
+from dae.config import Config, OptimizationConfig, StageConfig
 from dae.cuda_graphs import Recorder
 
 if TYPE_CHECKING:
@@ -49,6 +49,8 @@ def check_cuda_graphs(config: Config, device: torch.device, processes: int, **se
         reason = "needs mixed_precision=bf16 or no: with fp16 the host reads in each step whether a gradient overflowed"
     elif recomputed := [name for name, settings in sections.items() if settings.gradient_checkpointing]:
         reason = f"excludes {recomputed[0]}.gradient_checkpointing=true, which sets the random state within the step"
+    elif penalised := [name for name, settings in sections.items() if isinstance(settings, StageConfig) and settings.loss.r1 > 0]:
+        reason = f"excludes {penalised[0]}.loss.r1, whose steps are not all alike"
     if reason:
         raise ValueError(f"cuda_graphs=true {reason}; change it or leave cuda_graphs out")
 

@@ -17,10 +17,11 @@ from dae.config import Config
 from dae.data.cache import Fingerprint
 from dae.data.columns import resolve_classes
 from dae.distributed import world_size
-from dae.losses import PerceptualLoss, discriminator_loss
-from dae.models import Autoencoder, PatchDiscriminator, choose_kernels
+from dae.losses import PerceptualLoss, discriminator_loss, gradient_penalty
+from dae.models import Autoencoder, choose_kernels
 from dae.priors import prior_family
 from dae.quantizers import bottleneck_class
+from dae.training.adversary import build_discriminator
 from dae.training.autoencoder import build_autoencoder, build_perceptual_loss
 from dae.training.encodings import build_cache, cache_class
 from dae.training.engine import Engine
@@ -88,9 +89,11 @@ def rehearse_stage(config: Config, stage: Stage, autoencoder: Autoencoder, perce
                 choose_kernels(perceptual.to(device), config.kernels)
                 total = total + perceptual(output.sample, images).mean()
             if loss.adversarial > 0:
-                discriminator = PatchDiscriminator(config.data.channels, loss.discriminator_channels, loss.discriminator_layers)
-                choose_kernels(discriminator.to(device), config.kernels)
-                total = total + discriminator_loss(discriminator(images), discriminator(output.sample))
+                discriminator = build_discriminator(config, loss).to(device)
+                real, fake = discriminator(images), discriminator(output.sample)
+                total = total + discriminator_loss(real, fake, loss.adversarial_loss)
+                if loss.r1 > 0:
+                    total = total + gradient_penalty(discriminator, images)
         total.backward()
         with torch.inference_mode():
             autoencoder.eval()(images)

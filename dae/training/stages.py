@@ -32,9 +32,13 @@ def plan_stages(config: Config) -> list[Stage]:
     stages = _stages(config)
     for stage in stages:
         loss = stage.config.loss
-        if loss.l1 == loss.l2 == loss.perceptual == 0:  # the adversarial weight, a ratio of gradients, would be 0, too
+        if (
+            loss.l1 == loss.l2 == loss.charbonnier == loss.perceptual == 0
+        ):  # the adversarial weight, a ratio of gradients, would be 0, too
             section = "stage2" if stage.name != "stage1" else "stage1"
-            raise ValueError(f"{section}.loss: l1, l2 and perceptual are all 0, which trains nothing; give one of them a weight")
+            raise ValueError(
+                f"{section}.loss: l1, l2, charbonnier, perceptual are all 0, which trains nothing; give one a weight"
+            )
         if loss.adversarial > 0 and config.data.resolution >> loss.discriminator_layers < 1:
             most = config.data.resolution.bit_length() - 1
             raise ValueError(

@@ -201,6 +201,7 @@ def test_a_batch_of_another_shape_is_refused():
         ("cpu", 1, [], "needs a CUDA device, this run is on cpu"),
         ("cuda", 2, [], "needs one process, this run has 2: they agree"),
         ("cuda", 1, ["mixed_precision=fp16"], "needs mixed_precision=bf16 or no"),
+        ("cuda", 1, ["stage2.loss.r1=1.0"], "excludes stage2.loss.r1, whose steps are not all alike"),
         ("cuda", 1, ["stage2.gradient_checkpointing=true"], "excludes stage2.gradient_checkpointing=true"),
     ],
 )

@@ -227,11 +227,11 @@ def test_stages_that_train_nothing_are_refused(method):
         return load_config(None, [f"method={method}", *overrides])
 
     nothing = ["loss.l1=0", "loss.l2=0", "loss.perceptual=0", "loss.adversarial=1"]
-    with pytest.raises(ValueError, match=r"stage2\.loss: l1, l2 and perceptual are all 0"):
+    with pytest.raises(ValueError, match=r"stage2\.loss: l1, l2, charbonnier, perceptual are all 0"):
         plan_stages(config(*(f"stage2.{weight}" for weight in nothing)))
     only_stage1 = config(*(f"stage1.{weight}" for weight in nothing))
     if method == "dae":
-        with pytest.raises(ValueError, match=r"stage1\.loss: l1, l2 and perceptual are all 0"):
+        with pytest.raises(ValueError, match=r"stage1\.loss: l1, l2, charbonnier, perceptual are all 0"):
             plan_stages(only_stage1)
     else:
         plan_stages(only_stage1)  # stage 1's losses are not used

@@ -1,0 +1,72 @@
+"""The discriminator of a stage: its network, its term of the decoder's loss, and its own loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from dae.config import Config, LossConfig
+from dae.losses import LeCam, adaptive_weight, discriminator_loss, generator_loss, gradient_penalty
+from dae.models import PatchDiscriminator, choose_kernels
+from dae.models.layers import GroupNorm
+from dae.training.engine import Engine
+
+
+def build_discriminator(config: Config, loss: LossConfig) -> PatchDiscriminator:
+    """The discriminator that `loss` describes, with the kernels of `config`."""
+    discriminator = PatchDiscriminator(
+        config.data.channels, loss.discriminator_channels, loss.discriminator_layers, spectral_norm=loss.spectral_norm
+    )
+    choose_kernels(discriminator, config.kernels)
+    if loss.r1 > 0:  # the kernel has no second derivative
+        for module in discriminator.modules():
+            if isinstance(module, GroupNorm):
+                module.impl = "reference"
+    return discriminator
+
+
+class Adversary:
+    """What a discriminator adds to a training step.
+
+    Both terms see the same real and generated images: those of the micro-step.
+
+    Args:
+        loss: weights and kinds of the losses.
+        discriminator: on its device.
+        discriminate: it as prepared by `engine`, in mixed precision, with synchronised gradients.
+    """
+
+    def __init__(self, loss: LossConfig, discriminator: nn.Module, discriminate: Callable[[Tensor], Tensor], engine: Engine):
+        self.loss, self.discriminator, self.discriminate, self.engine = loss, discriminator, discriminate, engine
+        self.lecam = LeCam().to(engine.device) if loss.lecam > 0 else None
+
+    def weight(self, number: int) -> float:
+        """Of the adversarial loss at a step: 0 before `adversarial_start`, then rising over `adversarial_ramp` steps."""
+        since = number - self.loss.adversarial_start + 1
+        return 0.0 if since <= 0 else self.loss.adversarial * min(1.0, since / max(1, self.loss.adversarial_ramp))
+
+    def penalised(self, number: int) -> bool:
+        """Whether R1 is due: every `r1_every` steps, with as many times its weight (Karras et al. 2020, arXiv 1912.04958, B)."""
+        return self.loss.r1 > 0 and number % self.loss.r1_every == 0
+
+    def generator_term(self, reconstruction: Tensor, sample: Tensor, number: int) -> Tensor:
+        """The weighted adversarial loss of the decoder."""
+        self.discriminator.requires_grad_(False)
+        with self.engine.autocast():
+            logits = self.discriminator(sample)
+        adversarial = generator_loss(logits.float(), self.loss.adversarial_loss)
+        term = self.weight(number) * adaptive_weight(reconstruction, adversarial, sample) * adversarial
+        self.discriminator.requires_grad_(True)
+        return term
+
+    def discriminator_term(self, images: Tensor, sample: Tensor, number: int) -> Tensor:
+        """The discriminator's own loss."""
+        real, fake = self.discriminate(images), self.discriminate(sample.detach())
+        term = discriminator_loss(real, fake, self.loss.adversarial_loss)
+        if self.lecam is not None:
+            term = term + self.loss.lecam * self.lecam(real, fake)
+        if self.penalised(number):
+            penalty = gradient_penalty(self.discriminator, images)
+            term = term + 0.5 * self.loss.r1 * self.loss.r1_every * penalty
+        return term
