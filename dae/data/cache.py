@@ -92,6 +92,8 @@ class EncodingCache:
         tensors = {f"{part}.{rows.name}": rows.values_NC.to(rows.stored).contiguous() for part, rows in parts.items()}
         data = save(tensors | {f"{part}.labels": rows.labels_N.int().contiguous() for part, rows in parts.items()})
         description: dict[str, Any] = {k: getattr(self, k) for k in (self.size, "num_classes", "latent_size")}
+        if factors := getattr(self, "factors", None):
+            description["factors"] = factors
         description["fingerprint"] = dataclasses.asdict(self.fingerprint)
         description["sha256"] = hashlib.sha256(data).hexdigest()  # or a crash could leave new ones under an old description
         with replaced_folder(folder) as new:
@@ -139,6 +141,7 @@ class EncodingCache:
 @dataclass
 class TokenCache(EncodingCache):
     vocab_size: int
+    factors: list[int] | None = None  # sizes of a token's digits, the lowest first, if its prior predicts them one by one
     dataset, folder, title, size = TokenDataset, "tokens", "token cache", "vocab_size"
 
 

@@ -7,7 +7,13 @@ positions are added at the input: rotary ones say how far apart two tokens are, 
 
 from __future__ import annotations
 
+import functools
+import math
+from collections.abc import Sequence
+from itertools import accumulate
+
 import torch
+import torch.nn.functional as F
 from dae_kernels import attention, linear_cross_entropy, qk_norm, rotary_table, rotate, swiglu
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -17,6 +23,7 @@ from dae.distributed import draw_rows
 from dae.models.layers import NORM_EPS, ClassConditional, Dropout
 from dae.models.prior import Prior
 from dae.precision import WideBuffers
+from dae.quantizers.tokens import digits_of
 
 
 class KVCache:
@@ -116,7 +123,9 @@ class ARPrior(WideBuffers, ClassConditional, Prior):
 
     Args:
         config: width, depth, heads, dropout.
-        vocab_size: codebook size K of the tokenizer.
+        vocab_size: number of codes K of the tokenizer.
+        factors: sizes of the digits of a token where K is their product, the lowest first: the prior then predicts one digit
+            after the other, p(token) = prod_f p(digit_f | digit_<f), with tables of sum_f K_f rows instead of K.
         sequence_length: tokens per image, T.
         num_classes: C; label C is the null class.
         tokenizer: fingerprint of the tokenizer whose tokens these are.
@@ -126,20 +135,35 @@ class ARPrior(WideBuffers, ClassConditional, Prior):
     rotary: Tensor
     shape = ("vocab_size", "sequence_length")
 
-    def __init__(self, config: PriorConfig, *, vocab_size: int, sequence_length: int, num_classes: int, tokenizer: str = ""):
+    def __init__(
+        self,
+        config: PriorConfig,
+        *,
+        vocab_size: int,
+        sequence_length: int,
+        num_classes: int,
+        tokenizer: str = "",
+        factors: Sequence[int] | None = None,
+    ):
         super().__init__(config, num_classes, tokenizer)
         if config.width % config.num_heads or (config.width // config.num_heads) % 2:
             raise ValueError(
                 f"prior.width={config.width} over prior.num_heads={config.num_heads}: expected an even, whole head dimension"
             )
+        if factors is not None and math.prod(factors) != vocab_size:
+            raise ValueError(f"factors {list(factors)} have the product {math.prod(factors)}, expected vocab_size={vocab_size}")
         self.vocab_size, self.sequence_length = vocab_size, sequence_length
+        self.factors = [vocab_size] if factors is None else list(factors)
+        rows = sum(self.factors)
         self.class_embedding = nn.Embedding(num_classes + 1, config.width)
-        self.token_embedding = nn.Embedding(vocab_size, config.width)
+        self.token_embedding = nn.Embedding(rows, config.width)
         self.position_embedding = nn.Embedding(sequence_length, config.width)
         self.dropout = Dropout(config.dropout)
         self.blocks = nn.ModuleList([ARBlock(config, layer) for layer in range(config.depth)])
         self.norm = nn.RMSNorm(config.width, eps=NORM_EPS)
-        self.head = nn.Linear(config.width, vocab_size, bias=False)
+        self.head = nn.Linear(config.width, rows, bias=False)  # of all digits
+        if len(self.factors) > 1:
+            self.digit_embedding = nn.Embedding(rows - self.factors[-1], config.width)  # of digits for those that follow
         table = rotary_table(sequence_length, config.width // config.num_heads)
         self.register_buffer("rotary", table, persistent=False)
         for name, parameter in self.named_parameters():
@@ -147,6 +171,27 @@ class ARPrior(WideBuffers, ClassConditional, Prior):
                 nn.init.normal_(parameter, std=0.02 / (2 * config.depth) ** 0.5)
             elif parameter.ndim == 2:
                 nn.init.normal_(parameter, std=0.02)
+
+    def to_config(self) -> dict:
+        return super().to_config() | ({"factors": self.factors} if len(self.factors) > 1 else {})
+
+    def embedded(self, table: nn.Embedding, digits: list[Tensor]) -> Tensor:
+        """Sum of the rows of the first digits of a token in a table of all digits."""
+        starts = accumulate(self.factors[:-1], initial=0)
+        rows = [table(digit + start) for digit, start in zip(digits, starts, strict=False)]
+        return torch.stack(rows).sum(0)
+
+    def digit_logits(self, x: Tensor, digits: list[Tensor]) -> Tensor:
+        """Logits [..., K_f] of the digit after the given ones of the next token, from the `hidden` state [..., width]."""
+        return F.linear(self._told(x, digits), self._head(len(digits)))
+
+    def _told(self, x: Tensor, digits: list[Tensor]) -> Tensor:
+        return x + self.embedded(self.digit_embedding, digits) if digits else x
+
+    def _head(self, factor: int) -> Tensor:
+        """Rows [K_f, width] of the head for a digit."""
+        start = sum(self.factors[:factor])
+        return self.head.weight[start : start + self.factors[factor]]
 
     def forward(
         self, labels_B: Tensor, tokens_BT: Tensor, cache: KVCache | None = None, targets_BT: Tensor | None = None
@@ -159,8 +204,29 @@ class ARPrior(WideBuffers, ClassConditional, Prior):
 
         With `targets_BT` [B, L], the tokens that do follow, the result is a scalar: the mean of -log p(target) in nats per token
         (divide by log 2 for bits), without all logits at once. In training mode `label_smoothing` and `z_loss` are in it.
+
+        ValueError: too many tokens, or logits of tokens of several digits, of which each depends on those before it.
         """
-        x = self.token_embedding(tokens_BT)
+        x = self.hidden(labels_B, tokens_BT, cache)
+        several = len(self.factors) > 1
+        if targets_BT is None:
+            if several:
+                raise ValueError("a token of several digits has logits digit by digit: use `hidden` and `digit_logits`")
+            return self.head(x)
+        label_smoothing, z_loss = (self.config.label_smoothing, self.config.z_loss) if self.training else (0.0, 0.0)
+        loss = functools.partial(linear_cross_entropy, label_smoothing=label_smoothing, z_loss=z_loss, impl=self.impl)
+        if not several:
+            return loss(x, self.head.weight, targets_BT)
+        digits = list(digits_of(targets_BT, self.factors).unbind(-1))
+        terms = [loss(self._told(x, digits[:f]), self._head(f), digit.contiguous()) for f, digit in enumerate(digits)]
+        return torch.stack(terms).sum()
+
+    def hidden(self, labels_B: Tensor, tokens_BT: Tensor, cache: KVCache | None = None) -> Tensor:
+        """The state [B, L, width] from which the next token is predicted; arguments as of `forward`."""
+        if len(self.factors) > 1:
+            x = self.embedded(self.token_embedding, list(digits_of(tokens_BT, self.factors).unbind(-1)))
+        else:
+            x = self.token_embedding(tokens_BT)
         if cache is None or cache.empty:
             x = torch.cat([self.class_embedding(labels_B)[:, None], x], dim=1)
         positions = slice(0, x.shape[1]) if cache is None else cache.begin(x.shape[1])
@@ -177,13 +243,7 @@ class ARPrior(WideBuffers, ClassConditional, Prior):
                 x = block(x, table, cache)
         if cache is not None:
             cache.end(x.shape[1])
-        x = self.norm(x)
-        if targets_BT is None:
-            return self.head(x)
-        label_smoothing, z_loss = (self.config.label_smoothing, self.config.z_loss) if self.training else (0.0, 0.0)
-        return linear_cross_entropy(
-            x, self.head.weight, targets_BT, label_smoothing=label_smoothing, z_loss=z_loss, impl=self.impl
-        )
+        return self.norm(x)
 
     def corrupt(self, tokens_BT: Tensor) -> Tensor:
         """Input tokens, each replaced by a random one with probability `token_noise` (Esser et al. 2021 call 1 - p `pkeep`).

@@ -15,6 +15,7 @@ from dae.cuda_graphs import Recorder
 from dae.models import ARPrior
 from dae.models.ar_prior import FixedKVCache
 from dae.priors.family import PriorFamily, draw_augmentations, latent_shape
+from dae.quantizers.tokens import number_of
 
 if TYPE_CHECKING:
     from dae.data.cache import EncodedDataset, EncodingCache
@@ -35,8 +36,8 @@ class Autoregressive(PriorFamily[ARPrior]):
     loss_meaning = "Bits per token are what the prior needs to write down one token of an image, given those before it."
 
     def build(self, settings: PriorConfig, cache: EncodingCache) -> ARPrior:
-        shape = latent_shape(cache)
-        return ARPrior(settings, sequence_length=shape.pop("latent_size") ** 2, **shape)
+        shape, factors = latent_shape(cache), getattr(cache, "factors", None)
+        return ARPrior(settings, sequence_length=shape.pop("latent_size") ** 2, factors=factors, **shape)
 
     def loss(self, model: Callable[..., Tensor], prior: ARPrior, batch: dict[str, Tensor]) -> Tensor:
         """Mean of -log p(token | class, earlier tokens) in nats, with class dropout and token noise."""
@@ -67,8 +68,8 @@ class Autoregressive(PriorFamily[ARPrior]):
     def rehearse(self, prior: ARPrior, batch: dict[str, Tensor]) -> None:
         if prior.sequence_length > 1:  # sampling: one token after the other
             cache, labels = prior.make_cache(1), batch["label"][:1]
-            first = prior(labels, batch["tokens"][:1, 0, :0], cache)
-            prior(labels, first[:, -1:].argmax(-1), cache)
+            prior.hidden(labels, batch["tokens"][:1, 0, :0], cache)
+            prior.hidden(labels, batch["tokens"][:1, 0, :1], cache)
 
 
 def filter_logits(logits_BK: Tensor, top_k: int | None = None, top_p: float | None = None) -> Tensor:
@@ -120,7 +121,8 @@ def sample_tokens(
     """Tokens [B, T] drawn from p(tokens | label).
 
     Guidance (Ho & Salimans 2022): logits = null + cfg_scale * (conditional - null), so 1 is the model itself and 0 ignores
-    the class. Then the logits are divided by `temperature` and filtered by `top_k` and `top_p`; temperature 0 takes the
+    the class. Then the logits are divided by `temperature` and filtered by `top_k` and `top_p`, of tokens of several digits
+    (`prior.factors`) digit by digit; temperature 0 takes the
     likeliest token, as one near 0 does unless several are as likely. An infinite temperature draws uniformly.
 
     Args:
@@ -158,7 +160,18 @@ def sample_tokens(
 
     def draw(latest: Tensor) -> Tensor:
         """The next token [B, 1] after the latest."""
-        logits = prior(labels, latest.repeat(2, 1) if guided else latest, cache)[:, -1].float()
+        latest = latest.repeat(2, 1) if guided else latest
+        if len(prior.factors) == 1:
+            return drawn(prior(labels, latest, cache)[:, -1].float())
+        state = prior.hidden(labels, latest, cache)[:, -1:]
+        digits: list[Tensor] = []
+        for _ in prior.factors:
+            given = [digit.repeat(2, 1) if guided else digit for digit in digits]
+            digits.append(drawn(prior.digit_logits(state, given)[:, -1].float()))
+        return number_of(torch.stack(digits, dim=-1), prior.factors)
+
+    def drawn(logits: Tensor) -> Tensor:
+        """An index [B, 1] drawn from logits [B, K], with guidance [2 B, K]."""
         if guided:
             conditional, null = logits.chunk(2)
             logits = null + cfg_scale * (conditional - null)

@@ -80,6 +80,11 @@ class Bottleneck(nn.Module, ABC):
         """K, how many values an index has; ValueError for a continuous bottleneck."""
         raise ValueError(f"autoencoder.bottleneck={config.bottleneck} has no codes")
 
+    @classmethod
+    def factors(cls, config: AutoencoderConfig) -> tuple[int, ...]:
+        """Sizes of the digits of an index, the lowest first, that a prior should predict one by one; (K,) is the index itself."""
+        return (cls.num_codes(config),)
+
     def initialize_codebook(self, features_NDhw: Tensor, generator: torch.Generator) -> None:
         """Place the codes before training, on what the encoder makes of some images."""
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from dae.config import AutoencoderConfig, FSQConfig
 from dae.precision import wide
 from dae.quantizers.bottleneck import Encoding, check_feature_map
-from dae.quantizers.tokens import TokenBottleneck, check_code_counts, digits_of, number_of
+from dae.quantizers.tokens import TokenBottleneck, check_code_counts, digits_of, grouped, number_of
 
 EPSILON = 1e-3  # of the bound, so that no rounding reaches a level beyond the last
 
@@ -76,3 +76,7 @@ class FiniteScalarQuantizer(TokenBottleneck):
     @staticmethod
     def num_codes(config: AutoencoderConfig) -> int:
         return math.prod(config.fsq.levels)
+
+    @classmethod
+    def factors(cls, config: AutoencoderConfig) -> tuple[int, ...]:
+        return grouped(config.fsq.levels)

@@ -10,7 +10,7 @@ from torch import Tensor
 from dae.config import AutoencoderConfig, LFQConfig
 from dae.precision import wide
 from dae.quantizers.bottleneck import Encoding, check_feature_map
-from dae.quantizers.tokens import TokenBottleneck, check_code_counts, digits_of, entropy_loss, number_of
+from dae.quantizers.tokens import TokenBottleneck, check_code_counts, digits_of, entropy_loss, grouped, number_of
 
 
 class BinaryBottleneck(TokenBottleneck):
@@ -44,12 +44,16 @@ class BinaryBottleneck(TokenBottleneck):
 
     @staticmethod
     def check_rates(rates: list[float]) -> None:
-        if any(not 1 <= r <= 30 or r != int(r) for r in rates):
-            raise ValueError(f"compare.rates: expected bits (whole numbers from 1 to 30) for binary codes, got {rates}")
+        if any(not 1 <= r <= 24 or r != int(r) for r in rates):
+            raise ValueError(f"compare.rates: expected bits (whole numbers from 1 to 24) for binary codes, got {rates}")
 
     @staticmethod
     def num_codes(config: AutoencoderConfig) -> int:
         return 2**config.latent_channels
+
+    @classmethod
+    def factors(cls, config: AutoencoderConfig) -> tuple[int, ...]:
+        return grouped([2] * config.latent_channels)
 
 
 class LookupFreeQuantizer(BinaryBottleneck):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 
 import torch
@@ -12,7 +13,9 @@ from torch import Tensor
 from dae.distributed import sum_over_processes, world_size
 from dae.quantizers.bottleneck import Bottleneck, Encoding
 
-LARGEST_VOCABULARY = 2**31 - 1  # a cache keeps indices as int32
+LARGEST_VOCABULARY = 2**24  # counts of codes are kept in tables
+LARGEST_DIGIT = 2**10  # a vocabulary that is a product is predicted by digits of at most so many values, if it is larger than:
+ONE_HEAD = 2**14
 
 
 class TokenBottleneck(Bottleneck):
@@ -31,6 +34,27 @@ def check_code_counts(knob: str, codes: int) -> None:
     """ValueError if there are more codes than an index in a cache can name."""
     if codes > LARGEST_VOCABULARY:
         raise ValueError(f"{knob}: {codes:,} codes are more than the {LARGEST_VOCABULARY:,} that an index can name")
+
+
+def grouped(radix: Sequence[int]) -> tuple[int, ...]:
+    """Digits for a prior of a number whose digits have these sizes: the number itself if small, else products of neighbours.
+
+    As few as `LARGEST_DIGIT` allows, and the largest of them as small as it can be.
+    """
+    if math.prod(radix) <= ONE_HEAD:
+        return (math.prod(radix),)
+
+    def within(largest: int) -> list[int]:
+        groups: list[int] = []
+        for size in radix:
+            if groups and groups[-1] * size <= largest:
+                groups[-1] *= size
+            else:
+                groups.append(size)
+        return groups
+
+    fewest = len(within(LARGEST_DIGIT))
+    return tuple(next(groups for largest in range(2, LARGEST_DIGIT + 1) if len(groups := within(largest)) == fewest))
 
 
 def number_of(digits: Tensor, radix: Sequence[int]) -> Tensor:

@@ -39,7 +39,8 @@ def build_cache(
     """The cache of the encodings of a training and a held-out set."""
     kind, config = cache_class(autoencoder.bottleneck), autoencoder.config
     if autoencoder.bottleneck.discrete:
-        latent = {"vocab_size": autoencoder.bottleneck.num_codes(config)}
+        factors = autoencoder.bottleneck.factors(config)
+        latent = {"vocab_size": autoencoder.bottleneck.num_codes(config), "factors": list(factors) if len(factors) > 1 else None}
     else:
         latent = {"latent_channels": config.latent_channels}
     return kind(

@@ -12,6 +12,7 @@ import dae.distributed
 from dae.config import KernelsConfig, PriorConfig
 from dae.models import ARPrior, choose_kernels
 from dae.models.ar_prior import FixedKVCache, KVCache
+from dae.quantizers.tokens import digits_of
 
 K, T, C = 11, 9, 3
 
@@ -283,3 +284,55 @@ def test_a_step_learns(inputs):
         optimizer.step()
         losses.append(loss.item())
     assert abs(losses[0] - torch.tensor(K).log().item()) < 0.1 and losses[-1] < 0.5 * losses[0]
+
+
+FACTORS = [5, 3, 4]
+
+
+def factorised(**changes):
+    torch.manual_seed(0)
+    config = PriorConfig(**{"width": 16, "depth": 2, "num_heads": 2, "class_dropout": 0.1} | changes)
+    prior = ARPrior(config, vocab_size=60, sequence_length=T, num_classes=C, factors=FACTORS).double().eval()
+    for parameter in prior.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return prior
+
+
+def test_digits_make_a_distribution_over_all_tokens(inputs):
+    """Probabilities of digit after digit sum to one over the 60 tokens, and the loss is their mean -log."""
+    labels, _ = inputs
+    prior, tokens = factorised(), torch.randint(60, (4, T), generator=torch.Generator().manual_seed(2))
+    state = prior.hidden(labels, tokens[:, :-1])
+    every = digits_of(torch.arange(60), FACTORS)
+    log_p = torch.zeros(4, T, 60, dtype=torch.float64)
+    for k in range(60):
+        digits = [every[k, f].expand(4, T) for f in range(3)]
+        for f in range(3):
+            log_p[..., k] += prior.digit_logits(state, digits[:f]).log_softmax(-1).gather(-1, digits[f][..., None])[..., 0]
+    torch.testing.assert_close(log_p.exp().sum(-1), torch.ones(4, T, dtype=torch.float64))
+    loss = prior(labels, tokens[:, :-1], targets_BT=tokens)
+    torch.testing.assert_close(loss, -log_p.gather(-1, tokens[..., None]).mean())
+    assert prior.head.weight.shape[0] == prior.token_embedding.weight.shape[0] == sum(FACTORS)
+    loss.backward()
+    assert all(p.grad is not None for p in prior.parameters())
+
+
+def test_digits_are_saved_and_cached(inputs, tmp_path):
+    labels, _ = inputs
+    prior, tokens = factorised(), torch.randint(60, (4, T - 1), generator=torch.Generator().manual_seed(2))
+    cache, pieces = prior.make_cache(4), []
+    for part in tokens.split([3] + [1] * (T - 4), dim=1):
+        pieces.append(prior.hidden(labels, part, cache))
+    torch.testing.assert_close(torch.cat(pieces, dim=1), prior.hidden(labels, tokens), rtol=1e-10, atol=1e-10)
+    prior.save_pretrained(tmp_path)
+    again = ARPrior.from_pretrained(tmp_path, torch_dtype=torch.float64)
+    assert again.factors == FACTORS
+    torch.testing.assert_close(again.hidden(labels, tokens), prior.hidden(labels, tokens))
+    assert "factors" not in make().to_config(), "of an ordinary prior nothing changes"
+
+
+def test_digits_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"factors \[5, 3\] have the product 15, expected vocab_size=60"):
+        ARPrior(PriorConfig(width=8, num_heads=1), vocab_size=60, sequence_length=T, num_classes=C, factors=[5, 3])
+    with pytest.raises(ValueError, match="logits digit by digit: use `hidden` and `digit_logits`"):
+        factorised()(torch.zeros(1, dtype=torch.int64), torch.zeros(1, 0, dtype=torch.int64))

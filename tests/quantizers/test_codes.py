@@ -9,7 +9,7 @@ import torch
 from dae.config import BSQConfig, FSQConfig, LFQConfig, load_config
 from dae.models import Autoencoder
 from dae.quantizers import BinarySphericalQuantizer, FiniteScalarQuantizer, LookupFreeQuantizer
-from dae.quantizers.tokens import digits_of, entropy_loss, number_of
+from dae.quantizers.tokens import digits_of, entropy_loss, grouped, number_of
 
 LEVELS = [8, 5, 2, 3]
 MAKERS = {
@@ -170,6 +170,18 @@ def test_numbers_and_digits():
 
 
 @pytest.mark.parametrize(
+    "radix, wanted",
+    [([2] * 10, (1024,)), ([2] * 14, (2**14,)), ([2] * 18, (2**9, 2**9)), ([8, 5, 5, 5], (1000,)),
+     ([8, 8, 8, 5, 5, 5], (512, 125)),
+     ([1024, 1024], (1024, 1024)), ([2] * 24, (2**8,) * 3), ([4096, 5, 5], (4096, 25))],
+)  # fmt: skip
+def test_digits_of_a_prior(radix, wanted):
+    """In order, so that the digits of a group are those of the number."""
+    found = grouped(radix)
+    assert found == wanted and math.prod(found) == math.prod(radix)
+
+
+@pytest.mark.parametrize(
     "make, words",
     [
         (
@@ -177,11 +189,11 @@ def test_numbers_and_digits():
             "fsq.levels has 2 entries, one for each channel.*expected 3",
         ),
         (lambda: FiniteScalarQuantizer(FSQConfig(levels=[5, 1]), 2), "at least 2 levels a channel"),
-        (lambda: FiniteScalarQuantizer(FSQConfig(levels=[4096] * 3), 3), "codes are more than the 2,147,483,647"),
-        (lambda: LookupFreeQuantizer(LFQConfig(), 31), "autoencoder.latent_channels: 2,147,483,648 codes are more"),
+        (lambda: FiniteScalarQuantizer(FSQConfig(levels=[4096] * 3), 3), "codes are more than the 16,777,216"),
+        (lambda: LookupFreeQuantizer(LFQConfig(), 25), "autoencoder.latent_channels: 33,554,432 codes are more"),
         (lambda: MAKERS["bsq"]()(torch.zeros(1, 3, 2, 2)), r"needs features \[B, 4, h, w\], got \[1, 3, 2, 2\]"),
         (lambda: FiniteScalarQuantizer.check_rates([2.0]), "cannot be swept by one number"),
-        (lambda: LookupFreeQuantizer.check_rates([2.5]), "whole numbers from 1 to 30"),
+        (lambda: LookupFreeQuantizer.check_rates([2.5]), "whole numbers from 1 to 24"),
         (lambda: load_config(None, ["autoencoder.fsq.levels=[1,5]"]), "autoencoder.fsq.levels.*at least 2"),
     ],
 )

@@ -230,6 +230,31 @@ def test_graphs_need_a_gpu():
         sample_tokens(make(), torch.zeros(1, dtype=torch.int64), cuda_graphs=True)
 
 
+@pytest.mark.parametrize("options", [{}, {"cfg_scale": 1.7}, {"temperature": 0.5}])
+def test_tokens_of_several_digits_have_their_frequencies(options):
+    """Drawn digit by digit, against the product of the digits' probabilities."""
+    torch.manual_seed(0)
+    config = PriorConfig(width=8, depth=1, num_heads=1, class_dropout=0.1)
+    prior = ARPrior(config, vocab_size=6, sequence_length=1, num_classes=C, factors=[2, 3]).eval()
+    for parameter in prior.parameters():
+        torch.nn.init.normal_(parameter, std=0.7)
+    labels = torch.ones(40_000, dtype=torch.int64)
+    tokens = sample_tokens(prior, labels, **options, generator=generator())
+    assert tokens.shape == (40_000, 1)
+    with torch.no_grad():
+        states = prior.hidden(torch.tensor([1, prior.null_class]), torch.zeros(2, 0, dtype=torch.int64))
+        scale, temperature = options.get("cfg_scale", 1.0), options.get("temperature", 1.0)
+
+        def probabilities(digits):
+            conditional, null = prior.digit_logits(states, [torch.full((2, 1), digit) for digit in digits])[:, 0]
+            return ((null + scale * (conditional - null)) / temperature).softmax(-1)
+
+        first = probabilities([])
+        wanted = torch.stack([first[a] * probabilities([a])[b] for b in range(3) for a in range(2)])
+    found = tokens.flatten().bincount(minlength=6) / len(tokens)
+    assert (found - wanted).abs().max() < 5 * 0.5 / 40_000**0.5
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_graph_a_token_on_a_gpu():

@@ -15,7 +15,7 @@ LABELS = torch.tensor([0, 1])
 class Table(nn.Module):
     """A prior whose logits are given: of a class [C, K], at every position."""
 
-    null_class, sequence_length = 1, 3
+    null_class, sequence_length, factors = 1, 3, (2,)
 
     def __init__(self, logits_CK):
         super().__init__()
