@@ -129,6 +129,16 @@ class BSQConfig:
 
 
 @dataclass
+class RVQConfig:
+    num_quantizers: int = knob(2, "quantizers of autoencoder.vq.codebook_size codes, one after the other", ge=1, le=32)
+
+
+@dataclass
+class GVQConfig:
+    groups: int = knob(2, "groups of channels, each with autoencoder.vq.codebook_size codes", ge=1, le=32)
+
+
+@dataclass
 class KLConfig:
     kl_weight: float = knob(1e-6, "weight of KL(q(z|x) || N(0, I)), summed over a latent, averaged over the batch", ge=0)
 
@@ -144,11 +154,14 @@ class AutoencoderConfig:
     latent_channels: int = knob(16, "channels of the latent", ge=1, le=65536)
     bottleneck: str = knob(
         "vq",
-        "tokens: vq (codes follow averages), vq_gradient (codes are trained), simvq (a trained map of fixed codes), fsq, lfq "
-        "(2^latent_channels codes), bsq (the same on a sphere); continuous: kl",
-        choices=("vq", "vq_gradient", "simvq", "fsq", "lfq", "bsq", "kl"),
+        "tokens: vq (codes follow averages), vq_gradient (codes are trained), simvq (a trained map of fixed ones), rvq (codes of "
+        "what codes left), gvq (codes of groups of channels), fsq, lfq (2^latent_channels codes), bsq (the same on a sphere); "
+        "continuous: kl",
+        choices=("vq", "vq_gradient", "simvq", "rvq", "gvq", "fsq", "lfq", "bsq", "kl"),
     )
-    vq: VQConfig = section(VQConfig, "vector quantization, of vq, vq_gradient and simvq")
+    vq: VQConfig = section(VQConfig, "vector quantization, of vq, vq_gradient, simvq, rvq and gvq")
+    rvq: RVQConfig = section(RVQConfig, "residual vector quantization")
+    gvq: GVQConfig = section(GVQConfig, "grouped vector quantization")
     fsq: FSQConfig = section(FSQConfig, "finite scalar quantization")
     lfq: LFQConfig = section(LFQConfig, "lookup-free quantization")
     bsq: BSQConfig = section(BSQConfig, "binary spherical quantization")

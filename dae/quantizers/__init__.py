@@ -2,8 +2,10 @@ from dae.config import AutoencoderConfig
 from dae.quantizers.bottleneck import Bottleneck, Encoding
 from dae.quantizers.bsq import BinarySphericalQuantizer
 from dae.quantizers.fsq import FiniteScalarQuantizer
+from dae.quantizers.grouped_vq import GroupedQuantizer
 from dae.quantizers.kl import GaussianBottleneck, latent_statistics, sample_posteriors
 from dae.quantizers.lfq import LookupFreeQuantizer
+from dae.quantizers.residual_vq import ResidualQuantizer
 from dae.quantizers.simvq import SimVectorQuantizer
 from dae.quantizers.vq import VectorQuantizer
 from dae.quantizers.vq_gradient import GradientVectorQuantizer
@@ -12,6 +14,8 @@ BOTTLENECKS: dict[str, type[Bottleneck]] = {
     "vq": VectorQuantizer,
     "vq_gradient": GradientVectorQuantizer,
     "simvq": SimVectorQuantizer,
+    "rvq": ResidualQuantizer,
+    "gvq": GroupedQuantizer,
     "fsq": FiniteScalarQuantizer,
     "lfq": LookupFreeQuantizer,
     "bsq": BinarySphericalQuantizer,
@@ -35,7 +39,9 @@ __all__ = [
     "FiniteScalarQuantizer",
     "GaussianBottleneck",
     "GradientVectorQuantizer",
+    "GroupedQuantizer",
     "LookupFreeQuantizer",
+    "ResidualQuantizer",
     "SimVectorQuantizer",
     "VectorQuantizer",
     "bottleneck_class",
