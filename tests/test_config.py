@@ -146,7 +146,8 @@ def test_every_number_has_a_least_value():
 MAY_BE_LARGE = (  # a period, a limit, a number of rows, or of steps that are what the user asks for
     "_steps", "_total_limit", "_size", "_samples", "_rows", "max_images", "norm", "adversarial_start",
     "num_classes", "label_level", "attention_resolutions", "num_heads", "top_k", "neighbours", "weight", "z_loss",
-    "code_temperature", "max_skipped", "rates", "loss.l1", "loss.l2", "loss.perceptual", "loss.adversarial",
+    "code_temperature", "max_skipped", "rates", "loss.l1", "loss.l2", "loss.perceptual", "loss.adversarial", "loss.charbonnier",
+    "loss.lecam", "loss.r1", "r1_every", "adversarial_ramp", "diversity", "inverse_temperature",
 )  # fmt: skip
 
 

@@ -1,5 +1,16 @@
 """The configuration of the chain: its knobs (schema.py), and reading, checking and writing it (load.py)."""
 
+from dae.config.architecture import (
+    AutoencoderConfig,
+    BSQConfig,
+    DecoderConfig,
+    FSQConfig,
+    GVQConfig,
+    KLConfig,
+    LFQConfig,
+    RVQConfig,
+    VQConfig,
+)
 from dae.config.load import (
     RENAMED,
     Difference,
@@ -13,26 +24,17 @@ from dae.config.load import (
     with_overrides,
 )
 from dae.config.schema import (
-    AutoencoderConfig,
-    BSQConfig,
     CompareConfig,
     Config,
     DataConfig,
-    DecoderConfig,
     EvaluationConfig,
-    FSQConfig,
-    GVQConfig,
     KernelsConfig,
-    KLConfig,
-    LFQConfig,
     LossConfig,
     MeasureConfig,
     OptimizationConfig,
     PriorConfig,
-    RVQConfig,
     SamplingConfig,
     StageConfig,
-    VQConfig,
 )
 
 __all__ = [

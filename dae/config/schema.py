@@ -1,8 +1,8 @@
 """Dataclasses with every knob of the chain: name, default, meaning and allowed values.
 
 One file configures the whole chain, so the autoencoder, the token cache, the prior, the samples and the report of one
-run cannot disagree. Names follow diffusers' training scripts where possible. Metadata of a knob: knobs.py; reading
-and checking: load.py.
+run cannot disagree. Names follow diffusers' training scripts where possible. The autoencoder: architecture.py; metadata of
+a knob: knobs.py; reading and checking: load.py.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import List, Optional
 
+from dae.config.architecture import AutoencoderConfig, DecoderConfig
 from dae.config.knobs import knob, section
 
 LARGEST_SEED = 2**63 - 1
@@ -72,101 +73,6 @@ class DataConfig:
         role="free",
     )
     max_skipped: float = knob(0.1, "skip: rows left out before the run stops: a share below 1, else a number", ge=0, role="free")
-
-
-@dataclass
-class DecoderConfig:
-    """A member of the decoder family: the generators for which the latent should be simple."""
-
-    family: str = knob(
-        "full",
-        "full; or weaker: linear (one linear map per latent position), narrow, shallow, dropout",
-        choices=("full", "linear", "narrow", "shallow", "dropout"),
-    )
-    width_factor: float = knob(0.25, "narrow: channels relative to the full decoder", gt=0, le=1)
-    num_blocks: int = knob(0, "shallow: residual blocks per level, where the full decoder has num_blocks + 1", ge=0, le=1000)
-    dropout: float = knob(0.5, "dropout: probability that Dropout2d zeroes a channel after a residual block", ge=0, lt=1)
-
-
-@dataclass
-class VQConfig:
-    codebook_size: int = knob(64, "number of codes K", ge=1, le=2**24)
-    ema_decay: float = knob(0.99, "decay of the moving average that carries the codebook", ge=0, lt=1)
-    commitment_weight: float = knob(0.25, "weight of |z - sg(code)|^2 that keeps the encoder near its codes", ge=0)
-    kmeans_iterations: int = knob(10, "Lloyd iterations that place the codebook on the first batches; 0: random", ge=0, le=10_000)
-    revive_threshold: float = knob(0.1, "codes used below this share of the average are moved onto a latent; 0: none", ge=0, lt=1)
-    metric: str = knob("l2", "l2, or cosine: latents and codes of length 1, as in ViT-VQGAN", choices=("l2", "cosine"))
-    gradient: str = knob(
-        "ste",
-        "of the encoder: ste passes the decoder's straight through, rotation turns it as the latent onto its code",
-        choices=("ste", "rotation"),
-    )
-
-
-@dataclass
-class FSQConfig:
-    levels: List[int] = knob(
-        [8, 5, 5, 5],
-        "levels of each channel of the latent, autoencoder.latent_channels of them; their product is K",
-        ge=2,
-        le=4096,
-    )
-
-
-@dataclass
-class LFQConfig:
-    entropy_weight: float = knob(0.1, "weight of the entropy terms: sure of each latent's code, all codes used", ge=0)
-    diversity: float = knob(1.0, "weight of the batch's entropy within them", ge=0)
-    inverse_temperature: float = knob(100.0, "of the soft assignment that the entropies are of", gt=0)
-    commitment_weight: float = knob(0.25, "weight of |z - sg(code)|^2", ge=0)
-
-
-@dataclass
-class BSQConfig:
-    entropy_weight: float = knob(0.1, "weight of the entropy terms: sure of each latent's code, all codes used", ge=0)
-    diversity: float = knob(1.0, "weight of the batch's entropy within them", ge=0)
-    inverse_temperature: float = knob(100.0, "of the soft assignment that the entropies are of", gt=0)
-
-
-@dataclass
-class RVQConfig:
-    num_quantizers: int = knob(2, "quantizers of autoencoder.vq.codebook_size codes, one after the other", ge=1, le=32)
-
-
-@dataclass
-class GVQConfig:
-    groups: int = knob(2, "groups of channels, each with autoencoder.vq.codebook_size codes", ge=1, le=32)
-
-
-@dataclass
-class KLConfig:
-    kl_weight: float = knob(1e-6, "weight of KL(q(z|x) || N(0, I)), summed over a latent, averaged over the batch", ge=0)
-
-
-@dataclass
-class AutoencoderConfig:
-    base_channels: int = knob(64, "channels at full resolution", ge=1, le=16384)
-    channel_multipliers: List[int] = knob(
-        [1, 2], "channels of each level relative to base_channels; each level but the first halves the resolution", ge=1, le=1024
-    )
-    num_blocks: int = knob(1, "residual blocks per level in the encoder; a full decoder has one more", ge=0, le=1000)
-    attention_resolutions: List[int] = knob([], "feature-map sizes at which self-attention is added", ge=1)
-    latent_channels: int = knob(16, "channels of the latent", ge=1, le=65536)
-    bottleneck: str = knob(
-        "vq",
-        "tokens: vq (codes follow averages), vq_gradient (codes are trained), simvq (a trained map of fixed ones), rvq (codes of "
-        "what codes left), gvq (codes of groups of channels), fsq, lfq (2^latent_channels codes), bsq (the same on a sphere); "
-        "continuous: kl",
-        choices=("vq", "vq_gradient", "simvq", "rvq", "gvq", "fsq", "lfq", "bsq", "kl"),
-    )
-    vq: VQConfig = section(VQConfig, "vector quantization, of vq, vq_gradient, simvq, rvq and gvq")
-    rvq: RVQConfig = section(RVQConfig, "residual vector quantization")
-    gvq: GVQConfig = section(GVQConfig, "grouped vector quantization")
-    fsq: FSQConfig = section(FSQConfig, "finite scalar quantization")
-    lfq: LFQConfig = section(LFQConfig, "lookup-free quantization")
-    bsq: BSQConfig = section(BSQConfig, "binary spherical quantization")
-    kl: KLConfig = section(KLConfig, "Gaussian posterior")
-    decoder: DecoderConfig = section(DecoderConfig, "the real decoder")
 
 
 @dataclass

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,8 +34,7 @@ class GradientVectorQuantizer(VectorQuantizer):
     def forward(self, features: Tensor, sample_posterior: bool = False) -> Encoding:
         encoding = super().forward(features, sample_posterior)
         z_BhwD = self.placed(features.detach().to(wide(features.dtype)).movedim(1, -1))
-        assert encoding.indices is not None
-        square = (F.embedding(encoding.indices, self.codes()) - z_BhwD).square().sum()
+        square = (F.embedding(cast(Tensor, encoding.indices), self.codes()) - z_BhwD).square().sum()
         encoding.loss = encoding.loss + square / max(1, z_BhwD.numel())
         return encoding
 

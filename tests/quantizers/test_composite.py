@@ -158,9 +158,7 @@ def test_refusals(make, words):
 
 
 def test_peer():
-    peer = pytest.importorskip("vector_quantize_pytorch").ResidualVQ(
-        dim=D, num_quantizers=3, codebook_size=K, accept_image_fmap=True
-    )
+    peer = pytest.importorskip("vector_quantize_pytorch").ResidualVQ(dim=D, num_quantizers=3, codebook_size=K)
     ours = make("rvq")
     for mine, theirs in zip(ours.quantizers, peer.layers, strict=True):
         theirs._codebook.embed.data[0] = mine.codebook
