@@ -7,7 +7,7 @@ and a held-out set fit on the first and measure on the second. `dae.diagnostics.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from dae_kernels import energy_distance, sliced_wasserstein
@@ -46,7 +46,11 @@ def ngram_bits(train_Nhw: Tensor, heldout_Mhw: Tensor, codebook_size: int) -> fl
 
     Source: ours; the back-off is Witten and Bell's interpolation with a constant instead of the number of followers.
     """
-    train, heldout = (_context_keys(x, codebook_size) for x in (train_Nhw, heldout_Mhw))
+    # Codes that occur, numbered anew: a context of three of 2^24 codes has no number in 64 bits.
+    occurring, numbers = torch.cat([train_Nhw.flatten(), heldout_Mhw.flatten()]).unique(return_inverse=True)
+    parts = numbers.split([train_Nhw.numel(), heldout_Mhw.numel()])
+    given = (part.view(x.shape) for part, x in zip(parts, (train_Nhw, heldout_Mhw), strict=True))
+    train, heldout = (_context_keys(x, len(occurring)) for x in given)
 
     def bits(queries: dict[str, Tensor], left_out: int, concentration: float) -> float:
         n = {name: _counts(train[name], queries[name]).double() - left_out for name in queries}
@@ -76,7 +80,9 @@ def _counts(keys: Tensor, queries: Tensor) -> Tensor:
 
 
 @own_arithmetic(gradients=True)
-def tiny_transformer_bits(train_Nhw: Tensor, heldout_Mhw: Tensor, codebook_size: int, *, seed: int) -> float:
+def tiny_transformer_bits(
+    train_Nhw: Tensor, heldout_Mhw: Tensor, codebook_size: int, *, seed: int, factors: Sequence[int] | None = None
+) -> float:
     """Bits per held-out image under a very small autoregressive Transformer trained for a second; lower is better.
 
         -sum over t of log2 p(token_t | token_<t), a mean over the held-out images, tokens in raster order
@@ -88,6 +94,7 @@ def tiny_transformer_bits(train_Nhw: Tensor, heldout_Mhw: Tensor, codebook_size:
     Args:
         train_Nhw, heldout_Mhw: int64 codes in 0..codebook_size - 1.
         seed: for weights and batches.
+        factors: as of `ARPrior`; None for one head.
     """
     train_NT, heldout_MT = train_Nhw.flatten(1), heldout_Mhw.flatten(1)
     N, T = train_NT.shape
@@ -95,7 +102,7 @@ def tiny_transformer_bits(train_Nhw: Tensor, heldout_Mhw: Tensor, codebook_size:
     config = PriorConfig(width=32, depth=1, num_heads=2)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        model = ARPrior(config, vocab_size=codebook_size, sequence_length=T, num_classes=1)
+        model = ARPrior(config, vocab_size=codebook_size, sequence_length=T, num_classes=1, factors=factors)
 
     def loss(tokens_BT: Tensor) -> Tensor:
         return model(torch.zeros(len(tokens_BT), dtype=torch.int64), tokens_BT[:, :-1], targets_BT=tokens_BT)

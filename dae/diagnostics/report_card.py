@@ -174,13 +174,14 @@ def code_length(autoencoder: Autoencoder, train: Encoded, heldout: Encoded, seed
         rate = gaussian_rate(*ours, covariance="diagonal")
         return {"gaussian_rate": rate, "prior_bits": measure.gaussian_prior_bits(*ours, *theirs)}
     K = autoencoder.bottleneck.num_codes(autoencoder.config)
+    factors = autoencoder.bottleneck.factors(autoencoder.config)
     usage = CodebookUsage(K).update(heldout.indices)
     return {
         "codebook_usage": usage.usage,
         "codebook_perplexity": usage.perplexity,
         "code_entropy": math.log2(usage.perplexity),
         "ngram_bits": measure.ngram_bits(train.indices, heldout.indices, K),
-        "prior_bits": measure.tiny_transformer_bits(train.indices, heldout.indices, K, seed=seed),
+        "prior_bits": measure.tiny_transformer_bits(train.indices, heldout.indices, K, seed=seed, factors=factors),
     }
 
 

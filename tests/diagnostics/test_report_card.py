@@ -49,6 +49,12 @@ def test_ngram_bits_of_known_sources():
     assert measure.ngram_bits(copied_from_above[:600], copied_from_above[600:], 8) == pytest.approx(4 * 3, rel=0.05)
 
 
+def test_ngram_bits_of_huge_codebooks():
+    """Only how often codes occur together counts, and K in the smoothing: numbers of codes far apart are none other."""
+    near, far = codes(300, 4, 4), codes(300, 4, 4) * 2_000_003
+    assert measure.ngram_bits(near[:200], near[200:], 2**24) == measure.ngram_bits(far[:200], far[200:], 2**24)
+
+
 def test_tiny_transformer_bits():
     state = torch.get_rng_state()
     independent = measure.tiny_transformer_bits(codes(3000, 2, 2), codes(500, 2, 2, seed=1), 8, seed=0)
