@@ -42,6 +42,7 @@ from training_steps import stage_training, state_bytes
 from dae.config import Config
 from dae.models import ARPrior, choose_kernels
 from dae.priors import PRIORS
+from dae.quantizers import bottleneck_class
 from dae.training import plan_stages
 from dae.training.autoencoder import build_autoencoder
 from dae.training.engine import LocalEngine, set_backends
@@ -65,7 +66,7 @@ def steps_of(config: Config, device: torch.device, synthetic: bool, only: list[s
         engine = ClockedEngine(clock, config.mixed_precision)
         training = stage_training(config, stage, build_autoencoder(config, stage), engine, data)
         yield stage.name, ClockedStep(training, clock, stage.config)
-    if config.autoencoder.bottleneck == "vq" and not (only and "prior" not in only):
+    if bottleneck_class(config.autoencoder).discrete and not (only and "prior" not in only):
         clock = Clock(device)
         training = prior_training(config, data, ClockedEngine(clock, config.mixed_precision))
         yield "prior", ClockedStep(training, clock, config.prior)
@@ -74,10 +75,12 @@ def steps_of(config: Config, device: torch.device, synthetic: bool, only: list[s
 def prior_training(config: Config, data: Any, engine: LocalEngine) -> PriorTraining:
     """Training of the autoregressive prior, on random tokens."""
     torch.manual_seed(0)
-    vocabulary, batch = config.autoencoder.vq.codebook_size, config.prior.train_batch_size
+    bottleneck, batch = bottleneck_class(config.autoencoder), config.prior.train_batch_size
+    vocabulary, factors = bottleneck.num_codes(config.autoencoder), bottleneck.factors(config.autoencoder)
     length = (config.data.resolution >> (len(config.autoencoder.channel_multipliers) - 1)) ** 2
     classes = data.num_classes if data else 1000
-    prior = ARPrior(config.prior, vocab_size=vocabulary, sequence_length=length, num_classes=classes).to(engine.device).train()
+    prior = ARPrior(config.prior, vocab_size=vocabulary, sequence_length=length, num_classes=classes, factors=factors)
+    prior.to(engine.device).train()
     choose_kernels(prior, config.kernels)
     encodings: Any = itertools.repeat(
         {"tokens": torch.randint(vocabulary, (batch, 1, length)), "label": torch.randint(classes, (batch,))}
@@ -205,7 +208,7 @@ def main() -> None:
         parser.error(str(error))
     if config.cuda_graphs:
         parser.error("a CUDA graph has no blocks to time: profile without cuda_graphs, and time the whole step by bench_step.py")
-    names = [stage.name for stage in plan_stages(config)] + ["prior"] * (config.autoencoder.bottleneck == "vq")
+    names = [stage.name for stage in plan_stages(config)] + ["prior"] * bottleneck_class(config.autoencoder).discrete
     if unknown := sorted(set(arguments.stage or []) - set(names)):
         parser.error(f"--stage: expected one of {', '.join(names)}, got {unknown[0]}")
 

@@ -4,7 +4,7 @@
     accelerate launch recipes/encode.py --config recipes/configs/digits-kl.yaml
 
 Each image is encoded once unchanged, and `prior.num_augmentations` times augmented (`prior.augment_images`), with codes sampled
-near the encoder's output instead of the nearest ones (`prior.code_temperature`, VQ only), or both.
+near the encoder's output instead of the nearest ones (`prior.code_temperature`, of vq, vq_gradient and simvq), or both.
 Several processes share the work. Writes <output_dir>/tokens, or <output_dir>/latents with mean and log-variance of each
 posterior; both with fingerprints of autoencoder, data set and augmentation.
 """
@@ -52,8 +52,8 @@ def encode(config: Config) -> Path:
             f"{trained_with}: use the configuration that it was trained with"
         )
     kind = cache_class(autoencoder.bottleneck)
-    if not autoencoder.bottleneck.discrete and config.prior.num_augmentations and config.prior.code_temperature:
-        accelerator.print("prior.code_temperature has no effect: the latent of a KL autoencoder has no codes to draw")
+    if not autoencoder.bottleneck.draws_codes and config.prior.num_augmentations and config.prior.code_temperature:
+        accelerator.print(f"prior.code_temperature has no effect: autoencoder.bottleneck={trained_with} draws no codes")
 
     data.list_skipped(output)
     parts = {}

@@ -159,8 +159,8 @@ def transform_fingerprint(config: Config) -> str:
     if config.prior.num_augmentations == 0:
         return "plain"
     how = {knob.encoding: operator.attrgetter(key)(config) for key, knob in knobs().items() if knob.encoding}
-    if not bottleneck_class(config.autoencoder).discrete:
-        del how["code_temperature"]  # there are no codes
+    if not bottleneck_class(config.autoencoder).draws_codes:
+        del how["code_temperature"]
     if not config.prior.augment_images:
         del how["flip"], how["affine"]
     return json.dumps(dict(sorted(how.items(), key=lambda item: _ORDER.index(item[0]))))

@@ -108,7 +108,9 @@ class Autoencoder(PretrainedModel):
             ValueError: the bottleneck has no codebook, an index lies outside it, or a raster of another length.
         """
         if not self.bottleneck.discrete:
-            raise ValueError("only a VQ bottleneck has indices; this autoencoder's is KL: use .decode(latents)")
+            raise ValueError(
+                f"autoencoder.bottleneck={self.config.bottleneck} has no indices, its latent is continuous: use .decode(latents)"
+            )
         codes = self.bottleneck.num_codes(self.config)
         if indices.numel() and not (indices.min() >= 0 and indices.max() < codes):
             raise ValueError(f"indices must lie in 0..{codes - 1}, got {int(indices.min())}..{int(indices.max())}")

@@ -33,6 +33,7 @@ class Bottleneck(nn.Module, ABC):
     Attributes:
         discrete: its latent is a grid of indices, which a prior models as tokens; else it is a Gaussian posterior.
         learns_codebook: training calls `initialize_codebook`, `observe` and `update_codebook`.
+        draws_codes: `resample` draws other codes than the nearest.
         features_per_latent: channels that the encoder puts out per channel of the latent.
         kept: fields of an `Encoding` that describe the latent of an image completely.
         rate_knob: key of the configuration that sets how much the latent can tell of an image.
@@ -42,6 +43,7 @@ class Bottleneck(nn.Module, ABC):
 
     discrete: ClassVar[bool]
     learns_codebook: ClassVar[bool] = False
+    draws_codes: ClassVar[bool] = False
     features_per_latent: ClassVar[int] = 1
     kept: ClassVar[tuple[str, ...]]
     rate_knob: ClassVar[str]
@@ -62,7 +64,7 @@ class Bottleneck(nn.Module, ABC):
         """What a cache keeps of each image: int32 tokens [B, h w] in raster order, or moments [B, 2D, h, w] in float32."""
 
     def resample(self, encoding: Encoding, temperature: float) -> Encoding:
-        """Another encoding of the same features, drawn at `temperature`, see `prior.code_temperature`; the same without codes."""
+        """Another encoding of the same features, drawn at `temperature` if it `draws_codes`: see `prior.code_temperature`."""
         return encoding
 
     @staticmethod

@@ -36,7 +36,7 @@ class VectorQuantizer(WideBuffers, TokenBottleneck):
     all end with its codebook to the bit. The codebook and its averages are float32, whatever the module is cast to.
     """
 
-    learns_codebook = revives = True
+    learns_codebook = draws_codes = revives = True
     rate_knob = "autoencoder.vq.codebook_size"
     rate_plural, rate_setting = "codebook sizes", "a codebook of {:,.0f} codes"
     operation, impl = "vector_quantize", "auto"  # for dae.models.kernels
