@@ -147,7 +147,7 @@ def _import_tracker(name: str) -> None:
         elif name == "trackio":
             import trackio  # noqa: F401
         else:
-            from torch.utils import tensorboard  # noqa: F401
+            import torch.utils.tensorboard  # noqa: F401  # `from torch.utils` takes what an earlier import left there
 
 
 def _compare(accelerator: Accelerator, config: Config, tracker: str | None, trains: bool) -> None:

@@ -2,9 +2,11 @@
 
 import ast
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from dae.config import AutoencoderConfig, Config, PriorConfig, knobs, load_config
 from dae.priors import PRIORS, family_of, prior_family
@@ -35,12 +37,20 @@ def test_what_a_family_names_exists(name):
 
 @pytest.mark.parametrize("name", BOTTLENECKS)
 def test_what_a_bottleneck_says_of_itself(name):
-    config = load_config(None, [f"autoencoder.bottleneck={name}"]).autoencoder
+    config = load_config(None, [f"autoencoder.bottleneck={name}", "autoencoder.latent_channels=4"]).autoencoder
     kind = bottleneck_class(config)
     assert kind.rate_knob in knobs()
-    kind.check_rates([kind.rate(config)])
-    assert kind.discrete == hasattr(kind.build(config), "codebook")
-    if not kind.discrete:
+    if name == "fsq":
+        with pytest.raises(ValueError, match="a list and cannot be swept"):
+            kind.check_rates([kind.rate(config)])
+    else:
+        kind.check_rates([kind.rate(config)])
+    bottleneck = kind.build(config)
+    if kind.discrete:
+        last = torch.full((1, 1, 1), kind.num_codes(config) - 1)
+        assert bottleneck.lookup(last).shape == (1, config.latent_channels, 1, 1)
+        assert math.prod(kind.factors(config)) == kind.num_codes(config)
+    else:
         with pytest.raises(ValueError, match="has no codes"):
             kind.num_codes(config)
 
