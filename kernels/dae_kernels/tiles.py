@@ -52,8 +52,11 @@ def cdiv(n: int, size: int) -> int:
     return -(-n // size)
 
 
+LARGEST = {"num_warps": 32, "num_stages": 16}  # of a tile; of a block 2^16
+
+
 def measured_tile(
-    operation: str, gpu: str | None, kernel: str, when: Mapping[str, Any], sizes: Mapping[str, int]
+    operation: str, gpu: str | None, kernel: str, when: Mapping[str, Any], sizes: Mapping[str, int], names: tuple[str, ...]
 ) -> dict[str, int] | None:
     """The measured tile of the nearest shape, or None: the launcher then goes by its rule.
 
@@ -63,9 +66,10 @@ def measured_tile(
         kernel: which kernel of the operation.
         when: what an entry must agree with (layout, dtype, precision).
         sizes: what it may differ in: the least sum of |log2(size / measured size)| wins, the first of a tie.
+        names: of what a tile of this operation consists of; a table with others is damaged.
     """
     found, least = None, math.inf
-    for entry in entries(operation, gpu) if gpu else ():
+    for entry in entries(operation, gpu, names) if gpu else ():
         if entry["kernel"] == kernel and entry["when"] == when and entry["sizes"].keys() == sizes.keys():
             away = sum(abs(math.log2(size / entry["sizes"][name])) for name, size in sizes.items())
             if away < least:
@@ -74,7 +78,7 @@ def measured_tile(
 
 
 @functools.cache
-def entries(operation: str, gpu: str) -> tuple[dict[str, Any], ...]:
+def entries(operation: str, gpu: str, names: tuple[str, ...]) -> tuple[dict[str, Any], ...]:
     """The table's entries of a GPU generation; none, with one warning that names the table, if it is damaged or of another."""
     path = FOLDER / operation / FILE
     if not path.exists():
@@ -82,7 +86,7 @@ def entries(operation: str, gpu: str) -> tuple[dict[str, Any], ...]:
     shown = f"{path.parent.name}/{path.name}"
     try:
         tables = json.loads(path.read_text())["tiles"]
-        of_gpu = tuple(checked(entry) for entry in tables.get(gpu, ()))
+        of_gpu = tuple(checked(entry, names) for entry in tables.get(gpu, ()))
         others = ", ".join(sorted(tables))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())
@@ -95,7 +99,7 @@ def entries(operation: str, gpu: str) -> tuple[dict[str, Any], ...]:
     return of_gpu
 
 
-def checked(entry: dict[str, Any]) -> dict[str, Any]:
+def checked(entry: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any]:
     """ValueError, KeyError, TypeError or AttributeError unless it is an entry of a table."""
     for part in ("sizes", "tile"):
         for name, size in entry[part].items():
@@ -103,6 +107,9 @@ def checked(entry: dict[str, Any]) -> dict[str, Any]:
                 raise ValueError(f"{part} with {name}={size!r}")
     if not isinstance(entry["kernel"], str) or not isinstance(entry["when"], dict):
         raise TypeError(f"an entry with kernel {entry['kernel']!r}")
-    if "num_warps" not in entry["tile"]:
-        raise KeyError("num_warps")
+    if set(entry["tile"]) != set(names):
+        raise KeyError(f"a tile of {', '.join(entry['tile'])}, expected {', '.join(names)}")
+    for name, size in entry["tile"].items():
+        if size > LARGEST.get(name, 2**16):
+            raise ValueError(f"tile with {name}={size}")
     return entry

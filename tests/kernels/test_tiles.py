@@ -36,12 +36,15 @@ def table(tmp_path, monkeypatch):
     tiles.entries.cache_clear()
 
 
+NAMES = ("TILE", "num_warps")
+
+
 def entry(size, warps, last=True):
     return {"kernel": "k", "when": {"last": last}, "sizes": {"C": size, "P": 64}, "tile": {"TILE": 16 * size, "num_warps": warps}}
 
 
 def look(size, gpu="sm_90", kernel="k", last=True):
-    return tiles.measured_tile("op", gpu, kernel, {"last": last}, {"C": size, "P": 64})
+    return tiles.measured_tile("op", gpu, kernel, {"last": last}, {"C": size, "P": 64}, NAMES)
 
 
 def test_the_nearest_shape_wins(table):
@@ -49,7 +52,7 @@ def test_the_nearest_shape_wins(table):
     assert [look(size)["num_warps"] for size in (1, 16, 31, 33, 4096)] == [4, 4, 4, 8, 8]
     assert look(8, last=False)["num_warps"] == 2
     assert look(8, kernel="other") is None and look(8, gpu=None) is None
-    assert tiles.measured_tile("op", "sm_90", "k", {"last": True}, {"D": 8}) is None
+    assert tiles.measured_tile("op", "sm_90", "k", {"last": True}, {"D": 8}, NAMES) is None
 
 
 DAMAGED = {
@@ -59,6 +62,10 @@ DAMAGED = {
     "another kind": {"tiles": {"sm_90": [1]}},
     "no such size": {"tiles": {"sm_90": [entry(8, 3)]}},
     "a text": {"tiles": {"sm_90": [entry(8, "4")]}},
+    "another name": {"tiles": {"sm_90": [{**entry(8, 4), "tile": {"TILE": 16, "BLOCK_Q": 16, "num_warps": 4}}]}},
+    "no block": {"tiles": {"sm_90": [{**entry(8, 4), "tile": {"num_warps": 4}}]}},
+    "too many warps": {"tiles": {"sm_90": [entry(8, 1024)]}},
+    "too large a block": {"tiles": {"sm_90": [entry(2**20, 4)]}},
     "no warps": {"tiles": {"sm_90": [{**entry(8, 4), "tile": {"TILE": 16}}]}},
 }
 
@@ -81,7 +88,7 @@ def test_a_table_of_another_gpu_is_ignored_with_one_warning(table):
 def test_no_table_is_no_reason_to_warn():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert tiles.measured_tile("no_such_operation", "sm_90", "k", {}, {}) is None
+        assert tiles.measured_tile("no_such_operation", "sm_90", "k", {}, {}, NAMES) is None
 
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.parent.name)
@@ -92,7 +99,8 @@ def test_tables_are_whole_and_say_what_they_were_made_with(path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         tiles.entries.cache_clear()
-        assert all(tiles.entries(path.parent.name, gpu) for gpu in made["tiles"])
+        names = {"group_norm_silu": layout.NAMES, "nearest_code": code_layout.NAMES}[path.parent.name]
+        assert all(tiles.entries(path.parent.name, gpu, names) for gpu in made["tiles"])
 
 
 def test_tables_are_installed():

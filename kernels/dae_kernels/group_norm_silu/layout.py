@@ -13,6 +13,7 @@ from dae_kernels.tiles import cdiv, generation, measured_tile, next_power_of_2
 
 # So many programs keep 132 SMs busy, as an SM holds several. A tile has at most TILE elements.
 PROGRAMS, TILES_PER_CHUNK, TILE, WARPS = 528, 16, 2048, 4
+NAMES = ("TILE", "num_warps")  # of a measured tile
 WHOLE_GROUP = 1 << 14  # elements of a group that one program takes: 32 per thread of at most 16 warps
 WHOLE_CHANNELS = 32  # at most; with more of them factors and sums of the channels spill
 HELD, HELD_TILE = 1 << 13, 1 << 11  # elements of a group that its gradient holds in registers; of a tile of a larger one
@@ -42,7 +43,7 @@ def tile(C: int, P: int, channels_last: bool, kernel: str = "", gpu: str | None 
 
     TILE and the warps are those measured on the GPU generation at the nearest shape, else the module's.
     """
-    found = measured_tile("group_norm_silu", gpu, kernel, {"channels_last": channels_last}, {"C": C, "P": P})
+    found = measured_tile("group_norm_silu", gpu, kernel, {"channels_last": channels_last}, {"C": C, "P": P}, NAMES)
     size, warps = (TILE, WARPS) if found is None else (found["TILE"], found["num_warps"])
     return blocks(C, P, channels_last, size) | {"num_warps": warps}
 

@@ -8,6 +8,7 @@ import torch
 
 from dae_kernels.tiles import cdiv, generation, measured_tile, next_power_of_2, processors
 
+NAMES = ("BLOCK_N", "BLOCK_K", "BLOCK_D", "num_warps", "num_stages")  # of a measured tile
 LANES = 32  # of a tile, per thread, for which minima are kept
 
 
@@ -29,7 +30,7 @@ def search_tile(D: int, dot_dtype: torch.dtype, exact: bool, gpu: str | None = N
     tile may spill where it loops over D.
     """
     when = {"bits": 8 * dot_dtype.itemsize, "exact": exact}
-    if found := measured_tile("nearest_code", gpu, "search", when, {"D": padded(D)}):
+    if found := measured_tile("nearest_code", gpu, "search", when, {"D": padded(D)}, NAMES):
         return found | {"BLOCK_D": min(found["BLOCK_D"], padded(D))}
     if dot_dtype == torch.float32:
         block_d = 16 if exact else min(padded(D), 32)
