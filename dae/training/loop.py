@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -16,7 +17,7 @@ from dae.distributed import sum_over_processes, world_size
 from dae.seeding import set_seed
 from dae.training.ema import EMA
 from dae.training.engine import Engine
-from dae.training.graphs import StepGraphs, check_cuda_graphs
+from dae.training.graphs import WARM_UP, StepGraphs, check_cuda_graphs
 from dae.training.optimization import build_optimizer, build_scheduler
 from dae.training.prefetch import Prefetcher, prefetched
 from dae.training.state import TrainingState
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from dae.data import TrainLoader
     from dae.data.tensors import TensorLoader
     from dae.training.run import Run
+
+log = logging.getLogger(__name__)
 
 
 class Training:
@@ -90,6 +93,8 @@ class Training:
 
     def end(self) -> None:
         """Free what was recorded and prepared: nothing else can use the memory of graphs, and they refer back to this."""
+        if self.graphs is not None and not self.graphs.graphs:
+            log.info("%s: no CUDA graph was recorded, as none is before step %d", self.name, WARM_UP)
         self.graphs = None
         self.engine.free_memory()
 

@@ -195,6 +195,18 @@ def test_a_batch_of_another_shape_is_refused():
         graphs({"image": torch.zeros(3, 1, 8, 8)}, 1, 0)
 
 
+@pytest.mark.parametrize("steps", [WARM_UP, WARM_UP + 1])
+def test_a_run_too_short_for_a_graph_says_so(caplog, steps):
+    training = fused(MAKERS["ar"]())
+    training.graphs = StepGraphs(training, Rerun)
+    for number in range(steps):
+        training.step(number)
+    with caplog.at_level("INFO"):
+        training.end()
+    said = "prior: no CUDA graph was recorded, as none is before step 3" in caplog.text
+    assert said == (steps == WARM_UP)
+
+
 @pytest.mark.parametrize(
     "device, processes, overrides, words",
     [
