@@ -48,9 +48,8 @@ def ngram_bits(train_Nhw: Tensor, heldout_Mhw: Tensor, codebook_size: int) -> fl
     """
     # Codes that occur, numbered anew: a context of three of 2^24 codes has no number in 64 bits.
     occurring, numbers = torch.cat([train_Nhw.flatten(), heldout_Mhw.flatten()]).unique(return_inverse=True)
-    parts = numbers.split([train_Nhw.numel(), heldout_Mhw.numel()])
-    given = (part.view(x.shape) for part, x in zip(parts, (train_Nhw, heldout_Mhw), strict=True))
-    train, heldout = (_context_keys(x, len(occurring)) for x in given)
+    parts = numbers[: train_Nhw.numel()].view(train_Nhw.shape), numbers[train_Nhw.numel() :].view(heldout_Mhw.shape)
+    train, heldout = (_context_keys(x, len(occurring)) for x in parts)
 
     def bits(queries: dict[str, Tensor], left_out: int, concentration: float) -> float:
         n = {name: _counts(train[name], queries[name]).double() - left_out for name in queries}
