@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 from dae.config import Config, LossConfig
@@ -13,12 +14,15 @@ from dae.models.layers import GroupNorm
 from dae.training.engine import Engine
 
 
-def build_discriminator(config: Config, loss: LossConfig) -> PatchDiscriminator:
-    """The discriminator that `loss` describes, with the kernels of `config`."""
+def build_discriminator(
+    config: Config, loss: LossConfig, device: torch.device, layout: torch.memory_format = torch.contiguous_format
+) -> PatchDiscriminator:
+    """The discriminator that `loss` describes, on its device, with the kernels of `config`."""
     discriminator = PatchDiscriminator(
         config.data.channels, loss.discriminator_channels, loss.discriminator_layers, spectral_norm=loss.spectral_norm
     )
-    choose_kernels(discriminator, config.kernels)
+    discriminator.to(device=device, memory_format=layout)  # type: ignore[call-overload]
+    choose_kernels(discriminator, config.kernels)  # which refuses kernels that cannot run on the device
     if loss.r1 > 0:  # the kernel has no second derivative
         for module in discriminator.modules():
             if isinstance(module, GroupNorm):

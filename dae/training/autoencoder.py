@@ -166,8 +166,7 @@ class StageTraining(Training):
         self.adversary: Adversary | None = None
         if loss.adversarial > 0:
             set_seed(config.seed, stage.name, "discriminator")
-            discriminator = build_discriminator(config, loss)
-            discriminator.to(device=engine.device, memory_format=self.layout)  # type: ignore[call-overload]
+            discriminator = build_discriminator(config, loss, engine.device, self.layout)
             optimizer = build_optimizer(discriminator, stage.config, loss.discriminator_learning_rate)
             discriminate, prepared = engine.prepare(discriminator, optimizer)
             self.synchronized.append(discriminate)

@@ -89,7 +89,7 @@ def rehearse_stage(config: Config, stage: Stage, autoencoder: Autoencoder, perce
                 choose_kernels(perceptual.to(device), config.kernels)
                 total = total + perceptual(output.sample, images).mean()
             if loss.adversarial > 0:
-                discriminator = build_discriminator(config, loss).to(device)
+                discriminator = build_discriminator(config, loss, device)
                 real, fake = discriminator(images), discriminator(output.sample)
                 total = total + discriminator_loss(real, fake, loss.adversarial_loss)
                 if loss.r1 > 0:

@@ -1,13 +1,16 @@
 """GAN losses by their formulae, LeCam, R1, spectral normalisation, and a discriminator that really trains."""
 
+import dataclasses
+
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_training import autoencoder_training, weights
+from tiny_training import TINY, autoencoder_training, weights
 
-from dae.config import LossConfig
+from dae.config import LossConfig, load_config
 from dae.losses import GAN_LOSSES, LeCam, discriminator_loss, generator_loss, gradient_penalty, reconstruction_loss
 from dae.models import PatchDiscriminator
+from dae.training.adversary import build_discriminator
 
 REAL, FAKE = torch.tensor([2.0, 0.5, -1.0]), torch.tensor([-2.0, 0.0, 3.0])
 GAN = ("stage2.loss.adversarial=0.1", "stage2.loss.discriminator_channels=8", "stage2.loss.discriminator_learning_rate=3e-3")
@@ -72,6 +75,7 @@ def test_lecam_of_two_processes(in_processes):
 
 
 def test_spectral_norm_bounds_each_convolution():
+    """To 5 %, what 50 steps of power iteration leave where the two largest singular values are near each other."""
     torch.manual_seed(0)
     discriminator = PatchDiscriminator(3, 8, 2, spectral_norm=True)
     for _ in range(50):
@@ -134,6 +138,20 @@ def test_start_and_ramp():
     assert [training.adversary.weight(n) for n in (0, 9, 10, 11, 12, 13, 14, 99)] == pytest.approx(
         [0, 0, 0.2, 0.4, 0.6, 0.8, 0.8, 0.8]
     )
+
+
+def test_kernels_are_chosen_where_the_discriminator_is(monkeypatch):
+    """A kernel that runs on the GPU alone must not be refused because the network was made on the CPU."""
+    asked = []
+    monkeypatch.setattr("dae.models.kernels.triton_refusal", lambda device: asked.append(device.type))
+    config = load_config(TINY, [*GAN, "kernels.group_norm_silu=triton"])
+    build_discriminator(config, config.stage2.loss, torch.device("meta"))
+    assert asked and set(asked) == {"meta"}
+
+
+def test_the_configuration_offers_these_losses():
+    field = next(f for f in dataclasses.fields(LossConfig) if f.name == "adversarial_loss")
+    assert field.metadata["choices"] == GAN_LOSSES
 
 
 def test_the_same_images_in_both_terms():
