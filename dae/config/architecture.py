@@ -48,18 +48,17 @@ class FSQConfig:
 
 
 @dataclass
-class LFQConfig:
-    entropy_weight: float = knob(0.1, "weight of the entropy terms: sure of each latent's code, all codes used", ge=0)
-    diversity: float = knob(1.0, "weight of the batch's entropy within them", ge=0)
-    inverse_temperature: float = knob(100.0, "of the soft assignment that the entropies are of", gt=0)
-    commitment_weight: float = knob(0.25, "weight of |z - sg(code)|^2", ge=0)
-
-
-@dataclass
 class BSQConfig:
     entropy_weight: float = knob(0.1, "weight of the entropy terms: sure of each latent's code, all codes used", ge=0)
     diversity: float = knob(1.0, "weight of the batch's entropy within them", ge=0)
     inverse_temperature: float = knob(100.0, "of the soft assignment that the entropies are of", gt=0)
+
+
+@dataclass
+class LFQConfig(BSQConfig):
+    """The entropies of binary codes, and a commitment, which codes on a sphere do not need."""
+
+    commitment_weight: float = knob(0.25, "weight of |z - sg(code)|^2", ge=0)
 
 
 @dataclass

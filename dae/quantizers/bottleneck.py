@@ -77,8 +77,8 @@ class Bottleneck(nn.Module, ABC):
     def check_rates(rates: list[float]) -> None:
         """ValueError unless `rate_knob` can take all of these values."""
 
-    @staticmethod
-    def num_codes(config: AutoencoderConfig) -> int:
+    @classmethod
+    def num_codes(cls, config: AutoencoderConfig) -> int:
         """K, how many values an index has; ValueError for a continuous bottleneck."""
         raise ValueError(f"autoencoder.bottleneck={config.bottleneck} has no codes")
 

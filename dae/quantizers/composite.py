@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import torch
@@ -39,6 +40,10 @@ class CompositeQuantizer(TokenBottleneck):
     def each(self) -> Iterator[VectorQuantizer]:
         return (cast(VectorQuantizer, quantizer) for quantizer in self.quantizers)
 
+    def digits(self, indices_Bhw: Tensor | None) -> Sequence[Tensor | None]:
+        """The indices of each quantizer; None for each if there are none."""
+        return [None] * len(self.quantizers) if indices_Bhw is None else digits_of(indices_Bhw, self.radix).unbind(-1)
+
     @abstractmethod
     def encodings(self, features: Tensor, indices_Bhw: Tensor | None = None) -> Iterator[tuple[VectorQuantizer, Encoding]]:
         """Each quantizer with its own encoding of the features; with given indices of all, with those."""
@@ -59,6 +64,19 @@ class CompositeQuantizer(TokenBottleneck):
         """Latents [B, D, h, w] of indices [B, h, w], in float32."""
         digits = digits_of(indices_Bhw, self.radix).unbind(-1)
         return self.assembled([quantizer.lookup(digit) for quantizer, digit in zip(self.each(), digits, strict=True)])
+
+    @staticmethod
+    @abstractmethod
+    def count(config: AutoencoderConfig) -> int:
+        """How many quantizers."""
+
+    @classmethod
+    def num_codes(cls, config: AutoencoderConfig) -> int:
+        return math.prod(cls.factors(config))
+
+    @classmethod
+    def factors(cls, config: AutoencoderConfig) -> tuple[int, ...]:
+        return (config.vq.codebook_size,) * cls.count(config)
 
     @torch.no_grad()
     def observe(self, encoding: Encoding) -> None:
@@ -91,3 +109,10 @@ class CompositeQuantizer(TokenBottleneck):
     @staticmethod
     def check_rates(rates: list[float]) -> None:
         VectorQuantizer.check_rates(rates)
+
+
+def encoded(quantizer: VectorQuantizer, features: Tensor, digit: Tensor | None) -> Encoding:
+    """The quantizer's encoding of its features, or the one with given indices."""
+    if digit is None:
+        return quantizer(features)
+    return Encoding(quantizer.lookup(digit).to(features.dtype), features.new_zeros(()), features, digit)

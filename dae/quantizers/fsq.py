@@ -73,8 +73,8 @@ class FiniteScalarQuantizer(TokenBottleneck):
     def check_rates(rates: list[float]) -> None:
         raise ValueError("compare.rates: the levels of fsq are a list and cannot be swept by one number; give arms of your own")
 
-    @staticmethod
-    def num_codes(config: AutoencoderConfig) -> int:
+    @classmethod
+    def num_codes(cls, config: AutoencoderConfig) -> int:
         return math.prod(config.fsq.levels)
 
     @classmethod

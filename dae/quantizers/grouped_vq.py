@@ -10,8 +10,7 @@ from torch import Tensor
 
 from dae.config import AutoencoderConfig
 from dae.quantizers.bottleneck import Encoding
-from dae.quantizers.composite import CompositeQuantizer
-from dae.quantizers.tokens import digits_of
+from dae.quantizers.composite import CompositeQuantizer, encoded
 from dae.quantizers.vq import VectorQuantizer
 
 
@@ -30,21 +29,13 @@ class GroupedQuantizer(CompositeQuantizer):
         return cls(quantizers, channels, f"autoencoder.gvq.groups={groups}")
 
     def encodings(self, features: Tensor, indices_Bhw: Tensor | None = None) -> Iterator[tuple[VectorQuantizer, Encoding]]:
-        digits = None if indices_Bhw is None else digits_of(indices_Bhw, self.radix).unbind(-1)
-        for number, (quantizer, part) in enumerate(zip(self.each(), features.chunk(len(self.quantizers), dim=1), strict=True)):
-            if digits is None:
-                yield quantizer, quantizer(part)
-            else:
-                codes = quantizer.lookup(digits[number]).to(part.dtype)
-                yield quantizer, Encoding(codes, part.new_zeros(()), part, digits[number])
+        groups = features.chunk(len(self.quantizers), dim=1)
+        for quantizer, part, digit in zip(self.each(), groups, self.digits(indices_Bhw), strict=True):
+            yield quantizer, encoded(quantizer, part, digit)
 
     def assembled(self, codes: list[Tensor]) -> Tensor:
         return torch.cat(codes, dim=1)
 
     @staticmethod
-    def num_codes(config: AutoencoderConfig) -> int:
-        return config.vq.codebook_size**config.gvq.groups
-
-    @classmethod
-    def factors(cls, config: AutoencoderConfig) -> tuple[int, ...]:
-        return (config.vq.codebook_size,) * config.gvq.groups
+    def count(config: AutoencoderConfig) -> int:
+        return config.gvq.groups

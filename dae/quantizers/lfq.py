@@ -47,8 +47,8 @@ class BinaryBottleneck(TokenBottleneck):
         if any(not 1 <= r <= 24 or r != int(r) for r in rates):
             raise ValueError(f"compare.rates: expected bits (whole numbers from 1 to 24) for binary codes, got {rates}")
 
-    @staticmethod
-    def num_codes(config: AutoencoderConfig) -> int:
+    @classmethod
+    def num_codes(cls, config: AutoencoderConfig) -> int:
         return 2**config.latent_channels
 
     @classmethod

@@ -11,8 +11,7 @@ from torch import Tensor
 from dae.config import AutoencoderConfig
 from dae.precision import wide
 from dae.quantizers.bottleneck import Encoding
-from dae.quantizers.composite import CompositeQuantizer
-from dae.quantizers.tokens import digits_of
+from dae.quantizers.composite import CompositeQuantizer, encoded
 from dae.quantizers.vq import VectorQuantizer
 
 
@@ -34,14 +33,9 @@ class ResidualQuantizer(CompositeQuantizer):
         return cls(quantizers, config.latent_channels, f"autoencoder.rvq.num_quantizers={config.rvq.num_quantizers}")
 
     def encodings(self, features: Tensor, indices_Bhw: Tensor | None = None) -> Iterator[tuple[VectorQuantizer, Encoding]]:
-        digits = None if indices_Bhw is None else digits_of(indices_Bhw, self.radix).unbind(-1)
         residual = features.to(wide(features.dtype))
-        for number, quantizer in enumerate(self.each()):
-            if digits is None:
-                part = quantizer(residual)
-            else:
-                codes = quantizer.lookup(digits[number]).to(residual.dtype)
-                part = Encoding(codes, residual.new_zeros(()), residual, digits[number])
+        for quantizer, digit in zip(self.each(), self.digits(indices_Bhw), strict=True):
+            part = encoded(quantizer, residual, digit)
             yield quantizer, part
             residual = residual - part.latents.detach()
 
@@ -55,9 +49,5 @@ class ResidualQuantizer(CompositeQuantizer):
         return torch.stack(codes).sum(0)
 
     @staticmethod
-    def num_codes(config: AutoencoderConfig) -> int:
-        return config.vq.codebook_size**config.rvq.num_quantizers
-
-    @classmethod
-    def factors(cls, config: AutoencoderConfig) -> tuple[int, ...]:
-        return (config.vq.codebook_size,) * config.rvq.num_quantizers
+    def count(config: AutoencoderConfig) -> int:
+        return config.rvq.num_quantizers

@@ -98,8 +98,8 @@ class VectorQuantizer(WideBuffers, TokenBottleneck):
         if any(not r >= 2 or r != int(r) for r in rates):
             raise ValueError(f"compare.rates: expected codebook sizes (whole numbers from 2) for the vq bottleneck, got {rates}")
 
-    @staticmethod
-    def num_codes(config: AutoencoderConfig) -> int:
+    @classmethod
+    def num_codes(cls, config: AutoencoderConfig) -> int:
         return config.vq.codebook_size
 
     def lookup(self, indices_Bhw: Tensor) -> Tensor:
@@ -215,18 +215,17 @@ class VectorQuantizer(WideBuffers, TokenBottleneck):
             self._sums = torch.zeros(K, D, dtype=torch.float64, device=device)
         counts, sums = sum_over_processes(self._counts), sum_over_processes(self._sums)
         if any(images for _, images, _ in held):
-            self._follow(counts.float(), sums.float())
+            self.average_counts.mul_(self.config.ema_decay).add_(counts.float(), alpha=1 - self.config.ema_decay)
+            self._follow(sums.float())
             if self.revives and self.config.revive_threshold > 0:
                 dead = self.average_counts < self.config.revive_threshold * self.average_counts.mean()
                 self._set_codes(dead, self._random_latents_of_the_global_batch(held))
         self._take_first_process_codebook()
         self._counts = self._sums = self._latest = None
 
-    def _follow(self, counts_K: Tensor, sums_KD: Tensor) -> None:
-        """Move averages and codes by what the global batch used."""
-        decay = self.config.ema_decay
-        self.average_counts.mul_(decay).add_(counts_K, alpha=1 - decay)
-        self.average_sums.mul_(decay).add_(sums_KD, alpha=1 - decay)
+    def _follow(self, sums_KD: Tensor) -> None:
+        """Move the codes by the sums of the global batch; the average counts have moved."""
+        self.average_sums.mul_(self.config.ema_decay).add_(sums_KD, alpha=1 - self.config.ema_decay)
         self.codebook.copy_(self.placed(self.average_sums / self.average_counts.clamp(min=1e-6)[:, None]))
 
     def _random_latents_of_the_global_batch(self, held: list[tuple[int, ...]]) -> Tensor:

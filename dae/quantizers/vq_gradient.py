@@ -38,9 +38,8 @@ class GradientVectorQuantizer(VectorQuantizer):
         encoding.loss = encoding.loss + square / max(1, z_BhwD.numel())
         return encoding
 
-    def _follow(self, counts_K: Tensor, sums_KD: Tensor) -> None:
-        decay = self.config.ema_decay
-        self.average_counts.mul_(decay).add_(counts_K, alpha=1 - decay)
+    def _follow(self, sums_KD: Tensor) -> None:
+        """The optimiser moves the codes."""
 
     @torch.no_grad()
     def _set_codes(self, which_K: Tensor, codes_KD: Tensor) -> None:
