@@ -204,7 +204,7 @@ def _of_latent(cache: EncodingCache, config: Config) -> dict[str, Any]:
     bottleneck, train_NC = bottleneck_class(config.autoencoder), cache.train.values_NC[:, 0]
     if not bottleneck.discrete:
         return {"rate_bits": gaussian_rate(*train_NC.chunk(2, dim=1)), "codebook": None}
-    codes = bottleneck.num_codes(config.autoencoder)
-    usage = CodebookUsage(codes).update(cache.validation.values_NC.cpu())
+    codes = bottleneck.vocabulary(config.autoencoder)
+    usage = CodebookUsage(*codes).update(cache.validation.values_NC.cpu())
     codebook = {"usage": usage.usage, "perplexity": usage.perplexity}
-    return {"rate_bits": code_entropy_rate(train_NC, codes), "codebook": codebook}
+    return {"rate_bits": code_entropy_rate(train_NC, *codes), "codebook": codebook}

@@ -20,6 +20,7 @@ from torch.utils.data import Dataset
 from dae.config import Config, knobs
 from dae.files import replaced_folder, write_file
 from dae.quantizers import bottleneck_class
+from dae.quantizers.tokens import index_dtype
 
 DESCRIPTION = "cache.json"
 
@@ -37,7 +38,6 @@ class EncodedDataset(Dataset):
     """Rows {name: [C, ...], "label": int, "row": int} of C encodings: the image's, then its augmentations'."""
 
     name: ClassVar[str]  # key of the encodings in a row and in the file
-    stored: ClassVar[torch.dtype]  # dtype in the file
     given: ClassVar[torch.dtype]  # dtype in a row
 
     def __init__(self, values_NC: Tensor, labels_N: Tensor):
@@ -60,13 +60,13 @@ class EncodedDataset(Dataset):
 class TokenDataset(EncodedDataset):
     """Rows {"tokens": int64 [C, T], "label": int, "row": int}."""
 
-    name, stored, given = "tokens", torch.int32, torch.int64
+    name, given = "tokens", torch.int64
 
 
 class PosteriorDataset(EncodedDataset):
     """Rows {"moments": float32 [C, 2D, h, w], "label": int, "row": int}; the 2D channels are D means, then D log-variances."""
 
-    name, stored, given = "moments", torch.float32, torch.float32
+    name, given = "moments", torch.float32
 
 
 @dataclass
@@ -84,12 +84,17 @@ class EncodingCache:
     title: ClassVar[str]  # name in messages
     size: ClassVar[str]  # name of its own field: the number of codes, or of channels
 
+    @property
+    def stored(self) -> torch.dtype:
+        """dtype in the file."""
+        return self.dataset.given
+
     def save(self, folder: Path) -> None:
         """Write `<name>.safetensors` and `cache.json` into `folder`; both or none."""
         from safetensors.torch import save
 
         parts = {"train": self.train, "validation": self.validation}
-        tensors = {f"{part}.{rows.name}": rows.values_NC.to(rows.stored).contiguous() for part, rows in parts.items()}
+        tensors = {f"{part}.{rows.name}": rows.values_NC.to(self.stored).contiguous() for part, rows in parts.items()}
         data = save(tensors | {f"{part}.labels": rows.labels_N.int().contiguous() for part, rows in parts.items()})
         description: dict[str, Any] = {k: getattr(self, k) for k in (self.size, "num_classes", "latent_size")}
         if factors := getattr(self, "factors", None):
@@ -143,6 +148,10 @@ class TokenCache(EncodingCache):
     vocab_size: int
     factors: list[int] | None = None  # sizes of a token's digits, the lowest first, if its prior predicts them one by one
     dataset, folder, title, size = TokenDataset, "tokens", "token cache", "vocab_size"
+
+    @property
+    def stored(self) -> torch.dtype:
+        return index_dtype(self.vocab_size)
 
 
 @dataclass

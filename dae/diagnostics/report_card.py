@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -173,13 +172,12 @@ def code_length(autoencoder: Autoencoder, train: Encoded, heldout: Encoded, seed
         ours, theirs = (train.latents, cast(Tensor, train.log_variance)), (heldout.latents, cast(Tensor, heldout.log_variance))
         rate = gaussian_rate(*ours, covariance="diagonal")
         return {"gaussian_rate": rate, "prior_bits": measure.gaussian_prior_bits(*ours, *theirs)}
-    K = autoencoder.bottleneck.num_codes(autoencoder.config)
-    factors = autoencoder.bottleneck.factors(autoencoder.config)
-    usage = CodebookUsage(K).update(heldout.indices)
+    K, factors = autoencoder.bottleneck.vocabulary(autoencoder.config)
+    usage = CodebookUsage(K, factors).update(heldout.indices)
     return {
         "codebook_usage": usage.usage,
         "codebook_perplexity": usage.perplexity,
-        "code_entropy": math.log2(usage.perplexity),
+        "code_entropy": usage.entropy,
         "ngram_bits": measure.ngram_bits(train.indices, heldout.indices, K),
         "prior_bits": measure.tiny_transformer_bits(train.indices, heldout.indices, K, seed=seed, factors=factors),
     }

@@ -46,8 +46,8 @@ def describe_latent(autoencoder: Autoencoder, measured: dict[str, Tensor]) -> di
         measured: result of `reconstruct`.
     """
     if autoencoder.bottleneck.discrete:
-        usage = CodebookUsage(autoencoder.bottleneck.num_codes(autoencoder.config)).update(measured["indices"])
-        found = {"usage": usage.usage, "perplexity": usage.perplexity, "counts": usage.counts.tolist()}
+        usage = CodebookUsage(*autoencoder.bottleneck.vocabulary(autoencoder.config)).update(measured["indices"])
+        found = {"usage": usage.usage, "perplexity": usage.perplexity, "entropy": usage.entropy, "counts": usage.counts.tolist()}
         return {"codebook": found, "latent": None}
     means, log_variances = (measured[name].split(1, dim=1) for name in ("features", "log_variance"))  # by channel
     bits = [gaussian_rate(*pair, covariance="diagonal") for pair in zip(means, log_variances, strict=True)]

@@ -7,7 +7,7 @@ KL:  an upper bound of I(x; z) by one Gaussian (`gaussian_rate`), or the bits of
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -57,7 +57,9 @@ def gaussian_rate(mean_NDhw: Tensor, log_variance_NDhw: Tensor, *, covariance: s
 
 
 @own_arithmetic(gradients=False)
-def code_entropy_rate(indices_NT: Tensor, codebook_size: int, *, per_position: bool = False) -> float:
+def code_entropy_rate(
+    indices_NT: Tensor, codebook_size: int, factors: Sequence[int] | None = None, *, per_position: bool = False
+) -> float:
     """Bits per image of an entropy code that uses token frequencies and ignores dependence between tokens.
 
         pooled (default):  T H(token),  H over all positions together = T log2(perplexity)
@@ -69,6 +71,7 @@ def code_entropy_rate(indices_NT: Tensor, codebook_size: int, *, per_position: b
     Args:
         indices_NT: integer codes [N, T] or [N, h, w], N >= 1.
         codebook_size: K.
+        factors: as of `CodebookUsage`, which counts more than 2^24 codes digit by digit; H is then an upper bound.
 
     Raises:
         TypeError: indices that are not integers.
@@ -81,8 +84,8 @@ def code_entropy_rate(indices_NT: Tensor, codebook_size: int, *, per_position: b
         raise ValueError(f"indices: expected [N, T] or [N, h, w] with at least one image, got {list(indices_NT.shape)}")
     indices = indices_NT.flatten(1)
     if not per_position:
-        return indices.shape[1] * math.log2(CodebookUsage(codebook_size).update(indices).perplexity)
-    return sum(math.log2(CodebookUsage(codebook_size).update(codes).perplexity) for codes in indices.T)
+        return indices.shape[1] * CodebookUsage(codebook_size, factors).update(indices).entropy
+    return sum(CodebookUsage(codebook_size, factors).update(codes).entropy for codes in indices.T)
 
 
 def bits_back(

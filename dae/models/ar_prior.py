@@ -23,7 +23,9 @@ from dae.distributed import draw_rows
 from dae.models.layers import NORM_EPS, ClassConditional, Dropout
 from dae.models.prior import Prior
 from dae.precision import WideBuffers
-from dae.quantizers.tokens import digits_of
+from dae.quantizers.tokens import digits_of, number_of
+
+FLOAT32_INTEGERS = 2**24  # a uniform float32 draw has no more values
 
 
 class KVCache:
@@ -254,7 +256,9 @@ class ARPrior(WideBuffers, ClassConditional, Prior):
             return tokens_BT
         options = {"device": tokens_BT.device, "dtype": torch.float32}
         noisy = draw_rows(torch.rand, tokens_BT.shape, **options) < self.config.token_noise
-        random = (draw_rows(torch.rand, tokens_BT.shape, **options) * self.vocab_size).long()
+        sizes = [self.vocab_size] if self.vocab_size <= FLOAT32_INTEGERS else self.factors
+        draws = [(draw_rows(torch.rand, tokens_BT.shape, **options) * size).long() for size in sizes]
+        random = number_of(torch.stack(draws, dim=-1), sizes)
         return torch.where(noisy, random, tokens_BT)
 
     def make_cache(self, batch: int) -> KVCache:

@@ -61,7 +61,7 @@ class Bottleneck(nn.Module, ABC):
 
     @abstractmethod
     def pack(self, encoding: Encoding) -> Tensor:
-        """What a cache keeps of each image: int32 tokens [B, h w] in raster order, or moments [B, 2D, h, w] in float32."""
+        """What a cache keeps of each image: integer tokens [B, h w] in raster order, or moments [B, 2D, h, w] in float32."""
 
     def resample(self, encoding: Encoding, temperature: float) -> Encoding:
         """Another encoding of the same features, drawn at `temperature` if it `draws_codes`: see `prior.code_temperature`."""
@@ -86,6 +86,11 @@ class Bottleneck(nn.Module, ABC):
     def factors(cls, config: AutoencoderConfig) -> tuple[int, ...]:
         """Sizes of the digits of an index, the lowest first, that a prior should predict one by one; (K,) is the index itself."""
         return (cls.num_codes(config),)
+
+    @classmethod
+    def vocabulary(cls, config: AutoencoderConfig) -> tuple[int, tuple[int, ...]]:
+        """`num_codes` and `factors`."""
+        return cls.num_codes(config), cls.factors(config)
 
     def initialize_codebook(self, features_NDhw: Tensor, generator: torch.Generator) -> None:
         """Place the codes before training, on what the encoder makes of some images."""

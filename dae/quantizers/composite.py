@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dae.config import AutoencoderConfig
 from dae.distributed import from_first_process
 from dae.quantizers.bottleneck import Encoding, check_feature_map
-from dae.quantizers.tokens import TokenBottleneck, check_code_counts, digits_of, number_of
+from dae.quantizers.tokens import TokenBottleneck, digits_of, index_dtype, number_of
 from dae.quantizers.vq import VectorQuantizer
 
 
@@ -30,7 +30,7 @@ class CompositeQuantizer(TokenBottleneck):
     def __init__(self, quantizers: list[VectorQuantizer], channels: int, knob: str):
         super().__init__()
         self.channels, self.size = channels, len(quantizers[0].average_counts)
-        check_code_counts(f"{knob} of autoencoder.vq.codebook_size={self.size}", self.size ** len(quantizers))
+        self.packed = index_dtype(self.size ** len(quantizers), f"{knob} of autoencoder.vq.codebook_size={self.size}")
         self.quantizers = nn.ModuleList(quantizers)
 
     @property

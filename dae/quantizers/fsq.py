@@ -11,7 +11,7 @@ from torch import Tensor
 from dae.config import AutoencoderConfig, FSQConfig
 from dae.precision import wide
 from dae.quantizers.bottleneck import Encoding, check_feature_map
-from dae.quantizers.tokens import TokenBottleneck, check_code_counts, digits_of, grouped, number_of
+from dae.quantizers.tokens import TokenBottleneck, digits_of, grouped, index_dtype, number_of
 
 EPSILON = 1e-3  # of the bound, so that no rounding reaches a level beyond the last
 
@@ -38,7 +38,7 @@ class FiniteScalarQuantizer(TokenBottleneck):
             )
         if min(config.levels) < 2:
             raise ValueError(f"autoencoder.fsq.levels: expected at least 2 levels a channel, got {config.levels}")
-        check_code_counts("autoencoder.fsq.levels", math.prod(config.levels))
+        self.packed = index_dtype(math.prod(config.levels), "autoencoder.fsq.levels")
         self.levels = tuple(config.levels)
         self.register_buffer("levels_D", torch.tensor(self.levels), persistent=False)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from dae.config import AutoencoderConfig, LFQConfig
 from dae.precision import wide
 from dae.quantizers.bottleneck import Encoding, check_feature_map
-from dae.quantizers.tokens import TokenBottleneck, check_code_counts, digits_of, entropy_loss, grouped, number_of
+from dae.quantizers.tokens import TokenBottleneck, digits_of, entropy_loss, grouped, index_dtype, number_of
 
 
 class BinaryBottleneck(TokenBottleneck):
@@ -20,7 +20,7 @@ class BinaryBottleneck(TokenBottleneck):
 
     def __init__(self, channels: int):
         super().__init__()
-        check_code_counts("autoencoder.latent_channels", 2**channels)
+        self.packed = index_dtype(2**channels, "autoencoder.latent_channels")
         self.channels = channels
 
     def code_size(self) -> float:
@@ -44,8 +44,8 @@ class BinaryBottleneck(TokenBottleneck):
 
     @staticmethod
     def check_rates(rates: list[float]) -> None:
-        if any(not 1 <= r <= 24 or r != int(r) for r in rates):
-            raise ValueError(f"compare.rates: expected bits (whole numbers from 1 to 24) for binary codes, got {rates}")
+        if any(not 1 <= r <= 62 or r != int(r) for r in rates):
+            raise ValueError(f"compare.rates: expected bits (whole numbers from 1 to 62) for binary codes, got {rates}")
 
     @classmethod
     def num_codes(cls, config: AutoencoderConfig) -> int:

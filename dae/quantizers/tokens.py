@@ -13,7 +13,7 @@ from torch import Tensor
 from dae.distributed import sum_over_processes, world_size
 from dae.quantizers.bottleneck import Bottleneck, Encoding
 
-LARGEST_VOCABULARY = 2**24  # counts of codes are kept in tables
+LARGEST_VOCABULARY = 2**62  # an index is an int64
 LARGEST_DIGIT = 2**10  # a vocabulary that is a product is predicted by digits of at most so many values, if it is larger than:
 ONE_HEAD = 2**14
 
@@ -23,17 +23,19 @@ class TokenBottleneck(Bottleneck):
 
     discrete = True
     kept = ("indices",)
+    packed = torch.int32  # dtype of `pack`
 
     def pack(self, encoding: Encoding) -> Tensor:
         if encoding.indices is None:
             raise ValueError(f"{type(self).__name__} packs encodings with indices, got one without")
-        return encoding.indices.flatten(1).int()
+        return encoding.indices.flatten(1).to(self.packed)
 
 
-def check_code_counts(knob: str, codes: int) -> None:
-    """ValueError if there are more codes than an index in a cache can name."""
+def index_dtype(codes: int, knob: str = "vocab_size") -> torch.dtype:
+    """The narrowest dtype of indices in a cache, int32 or int64; ValueError if there are more codes than 2^62."""
     if codes > LARGEST_VOCABULARY:
         raise ValueError(f"{knob}: {codes:,} codes are more than the {LARGEST_VOCABULARY:,} that an index can name")
+    return torch.int32 if codes <= 2**31 else torch.int64
 
 
 def grouped(radix: Sequence[int]) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from dae.diagnostics.predictors import PERTURBATION
 from dae.diagnostics.ranking import Ranking
 from dae.diagnostics.report_card import PREDICTORS
 from dae.hub import fingerprint
-from dae.metrics import versions
+from dae.metrics import CodebookUsage, versions
 from dae.reporting import elements as web
 from dae.reporting.charts import Bar, interval_chart
 from dae.reporting.elements import PAPER, Html, number, paragraph, percent, strip
@@ -131,7 +131,8 @@ def _picture(rows: dict[str, Tensor], caption: str, path: Path) -> Html:
 def _code_usage(run: MeasuredLatent) -> list[Html]:
     if run.heldout.indices is None:
         return []
-    counts = run.heldout.indices.flatten().bincount(minlength=_num_codes(run)).tolist()
+    usage = CodebookUsage(*run.autoencoder.bottleneck.vocabulary(run.autoencoder.config)).update(run.heldout.indices)
+    counts = usage.counts.tolist()
     return [web.code_usage(counts, "A code that is never used is capacity left idle; one that is used all the time says little.")]
 
 

@@ -222,7 +222,7 @@ class StageTraining(Training):
 @torch.no_grad()
 def initialize_codebook(config: Config, autoencoder: Autoencoder, batches: TrainLoader | TensorLoader) -> None:
     """k-means on the untrained encoder's outputs for the first images: 16 vectors per code, of at most 64 batches."""
-    images = -(-16 * autoencoder.bottleneck.num_codes(autoencoder.config) // autoencoder.latent_size**2)
+    images = -(-16 * max(autoencoder.bottleneck.factors(autoencoder.config)) // autoencoder.latent_size**2)
     mine, features = len(range(rank(), images, world_size())), []  # this process's share, whatever the batch size
     with failing_together():
         for batch in islice(batches, 64):
@@ -242,7 +242,7 @@ def validate(config: Config, autoencoder: Autoencoder, heldout: AnyDataset, most
     autoencoder.eval()
     totals = torch.zeros(2, dtype=torch.float64, device=autoencoder.device)  # sum of PSNR, number of images
     bottleneck = autoencoder.bottleneck
-    usage = CodebookUsage(bottleneck.num_codes(autoencoder.config)) if bottleneck.discrete else None
+    usage = CodebookUsage(*bottleneck.vocabulary(autoencoder.config)) if bottleneck.discrete else None
     limit = min(config.data.validation_size, most_images)
     batches: Iterator[dict] = evaluation_batches(heldout, config.evaluation.batch_size, limit=limit)
     with failing_together():
@@ -257,7 +257,7 @@ def validate(config: Config, autoencoder: Autoencoder, heldout: AnyDataset, most
     values = {"psnr": ratio / images_seen}
     if usage:
         usage.all_reduce()
-        values |= {"codebook_usage": usage.usage, "codebook_perplexity": usage.perplexity}
+        values |= {"codebook_usage": usage.usage, "codebook_perplexity": usage.perplexity, "codebook_entropy": usage.entropy}
     return values
 
 

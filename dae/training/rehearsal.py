@@ -172,9 +172,7 @@ def _encoding(config: Config, autoencoder: Autoencoder) -> tuple[Tensor, Tensor]
     """Random encodings as recipes/encode.py would cache them of two images: [2, 1, ...] and labels [2]."""
     side, bottleneck = autoencoder.latent_size, bottleneck_class(config.autoencoder)
     if bottleneck.discrete:
-        return torch.randint(bottleneck.num_codes(config.autoencoder), (2, 1, side**2), dtype=torch.int32), torch.zeros(
-            2, dtype=torch.int64
-        )
+        return torch.randint(bottleneck.num_codes(config.autoencoder), (2, 1, side**2)), torch.zeros(2, dtype=torch.int64)
     return torch.randn(2, 1, 2 * config.autoencoder.latent_channels, side, side), torch.zeros(2, dtype=torch.int64)
 
 
