@@ -161,13 +161,32 @@ def test_refusals(make, words):
     assert "\n" not in str(caught.value)
 
 
-def test_peer():
-    peer = pytest.importorskip("vector_quantize_pytorch").ResidualVQ(dim=D, num_quantizers=3, codebook_size=K)
-    ours = make("rvq")
-    for mine, theirs in zip(ours.quantizers, peer.layers, strict=True):
+@pytest.mark.parametrize("name", KINDS)
+def test_peer(name):
+    """Codes, losses and the gradient of both as vector-quantize-pytorch has them, from equal codebooks."""
+    package, options = (
+        pytest.importorskip("vector_quantize_pytorch"),
+        {"codebook_size": K, "commitment_weight": 0.25, "rotation_trick": False},
+    )
+    if name == "rvq":
+        peer = package.ResidualVQ(dim=D, num_quantizers=3, **options)
+        layers = list(peer.layers)
+    else:
+        peer = package.GroupedResidualVQ(dim=D, groups=3, num_quantizers=1, **options)
+        layers = [each.layers[0] for each in peer.rvqs]
+    ours, z = make(name), features(2, D, 4, 4)
+    for mine, theirs in zip(ours.quantizers, layers, strict=True):
         theirs._codebook.embed.data[0] = mine.codebook
-    z = features(2, D, 4, 4)
-    latents, indices, _ = peer.eval()(rows(z)[None])
-    out = ours(z)
-    assert torch.equal(digits_of(out.indices, [K] * 3).flatten(0, -2), indices[0])
-    torch.testing.assert_close(rows(out.latents), latents[0], rtol=1e-5, atol=1e-6)
+    cotangent, found = features(2, D, 4, 4, seed=2), []
+    mine, theirs = z.clone().requires_grad_(), z.clone().requires_grad_()
+    latents, indices, losses = peer.train()(rows(theirs)[None], freeze_codebook=True)
+    out = ours(mine)
+    assert torch.equal(digits_of(out.indices, [K] * 3).flatten(0, -2), indices.movedim(0, -1).reshape(-1, 3))
+    for codes, loss in ((rows(out.latents), out.loss), (latents[0], losses.sum())):
+        found.append((codes, loss, (codes * rows(cotangent)).sum() + loss))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-5, atol=1e-6)
+    wanted, got = torch.autograd.grad(found[1][2], theirs)[0], torch.autograd.grad(found[0][2], mine)[0]
+    if name == "rvq":  # theirs passes the decoder's gradient straight through each of the three; Lee et al. 2022 do so once
+        wanted = wanted - 2 * cotangent
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)  # which cancels three times the cotangent, of up to 4
