@@ -8,6 +8,7 @@ import getpass
 import itertools
 import os
 import pickle
+import sys
 import tempfile
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # the interpreter multiplies small blocks: threads only get in the way
@@ -26,6 +27,16 @@ def pytest_collection_finish():
     """What is imported by now stays: the garbage collections that accelerate makes in each recipe need not walk it."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def timm(monkeypatch):
+    """A stand-in for timm, tests/timm_stand_in.py."""
+    from timm_stand_in import make_timm
+
+    fake = make_timm()
+    monkeypatch.setitem(sys.modules, "timm", fake)
+    return fake
 
 
 @pytest.fixture

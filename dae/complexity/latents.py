@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import hashlib
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from dae.config import Config
 from dae.hub import fingerprint
 from dae.metrics import Classifier, extract_features
 from dae.models import Autoencoder
-from dae.optional import optional
+from dae.models.pretrained import INPUT, PretrainedNetwork
 from dae.precision import own_arithmetic
 from dae.seeding import seed_for
 from dae.training import plan_stages
@@ -193,60 +192,14 @@ def _features(spec: str, images: Tensor, config: Config, seed: int) -> Found:
         classifier = Classifier.load(path)
         codes = extract_features(classifier, images, config.evaluation.batch_size)
         return Found(codes, f"Features of the small classifier {classifier.identifier}.", {"model": classifier.identifier})
-    model, settings, facts = _load_timm(name)
-    prepared = _as_the_model_expects(images, settings)
+    remedy = "or give features:<file of dae.metrics.Classifier.save>"
+    network = PretrainedNetwork.load(name, f"latent 'features:{name}'", remedy)
     with torch.no_grad():
-        codes = torch.cat([model(batch).flatten(1) for batch in prepared.split(64)])
-    height, width = settings["input_size"][1:]
+        codes = torch.cat([network(batch) for batch in images.split(64)])
+    height, width = network.description["input_size"][1:]
     words = f"Features of the pretrained network {name}, which sees each image enlarged or reduced to {height} × {width} pixels."
+    facts = {key: network.description[key] for key in ("model", "timm", "weights_sha256", *INPUT)}
     return Found(codes, words, facts)
-
-
-def _load_timm(name: str) -> tuple[torch.nn.Module, dict[str, Any], dict[str, Any]]:
-    with optional("timm", f"latent 'features:{name}'", "or give features:<file of dae.metrics.Classifier.save>"):
-        import timm
-    folder = Path(name)
-    if folder.is_dir():
-        description = folder / "config.json"
-        if not description.is_file() or "architecture" not in json.loads(description.read_text()):
-            raise ValueError(
-                f"latent 'features:{name}': expected a folder with weights and a config.json that names timm's `architecture`; "
-                f"an autoencoder of this project is autoencoder:{name}"
-            )
-    elif not timm.is_model(name.split(".")[0]) and not name.startswith("hf-hub:"):
-        near = difflib.get_close_matches(name, timm.list_models(pretrained=True) + timm.list_models(), 3)
-        raise ValueError(
-            f"latent 'features:{name}': expected a folder, a file of a classifier or a model of timm"
-            + (f"; near names are {', '.join(near)}" if near else "")
-        )
-    try:
-        model = timm.create_model(f"local-dir:{name}" if folder.is_dir() else name, pretrained=True, num_classes=0)
-    except (OSError, RuntimeError) as error:
-        raise FileNotFoundError(
-            f"latent 'features:{name}': timm {timm.__version__} cannot load the weights ({str(error).splitlines()[0]}); "
-            "connect to the Hub once, or give a folder with config.json and model.safetensors"
-        ) from error
-    weights = hashlib.sha256()
-    for key, tensor in sorted(model.state_dict().items()):
-        weights.update(key.encode() + tensor.cpu().contiguous().numpy().tobytes())
-    settings = timm.data.resolve_model_data_config(model)
-    kept = {key: settings[key] for key in ("input_size", "interpolation", "mean", "std")}
-    return model.eval(), settings, {"model": name, "timm": timm.__version__, "weights_sha256": weights.hexdigest(), **kept}
-
-
-def _as_the_model_expects(images: Tensor, settings: dict[str, Any]) -> Tensor:
-    """Convert images [N, C, H, W] in [-1, 1] to a timm model's size, channels and normalisation, without cropping."""
-    channels, *size = settings["input_size"]
-    if images.shape[1] == 1:
-        images = images.expand(-1, channels, -1, -1)
-    elif channels == 1:
-        images = images.mean(1, keepdim=True)
-    if images.shape[1] != channels:
-        raise ValueError(f"this network reads {channels} channels, the images have {images.shape[1]}")
-    mode = settings["interpolation"] if settings["interpolation"] in ("bicubic", "bilinear") else "bicubic"
-    images = F.interpolate(images, size, mode=mode, antialias=True, align_corners=False).clamp(-1, 1)
-    mean, std = (torch.tensor(settings[key]).reshape(-1, 1, 1) for key in ("mean", "std"))
-    return ((images + 1) / 2 - mean) / std
 
 
 def saved_autoencoder(spec: str) -> Path | None:

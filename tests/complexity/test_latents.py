@@ -2,7 +2,6 @@
 
 import re
 import sys
-import types
 
 import numpy as np
 import pytest
@@ -178,32 +177,6 @@ def test_autoencoder_trained_here(load, spec, what):
 # ---- timm ----
 
 
-class Network(torch.nn.Module):
-    def forward(self, x):
-        return torch.cat([x.mean((2, 3)), x.amax((2, 3))], 1)
-
-
-@pytest.fixture
-def timm(monkeypatch):
-    """A stand-in for timm with one network, which shows what reaches it."""
-    settings = {"input_size": (3, 16, 20), "interpolation": "bilinear", "mean": (0.5, 0.4, 0.3), "std": (0.5, 0.2, 0.1)}
-    fake = types.ModuleType("timm")
-    fake.__version__, fake.asked = "1.0", []
-    fake.is_model = lambda name: name == "small"
-    fake.list_models = lambda pretrained=False: ["small", "large"]
-    fake.data = types.SimpleNamespace(resolve_model_data_config=lambda model: settings | {"crop_pct": 0.9})
-
-    def create_model(name, pretrained, num_classes):
-        fake.asked.append((name, pretrained, num_classes))
-        if name.endswith("offline"):
-            raise RuntimeError("cannot reach the Hub\nand more")
-        return Network()
-
-    fake.create_model = create_model
-    monkeypatch.setitem(sys.modules, "timm", fake)
-    return fake
-
-
 def test_features_of_timm_see_images_as_the_model_expects(load, timm):
     grey = torch.linspace(-1, 1, 60).reshape(60, 1, 1, 1).expand(60, 1, 8, 8)
     found = load("features:small", images=grey)
@@ -217,6 +190,9 @@ def test_features_of_a_folder_in_the_format_of_timm(load, timm, tmp_path):
     with pytest.raises(ValueError, match=r"config.json that names timm's `architecture`.*autoencoder:"):
         load(f"features:{tmp_path}")
     (tmp_path / "config.json").write_text('{"architecture": "small"}')
+    with pytest.raises(FileNotFoundError, match=r"holds no model\.safetensors: expected the weights of small"):
+        load(f"features:{tmp_path}")
+    (tmp_path / "model.safetensors").touch()
     assert load(f"features:{tmp_path}").codes.shape == (60, 6)
     assert timm.asked == [(f"local-dir:{tmp_path}", True, 0)]
 

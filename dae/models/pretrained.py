@@ -1,0 +1,180 @@
+"""Frozen pretrained networks of timm: found by name or in a folder, fed with our images, read at any of their layers."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dae.hub import CONFIG, WEIGHTS
+from dae.optional import optional
+from dae.precision import wide
+
+log = logging.getLogger(__name__)
+INPUT = ("input_size", "interpolation", "mean", "std")  # what a network expects of an image, as timm names it
+
+
+class PretrainedNetwork(nn.Module):
+    """A network of timm whose weights never change: no gradients of its own, evaluation mode whatever is asked for.
+
+    Args:
+        network: of timm, without classifier.
+        description: JSON-able: `architecture` and `model_args`, from which `build` makes the network again; `INPUT`; for
+            provenance `model` (what was asked for), `timm` (its version) and `weights_sha256`.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, network: nn.Module, description: dict[str, Any]):
+        super().__init__()
+        self.network, self.description = network.requires_grad_(False), description
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.tensor(description[name]).reshape(-1, 1, 1), persistent=False)
+        self.train(False)
+
+    @classmethod
+    def load(cls, name: str, asked_by: str, remedy: str = "", side: int | None = None) -> Self:
+        """A network with its weights.
+
+        Args:
+            name: of timm, perhaps after `timm:`, as `resnet18.a1_in1k` or `hf-hub:<repository>`; or a folder in timm's format:
+                config.json, which names the `architecture`, and model.safetensors.
+            asked_by: the setting that asks for it, for messages.
+            remedy: what else could be done without timm.
+            side: height and width of its input, where it should not be the one it was trained with: position embeddings are
+                interpolated.
+
+        Raises:
+            ImportError: timm is missing or broken.
+            ValueError: no such network, or a folder that is not in timm's format.
+            FileNotFoundError: the weights are not there, or cannot be reached.
+        """
+        name = name.removeprefix("timm:")
+        folder = Path(name)
+        if folder.is_dir():
+            architecture, model_args = _described(folder, asked_by)
+        with optional("timm", asked_by, remedy):
+            import timm
+        if not folder.is_dir():
+            if not timm.is_model(name.split(".")[0]) and not name.startswith("hf-hub:"):
+                near = difflib.get_close_matches(name, timm.list_models(pretrained=True) + timm.list_models(), 3)
+                raise ValueError(
+                    f"{asked_by}: expected a folder with {CONFIG} and {WEIGHTS}, or a model of timm"
+                    + (f"; near names are {', '.join(near)}" if near else f", got {name!r}")
+                )
+            architecture, model_args = name.split(".")[0], {}
+        try:
+            if name.startswith("hf-hub:"):
+                _, architecture, model_args = timm.models.load_model_config_from_hf(name.removeprefix("hf-hub:"))
+            source, options = f"local-dir:{name}" if folder.is_dir() else name, dict(model_args or {})
+            network = timm.create_model(source, pretrained=True, num_classes=0)
+            if side is not None and getattr(network, "pretrained_cfg", {}).get("fixed_input_size"):
+                options["img_size"] = side
+                network = timm.create_model(source, pretrained=True, num_classes=0, img_size=side)
+        except (OSError, RuntimeError) as error:
+            raise FileNotFoundError(
+                f"{asked_by}: timm {timm.__version__} cannot load the weights ({str(error).splitlines()[0]}); "
+                f"connect to the Hub once, or give a folder with {CONFIG} and {WEIGHTS}"
+            ) from error
+        settings = timm.data.resolve_model_data_config(network)
+        if side is not None:
+            settings = settings | {"input_size": (settings["input_size"][0], side, side)}
+        description = {"model": name, "timm": timm.__version__, "weights_sha256": weights_sha256(network)}
+        made = {"architecture": architecture, "model_args": options}
+        return cls(network, description | {key: settings[key] for key in INPUT} | made)
+
+    @classmethod
+    def build(cls, description: dict[str, Any], asked_by: str) -> Self:
+        """The network of a `description` with random weights, for the caller to load. ImportError: timm is missing or broken."""
+        with optional("timm", asked_by):
+            import timm
+        network = timm.create_model(description["architecture"], pretrained=False, num_classes=0, **description["model_args"])
+        return cls(network, description)
+
+    def train(self, mode: bool = True) -> Self:
+        return super().train(False)
+
+    def prepare(self, images: Tensor, *, clip: bool = True) -> Tensor:
+        """Images [B, C, H, W] in [-1, 1], resized without cropping and normalised as the network expects.
+
+        Args:
+            images: of 1 channel, which becomes as many as the network reads, or of as many; to a network of 1 their mean.
+            clip: whether what bicubic interpolation adds outside of [-1, 1] is cut off, and with it the gradient there.
+
+        ValueError: another number of channels.
+        """
+        channels, *size = self.description["input_size"]
+        if images.shape[1] == 1:
+            images = images.expand(-1, channels, -1, -1)
+        elif channels == 1:
+            images = images.mean(1, keepdim=True)
+        if images.shape[1] != channels:
+            raise ValueError(f"this network reads {channels} channels, the images have {images.shape[1]}")
+        mode = self.description["interpolation"]
+        mode = mode if mode in ("bicubic", "bilinear") else "bicubic"
+        images = F.interpolate(images.to(wide(images.dtype)), size, mode=mode, antialias=True, align_corners=False)
+        images = ((images.clamp(-1, 1) if clip else images) + 1) / 2
+        normalised = (images - self.mean.to(images.dtype)) / self.std.to(images.dtype)
+        own = next((p.dtype for p in self.network.parameters()), normalised.dtype)
+        return normalised.to(own)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Pooled features [B, D] of images [B, C, H, W] in [-1, 1]."""
+        return self.network(self.prepare(images)).flatten(1)
+
+    @property
+    def num_layers(self) -> int:
+        """Layers whose feature maps can be read. ValueError: timm does not say of this network."""
+        self._reads_maps()
+        return len(self.network.feature_info)  # type: ignore[arg-type]
+
+    def feature_maps(self, images: Tensor, layers: Sequence[int], *, normalised: bool = False, clip: bool = True) -> list[Tensor]:
+        """Feature maps [B, D, h, w] of some layers, tokens of a Transformer on their grid and without class and register tokens.
+
+        Args:
+            layers: ascending numbers below `num_layers`; for networks of stages the ends of their stages.
+            normalised: whether a Transformer's last normalisation is applied.
+
+        ValueError: timm does not give feature maps of this network.
+        """
+        read = self._reads_maps()
+        return read(
+            self.prepare(images, clip=clip), indices=list(layers), norm=normalised, output_fmt="NCHW", intermediates_only=True
+        )
+
+    def _reads_maps(self) -> Callable[..., list[Tensor]]:
+        if not hasattr(self.network, "forward_intermediates") or not hasattr(self.network, "feature_info"):
+            raise ValueError(f"{self.description['model']}: timm gives no feature maps of this network; take another")
+        return self.network.forward_intermediates  # type: ignore[return-value]
+
+
+def weights_sha256(network: nn.Module) -> str:
+    """SHA-256 over names and values of a network's weights and buffers."""
+    digest = hashlib.sha256()
+    for key, tensor in sorted(network.state_dict().items()):
+        digest.update(key.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _described(folder: Path, asked_by: str) -> tuple[str, dict[str, Any]]:
+    """`architecture` and `model_args` of a folder in timm's format; ValueError, FileNotFoundError: it is none."""
+    try:
+        config = dict(json.loads((folder / CONFIG).read_text()))
+        architecture = str(config["architecture"])
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{asked_by}: expected a folder with weights and a {CONFIG} that names timm's `architecture`; an autoencoder of this "
+            f"project is autoencoder:{folder}"
+        ) from error
+    if not (folder / WEIGHTS).is_file():
+        raise FileNotFoundError(f"{asked_by}: {folder} holds no {WEIGHTS}: expected the weights of {architecture} in it")
+    return architecture, dict(config.get("model_args") or {})
