@@ -107,14 +107,17 @@ def watch_encoder(clock: Clock, autoencoder: Autoencoder) -> None:
 
 
 def watch_decoder(clock: Clock, autoencoder: Autoencoder) -> None:
-    if hasattr(autoencoder.decoder, "levels"):
-        watch_levels(clock, autoencoder.decoder, "decoder", lambda level: autoencoder.latent_size << level)
-    else:
-        clock.watch(autoencoder.decoder, "decoder")
+    watch_levels(clock, autoencoder.decoder, "decoder", lambda level: autoencoder.latent_size << level)
 
 
 def watch_levels(clock: Clock, coder: Any, name: str, size: Callable[[int], int]) -> None:
-    """Watch each level of an encoder or decoder, named by its resolution, and what follows the last as one more block."""
+    """Watch each level of an encoder or decoder, named by its resolution, and what follows the last as one more block.
+
+    A network without levels is one block.
+    """
+    if not hasattr(coder, "levels"):
+        clock.watch(coder, name)
+        return
     for level, layers in [(0, coder.conv_in), *enumerate(coder.levels)]:
         clock.watch(layers, f"{name} {size(level)}x{size(level)}")
     clock.watch(coder.norm_out, f"{name} out")

@@ -41,6 +41,7 @@ from training_steps import stage_training, state_bytes
 
 from dae.config import Config
 from dae.models import ARPrior, choose_kernels
+from dae.models.architectures import latent_size
 from dae.priors import PRIORS
 from dae.quantizers import bottleneck_class
 from dae.training import plan_stages
@@ -77,7 +78,7 @@ def prior_training(config: Config, data: Any, engine: LocalEngine) -> PriorTrain
     torch.manual_seed(0)
     bottleneck, batch = bottleneck_class(config.autoencoder), config.prior.train_batch_size
     vocabulary, factors = bottleneck.num_codes(config.autoencoder), bottleneck.factors(config.autoencoder)
-    length = (config.data.resolution >> (len(config.autoencoder.channel_multipliers) - 1)) ** 2
+    length = latent_size(config.autoencoder, config.data.resolution) ** 2
     classes = data.num_classes if data else 1000
     prior = ARPrior(config.prior, vocab_size=vocabulary, sequence_length=length, num_classes=classes, factors=factors)
     prior.to(engine.device).train()

@@ -7,8 +7,10 @@ from dae.config.architecture import (
     FSQConfig,
     GVQConfig,
     KLConfig,
+    LDMConfig,
     LFQConfig,
     RVQConfig,
+    ViTConfig,
     VQConfig,
 )
 from dae.config.load import (
@@ -23,6 +25,7 @@ from dae.config.load import (
     save_config,
     with_overrides,
 )
+from dae.config.presets import PRESETS
 from dae.config.schema import (
     CompareConfig,
     Config,
@@ -38,6 +41,7 @@ from dae.config.schema import (
 )
 
 __all__ = [
+    "PRESETS",
     "RENAMED",
     "AutoencoderConfig",
     "BSQConfig",
@@ -51,6 +55,7 @@ __all__ = [
     "GVQConfig",
     "KLConfig",
     "KernelsConfig",
+    "LDMConfig",
     "LFQConfig",
     "LossConfig",
     "MeasureConfig",
@@ -60,6 +65,7 @@ __all__ = [
     "SamplingConfig",
     "StageConfig",
     "VQConfig",
+    "ViTConfig",
     "config_differences",
     "describe",
     "from_dict",

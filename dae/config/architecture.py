@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import List
+from typing import List, Optional
 
 from dae.config.knobs import knob, section
+from dae.config.presets import PRESETS
 
 
 @dataclass
@@ -18,8 +19,18 @@ class DecoderConfig:
         choices=("full", "linear", "narrow", "shallow", "dropout"),
     )
     width_factor: float = knob(0.25, "narrow: channels relative to the full decoder", gt=0, le=1)
-    num_blocks: int = knob(0, "shallow: residual blocks per level, where the full decoder has num_blocks + 1", ge=0, le=1000)
-    dropout: float = knob(0.5, "dropout: probability that Dropout2d zeroes a channel after a residual block", ge=0, lt=1)
+    num_blocks: int = knob(
+        0,
+        "shallow: residual blocks per level, where a full decoder has num_blocks + 1; vit: of vit.depth",
+        ge=0,
+        le=1000,
+    )
+    dropout: float = knob(
+        0.5,
+        "dropout: probability that Dropout2d zeroes a channel after a residual block; vit: an entry of a residual branch",
+        ge=0,
+        lt=1,
+    )
 
 
 @dataclass
@@ -77,13 +88,50 @@ class KLConfig:
 
 
 @dataclass
-class AutoencoderConfig:
-    base_channels: int = knob(64, "channels at full resolution", ge=1, le=16384)
-    channel_multipliers: List[int] = knob(
-        [1, 2], "channels of each level relative to base_channels; each level but the first halves the resolution", ge=1, le=1024
+class LDMConfig:
+    z_channels: Optional[int] = knob(
+        None, "channels of encoder and decoder next to the 1 x 1 convolutions; null: latent_channels", ge=1, le=65536
     )
-    num_blocks: int = knob(1, "residual blocks per level in the encoder; a full decoder has one more", ge=0, le=1000)
-    attention_resolutions: List[int] = knob([], "feature-map sizes at which self-attention is added", ge=1)
+    quant_conv: bool = knob(True, "1 x 1 convolution between encoder and bottleneck")
+    post_quant_conv: bool = knob(True, "1 x 1 convolution between bottleneck and decoder")
+    mid_attention: bool = knob(True, "self-attention between the two residual blocks next to the latent")
+    norm_num_groups: int = knob(
+        32, "groups of each normalisation, or their greatest common divisor with its channels", ge=1, le=65536
+    )
+
+
+@dataclass
+class ViTConfig:
+    patch_size: int = knob(16, "pixels of a patch's side: the downsampling factor", ge=1, le=16384)
+    width: int = knob(256, "channels of the residual stream", ge=1, le=65536)
+    depth: int = knob(6, "Transformer blocks of the encoder, and of a full decoder", ge=0, le=1000)
+    num_heads: int = knob(4, "attention heads; 4 divides width / num_heads", ge=1)
+
+
+@dataclass
+class AutoencoderConfig:
+    preset: Optional[str] = knob(
+        None,
+        "a known tokenizer, whose values the other keys of `autoencoder` have unless given: "
+        + "; ".join(f"{name}: {known.title}" for name, known in PRESETS.items()),
+        choices=(None, *PRESETS),
+        role="free",
+    )
+    architecture: str = knob(
+        "conv",
+        "of encoder and full decoder: conv (residual blocks at each level); ldm (that of latent diffusion, taming-transformers "
+        "and diffusers' AutoencoderKL and VQModel); vit (Transformer over patches)",
+        choices=("conv", "ldm", "vit"),
+    )
+    base_channels: int = knob(64, "conv, ldm: channels at full resolution", ge=1, le=16384)
+    channel_multipliers: List[int] = knob(
+        [1, 2],
+        "conv, ldm: channels of each level / base_channels; each level but the first halves the resolution",
+        ge=1,
+        le=1024,
+    )
+    num_blocks: int = knob(1, "conv, ldm: residual blocks per level in the encoder; a full decoder has one more", ge=0, le=1000)
+    attention_resolutions: List[int] = knob([], "conv, ldm: feature-map sizes at which self-attention is added", ge=1)
     latent_channels: int = knob(16, "channels of the latent", ge=1, le=65536)
     bottleneck: str = knob(
         "vq",
@@ -100,3 +148,5 @@ class AutoencoderConfig:
     bsq: BSQConfig = section(BSQConfig, "binary spherical quantization")
     kl: KLConfig = section(KLConfig, "Gaussian posterior")
     decoder: DecoderConfig = section(DecoderConfig, "the real decoder")
+    ldm: LDMConfig = section(LDMConfig, "the architecture of latent diffusion")
+    vit: ViTConfig = section(ViTConfig, "Vision Transformer")

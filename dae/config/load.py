@@ -10,11 +10,13 @@ import functools
 import glob
 import logging
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from dae.config.knobs import BOUNDS, leaves, sections
+from dae.config.presets import PRESETS
 from dae.config.schema import Config
 
 log = logging.getLogger(__name__)
@@ -25,7 +27,9 @@ RENAMED = {"prior.augmented_copies": "prior.num_augmentations", "kernels.percept
 
 
 def load_config(path: str | Path | None = None, overrides: list[str] | tuple = ()) -> Config:
-    """Defaults, then the YAML file, then `a.b=c` overrides, checked for names, types, choices and bounds.
+    """Defaults, then the preset that a later layer names, then the YAML file, then `a.b=c` overrides.
+
+    Checked for names, types, choices and bounds.
 
     Knobs of type str take the text literally: `output_dir=2024_01_15` and `0123` are not numbers, `#` does not start a comment
     in an override, and quotes around a whole override are removed. `~` at the start of a path is the home directory.
@@ -154,7 +158,7 @@ def _merge(base: Any, layers: list[tuple[str, Any]]) -> Config:
     from omegaconf.errors import OmegaConfBaseException
 
     config, source = copy.deepcopy(_defaults()) if base is Config else OmegaConf.structured(base), "defaults"
-    for source, layer in layers:
+    for source, layer in _preset(layers) + layers:
         if not OmegaConf.is_dict(layer):
             raise ValueError(f"{source}: expected `key: value` pairs at the top level")
         _rename_keys(layer, source)
@@ -172,6 +176,30 @@ def _merge(base: Any, layers: list[tuple[str, Any]]) -> Config:
     _expand_home(loaded)
     _reject_output_inside_input(loaded)
     return loaded
+
+
+def _preset(layers: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """The layer below all others: the values of the preset that the last of them names. A wrong name is an error of its knob."""
+    from omegaconf import OmegaConf
+
+    known = [
+        (source, layer, OmegaConf.select(layer, "autoencoder.preset")) for source, layer in layers if OmegaConf.is_dict(layer)
+    ]
+    named = [(i, source, name) for i, (source, _, name) in enumerate(known) if name in PRESETS]
+    if not named:
+        return []
+    last, source, name = named[-1]
+    values = OmegaConf.create({"autoencoder": PRESETS[name].values})
+    for below, layer, _ in known[:last]:
+        if others := [key for key in _keys(values) if OmegaConf.select(layer, key) not in (None, OmegaConf.select(values, key))]:
+            log.warning("%s: %s has other values and keeps them: %s", source, below, ", ".join(others))
+    return [(f"autoencoder.preset={name}", values)]
+
+
+def _keys(layer: Any, prefix: str = "") -> Iterator[str]:
+    """Dotted keys of all values."""
+    for key, value in layer.items():
+        yield from _keys(value, f"{prefix}{key}.") if hasattr(value, "keys") else [f"{prefix}{key}"]
 
 
 def _rename_keys(layer: Any, source: str) -> None:
@@ -207,7 +235,8 @@ def _reject_unknown_keys(layer: Any, schema: type, source: str, prefix: str = ""
             here, everywhere = [*(prefix + each for each in names), *(row.key for row in describe(schema, prefix))], list(knobs())
             by_leaf = [known for known in everywhere if known.rsplit(".", 1)[-1] == key]
             near = by_leaf or difflib.get_close_matches(name, here + everywhere, 1, 0.0)
-            raise ValueError(f"{source}: unknown key {name!r}; the nearest one is {near[0]!r}")
+            nearest = max(near, key=lambda known, name=name: difflib.SequenceMatcher(None, known, name).ratio())
+            raise ValueError(f"{source}: unknown key {name!r}; the nearest one is {nearest!r}")
         if key in inner:
             if not hasattr(value := layer._get_node(key), "keys"):
                 raise ValueError(f"{source}: {name} is a section, expected `{name}.<key>`")

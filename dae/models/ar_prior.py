@@ -14,13 +14,13 @@ from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
-from dae_kernels import attention, linear_cross_entropy, qk_norm, rotary_table, rotate, swiglu
+from dae_kernels import attention, linear_cross_entropy, rotary_table
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dae.config import PriorConfig
 from dae.distributed import draw_rows
-from dae.models.layers import NORM_EPS, ClassConditional, Dropout
+from dae.models.layers import NORM_EPS, ClassConditional, Dropout, TransformerBlock
 from dae.models.prior import Prior
 from dae.precision import WideBuffers
 from dae.quantizers.tokens import digits_of, number_of
@@ -87,37 +87,19 @@ class FixedKVCache(KVCache):
         return self.keys[layer], self.values[layer]
 
 
-class ARBlock(nn.Module):
-    """x + attention(norm(x)), then x + swiglu(norm(x))."""
-
-    operation, impl = "attention", "auto"
+class ARBlock(TransformerBlock):
+    """Causal, or over the keys and values of a cache."""
 
     def __init__(self, config: PriorConfig, layer: int):
-        super().__init__()
-        self.layer, self.heads = layer, config.num_heads
-        width, head_dim = config.width, config.width // config.num_heads
-        hidden = -(-width * 8 // 3 // 16) * 16  # as many parameters as a 4 x MLP, rounded up to a multiple of 16
-        self.norm_attention = nn.RMSNorm(width, eps=NORM_EPS)
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.norm_q, self.norm_k = nn.RMSNorm(head_dim, eps=NORM_EPS), nn.RMSNorm(head_dim, eps=NORM_EPS)
-        self.proj = nn.Linear(width, width, bias=False)
-        self.norm_mlp = nn.RMSNorm(width, eps=NORM_EPS)
-        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
-        self.down = nn.Linear(hidden, width, bias=False)
-        self.dropout = Dropout(config.dropout)
+        super().__init__(config.width, config.num_heads, config.dropout)
+        self.layer = layer
 
-    def forward(self, x: Tensor, table: Tensor, cache: KVCache | None) -> Tensor:
-        B, L, width = x.shape
-        qkv = self.qkv(self.norm_attention(x)).view(B, L, 3, self.heads, width // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        q, k = qk_norm(q, k, self.norm_q.weight, self.norm_k.weight, NORM_EPS)
-        q, k = rotate(q, table), rotate(k, table)
+    def forward(self, x: Tensor, table: Tensor, cache: KVCache | None = None) -> Tensor:
+        q, k, v = self.queries_keys_values(x, table)
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
         bias = None if cache is None else cache.bias
-        h = attention(q, k, v, causal=bias is None, bias=bias, impl=self.impl)
-        x = x + self.dropout(self.proj(h.transpose(1, 2).flatten(2)))
-        return x + self.dropout(self.down(swiglu(self.gate_up(self.norm_mlp(x)))))
+        return self.finish(x, attention(q, k, v, causal=bias is None, bias=bias, impl=self.impl))
 
 
 class ARPrior(WideBuffers, ClassConditional, Prior):

@@ -1,16 +1,17 @@
-"""The autoencoder: convolutional encoder, bottleneck (VQ or KL), and a decoder from the decoder family."""
+"""The autoencoder: encoder, bottleneck, and a decoder from the decoder family."""
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from dae.config import AutoencoderConfig, DecoderConfig, from_dict
 from dae.hub import PretrainedModel
+from dae.models.architectures import build_encoder, downsampling_factor, latent_size
 from dae.models.decoders import build_decoder
-from dae.models.layers import Downsample, GroupNorm, LevelNetwork, ResidualBlock, SelfAttention2d
 from dae.quantizers import Encoding, bottleneck_class
 
 
@@ -25,27 +26,6 @@ class Reconstruction:
     encoding: Encoding
 
 
-class Encoder(LevelNetwork):
-    """Images [B, C, H, W] to features [B, out_channels, H/f, W/f], f = 2^(levels - 1)."""
-
-    def __init__(self, config: AutoencoderConfig, image_channels: int, resolution: int, out_channels: int):
-        super().__init__()
-        widths = [config.base_channels * m for m in config.channel_multipliers]
-        channels = widths[0]
-        self.conv_in = nn.Conv2d(image_channels, channels, 3, padding=1)
-        self.levels = nn.ModuleList()
-        for level, width in enumerate(widths):
-            layers: list[nn.Module] = [Downsample(channels)] if level > 0 else []
-            for _ in range(config.num_blocks):
-                layers.append(ResidualBlock(channels, width))
-                channels = width
-                if resolution >> level in config.attention_resolutions:
-                    layers.append(SelfAttention2d(channels))
-            self.levels.append(nn.Sequential(*layers))
-        self.norm_out = GroupNorm(channels)
-        self.conv_out = nn.Conv2d(channels, out_channels, 3, padding=1)
-
-
 class Autoencoder(PretrainedModel):
     """Encoder, bottleneck and decoder; the unit that is trained, saved and loaded.
 
@@ -58,28 +38,19 @@ class Autoencoder(PretrainedModel):
         ValueError: the resolution is not divisible by the encoder's factor, or a part of `config` is out of range.
     """
 
+    encoder: Any  # modules with an attribute `gradient_checkpointing`
+    decoder: Any
+
     def __init__(self, config: AutoencoderConfig, image_channels: int, resolution: int):
         super().__init__()
         self.config, self.image_channels, self.resolution = config, image_channels, resolution
         self.latent_frozen = False
-        if not config.channel_multipliers:
-            raise ValueError("autoencoder.channel_multipliers is empty: expected at least one level")
-        self.factor = 1 << (len(config.channel_multipliers) - 1)
-        if resolution % self.factor:
-            raise ValueError(
-                f"autoencoder.channel_multipliers has {len(config.channel_multipliers)} levels: the encoder divides "
-                f"the resolution by {self.factor}; data.resolution={resolution} is not divisible. "
-                f"The nearest that are: {resolution // self.factor * self.factor}, {-(-resolution // self.factor) * self.factor}"
-            )
+        self.factor = downsampling_factor(config)
+        self.latent_size = latent_size(config, resolution)  # height and width of the latent
         self.bottleneck = bottleneck_class(config).build(config)
         features = config.latent_channels * self.bottleneck.features_per_latent
-        self.encoder = Encoder(config, image_channels, resolution, features)
+        self.encoder = build_encoder(config, image_channels, resolution, features)
         self.decoder = build_decoder(config, image_channels, resolution)
-
-    @property
-    def latent_size(self) -> int:
-        """Height and width of the latent."""
-        return self.resolution // self.factor
 
     def encode(self, images: Tensor, *, sample_posterior: bool = False) -> Encoding:
         """Images [B, C, H, W] in [-1, 1] to `.latents` [B, D, h, w], and for VQ `.indices` [B, h, w].
@@ -94,7 +65,7 @@ class Autoencoder(PretrainedModel):
             raise ValueError(f"expected images [B, {self.image_channels}, H, W], got {list(images.shape)}")
         if images.shape[2] % self.factor or images.shape[3] % self.factor:
             raise ValueError(f"height and width must be divisible by {self.factor}, got {list(images.shape[2:])}")
-        features = self.encoder(images).to(self.encoder.conv_in.weight.dtype)  # autocast returns narrower ones
+        features = self.encoder(images).to(next(self.encoder.parameters()).dtype)  # autocast returns narrower ones
         return self.bottleneck(features, sample_posterior)
 
     def decode(self, latents: Tensor) -> Decoding:

@@ -6,7 +6,7 @@ import math
 
 import torch
 import torch.nn.functional as F
-from dae_kernels import attention
+from dae_kernels import attention, qk_norm, rotate, swiglu
 from dae_kernels.group_norm_silu import group_norm_silu
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -18,12 +18,12 @@ NORM_EPS = 1e-6  # of all normalisations of the Transformers
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm and optionally SiLU, with gcd(32, channels) groups."""
+    """GroupNorm and optionally SiLU, with gcd(groups, channels) groups."""
 
     operation, impl = "group_norm_silu", "auto"  # for dae.models.kernels
 
-    def __init__(self, channels: int, activation: str | None = "silu"):
-        super().__init__(math.gcd(32, channels), channels, eps=1e-6)
+    def __init__(self, channels: int, activation: str | None = "silu", groups: int = 32):
+        super().__init__(math.gcd(groups, channels), channels, eps=1e-6)
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
@@ -86,11 +86,11 @@ class ClassConditional:
 class ResidualBlock(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))), then channel dropout if asked for."""
 
-    def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0):
+    def __init__(self, in_channels: int, out_channels: int, dropout: float = 0.0, groups: int = 32):
         super().__init__()
-        self.norm1 = GroupNorm(in_channels)
+        self.norm1 = GroupNorm(in_channels, groups=groups)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = GroupNorm(out_channels)
+        self.norm2 = GroupNorm(out_channels, groups=groups)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.skip = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
         self.dropout = Dropout(dropout, channelwise=True)
@@ -106,9 +106,9 @@ class SelfAttention2d(nn.Module):
 
     operation, impl = "attention", "auto"
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int, groups: int = 32):
         super().__init__()
-        self.norm = GroupNorm(channels, activation=None)
+        self.norm = GroupNorm(channels, activation=None, groups=groups)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = nn.Conv2d(channels, channels, 1)
 
@@ -119,6 +119,43 @@ class SelfAttention2d(nn.Module):
         q, k, v = qkv.unbind(3)  # [B, 1 head, HW, C]
         h = attention(q, k, v, impl=self.impl).view(B, H, W, C).movedim(-1, 1)
         return x + self.out(h)
+
+
+class TransformerBlock(nn.Module):
+    """x + attention(norm(x)), then x + swiglu(norm(x)), with QK-norm and rotary positions; no bias anywhere."""
+
+    operation, impl = "attention", "auto"
+
+    def __init__(self, width: int, heads: int, dropout: float = 0.0):
+        super().__init__()
+        self.heads, head_dim = heads, width // heads
+        hidden = -(-width * 8 // 3 // 16) * 16  # as many parameters as a 4 x MLP, rounded up to a multiple of 16
+        self.norm_attention = nn.RMSNorm(width, eps=NORM_EPS)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.norm_q, self.norm_k = nn.RMSNorm(head_dim, eps=NORM_EPS), nn.RMSNorm(head_dim, eps=NORM_EPS)
+        self.proj = nn.Linear(width, width, bias=False)
+        self.norm_mlp = nn.RMSNorm(width, eps=NORM_EPS)
+        self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, width, bias=False)
+        self.dropout = Dropout(dropout)
+
+    def forward(self, x: Tensor, table: Tensor) -> Tensor:
+        """[B, L, width] to the same, every position attending to all; `table` of `dae_kernels.rotary_table` or its like."""
+        q, k, v = self.queries_keys_values(x, table)
+        return self.finish(x, attention(q, k, v, impl=self.impl))
+
+    def queries_keys_values(self, x: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, heads, L, head_dim] each, queries and keys normalised and rotated."""
+        B, L, width = x.shape
+        qkv = self.qkv(self.norm_attention(x)).view(B, L, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        q, k = qk_norm(q, k, self.norm_q.weight, self.norm_k.weight, NORM_EPS)
+        return rotate(q, table), rotate(k, table), v
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """The rest of the block, from what attention [B, heads, L, head_dim] gave."""
+        x = x + self.dropout(self.proj(attended.transpose(1, 2).flatten(2)))
+        return x + self.dropout(self.down(swiglu(self.gate_up(self.norm_mlp(x)))))
 
 
 class Downsample(nn.Conv2d):

@@ -6,6 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from dae.config import Config, DecoderConfig, StageConfig
+from dae.models.architectures import architecture_of
 
 
 @dataclass
@@ -45,9 +46,7 @@ def plan_stages(config: Config) -> list[Stage]:
                 f"{stage.name}.loss.discriminator_layers={loss.discriminator_layers} halve data.resolution="
                 f"{config.data.resolution} to less than a pixel: expected at most {most}"
             )
-    levels = [config.data.resolution >> level for level in range(len(config.autoencoder.channel_multipliers))]
-    if unknown := sorted(set(config.autoencoder.attention_resolutions) - set(levels)):
-        raise ValueError(f"autoencoder.attention_resolutions: no level has {unknown}; the feature maps' sizes are {levels}")
+    architecture_of(config.autoencoder).check(config.autoencoder, config.data.resolution)
     return stages
 
 
