@@ -91,10 +91,10 @@ def test_names_of_files_decide_nothing(streaming, tree, configure, png):
         "dev 1.png",
         "data/test/x.png",
     ]
-    for name in names:
-        for label in "ab":
-            (root / label / name).parent.mkdir(parents=True, exist_ok=True)
-            (root / label / name).write_bytes(png(hash(name + label) % 1000))
+    places = [root / label / name for name in names for label in "ab"]
+    for number, place in enumerate(places):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_bytes(png(1000 + number))
     assert read(configure(root, streaming=streaming))[1] == {"a": 8, "b": 8}
 
 
