@@ -90,11 +90,24 @@ class PretrainedModel(nn.Module):
             FileNotFoundError: no such folder or repository, or no model in it.
             ValueError: it holds another class, is damaged, or its weights do not fit the configuration.
         """
+        if torch_dtype not in (None, *FLOAT_DTYPES):
+            raise TypeError(f"torch_dtype: expected one of {', '.join(map(str, FLOAT_DTYPES))}, got {torch_dtype!r}")
+        folder, config, weights = cls.read_pretrained(name_or_path, revision)
+        try:
+            model = cls.from_config(config)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{folder / CONFIG} does not describe this version's {cls.__name__}: {error}") from error
+        load_weights(model, weights, str(folder / WEIGHTS))
+        return model.to(device, torch_dtype or torch.float32).eval()
+
+    @classmethod
+    def read_pretrained(
+        cls, name_or_path: str | Path, revision: str | None = None
+    ) -> tuple[Path, dict[str, Any], dict[str, torch.Tensor]]:
+        """The folder of a saved model, what `to_config` wrote, and the weights; arguments and errors of `from_pretrained`."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
-        if torch_dtype not in (None, *FLOAT_DTYPES):
-            raise TypeError(f"torch_dtype: expected one of {', '.join(map(str, FLOAT_DTYPES))}, got {torch_dtype!r}")
         folder = Path(name_or_path)
         if not folder.is_dir():
             if not isinstance(name_or_path, str):
@@ -110,28 +123,25 @@ class PretrainedModel(nn.Module):
         if config.get("_class_name") != cls.__name__:
             raise ValueError(f"{folder} holds a {config.get('_class_name')!r}, expected a {cls.__name__!r}")
         try:
-            model = cls.from_config({k: v for k, v in config.items() if not k.startswith("_")})
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"{folder / CONFIG} does not describe this version's {cls.__name__}: {error}") from error
-        try:
             weights = load_file(folder / WEIGHTS)
         except SafetensorError as error:
             raise ValueError(f"{folder / WEIGHTS} is damaged: {error}") from error
-        load_weights(model, weights, str(folder / WEIGHTS))
-        return model.to(device, torch_dtype or torch.float32).eval()
+        return folder, {k: v for k, v in config.items() if not k.startswith("_")}, weights
 
     def push_to_hub(self, repo_id: str, *, folder: str | Path, private: bool = False, token: str | None = None) -> str:
         """Upload a folder that `save_pretrained` wrote to the Hub repository `repo_id`; returns the commit's URL.
 
+        A discriminator saved beside the model goes with it.
+
         OSError: the upload failed; one line says why, that the model is saved in `folder`, and how to upload it later.
         """
-        api = hub_api(token)
+        api, patterns = hub_api(token), [*MODEL_FILES, *(f"discriminator/{name}" for name in (CONFIG, WEIGHTS))]
         remedy = (
             f"the model is saved in {folder}; upload it with `hf upload {repo_id} {folder} --include {' '.join(MODEL_FILES)}`"
         )
         with hub_errors(f"the upload to {repo_id} failed", remedy):
             api.create_repo(repo_id, private=private, exist_ok=True)
-            commit = api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=list(MODEL_FILES))
+            commit = api.upload_folder(repo_id=repo_id, folder_path=folder, allow_patterns=patterns)
         return str(commit)
 
 

@@ -28,6 +28,7 @@ from dae.training import Run, Stage, end_training, make_accelerator, plan_stages
 from dae.training.autoencoder import build_autoencoder, train_stages
 from dae.training.engine import AcceleratorEngine
 from dae.training.rehearsal import rehearse_chain, require_measurable, sampled_classes
+from dae.training.stages import saved_discriminators
 
 
 @writes("autoencoder", makes_folder=True)
@@ -59,7 +60,11 @@ def train(config: Config) -> Path:
 
     def save() -> None:
         autoencoder.save_pretrained(run.folder, card=autoencoder_card(config, data.describe(), run.history(), summary.lines()))
-        announce(run.folder, run.outputs(*(stage.name for stage in stages[:-1])), data.skipped_note())
+        announce(
+            run.folder,
+            run.outputs(*(stage.name for stage in stages[:-1]), *saved_discriminators(config).values()),
+            data.skipped_note(),
+        )
         if config.push_to_hub:
             print(autoencoder.push_to_hub(config.hub_model_id, folder=run.folder))
 

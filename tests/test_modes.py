@@ -99,6 +99,12 @@ def quality(name):
     return lambda t: getattr(metrics, name)(t["images"], t["other images"])
 
 
+def augmented(images):
+    with torch.random.fork_rng(devices=[]):  # it draws from the global generator, as it says
+        torch.manual_seed(0)
+        return losses.differentiable_augmentation(images, tuple(losses.AUGMENTATIONS))
+
+
 def classifier_of(t):
     return metrics.train_classifier(t["images"], t["labels"], 3, steps=2, seed=0, batch_size=8, progress=False)
 
@@ -166,6 +172,7 @@ CASES = {
     "reconstruction_loss": lambda t: losses.reconstruction_loss(t["images"], t["other images"], LossConfig(l1=0.5, l2=1.0)),
     "discriminator_loss": lambda t: losses.discriminator_loss(t["data"], t["latents"]),
     "generator_loss": lambda t: losses.generator_loss(t["data"]),
+    "differentiable_augmentation": lambda t: augmented(t["images"]),
     "adaptive_weight": lambda t: losses.adaptive_weight(*t["graph"]),
     "filter_logits": lambda t: sampling.filter_logits(t["data"], top_k=5, top_p=0.8),
     "balanced_labels": lambda t: [sampling.balanced_labels(5, 3), sampling.balanced_labels(5, 3, (0, 2))],
@@ -197,7 +204,7 @@ NO_CASE = {
     **dict.fromkeys(("ComplexityCurve", "Estimate", "OptimalLatent", "Distance"), "a result, or what make_distance returns"),
     **dict.fromkeys(("EqualCountFrechet", "KernelDistance", "Memorisation", "PrecisionRecall"), "a result"),
     **dict.fromkeys(("check_cloud", "check_pair"), "checks alone, computes nothing"),
-    "GAN_LOSSES": "names",
+    **dict.fromkeys(("AUGMENTATIONS", "GAN_LOSSES"), "names"),
     "LeCam": "a module whose averages move at each call: tests/losses/test_adversarial.py",
     "gradient_penalty": "differentiates the caller's discriminator, whose gradients must be recorded",
     "GeneratorFamily": "abstract; its subclasses are cases",

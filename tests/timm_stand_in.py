@@ -9,6 +9,7 @@ import json
 import types
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -109,4 +110,16 @@ def write_folder(folder, architecture, seed=0):
         torch.manual_seed(seed)
         save_file(NETWORKS[architecture]().state_dict(), folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({"architecture": architecture}))
+    return folder
+
+
+def real_weights():
+    """The folder of a real pretrained network beside the checkout. Skips where it is not, or timm cannot be imported."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "weights" / "mobilenetv2_100"
+    try:
+        import timm  # noqa: F401
+    except Exception as error:  # RuntimeError, where torchvision was built for another torch
+        pytest.skip(f"timm cannot be imported: {type(error).__name__}")
+    if not folder.is_dir():
+        pytest.skip("no pretrained weights beside the checkout")
     return folder

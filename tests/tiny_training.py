@@ -24,7 +24,7 @@ TINY = Path(__file__).parent / "recipes" / "tiny.yaml"
 GAN = ("stage2.loss.adversarial=0.1", "stage2.loss.discriminator_channels=8", "autoencoder.vq.revive_threshold=0.5")
 
 
-def autoencoder_training(*overrides, which=0, device=CPU):
+def autoencoder_training(*overrides, which=0, device=CPU, engine=None):
     config = load_config(TINY, ["data.random_flip=true", "autoencoder.vq.kmeans_iterations=1", *overrides])
     stage = plan_stages(config)[which]
     images = torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -38,7 +38,7 @@ def autoencoder_training(*overrides, which=0, device=CPU):
         return TrainLoader(data, stage.config.train_batch_size, seed=3)
 
     perceptual = PerceptualLoss() if stage.config.loss.perceptual else None
-    return StageTraining(config, stage, autoencoder, loaders, LocalEngine(device), perceptual)
+    return StageTraining(config, stage, autoencoder, loaders, engine or LocalEngine(device), perceptual)
 
 
 def prior_training(*overrides, values, device=CPU):

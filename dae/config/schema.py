@@ -88,7 +88,7 @@ class LossConfig:
         "its weights by torchvision's names, and LPIPS's `lin0.weight` ... if there: a .safetensors file, a folder, a Hub id",
         path=True,
     )
-    adversarial: float = knob(0.0, "weight of the loss of a patch discriminator; 0 trains none", ge=0, role="second stage")
+    adversarial: float = knob(0.0, "weight of the loss of a discriminator; 0 trains none", ge=0, role="second stage")
     adversarial_loss: str = knob(
         "hinge",
         "hinge, non_saturating or least_squares",
@@ -101,8 +101,37 @@ class LossConfig:
     r1: float = knob(0.0, "gamma of the gradient penalty R1 of the discriminator", ge=0, role="second stage")
     r1_every: int = knob(16, "steps between two penalties, each with as many times its weight", ge=1, role="second stage")
     spectral_norm: bool = knob(False, "spectral normalisation of the discriminator's convolutions", role="second stage")
-    discriminator_channels: int = knob(64, "channels of the discriminator's first layer", ge=1, le=16384, role="second stage")
-    discriminator_layers: int = knob(2, "strided layers of the discriminator", ge=0, le=14, role="second stage")
+    augment: List[str] = knob(
+        [],
+        "differentiable augmentations, in this order, of all images that the discriminator sees: color, translation, cutout",
+        choices=("color", "translation", "cutout"),
+        role="second stage",
+    )
+    discriminator: str = knob(
+        "patch",
+        "patch: a convolutional network; features: heads on the feature maps of a frozen pretrained network",
+        choices=("patch", "features"),
+        role="second stage",
+    )
+    discriminator_features: Optional[str] = knob(
+        None,
+        "features: that network, by its name in timm or a folder with config.json and model.safetensors in timm's format",
+        path=True,
+        role="second stage",
+    )
+    discriminator_heads: int = knob(
+        4, "features: layers of it that have a head, evenly spaced up to the last", ge=1, le=1000, role="second stage"
+    )
+    discriminator_init: Optional[str] = knob(
+        None,
+        "start from the weights of a discriminator saved by save_discriminator: its folder, that of its run, or a Hub id",
+        path=True,
+        role="second stage",
+    )
+    discriminator_channels: int = knob(
+        64, "channels of the discriminator's first layer; features: of each head", ge=1, le=16384, role="second stage"
+    )
+    discriminator_layers: int = knob(2, "patch: strided layers of the discriminator", ge=0, le=14, role="second stage")
     discriminator_learning_rate: float = knob(1e-4, "learning rate of the discriminator", ge=0, le=1, role="second stage")
 
 
@@ -319,6 +348,9 @@ class Config:
         "start the autoencoder from trained weights: output folder of a run, folder of a saved autoencoder, or Hub id; encoder, "
         "bottleneck, and the decoder of each stage if one of that architecture is there",
         path=True,
+    )
+    save_discriminator: bool = knob(
+        False, "save the discriminator of each stage that trains one, in a folder `discriminator` beside its model", role="free"
     )
     push_to_hub: bool = knob(False, "upload the trained model", role="free")
     hub_model_id: Optional[str] = knob(None, "repository to upload to", role="free")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from typing import Any, Self
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from dae.hub import PretrainedModel
 from dae.models.layers import GroupNorm
 
 
-class PatchDiscriminator(nn.Module):
+class PatchDiscriminator(PretrainedModel):
     """Images [B, C, H, W] to one real-or-fake logit for each overlapping patch, [B, 1, h, w].
 
     GroupNorm instead of BatchNorm: a verdict then does not depend on the other images of the batch, nor on how many
@@ -19,6 +22,8 @@ class PatchDiscriminator(nn.Module):
 
     def __init__(self, image_channels: int, channels: int = 64, num_layers: int = 2, spectral_norm: bool = False):
         super().__init__()
+        names = ("image_channels", "channels", "num_layers", "spectral_norm")
+        self.config = dict(zip(names, (image_channels, channels, num_layers, spectral_norm), strict=True))
         self.conv_in = nn.Conv2d(image_channels, channels, 4, stride=2, padding=1)
         self.convs, self.norms = nn.ModuleList(), nn.ModuleList()
         for layer in range(1, num_layers + 1):
@@ -37,3 +42,10 @@ class PatchDiscriminator(nn.Module):
         for conv, norm in zip(self.convs, self.norms, strict=True):
             h = F.leaky_relu(norm(conv(h)), 0.2)
         return self.conv_out(h)
+
+    def to_config(self) -> dict[str, Any]:
+        return self.config
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> Self:
+        return cls(**config)

@@ -5,22 +5,41 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dae.config import Config, LossConfig
-from dae.losses import LeCam, adaptive_weight, discriminator_loss, generator_loss, gradient_penalty
-from dae.models import PatchDiscriminator, choose_kernels
+from dae.hub import PretrainedModel
+from dae.losses import (
+    LeCam,
+    adaptive_weight,
+    differentiable_augmentation,
+    discriminator_loss,
+    generator_loss,
+    gradient_penalty,
+)
+from dae.models import FeatureDiscriminator, PatchDiscriminator, choose_kernels
 from dae.models.layers import GroupNorm
 from dae.training.engine import Engine
+from dae.training.initialization import load_discriminator
 
 
 def build_discriminator(
     config: Config, loss: LossConfig, device: torch.device, layout: torch.memory_format = torch.contiguous_format
-) -> PatchDiscriminator:
-    """The discriminator that `loss` describes, on its device, with the kernels of `config`."""
-    discriminator = PatchDiscriminator(
-        config.data.channels, loss.discriminator_channels, loss.discriminator_layers, spectral_norm=loss.spectral_norm
-    )
+) -> PatchDiscriminator | FeatureDiscriminator:
+    """The discriminator that `loss` describes, on its device, with the kernels of `config`.
+
+    Raises:
+        ImportError, FileNotFoundError, ValueError: the frozen network of `features`, or what `discriminator_init` names, is not
+            there or does not fit.
+    """
+    discriminator: PatchDiscriminator | FeatureDiscriminator
+    channels, spectral_norm = loss.discriminator_channels, loss.spectral_norm
+    if loss.discriminator == "features":
+        discriminator = FeatureDiscriminator(str(loss.discriminator_features), channels, loss.discriminator_heads, spectral_norm)
+    else:
+        discriminator = PatchDiscriminator(config.data.channels, channels, loss.discriminator_layers, spectral_norm)
+    if loss.discriminator_init:
+        load_discriminator(discriminator, loss.discriminator_init)
     discriminator.to(device=device, memory_format=layout)  # type: ignore[call-overload]
     choose_kernels(discriminator, config.kernels)  # which refuses kernels that cannot run on the device
     if loss.r1 > 0:  # the kernel has no second derivative
@@ -33,15 +52,17 @@ def build_discriminator(
 class Adversary:
     """What a discriminator adds to a training step.
 
-    Both terms see the same real and generated images: those of the micro-step.
+    Both terms see the same real and generated images: those of the micro-step, augmented at random each time (`loss.augment`).
 
     Args:
         loss: weights and kinds of the losses.
-        discriminator: on its device.
+        discriminator: on its device; what is frozen in it is no module of it.
         discriminate: it as prepared by `engine`, in mixed precision, with synchronised gradients.
     """
 
-    def __init__(self, loss: LossConfig, discriminator: nn.Module, discriminate: Callable[[Tensor], Tensor], engine: Engine):
+    def __init__(
+        self, loss: LossConfig, discriminator: PretrainedModel, discriminate: Callable[[Tensor], Tensor], engine: Engine
+    ):
         self.loss, self.discriminator, self.discriminate, self.engine = loss, discriminator, discriminate, engine
         self.lecam = LeCam().to(engine.device) if loss.lecam > 0 else None
 
@@ -58,7 +79,7 @@ class Adversary:
         """The weighted adversarial loss of the decoder."""
         self.discriminator.requires_grad_(False)
         with self.engine.autocast():
-            logits = self.discriminator(sample)
+            logits = self.discriminator(differentiable_augmentation(sample, self.loss.augment))
         adversarial = generator_loss(logits.float(), self.loss.adversarial_loss)
         term = self.weight(number) * adaptive_weight(reconstruction, adversarial, sample) * adversarial
         self.discriminator.requires_grad_(True)
@@ -66,7 +87,8 @@ class Adversary:
 
     def discriminator_term(self, images: Tensor, sample: Tensor, number: int) -> Tensor:
         """The discriminator's own loss."""
-        real, fake = self.discriminate(images), self.discriminate(sample.detach())
+        images, sample = (differentiable_augmentation(x, self.loss.augment) for x in (images, sample.detach()))
+        real, fake = self.discriminate(images), self.discriminate(sample)
         term = discriminator_loss(real, fake, self.loss.adversarial_loss)
         if self.lecam is not None:
             term = term + self.loss.lecam * self.lecam(real, fake)

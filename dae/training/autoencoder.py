@@ -28,7 +28,7 @@ from dae.training.initialization import load_decoder, load_encoder
 from dae.training.loop import Training, is_due, validation_images
 from dae.training.optimization import build_optimizer
 from dae.training.pictures import reconstruction_sheet
-from dae.training.stages import Stage, plan_stages
+from dae.training.stages import Stage, plan_stages, saved_discriminators
 
 if TYPE_CHECKING:
     from dae.data import TrainLoader
@@ -74,7 +74,8 @@ def train_stages(
         autoencoder: as `build_autoencoder` makes it for the first stage, on the engine's device.
         loaders: batches {"image": [B, C, H, W], ...} of a stage.
         heldout: images of the validations; None for none.
-        run: where log and checkpoints go, and the model at the end of each stage but the last; None for nowhere.
+        run: where log and checkpoints go, the model at the end of each stage but the last, and with `save_discriminator` the
+            discriminators; None for nowhere.
         resumed: the checkpoint to go on from.
 
     Raises:
@@ -97,6 +98,9 @@ def train_stages(
             resumed = None
             if run is not None and stage is not stages[-1]:
                 run_on_first_process(functools.partial(autoencoder.save_pretrained, run.folder / stage.name))
+            if run is not None and training.adversary is not None and stage.name in (folders := saved_discriminators(config)):
+                save = training.adversary.discriminator.save_pretrained
+                run_on_first_process(functools.partial(save, run.folder / folders[stage.name]))
         steps_before += stage.config.max_train_steps
 
 

@@ -1,4 +1,4 @@
-"""Start training from the weights of a trained model: `init_from` and `prior.init_from`."""
+"""Start training from the weights of a trained model: `init_from`, `prior.init_from`, `loss.discriminator_init`."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import TypeVar
 
 from dae.hub import CONFIG, PretrainedModel, load_weights
-from dae.models import Autoencoder, Prior
+from dae.models import Autoencoder, FeatureDiscriminator, PatchDiscriminator, Prior
 from dae.priors import family_of
+from dae.training.stages import DISCRIMINATOR
 
 log = logging.getLogger(__name__)
 Model = TypeVar("Model", bound=PretrainedModel)
@@ -69,6 +70,21 @@ def load_prior(prior: Prior, source: str) -> None:
             "prior.init_from=%s knows %d classes, the data have %d: they start new", source, given.num_classes, prior.num_classes
         )
     load_weights(prior, {name: own[name] if name in kept else w for name, w in weights.items()}, f"prior.init_from={source}")
+
+
+def load_discriminator(discriminator: PatchDiscriminator | FeatureDiscriminator, source: str) -> None:
+    """Copy the weights of the discriminator at `source`, which `save_discriminator` saved.
+
+    Args:
+        source: its folder, the output folder of its run (the one of the last stage), or a repository of the Hub.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_encoder`; another kind, or heads on another frozen network.
+    """
+    inside = [Path(source) / "autoencoder" / DISCRIMINATOR, Path(source) / DISCRIMINATOR]
+    place = next((str(folder) for folder in inside if (folder / CONFIG).is_file()), source)
+    _, _, weights = discriminator.read_pretrained(place)
+    load_weights(discriminator, weights, f"loss.discriminator_init={source}")
 
 
 def load_trained(model: type[Model], source: str, name: str = "autoencoder") -> Model:

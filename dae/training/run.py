@@ -20,7 +20,7 @@ from dae.files import append_line, replaced_folder, write_file
 from dae.hub import CONFIG, MODEL_FILES, WEIGHTS, holds_model
 from dae.lock import require_lock
 from dae.training.checkpoint import STATE, Checkpoint, Checkpoints
-from dae.training.stages import Stage, plan_stages
+from dae.training.stages import DISCRIMINATOR, Stage, plan_stages
 
 if TYPE_CHECKING:
     import numpy as np
@@ -107,8 +107,11 @@ class Run:
             source, target = checkpoint.path.parent / name, self.folder / name
             if not holds_model(target) and holds_model(source):
                 with replaced_folder(target) as new:
-                    for file in (WEIGHTS, CONFIG):
-                        shutil.copyfile(source / file, new / file)
+                    for part in ("", DISCRIMINATOR):
+                        if holds_model(source / part):
+                            (new / part).mkdir(exist_ok=True)
+                            for file in (WEIGHTS, CONFIG):
+                                shutil.copyfile(source / part / file, new / part / file)
             if not holds_model(target):
                 raise FileNotFoundError(
                     f"{target} holds no model, and {checkpoint.path}, of a later stage, cannot restore it: resume from one of "

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from dae.config import Config, DecoderConfig, StageConfig
 from dae.models.architectures import architecture_of
 
+DISCRIMINATOR = "discriminator"  # folder of a saved one, beside the model that was trained with it
+
 
 @dataclass
 class Stage:
@@ -27,8 +29,8 @@ def plan_stages(config: Config) -> list[Stage]:
     the steps of stage 1, then its decoder goes on alone, on the frozen latent. weak: joint, but with the auxiliary decoder.
 
     Raises:
-        ValueError: a stage has no reconstruction loss, a discriminator is too deep for the images, or attention is asked for at a
-            resolution that no level has.
+        ValueError: a stage has no reconstruction loss, a discriminator is too deep for the images, has no network to look through
+            or is to be saved and there is none, or attention is asked for at a resolution that no level has.
     """
     stages = _stages(config)
     for stage in stages:
@@ -40,14 +42,30 @@ def plan_stages(config: Config) -> list[Stage]:
             raise ValueError(
                 f"{section}.loss: l1, l2, charbonnier, perceptual are all 0, which trains nothing; give one a weight"
             )
-        if loss.adversarial > 0 and config.data.resolution >> loss.discriminator_layers < 1:
+        if loss.adversarial > 0 and loss.discriminator == "features" and not loss.discriminator_features:
+            raise ValueError(
+                f"{stage.name}.loss.discriminator=features needs loss.discriminator_features: a pretrained network by its name "
+                "in timm, or a folder with config.json and model.safetensors"
+            )
+        if loss.adversarial > 0 and loss.discriminator == "patch" and config.data.resolution >> loss.discriminator_layers < 1:
             most = config.data.resolution.bit_length() - 1
             raise ValueError(
                 f"{stage.name}.loss.discriminator_layers={loss.discriminator_layers} halve data.resolution="
                 f"{config.data.resolution} to less than a pixel: expected at most {most}"
             )
+    if config.save_discriminator and all(stage.config.loss.adversarial == 0 for stage in stages):
+        raise ValueError("save_discriminator=true: no stage trains a discriminator; give stage2.loss.adversarial a weight")
     architecture_of(config.autoencoder).check(config.autoencoder, config.data.resolution)
     return stages
+
+
+def saved_discriminators(config: Config) -> dict[str, str]:
+    """Folders within that of the run where `save_discriminator` puts discriminators, by the names of their stages."""
+    if not config.save_discriminator:
+        return {}
+    *earlier, last = plan_stages(config)
+    folders = {stage.name: f"{stage.name}/{DISCRIMINATOR}" for stage in earlier} | {last.name: DISCRIMINATOR}
+    return {stage.name: folders[stage.name] for stage in (*earlier, last) if stage.config.loss.adversarial > 0}
 
 
 def _stages(config: Config) -> list[Stage]:
