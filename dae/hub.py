@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
@@ -105,9 +105,6 @@ class PretrainedModel(nn.Module):
         cls, name_or_path: str | Path, revision: str | None = None
     ) -> tuple[Path, dict[str, Any], dict[str, torch.Tensor]]:
         """The folder of a saved model, what `to_config` wrote, and the weights; arguments and errors of `from_pretrained`."""
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
         folder = Path(name_or_path)
         if not folder.is_dir():
             if not isinstance(name_or_path, str):
@@ -116,17 +113,10 @@ class PretrainedModel(nn.Module):
         for name in (CONFIG, WEIGHTS):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} holds no {name}: expected a folder written by {cls.__name__}.save_pretrained")
-        try:
-            config = dict(json.loads((folder / CONFIG).read_text()))
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{folder / CONFIG} is damaged: {error}") from error
+        config = read_json(folder / CONFIG)
         if config.get("_class_name") != cls.__name__:
             raise ValueError(f"{folder} holds a {config.get('_class_name')!r}, expected a {cls.__name__!r}")
-        try:
-            weights = load_file(folder / WEIGHTS)
-        except SafetensorError as error:
-            raise ValueError(f"{folder / WEIGHTS} is damaged: {error}") from error
-        return folder, {k: v for k, v in config.items() if not k.startswith("_")}, weights
+        return folder, {k: v for k, v in config.items() if not k.startswith("_")}, read_tensors(folder / WEIGHTS)
 
     def push_to_hub(self, repo_id: str, *, folder: str | Path, private: bool = False, token: str | None = None) -> str:
         """Upload a folder that `save_pretrained` wrote to the Hub repository `repo_id`; returns the commit's URL.
@@ -214,18 +204,40 @@ def download(repo_id: str, revision: str | None) -> Path:
 
 def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: str) -> None:
     """Load a state dict, strictly; ValueError names the tensors that are missing, left over, or of another shape."""
-    own = model.state_dict()
-    missing, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
-    shapes = [
-        f"{k} is {list(weights[k].shape)}, expected {list(own[k].shape)}"
-        for k in own
-        if k in weights and weights[k].shape != own[k].shape
-    ]
-    if missing or unknown or shapes:
-        parts = [("missing", missing), ("unknown", unknown), ("of another shape", shapes)]
-        text = "; ".join(f"{len(names)} {what}: {', '.join(names[:3])}" for what, names in parts if names)
+    if text := misfit(weights, model.state_dict()):
         raise ValueError(f"{source} is a checkpoint of another architecture ({text})")
     model.load_state_dict(weights)
+
+
+def misfit(given: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> str:
+    """The tensors that are missing, unknown, or of another shape, in words; empty if there are none."""
+    missing, unknown = sorted(expected.keys() - given.keys()), sorted(given.keys() - expected.keys())
+    shapes = [
+        f"{name} is {list(given[name].shape)}, expected {list(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in given and given[name].shape != tensor.shape
+    ]
+    parts = [("missing", missing), ("unknown", unknown), ("of another shape", shapes)]
+    return "; ".join(f"{len(names)} {what}: {', '.join(names[:3])}" for what, names in parts if names)
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a .safetensors file, on the CPU. ValueError: it is damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. ValueError: it is damaged, or holds something else."""
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def holds_model(folder: Path) -> bool:

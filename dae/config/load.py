@@ -235,7 +235,8 @@ def _reject_unknown_keys(layer: Any, schema: type, source: str, prefix: str = ""
             here, everywhere = [*(prefix + each for each in names), *(row.key for row in describe(schema, prefix))], list(knobs())
             by_leaf = [known for known in everywhere if known.rsplit(".", 1)[-1] == key]
             near = by_leaf or difflib.get_close_matches(name, here + everywhere, 1, 0.0)
-            nearest = max(near, key=lambda known, name=name: difflib.SequenceMatcher(None, known, name).ratio())
+            likeness = [difflib.SequenceMatcher(None, known, name).ratio() for known in near]
+            nearest = near[likeness.index(max(likeness))]
             raise ValueError(f"{source}: unknown key {name!r}; the nearest one is {nearest!r}")
         if key in inner:
             if not hasattr(value := layer._get_node(key), "keys"):

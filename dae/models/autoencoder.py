@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dae.config import AutoencoderConfig, DecoderConfig, from_dict
 from dae.hub import PretrainedModel
 from dae.models.architectures import build_encoder, downsampling_factor, latent_size
 from dae.models.decoders import build_decoder
-from dae.quantizers import Encoding, bottleneck_class
+from dae.models.diffusers_weights import config_from_diffusers, config_to_diffusers, read_folder, write_folder
+from dae.models.weight_layouts import CODEBOOK, DIFFUSERS, Layout, from_layout, key_map, to_layout
+from dae.precision import own_arithmetic
+from dae.quantizers import Encoding, VectorQuantizer, bottleneck_class
 
 
 @dataclass
@@ -45,6 +50,7 @@ class Autoencoder(PretrainedModel):
         super().__init__()
         self.config, self.image_channels, self.resolution = config, image_channels, resolution
         self.latent_frozen = False
+        self.diffusers_config: dict[str, Any] = {}  # scale and the like of the latent, where the model came from diffusers
         self.factor = downsampling_factor(config)
         self.latent_size = latent_size(config, resolution)  # height and width of the latent
         self.bottleneck = bottleneck_class(config).build(config)
@@ -134,6 +140,75 @@ class Autoencoder(PretrainedModel):
             "resolution": self.resolution,
             "autoencoder": dataclasses.asdict(self.config),
         }
+
+    @classmethod
+    @own_arithmetic(gradients=True)
+    def from_diffusers(
+        cls,
+        path: str | Path,
+        *,
+        resolution: int | None = None,
+        variant: str | None = None,
+        device: Any = "cpu",
+        torch_dtype: torch.dtype | None = None,
+    ) -> Autoencoder:
+        """Load diffusers' AutoencoderKL or VQModel from a folder, in eval mode; `to_diffusers` is the inverse.
+
+        Both compute the same: the posterior's mean and log-variance, the codes, the decoder's images. What the configuration has
+        beside the network, such as `scaling_factor`, is in `diffusers_config`.
+
+        Args:
+            path: with `config.json` and `diffusion_pytorch_model.safetensors`, or of a pipeline that has it in `vae`.
+            resolution: of the images; None takes `sample_size`, rounded up to what the factor divides.
+            variant: of the weights, such as fp16.
+            device, torch_dtype: as of `from_pretrained`.
+
+        Raises:
+            FileNotFoundError: no such folder, or no model in it.
+            ValueError: weights as a pickle alone, another class, an option that the architecture `ldm` lacks, tensors that are
+                missing or left over, or damaged files.
+        """
+        given, weights, folder = read_folder(path, variant)
+        config, channels, resolution, beside = config_from_diffusers(given, str(folder / "config.json"), resolution)
+        model = cls.from_layout(DIFFUSERS, weights, config, channels, resolution, str(folder))
+        model.diffusers_config = beside
+        return model.to(device, torch_dtype or torch.float32)
+
+    @classmethod
+    def from_layout(
+        cls,
+        layout: Layout,
+        weights: dict[str, Tensor],
+        config: AutoencoderConfig,
+        image_channels: int,
+        resolution: int,
+        source: str,
+    ) -> Autoencoder:
+        """An autoencoder with the weights of another project, in eval mode. ValueError: they do not fit the configuration."""
+        model = cls(config, image_channels, resolution)
+        names = key_map(layout, config, resolution)
+        model.load_state_dict(from_layout(weights, model.state_dict(), names, layout, source))
+        return model.eval()
+
+    def to_diffusers(self, folder: str | Path, *, scaling_factor: float | None = None, shift_factor: float | None = None) -> None:
+        """Write a folder that diffusers' `AutoencoderKL.from_pretrained` or `VQModel.from_pretrained` loads.
+
+        Args:
+            folder: created if missing.
+            scaling_factor, shift_factor: a diffusion model there works on (latent - shift) * scale; None keeps what
+                `from_diffusers` read, else 1 and no shift.
+
+        Raises:
+            ValueError: diffusers has no such network; the message names what it lacks.
+            OSError: the folder cannot be written.
+        """
+        factors = {"scaling_factor": scaling_factor, "shift_factor": shift_factor}
+        beside = self.diffusers_config | {name: value for name, value in factors.items() if value is not None}
+        config = config_to_diffusers(self.config, self.image_channels, self.resolution, beside)
+        weights = self.state_dict()
+        if isinstance(self.bottleneck, VectorQuantizer):  # the codes as they are compared, wherever they come from
+            weights[CODEBOOK] = self.bottleneck.codes()
+        write_folder(folder, config, to_layout(weights, key_map(DIFFUSERS, self.config, self.resolution), DIFFUSERS))
 
     @classmethod
     def from_config(cls, config: dict) -> Autoencoder:
