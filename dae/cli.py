@@ -26,15 +26,20 @@ OUT_OF_MEMORY = (
 ENVIRONMENT = "\nOf an error that tells what to do, only the message is shown; DAE_TRACEBACK=1 shows where it arose.\n"
 
 
-def main(recipe: Callable[[Config], Any], doc: str) -> None:
+def main(recipe: Callable[[Config], Any], doc: str, plan: Callable[[Config, str], list[str]] | None = None) -> None:
     """Call `recipe` with the command line's configuration; on failure exit with 2 and `<script>: error: <message>`.
+
+    With `plan` there is an option `--plan [GPU]`, which prints the lines of `plan(config, GPU)` instead.
 
     User errors are those from a `raise` statement of this project, and OSErrors (full disk, missing permission). Anything
     else is a bug, ours or another library's, and keeps its traceback. Ctrl-C exits with 130.
     """
-    config, script = config_from_command_line(doc + ENVIRONMENT), Path(sys.argv[0])
+    (config, gpu), script = parse(doc + ENVIRONMENT, plans=plan is not None), Path(sys.argv[0])
     try:
-        recipe(config)
+        if plan is None or gpu is None:
+            recipe(config)
+        elif os.environ.get("RANK", "0") == "0":  # one process for all
+            print("\n".join(plan(config, gpu)))
     except KeyboardInterrupt:
         if os.environ.get("DAE_TRACEBACK"):
             raise
@@ -82,7 +87,14 @@ def is_message(error: BaseException, script: Path) -> bool:
 
 
 def config_from_command_line(doc: str, argv: list[str] | None = None) -> Config:
+    """The configuration that `parse` finds."""
+    return parse(doc, argv)[0]
+
+
+def parse(doc: str, argv: list[str] | None = None, plans: bool = False) -> tuple[Config, str | None]:
     """Parse `--config file.yaml key=value ...`; `--help` prints `doc` and every key with type, default and meaning.
+
+    With `plans` also `--plan [GPU]`; second is then the GPU's name, empty for this machine, None without the option.
 
     Without `--config` the digits chain is configured, so that each recipe runs without arguments.
     """
@@ -95,8 +107,15 @@ def config_from_command_line(doc: str, argv: list[str] | None = None) -> Config:
     digits = Path(sys.argv[0]).resolve().parent / "configs" / "digits.yaml"
     parser.add_argument("--config", default=digits if digits.is_file() else None, help="YAML file (default: %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override, for example stage1.learning_rate=3e-4")
-    arguments = parser.parse_args(argv)
+    if plans:
+        parser.add_argument(
+            "--plan", nargs="?", const="", metavar="GPU", help="train nothing: print what it would take here, or on this GPU"
+        )
+    arguments = parser.parse_intermixed_args(argv)
+    gpu = getattr(arguments, "plan", None)
+    if gpu is not None and "=" in gpu:  # no name: the first of the overrides
+        gpu, arguments.overrides = "", [gpu, *arguments.overrides]
     try:
-        return load_config(arguments.config, arguments.overrides)
+        return load_config(arguments.config, arguments.overrides), gpu
     except (ValueError, FileNotFoundError) as error:
         parser.exit(2, f"{parser.prog}: error: {one_line(error)}\n")

@@ -1,4 +1,4 @@
-"""Progress bars."""
+"""Progress bars, and times in words."""
 
 from __future__ import annotations
 
@@ -30,3 +30,11 @@ def with_progress(items: Sequence[Item], description: str, shown: bool = True) -
         for item in items:
             yield item
             bar.update()
+
+
+def duration(seconds: float) -> str:
+    """Such as `1.5 s`, `42 s`, `12 min` or `2 h 30 min`."""
+    if seconds < 100:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"

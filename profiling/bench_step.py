@@ -32,11 +32,12 @@ from bench_report import software
 from configuration import CONFIGS, read_config
 from measuring import append_row, growth, machine, measuring_parser, now, quantiles, synchronize
 from torch import nn
-from training_steps import TrainingStep, stage_training, state_bytes
+from training_steps import TrainingStep, state_bytes
 
 from dae.config import Config, KernelsConfig
 from dae.models import Autoencoder, choose_kernels
 from dae.models.layers import Downsample, GroupNorm, ResidualBlock, SelfAttention2d, Upsample
+from dae.planning.trainings import stage_training
 from dae.training import graphs, plan_stages
 from dae.training.engine import LocalEngine, set_backends
 

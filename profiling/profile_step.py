@@ -37,17 +37,14 @@ from configuration import read_config
 from measuring import append_row, machine, measuring_parser, quantiles, synchronize
 from step_figure import draw
 from torch.profiler import ProfilerActivity, record_function
-from training_steps import stage_training, state_bytes
+from training_steps import state_bytes
 
 from dae.config import Config
-from dae.models import ARPrior, choose_kernels
-from dae.models.architectures import latent_size
-from dae.priors import PRIORS
+from dae.planning.trainings import prior_training, stage_training
 from dae.quantizers import bottleneck_class
 from dae.training import plan_stages
 from dae.training.autoencoder import build_autoencoder
-from dae.training.engine import LocalEngine, set_backends
-from dae.training.prior import PriorTraining
+from dae.training.engine import set_backends
 
 PHASES = ("data", "forward", "backward", "update")
 MARK = "training step"
@@ -69,24 +66,10 @@ def steps_of(config: Config, device: torch.device, synthetic: bool, only: list[s
         yield stage.name, ClockedStep(training, clock, stage.config)
     if bottleneck_class(config.autoencoder).discrete and not (only and "prior" not in only):
         clock = Clock(device)
-        training = prior_training(config, data, ClockedEngine(clock, config.mixed_precision))
+        engine = ClockedEngine(clock, config.mixed_precision)
+        autoencoder = build_autoencoder(config, plan_stages(config)[-1])
+        training = prior_training(config, autoencoder, data.num_classes if data else 1000, engine)
         yield "prior", ClockedStep(training, clock, config.prior)
-
-
-def prior_training(config: Config, data: Any, engine: LocalEngine) -> PriorTraining:
-    """Training of the autoregressive prior, on random tokens."""
-    torch.manual_seed(0)
-    bottleneck, batch = bottleneck_class(config.autoencoder), config.prior.train_batch_size
-    vocabulary, factors = bottleneck.num_codes(config.autoencoder), bottleneck.factors(config.autoencoder)
-    length = latent_size(config.autoencoder, config.data.resolution) ** 2
-    classes = data.num_classes if data else 1000
-    prior = ARPrior(config.prior, vocab_size=vocabulary, sequence_length=length, num_classes=classes, factors=factors)
-    prior.to(engine.device).train()
-    choose_kernels(prior, config.kernels)
-    encodings: Any = itertools.repeat(
-        {"tokens": torch.randint(vocabulary, (batch, 1, length)), "label": torch.randint(classes, (batch,))}
-    )
-    return PriorTraining(config, PRIORS["ar"], prior, encodings, engine)
 
 
 def measure(step: ClockedStep, steps: int) -> dict[str, Any]:

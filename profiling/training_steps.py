@@ -1,19 +1,11 @@
-"""Training steps of dae/training for measurements: with all losses on, on random images if no data set is given."""
+"""Training steps of `dae.planning.trainings` to call repeatedly, and the bytes that they keep."""
 
-import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable
 
-import torch
 from torch import Tensor
 
-from dae.config import Config
-from dae.losses import PerceptualLoss
-from dae.models import Autoencoder
-from dae.training import Stage
-from dae.training.autoencoder import StageTraining, build_perceptual_loss
-from dae.training.engine import LocalEngine
+from dae.training.autoencoder import StageTraining
 from dae.training.prior import PriorTraining
 
 
@@ -30,40 +22,6 @@ class TrainingStep:
         loss = self.training.state.losses[-1]
         self.training.state.losses.clear()
         return loss
-
-
-def stage_training(
-    config: Config, stage: Stage, autoencoder: Autoencoder, engine: LocalEngine, data: Any = None
-) -> StageTraining:
-    """The training of a stage, with the adversarial loss on from the first step and no codebook initialisation.
-
-    Without `data` the images are random, and so are the perceptual loss's weights, which cost the same as trained ones.
-    """
-    loss = dataclasses.replace(stage.config.loss, adversarial_start=0)
-    stage = dataclasses.replace(stage, config=dataclasses.replace(stage.config, loss=loss))
-    if data is None:
-        torch.manual_seed(0)
-        perceptual = PerceptualLoss() if loss.perceptual else None
-    else:
-        perceptual = build_perceptual_loss(config, stage)
-
-    def loaders(stage: Stage, _: str) -> Any:
-        if data is None:
-            return synthetic_images(config, stage)
-        from dae.data import TrainLoader
-
-        return TrainLoader(data.train, stage.config.train_batch_size, seed=0, num_workers=config.data.num_workers)
-
-    autoencoder = autoencoder.to(engine.device).train()
-    if stage.latent_frozen:
-        autoencoder.freeze_latent()
-    return StageTraining(config, stage, autoencoder, loaders, engine, perceptual, new_codebook=False)
-
-
-def synthetic_images(config: Config, stage: Stage) -> Iterator[dict]:
-    """Endless repetition of the same random images, as drawing them is not part of the step."""
-    shape = (stage.config.train_batch_size, config.data.channels, config.data.resolution, config.data.resolution)
-    return itertools.repeat({"image": torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 2 - 1})
 
 
 def state_bytes(training: StageTraining | PriorTraining) -> dict[str, int]:

@@ -21,6 +21,7 @@ from dae.distributed import failing_together, run_on_first_process
 from dae.files import announce
 from dae.hub import prepare_repository
 from dae.lock import writes
+from dae.planning.plan import plan_autoencoder
 from dae.priors import require_guidance
 from dae.reporting.cards import autoencoder_card
 from dae.seeding import seed_for
@@ -85,4 +86,4 @@ def make_loader(config: Config, data: ImageData, stage: Stage, purpose: str) -> 
 
 
 if __name__ == "__main__":
-    main(train, __doc__)
+    main(train, __doc__, plan_autoencoder)

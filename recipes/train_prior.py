@@ -27,6 +27,7 @@ from dae.files import announce
 from dae.hub import fingerprint, prepare_repository, require_model
 from dae.lock import writes
 from dae.models import Autoencoder, choose_kernels
+from dae.planning.plan import plan_prior
 from dae.priors import prior_family, require_guidance
 from dae.quantizers import bottleneck_class
 from dae.reporting.cards import prior_card
@@ -98,4 +99,4 @@ def train(config: Config) -> Path:
 
 
 if __name__ == "__main__":
-    main(train, __doc__)
+    main(train, __doc__, plan_prior)

@@ -131,3 +131,20 @@ def test_recipe_gets_the_configuration(from_command_line):
     seen = []
     from_command_line(seen.append)
     assert isinstance(seen[0], Config) and seen[0].autoencoder.base_channels == 8
+
+
+def test_plan_instead_of_the_recipe(from_command_line, monkeypatch, capsys):
+    def plan(config, gpu):
+        return [f"{gpu or 'here'} {config.autoencoder.base_channels}", "second line"]
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", [str(Path(__file__)), *arguments])
+        cli.main(arithmetic, "A recipe.", plan)
+        return capsys.readouterr().out
+
+    assert run("autoencoder.base_channels=8", "--plan") == run("--plan", "autoencoder.base_channels=8") == "here 8\nsecond line\n"
+    assert run("--plan", "H100", "autoencoder.base_channels=16") == "H100 16\nsecond line\n"
+    with pytest.raises(TypeError):
+        run()
+    monkeypatch.setenv("RANK", "1")
+    assert run("--plan") == ""

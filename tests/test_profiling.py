@@ -20,6 +20,7 @@ import torch
 from dae.config import load_config
 from dae.models import Autoencoder
 from dae.models.layers import ResidualBlock
+from dae.planning.trainings import stage_training
 from dae.training import plan_stages
 from dae.training.autoencoder import build_autoencoder
 from dae.training.engine import LocalEngine
@@ -312,7 +313,7 @@ def tiny_training(clock, on):
     torch.manual_seed(0)
     engine = clock.ClockedEngine(clock.Clock(torch.device("cpu")), None) if on else LocalEngine()
     autoencoder = build_autoencoder(config, stage)
-    return importlib.import_module("training_steps").stage_training(config, stage, autoencoder, engine)
+    return stage_training(config, stage, autoencoder, engine)
 
 
 def test_the_clock_changes_nothing(clock):

@@ -19,6 +19,7 @@ import numpy as np
 
 from dae.config import Config, config_differences
 from dae.files import write_file
+from dae.progress import duration as duration
 from dae.reporting.charts import bar_chart, colour_rules
 
 PICTURE_SIDE, LARGEST_SIDE = 64, 96  # CSS pixels of a small picture, maximum pixels of a large one
@@ -211,10 +212,3 @@ def percent(share: float | None) -> str:
 def spread(mean: float, deviation: float, digits: int = 2) -> str:
     """`mean ± deviation`; only the mean if the deviation is 0, which means unknown."""
     return number(mean, digits) + (f" ± {number(deviation, digits)}" if deviation else "")
-
-
-def duration(seconds: float) -> str:
-    if seconds < 100:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"

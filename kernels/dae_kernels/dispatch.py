@@ -5,11 +5,12 @@ A named implementation runs or raises; `auto` is resolved here. Triton is import
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -27,6 +28,28 @@ is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # looked up once, 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 INTERPRETED_BFLOAT16 = False  # True if Triton's interpreter is patched, as in the tests
+
+
+_cpu_stands_for_cuda = False
+
+
+@contextlib.contextmanager
+def standing_for_cuda() -> Iterator[None]:
+    """Inside the block fake tensors on a CPU stand for those of a GPU: operations choose what they would choose there.
+
+    For builds of torch without CUDA, which have no fake tensors on `cuda`. With values, kernels cannot run there.
+    """
+    global _cpu_stands_for_cuda
+    before, _cpu_stands_for_cuda = _cpu_stands_for_cuda, True
+    try:
+        yield
+    finally:
+        _cpu_stands_for_cuda = before
+
+
+def on_cuda(device: torch.device) -> bool:
+    """Whether tensors on `device` are, or stand for, those of a GPU."""
+    return device.type == "cuda" or (_cpu_stands_for_cuda and device.type == "cpu")
 
 
 def dtype_refusal(*operands: Tensor) -> str | None:
@@ -50,7 +73,7 @@ def plain(operand: Any) -> bool:
 
 def interpreting() -> bool:
     """Whether Triton kernels run in its CPU interpreter (TRITON_INTERPRET=1, read by triton at its first import)."""
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+    return not _cpu_stands_for_cuda and os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
 
 
 def triton_refusal(device: torch.device) -> str | None:
@@ -59,6 +82,8 @@ def triton_refusal(device: torch.device) -> str | None:
         return "triton is not installed (pip install triton)"
     if device.type == "cuda":
         return gpu_refusal(device) if torch.compiler.is_compiling() else known_gpu_refusal(device)
+    if on_cuda(device):
+        return None
     if device.type == "cpu" and interpreting():
         return None
     return f"the tensors are on {device}, not on a CUDA device"
@@ -91,7 +116,7 @@ def choose(impl: str, device: torch.device, refusal: str | None = None) -> str:
         ValueError: `impl` is unknown, or 'triton' was requested and cannot run; the message says why.
     """
     check_choice("impl", impl, ("auto", "reference", "triton"))
-    if impl == "reference" or (impl == "auto" and device.type != "cuda"):
+    if impl == "reference" or (impl == "auto" and not on_cuda(device)):
         return "reference"
     refusal = refusal or triton_refusal(device)
     if refusal is None:

@@ -13,7 +13,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from dae_kernels import dispatch, nearest_code, tracing
+from dae_kernels import dispatch, group_norm_silu, nearest_code, tracing
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -190,3 +191,13 @@ def test_host_overhead_takes_the_path_of_the_kernels(tmp_path):
     for name, (forward, both) in most.items():  # of small tensors, each a launch: what they cost a GPU's host is their number
         assert operators[(name, "forward")] <= forward and operators[(name, "both")] <= both
     assert all(row["us"]["median"] > 0 and row["command"].startswith("python profiling/host_overhead.py") for row in rows)
+
+
+def test_fake_tensors_on_a_cpu_stand_for_those_of_a_gpu():
+    """What runs there is chosen, with bfloat16 too, which the interpreter of the tests cannot compute."""
+    x = torch.ones(1, 4, 2, 2, dtype=torch.bfloat16)
+    with FakeTensorMode() as mode, dispatch.standing_for_cuda():
+        assert dispatch.choose("auto", x.device) == "triton" and dispatch.choose("reference", x.device) == "reference"
+        assert group_norm_silu(mode.from_tensor(x), 2).shape == x.shape
+        assert dispatch.dtype_refusal(x) is None
+    assert dispatch.choose("auto", x.device) == "reference"

@@ -19,6 +19,8 @@ def last_line(done):
     ("name", "arguments", "words"),
     [
         ("train_dae", ["stage1.learning_rte=1"], ["unknown key 'stage1.learning_rte'", "'stage1.learning_rate'"]),
+        ("train_dae", ["--plan", "H1000"], ["--plan: unknown GPU 'H1000'", "expected one of A10, ", "did you mean H100?"]),
+        ("train_prior", ["--plan", "abacus"], ["--plan: unknown GPU 'abacus'", "no name for this machine"]),
         ("encode", ["data.resolution=eight"], ["wrong type at data.resolution", "eight"]),
         ("train_prior", ["--config", "/nowhere.yaml"], ["no configuration file '/nowhere.yaml'"]),
         ("sample", ["output_dir=/nowhere/run"], ["/nowhere/run/autoencoder", "recipes/train_dae.py"]),

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dae_kernels.checks import as_integer, as_number, check_choice, check_dense, check_floating
-from dae_kernels.dispatch import choose, dtype_refusal
+from dae_kernels.dispatch import choose, dtype_refusal, on_cuda
 from dae_kernels.linear_cross_entropy.autograd import chunked_cross_entropy
 from dae_kernels.linear_cross_entropy.reference import NOT_COUNTED, counted_rows, linear_cross_entropy_reference
 from dae_kernels.tracing import has_autocast, values_readable, without_autocast
@@ -223,7 +223,7 @@ def implementation(
         if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
             raise ValueError("impl='torch' has no rules for torch.func (vmap, grad, ...): use impl='chunked'")
         return impl
-    if impl == "triton" or (impl == "auto" and hidden.device.type == "cuda"):
+    if impl == "triton" or (impl == "auto" and on_cuda(hidden.device)):
         refusal = dtype_refusal(hidden, linear_weight)
         if refusal is None and dtype != hidden.dtype:  # autocast's
             refusal = dtype_refusal(hidden.new_empty(0, dtype=dtype))
