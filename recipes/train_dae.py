@@ -5,7 +5,8 @@
     torchrun --standalone --nproc_per_node 2 recipes/train_dae.py stage1.train_batch_size=32 stage2.train_batch_size=32
 
 Stage 1 trains encoder, bottleneck and a weak auxiliary decoder; then encoder and bottleneck are frozen, and stage 2 trains
-the real decoder. Runs on a CPU unchanged; on GPUs add `--mixed_precision bf16` to `accelerate launch`.
+the real decoder. A pretrained encoder (autoencoder.encoder=timm:<name>) is frozen from the start: there is no stage 1.
+Runs on a CPU unchanged; on GPUs add `--mixed_precision bf16` to `accelerate launch`.
 Writes <output_dir>/autoencoder: model.safetensors and config.json, stage1/ (the model at the switch), checkpoint-*/, logs/.
 """
 

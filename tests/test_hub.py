@@ -108,7 +108,7 @@ def test_a_damaged_file(saved, name, damage):
             lambda c: c["autoencoder"]["decoder"].update(family="linear"),
             r"another architecture \(2 missing: decoder\.bias, decod",
         ),
-        (lambda c: c["autoencoder"].update(bottleneck="vqq"), "expected 'vq' or .* or 'kl', got 'vqq'"),
+        (lambda c: c["autoencoder"].update(bottleneck="vqq"), "expected 'vq' or .* or 'kl' or 'identity', got 'vqq'"),
     ],
 )
 def test_a_configuration_that_does_not_fit(saved, change, message):

@@ -96,7 +96,11 @@ def make_timm():
             torch.manual_seed(len(architecture) if pretrained else 0)  # pretrained weights are the same ones each time
             network = NETWORKS[architecture](**options).eval()
         if local and (folder / "model.safetensors").stat().st_size:
-            network.load_state_dict(load_file(folder / "model.safetensors"))
+            weights = load_file(folder / "model.safetensors")
+            if "position" in weights:  # as timm does for another size
+                grid = weights["position"].mT.unflatten(2, (4, 4))
+                weights["position"] = nn.functional.interpolate(grid, (network.side, network.side)).flatten(2).mT
+            network.load_state_dict(weights)
         return network
 
     fake.create_model = create_model

@@ -123,6 +123,12 @@ class AutoencoderConfig:
         "and diffusers' AutoencoderKL and VQModel); vit (Transformer over patches)",
         choices=("conv", "ldm", "vit"),
     )
+    encoder: Optional[str] = knob(
+        None,
+        "a frozen pretrained network as encoder, with bottleneck=identity: timm:<name>, or a folder with config.json and "
+        "model.safetensors in timm's format; stage 1 is left out; null trains one",
+        path=True,
+    )
     base_channels: int = knob(64, "conv, ldm: channels at full resolution", ge=1, le=16384)
     channel_multipliers: List[int] = knob(
         [1, 2],
@@ -137,8 +143,8 @@ class AutoencoderConfig:
         "vq",
         "tokens: vq (codes follow averages), vq_gradient (codes are trained), simvq (a trained map of fixed ones), rvq (codes of "
         "what codes left), gvq (codes of groups of channels), fsq, lfq (2^latent_channels codes), bsq (the same on a sphere); "
-        "continuous: kl",
-        choices=("vq", "vq_gradient", "simvq", "rvq", "gvq", "fsq", "lfq", "bsq", "kl"),
+        "continuous: kl, identity (the encoder's output itself)",
+        choices=("vq", "vq_gradient", "simvq", "rvq", "gvq", "fsq", "lfq", "bsq", "kl", "identity"),
     )
     vq: VQConfig = section(VQConfig, "vector quantization, of vq, vq_gradient, simvq, rvq and gvq")
     rvq: RVQConfig = section(RVQConfig, "residual vector quantization")

@@ -251,11 +251,11 @@ def _reject_wrong_values(config: Config) -> None:
     for name, _, f, value, *_ in leaves(config):
         bounds, choices = f.metadata["bounds"], f.metadata["choices"]
         elements = value if isinstance(value, list) else [] if value is None else [value]
-        for each in value if isinstance(value, list) else [value]:
-            if choices and each not in choices:
-                near = difflib.get_close_matches(str(each), map(str, choices), 1)
+        for chosen in value if isinstance(value, list) else [value]:
+            if choices and chosen not in choices:
+                near = difflib.get_close_matches(str(chosen), map(str, choices), 1)
                 hint = f"; did you mean {near[0]!r}?" if near else ""
-                raise ValueError(f"{name}: expected one of {list(choices)}, got {each!r}{hint}")
+                raise ValueError(f"{name}: expected one of {list(choices)}, got {chosen!r}{hint}")
         if any(isinstance(each, float) and not abs(each) <= LARGEST for each in elements):
             raise ValueError(f"{name}: expected a finite number of 32 bits, got {value!r}")
         if any(not BOUNDS[kind][1](each, bound) for each in elements for kind, bound in bounds.items()):

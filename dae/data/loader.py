@@ -68,6 +68,11 @@ class TrainLoader:
         else:
             self._order = _MapOrder(dataset, batch_size, seed, num_workers)
 
+    @property
+    def rows(self) -> int | None:
+        """Rows of the data set; None of a stream."""
+        return len(self._order.dataset) if isinstance(self._order, _MapOrder) else None
+
     def __iter__(self) -> Iterator[Any]:
         return self._order.batches()
 

@@ -15,6 +15,7 @@ from dae.hub import PretrainedModel
 from dae.models.architectures import build_encoder, downsampling_factor, latent_size
 from dae.models.decoders import build_decoder
 from dae.models.diffusers_weights import config_from_diffusers, config_to_diffusers, read_folder, write_folder
+from dae.models.pretrained_encoder import PretrainedEncoder
 from dae.models.weight_layouts import CODEBOOK, DIFFUSERS, Layout, from_layout, key_map, to_layout
 from dae.precision import own_arithmetic
 from dae.quantizers import Encoding, VectorQuantizer, bottleneck_class
@@ -38,15 +39,18 @@ class Autoencoder(PretrainedModel):
         config: architecture.
         image_channels: channels of the images, which are in [-1, 1].
         resolution: height and width of the images.
+        pretrained: `PretrainedNetwork.description` of the network that `config.encoder` named when the model was saved, whose
+            weights will be loaded; None loads those that `config.encoder` names.
 
     Raises:
+        ImportError, FileNotFoundError: `config.encoder` names what is not there.
         ValueError: the resolution is not divisible by the encoder's factor, or a part of `config` is out of range.
     """
 
     encoder: Any  # modules with an attribute `gradient_checkpointing`
     decoder: Any
 
-    def __init__(self, config: AutoencoderConfig, image_channels: int, resolution: int):
+    def __init__(self, config: AutoencoderConfig, image_channels: int, resolution: int, pretrained: dict[str, Any] | None = None):
         super().__init__()
         self.config, self.image_channels, self.resolution = config, image_channels, resolution
         self.latent_frozen = False
@@ -55,7 +59,10 @@ class Autoencoder(PretrainedModel):
         self.latent_size = latent_size(config, resolution)  # height and width of the latent
         self.bottleneck = bottleneck_class(config).build(config)
         features = config.latent_channels * self.bottleneck.features_per_latent
-        self.encoder = build_encoder(config, image_channels, resolution, features)
+        if config.encoder:
+            self.encoder = PretrainedEncoder(config, self.latent_size, self.factor, pretrained)
+        else:
+            self.encoder = build_encoder(config, image_channels, resolution, features)
         self.decoder = build_decoder(config, image_channels, resolution)
 
     def encode(self, images: Tensor, *, sample_posterior: bool = False) -> Encoding:
@@ -135,11 +142,10 @@ class Autoencoder(PretrainedModel):
             )
 
     def to_config(self) -> dict:
-        return {
-            "image_channels": self.image_channels,
-            "resolution": self.resolution,
-            "autoencoder": dataclasses.asdict(self.config),
-        }
+        known = {"image_channels": self.image_channels, "resolution": self.resolution}
+        if self.config.encoder:
+            known["pretrained"] = self.encoder.backbone.description
+        return known | {"autoencoder": dataclasses.asdict(self.config)}
 
     @classmethod
     @own_arithmetic(gradients=True)
@@ -212,4 +218,5 @@ class Autoencoder(PretrainedModel):
 
     @classmethod
     def from_config(cls, config: dict) -> Autoencoder:
-        return cls(from_dict(AutoencoderConfig, config["autoencoder"]), config["image_channels"], config["resolution"])
+        shape = config["image_channels"], config["resolution"]
+        return cls(from_dict(AutoencoderConfig, config["autoencoder"]), *shape, config.get("pretrained"))

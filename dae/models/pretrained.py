@@ -27,8 +27,8 @@ class PretrainedNetwork(nn.Module):
 
     Args:
         network: of timm, without classifier.
-        description: JSON-able: `architecture` and `model_args`, from which `build` makes the network again; `INPUT`; for
-            provenance `model` (what was asked for), `timm` (its version) and `weights_sha256`.
+        description: JSON-able: `architecture` and `model_args`, from which `build` makes the network again; `INPUT`;
+            `fixed_input_size`; for provenance `model` (what was asked for), `timm` (its version) and `weights_sha256`.
     """
 
     mean: Tensor
@@ -42,7 +42,7 @@ class PretrainedNetwork(nn.Module):
         self.train(False)
 
     @classmethod
-    def load(cls, name: str, asked_by: str, remedy: str = "", side: int | None = None) -> Self:
+    def load(cls, name: str, asked_by: str, remedy: str = "", grid: int | None = None) -> Self:
         """A network with its weights.
 
         Args:
@@ -50,12 +50,13 @@ class PretrainedNetwork(nn.Module):
                 config.json, which names the `architecture`, and model.safetensors.
             asked_by: the setting that asks for it, for messages.
             remedy: what else could be done without timm.
-            side: height and width of its input, where it should not be the one it was trained with: position embeddings are
-                interpolated.
+            grid: height and width that its last feature map should have: its input is as many times its stride, and position
+                embeddings are interpolated where it was trained with another size; None keeps the size of its training.
 
         Raises:
             ImportError: timm is missing or broken.
-            ValueError: no such network, or a folder that is not in timm's format.
+            ValueError: no such network, a folder that is not in timm's format, or a network of fixed size that cannot be made for
+                another.
             FileNotFoundError: the weights are not there, or cannot be reached.
         """
         name = name.removeprefix("timm:")
@@ -77,19 +78,24 @@ class PretrainedNetwork(nn.Module):
                 _, architecture, model_args = timm.models.load_model_config_from_hf(name.removeprefix("hf-hub:"))
             source, options = f"local-dir:{name}" if folder.is_dir() else name, dict(model_args or {})
             network = timm.create_model(source, pretrained=True, num_classes=0)
-            if side is not None and getattr(network, "pretrained_cfg", {}).get("fixed_input_size"):
-                options["img_size"] = side
-                network = timm.create_model(source, pretrained=True, num_classes=0, img_size=side)
+            settings = timm.data.resolve_model_data_config(network)
+            if grid is not None and hasattr(network, "feature_info"):
+                side = grid * network.feature_info[-1]["reduction"]
+                if network.pretrained_cfg.get("fixed_input_size") and tuple(settings["input_size"][1:]) != (side, side):
+                    options["img_size"] = side
+                    network = timm.create_model(source, pretrained=True, num_classes=0, img_size=side)
+                settings = settings | {"input_size": (settings["input_size"][0], side, side)}
         except (OSError, RuntimeError) as error:
             raise FileNotFoundError(
                 f"{asked_by}: timm {timm.__version__} cannot load the weights ({str(error).splitlines()[0]}); "
                 f"connect to the Hub once, or give a folder with {CONFIG} and {WEIGHTS}"
             ) from error
-        settings = timm.data.resolve_model_data_config(network)
-        if side is not None:
-            settings = settings | {"input_size": (settings["input_size"][0], side, side)}
+        except (AssertionError, TypeError, ValueError) as error:  # of a network whose size is fixed for good
+            size = "" if grid is None else f" for a feature map of {grid} x {grid}"
+            raise ValueError(f"{asked_by}: timm cannot make it{size} ({' '.join(str(error).split())})") from error
+        fixed = bool(getattr(network, "pretrained_cfg", {}).get("fixed_input_size"))
         description = {"model": name, "timm": timm.__version__, "weights_sha256": weights_sha256(network)}
-        made = {"architecture": architecture, "model_args": options}
+        made = {"architecture": architecture, "model_args": options, "fixed_input_size": fixed}
         return cls(network, description | {key: settings[key] for key in INPUT} | made)
 
     @classmethod
@@ -103,16 +109,17 @@ class PretrainedNetwork(nn.Module):
     def train(self, mode: bool = True) -> Self:
         return super().train(False)
 
-    def prepare(self, images: Tensor, *, clip: bool = True) -> Tensor:
+    def prepare(self, images: Tensor, *, size: Sequence[int] | None = None, clip: bool = True) -> Tensor:
         """Images [B, C, H, W] in [-1, 1], resized without cropping and normalised as the network expects.
 
         Args:
             images: of 1 channel, which becomes as many as the network reads, or of as many; to a network of 1 their mean.
+            size: height and width to resize to; None is the one that the network expects.
             clip: whether what bicubic interpolation adds outside of [-1, 1] is cut off, and with it the gradient there.
 
         ValueError: another number of channels.
         """
-        channels, *size = self.description["input_size"]
+        channels, *expected = self.description["input_size"]
         if images.shape[1] == 1:
             images = images.expand(-1, channels, -1, -1)
         elif channels == 1:
@@ -121,7 +128,9 @@ class PretrainedNetwork(nn.Module):
             raise ValueError(f"this network reads {channels} channels, the images have {images.shape[1]}")
         mode = self.description["interpolation"]
         mode = mode if mode in ("bicubic", "bilinear") else "bicubic"
-        images = F.interpolate(images.to(wide(images.dtype)), size, mode=mode, antialias=True, align_corners=False)
+        images = F.interpolate(
+            images.to(wide(images.dtype)), list(size or expected), mode=mode, antialias=True, align_corners=False
+        )
         images = ((images.clamp(-1, 1) if clip else images) + 1) / 2
         normalised = (images - self.mean.to(images.dtype)) / self.std.to(images.dtype)
         own = next((p.dtype for p in self.network.parameters()), normalised.dtype)
@@ -137,19 +146,32 @@ class PretrainedNetwork(nn.Module):
         self._reads_maps()
         return len(self.network.feature_info)  # type: ignore[arg-type]
 
-    def feature_maps(self, images: Tensor, layers: Sequence[int], *, normalised: bool = False, clip: bool = True) -> list[Tensor]:
+    @property
+    def stride(self) -> int:
+        """Pixels of its input along a side per place of the last feature map."""
+        self._reads_maps()
+        return int(self.network.feature_info[-1]["reduction"])  # type: ignore[index]
+
+    def feature_maps(
+        self,
+        images: Tensor,
+        layers: Sequence[int],
+        *,
+        normalised: bool = False,
+        size: Sequence[int] | None = None,
+        clip: bool = True,
+    ) -> list[Tensor]:
         """Feature maps [B, D, h, w] of some layers, tokens of a Transformer on their grid and without class and register tokens.
 
         Args:
             layers: ascending numbers below `num_layers`; for networks of stages the ends of their stages.
             normalised: whether a Transformer's last normalisation is applied.
+            size, clip: as in `prepare`.
 
         ValueError: timm does not give feature maps of this network.
         """
-        read = self._reads_maps()
-        return read(
-            self.prepare(images, clip=clip), indices=list(layers), norm=normalised, output_fmt="NCHW", intermediates_only=True
-        )
+        read, prepared = self._reads_maps(), self.prepare(images, size=size, clip=clip)
+        return read(prepared, indices=list(layers), norm=normalised, output_fmt="NCHW", intermediates_only=True)
 
     def _reads_maps(self) -> Callable[..., list[Tensor]]:
         if not hasattr(self.network, "forward_intermediates") or not hasattr(self.network, "feature_info"):

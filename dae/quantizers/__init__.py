@@ -3,6 +3,7 @@ from dae.quantizers.bottleneck import Bottleneck, Encoding
 from dae.quantizers.bsq import BinarySphericalQuantizer
 from dae.quantizers.fsq import FiniteScalarQuantizer
 from dae.quantizers.grouped_vq import GroupedQuantizer
+from dae.quantizers.identity import IdentityBottleneck
 from dae.quantizers.kl import GaussianBottleneck, latent_statistics, sample_posteriors
 from dae.quantizers.lfq import LookupFreeQuantizer
 from dae.quantizers.residual_vq import ResidualQuantizer
@@ -20,6 +21,7 @@ BOTTLENECKS: dict[str, type[Bottleneck]] = {
     "lfq": LookupFreeQuantizer,
     "bsq": BinarySphericalQuantizer,
     "kl": GaussianBottleneck,
+    "identity": IdentityBottleneck,
 }
 
 
@@ -40,6 +42,7 @@ __all__ = [
     "GaussianBottleneck",
     "GradientVectorQuantizer",
     "GroupedQuantizer",
+    "IdentityBottleneck",
     "LookupFreeQuantizer",
     "ResidualQuantizer",
     "SimVectorQuantizer",

@@ -34,6 +34,7 @@ class Bottleneck(nn.Module, ABC):
         discrete: its latent is a grid of indices, which a prior models as tokens; else it is a Gaussian posterior.
         learns_codebook: training calls `initialize_codebook`, `observe` and `update_codebook`.
         draws_codes: `resample` draws other codes than the nearest.
+        keeps_features: the latent is the encoder's output itself, so that nothing needs to be learned of a frozen encoder.
         features_per_latent: channels that the encoder puts out per channel of the latent.
         kept: fields of an `Encoding` that describe the latent of an image completely.
         rate_knob: key of the configuration that sets how much the latent can tell of an image.
@@ -44,6 +45,7 @@ class Bottleneck(nn.Module, ABC):
     discrete: ClassVar[bool]
     learns_codebook: ClassVar[bool] = False
     draws_codes: ClassVar[bool] = False
+    keeps_features: ClassVar[bool] = False
     features_per_latent: ClassVar[int] = 1
     kept: ClassVar[tuple[str, ...]]
     rate_knob: ClassVar[str]

@@ -13,6 +13,8 @@ from dae.distributed import draw_rows
 from dae.precision import wide
 from dae.quantizers.bottleneck import Bottleneck, Encoding, check_feature_map
 
+LEAST_LOG_VARIANCE = -30.0
+
 
 class GaussianBottleneck(Bottleneck):
     """q(z|x) = N(mean, diag(exp(log_variance))), with loss kl_weight * KL(q || N(0, I)).
@@ -37,7 +39,7 @@ class GaussianBottleneck(Bottleneck):
         check_feature_map("GaussianBottleneck", features)
         dtype = features.dtype
         mean, log_variance = features.to(wide(dtype)).chunk(2, dim=1)
-        log_variance = log_variance.clamp(-30, 20)
+        log_variance = log_variance.clamp(LEAST_LOG_VARIANCE, 20)
         kl = 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).sum((1, 2, 3)).sum() / max(1, len(mean))
         latents = mean
         if sample_posterior:

@@ -60,7 +60,9 @@ def autoencoder_card(config: Config, data: dict, history: list[dict], facts: Seq
         'autoencoder = Autoencoder.from_pretrained("path or repository")\n'
         "images = autoencoder.decode(autoencoder.encode(images).latents).sample"
     )
-    title = f"Autoencoder of {data['title']} (method: {config.method})"
+    encoder = config.autoencoder.encoder
+    how = f"decoder on the frozen encoder {encoder}" if encoder else f"method: {config.method}"
+    title = f"Autoencoder of {data['title']} ({how})"
     return _card(title, ["autoencoder", "image-tokenizer", config.method], usage, data, history, config, facts)
 
 

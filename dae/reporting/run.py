@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from dae.data.pictures import grid
+from dae.quantizers import bottleneck_class
 from dae.reporting import elements as web
 from dae.reporting.charts import Line, in_words, line_chart
 from dae.reporting.elements import Html, number, paragraph, percent, strip
@@ -36,6 +37,10 @@ METHODS = {
         "The method is a baseline: the encoder is trained together with a deliberately weak decoder, and no other follows.",
     ),
 }
+PRETRAINED = (
+    "Representation autoencoder",
+    "The encoder is a pretrained network, {encoder}, which was not trained any further; a decoder was trained on its {codes}.",
+)
 STAGES = {
     "stage1": "stage 1, weak decoder", "stage2": "stage 2, real decoder", "joint": "one stage",
     "finetune": "decoder fine-tuned", "prior": "prior",
@@ -43,7 +48,7 @@ STAGES = {
 CLASSES_SHOWN = 20
 TOKENS = ("{tokens} tokens, each one of {codes:,} codes", "writes tokens, and the decoder turns them into pixels")
 LATENT = (
-    "a latent: {values:,} numbers ({channels} channels of {size} × {size}), each with a little noise on it",
+    "a latent: {values:,} numbers ({channels} channels of {size} × {size}){noise}",
     "draws a latent, and the decoder turns it into pixels",
 )
 SETTINGS = {
@@ -54,7 +59,7 @@ SETTINGS = {
 
 def run_page(run: Record) -> web.Page:
     """Build the page from the record; measures nothing."""
-    page = web.Page(f"{METHODS[run.config.method][0]} on {run.data_name}", lead(run))
+    page = web.Page(f"{method(run)[0]} on {run.data_name}", lead(run))
     page.section("In numbers", web.tiles(headline(run.metrics, run.num_codes)))
     page.section("Samples", sample_grid(run))
     page.section("Reconstructions", reconstructions(run))
@@ -86,9 +91,9 @@ def lead(run: Record) -> list[Html]:
     train, heldout = run.data.get("train", run.metrics["counts"]["train"]), run.metrics["counts"]["heldout"]
     images = "a stream of" if train is None else f"{train:,}"
     what = f"{how_it_works(run)} Both learned from {images} training images of the data set “{run.data_name}” ({kind})."
-    method = METHODS[run.config.method][1].format(codes=codes(run))
+    trained = method(run)[1].format(codes=codes(run), encoder=run.config.autoencoder.encoder)
     if run.config.stage2.loss.adversarial > 0:
-        method += " The final decoder also learned to deceive a discriminator, as the generator of a GAN does."
+        trained += " The final decoder also learned to deceive a discriminator, as the generator of a GAN does."
     logs = {"autoencoder": run.autoencoder, "prior": run.prior}
     spent = [f"{web.duration(sum(seconds_by_stage(rows).values()))} for the {name}" for name, rows in logs.items() if rows]
     when = f"Training took {' and '.join(spent)}. " if spent else ""
@@ -97,7 +102,12 @@ def lead(run: Record) -> list[Html]:
     chosen = "; they did choose the step at which the prior stops" if stopped else ""
     when += f"No weight was trained on them{chosen}."
     notices = [paragraph(notice, class_="notice") for notice in run.contradictions]
-    return [paragraph(what), paragraph(method, " See ", web.PAPER, "."), paragraph(when), *notices]
+    return [paragraph(what), paragraph(trained, " See ", web.PAPER, "."), paragraph(when), *notices]
+
+
+def method(run: Record) -> tuple[str, str]:
+    """Title and sentence on how the autoencoder was trained."""
+    return PRETRAINED if run.config.autoencoder.encoder else METHODS[run.config.method]
 
 
 def codes(run: Record) -> str:
@@ -108,7 +118,8 @@ def how_it_works(run: Record) -> str:
     written, drawn = TOKENS if run.num_codes else LATENT
     facts = {"tokens": run.metrics["prior"]["tokens_an_image"], "codes": run.num_codes} | (run.metrics.get("latent") or {})
     values = facts["channels"] * facts["size"] ** 2 if "channels" in facts else 0
-    written = written.format(**facts, values=values)
+    noise = "" if bottleneck_class(run.config.autoencoder).keeps_features else ", each with a little noise on it"
+    written = written.format(**facts, values=values, noise=noise)
     learned = run.family.learned.format(components=run.config.prior.num_components)
     return f"An autoencoder learned to write an image as {written}; {learned}. To make a new image, the prior {drawn}."
 

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from dae.config import Config
 from dae.data.augmentation import augment
 from dae.data.loader import AnyDataset, evaluation_batches
-from dae.distributed import failing_together, rank, run_on_first_process, sum_over_processes, world_size
+from dae.distributed import failing_together, in_global_order, rank, run_on_first_process, sum_over_processes, world_size
 from dae.losses import PerceptualLoss, reconstruction_loss
 from dae.metrics import CodebookUsage, psnr
 from dae.models import Autoencoder, choose_kernels
+from dae.models.pretrained_encoder import PretrainedEncoder
 from dae.progress import progress_bar
 from dae.quantizers import Encoding
 from dae.seeding import seed_for, set_seed
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from dae.data.tensors import TensorLoader
     from dae.training.run import Run
 
+STATISTICS_IMAGES, STATISTICS_BATCH = 16_384, 64  # of which a latent is measured, and how many are encoded at once
 Loaders = Callable[[Stage, str], "TrainLoader | TensorLoader"]  # (stage, purpose) -> batches: to train on, or for k-means
 
 
@@ -139,7 +141,7 @@ class StageTraining(Training):
         autoencoder: with the decoder of `stage`, on the engine's device.
         loaders: batches of the stage's training images.
         perceptual: the frozen loss network, of no optimiser and in no checkpoint; with a weight above 0 it is needed.
-        new_codebook: initialise the codebook by k-means, if this stage learns it.
+        new_codebook: initialise the codebook by k-means, if this stage learns it, and measure the latent of a pretrained encoder.
     """
 
     columns = ("image",)
@@ -162,6 +164,8 @@ class StageTraining(Training):
         self.learns_codebook = autoencoder.bottleneck.learns_codebook and not stage.latent_frozen
         if self.learns_codebook and new_codebook:
             initialize_codebook(config, autoencoder, loaders(stage, "codebook"))
+        if isinstance(autoencoder.encoder, PretrainedEncoder) and new_codebook:
+            measure_latent(autoencoder.encoder, loaders(stage, "statistics"), stage.config.train_batch_size)
         autoencoder.enable_gradient_checkpointing(stage.config.gradient_checkpointing)
         trained = autoencoder.decoder if stage.latent_frozen else autoencoder
         super().__init__(config, stage.config, stage.name, trained, autoencoder, loader, engine)
@@ -235,6 +239,27 @@ def initialize_codebook(config: Config, autoencoder: Autoencoder, batches: Train
                 break
     generator = torch.Generator().manual_seed(seed_for(config.seed, "codebook"))
     autoencoder.bottleneck.initialize_codebook(torch.cat(features)[:mine], generator)
+
+
+@torch.no_grad()
+def measure_latent(encoder: PretrainedEncoder, batches: TrainLoader | TensorLoader, batch_size: int) -> None:
+    """Set mean and standard deviation of each channel of its features: sums in float64 over at most `STATISTICS_IMAGES` images.
+
+    Each process encodes the images of all in the same portions, so that no bit depends on how many there are.
+    """
+    per_batch, device = batch_size * world_size(), encoder.latent_mean.device
+    count = max(1, min(batches.rows or STATISTICS_IMAGES, STATISTICS_IMAGES) // per_batch)
+    totals, places = torch.zeros(2, len(encoder.latent_mean), dtype=torch.float64, device=device), 0
+    remaining = iter(batches)
+    for _ in range(count):
+        with failing_together():
+            mine = next(remaining)["image"].to(device)
+        for images in in_global_order(mine).split(STATISTICS_BATCH):
+            found = encoder.features(images).double()
+            totals += torch.stack([found.sum((0, 2, 3)), found.square().sum((0, 2, 3))])
+            places += found[:, 0].numel()
+    mean, square = totals / places
+    encoder.set_latent_statistics(mean, (square - mean.square()).clamp(min=0).sqrt())
 
 
 @torch.no_grad()

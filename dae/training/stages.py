@@ -23,7 +23,8 @@ class Stage:
 def plan_stages(config: Config) -> list[Stage]:
     """The stages of `config.method`; all methods train for the same total number of steps.
 
-    dae (Hu et al. 2023): encoder and bottleneck with the weak auxiliary decoder, then the real decoder on the frozen latent.
+    dae (Hu et al. 2023): encoder and bottleneck with the weak auxiliary decoder, then the real decoder on the frozen latent; with
+    a pretrained encoder (`autoencoder.encoder`) the second stage alone.
     joint: one stage with the real decoder; optimised as stage 1 is, with the losses of stage 2 (an adversarial loss starts
     when it would start in stage 2). joint_dropout: the same with channel dropout in the decoder. joint_finetuned: joint for
     the steps of stage 1, then its decoder goes on alone, on the frozen latent. weak: joint, but with the auxiliary decoder.
@@ -71,6 +72,13 @@ def saved_discriminators(config: Config) -> dict[str, str]:
 def _stages(config: Config) -> list[Stage]:
     one, two = config.stage1, config.stage2
     decoder = config.autoencoder.decoder
+    if config.autoencoder.encoder:
+        if config.method != "dae":
+            raise ValueError(
+                f"method={config.method} trains an encoder, autoencoder.encoder={config.autoencoder.encoder} is frozen: set "
+                "method=dae"
+            )
+        return [Stage("stage2", decoder, True, two)]
     if config.method == "dae":
         return [Stage("stage1", config.auxiliary_decoder, False, one), Stage("stage2", decoder, True, two)]
     loss = dataclasses.replace(two.loss, adversarial_start=one.max_train_steps + two.loss.adversarial_start)

@@ -34,12 +34,12 @@ def test_maps_of_stages_and_of_tokens(timm, tmp_path):
 def test_another_input_size(timm):
     """Asked of a network of fixed size when it is made, of others when images are prepared."""
     for name, shape in {"tokens": (2, 8, 8, 8), "stages": (2, 8, 4, 4)}.items():
-        network = PretrainedNetwork.load(name, "x", side=32)
+        network = PretrainedNetwork.load(name, "x", grid=shape[2])
         assert network.feature_maps(IMAGES, [network.num_layers - 1])[0].shape == shape
 
 
 def test_built_again_without_weights(timm):
-    network = PretrainedNetwork.load("tokens", "x", side=32)
+    network = PretrainedNetwork.load("tokens", "x", grid=8)
     again = PretrainedNetwork.build(network.description, "x")
     again.load_state_dict(network.state_dict())
     for a, b in zip(network.feature_maps(IMAGES, [0, 2]), again.feature_maps(IMAGES, [0, 2]), strict=True):

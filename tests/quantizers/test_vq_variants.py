@@ -177,7 +177,7 @@ def test_saved_and_loaded_and_frozen(tmp_path, name, metric):
 
 
 def test_every_bottleneck_has_a_section_or_shares_one():
-    assert set(BOTTLENECKS) == {"vq", "vq_gradient", "simvq", "rvq", "gvq", "fsq", "lfq", "bsq", "kl"}
+    assert set(BOTTLENECKS) == {"vq", "vq_gradient", "simvq", "rvq", "gvq", "fsq", "lfq", "bsq", "kl", "identity"}
 
 
 def test_a_cosine_code_is_compared_on_the_sphere():

@@ -1,0 +1,38 @@
+"""The chain on a frozen pretrained encoder: one stage, cache, Diffusion Transformer, samples, metrics and page."""
+
+import json
+
+import torch
+from safetensors.torch import load_file
+
+RAE = (
+    "autoencoder.encoder=timm:tokens", "autoencoder.bottleneck=identity", "autoencoder.latent_channels=8",
+    "autoencoder.channel_multipliers=[1,1,2]", "validation_steps=4", "checkpointing_steps=3",
+)  # fmt: skip
+
+
+def test_the_chain(tmp_path, timm, run, read_page):
+    for name in ("train_dae", "encode", "train_prior", "sample", "evaluate", "report"):
+        run(name, tmp_path, *RAE)
+    rows = [json.loads(line) for line in (tmp_path / "autoencoder" / "logs" / "history.jsonl").read_text().splitlines()]
+    assert {row["stage"] for row in rows} == {"stage2"} and max(row["step"] for row in rows) == 6
+    assert not (tmp_path / "autoencoder" / "stage1").exists()
+    moments = load_file(tmp_path / "latents" / "moments.safetensors")
+    mean, log_variance = moments["train.moments"].chunk(2, dim=2)
+    assert mean.shape[1:] == (1, 8, 2, 2) and (log_variance == -30).all()
+    # statistics of whole batches of the same images, but for those that did not fill the last one: 1,437 of 16 each
+    assert mean.mean().abs() < 0.02 and abs(mean.std() - 1) < 0.02
+    assert torch.isfinite(torch.tensor(json.loads((tmp_path / "metrics.json").read_text())["latent"]["gaussian_bits"]))
+    words = read_page(tmp_path / "report.html").words
+    assert "stage 2" in words and "Representation autoencoder on" in words and "weak decoder" not in words
+    assert "a pretrained network, timm:tokens, which was not trained" in words and "a little noise" not in words
+    assert "decoder on the frozen encoder timm:tokens" in (tmp_path / "autoencoder" / "README.md").read_text()
+
+
+def test_resumed(tmp_path, timm, run):
+    """Statistics come from the checkpoint and are not measured again."""
+    run("train_dae", tmp_path / "whole", *RAE)
+    run("train_dae", tmp_path / "parts", *RAE)
+    run("train_dae", tmp_path / "parts2", *RAE, f"resume_from_checkpoint={tmp_path / 'parts' / 'autoencoder' / 'checkpoint-3'}")
+    whole, parts = (load_file(tmp_path / name / "autoencoder" / "model.safetensors") for name in ("whole", "parts2"))
+    assert whole.keys() == parts.keys() and all(torch.equal(whole[key], parts[key]) for key in whole)
