@@ -68,7 +68,7 @@ def test_other_sizes_than_trained_and_an_empty_batch():
     [
         ({"channel_multipliers": [1, 2, 2]}, 10, r"data.resolution=10 is not divisible. The nearest that are: 8, 12"),
         ({"channel_multipliers": []}, 8, "channel_multipliers is empty"),
-        ({"bottleneck": "vqq"}, 8, "expected 'vq' or .* or 'kl', got 'vqq'"),
+        ({"bottleneck": "vqq"}, 8, "expected 'vq' or .* or 'identity', got 'vqq'"),
         ({"vq": VQConfig(codebook_size=0)}, 8, "codebook_size must be positive"),
         ({"decoder": DecoderConfig("tiny")}, 8, "decoder family: expected one of"),
         ({"decoder": DecoderConfig("narrow", width_factor=0)}, 8, "width_factor"),
