@@ -75,6 +75,23 @@ def sum_over_processes(x: Tensor) -> Tensor:
     return _in_place(x, dist.all_reduce)
 
 
+def summed_with_gradients(x: Tensor) -> Tensor:
+    """A new tensor, the sum of `x` over all processes, that is differentiable: with losses L_r of the processes, the gradient at
+    each `x` is that of sum_r L_r. `x` itself in a single process. Its backward pass is a collective, too.
+    """
+    return x if _processes() == 1 else _Sum.apply(x)
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return sum_over_processes(x.clone())
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return sum_over_processes(gradient.clone())
+
+
 def from_first_process(x: Tensor) -> Tensor:
     """Broadcast process 0's `x`, in place. Shape and dtype must agree."""
     return _in_place(x, lambda reachable: dist.broadcast(reachable, src=0))

@@ -118,6 +118,7 @@ UNIT_INTERVAL = [  # probabilities, shares and decays, by whether 1 has a meanin
     *((row.key, False) for row in describe() if row.key.endswith(("ema_decay", "adam_beta1", "adam_beta2", "dropout", ".decay"))),
     *((f"prior.{name}", False) for name in ("token_noise", "label_smoothing")),
     *((f"{decoder}.width_factor", True) for decoder in ("autoencoder.decoder", "auxiliary_decoder")),
+    *((f"{decoder}.latent_mask", False) for decoder in ("autoencoder.decoder", "auxiliary_decoder")),
     ("autoencoder.vq.revive_threshold", False),
     ("sampling.top_p", True),
 ]

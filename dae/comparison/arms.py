@@ -24,9 +24,13 @@ STANDARD = {
     "joint_finetuned": ("method=joint_finetuned",),
     "weak": ("method=weak",),
     "dae-linear": ("method=dae", "auxiliary_decoder.family=linear"),
+    "dae-overlap": ("method=dae", "auxiliary_decoder.family=overlap"),
+    "dae-projection": ("method=dae", "auxiliary_decoder.family=projection"),
     "dae-narrow": ("method=dae", "auxiliary_decoder.family=narrow"),
     "dae-shallow": ("method=dae", "auxiliary_decoder.family=shallow"),
     "dae-dropout": ("method=dae", "auxiliary_decoder.family=dropout"),
+    "dae-noise": ("method=dae", "auxiliary_decoder.family=full", "auxiliary_decoder.latent_noise=0.5"),
+    "dae-mask": ("method=dae", "auxiliary_decoder.family=full", "auxiliary_decoder.latent_mask=0.5"),
 }
 
 

@@ -15,9 +15,11 @@ class DecoderConfig:
 
     family: str = knob(
         "full",
-        "full; or weaker: linear (one linear map per latent position), narrow, shallow, dropout",
-        choices=("full", "linear", "narrow", "shallow", "dropout"),
+        "full; or weaker: linear (one linear map per latent position), overlap (a linear map to 3 x 3 patches, which overlap), "
+        "projection (the linear map that is best for the batch, solved anew for each), narrow, shallow, dropout",
+        choices=("full", "linear", "overlap", "projection", "narrow", "shallow", "dropout"),
     )
+    ridge: float = knob(1e-4, "projection: weight of |W|^2 beside the mean squared error, summed over a patch", ge=1e-8, le=1e8)
     width_factor: float = knob(0.25, "narrow: channels relative to the full decoder", gt=0, le=1)
     num_blocks: int = knob(
         0,
@@ -30,6 +32,12 @@ class DecoderConfig:
         "dropout: probability that Dropout2d zeroes a channel after a residual block; vit: an entry of a residual branch",
         ge=0,
         lt=1,
+    )
+    latent_noise: float = knob(
+        0.0, "any family, in training: Gaussian noise on its latents, in standard deviations of each channel", ge=0, le=100
+    )
+    latent_mask: float = knob(
+        0.0, "any family, in training: share of its latents that are replaced by the batch's mean latent", ge=0, lt=1
     )
 
 

@@ -16,6 +16,7 @@ from dae.models.architectures import build_encoder, downsampling_factor, latent_
 from dae.models.decoders import build_decoder
 from dae.models.diffusers_weights import config_from_diffusers, config_to_diffusers, read_folder, write_folder
 from dae.models.pretrained_encoder import PretrainedEncoder
+from dae.models.projection import ProjectionDecoder
 from dae.models.weight_layouts import CODEBOOK, DIFFUSERS, Layout, from_layout, key_map, to_layout
 from dae.precision import own_arithmetic
 from dae.quantizers import Encoding, VectorQuantizer, bottleneck_class
@@ -106,7 +107,8 @@ class Autoencoder(PretrainedModel):
 
     def forward(self, images: Tensor) -> Reconstruction:
         encoding = self.encode(images, sample_posterior=self.training)
-        return Reconstruction(self.decoder(encoding.latents), encoding)
+        targets = (images,) if self.training and isinstance(self.decoder, ProjectionDecoder) else ()
+        return Reconstruction(self.decoder(encoding.latents, *targets), encoding)
 
     def freeze_latent(self) -> None:
         """Freeze encoder and bottleneck for good: no gradients, no codebook update, evaluation mode even after `.train()`."""

@@ -25,9 +25,13 @@ ABOUT = {
     "joint_finetuned": "joint first; then the encoder is frozen, and its decoder is trained on alone",
     "weak": "encoder and a weak decoder are trained together, and the weak decoder makes the images",
     "dae-linear": "decoupled: the encoder is trained with a linear decoder and frozen; then the real decoder is trained",
+    "dae-overlap": "decoupled, with a linear decoder in the first stage whose patches overlap",
+    "dae-projection": "decoupled, with the linear decoder in the first stage that is best for each batch",
     "dae-narrow": "decoupled, with a decoder of few channels in the first stage",
     "dae-shallow": "decoupled, with a decoder of few layers in the first stage",
     "dae-dropout": "decoupled, with a decoder that drops channels at random in the first stage",
+    "dae-noise": "decoupled, with noise on the latent of the real decoder in the first stage",
+    "dae-mask": "decoupled, with a part of the latent hidden from the real decoder in the first stage",
 }
 
 

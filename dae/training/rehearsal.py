@@ -16,7 +16,7 @@ from torch import Tensor
 from dae.config import Config
 from dae.data.cache import Fingerprint
 from dae.data.columns import resolve_classes
-from dae.distributed import world_size
+from dae.distributed import as_single_process, world_size
 from dae.losses import PerceptualLoss, discriminator_loss, gradient_penalty
 from dae.models import Autoencoder, choose_kernels
 from dae.priors import prior_family
@@ -178,9 +178,10 @@ def _encoding(config: Config, autoencoder: Autoencoder) -> tuple[Tensor, Tensor]
 
 @contextlib.contextmanager
 def _rehearsal(config: Config, device: torch.device, what: str) -> Iterator[None]:
-    """Keeps the global random state; a refusal says which model of the chain it concerns."""
+    """Keeps the global random state, and waits for no other process; a refusal says which model of the chain it concerns."""
+    fork = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.enable_grad():
+        with fork, torch.enable_grad(), as_single_process():
             yield
     except (ValueError, TypeError, ImportError) as error:
         chosen = {key: value for key, value in dataclasses.asdict(config.kernels).items() if value not in ("auto", "reference")}

@@ -30,8 +30,9 @@ def plan_stages(config: Config) -> list[Stage]:
     the steps of stage 1, then its decoder goes on alone, on the frozen latent. weak: joint, but with the auxiliary decoder.
 
     Raises:
-        ValueError: a stage has no reconstruction loss, a discriminator is too deep for the images, has no network to look through
-            or is to be saved and there is none, or attention is asked for at a resolution that no level has.
+        ValueError: a stage has no reconstruction loss, or a decoder that it cannot train; a discriminator is too deep for the
+            images, has no network to look through or is to be saved and there is none; or attention is asked for at a resolution
+            that no level has.
     """
     stages = _stages(config)
     for stage in stages:
@@ -43,6 +44,8 @@ def plan_stages(config: Config) -> list[Stage]:
             raise ValueError(
                 f"{section}.loss: l1, l2, charbonnier, perceptual are all 0, which trains nothing; give one a weight"
             )
+        if stage.decoder.family == "projection":
+            _check_projection(config, stage)
         if loss.adversarial > 0 and loss.discriminator == "features" and not loss.discriminator_features:
             raise ValueError(
                 f"{stage.name}.loss.discriminator=features needs loss.discriminator_features: a pretrained network by its name "
@@ -67,6 +70,19 @@ def saved_discriminators(config: Config) -> dict[str, str]:
     *earlier, last = plan_stages(config)
     folders = {stage.name: f"{stage.name}/{DISCRIMINATOR}" for stage in earlier} | {last.name: DISCRIMINATOR}
     return {stage.name: folders[stage.name] for stage in (*earlier, last) if stage.config.loss.adversarial > 0}
+
+
+def _check_projection(config: Config, stage: Stage) -> None:
+    if stage.latent_frozen:
+        raise ValueError(
+            f"{stage.name}: autoencoder.decoder.family=projection is solved, not trained, and the latent is frozen: nothing "
+            "would learn; choose full, or another family"
+        )
+    if config.cuda_graphs:
+        raise ValueError(
+            f"cuda_graphs=true excludes the projection decoder of {stage.name}, whose linear systems no graph has been recorded "
+            "with; leave cuda_graphs out"
+        )
 
 
 def _stages(config: Config) -> list[Stage]:

@@ -9,13 +9,16 @@ from dae.training import plan_stages
 
 def test_standard_arms_train_for_equal_steps_with_the_decoders_they_name():
     config = Config()
-    arms = parse_arms(config.compare)
-    assert [arm.name for arm in arms] == list(STANDARD)
+    assert set(config.compare.arms) <= set(STANDARD)
+    arms = parse_arms(CompareConfig(arms=list(STANDARD)))
     require_matched(config, arms)
     steps = {sum(s.config.max_train_steps for s in plan_stages(arm_config(config, arm))) for arm in arms}
     assert len(steps) == 1
     decoders = {arm.name: [s.decoder.family for s in plan_stages(arm_config(config, arm))] for arm in arms}
     assert decoders["dae-linear"] == ["linear", "full"] and decoders["weak"] == [config.auxiliary_decoder.family]
+    assert decoders["dae-projection"] == ["projection", "full"] and decoders["dae-overlap"] == ["overlap", "full"]
+    noisy = [stage.decoder.latent_noise for stage in plan_stages(arm_config(config, Arm("x", STANDARD["dae-noise"])))]
+    assert noisy == [0.5, 0.0]  # the real decoder reads the latent as it is
     assert decoders["joint"] == ["full"] and decoders["joint_finetuned"] == ["full", "full"]
     assert config.method == "dae" and config.auxiliary_decoder.family == "narrow"  # the comparison's own is as it was
 

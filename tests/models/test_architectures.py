@@ -14,7 +14,7 @@ from dae.models.layers import GroupNorm, ResidualBlock, SelfAttention2d, Transfo
 from dae.training import plan_stages
 
 NEW = ("ldm", "vit")
-FAMILIES = ("full", "linear", "narrow", "shallow", "dropout")
+FAMILIES = ("full", "linear", "overlap", "projection", "narrow", "shallow", "dropout")
 SETTINGS = {
     "conv": {"base_channels": 8, "channel_multipliers": [1, 2], "attention_resolutions": [4]},
     "ldm": {"base_channels": 8, "channel_multipliers": [1, 2], "attention_resolutions": [4], "ldm": LDMConfig(z_channels=6)},

@@ -9,7 +9,7 @@ from dae.config import AutoencoderConfig, DecoderConfig, KernelsConfig, KLConfig
 from dae.models import Autoencoder, choose_kernels
 from dae.training import build_optimizer
 
-FAMILIES = ("full", "linear", "narrow", "shallow", "dropout")
+FAMILIES = ("full", "linear", "overlap", "projection", "narrow", "shallow", "dropout")
 
 
 def make(channels=1, resolution=8, train=False, **changes) -> Autoencoder:

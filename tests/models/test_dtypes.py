@@ -15,6 +15,7 @@ from dae.sampling import generate, log_likelihood, sample_latents, sample_tokens
 from dae.training import EMA
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float64]
+FAMILIES = ("linear", "overlap", "projection", "full", "narrow", "shallow", "dropout")
 CLASSES, CHANNELS, SIZE, K = 3, 4, 4, 16
 LABELS = torch.tensor([0, 2, 1, 3])  # the last: no class
 
@@ -74,7 +75,7 @@ def mixture():
 MODULES = {
     "autoencoder, kl": lambda: autoencoder("kl"),
     "autoencoder, vq": lambda: autoencoder("vq"),
-    **{f"{name} decoder": lambda name=name: decoder(name) for name in ("linear", "full", "narrow", "shallow", "dropout")},
+    **{f"{name} decoder": lambda name=name: decoder(name) for name in FAMILIES},
     "discriminator": lambda: (PatchDiscriminator(1, channels=8), (torch.rand(4, 1, 16, 16),), None),
     "perceptual": lambda: (PerceptualLoss(), (torch.rand(1, 3, 16, 16), torch.rand(1, 3, 16, 16)), None),
     "ar, logits": lambda: (shaken(ar()), (LABELS, tokens()), None),
