@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 WEIGHTS, CONFIG, CARD = MODEL_FILES = ("model.safetensors", "config.json", "README.md")
+LATENT = "latent.json"  # of autoencoders, `dae.models.latent`
 
 
 class PretrainedModel(nn.Module):
@@ -98,7 +99,11 @@ class PretrainedModel(nn.Module):
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"{folder / CONFIG} does not describe this version's {cls.__name__}: {error}") from error
         load_weights(model, weights, str(folder / WEIGHTS))
+        model.remember(folder)
         return model.to(device, torch_dtype or torch.float32).eval()
+
+    def remember(self, folder: Path) -> None:
+        """Called with the folder that a model was loaded from, while it has the weights of the file in float32."""
 
     @classmethod
     def read_pretrained(
@@ -121,11 +126,11 @@ class PretrainedModel(nn.Module):
     def push_to_hub(self, repo_id: str, *, folder: str | Path, private: bool = False, token: str | None = None) -> str:
         """Upload a folder that `save_pretrained` wrote to the Hub repository `repo_id`; returns the commit's URL.
 
-        A discriminator saved beside the model goes with it.
+        A discriminator and the identity of a latent saved beside the model go with it.
 
         OSError: the upload failed; one line says why, that the model is saved in `folder`, and how to upload it later.
         """
-        api, patterns = hub_api(token), [*MODEL_FILES, *(f"discriminator/{name}" for name in (CONFIG, WEIGHTS))]
+        api, patterns = hub_api(token), [*MODEL_FILES, LATENT, *(f"discriminator/{name}" for name in (CONFIG, WEIGHTS))]
         remedy = (
             f"the model is saved in {folder}; upload it with `hf upload {repo_id} {folder} --include {' '.join(MODEL_FILES)}`"
         )
@@ -194,7 +199,7 @@ def download(repo_id: str, revision: str | None) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(MODEL_FILES)))
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=[*MODEL_FILES, LATENT]))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise FileNotFoundError(
             f"{repo_id!r} is neither a folder nor a repository of the Hub that can be reached: {error}"

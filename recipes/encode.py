@@ -23,9 +23,10 @@ from dae.data import evaluation_batches, load_data
 from dae.data.cache import Fingerprint, transform_fingerprint
 from dae.distributed import agree, as_single_process, failing_together, gather_objects, run_on_first_process
 from dae.files import announce
-from dae.hub import fingerprint, require_model
+from dae.hub import require_model
 from dae.lock import writes
 from dae.models import Autoencoder, choose_kernels
+from dae.models.latent import identities
 from dae.seeding import seed_for
 from dae.training import end_training, make_accelerator
 from dae.training.encodings import build_cache, cache_class, encode_views
@@ -76,7 +77,7 @@ def encode(config: Config) -> Path:
     folder = output / kind.folder
 
     def save() -> None:
-        made_of = Fingerprint(fingerprint(trained), data.fingerprint, transform_fingerprint(config))
+        made_of = Fingerprint(identities(trained)[0], data.fingerprint, transform_fingerprint(config))
         cache = build_cache(autoencoder, parts["train"], parts["validation"], data.num_classes, made_of)
         cache.save(folder)
         note = f": {len(cache.train)} training and {len(cache.validation)} held-out images{data.skipped_note()}"

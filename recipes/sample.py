@@ -39,7 +39,8 @@ def sample(config: Config) -> Path:
     """Write samples; returns their folder."""
     settings = config.sampling
     autoencoder, prior = load_chain(config.output_dir, one_process(config), config.kernels)
-    drawn_from = fingerprint(Path(config.output_dir) / "prior")  # read first: training may replace it while it is sampled
+    # read first: training may replace them while samples are drawn
+    drawn_from = {name: fingerprint(Path(config.output_dir) / name) for name in ("prior", "autoencoder")}
     if not knows_classes(prior):
         for key, value, idle in (("classes", settings.classes, []), ("cfg_scale", settings.cfg_scale, 1)):
             if value != idle:
@@ -60,7 +61,7 @@ def sample(config: Config) -> Path:
     folder = Path(config.output_dir) / "samples"
     arrays, labels = np.concatenate(images), labels_N.numpy()
     pngs = [f"png/{number:06d}_class{label}.png" for number, label in enumerate(labels)]
-    facts = {"seconds": seconds, "prior": drawn_from, "seed": config.seed}
+    facts = {"seconds": seconds, "seed": config.seed} | drawn_from
     with replaced_folder(folder) as new:
         (new / "png").mkdir()
         for name, array in zip(pngs, arrays, strict=True):

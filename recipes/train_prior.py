@@ -24,9 +24,10 @@ from dae.data import TrainLoader, load_data, summarize_data
 from dae.data.cache import Fingerprint, transform_fingerprint
 from dae.distributed import failing_together, run_on_first_process
 from dae.files import announce
-from dae.hub import fingerprint, prepare_repository, require_model
+from dae.hub import prepare_repository, require_model
 from dae.lock import writes
 from dae.models import Autoencoder, choose_kernels
+from dae.models.latent import identities
 from dae.planning.plan import plan_prior
 from dae.priors import prior_family, require_guidance
 from dae.quantizers import bottleneck_class
@@ -51,10 +52,10 @@ def train(config: Config) -> Path:
     settings, output = config.prior, Path(config.output_dir)
     with failing_together():
         data = load_data(config.data, config.seed)
-        tokenizer = fingerprint(require_model(output / "autoencoder", "train_dae"))
+        tokenizer, *earlier_names = identities(require_model(output / "autoencoder", "train_dae"))
         expected = Fingerprint(tokenizer, data.fingerprint, transform_fingerprint(config))
         kind = cache_class(bottleneck_class(config.autoencoder))
-        cache = kind.load(output / kind.folder, expected)
+        cache = kind.load(output / kind.folder, expected, earlier_names)
         torch.manual_seed(seed_for(config.seed, "prior"))
         prior = family.build(settings, cache).to(accelerator.device)
         if settings.init_from:

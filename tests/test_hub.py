@@ -14,6 +14,7 @@ import dae.hub
 from dae.config import AutoencoderConfig, DecoderConfig, PriorConfig, VQConfig
 from dae.hub import fingerprint, require_model
 from dae.models import ARPrior, Autoencoder
+from dae.models.latent import identities
 
 
 def make(kind):
@@ -45,7 +46,8 @@ def saved(tmp_path):
 
 def test_round_trip(model, tmp_path):
     model.save_pretrained(tmp_path / "new" / "folder", card="# Ü")
-    assert {p.name for p in (tmp_path / "new" / "folder").iterdir()} == {"config.json", "model.safetensors", "README.md"}
+    written = {"config.json", "model.safetensors", "README.md"} | ({"latent.json"} if isinstance(model, Autoencoder) else set())
+    assert {p.name for p in (tmp_path / "new" / "folder").iterdir()} == written
     torch.manual_seed(9)
     for where in (tmp_path / "new" / "folder", str(tmp_path / "new" / "folder")):
         loaded = type(model).from_pretrained(where)
@@ -158,10 +160,10 @@ def test_download(monkeypatch, saved):
     loaded = Autoencoder.from_pretrained("me/model", revision="v1")
     assert torch.equal(result(loaded), result(make("vq")))
     assert asked["repo_id"] == "me/model" and asked["revision"] == "v1"
-    assert set(asked["allow_patterns"]) == {"config.json", "model.safetensors", "README.md"}
+    assert set(asked["allow_patterns"]) == {"config.json", "model.safetensors", "README.md", "latent.json"}
 
 
-def test_push_uploads_the_three_files(monkeypatch, saved):
+def test_push_uploads_the_files(monkeypatch, saved):
     """A stand-in that keeps to the real signatures and applies the patterns as the real one does."""
     import huggingface_hub
     from huggingface_hub.utils import filter_repo_objects
@@ -192,7 +194,7 @@ def test_push_uploads_the_three_files(monkeypatch, saved):
     assert url == "https://hub/commit/1"
     assert calls[0] == ("token", "t")
     assert calls[1] == ("create", "me/model", {"private": True, "exist_ok": True})
-    assert calls[2] == ("me/model", ["README.md", "config.json", "model.safetensors"])
+    assert calls[2] == ("me/model", ["README.md", "config.json", "latent.json", "model.safetensors"])
 
 
 def test_fingerprints(model, tmp_path):
@@ -211,7 +213,7 @@ def test_fingerprints(model, tmp_path):
 def test_a_failed_save_leaves_the_old_model(monkeypatch, tmp_path):
     model = make("vq")
     model.save_pretrained(tmp_path)
-    before = fingerprint(tmp_path)
+    before, latent = fingerprint(tmp_path), identities(tmp_path)
 
     def full(descriptor):
         raise OSError(28, "No space left on device")
@@ -221,4 +223,5 @@ def test_a_failed_save_leaves_the_old_model(monkeypatch, tmp_path):
         model.bottleneck.codebook += 1
     with pytest.raises(OSError, match="free space"):
         model.save_pretrained(tmp_path)
-    assert fingerprint(tmp_path) == before and {p.name for p in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    assert fingerprint(tmp_path) == before and identities(tmp_path) == latent
+    assert {p.name for p in tmp_path.iterdir()} == {"config.json", "model.safetensors", "latent.json"}

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -29,7 +30,7 @@ DESCRIPTION = "cache.json"
 class Fingerprint:
     """What the encodings depend on; two caches with equal fingerprints hold equal encodings."""
 
-    tokenizer: str  # dae.hub.fingerprint of the autoencoder's folder
+    tokenizer: str  # the latent's identity, `dae.models.latent.identities`
     data: str  # ImageData.fingerprint
     transform: str  # transform_fingerprint: how the images were augmented
 
@@ -111,8 +112,11 @@ class EncodingCache:
         return [f"{cls.dataset.name}.safetensors", DESCRIPTION]
 
     @classmethod
-    def load(cls, folder: Path, expected: Fingerprint) -> Self:
+    def load(cls, folder: Path, expected: Fingerprint, earlier_names: Sequence[str] = ()) -> Self:
         """Read the cache in `folder` and check that its fingerprint is `expected`.
+
+        Args:
+            earlier_names: of the expected tokenizer, in caches of earlier versions.
 
         Raises:
             FileNotFoundError: there is no cache in `folder`.
@@ -133,11 +137,14 @@ class EncodingCache:
             tensors = load(data)
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
             raise ValueError(f"the {cls.title} in {folder} is damaged ({error}): remake it with recipes/encode.py") from error
+        if found.tokenizer in earlier_names:
+            expected = dataclasses.replace(expected, tokenizer=found.tokenizer)
         titles = {"tokenizer": "tokenizer", "data": "data set", "transform": "augmentation"}
         if stale := [title for key, title in titles.items() if getattr(found, key) != getattr(expected, key)]:
+            latents = f" (its latent is {found.tokenizer[:12]}, the autoencoder's is {expected.tokenizer[:12]})"
             raise ValueError(
                 f"the {cls.title} in {folder} is stale: it was made with another {' and '.join(stale)}. Remake it with "
-                "recipes/encode.py and the same configuration"
+                f"recipes/encode.py and the same configuration{latents if 'tokenizer' in stale else ''}"
             )
         train, held_out = (cls.dataset(tensors[f"{n}.{name}"], tensors[f"{n}.labels"].long()) for n in ("train", "validation"))
         return cls(train=train, validation=held_out, fingerprint=found, **description)

@@ -51,6 +51,8 @@ def load_samples(output: Path) -> tuple[np.ndarray, np.ndarray, dict]:
         raise ValueError(f"the samples in {folder} are no images [N, H, W, C] with a label each: {remedy}")
     if made_by != fingerprint(output / "prior"):
         raise ValueError(f"the samples in {folder} are of another prior than {output / 'prior'}: {remedy}")
+    if sampling.get("autoencoder", decoded := fingerprint(output / "autoencoder")) != decoded:  # not in earlier versions
+        raise ValueError(f"the samples in {folder} are of another decoder than that of {output / 'autoencoder'}: {remedy}")
     if classes := ", ".join(map(str, sampling.get("classes", ()))):
         raise ValueError(f"the samples in {folder} are of {classes} alone, the images held out of all classes: {remedy}")
     return samples, labels, sampling

@@ -112,7 +112,7 @@ class ARPrior(WideBuffers, ClassConditional, Prior):
             after the other, p(token) = prod_f p(digit_f | digit_<f), with tables of sum_f K_f rows instead of K.
         sequence_length: tokens per image, T.
         num_classes: C; label C is the null class.
-        tokenizer: fingerprint of the tokenizer whose tokens these are.
+        tokenizer: identity of the latent whose tokens these are.
     """
 
     operation, impl = "linear_cross_entropy", "auto"

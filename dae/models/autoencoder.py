@@ -15,6 +15,7 @@ from dae.hub import PretrainedModel
 from dae.models.architectures import build_encoder, downsampling_factor, latent_size
 from dae.models.decoders import build_decoder
 from dae.models.diffusers_weights import config_from_diffusers, config_to_diffusers, read_folder, write_folder
+from dae.models.latent import Latent, brief, identify, refuse_other_weights, weights_digest
 from dae.models.pretrained_encoder import PretrainedEncoder
 from dae.models.projection import ProjectionDecoder
 from dae.models.weight_layouts import CODEBOOK, DIFFUSERS, Layout, from_layout, key_map, to_layout
@@ -43,6 +44,9 @@ class Autoencoder(PretrainedModel):
         pretrained: `PretrainedNetwork.description` of the network that `config.encoder` named when the model was saved, whose
             weights will be loaded; None loads those that `config.encoder` names.
 
+    Attributes:
+        latent: its identity as loaded or measured in training; None of a new model and of one that an earlier version saved.
+
     Raises:
         ImportError, FileNotFoundError: `config.encoder` names what is not there.
         ValueError: the resolution is not divisible by the encoder's factor, or a part of `config` is out of range.
@@ -55,6 +59,7 @@ class Autoencoder(PretrainedModel):
         super().__init__()
         self.config, self.image_channels, self.resolution = config, image_channels, resolution
         self.latent_frozen = False
+        self.latent: Latent | None = None
         self.diffusers_config: dict[str, Any] = {}  # scale and the like of the latent, where the model came from diffusers
         self.factor = downsampling_factor(config)
         self.latent_size = latent_size(config, resolution)  # height and width of the latent
@@ -132,6 +137,40 @@ class Autoencoder(PretrainedModel):
         self.decoder = new.to(self.device, self.dtype).train(self.training)
         self.decoder.gradient_checkpointing = self.encoder.gradient_checkpointing
 
+    def with_decoder(self, name_or_path: str | Path, *, revision: str | None = None) -> Autoencoder:
+        """This latent with the decoder of another autoencoder, in eval mode, on this one's device and in its dtype.
+
+        Args:
+            name_or_path: an autoencoder of the same latent, as for `from_pretrained`.
+            revision: of a repository of the Hub.
+
+        Raises:
+            FileNotFoundError, ValueError: as `from_pretrained`; or its latent is another one.
+        """
+        other = type(self).from_pretrained(name_or_path, revision=revision)
+        own, its = identify(self), identify(other)
+        unnamed = self.latent is None or other.latent is None  # earlier versions did not say how images were cropped
+        if own.id != its.id and not (unnamed and (own.is_of(its.weights) or its.is_of(own.weights))):
+            raise ValueError(
+                f"the decoder in {name_or_path} reads the latent {brief(its.id)}, this autoencoder's is {brief(own.id)}: take a "
+                "decoder that was trained on this latent (recipes/refit.py)"
+            )
+        other.to(self.device, self.dtype)
+        for part in ("encoder", "bottleneck"):
+            getattr(other, part).load_state_dict(getattr(self, part).state_dict())
+        other.latent, other.diffusers_config = own, self.diffusers_config
+        return other
+
+    def save_pretrained(self, folder: str | Path, *, state_dict: dict | None = None, card: str | None = None) -> None:
+        """As `PretrainedModel.save_pretrained`, and `latent.json`, the identity of the latent (`dae.models.latent`)."""
+        super().save_pretrained(folder, state_dict=state_dict, card=card)
+        identify(self, state_dict).save(Path(folder))
+
+    def remember(self, folder: Path) -> None:
+        if (latent := Latent.load(folder)) is not None:
+            refuse_other_weights(latent, weights_digest(self.state_dict(), self.config), folder)
+            self.latent, self.diffusers_config = latent, dict(latent.diffusers)
+
     def enable_gradient_checkpointing(self, enabled: bool = True) -> None:
         self.encoder.gradient_checkpointing = self.decoder.gradient_checkpointing = enabled
 
@@ -180,6 +219,10 @@ class Autoencoder(PretrainedModel):
         config, channels, resolution, beside = config_from_diffusers(given, str(folder / "config.json"), resolution)
         model = cls.from_layout(DIFFUSERS, weights, config, channels, resolution, str(folder))
         model.diffusers_config = beside
+        latent = Latent.load(folder)
+        digest = weights_digest(model.state_dict(), config)
+        if latent is not None and latent.transform["resolution"] == resolution and latent.is_of(digest):
+            model.latent = latent
         return model.to(device, torch_dtype or torch.float32)
 
     @classmethod
@@ -204,19 +247,23 @@ class Autoencoder(PretrainedModel):
         Args:
             folder: created if missing.
             scaling_factor, shift_factor: a diffusion model there works on (latent - shift) * scale; None keeps what
-                `from_diffusers` read, else 1 and no shift.
+                `from_diffusers` read, else those measured in training (`latent.scale`, `latent.shift`), else 1 and no shift.
 
         Raises:
             ValueError: diffusers has no such network; the message names what it lacks.
             OSError: the folder cannot be written.
         """
-        factors = {"scaling_factor": scaling_factor, "shift_factor": shift_factor}
-        beside = self.diffusers_config | {name: value for name, value in factors.items() if value is not None}
+        latent, given = identify(self), {"scaling_factor": scaling_factor, "shift_factor": shift_factor}
+        measured = {"scaling_factor": latent.scale, "shift_factor": latent.shift}
+        beside: dict[str, Any] = {}
+        for factors in (self.diffusers_config or measured, given):
+            beside |= {name: value for name, value in factors.items() if value is not None}
         config = config_to_diffusers(self.config, self.image_channels, self.resolution, beside)
         weights = self.state_dict()
         if isinstance(self.bottleneck, VectorQuantizer):  # the codes as they are compared, wherever they come from
             weights[CODEBOOK] = self.bottleneck.codes()
         write_folder(folder, config, to_layout(weights, key_map(DIFFUSERS, self.config, self.resolution), DIFFUSERS))
+        latent.save(Path(folder))
 
     @classmethod
     def from_config(cls, config: dict) -> Autoencoder:

@@ -17,7 +17,7 @@ class ContinuousPrior(Prior):
         latent_channels: D.
         latent_size: h, of the square grid of positions.
         num_classes: C of the data; label C is the null class.
-        tokenizer: fingerprint of the autoencoder whose latents these are.
+        tokenizer: identity of the latent.
 
     Raises:
         ValueError: a size below 1.

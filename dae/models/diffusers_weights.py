@@ -31,6 +31,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 # No value of these changes what encoder and decoder compute; they are kept for `to_diffusers`.
 BESIDE = ("scaling_factor", "shift_factor", "latents_mean", "latents_std", "force_upcast", "lookup_from_codebook")
+SCALING_FACTOR = 0.18215  # Stable Diffusion's, which both classes assume where the configuration has none
 BLOCKS = {"down_block_types": ("DownEncoderBlock2D", "AttnDownEncoderBlock2D"),
           "up_block_types": ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")}  # fmt: skip
 
@@ -52,7 +53,7 @@ def config_from_diffusers(
     if name not in OPTIONS:
         raise ValueError(f"{source} holds a {name!r}: of diffusers' autoencoders AutoencoderKL and VQModel can be read")
     given = {key: value for key, value in config.items() if not key.startswith("_")}
-    beside = {key: given.pop(key) for key in BESIDE if given.get(key) is not None}
+    beside = {"scaling_factor": SCALING_FACTOR} | {key: given.pop(key) for key in BESIDE if given.get(key) is not None}
     if unknown := sorted(
         key for key in given if key not in OPTIONS[name] and given[key] not in (None, False) and key not in BESIDE
     ):

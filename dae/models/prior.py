@@ -15,7 +15,7 @@ class Prior(PretrainedModel):
     Args:
         config: of the prior.
         num_classes: C of the data.
-        tokenizer: fingerprint of the autoencoder whose latent it models.
+        tokenizer: identity of the latent that it models (`dae.models.latent.identities`).
 
     Attributes:
         shape: arguments of the subclass that say what the latent is like.

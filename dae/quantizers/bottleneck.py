@@ -39,6 +39,7 @@ class Bottleneck(nn.Module, ABC):
         kept: fields of an `Encoding` that describe the latent of an image completely.
         rate_knob: key of the configuration that sets how much the latent can tell of an image.
         rate_plural, rate_setting: its values in words, and one of them, to be formatted.
+        statistics: last parts of the names of buffers that only training reads.
         frozen: its state does not change any more.
     """
 
@@ -51,6 +52,7 @@ class Bottleneck(nn.Module, ABC):
     rate_knob: ClassVar[str]
     rate_plural: ClassVar[str]
     rate_setting: ClassVar[str]
+    statistics: ClassVar[tuple[str, ...]] = ()
     frozen: bool = False
 
     @classmethod

@@ -23,7 +23,7 @@ class CompositeQuantizer(TokenBottleneck):
     Each has its own averages and dead codes. Subclasses say what each of them sees, and how their codes make the latent.
     """
 
-    learns_codebook = True
+    learns_codebook, statistics = True, VectorQuantizer.statistics
     rate_knob = "autoencoder.vq.codebook_size"
     rate_plural, rate_setting = "codebook sizes", "codebooks of {:,.0f} codes"
 

@@ -40,6 +40,7 @@ class VectorQuantizer(WideBuffers, TokenBottleneck):
     rate_knob = "autoencoder.vq.codebook_size"
     rate_plural, rate_setting = "codebook sizes", "a codebook of {:,.0f} codes"
     operation, impl = "vector_quantize", "auto"  # for dae.models.kernels
+    statistics = ("average_counts", "average_sums")
     buffer_dtypes = (torch.float32,)
     codebook: Tensor  # [K, D]
     average_counts: Tensor  # [K]

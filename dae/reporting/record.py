@@ -123,9 +123,12 @@ def contradictions(output: Path, metrics: dict) -> list[str]:
     found, sampling = [], output / "samples" / "sampling.json"
     if sampling.is_file() and json.loads(sampling.read_text()) != metrics["sampling"]:
         found.append("The samples shown were drawn after the measurements: run evaluate.py again, then report.py.")
-    model = output / "prior" / "model.safetensors"
-    if model.is_file() and fingerprint(model.parent) != metrics["sampling"]["prior"]:
-        found.append("The prior was trained anew after the measurements: run sample.py and evaluate.py again, then report.py.")
+    for name in ("prior", "autoencoder"):
+        model, drawn_from = output / name / "model.safetensors", metrics["sampling"].get(name)  # earlier versions: of the prior
+        if model.is_file() and drawn_from is not None and fingerprint(model.parent) != drawn_from:
+            found.append(
+                f"The {name} was trained anew after the measurements: run sample.py and evaluate.py again, then report.py."
+            )
     return found
 
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from dae.config import KernelsConfig, SamplingConfig
-from dae.hub import CONFIG, fingerprint, require_model
+from dae.hub import CONFIG, require_model
 from dae.models import Autoencoder, Prior, choose_kernels
+from dae.models.latent import brief, identities
 from dae.precision import own_arithmetic
 from dae.priors import PRIORS, family_of
 
@@ -32,11 +33,12 @@ def load_chain(
     output, options = Path(output_dir), {"device": device, "torch_dtype": torch_dtype}
     autoencoder = Autoencoder.from_pretrained(require_model(output / "autoencoder", "train_dae"), **options)
     prior = prior_class(require_model(output / "prior", "train_prior")).from_pretrained(output / "prior", **options)
-    if prior.tokenizer != fingerprint(output / "autoencoder"):
+    if prior.tokenizer not in (known := identities(output / "autoencoder")):
         what = "tokens" if family_of(prior).discrete else "latents"
         raise ValueError(
-            f"{output / 'prior'} was trained on the {what} of another autoencoder than {output / 'autoencoder'}: "
-            "encode the data again (recipes/encode.py) and train the prior again (recipes/train_prior.py)"
+            f"{output / 'prior'} was trained on the {what} of another autoencoder than {output / 'autoencoder'} (latent "
+            f"{brief(prior.tokenizer)}, not {brief(known[0])}): encode the data again (recipes/encode.py) and train the "
+            "prior again (recipes/train_prior.py)"
         )
     for model in (autoencoder, prior):
         choose_kernels(model, kernels or KernelsConfig())

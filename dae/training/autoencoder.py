@@ -18,6 +18,7 @@ from dae.distributed import failing_together, in_global_order, rank, run_on_firs
 from dae.losses import PerceptualLoss, reconstruction_loss
 from dae.metrics import CodebookUsage, psnr
 from dae.models import Autoencoder, choose_kernels
+from dae.models.latent import identify
 from dae.models.pretrained_encoder import PretrainedEncoder
 from dae.progress import progress_bar
 from dae.quantizers import Encoding
@@ -26,6 +27,7 @@ from dae.training.adversary import Adversary, build_discriminator
 from dae.training.checkpoint import Checkpoint
 from dae.training.engine import Engine
 from dae.training.initialization import load_decoder, load_encoder
+from dae.training.latent import images_to_measure, latent_with_moments
 from dae.training.loop import Training, is_due, validation_images
 from dae.training.optimization import build_optimizer
 from dae.training.pictures import reconstruction_sheet
@@ -98,12 +100,21 @@ def train_stages(
             training = StageTraining(config, stage, autoencoder, loaders, engine, perceptual, new_codebook=learns_anew)
             train_stage(training, heldout, run, steps_before, training.state.restore(resumed))
             resumed = None
+            if run is not None:
+                name_latent(config, autoencoder, loaders, stages[0])
             if run is not None and stage is not stages[-1]:
                 run_on_first_process(functools.partial(autoencoder.save_pretrained, run.folder / stage.name))
             if run is not None and training.adversary is not None and stage.name in (folders := saved_discriminators(config)):
                 save = training.adversary.discriminator.save_pretrained
                 run_on_first_process(functools.partial(save, run.folder / folders[stage.name]))
         steps_before += stage.config.max_train_steps
+
+
+def name_latent(config: Config, autoencoder: Autoencoder, loaders: Loaders, first: Stage) -> None:
+    """Measure the latent for `latent.json`, unless it is that of the stage before; always on the images of the first stage."""
+    known = autoencoder.latent
+    if known is None or not known.images or identify(autoencoder) is not known:
+        autoencoder.latent = latent_with_moments(config, autoencoder, loaders(first, "latent"), images_to_measure(first))
 
 
 def train_stage(training: StageTraining, heldout: AnyDataset | None, run: Run | None, steps_before: int, start: int) -> None:

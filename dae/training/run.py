@@ -17,7 +17,7 @@ from dae.config import Config, DataConfig, Difference, config_differences, from_
 from dae.data.sources import source_name
 from dae.distributed import agree, failing_together, rank, run_on_first_process, world_size
 from dae.files import append_line, replaced_folder, write_file
-from dae.hub import CONFIG, MODEL_FILES, WEIGHTS, holds_model
+from dae.hub import CONFIG, LATENT, MODEL_FILES, WEIGHTS, holds_model
 from dae.lock import require_lock
 from dae.training.checkpoint import STATE, Checkpoint, Checkpoints
 from dae.training.stages import DISCRIMINATOR, Stage, plan_stages
@@ -110,8 +110,9 @@ class Run:
                     for part in ("", DISCRIMINATOR):
                         if holds_model(source / part):
                             (new / part).mkdir(exist_ok=True)
-                            for file in (WEIGHTS, CONFIG):
-                                shutil.copyfile(source / part / file, new / part / file)
+                            for file in (WEIGHTS, CONFIG, LATENT):
+                                if (source / part / file).is_file():  # an autoencoder of earlier versions has no latent.json
+                                    shutil.copyfile(source / part / file, new / part / file)
             if not holds_model(target):
                 raise FileNotFoundError(
                     f"{target} holds no model, and {checkpoint.path}, of a later stage, cannot restore it: resume from one of "
@@ -227,7 +228,8 @@ class Run:
 
     def outputs(self, *stages: str) -> list[str]:
         """The files, relative to `folder`, that are there when the run and the models of its earlier `stages` are finished."""
-        return [*MODEL_FILES, "config.yaml", *(f"{s}/{file}" for s in stages for file in (CONFIG, WEIGHTS))]
+        own = [LATENT] if self.name == "autoencoder" else []
+        return [*MODEL_FILES, *own, "config.yaml", *(f"{s}/{file}" for s in stages for file in (CONFIG, WEIGHTS))]
 
     def history(self) -> list[dict]:
         """All that `record` wrote, oldest first; half a line, which a crash may leave, is left out.

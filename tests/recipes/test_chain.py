@@ -44,7 +44,10 @@ def test_models_load_and_describe_themselves(chain):
     autoencoder, prior = load_chain(chain)
     assert autoencoder.config.decoder.family == "full" and not autoencoder.training
     assert Autoencoder.from_pretrained(chain / "autoencoder" / "stage1").config.decoder.family == "narrow"
-    assert ARPrior.from_pretrained(chain / "prior").tokenizer == fingerprint(chain / "autoencoder") == prior.tokenizer
+    latent = Autoencoder.from_pretrained(chain / "autoencoder" / "stage1").latent
+    assert autoencoder.latent == latent and latent.images == 160 and latent.transform["center_crop"] is True
+    cached = json.loads((chain / "tokens" / "cache.json").read_text())["fingerprint"]["tokenizer"]
+    assert ARPrior.from_pretrained(chain / "prior").tokenizer == latent.id == prior.tokenizer == cached
     for name, text in (("autoencoder", "psnr"), ("prior", "bits_per_token")):
         card = (chain / name / "README.md").read_text()
         assert card.startswith("---\n") and text in card and "hyper-parameters are ours" in card

@@ -53,7 +53,7 @@ def test_diffusion_transformer_is_trained_and_delivered(flow, history):
     assert [row["step"] for row in validations] == [4, 8, 12] and all(0 < row["loss"] < 10 for row in validations)
     assert rows[-1].keys() == {"step", "stage", "split", "bits_per_image"} and rows[-1]["split"] == "delivered"
     prior = load_chain(flow)[1]
-    assert isinstance(prior, DiT) and prior.tokenizer == fingerprint(flow / "autoencoder") and not prior.training
+    assert isinstance(prior, DiT) and prior.tokenizer == load_chain(flow)[0].latent.id and not prior.training
     best = min(validations, key=lambda row: row["loss"])
     average = load_file(flow / "prior" / f"checkpoint-{best['step']}" / "ema.safetensors")
     assert all(torch.equal(value, average[key]) for key, value in load_file(flow / "prior" / "model.safetensors").items())

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 LATEST = "resume_from_checkpoint=latest"
 MODEL = ("model.safetensors", "config.json", "README.md", "config.yaml")
 PROMISED = {
-    "train_dae": [f"autoencoder/{name}" for name in MODEL],
+    "train_dae": [f"autoencoder/{name}" for name in (*MODEL, "latent.json")],
     "encode": ["tokens/tokens.safetensors", "tokens/cache.json"],
     "train_prior": [f"prior/{name}" for name in MODEL],
     "sample": ["samples/samples.npz", "samples/sampling.json", "samples/grid.png", "samples/png/000007_class7.png"],

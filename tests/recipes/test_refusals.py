@@ -1,6 +1,7 @@
 """Bad input: a clear error before anything is trained, no folder that pretends to be a run, nothing lost of an earlier one."""
 
 import errno
+import json
 import os
 import shutil
 from pathlib import Path
@@ -8,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+
+from dae.hub import fingerprint
 
 CHAIN = ("train_dae", "encode", "train_prior", "sample", "evaluate", "report")
 
@@ -135,6 +138,38 @@ def test_stale_tokens(copied_chain, run, contents, overrides, what):
     with pytest.raises(ValueError, match=f"stale.*another {what}.*recipes/encode.py"):
         run("train_prior", copied_chain, *overrides)
     assert contents(copied_chain) == before and not (copied_chain / "prior").exists()
+
+
+def test_another_decoder(copied_chain, tmp_path, run):
+    """Of the same latent: tokens and prior are still right, the samples are not, as they were decoded by the other."""
+    run("train_dae", tmp_path / "other", "stage2.learning_rate=1e-4")
+    ids = [
+        json.loads((folder / "autoencoder" / "latent.json").read_text())["id"] for folder in (tmp_path / "other", copied_chain)
+    ]
+    assert ids[0] == ids[1]
+    shutil.rmtree(copied_chain / "autoencoder")
+    shutil.copytree(tmp_path / "other" / "autoencoder", copied_chain / "autoencoder")
+    with pytest.raises(ValueError, match=r"samples in .* are of another decoder than .*recipes/sample.py"):
+        run("evaluate", copied_chain)
+    run("train_prior", copied_chain, "resume_from_checkpoint=latest")
+    run("sample", copied_chain, "sampling.num_samples=10")
+
+
+def test_folders_of_earlier_versions(copied_chain, run):
+    """Without latent.json the whole autoencoder is fingerprinted, as in the caches and priors made then; a new one names it."""
+    for part, key in (("tokens/cache.json", ("fingerprint", "tokenizer")), ("prior/config.json", ("tokenizer",))):
+        description = values = json.loads((copied_chain / part).read_text())
+        for name in key[:-1]:
+            values = values[name]
+        values[key[-1]] = fingerprint(copied_chain / "autoencoder")
+        (copied_chain / part).write_text(json.dumps(description))
+    latent = copied_chain / "autoencoder" / "latent.json"
+    for known in (True, False):
+        if not known:
+            latent.unlink()
+        run("sample", copied_chain, "sampling.num_samples=10")
+        shutil.move(copied_chain / "prior", copied_chain / f"prior-{known}")
+        run("train_prior", copied_chain, "prior.max_train_steps=2")
 
 
 def test_another_autoencoder(copied_chain, tmp_path, run, contents):

@@ -240,7 +240,7 @@ def test_other_data_are_refused(tmp_path, run, kill, image_folder, picture, cont
 
 def test_prior_of_other_tokens_is_refused(whole, tmp_path, run, contents):
     """The prior's own configuration is the same; the tokenizer was trained again."""
-    run("train_dae", tmp_path, *STEPS, "seed=0", "stage2.learning_rate=1e-4")
+    run("train_dae", tmp_path, *STEPS, "seed=0", "stage1.learning_rate=1e-4")
     run("encode", tmp_path, *STEPS)
     shutil.copytree(whole / "prior", tmp_path / "prior")
     before = contents(tmp_path / "prior")
