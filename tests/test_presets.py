@@ -4,7 +4,7 @@ import pytest
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dae.cli import config_from_command_line
-from dae.config import PRESETS, load_config, save_config
+from dae.config import PRESETS, load_config, save_config, with_overrides
 from dae.models import Autoencoder
 
 KNOWN = {  # parameters: of the published models where one is named, else of today's network
@@ -49,6 +49,13 @@ def test_what_is_saved_is_resolved(tmp_path, monkeypatch):
     save_config(config, tmp_path / "config.yaml")
     monkeypatch.setitem(PRESETS, "kl_f8", PRESETS["kl_f8"]._replace(values={"latent_channels": 99}))  # of a later version
     assert load_config(tmp_path / "config.yaml") == config
+
+
+def test_an_override_of_a_configuration_lies_on_top(caplog):
+    config = with_overrides(load_config(None, []), ["autoencoder.preset=kl_f8", "autoencoder.num_blocks=1"])
+    assert config == load_config(None, ["autoencoder.num_blocks=1", "autoencoder.preset=kl_f8"])
+    assert config.autoencoder.latent_channels == 4
+    assert "autoencoder.num_blocks" in caplog.text  # the order of the two says which was meant to go before
 
 
 def test_an_unknown_one_names_the_nearest():

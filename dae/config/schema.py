@@ -345,7 +345,8 @@ class Config:
     )
     init_from: Optional[str] = knob(
         None,
-        "start the autoencoder from trained weights: output folder of a run, folder of a saved autoencoder, or Hub id; encoder, "
+        "start the autoencoder from trained weights: output folder of a run, folder of a saved autoencoder or of diffusers, or "
+        "Hub id; encoder, "
         "bottleneck, and the decoder of each stage if one of that architecture is there",
         path=True,
     )

@@ -103,6 +103,9 @@ def check_options(options: Mapping[str, Any], name: str, source: str) -> tuple[l
     for key in numbers:
         if type(options[key]) is not int or options[key] < 1:
             refuse("a positive number", key)
+    sizes = options["sample_size"] if isinstance(options["sample_size"], list) else [options["sample_size"]]
+    if not sizes or any(type(size) is not int or size < 1 for size in sizes):
+        refuse("a positive number", "sample_size")
     widths, attends = options["block_out_channels"], [block.startswith("Attn") for block in options["down_block_types"]]
     if not isinstance(widths, list) or not widths or any(type(width) is not int or width < 1 for width in widths):
         refuse("a list of positive numbers", "block_out_channels")
@@ -185,6 +188,12 @@ def rename_earlier(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         inside = ".attentions." in name and leaf in EARLIER_DIFFUSERS
         found[f"{parent}.{EARLIER_DIFFUSERS[leaf]}.{end}" if inside else name] = tensor
     return found
+
+
+def is_diffusers_folder(path: str | Path) -> bool:
+    """Whether diffusers saved an autoencoder, or a pipeline with one, into `path`; with whatever weights."""
+    folders = [Path(path) / part for part in (".", *PIPELINE_PARTS)]
+    return any((folder / CONFIG).is_file() and any(folder.glob("diffusion_pytorch_model*")) for folder in folders)
 
 
 def read_folder(path: str | Path, variant: str | None = None) -> tuple[dict[str, Any], dict[str, Tensor], Path]:

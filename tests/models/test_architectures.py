@@ -51,6 +51,7 @@ def test_shapes(architecture, family, bottleneck):
         output = model(pictures(2, 3, height, width))
         assert output.sample.shape == (2, 3, height, width)
         assert output.encoding.latents.shape == output.encoding.features.shape == (2, 4, height // 2, width // 2)
+    model.eval()
     assert model.encode(pictures(0, 3)).latents.shape == (0, 4, 4, 4)
     rebuilt = Autoencoder.from_config(model.to_config())
     rebuilt.load_state_dict(model.state_dict())

@@ -1,5 +1,6 @@
 """Weights both ways between our `ldm` and diffusers' AutoencoderKL and VQModel: same outputs, same sizes, the same bits back."""
 
+import dataclasses
 import json
 import shutil
 
@@ -9,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from dae.config import AutoencoderConfig, DecoderConfig, LDMConfig, VQConfig
 from dae.models import Autoencoder
+from dae.training.initialization import load_decoder, load_encoder
 
 diffusers = pytest.importorskip("diffusers", reason="the extra `peers` is not installed: outputs are compared with diffusers'")
 
@@ -143,6 +145,21 @@ def test_the_latents_scale_is_kept_and_none_is_made_up(tmp_path):
     assert (scale("kept"), scale("told"), scale("new")) == ((0.3, 0.5), (2.0, 0.5), (1.0, None))
 
 
+def test_training_starts_from_such_a_folder(tmp_path):
+    """init_from= of a configuration that makes the same network, also for images of another size."""
+    theirs("AutoencoderKL", "attention in some levels", tmp_path / "vae")
+    given = Autoencoder.from_diffusers(tmp_path)
+    config = dataclasses.replace(given.config, attention_resolutions=[16])
+    for source in (tmp_path, tmp_path / "vae"):
+        torch.manual_seed(1)
+        new = Autoencoder(config, 3, 32)
+        load_encoder(new, str(source))
+        assert load_decoder(new, str(source))
+        assert all(torch.equal(tensor, given.state_dict()[key]) for key, tensor in new.state_dict().items())
+    with pytest.raises(ValueError, match=r"the encoder of init_from=.* is a checkpoint of another architecture"):
+        load_encoder(Autoencoder(dataclasses.replace(config, base_channels=64), 3, 32), str(tmp_path))
+
+
 def test_earlier_names_and_convolutions_in_attention(tmp_path):
     theirs("AutoencoderKL", "attention in some levels", tmp_path)
     expected = Autoencoder.from_diffusers(tmp_path).state_dict()
@@ -201,6 +218,7 @@ def saved(tmp_path_factory):
         ("AutoencoderKL", {"block_out_channels": [32]}, "one block type for each number of channels"),
         ("AutoencoderKL", {"block_out_channels": [32, "64"]}, "a list of positive numbers can be read"),
         ("AutoencoderKL", {"layers_per_block": 0}, "layers_per_block=0; a positive number"),
+        ("AutoencoderKL", {"sample_size": "big"}, "sample_size='big'; a positive number can be read"),
         ("AutoencoderKL", {"batch_norm_eps": 1e-4}, "batch_norm_eps=0.0001, an option that cannot be read"),
         ("AutoencoderKL", {"layers_per_block": 2}, r"does not fit its configuration \(\d+ missing: .*up_blocks.0.resnets.2"),
         ("AutoencoderKL", {"latent_channels": 5}, r"of another shape: \S*conv_\S+ is .*, expected"),
