@@ -185,7 +185,7 @@ class ClockedStep(TrainingStep):
                 watch_prior(clock, training.prior)
             return
         autoencoder = training.autoencoder
-        if training.stage.latent_frozen or not compiled:
+        if training.stage.trains_decoder_alone or not compiled:
             watch_encoder(clock, autoencoder)
         if not compiled:
             watch_decoder(clock, autoencoder)

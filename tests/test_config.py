@@ -415,8 +415,7 @@ def test_shipped_files_step(path, method):
     images = torch.rand(2, config.data.channels, config.data.resolution, config.data.resolution) * 2 - 1
     for stage in plan_stages(config):
         autoencoder = build(config, stage).train()
-        if stage.latent_frozen:
-            autoencoder.freeze_latent()
+        stage.freeze(autoencoder)
         output = autoencoder(images)
         loss = reconstruction_loss(output.sample, images, stage.config.loss) + output.encoding.loss
         if stage.config.loss.adversarial:

@@ -30,8 +30,7 @@ def autoencoder_training(*overrides, which=0, device=CPU, engine=None):
     images = torch.rand(40, 1, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
     data = [{"image": image} for image in images]
     autoencoder = build_autoencoder(config, stage)
-    if stage.latent_frozen:
-        autoencoder.freeze_latent()
+    stage.freeze(autoencoder)
     autoencoder.to(device).train()
 
     def loaders(stage, purpose):

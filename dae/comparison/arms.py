@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import re
 from dataclasses import dataclass
 
-from dae.config import CompareConfig, Config, config_differences, knobs, with_overrides
+from dae.config import CompareConfig, Config, StageConfig, config_differences, knobs, with_overrides
 from dae.training import plan_stages
 
 
@@ -76,14 +77,18 @@ def require_matched(config: Config, arms: list[Arm]) -> None:
         if found := [str(d) for d in config_differences(config, arm_config(config, arm)) if roles[d.key] != "arm"]:
             problems.append(f"{arm.name} in {'; '.join(found)}")
     if problems:
-        free = dict.fromkeys(re.sub(r"\..*", ".*", key) for key, role in roles.items() if role == "arm")
+        held = {key.partition(".")[0] for key, role in roles.items() if role != "arm"}
+        free = dict.fromkeys(
+            key if key.partition(".")[0] in held else re.sub(r"\..*", ".*", key) for key, role in roles.items() if role == "arm"
+        )
         raise ValueError(
             f"the arms are not matched: {'. '.join(problems)}. An arm may change {' and '.join(free)}; change the rest for all "
             "arms alike, in the configuration"
         )
     # One-stage arms are optimised by stage1: different settings in stage2 would affect only the two-stage arms.
     alike = ("length", "second stage")
-    between = [str(d) for d in config_differences(config.stage1, config.stage2) if roles[f"stage1.{d.key}"] not in alike]
+    second = StageConfig(**{f.name: getattr(config.stage2, f.name) for f in dataclasses.fields(StageConfig)})
+    between = [str(d) for d in config_differences(config.stage1, second) if roles[f"stage1.{d.key}"] not in alike]
     if between and len({len(plan_stages(arm_config(config, arm))) for arm in arms}) > 1:
         raise ValueError(
             f"the arms are not matched: stage1 and stage2 differ in {'; '.join(between)}, and arms of one stage train as "

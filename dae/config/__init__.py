@@ -2,6 +2,7 @@
 
 from dae.config.architecture import (
     AutoencoderConfig,
+    AuxiliaryDecoderConfig,
     BSQConfig,
     DecoderConfig,
     FSQConfig,
@@ -37,6 +38,7 @@ from dae.config.schema import (
     OptimizationConfig,
     PriorConfig,
     SamplingConfig,
+    SecondStageConfig,
     StageConfig,
 )
 
@@ -44,6 +46,7 @@ __all__ = [
     "PRESETS",
     "RENAMED",
     "AutoencoderConfig",
+    "AuxiliaryDecoderConfig",
     "BSQConfig",
     "CompareConfig",
     "Config",
@@ -63,6 +66,7 @@ __all__ = [
     "PriorConfig",
     "RVQConfig",
     "SamplingConfig",
+    "SecondStageConfig",
     "StageConfig",
     "VQConfig",
     "ViTConfig",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import List, Optional
 
@@ -39,6 +40,18 @@ class DecoderConfig:
     latent_mask: float = knob(
         0.0, "any family, in training: share of its latents that are replaced by the batch's mean latent", ge=0, lt=1
     )
+
+
+@dataclass
+class AuxiliaryDecoderConfig(DecoderConfig):
+    keep: bool = knob(
+        False,
+        "stage 2 goes on with the weights of this decoder, not with new ones: for full and dropout, which are the same network",
+    )
+
+    def without_keep(self) -> DecoderConfig:
+        """The decoder alone, as `AutoencoderConfig.decoder` holds it."""
+        return DecoderConfig(**{f.name: getattr(self, f.name) for f in dataclasses.fields(DecoderConfig)})
 
 
 @dataclass

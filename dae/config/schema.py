@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import List, Optional
 
-from dae.config.architecture import AutoencoderConfig, DecoderConfig
+from dae.config.architecture import AutoencoderConfig, AuxiliaryDecoderConfig
 from dae.config.knobs import knob, section
 
 LARGEST_SEED = 2**63 - 1
@@ -162,6 +162,16 @@ class OptimizationConfig:
 @dataclass
 class StageConfig(OptimizationConfig):
     loss: LossConfig = section(LossConfig, "weights of the losses")
+
+
+@dataclass
+class SecondStageConfig(StageConfig):
+    codebook: str = knob(
+        "frozen",
+        "frozen, as the encoder is; trainable: it goes on learning, so that the tokens of stage 1 are not those of stage 2",
+        choices=("frozen", "trainable"),
+        role="arm",
+    )
 
 
 @dataclass
@@ -357,11 +367,11 @@ class Config:
     hub_model_id: Optional[str] = knob(None, "repository to upload to", role="free")
     data: DataConfig = section(DataConfig, "images")
     autoencoder: AutoencoderConfig = section(AutoencoderConfig, "architecture", run="autoencoder")
-    auxiliary_decoder: DecoderConfig = section(
-        lambda: DecoderConfig(family="narrow"), "the weak decoder of stage 1", role="arm", run="autoencoder"
+    auxiliary_decoder: AuxiliaryDecoderConfig = section(
+        lambda: AuxiliaryDecoderConfig(family="narrow"), "the weak decoder of stage 1", role="arm", run="autoencoder"
     )
     stage1: StageConfig = section(StageConfig, "encoder, quantizer and auxiliary decoder", run="autoencoder")
-    stage2: StageConfig = section(StageConfig, "the real decoder on the frozen latent", run="autoencoder")
+    stage2: SecondStageConfig = section(SecondStageConfig, "the real decoder on the frozen latent", run="autoencoder")
     prior: PriorConfig = section(PriorConfig, "prior over the latent", run="prior")
     kernels: KernelsConfig = section(KernelsConfig, "which implementation of an operation runs, where it runs", role="free")
     sampling: SamplingConfig = section(SamplingConfig, "sampling", role="judging")

@@ -115,25 +115,36 @@ class Autoencoder(PretrainedModel):
         targets = (images,) if self.training and isinstance(self.decoder, ProjectionDecoder) else ()
         return Reconstruction(self.decoder(encoding.latents, *targets), encoding)
 
-    def freeze_latent(self) -> None:
-        """Freeze encoder and bottleneck for good: no gradients, no codebook update, evaluation mode even after `.train()`."""
+    def freeze_latent(self, *, codebook: bool = True) -> None:
+        """Freeze encoder and bottleneck for good: no gradients, no codebook update, evaluation mode even after `.train()`.
+
+        Without `codebook` the encoder alone: the bottleneck goes on learning.
+        """
         self.latent_frozen = True
-        self.bottleneck.frozen = True
         self.encoder.requires_grad_(False)
-        self.bottleneck.requires_grad_(False)
+        if codebook:
+            self.bottleneck.frozen = True
+            self.bottleneck.requires_grad_(False)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Autoencoder:
         super().train(mode)
         if self.latent_frozen:
             self.encoder.eval()
+        if self.bottleneck.frozen:
             self.bottleneck.eval()
         return self
 
-    def replace_decoder(self, decoder: DecoderConfig) -> None:
-        """Replace the decoder by a freshly initialised one (the switch from stage 1 to stage 2)."""
+    def replace_decoder(self, decoder: DecoderConfig, *, keep_weights: bool = False) -> None:
+        """Replace the decoder by a freshly initialised one (the switch from stage 1 to stage 2), or by one of the same weights.
+
+        RuntimeError: weights are to be kept, and the decoders are not the same network.
+        """
+        weights = self.decoder.state_dict() if keep_weights else None
         self.config = dataclasses.replace(self.config, decoder=decoder)
         new = build_decoder(self.config, self.image_channels, self.resolution)
+        if weights is not None:
+            new.load_state_dict(weights)
         self.decoder = new.to(self.device, self.dtype).train(self.training)
         self.decoder.gradient_checkpointing = self.encoder.gradient_checkpointing
 

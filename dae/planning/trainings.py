@@ -44,8 +44,7 @@ def stage_training(config: Config, stage: Stage, autoencoder: Autoencoder, engin
         return TrainLoader(data.train, stage.config.train_batch_size, seed=0, num_workers=config.data.num_workers)
 
     autoencoder = autoencoder.to(engine.device).train()
-    if stage.latent_frozen:
-        autoencoder.freeze_latent()
+    stage.freeze(autoencoder)
     return StageTraining(config, stage, autoencoder, loaders, engine, perceptual, new_codebook=False)
 
 

@@ -65,7 +65,7 @@ def run_page(run: Record) -> web.Page:
     page.section("Reconstructions", reconstructions(run))
     if run.tables:
         page.section("Data", *data_tables(run))
-    page.section("Training", autoencoder_curves(run.autoencoder), prior_curves(run))
+    page.section("Training", autoencoder_curves(run), prior_curves(run))
     if run.num_codes:
         page.section("Codebook", codebook(run.metrics.get("codebook")))
     else:
@@ -149,7 +149,8 @@ def reconstructions(run: Record) -> Html:
     for name in (n for n in rebuilt if n in run.pictures):
         words = f"{DECODERS[name]} ({rebuilt[name]['decoder']})"
         rows.append((words, strip(run.pictures[name][:columns], f"the same images through the {words}")))
-    why = f"Both decoders read the same {codes(run)}, so what differs is the decoder's doing. " if "stage 1" in rebuilt else ""
+    same = "stage 1" in rebuilt and run.config.stage2.codebook == "frozen"
+    why = f"Both decoders read the same {codes(run)}, so what differs is the decoder's doing. " if same else ""
     quality = ", ".join(f"{DECODERS[n]} {number(v['psnr'], 1)}\u00a0dB (SSIM {number(v['ssim'], 3)})" for n, v in rebuilt.items())
     caption = f"Held-out images, encoded into {codes(run)} and decoded again. {why}PSNR over all held-out images: {quality}."
     return web.figure(web.strips(rows), caption)
@@ -164,14 +165,16 @@ def data_tables(run: Record) -> list[Html]:
     return [part for words, table in pairs for part in (paragraph(words), web.table(("what", "read"), table, prose=(0, 1)))]
 
 
-def autoencoder_curves(history: list[dict]) -> Html:
+def autoencoder_curves(run: Record) -> Html:
     charts: list[Html] = []
     stages: dict[str, list[dict]] = {}
-    for row in history:
+    for row in run.autoencoder:
         stages.setdefault(row["stage"], []).append(row)
-    words = "encoder frozen" if "finetune" in stages else "encoder frozen, new decoder"
+    decoder_kept = "finetune" in stages or run.config.auxiliary_decoder.keep
+    words = "encoder frozen" if decoder_kept else "encoder frozen, new decoder"
     switch = [(rows[-1]["step"], words) for rows in list(stages.values())[:-1]]
-    rule = " The rule marks the switch: from there on, only the real decoder learns." if switch else ""
+    learning = "only the real decoder learns" if run.config.stage2.codebook == "frozen" else "only decoder and codebook learn"
+    rule = f" The rule marks the switch: from there on, {learning}." if switch else ""
     for split, key, axis, caption in (
         ("train", "loss", "reconstruction loss", "Autoencoder, training images: reconstruction loss, on a logarithmic scale."),
         ("validation", "psnr", "PSNR, dB", "Autoencoder, held-out images: PSNR of reconstructions; higher is better."),

@@ -87,15 +87,16 @@ def train_stages(
     """
     stages, steps_before = plan_stages(config), 0
     for stage in stages:
-        if stage is not stages[0] and not stage.keeps_decoder:
+        if stage.keeps_decoder and stage.decoder != autoencoder.config.decoder:
+            autoencoder.replace_decoder(stage.decoder, keep_weights=True)
+        elif stage is not stages[0] and not stage.keeps_decoder:
             set_seed(config.seed, stage.name, "decoder")
             autoencoder.replace_decoder(stage.decoder)
             if config.init_from:
                 load_decoder(autoencoder, config.init_from)
-        if stage.latent_frozen:
-            autoencoder.freeze_latent()
+        stage.freeze(autoencoder)
         if resumed is None or resumed.state["stage"] == stage.name:
-            learns_anew = resumed is None and not config.init_from
+            learns_anew = resumed is None and not config.init_from and stage is stages[0]
             perceptual = build_perceptual_loss(config, stage)
             training = StageTraining(config, stage, autoencoder, loaders, engine, perceptual, new_codebook=learns_anew)
             train_stage(training, heldout, run, steps_before, training.state.restore(resumed))
@@ -146,7 +147,7 @@ def train_stage(training: StageTraining, heldout: AnyDataset | None, run: Run | 
 
 
 class StageTraining(Training):
-    """The training step of a stage: of the whole autoencoder, or of the decoder alone while encoder and bottleneck are frozen.
+    """The training step of a stage: of the autoencoder, as far as it is not frozen, or of the decoder alone on a frozen latent.
 
     Args:
         autoencoder: with the decoder of `stage`, on the engine's device.
@@ -172,13 +173,13 @@ class StageTraining(Training):
         self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
         self._place(autoencoder, config, autoencoder.device)
         loader = loaders(stage, "order")
-        self.learns_codebook = autoencoder.bottleneck.learns_codebook and not stage.latent_frozen
+        self.learns_codebook = autoencoder.bottleneck.learns_codebook and not stage.trains_decoder_alone
         if self.learns_codebook and new_codebook:
             initialize_codebook(config, autoencoder, loaders(stage, "codebook"))
         if isinstance(autoencoder.encoder, PretrainedEncoder) and new_codebook:
             measure_latent(autoencoder.encoder, loaders(stage, "statistics"), stage.config.train_batch_size)
         autoencoder.enable_gradient_checkpointing(stage.config.gradient_checkpointing)
-        trained = autoencoder.decoder if stage.latent_frozen else autoencoder
+        trained = autoencoder.decoder if stage.trains_decoder_alone else autoencoder
         super().__init__(config, stage.config, stage.name, trained, autoencoder, loader, engine)
 
         loss = stage.config.loss
@@ -219,7 +220,7 @@ class StageTraining(Training):
             with self.engine.autocast():
                 distance = self.perceptual(sample, images).mean()
             reconstruction = reconstruction + loss_config.perceptual * distance
-        loss = reconstruction if self.stage.latent_frozen else reconstruction + encoding.loss
+        loss = reconstruction if self.stage.trains_decoder_alone else reconstruction + encoding.loss
         if self.adversary is not None and self.adversary.weight(number) > 0:
             loss = loss + self.adversary.generator_term(reconstruction, sample, number)
         self.backward(loss)
@@ -230,7 +231,7 @@ class StageTraining(Training):
         return reconstruction.detach()
 
     def reconstruct(self, images: Tensor) -> tuple[Tensor, Encoding]:
-        if not self.stage.latent_frozen:
+        if not self.stage.trains_decoder_alone:
             output = self.model(images)
             return output.sample, output.encoding
         with torch.no_grad(), self.engine.autocast():

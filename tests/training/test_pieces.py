@@ -9,7 +9,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dae.config import Config, DecoderConfig, LossConfig, OptimizationConfig, StageConfig, load_config
+from dae.config import AuxiliaryDecoderConfig, Config, DecoderConfig, LossConfig, OptimizationConfig, StageConfig, load_config
 from dae.models import Autoencoder
 from dae.seeding import seed_for
 from dae.training import EMA, build_optimizer, build_scheduler, plan_stages
@@ -170,14 +170,15 @@ def config_of(method):
     config.stage1.max_train_steps, config.stage2.max_train_steps = 30, 20
     config.stage1.learning_rate, config.stage2.learning_rate = 0.1, 0.2
     config.stage2.loss = LossConfig(l1=1.0, adversarial=0.5, adversarial_start=7)
-    config.auxiliary_decoder = DecoderConfig("narrow", dropout=0.4)
+    config.auxiliary_decoder = AuxiliaryDecoderConfig("narrow", dropout=0.4)
     return config
 
 
 def test_stages_of_dae():
     config = config_of("dae")
     one, two = plan_stages(config)
-    assert (one.name, one.decoder, one.latent_frozen, one.config) == ("stage1", config.auxiliary_decoder, False, config.stage1)
+    weak = DecoderConfig("narrow", dropout=0.4)
+    assert (one.name, one.decoder, one.latent_frozen, one.config) == ("stage1", weak, False, config.stage1)
     assert (two.name, two.decoder, two.latent_frozen, two.config) == ("stage2", config.autoencoder.decoder, True, config.stage2)
 
 
@@ -196,7 +197,7 @@ def test_stages_of_the_baselines(method):
     before = dataclasses.asdict(config)
     (stage,) = plan_stages(config)
     assert (stage.name, stage.latent_frozen) == ("joint", False)
-    decoders = {"joint": config.autoencoder.decoder, "weak": config.auxiliary_decoder}
+    decoders = {"joint": config.autoencoder.decoder, "weak": DecoderConfig("narrow", dropout=0.4)}
     assert stage.decoder == decoders.get(method, DecoderConfig("dropout", dropout=0.4))
     assert stage.config.max_train_steps == 50 and stage.config.learning_rate == 0.1  # as many steps in all
     assert stage.config.loss == LossConfig(l1=1.0, adversarial=0.5, adversarial_start=37)
