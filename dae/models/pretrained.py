@@ -6,7 +6,8 @@ import difflib
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,13 +17,26 @@ from torch import Tensor, nn
 
 from dae.hub import CONFIG, WEIGHTS
 from dae.optional import optional
-from dae.precision import wide
+from dae.precision import WideBuffers, wide
 
 log = logging.getLogger(__name__)
 INPUT = ("input_size", "interpolation", "mean", "std")  # what a network expects of an image, as timm names it
 
+_weights = True
 
-class PretrainedNetwork(nn.Module):
+
+@contextmanager
+def without_weights() -> Iterator[None]:
+    """Inside the block `PretrainedNetwork.load` makes networks of random weights: to plan what a training takes."""
+    global _weights
+    before, _weights = _weights, False
+    try:
+        yield
+    finally:
+        _weights = before
+
+
+class PretrainedNetwork(WideBuffers, nn.Module):
     """A network of timm whose weights never change: no gradients of its own, evaluation mode whatever is asked for.
 
     Args:
@@ -38,7 +52,7 @@ class PretrainedNetwork(nn.Module):
         super().__init__()
         self.network, self.description = network.requires_grad_(False), description
         for name in ("mean", "std"):
-            self.register_buffer(name, torch.tensor(description[name]).reshape(-1, 1, 1), persistent=False)
+            self.register_buffer(name, torch.tensor(description[name]).reshape(-1, 1, 1))
         self.train(False)
 
     @classmethod
@@ -77,13 +91,13 @@ class PretrainedNetwork(nn.Module):
             if name.startswith("hf-hub:"):
                 _, architecture, model_args = timm.models.load_model_config_from_hf(name.removeprefix("hf-hub:"))
             source, options = f"local-dir:{name}" if folder.is_dir() else name, dict(model_args or {})
-            network = timm.create_model(source, pretrained=True, num_classes=0)
+            network = timm.create_model(source, pretrained=_weights, num_classes=0)
             settings = timm.data.resolve_model_data_config(network)
             if grid is not None and hasattr(network, "feature_info"):
                 side = grid * network.feature_info[-1]["reduction"]
                 if network.pretrained_cfg.get("fixed_input_size") and tuple(settings["input_size"][1:]) != (side, side):
                     options["img_size"] = side
-                    network = timm.create_model(source, pretrained=True, num_classes=0, img_size=side)
+                    network = timm.create_model(source, pretrained=_weights, num_classes=0, img_size=side)
                 settings = settings | {"input_size": (settings["input_size"][0], side, side)}
         except (OSError, RuntimeError) as error:
             raise FileNotFoundError(
@@ -94,7 +108,8 @@ class PretrainedNetwork(nn.Module):
             size = "" if grid is None else f" for a feature map of {grid} x {grid}"
             raise ValueError(f"{asked_by}: timm cannot make it{size} ({' '.join(str(error).split())})") from error
         fixed = bool(getattr(network, "pretrained_cfg", {}).get("fixed_input_size"))
-        description = {"model": name, "timm": timm.__version__, "weights_sha256": weights_sha256(network)}
+        digest = weights_sha256(network) if _weights else "0" * 64
+        description = {"model": name, "timm": timm.__version__, "weights_sha256": digest}
         made = {"architecture": architecture, "model_args": options, "fixed_input_size": fixed}
         return cls(network, description | {key: settings[key] for key in INPUT} | made)
 

@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from torch.utils.weak import WeakIdKeyDictionary
 
+from dae.models.pretrained import without_weights
 from dae.training.engine import LocalEngine
 from dae.training.loop import Training
 
@@ -97,6 +98,7 @@ def without_values(on_gpu: bool) -> Iterator[None]:
         if on_gpu:
             stack.enter_context(standing_for_cuda())
         stack.enter_context(_FakeTensors())
+        stack.enter_context(without_weights())
         yield
 
 
@@ -221,7 +223,7 @@ def _ledger(training: Training, batch: dict[str, Tensor], at: At | None = None) 
 def _kept(training: Training, batch: dict[str, Tensor]) -> dict[str, list[Tensor]]:
     """Tensors that are there between steps."""
     state = training.state
-    modules = [*state.modules.values(), *filter(None, [getattr(training, "perceptual", None)])]
+    modules = [*state.modules.values(), *_frozen_networks(training).values()]
     moments = [entry for optimizer in state.optimizers.values() for entry in optimizer.state.values()]
     return {
         "weights": [t for m in modules for t in itertools.chain(m.parameters(), m.buffers())],
@@ -238,6 +240,13 @@ def _parts(training: Training, batch: dict[str, Tensor], alive: int) -> dict[str
     return {part: sizes.get(part, alive - sum(sizes.values())) for part in PARTS}
 
 
+def _frozen_networks(training: Training) -> dict[str, nn.Module]:
+    """What a training reads and no checkpoint holds: of the perceptual loss, and under the heads of a discriminator."""
+    discriminator = getattr(getattr(training, "adversary", None), "discriminator", None)
+    found = {"loss network": getattr(training, "perceptual", None), "its network": getattr(discriminator, "backbone", None)}
+    return {name: module for name, module in found.items() if module is not None}
+
+
 def parameters_of(training: Training) -> dict[str, int]:
     """Number of parameters of each part: encoder, bottleneck, decoder, or prior; discriminator, loss network."""
     model = training.state.modules["model"]
@@ -245,6 +254,5 @@ def parameters_of(training: Training) -> dict[str, int]:
     if hasattr(model, "encoder"):
         parts = {name: getattr(model, name) for name in ("encoder", "bottleneck", "decoder")}
     parts |= {name: module for name, module in training.state.modules.items() if name not in ("model", "lecam")}
-    if (network := getattr(training, "perceptual", None)) is not None:
-        parts["loss network"] = network
+    parts |= _frozen_networks(training)
     return {name: sum(p.numel() for p in module.parameters()) for name, module in parts.items()}

@@ -11,8 +11,10 @@ from tiny_training import TINY, autoencoder_training, weights
 
 from dae.config import load_config
 from dae.models import Autoencoder
+from dae.models.latent import identify, saved_latent
 from dae.models.pretrained import weights_sha256
 from dae.models.pretrained_encoder import PretrainedEncoder
+from dae.planning.plan import plan_autoencoder
 from dae.training.autoencoder import measure_latent
 from dae.training.stages import plan_stages
 
@@ -167,3 +169,48 @@ def test_a_real_network():
     config = dataclasses.replace(load_config(TINY, list(RAE)).autoencoder, encoder=str(folder), latent_channels=320)
     autoencoder = Autoencoder(config, 3, 8).eval()
     assert autoencoder.encode(torch.zeros(2, 3, 8, 8)).latents.shape == (2, 320, 2, 2)
+
+
+def test_noise_on_the_latent_is_of_decoder_training_alone(timm):
+    """`decoder.latent_noise` is the weakener of `auxiliary_decoder`: the real decoder takes it, too."""
+    plain, noisy = (made(*RAE, f"autoencoder.decoder.latent_noise={noise}") for noise in (0.0, 0.5))
+    noisy.load_state_dict(plain.state_dict())
+    latents = plain.encode(IMAGES).latents
+    assert torch.equal(plain.decode(latents).sample, noisy.decode(latents).sample)
+    noisy.train()
+    assert not noisy.encoder.backbone.training and torch.equal(noisy.encode(IMAGES).latents, latents)
+    assert not torch.equal(plain.decode(latents).sample, noisy.decode(latents).sample)
+    training = autoencoder_training(*RAE, "autoencoder.decoder.latent_noise=0.5", which=0)
+    quiet = autoencoder_training(*RAE, which=0)
+    losses = []
+    for each in (training, quiet):
+        each.step(0)
+        losses.append(each.state.losses[0])
+    assert losses[0] != losses[1]
+
+
+def test_the_latent_has_an_identity(timm, tmp_path):
+    """The network's weights, its input and the statistics make it; the name under which it was found does not."""
+    folders = [write_folder(tmp_path / name, "stages", seed=seed) for name, seed in (("a", 0), ("b", 0), ("c", 1))]
+    ids = []
+    for folder in folders:
+        torch.manual_seed(0)
+        autoencoder = made(*RAE, f"autoencoder.encoder={folder}")
+        autoencoder.save_pretrained(tmp_path / "saved" / folder.name)
+        ids.append(identify(autoencoder).id)
+        assert saved_latent(tmp_path / "saved" / folder.name).id == ids[-1]
+        half = Autoencoder.from_pretrained(tmp_path / "saved" / folder.name, torch_dtype=torch.bfloat16)
+        half.save_pretrained(tmp_path / "half")
+        assert saved_latent(tmp_path / "half").id == ids[-1]
+    assert ids[0] == ids[1] != ids[2]
+    autoencoder.encoder.set_latent_statistics(torch.randn(8), torch.rand(8) + 0.5)
+    assert identify(autoencoder).id != ids[2]
+
+
+def test_planned_without_weights(timm, monkeypatch):
+    """`--plan` traces the step on tensors without values, for which no weights are read."""
+    features = ("stage2.loss.adversarial=1", "stage2.loss.discriminator=features", "stage2.loss.discriminator_features=tokens")
+    config = load_config(TINY, [*RAE, *features, "stage2.loss.discriminator_heads=2"])
+    lines = "\n".join(plan_autoencoder(config, "H100"))
+    assert "latents of 8 channels" in lines and "its network" in lines and "stage1" not in lines
+    assert not any(pretrained for _, pretrained, _ in timm.asked)
