@@ -159,9 +159,9 @@ class ClockedEngine(LocalEngine):
         super().backward(loss)
         self.clock.stamp("forward", "losses")
 
-    def clip(self, parameters: Iterable[Tensor], max_norm: float) -> None:
+    def clip(self, parameters: Iterable[Tensor], max_norm: float) -> Tensor:
         self.clock.stamp("update", "gradient clipping")
-        super().clip(parameters, max_norm)
+        return super().clip(parameters, max_norm)
 
     def step(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
         self.clock.stamp("update", "AdamW")

@@ -29,6 +29,7 @@ from dae.seeding import seed_for
 from dae.training import Run, Stage, end_training, make_accelerator, plan_stages
 from dae.training.autoencoder import build_autoencoder, train_stages
 from dae.training.engine import AcceleratorEngine
+from dae.training.preflight import preflight_autoencoder
 from dae.training.rehearsal import rehearse_chain, require_measurable, sampled_classes
 from dae.training.stages import saved_discriminators
 
@@ -57,6 +58,8 @@ def train(config: Config) -> Path:
     if summary:
         print("\n".join(summary.lines()))
 
+    if resumed is None:
+        preflight_autoencoder(config, loaders, engine.device)
     autoencoder = build_autoencoder(config, stages[0]).to(engine.device)
     train_stages(config, autoencoder, loaders, engine, heldout=data.validation, run=run, resumed=resumed)
 

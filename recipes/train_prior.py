@@ -38,6 +38,7 @@ from dae.training.encodings import cache_class
 from dae.training.engine import AcceleratorEngine
 from dae.training.initialization import load_prior
 from dae.training.pictures import sample_sheet
+from dae.training.preflight import preflight_prior
 from dae.training.prior import Best, PriorTraining, deliver, fit_at_once, train_by_steps
 from dae.training.rehearsal import sampled_classes
 
@@ -63,9 +64,11 @@ def train(config: Config) -> Path:
         choose_kernels(prior, config.kernels)
         classes = sampled_classes(config, data.class_names, data.labels)
         summary = summarize_data(data) if accelerator.is_main_process else None
-        loader = None
-        if not family.fitted:
-            loader = TrainLoader(cache.train, settings.train_batch_size, seed=seed_for(config.seed, "prior", "order"))
+
+        def make_loader() -> TrainLoader:
+            return TrainLoader(cache.train, settings.train_batch_size, seed=seed_for(config.seed, "prior", "order"))
+
+        loader = None if family.fitted else make_loader()
     repository = f"{config.hub_model_id}-prior"
     if config.push_to_hub:
         run_on_first_process(lambda: prepare_repository(repository))
@@ -80,6 +83,8 @@ def train(config: Config) -> Path:
     def save_best(best: Best) -> None:
         prior.save_pretrained(run.folder, card=card(best.step))
 
+    if resumed is None:
+        preflight_prior(config, family, prior, make_loader, accelerator.device)
     if loader is None:
         fit_at_once(prior, family, cache, run, resumed, card)
     else:

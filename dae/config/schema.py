@@ -98,7 +98,7 @@ class LossConfig:
     adversarial_start: int = knob(0, "step of the stage at which the adversarial loss is switched on", ge=0, role="second stage")
     adversarial_ramp: int = knob(0, "steps over which it rises to its weight", ge=0, role="second stage")
     lecam: float = knob(0.0, "weight of LeCam regularisation of the discriminator, for few images", ge=0, role="second stage")
-    r1: float = knob(0.0, "gamma of the gradient penalty R1 of the discriminator", ge=0, role="second stage")
+    r1: float = knob(0.0, "weight of the gradient penalty R1 of the discriminator, its gamma", ge=0, role="second stage")
     r1_every: int = knob(16, "steps between two penalties, each with as many times its weight", ge=1, role="second stage")
     spectral_norm: bool = knob(False, "spectral normalisation of the discriminator's convolutions", role="second stage")
     augment: List[str] = knob(
@@ -345,6 +345,9 @@ class Config:
     report_to: str = knob("tensorboard", "accelerate's tracker", choices=("none", "tensorboard", "wandb", "trackio"), role="free")
     logged_images: int = knob(
         8, "reconstructions and samples that each validation shows in the tracker; 0 shows none", ge=0, le=1000, role="free"
+    )
+    preflight: bool = knob(
+        True, "before training, take a few steps on copies and refuse what does not train: see docs/training.md", role="free"
     )
     logging_steps: int = knob(10, "steps between two entries of the training log", ge=1, role="free")
     validation_steps: int = knob(200, "steps between validations, each of at most as many images as were trained on since", ge=1)

@@ -62,6 +62,22 @@ def build_perceptual_loss(config: Config, stage: Stage) -> PerceptualLoss | None
     return PerceptualLoss.from_pretrained(stage.config.loss.perceptual_weights)
 
 
+def enter_stage(config: Config, stage: Stage, autoencoder: Autoencoder, *, first: bool) -> None:
+    """The switch to a stage: its decoder, new or with the weights at `init_from`, and the latent frozen if it says so.
+
+    Args:
+        first: the stage that `build_autoencoder` built the decoder of.
+    """
+    if stage.keeps_decoder and stage.decoder != autoencoder.config.decoder:
+        autoencoder.replace_decoder(stage.decoder, keep_weights=True)
+    elif not first and not stage.keeps_decoder:
+        set_seed(config.seed, stage.name, "decoder")
+        autoencoder.replace_decoder(stage.decoder)
+        if config.init_from:
+            load_decoder(autoencoder, config.init_from)
+    stage.freeze(autoencoder)
+
+
 def train_stages(
     config: Config,
     autoencoder: Autoencoder,
@@ -87,14 +103,7 @@ def train_stages(
     """
     stages, steps_before = plan_stages(config), 0
     for stage in stages:
-        if stage.keeps_decoder and stage.decoder != autoencoder.config.decoder:
-            autoencoder.replace_decoder(stage.decoder, keep_weights=True)
-        elif stage is not stages[0] and not stage.keeps_decoder:
-            set_seed(config.seed, stage.name, "decoder")
-            autoencoder.replace_decoder(stage.decoder)
-            if config.init_from:
-                load_decoder(autoencoder, config.init_from)
-        stage.freeze(autoencoder)
+        enter_stage(config, stage, autoencoder, first=stage is stages[0])
         if resumed is None or resumed.state["stage"] == stage.name:
             learns_anew = resumed is None and not config.init_from and stage is stages[0]
             perceptual = build_perceptual_loss(config, stage)
@@ -200,6 +209,14 @@ class StageTraining(Training):
     def _place(self, module: nn.Module, config: Config, device: torch.device) -> None:
         module.to(device=device, memory_format=self.layout)  # type: ignore[call-overload]
         choose_kernels(module, config.kernels)
+
+    def frozen(self) -> list[nn.Module]:
+        encoder = [self.autoencoder.encoder] if self.stage.latent_frozen else []
+        bottleneck = [self.autoencoder.bottleneck] if self.stage.trains_decoder_alone else []
+        return [*encoder, *bottleneck, *([] if self.perceptual is None else [self.perceptual])]
+
+    def learned_codebook(self) -> nn.Module | None:
+        return self.autoencoder.bottleneck if self.learns_codebook else None
 
     def update_codebook(self) -> None:
         if self.learns_codebook:

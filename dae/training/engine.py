@@ -34,8 +34,8 @@ class Engine(Protocol):
     def backward(self, loss: Tensor) -> None:
         """Add the gradients of the loss."""
 
-    def clip(self, parameters: Iterable[Tensor], max_norm: float) -> None:
-        """Scale the gradients down to a global norm of at most `max_norm`; the host waits for no device."""
+    def clip(self, parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+        """Scale the gradients down to a global norm of at most `max_norm`; the host waits for no device. Returns what it was."""
 
     def step(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
         """One step of each, and no gradients afterwards."""
@@ -87,8 +87,8 @@ class AcceleratorEngine:
                     stack.enter_context(self.accelerator.no_sync(module))
             yield
 
-    def clip(self, parameters: Iterable[Tensor], max_norm: float) -> None:
-        self.accelerator.clip_grad_norm_(parameters, max_norm)
+    def clip(self, parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+        return self.accelerator.clip_grad_norm_(parameters, max_norm)
 
     def step(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
         for optimizer in optimizers:
@@ -135,11 +135,11 @@ class LocalEngine:
     def backward(self, loss: Tensor) -> None:
         (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
-    def clip(self, parameters: Iterable[Tensor], max_norm: float) -> None:
+    def clip(self, parameters: Iterable[Tensor], max_norm: float) -> Tensor:
         if self.scaler is not None:
             for optimizer in self.optimizers:
                 self.scaler.unscale_(optimizer)
-        nn.utils.clip_grad_norm_(parameters, max_norm)
+        return nn.utils.clip_grad_norm_(parameters, max_norm)
 
     def step(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
         for optimizer in optimizers:

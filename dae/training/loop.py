@@ -117,6 +117,14 @@ class Training:
                 self.state.ema.move(self.trained)
         return loss
 
+    def frozen(self) -> list[nn.Module]:
+        """Modules that the step reads and must not change."""
+        return []
+
+    def learned_codebook(self) -> nn.Module | None:
+        """The bottleneck whose codes the step moves without gradients, if it does."""
+        return None
+
     def is_last(self, micro: int) -> bool:
         return micro == self.settings.gradient_accumulation_steps - 1
 

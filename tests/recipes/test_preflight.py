@@ -1,0 +1,36 @@
+"""The recipes take preflight's steps before theirs, and theirs are the same with and without."""
+
+import pytest
+
+SHORT = ("stage1.max_train_steps=2", "stage2.max_train_steps=2", "prior.max_train_steps=2", "data.random_flip=true")
+
+
+def test_a_run_is_the_same_with_preflight_and_without(tmp_path, run, history, contents):
+    for name, preflight in (("with", "true"), ("without", "false")):
+        for each in ("train_dae", "encode", "train_prior"):
+            run(each, tmp_path / name, *SHORT, f"preflight={preflight}")
+    (one, other), weights = (contents(tmp_path / name) for name in ("with", "without")), 0
+    assert one.keys() == other.keys()
+    for file in (f for f in one if f.endswith(".safetensors")):
+        assert one[file] == other[file], file
+        weights += 1
+    assert weights >= 10
+    for part in ("autoencoder", "prior"):
+        assert history(tmp_path / "with" / part) == history(tmp_path / "without" / part)
+
+
+def test_what_does_not_train_is_refused_before_the_first_step(tmp_path, run, history, monkeypatch):
+    def detached(self, images, original=None):
+        output = original(self, images)
+        output.sample = output.sample.detach().requires_grad_()
+        return output
+
+    from dae.models import Autoencoder
+
+    forward = Autoencoder.forward
+    with monkeypatch.context() as broken:
+        broken.setattr(Autoencoder, "forward", lambda self, images: detached(self, images, forward))
+        with pytest.raises(ValueError, match=r"^stage1: .*preflight=false$"):
+            run("train_dae", tmp_path, *SHORT, "preflight=true")
+    assert history(tmp_path / "autoencoder") == []
+    run("train_dae", tmp_path, *SHORT, "preflight=true")  # the folder is free
