@@ -274,9 +274,10 @@ def _check_losses(training: Training, batch: dict[str, Tensor], number: int) -> 
     first, again = gradients(training, batch, number), gradients(training, batch, number)
     noise = 2 * first.distance(again)  # 0 where the device computes the same bits each time
     sections = [(f"{name}.loss", settings.loss, True)] if isinstance(settings, StageConfig) else []
-    own = {
-        id(c): (type(m).__name__, c, False) for m in training.trained.modules() if _is_section(c := getattr(m, "config", None))
-    }
+    modules = list(training.trained.modules())
+    if any(module in modules for module in training.frozen()):  # an encoder that a commitment would draw, for example
+        modules = []
+    own = {id(c): (type(m).__name__, c, False) for m in modules if _is_section(c := getattr(m, "config", None))}
     for where, section, must_count in [*sections, *own.values()]:
         for knob, weight in weights_of_losses(section):
             setattr(section, knob, weight * FACTOR)
