@@ -37,6 +37,7 @@ from training_steps import TrainingStep, state_bytes
 from dae.config import Config, KernelsConfig
 from dae.models import Autoencoder, choose_kernels
 from dae.models.layers import Downsample, GroupNorm, ResidualBlock, SelfAttention2d, Upsample
+from dae.models.ldm import PaddedDownsample
 from dae.planning.trainings import stage_training
 from dae.training import graphs, plan_stages
 from dae.training.engine import LocalEngine, set_backends
@@ -99,8 +100,8 @@ def diffusers_block(block: nn.Module) -> nn.Module | None:
             found |= zip((f"to_{name}.{key}" for name in "qkv"), found.pop(f"qkv.{key}").chunk(3), strict=True)
         peer.load_state_dict(found)
         return peer
-    if isinstance(block, Downsample):
-        peer = Downsample2D(block.in_channels, use_conv=True, padding=1, name="op")
+    if isinstance(block, (Downsample, PaddedDownsample)):  # without padding of its own theirs pads at the end, too
+        peer = Downsample2D(block.in_channels, use_conv=True, padding=int(isinstance(block, Downsample)), name="op")
         peer.conv.load_state_dict(weights)
         return peer
     if isinstance(block, Upsample):

@@ -69,8 +69,10 @@ def import_legacy(
     found, channels = infer_config(weights, layout, str(checkpoint), resolution)
     scale = check_against(found, channels, theirs, str(config)) if theirs is not None else None
     autoencoder = Autoencoder.from_layout(layout, weights, found, channels, resolution, str(checkpoint))
+    if scale is not None:  # of the latent, which its identity and diffusers' configuration hold
+        autoencoder.diffusers_config["scaling_factor"] = scale
     if diffusers is not None:  # which may lack such a network: before ours is written
-        autoencoder.to_diffusers(diffusers, scaling_factor=scale)
+        autoencoder.to_diffusers(diffusers)
     autoencoder.save_pretrained(output)
     return autoencoder
 

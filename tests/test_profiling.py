@@ -19,7 +19,8 @@ import torch
 
 from dae.config import load_config
 from dae.models import Autoencoder
-from dae.models.layers import ResidualBlock
+from dae.models.layers import Downsample, ResidualBlock
+from dae.models.ldm import PaddedDownsample
 from dae.planning.trainings import stage_training
 from dae.training import plan_stages
 from dae.training.autoencoder import build_autoencoder
@@ -343,14 +344,15 @@ def test_step_beside_diffusers(tmp_path):
         assert 0 < pair["speed"]["p20"] <= pair["speed"]["median"] <= pair["speed"]["p80"]
 
 
-def test_another_model_is_not_compared(clock):
+@pytest.mark.parametrize("architecture", ["conv", "ldm"])
+def test_another_model_is_not_compared(clock, architecture):
     """A block with another epsilon, say, would be a benchmark of something else."""
     pytest.importorskip("diffusers")
     bench_step = importlib.import_module("bench_step")
-    config = load_config(PHOTOS, [*TINY, "autoencoder.attention_resolutions=[4]"])
+    config = load_config(PHOTOS, [*TINY, "autoencoder.attention_resolutions=[4]", f"autoencoder.architecture={architecture}"])
     model = Autoencoder(config.autoencoder, 3, 16)
     peer = bench_step.with_diffusers_blocks(model)
-    assert not any(isinstance(module, ResidualBlock) for module in peer.modules())
+    assert not any(isinstance(module, (ResidualBlock, Downsample, PaddedDownsample)) for module in peer.modules())
     assert bench_step.difference(config, [model, peer], torch.device("cpu")) < 1e-6
     for module in peer.modules():
         if isinstance(module, torch.nn.GroupNorm):

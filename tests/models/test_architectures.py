@@ -2,6 +2,9 @@
 
 import copy
 import dataclasses
+import importlib
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -155,6 +158,16 @@ def test_compiled_as_one_graph(architecture):
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     images = pictures()
     torch.testing.assert_close(compiled(images).sample, model(images).sample, rtol=1e-5, atol=1e-5)  # float32 in another order
+
+
+def test_time_of_a_network_without_levels_is_one_block(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "profiling"))
+    clock = importlib.import_module("clock")
+    watched, model = [], make("vit")
+    watcher = SimpleNamespace(watch=lambda module, block: watched.append((module, block)))
+    clock.watch_encoder(watcher, model)
+    clock.watch_decoder(watcher, model)
+    assert watched == [(model.encoder, "encoder"), (model.bottleneck, "bottleneck"), (model.decoder, "decoder")]
 
 
 def test_a_transformer_knows_where_its_patches_are():

@@ -244,6 +244,7 @@ def test_a_diffusers_folder_too(tmp_path):
     import_legacy(tmp_path / "a.ckpt", tmp_path / "ours", **options)
     peer = diffusers.AutoencoderKL.from_pretrained(tmp_path / "vae").eval()
     assert (peer.config.scaling_factor, peer.config.sample_size) == (0.25, 32)
+    assert Autoencoder.from_pretrained(tmp_path / "ours").latent.scale == 0.25
     assert_same(Autoencoder.from_diffusers(tmp_path / "vae"), theirs)
     x = torch.rand(1, 3, 16, 16)
     with torch.no_grad():
