@@ -52,7 +52,7 @@ def corrupted(latents_BDhw: Tensor, noise: float, mask: float) -> Tensor:
 def channel_moments(z_BDhw: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation [D], float64, over images and positions of the global batch; a collective."""
     z_BDhw = z_BDhw.double()
-    count = z_BDhw.new_tensor([z_BDhw[:, 0].numel()])
+    count = z_BDhw.new_full((1,), z_BDhw[:, 0].numel())  # a graph cannot record a copy from the host
     sums = summed_with_gradients(torch.cat([z_BDhw.sum((0, 2, 3)), z_BDhw.square().sum((0, 2, 3)), count]))
     mean_D, square_D = (sums[:-1] / sums[-1]).chunk(2)
     variance_D = (square_D - mean_D.square()).clamp_min(torch.finfo(torch.float64).tiny)  # of a constant channel no gradient

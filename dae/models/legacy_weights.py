@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dae.config import AutoencoderConfig, LDMConfig, VQConfig
 from dae.models.weight_layouts import LDM, LLAMAGEN, Layout
+from dae.quantizers import bottleneck_class
 
 STATE_DICTS = ("ema", "model", "state_dict")  # where a checkpoint has its weights, the first that is there
 WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
@@ -143,7 +144,7 @@ def check_against(config: AutoencoderConfig, image_channels: int, theirs: Mappin
         ("ddconfig.num_res_blocks", stated.get("num_res_blocks"), config.num_blocks),
         ("ddconfig.z_channels", stated.get("z_channels"), config.ldm.z_channels or config.latent_channels),
         ("embed_dim", params.get("embed_dim"), config.latent_channels),
-        ("n_embed", params.get("n_embed"), config.vq.codebook_size if config.bottleneck != "kl" else None),
+        ("n_embed", params.get("n_embed"), config.vq.codebook_size if bottleneck_class(config).discrete else None),
     ]
     if stated.get("attn_resolutions") is not None:
         attends = [size for size in sizes if size in stated["attn_resolutions"]]

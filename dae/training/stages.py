@@ -115,6 +115,11 @@ def _stages(config: Config) -> list[Stage]:
                 f"method={config.method} trains an encoder, autoencoder.encoder={config.autoencoder.encoder} is frozen: set "
                 "method=dae"
             )
+        if config.auxiliary_decoder.keep:
+            raise ValueError(
+                f"auxiliary_decoder.keep=true: with autoencoder.encoder={config.autoencoder.encoder} there is no stage 1 whose "
+                "decoder could be kept; leave it out"
+            )
         return [second("stage2", decoder)]
     if config.method == "dae":
         if (weak := config.auxiliary_decoder).keep and not {weak.family, decoder.family} <= {"full", "dropout"}:

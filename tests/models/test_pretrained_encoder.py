@@ -137,6 +137,7 @@ def test_loaded_without_the_weights_of_the_network(timm, tmp_path, options):
             ValueError,
             "^method=joint trains an encoder, autoencoder.encoder=.* is frozen: set method=dae",
         ),
+        (["auxiliary_decoder.keep=true"], ValueError, "^auxiliary_decoder.keep=true: with .* there is no stage 1"),
         (["autoencoder.encoder=/nowhere"], ValueError, "^autoencoder.encoder=/nowhere: expected a folder with config.json and"),
     ],
 )

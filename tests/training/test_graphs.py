@@ -15,12 +15,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dae.config import load_config
 from dae.training.graphs import WARM_UP, StepGraphs, check_cuda_graphs
 
+pytestmark = pytest.mark.usefixtures("timm")
+FEATURES = (  # a frozen encoder, noise on its latent, and a discriminator on frozen features that sees augmented images
+    "autoencoder.encoder=tokens", "autoencoder.bottleneck=identity", "autoencoder.latent_channels=8",
+    "autoencoder.channel_multipliers=[1,1,2]", "autoencoder.decoder.latent_noise=0.5", "stage2.loss.discriminator=features",
+    "stage2.loss.discriminator_features=stages", "stage2.loss.discriminator_heads=2", "stage2.loss.lecam=0.1",
+    "stage2.loss.augment=[color,translation,cutout]",
+)  # fmt: skip
 TOKENS = torch.arange(40 * 2 * 16).view(40, 2, 16) % 16
 MOMENTS = torch.randn(40, 2, 8, 4, 4, generator=torch.Generator().manual_seed(0))
 EMA = ("stage1.use_ema=true", "stage1.ema_decay=0.9", "prior.use_ema=true", "prior.ema_decay=0.9")
 MAKERS = {
     "vq": lambda *more, **where: autoencoder_training(*GAN, *EMA, "data.random_affine=0.5", *more, **where),
     "gan": lambda *more, **where: autoencoder_training(*GAN, "stage2.loss.adversarial_start=4", *more, which=1, **where),
+    "features": lambda *more, **where: autoencoder_training(*GAN, *FEATURES, *more, **where),
     "accumulation": lambda *more, **where: autoencoder_training(*EMA, "stage1.gradient_accumulation_steps=3", *more, **where),
     "kl": lambda *more, **where: autoencoder_training("autoencoder.bottleneck=kl", *more, **where),
     "ar": lambda *more, **where: prior_training(*EMA, *more, values=TOKENS, **where),
