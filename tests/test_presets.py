@@ -58,6 +58,27 @@ def test_an_override_of_a_configuration_lies_on_top(caplog):
     assert "autoencoder.num_blocks" in caplog.text  # the order of the two says which was meant to go before
 
 
+def test_the_last_that_is_named_counts_also_none():
+    assert load_config(None, ["autoencoder.preset=kl_f8", "autoencoder.preset=kl_f16"]).autoencoder.latent_channels == 16
+    assert load_config(None, ["autoencoder.preset=kl_f8", "autoencoder.preset=null"]) == load_config(None, [])
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("autoencoder: [1]", "autoencoder is a section"),
+        ("autoencoder: 5", "autoencoder is a section"),
+        ("autoencoder: {preset: {a: 1}}", "wrong type at autoencoder.preset"),
+        ("autoencoder: {preset: [kl_f8]}", "wrong type at autoencoder.preset"),
+        ("autoencoder: {preset: '${nowhere}'}", "nowhere"),
+    ],
+)
+def test_what_is_no_name_is_refused(tmp_path, text, message):
+    (tmp_path / "a.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_config(tmp_path / "a.yaml")
+
+
 def test_an_unknown_one_names_the_nearest():
     with pytest.raises(ValueError, match=r"autoencoder.preset: expected one of .*, got 'kl_f9'; did you mean 'kl_f8'\?"):
         load_config(None, ["autoencoder.preset=kl_f9"])

@@ -182,24 +182,22 @@ def _preset(layers: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
     """The layer below all others: the values of the preset that the last of them names. A wrong name is an error of its knob."""
     from omegaconf import OmegaConf
 
-    known = [
-        (source, layer, OmegaConf.select(layer, "autoencoder.preset")) for source, layer in layers if OmegaConf.is_dict(layer)
-    ]
-    named = [(i, source, name) for i, (source, _, name) in enumerate(known) if name in PRESETS]
-    if not named:
+    given = [(source, cast(dict, OmegaConf.to_container(layer))) for source, layer in layers if OmegaConf.is_dict(layer)]
+    inner: list[Any] = [values.get("autoencoder") for _, values in given]
+    naming = [i for i, section in enumerate(inner) if isinstance(section, dict) and "preset" in section]
+    if not naming or not isinstance(name := inner[naming[-1]]["preset"], str) or name not in PRESETS:
         return []
-    last, source, name = named[-1]
-    values = OmegaConf.create({"autoencoder": PRESETS[name].values})
-    for below, layer, _ in known[:last]:
-        if others := [key for key in _keys(values) if OmegaConf.select(layer, key) not in (None, OmegaConf.select(values, key))]:
-            log.warning("%s: %s has other values and keeps them: %s", source, below, ", ".join(others))
-    return [(f"autoencoder.preset={name}", values)]
+    values = {"autoencoder": PRESETS[name].values}
+    for below, layer in given[: naming[-1]]:
+        if others := [key for key in _keys(values) if _look_up(layer, key) not in (None, _look_up(values, key))]:
+            log.warning("%s: %s has other values and keeps them: %s", given[naming[-1]][0], below, ", ".join(others))
+    return [(f"autoencoder.preset={name}", OmegaConf.create(values))]
 
 
-def _keys(layer: Any, prefix: str = "") -> Iterator[str]:
+def _keys(tree: dict, prefix: str = "") -> Iterator[str]:
     """Dotted keys of all values."""
-    for key, value in layer.items():
-        yield from _keys(value, f"{prefix}{key}.") if hasattr(value, "keys") else [f"{prefix}{key}"]
+    for key, value in tree.items():
+        yield from _keys(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}"]
 
 
 def _rename_keys(layer: Any, source: str) -> None:
