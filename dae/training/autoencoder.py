@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from dae.data.tensors import TensorLoader
     from dae.training.run import Run
 
-STATISTICS_IMAGES, STATISTICS_BATCH = 16_384, 64  # of which a latent is measured, and how many are encoded at once
+STATISTICS_IMAGES, STATISTICS_BATCH = 4096, 64  # of which a latent is measured, and how many are encoded at once
 Loaders = Callable[[Stage, str], "TrainLoader | TensorLoader"]  # (stage, purpose) -> batches: to train on, or for k-means
 
 

@@ -11,6 +11,13 @@ RAE = (
 )  # fmt: skip
 
 
+FEATURES = (
+    "stage2.loss.adversarial=0.1", "stage2.loss.discriminator=features", "stage2.loss.discriminator_features=stages",
+    "stage2.loss.discriminator_heads=3", "stage2.loss.augment=[translation,cutout]", "save_discriminator=true",
+    "autoencoder.decoder.latent_noise=0.2", "preflight=true",
+)  # fmt: skip
+
+
 def test_the_chain(tmp_path, timm, run, read_page):
     for name in ("train_dae", "encode", "train_prior", "sample", "evaluate", "report"):
         run(name, tmp_path, *RAE)
@@ -30,9 +37,11 @@ def test_the_chain(tmp_path, timm, run, read_page):
 
 
 def test_resumed(tmp_path, timm, run):
-    """Statistics come from the checkpoint and are not measured again."""
-    run("train_dae", tmp_path / "whole", *RAE)
-    run("train_dae", tmp_path / "parts", *RAE)
-    run("train_dae", tmp_path / "parts2", *RAE, f"resume_from_checkpoint={tmp_path / 'parts' / 'autoencoder' / 'checkpoint-3'}")
-    whole, parts = (load_file(tmp_path / name / "autoencoder" / "model.safetensors") for name in ("whole", "parts2"))
-    assert whole.keys() == parts.keys() and all(torch.equal(whole[key], parts[key]) for key in whole)
+    """With a discriminator on features and noise on the latent; statistics come from the checkpoint."""
+    run("train_dae", tmp_path / "whole", *RAE, *FEATURES)
+    checkpoint = tmp_path / "whole" / "autoencoder" / "checkpoint-3"
+    run("train_dae", tmp_path / "part", *RAE, *FEATURES, f"resume_from_checkpoint={checkpoint}")
+    for file in ("model.safetensors", "discriminator/model.safetensors"):
+        whole, part = (load_file(tmp_path / name / "autoencoder" / file) for name in ("whole", "part"))
+        assert whole.keys() == part.keys() and all(torch.equal(whole[key], part[key]) for key in whole)
+    assert not any("backbone." in key for key in whole), "the discriminator is its heads alone"
