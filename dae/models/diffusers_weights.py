@@ -50,10 +50,13 @@ def config_from_diffusers(
         ValueError: another class, or an option that this architecture does not have.
     """
     name = config.get("_class_name")
-    if name not in OPTIONS:
+    if not isinstance(name, str) or name not in OPTIONS:
         raise ValueError(f"{source} holds a {name!r}: of diffusers' autoencoders AutoencoderKL and VQModel can be read")
     given = {key: value for key, value in config.items() if not key.startswith("_")}
     beside = {"scaling_factor": SCALING_FACTOR} | {key: given.pop(key) for key in BESIDE if given.get(key) is not None}
+    for key in ("scaling_factor", "shift_factor"):
+        if type(beside.get(key, 1.0)) not in (int, float):
+            raise ValueError(f"{source}: {key}={beside[key]!r}, expected a number")
     if unknown := sorted(
         key for key in given if key not in OPTIONS[name] and given[key] not in (None, False) and key not in BESIDE
     ):
@@ -91,7 +94,7 @@ def check_options(options: Mapping[str, Any], name: str, source: str) -> tuple[l
         raise ValueError(f"{source}: {name} with {', '.join(f'{key}={options[key]!r}' for key in keys)}; {expected} can be read")
 
     for key, names in BLOCKS.items():
-        if not isinstance(options[key], list) or set(options[key]) - set(names):
+        if not isinstance(options[key], list) or any(block not in names for block in options[key]):
             refuse(f"blocks of the types {' and '.join(names)}", key)
     numbers = (
         "in_channels",
@@ -106,6 +109,11 @@ def check_options(options: Mapping[str, Any], name: str, source: str) -> tuple[l
     sizes = options["sample_size"] if isinstance(options["sample_size"], list) else [options["sample_size"]]
     if not sizes or any(type(size) is not int or size < 1 for size in sizes):
         refuse("a positive number", "sample_size")
+    for key in ("mid_block_add_attention", "use_quant_conv", "use_post_quant_conv"):
+        if type(options.get(key, True)) is not bool:
+            refuse("true and false", key)
+    if name == "VQModel" and (type(width := options["vq_embed_dim"] or 1) is not int or width < 1):
+        refuse("a positive number or null", "vq_embed_dim")
     widths, attends = options["block_out_channels"], [block.startswith("Attn") for block in options["down_block_types"]]
     if not isinstance(widths, list) or not widths or any(type(width) is not int or width < 1 for width in widths):
         refuse("a list of positive numbers", "block_out_channels")

@@ -147,20 +147,27 @@ def check_against(config: AutoencoderConfig, image_channels: int, theirs: Mappin
         ("n_embed", params.get("n_embed"), config.vq.codebook_size if bottleneck_class(config).discrete else None),
     ]
     if stated.get("attn_resolutions") is not None:
-        attends = [size for size in sizes if size in stated["attn_resolutions"]]
+        said = stated["attn_resolutions"]
+        attends = [size for size in sizes if size in said] if isinstance(said, list) else said
         pairs.append(("ddconfig.attn_resolutions", attends, config.attention_resolutions))
     for name, said, found in pairs:
-        if said is not None and (list(said) if isinstance(found, list) else said) != found:
+        if said is not None and said != found:
             raise ValueError(f"{source} is of another network: {name} is {said} there, {found} in the checkpoint")
-    scale = theirs.get("model", {}).get("params", {}).get("scale_factor")
-    return float(scale) if isinstance(scale, (int, float)) else None
+    scale = section(theirs, "model", "params").get("scale_factor")
+    return float(scale) if isinstance(scale, (int, float)) and not isinstance(scale, bool) else None
 
 
 def described(theirs: Mapping[str, Any], source: str) -> Mapping[str, Any]:
     """The parameters of the autoencoder in a configuration of it, or of a whole diffusion model."""
-    params = theirs.get("model", {}).get("params", {}) if isinstance(theirs, Mapping) else {}
-    inner = params.get("first_stage_config", {}).get("params", {})
+    params, inner = section(theirs, "model", "params"), section(theirs, "model", "params", "first_stage_config", "params")
     found = next((each for each in (inner, params) if isinstance(each.get("ddconfig"), Mapping)), None)
     if found is None:
         raise ValueError(f"{source} describes no autoencoder: expected model.params.ddconfig, or first_stage_config in it")
     return found
+
+
+def section(tree: Any, *path: str) -> Mapping[str, Any]:
+    """The mapping at the end of a path of keys, empty where there is none."""
+    for key in path:
+        tree = tree.get(key) if isinstance(tree, Mapping) else None
+    return tree if isinstance(tree, Mapping) else {}

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from dae.config import AutoencoderConfig, DecoderConfig, LDMConfig, VQConfig
 from dae.models import Autoencoder
+from dae.models.diffusers_weights import OPTIONS, config_from_diffusers
 from dae.training.initialization import load_decoder, load_encoder
 
 diffusers = pytest.importorskip("diffusers", reason="the extra `peers` is not installed: outputs are compared with diffusers'")
@@ -234,6 +235,18 @@ def test_configurations_that_are_refused(saved, tmp_path, kind, changes, message
     with pytest.raises(ValueError, match=message) as caught:
         Autoencoder.from_diffusers(tmp_path)
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["AutoencoderKL", "VQModel"])
+def test_nonsense_in_a_configuration_is_a_message(kind):
+    """Whatever stands where, it is read or refused in one line."""
+    nonsense = (None, 0, -1, 1.5, "x", "", [], [1], [["a"]], [None], {}, {"a": 1}, True)
+    for key in ("_class_name", "scaling_factor", "another", *OPTIONS[kind]):
+        for value in nonsense:
+            try:
+                config_from_diffusers({"_class_name": kind, key: value}, "config.json")
+            except ValueError as error:
+                assert str(error).startswith("config.json") and "\n" not in str(error)
 
 
 def test_folders_that_are_refused(saved, tmp_path):

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 
+from dae.config import AutoencoderConfig
 from dae.models import Autoencoder
+from dae.models.legacy_weights import check_against
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "import_legacy.py"
 import_legacy = runpy.run_path(str(RECIPE))["import_legacy"]
@@ -233,6 +235,20 @@ def test_their_configuration_tells_the_resolution_and_is_compared(tmp_path):
         with pytest.raises(ValueError, match=message):
             import_legacy(tmp_path / "a.ckpt", tmp_path / "other", config=path)
     assert not (tmp_path / "other").exists()
+
+
+def test_nonsense_in_their_configuration_is_a_message():
+    path = ("model", "params", "ddconfig", "ch_mult")
+    for depth in range(1, 5):
+        for value in (None, 0, 1.5, "x", [], [["a"]], {}, True):
+            for key in ("ch_mult", "attn_resolutions", "resolution", "z_channels"):
+                theirs = value
+                for name in reversed([*path[: depth - (depth == 4)], *[key] * (depth == 4)]):
+                    theirs = {name: theirs}
+                try:
+                    check_against(AutoencoderConfig(), 3, theirs, "theirs.yaml")
+                except ValueError as error:
+                    assert str(error).startswith("theirs.yaml") and "\n" not in str(error)
 
 
 def test_a_diffusers_folder_too(tmp_path):
