@@ -13,7 +13,7 @@ from safetensors import safe_open
 import dae.hub
 from dae.config import AutoencoderConfig, DecoderConfig, PriorConfig, VQConfig
 from dae.hub import fingerprint, require_model
-from dae.models import ARPrior, Autoencoder
+from dae.models import ARPrior, Autoencoder, PatchDiscriminator
 from dae.models.latent import identities
 
 
@@ -173,6 +173,7 @@ def test_push_uploads_the_files(monkeypatch, saved):
     (saved / "checkpoint-5").mkdir()
     (saved / "checkpoint-5" / "state.json").write_text("{}")
     (saved / "config.yaml").write_text("seed: 0")
+    PatchDiscriminator(1, 4, 0).save_pretrained(saved / "discriminator")
 
     class Api:
         def __init__(self, **options):
@@ -194,7 +195,8 @@ def test_push_uploads_the_files(monkeypatch, saved):
     assert url == "https://hub/commit/1"
     assert calls[0] == ("token", "t")
     assert calls[1] == ("create", "me/model", {"private": True, "exist_ok": True})
-    assert calls[2] == ("me/model", ["README.md", "config.json", "latent.json", "model.safetensors"])
+    beside = ["discriminator/config.json", "discriminator/model.safetensors"]
+    assert calls[2] == ("me/model", ["README.md", "config.json", *beside, "latent.json", "model.safetensors"])
 
 
 def test_fingerprints(model, tmp_path):

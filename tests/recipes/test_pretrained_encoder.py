@@ -2,8 +2,10 @@
 
 import json
 
+import pytest
 import torch
 from safetensors.torch import load_file
+from timm_stand_in import write_folder
 
 RAE = (
     "autoencoder.encoder=timm:tokens", "autoencoder.bottleneck=identity", "autoencoder.latent_channels=8",
@@ -45,3 +47,15 @@ def test_resumed(tmp_path, timm, run):
         whole, part = (load_file(tmp_path / name / "autoencoder" / file) for name in ("whole", "part"))
         assert whole.keys() == part.keys() and all(torch.equal(whole[key], part[key]) for key in whole)
     assert not any("backbone." in key for key in whole), "the discriminator is its heads alone"
+
+
+def test_resumed_on_another_network(tmp_path, timm, run):
+    """The heads were trained on the features of other weights."""
+    folder, options = write_folder(tmp_path / "network", "stages"), [*RAE, *FEATURES, "preflight=false"]
+    options.append(f"stage2.loss.discriminator_features={folder}")
+    run("train_dae", tmp_path / "run", *options)
+    write_folder(folder, "stages", seed=1)
+    checkpoint = tmp_path / "run" / "autoencoder" / "checkpoint-3"
+    with pytest.raises(ValueError, match=r"loss.discriminator_features=.* has other weights \(SHA-256 .*") as caught:
+        run("train_dae", tmp_path / "other", *options, f"resume_from_checkpoint={checkpoint}")
+    assert "\n" not in str(caught.value)
