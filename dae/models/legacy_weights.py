@@ -78,7 +78,10 @@ def infer_config(
     def shape(name: str) -> list[int]:
         if f"{name}.weight" not in weights:
             raise ValueError(f"{source} has no tensor {name}.weight, which an autoencoder of {layout.title} has")
-        return list(weights[f"{name}.weight"].shape)
+        found = list(weights[f"{name}.weight"].shape)
+        if len(found) < 2 or 0 in found:
+            raise ValueError(f"{source}: {name}.weight is {found}, expected the weights of a layer")
+        return found
 
     def has(role: str, **numbers: int) -> bool:
         return f"{layout.places[role].format(**numbers)}.norm.weight" in weights

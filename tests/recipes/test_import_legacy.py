@@ -330,6 +330,11 @@ def test_classes_of_lightning_are_read_over(tmp_path, monkeypatch):
         (lambda w: without(w, "decoder.conv_in.weight"), "has no tensor decoder.conv_in.weight, which an autoencoder of taming"),
         (lambda w: without(w, "decoder.up.0.block.1.conv1.bias"), "1 missing: decoder.up.0.block.1.conv1.bias"),
         (lambda w: w | {"decoder.norm_out.bias": torch.zeros(5)}, r"decoder.norm_out.bias is \[5\], expected \[32\]"),
+        (
+            lambda w: w | {"encoder.conv_in.weight": torch.zeros(0, 3)},
+            r"encoder.conv_in.weight is \[0, 3\], expected the weights",
+        ),
+        (lambda w: w | {"decoder.conv_in.weight": torch.tensor(1.0)}, r"decoder.conv_in.weight is \[\], expected the weights"),
         (lambda w: [w], "a.ckpt holds a list, expected a dictionary"),
     ],
 )
