@@ -16,7 +16,7 @@ from the first step, and the codebook starts at random. Printed, and written to 
 - profile.png: both as a picture (needs matplotlib). trace_<stage>.json.gz: that step as a Chrome trace, with the same phases
   and blocks in two extra rows; open it in https://ui.perfetto.dev or chrome://tracing.
 
-With --synthetic images are random, and only torch is needed; the prior's tokens are always random.
+With --synthetic images are random, and only torch is needed; the prior's tokens and LPIPS's weights are always random.
 Times of different machines, or of one machine under different load, do not compare; shares within a run do.
 """
 
@@ -180,7 +180,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="as for the recipes, for example compile=true")
     parser.add_argument("--steps", type=int, default=20, help="steps that are timed, after a quarter as many of warm-up")
     parser.add_argument("--stage", action="append", help="only this one: stage1, stage2, joint, prior (may be repeated)")
-    parser.add_argument("--synthetic", action="store_true", help="random images instead of the data set; random LPIPS weights")
+    parser.add_argument("--synthetic", action="store_true", help="random images instead of the data set")
     folder = Path("runs/profile")
     parser.add_argument("--output", type=Path, default=folder, help="folder of picture and traces (default: %(default)s)")
     arguments = parser.parse_intermixed_args()

@@ -356,6 +356,16 @@ def test_mistakes_on_the_command_line_are_one_line(monkeypatch, capsys, tmp_path
 TINY = {
     "imagenet256": ("data.resolution=32", "autoencoder.base_channels=4", "autoencoder.attention_resolutions=[2]"),
     "photos": ("data.resolution=16", "autoencoder.base_channels=4"),
+    "clothing128_kl": ("data.resolution=32", "autoencoder.base_channels=4"),
+    "fashion_mnist_vq": ("autoencoder.base_channels=4",),
+    **{f"cifar10_{kind}": ("data.resolution=16", "autoencoder.base_channels=4") for kind in ("vq", "kl", "fsq")},
+    **dict.fromkeys(
+        ("faceshq256_vqgan", "imagenet256_vqgan", "imagenet256_llamagen", "imagenet256_kl"),
+        (
+            *("data.resolution=32", "autoencoder.base_channels=4", "autoencoder.attention_resolutions=[2]"),
+            *("autoencoder.ldm.z_channels=8", "autoencoder.ldm.norm_num_groups=4"),
+        ),
+    ),
     "digits": ("autoencoder.base_channels=8",),
     "evidence-digits": ("autoencoder.base_channels=8",),
     "evidence-photos": ("autoencoder.base_channels=8",),

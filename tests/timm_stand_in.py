@@ -95,7 +95,7 @@ def make_timm():
         with torch.random.fork_rng():
             torch.manual_seed(len(architecture) if pretrained else 0)  # pretrained weights are the same ones each time
             network = NETWORKS[architecture](**options).eval()
-        if local and (folder / "model.safetensors").stat().st_size:
+        if local and pretrained and (folder / "model.safetensors").stat().st_size:
             weights = load_file(folder / "model.safetensors")
             if "position" in weights:  # as timm does for another size
                 grid = weights["position"].mT.unflatten(2, (4, 4))

@@ -147,7 +147,10 @@ def timed(config: Config, planned: Planned, traced: Trace, known: KnownData, dev
     data = known.classes if planned.name == "prior" else known.images
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), backends(config, device):
-        training = planned.build(dataclasses.replace(config, **smaller), LocalEngine(device, config.mixed_precision), data)
+        try:
+            training = planned.build(dataclasses.replace(config, **smaller), LocalEngine(device, config.mixed_precision), data)
+        except FileNotFoundError as error:  # weights of a frozen network
+            return None, f"{planned.name}: not timed here: {error}"
         seconds: list[float] = []
         while len(seconds) < 3 or (sum(seconds[1:]) < TIMED_SECONDS and len(seconds) < 50):
             start = time.perf_counter()

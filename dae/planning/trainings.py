@@ -17,7 +17,7 @@ from dae.losses import PerceptualLoss
 from dae.models import Autoencoder, choose_kernels
 from dae.priors import prior_family
 from dae.quantizers import bottleneck_class
-from dae.training.autoencoder import StageTraining, build_perceptual_loss
+from dae.training.autoencoder import StageTraining
 from dae.training.encodings import build_cache, cache_class
 from dae.training.engine import Engine
 from dae.training.prior import PriorTraining
@@ -27,16 +27,13 @@ from dae.training.stages import Stage
 def stage_training(config: Config, stage: Stage, autoencoder: Autoencoder, engine: Engine, data: Any = None) -> StageTraining:
     """The training of a stage, with the adversarial loss on from the first step and no codebook initialisation.
 
-    Without `data` (an `ImageData`) the images are random, and so are the perceptual loss's weights, which cost the same as
-    trained ones.
+    Without `data` (an `ImageData`) the images are random. The perceptual loss's weights always are: they cost the same as trained
+    ones.
     """
     loss = dataclasses.replace(stage.config.loss, adversarial_start=0)
     stage = dataclasses.replace(stage, config=dataclasses.replace(stage.config, loss=loss))
-    if data is None:
-        torch.manual_seed(0)
-        perceptual = PerceptualLoss() if loss.perceptual else None
-    else:
-        perceptual = build_perceptual_loss(config, stage)
+    torch.manual_seed(0)
+    perceptual = PerceptualLoss() if loss.perceptual else None
 
     def loaders(stage: Stage, _: str) -> Any:
         if data is None:

@@ -12,7 +12,8 @@ from dae.training.loop import validation_images
 from dae.training.stages import plan_stages
 
 CONFIGS = sorted((Path(__file__).parents[2] / "recipes" / "configs").glob("*.yaml"))
-HELDOUT = {"digits": 360, "photos": 512, "imagenet256": 50_000}  # rows of the held-out split
+HELDOUT = {"digits": 360, "photos": 512, "imagenet256": 50_000, "cifar10": 10_000, "fashion_mnist": 10_000}
+HELDOUT |= {"clothing128": 341, "faceshq256": 1000}  # rows of the held-out split
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
