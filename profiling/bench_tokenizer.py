@@ -1,17 +1,17 @@
 """Train a tokenizer and its peer of diffusers for equal times, in turns in one process, and compare their held-out PSNR.
 
     python profiling/bench_tokenizer.py --config recipes/configs/cifar10_vq.yaml --minutes 20
-    python profiling/bench_tokenizer.py --config recipes/configs/clothing128_kl.yaml data.dataset_name=/data/clothing --json out.jsonl
+    python profiling/bench_tokenizer.py --config recipes/configs/clothing128_kl.yaml data.dataset_name=/data/clothing
 
 The peer of a KL configuration is diffusers' AutoencoderKL, of any other VQModel, built by diffusers' own blocks with the same
 channels, multipliers, residual blocks, attention, latent and codes, and with its own mid blocks and its own quantizer. Both are
-trained by the same step (dae/training): images in the same order, losses, AdamW, clipping, and an average of the weights, which is
-what is measured. `--minutes` is for each; turns of one step go to the model that has trained less so far, so other load on the
-machine slows both. Building the model and placing its codebook count, validation does not. The learning rate is warmed up over the
-first 2 % of the time and then falls by a cosine to 0 at its end, as the number of steps is not known before.
+trained by the same step (dae/training): images in the same order, losses, AdamW, clipping, and an average of the weights, which
+is what is measured. `--minutes` is for each; turns of one step go to the model that has trained less so far, so other load on
+the machine slows both. Building the model and placing its codebook count, validation does not. The learning rate is warmed up
+over the first 2 % of the time and falls by a cosine to 0 at its end, as the number of steps is not known before.
 
-PSNR is the mean over --images held-out images, with a standard error; that of the difference is over the same images. Printed, too:
-steps, images/s, parameters. For a VQ configuration also the share of codes that the held-out images use.
+PSNR is the mean over --images held-out images (all, if there are fewer), with a standard error; that of the difference is over
+the same images. Printed, too: steps, images/s, parameters; with a codebook also the share of codes that these images use.
 """
 
 import dataclasses
@@ -52,14 +52,12 @@ class Peer(nn.Module):
         super().__init__()
         ours = config.autoencoder
         levels = range(len(ours.channel_multipliers))
-        attends = [config.data.resolution >> level in ours.attention_resolutions for level in levels]
+        kinds = ["Attn" if config.data.resolution >> level in ours.attention_resolutions else "" for level in levels]
         options = {
             "in_channels": config.data.channels,
             "out_channels": config.data.channels,
-            "down_block_types": tuple("AttnDownEncoderBlock2D" if attention else "DownEncoderBlock2D" for attention in attends),
-            "up_block_types": tuple(
-                "AttnUpDecoderBlock2D" if attention else "UpDecoderBlock2D" for attention in reversed(attends)
-            ),
+            "down_block_types": tuple(f"{kind}DownEncoderBlock2D" for kind in kinds),
+            "up_block_types": tuple(f"{kind}UpDecoderBlock2D" for kind in reversed(kinds)),
             "block_out_channels": tuple(ours.base_channels * multiplier for multiplier in ours.channel_multipliers),
             "layers_per_block": ours.num_blocks,
             "latent_channels": ours.latent_channels,
@@ -81,6 +79,10 @@ class Peer(nn.Module):
     def device(self) -> torch.device:
         return self.network.device
 
+    @property
+    def encoder(self) -> nn.Module:
+        return self.network.encoder
+
     def enable_gradient_checkpointing(self, enabled: bool) -> None:
         if enabled:
             raise ValueError("the peer has no gradient checkpointing here: leave stage1.gradient_checkpointing=false")
@@ -94,9 +96,8 @@ class Peer(nn.Module):
             return Reconstruction(sample, Encoding(latents, loss, features, indices))
         posterior = network.encode(images).latent_dist
         latents = posterior.sample() if self.training else posterior.mode()
-        return Reconstruction(
-            network.decode(latents).sample, Encoding(latents, self.kl_weight * posterior.kl().mean(), posterior.mean)
-        )
+        loss = self.kl_weight * posterior.kl().mean()
+        return Reconstruction(network.decode(latents).sample, Encoding(latents, loss, posterior.mean))
 
 
 class Untouched(nn.Module):
@@ -108,10 +109,11 @@ class Untouched(nn.Module):
 class Contestant:
     """A model in training, with the time that it took."""
 
-    def __init__(self, name: str, config: Config, build: Callable[[], nn.Module], data: Any, seconds: float):
+    def __init__(
+        self, name: str, config: Config, build: Callable[[], nn.Module], data: Any, seconds: float, device: torch.device
+    ):
         self.name, self.budget, self.steps, self.spent = name, seconds, 0, 0.0
         (stage,) = plan_stages(config)
-        device = torch.device(config_device())
         engine = LocalEngine(device, config.mixed_precision)
         start = time.perf_counter()
 
@@ -160,10 +162,6 @@ class Contestant:
         return torch.cat(ratios), share
 
 
-def config_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def show(contestant: Contestant, ratios: Tensor, share: float | None) -> str:
     codes = "" if share is None else f", {share:.0%} of the codes used"
     return (
@@ -193,7 +191,7 @@ def main() -> None:
         parser.error(" ".join(str(error).split()))
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
-    device = torch.device(config_device())
+    device = torch.device(arguments.device)
     set_backends(config, device)
     where = machine(device, "torch", "diffusers")
     title = " ".join([Path(arguments.config).name, *arguments.overrides])
@@ -201,8 +199,8 @@ def main() -> None:
     (stage,) = plan_stages(config)
     seconds = 60 * arguments.minutes
     contestants = [
-        Contestant("ours", config, lambda: build_autoencoder(config, stage), data, seconds),
-        Contestant("diffusers", config, lambda: Peer(config), data, seconds),
+        Contestant("ours", config, lambda: build_autoencoder(config, stage), data, seconds, device),
+        Contestant("diffusers", config, lambda: Peer(config), data, seconds, device),
     ]
     for each in contestants:
         print(f"{each.name}: {sum(p.numel() for p in each.model.parameters()):,} parameters", flush=True)

@@ -24,6 +24,7 @@ from dae.config import (
 from dae.losses import discriminator_loss, flow_matching_loss, generator_loss, reconstruction_loss
 from dae.models import ARPrior, Autoencoder, DiT, GaussianMixturePrior, PatchDiscriminator
 from dae.priors import prior_family
+from dae.quantizers import bottleneck_class
 from dae.training import build_optimizer, plan_stages
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -392,7 +393,8 @@ def build_prior(config):
     settings, latent = config.prior, config.autoencoder
     side = config.data.resolution >> (len(latent.channel_multipliers) - 1)
     if (family := prior_family(config).name) == "ar":
-        return ARPrior(settings, vocab_size=latent.vq.codebook_size, sequence_length=side**2, num_classes=10)
+        vocabulary, factors = bottleneck_class(latent).vocabulary(latent)
+        return ARPrior(settings, vocab_size=vocabulary, sequence_length=side**2, num_classes=10, factors=factors)
     kind = DiT if family == "dit" else GaussianMixturePrior
     return kind(settings, latent_channels=latent.latent_channels, latent_size=side, num_classes=10)
 
