@@ -344,6 +344,30 @@ def test_step_beside_diffusers(tmp_path):
         assert 0 < pair["speed"]["p20"] <= pair["speed"]["median"] <= pair["speed"]["p80"]
 
 
+TOKENIZER = ("autoencoder.base_channels=8", "stage1.train_batch_size=8", "data.num_workers=0", "--device", "cpu", "--images", 40)
+DIGITS = ROOT / "recipes" / "configs" / "digits.yaml"
+
+
+@pytest.mark.parametrize("bottleneck", ["vq", "kl"])
+def test_tokenizers_in_turns(tmp_path, bottleneck):
+    pytest.importorskip("diffusers")
+    output, overrides = tmp_path / "out.jsonl", ("method=joint", f"autoencoder.bottleneck={bottleneck}")
+    done = run("bench_tokenizer.py", "--config", DIGITS, *overrides, *TOKENIZER, "--minutes", 0.04, "--json", output)
+    (found,) = cases(output)
+    ours, theirs = found["models"]
+    assert (ours["model"], theirs["model"]) == ("ours", "diffusers") and found["n"] == 40
+    for each in (ours, theirs):
+        assert each["steps"] >= 1 and each["seconds"] >= 2.4 and each["psnr"] > 5  # 0.04 minutes
+        assert (each["codes_used"] is None) == (bottleneck == "kl")
+    assert found["gain"] == pytest.approx(ours["psnr"] - theirs["psnr"], abs=1e-6)
+    assert "ours - diffusers" in done.stdout and "n=40" in done.stdout
+
+
+def test_tokenizers_are_compared_in_one_stage(here):
+    pytest.importorskip("diffusers")
+    assert "method=joint" in here("bench_tokenizer.py", "--config", DIGITS, "method=dae", *TOKENIZER, expected=2).err
+
+
 @pytest.mark.parametrize("architecture", ["conv", "ldm"])
 def test_another_model_is_not_compared(clock, architecture):
     """A block with another epsilon, say, would be a benchmark of something else."""

@@ -16,16 +16,9 @@ from dae.training.loop import Training
 from dae.training.stages import plan_stages
 
 CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
-# The others have the modules and losses of these.
-ALIKE = {
-    "cifar10_vq",
-    "cifar10_kl",
-    "fashion_mnist_vq",
-    "clothing128_kl",
-    "faceshq256_vqgan",
-    "imagenet256_llamagen",
-    "imagenet256_kl",
-}
+# These have the modules and losses of the others; the encoder of imagenet256_rae needs timm.
+ALIKE = {"cifar10_vq", "cifar10_kl", "fashion_mnist_vq", "clothing128_kl", "faceshq256_vqgan", "imagenet256_llamagen"}
+ALIKE |= {"imagenet256_kl", "imagenet256_rae"}
 SHIPPED = [path for path in sorted(CONFIGS.glob("*.yaml")) if path.stem not in ALIKE]
 
 STEPS = (
