@@ -210,7 +210,7 @@ def main() -> None:
 
     due = itertools.count(60 * arguments.every, 60 * arguments.every)
     upcoming = next(due)
-    while (current := min(contestants, key=lambda each: each.spent)).spent < seconds:
+    while (current := min(contestants, key=lambda each: (each.steps > 0, each.spent))).spent < seconds or not current.steps:
         current.step()
         if min(each.spent for each in contestants) >= upcoming:
             print("\n".join(itertools.starmap(show, measured())), flush=True)
