@@ -193,7 +193,10 @@ def _features(spec: str, images: Tensor, config: Config, seed: int) -> Found:
         codes = extract_features(classifier, images, config.evaluation.batch_size)
         return Found(codes, f"Features of the small classifier {classifier.identifier}.", {"model": classifier.identifier})
     remedy = "or give features:<file of dae.metrics.Classifier.save>"
-    network = PretrainedNetwork.load(name, f"latent 'features:{name}'", remedy)
+    try:
+        network = PretrainedNetwork.load(name, f"latent 'features:{name}'", remedy)
+    except ValueError as error:
+        raise ValueError(f"{error}; an autoencoder of this project is autoencoder:{name}" if path.is_dir() else error) from error
     with torch.no_grad():
         codes = torch.cat([network(batch) for batch in images.split(64)])
     height, width = network.description["input_size"][1:]

@@ -209,8 +209,7 @@ def _described(folder: Path, asked_by: str) -> tuple[str, dict[str, Any]]:
         architecture = str(config["architecture"])
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ValueError(
-            f"{asked_by}: expected a folder with weights and a {CONFIG} that names timm's `architecture`; an autoencoder of this "
-            f"project is autoencoder:{folder}"
+            f"{asked_by}: expected a folder with {WEIGHTS} and a {CONFIG} that names timm's `architecture`, got {folder}"
         ) from error
     if not (folder / WEIGHTS).is_file():
         raise FileNotFoundError(f"{asked_by}: {folder} holds no {WEIGHTS}: expected the weights of {architecture} in it")

@@ -62,7 +62,7 @@ def test_refusals(timm, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"^loss.x: .* holds no model.safetensors: expected the weights of stages"):
         PretrainedNetwork.load(str(folder), "loss.x")
     (folder / "config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"^loss.x: expected a folder with weights and a config.json"):
+    with pytest.raises(ValueError, match=r"^loss.x: expected a folder with model.safetensors and a config.json"):
         PretrainedNetwork.load(str(folder), "loss.x")
     with pytest.raises(ValueError, match="small: timm gives no feature maps of this network; take another"):
         _ = PretrainedNetwork.load("small", "loss.x").num_layers
