@@ -154,14 +154,14 @@ class ClockedEngine(LocalEngine):
 
         return clocked, optimizer
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
         self.clock.stamp("backward", self.clock.block)
-        super().backward(loss)
+        super().backward(loss, optimizer)
         self.clock.stamp("forward", "losses")
 
-    def clip(self, parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    def clip(self, parameters: Iterable[Tensor], max_norm: float, optimizer: torch.optim.Optimizer) -> Tensor:
         self.clock.stamp("update", "gradient clipping")
-        return super().clip(parameters, max_norm)
+        return super().clip(parameters, max_norm, optimizer)
 
     def step(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
         self.clock.stamp("update", "AdamW")

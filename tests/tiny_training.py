@@ -57,6 +57,19 @@ def weights(training):
     return {f"{file}/{name}": value.clone() for file, part in tensors.items() for name, value in part.items()}, state
 
 
+class ScalingEngine(LocalEngine):
+    """Losses scaled by 2^10; and fp16 on a CPU, which accelerate does not offer, with torch's autocast and scaler as on a GPU."""
+
+    def __init__(self, dtype=None, growth_interval=2000):
+        super().__init__(CPU)
+        self.dtype, self.scales, self.growth_interval = dtype, True, growth_interval
+
+    def prepare(self, module, optimizer):
+        prepared = super().prepare(module, optimizer)
+        self.scalers[optimizer] = torch.amp.GradScaler("cpu", 2.0**10, growth_interval=self.growth_interval)
+        return prepared
+
+
 class Rerun(Recorder):
     """In place of graphs on a CPU: a replay does the work again, on the tensors that it was recorded with."""
 

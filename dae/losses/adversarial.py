@@ -85,10 +85,12 @@ def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, sample: Tensor)
     """|d reconstruction / d sample| / |d adversarial / d sample|, at most 1e4, detached, over the global batch.
 
     VQGAN takes the gradients at the decoder's last layer; at the decoder's output they need no second pass through the
-    decoder and work under `torch.compile`.
+    decoder and work under `torch.compile`. Losses may be scaled by a common factor. Gradients that overflow make it NaN, so that
+    a loss scaler leaves out the step: 0, their ratio, would leave out the adversarial loss for ever.
     """
     squares = [
         torch.autograd.grad(loss, sample, retain_graph=True)[0].float().square().sum() for loss in (reconstruction, adversarial)
     ]
     squared = sum_over_processes(torch.stack(squares))
-    return (squared[0] / squared[1].clamp(min=1e-16)).sqrt().clamp(max=1e4).detach()
+    weight = (squared[0] / squared[1].clamp(min=1e-16)).sqrt().clamp(max=1e4)
+    return torch.where(squared.isfinite().all(), weight, torch.nan).detach()

@@ -75,13 +75,18 @@ class Adversary:
         """Whether R1 is due: every `r1_every` steps, with as many times its weight (Karras et al. 2020, arXiv 1912.04958, B)."""
         return self.loss.r1 > 0 and number % self.loss.r1_every == 0
 
-    def generator_term(self, reconstruction: Tensor, sample: Tensor, number: int) -> Tensor:
-        """The weighted adversarial loss of the decoder."""
+    def generator_term(
+        self, reconstruction: Tensor, sample: Tensor, number: int, scaled: Callable[[Tensor], Tensor] = lambda loss: loss
+    ) -> Tensor:
+        """The weighted adversarial loss of the decoder.
+
+        `scaled` multiplies a loss by the scale of the decoder's gradients: unscaled, those of fp16 would be 0.
+        """
         self.discriminator.requires_grad_(False)
         with self.engine.autocast():
             logits = self.discriminator(differentiable_augmentation(sample, self.loss.augment))
         adversarial = generator_loss(logits.float(), self.loss.adversarial_loss)
-        term = self.weight(number) * adaptive_weight(reconstruction, adversarial, sample) * adversarial
+        term = self.weight(number) * adaptive_weight(scaled(reconstruction), scaled(adversarial), sample) * adversarial
         self.discriminator.requires_grad_(True)
         return term
 

@@ -239,10 +239,11 @@ class StageTraining(Training):
             reconstruction = reconstruction + loss_config.perceptual * distance
         loss = reconstruction if self.stage.trains_decoder_alone else reconstruction + encoding.loss
         if self.adversary is not None and self.adversary.weight(number) > 0:
-            loss = loss + self.adversary.generator_term(reconstruction, sample, number)
+            scaled = functools.partial(self.engine.scaled, optimizer=self.state.optimizers["optimizer"])
+            loss = loss + self.adversary.generator_term(reconstruction, sample, number, scaled)
         self.backward(loss)
         if self.adversary is not None:
-            self.backward(self.adversary.discriminator_term(images, sample, number))
+            self.backward(self.adversary.discriminator_term(images, sample, number), "discriminator_optimizer")
         if self.learns_codebook:
             self.autoencoder.bottleneck.observe(encoding)
         return reconstruction.detach()

@@ -20,7 +20,7 @@ class Engine(Protocol):
     """What a training step needs of its environment: device, precision, gradients. The step is written once for all engines."""
 
     device: torch.device
-    scaler: torch.amp.GradScaler | None  # of fp16 gradients
+    scalers: dict[torch.optim.Optimizer, torch.amp.GradScaler]  # of prepared optimisers; none without fp16
 
     def autocast(self) -> AbstractContextManager:
         """Context of mixed precision."""
@@ -31,11 +31,17 @@ class Engine(Protocol):
     def synchronize(self, *modules: Any, when: bool) -> AbstractContextManager:
         """Context in which processes sum the gradients of these prepared modules, or only accumulate their own if not `when`."""
 
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradients of the loss."""
+    def scaled(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
+        """The loss as it is differentiated for a prepared optimiser: in fp16 times the optimiser's scale."""
 
-    def clip(self, parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-        """Scale the gradients down to a global norm of at most `max_norm`; the host waits for no device. Returns what it was."""
+    def backward(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+        """Add the gradients of the loss to the parameters of a prepared optimiser."""
+
+    def clip(self, parameters: Iterable[Tensor], max_norm: float, optimizer: torch.optim.Optimizer) -> Tensor:
+        """Scale the gradients of a prepared optimiser down to a global norm of at most `max_norm`; returns what it was.
+
+        The host waits for no device.
+        """
 
     def step(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
         """One step of each, and no gradients afterwards."""
@@ -70,14 +76,46 @@ def _set_backends(benchmark: bool, convolutions: bool, products: bool) -> None:
     torch.backends.cuda.matmul.allow_tf32 = products
 
 
-class AcceleratorEngine:
-    """An engine on all devices and processes of an Accelerator."""
+class ScaledGradients:
+    """One loss scale for each optimiser (Micikevicius et al. 2018, arXiv 1710.03740, section 3.2); none without fp16.
+
+    An optimiser whose gradients overflow leaves out a step and lowers its own scale, whatever the other one does: with a common
+    scale the discriminator's overflow would cost the decoder its step, and one optimiser's update of the scale would come before
+    the other's division by it.
+    """
+
+    device: torch.device
+
+    def __init__(self) -> None:
+        self.scalers: dict[torch.optim.Optimizer, torch.amp.GradScaler] = {}
+
+    def scaled(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
+        return self.scalers[optimizer].scale(loss) if optimizer in self.scalers else loss
+
+    def backward(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+        self.scaled(loss, optimizer).backward()
+
+    def clip(self, parameters: Iterable[Tensor], max_norm: float, optimizer: torch.optim.Optimizer) -> Tensor:
+        if optimizer in self.scalers:
+            self.scalers[optimizer].unscale_(getattr(optimizer, "optimizer", optimizer))  # accelerate's is a wrapper
+        return nn.utils.clip_grad_norm_(parameters, max_norm)
+
+
+class AcceleratorEngine(ScaledGradients):
+    """An engine on all devices and processes of an Accelerator, which is asked for no more than placement and precision.
+
+    Its own scaler would be one for all optimisers, and `Accelerator.clip_grad_norm_` unscales those of all of them.
+    """
 
     def __init__(self, accelerator: Accelerator):
-        self.accelerator = accelerator
-        self.device, self.scaler = accelerator.device, accelerator.scaler
-        self.autocast, self.backward, self.prepare = accelerator.autocast, accelerator.backward, accelerator.prepare
-        self.free_memory = accelerator.free_memory
+        super().__init__()
+        self.accelerator, self.device, self.autocast = accelerator, accelerator.device, accelerator.autocast
+
+    def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Callable, torch.optim.Optimizer]:
+        call, prepared = self.accelerator.prepare(module, optimizer)
+        if self.accelerator.scaler is not None:
+            self.scalers[prepared] = prepared.scaler = torch.amp.GradScaler(self.device.type)
+        return call, prepared
 
     @contextlib.contextmanager
     def synchronize(self, *modules: nn.Module | None, when: bool):
@@ -87,16 +125,17 @@ class AcceleratorEngine:
                     stack.enter_context(self.accelerator.no_sync(module))
             yield
 
-    def clip(self, parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-        return self.accelerator.clip_grad_norm_(parameters, max_norm)
-
     def step(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
 
+    def free_memory(self) -> None:
+        self.scalers.clear()
+        self.accelerator.free_memory()
 
-class LocalEngine:
+
+class LocalEngine(ScaledGradients):
     """An engine on one device, in one process, with torch alone.
 
     Args:
@@ -107,18 +146,19 @@ class LocalEngine:
     """
 
     def __init__(self, device: str | torch.device = "cpu", mixed_precision: str | None = None):
+        super().__init__()
         self.device = torch.device(device)
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(mixed_precision or "no")
         if self.dtype == torch.float16 and self.device.type == "cpu":
             raise ValueError("mixed_precision=fp16 has no effect on cpu and would be fp32: use bf16 or no")
-        self.scaler = torch.amp.GradScaler(self.device.type) if self.dtype == torch.float16 else None
-        self.optimizers: list[torch.optim.Optimizer] = []
+        self.scales = self.dtype == torch.float16
 
     def autocast(self) -> AbstractContextManager:
         return contextlib.nullcontext() if self.dtype is None else torch.autocast(self.device.type, self.dtype)
 
     def prepare(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Callable, torch.optim.Optimizer]:
-        self.optimizers.append(optimizer)
+        if self.scales:
+            self.scalers[optimizer] = torch.amp.GradScaler(self.device.type)
         if self.dtype is None:
             return module, optimizer
 
@@ -132,21 +172,14 @@ class LocalEngine:
     def synchronize(self, *modules: Any, when: bool) -> AbstractContextManager:
         return contextlib.nullcontext()
 
-    def backward(self, loss: Tensor) -> None:
-        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
-
-    def clip(self, parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-        if self.scaler is not None:
-            for optimizer in self.optimizers:
-                self.scaler.unscale_(optimizer)
-        return nn.utils.clip_grad_norm_(parameters, max_norm)
-
     def step(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
         for optimizer in optimizers:
-            optimizer.step() if self.scaler is None else self.scaler.step(optimizer)
+            if optimizer in self.scalers:
+                self.scalers[optimizer].step(optimizer)
+                self.scalers[optimizer].update()
+            else:
+                optimizer.step()
             optimizer.zero_grad()
-        if self.scaler is not None:
-            self.scaler.update()
 
     def free_memory(self) -> None:
-        self.optimizers.clear()
+        self.scalers.clear()

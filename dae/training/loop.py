@@ -74,7 +74,7 @@ class Training:
         batches = prefetched(loader, engine.device)
         self.ahead = batches if isinstance(batches, Prefetcher) else None
         modules, optimizers = {"model": model}, {"optimizer": prepared}
-        self.state = TrainingState(modules, optimizers, scheduler, batches, ema, engine.scaler)  # type: ignore[arg-type]
+        self.state = TrainingState(modules, optimizers, scheduler, batches, ema, engine.scalers)  # type: ignore[arg-type]
         self.batches = iter(batches)
         self.graphs: StepGraphs | None = None  # once all that a step works on exists
 
@@ -110,7 +110,7 @@ class Training:
             loss = self.micro_step(batch, number)
         if last:
             if self.settings.max_grad_norm > 0:
-                self.engine.clip(self.parameters, self.settings.max_grad_norm)
+                self.engine.clip(self.parameters, self.settings.max_grad_norm, self.state.optimizers["optimizer"])
             self.engine.step(self.state.optimizers.values())
             self.update_codebook()
             if self.state.ema:
@@ -139,9 +139,9 @@ class Training:
     def update_codebook(self) -> None:
         """Called after the optimisers' step, for codes that are learned without gradients."""
 
-    def backward(self, loss: Tensor) -> None:
-        """Add the gradients of a micro-batch's share of the step's loss."""
-        self.engine.backward(loss / self.settings.gradient_accumulation_steps)
+    def backward(self, loss: Tensor, optimizer: str = "optimizer") -> None:
+        """Add the gradients of a micro-batch's share of the loss of a step of this optimiser."""
+        self.engine.backward(loss / self.settings.gradient_accumulation_steps, self.state.optimizers[optimizer])
 
     def averaged(self) -> AbstractContextManager:
         """Context in which the trained module has its averaged weights (EMA), if it keeps them."""

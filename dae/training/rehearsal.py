@@ -53,8 +53,6 @@ def rehearse_autoencoder(config: Config, rows: int | None, engine: Engine) -> Au
         ValueError, TypeError, ImportError: what a model, a loss or a kernel refuses, or fewer `rows` than a batch.
     """
     for stage in plan_stages(config):
-        if engine.scaler is not None and stage.config.loss.adversarial > 0:
-            raise ValueError("an adversarial loss needs mixed_precision=bf16 or no: one loss scale cannot serve two optimisers")
         check_cuda_graphs(config, engine.device, world_size(), **{stage.name: stage.config})
         if rows is not None and rows < (batch := stage.config.train_batch_size):
             raise ValueError(f"{stage.name}: the training set has {rows} rows, fewer than one batch of {batch}; make it smaller")

@@ -26,7 +26,7 @@ class TrainingState:
     scheduler: Schedule
     loader: TrainLoader | Prefetcher  # or, where nothing is saved, a TensorLoader
     ema: EMA | None = None
-    scaler: Any = None  # of fp16 training
+    scalers: dict[torch.optim.Optimizer, Any] = field(default_factory=dict)  # of fp16 training, one for each optimiser
     losses: list[Tensor] = field(default_factory=list)  # of the micro-steps since the last entry of the log
 
     def pack(self) -> tuple[dict[str, dict[str, Tensor]], dict]:
@@ -50,8 +50,8 @@ class TrainingState:
             state[name] = whole["param_groups"]
         if self.ema:
             tensors["ema"], state["ema_updates"] = self.ema.state_dict(), self.ema.updates
-        if self.scaler:
-            state["scaler"] = self.scaler.state_dict()
+        if self.scalers:
+            state["scalers"] = {name: self.scalers[optimizer].state_dict() for name, optimizer in self.optimizers.items()}
         state["losses"] = gather_objects([loss.item() for loss in self.losses])
         return tensors, state
 
@@ -75,8 +75,10 @@ class TrainingState:
             optimizer.load_state_dict({"state": entries, "param_groups": groups})
         if self.ema:
             self.ema.load_state_dict(tensors["ema"], state["ema_updates"])
-        if self.scaler:
-            self.scaler.load_state_dict(state["scaler"])
+        if self.scalers:
+            saved = state["scalers"] if "scalers" in state else {"optimizer": state["scaler"]}  # of earlier versions
+            for name, optimizer in self.optimizers.items():
+                self.scalers[optimizer].load_state_dict(saved[name])
         self.scheduler.load_state_dict(state["scheduler"])
         # The learning rates of this configuration's schedule: they differ from the saved ones if its length changed.
         self.scheduler._last_lr = list(self.scheduler.get_lr())
