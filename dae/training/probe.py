@@ -31,6 +31,7 @@ class ProbeEngine(LocalEngine):
     def __init__(self, device: str | torch.device = "cpu", dtype: torch.dtype | None = None):
         super().__init__(device)
         self.dtype, self.scale, self._unscaled = dtype, 1.0, False
+        self.optimizers: list[torch.optim.Optimizer] = []
         self.losses: list[Tensor] = []
         self.reached: dict[nn.Parameter, float] = {}
 
@@ -44,17 +45,20 @@ class ProbeEngine(LocalEngine):
 
         return call, optimizer
 
-    def backward(self, loss: Tensor) -> None:
+    def scaled(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
+        return loss * self.scale
+
+    def backward(self, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
         self.losses.append(loss.detach().float())
-        (loss * self.scale).backward()
+        super().backward(loss, optimizer)
 
     def parameters(self) -> list[nn.Parameter]:
         """All that the optimisers hold."""
         return [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
 
-    def clip(self, parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    def clip(self, parameters: Iterable[Tensor], max_norm: float, optimizer: torch.optim.Optimizer) -> Tensor:
         self._unscale()
-        return super().clip(parameters, max_norm)
+        return super().clip(parameters, max_norm, optimizer)
 
     def step(self, optimizers: Iterable[torch.optim.Optimizer]) -> None:
         optimizers = list(optimizers)
