@@ -70,6 +70,7 @@ HEALTHY = {
     "every loss": (*GAN, "stage2.loss.lecam=0.1", "stage2.loss.r1=1", "stage2.loss.charbonnier=1"),
     "least squares, bf16": (*GAN, "stage2.loss.adversarial_loss=least_squares", "mixed_precision=bf16"),
     "joint": ("method=joint", *GAN, "stage2.loss.adversarial_loss=non_saturating"),
+    "fp16, gan": ("mixed_precision=fp16", *GAN),
     "finetuned, linear": ("method=joint_finetuned", "autoencoder.decoder.family=linear"),
     "warm-up, accumulation, no rate": ("stage1.lr_warmup_steps=100000", "stage1.gradient_accumulation_steps=3",
                                        "stage2.learning_rate=0"),
