@@ -173,8 +173,9 @@ def test_tuning_lists_the_candidates_that_survive_compilation():
     )
     assert done.returncode == 0, done.stderr[-2000:]
     *lines, last = done.stdout.splitlines()
-    assert len(lines) == 12 and any("spills" in line for line in lines) and sum(line.endswith("ok") for line in lines) > 5
-    assert last.endswith("of 12 candidates compile for sm_90 without a fault")
+    sound = sum(line.endswith(" ok") for line in lines)  # how many is the compiler's choice: 5 with triton 3.6, more since
+    assert len(lines) == 12 and sound > 0 and sum(line.endswith(" spills") for line in lines) == 12 - sound > 0
+    assert last == f"{sound} of 12 candidates compile for sm_90 without a fault"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to measure on")
