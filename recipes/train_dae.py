@@ -17,7 +17,7 @@ from pathlib import Path
 
 from dae.cli import main
 from dae.config import Config
-from dae.data import ImageData, TrainLoader, load_data, summarize_data
+from dae.data import load_data, summarize_data
 from dae.distributed import failing_together, run_on_first_process
 from dae.files import announce
 from dae.hub import prepare_repository
@@ -25,9 +25,8 @@ from dae.lock import writes
 from dae.planning.plan import plan_autoencoder
 from dae.priors import require_guidance
 from dae.reporting.cards import autoencoder_card
-from dae.seeding import seed_for
-from dae.training import Run, Stage, end_training, make_accelerator, plan_stages
-from dae.training.autoencoder import build_autoencoder, train_stages
+from dae.training import Run, end_training, make_accelerator, plan_stages
+from dae.training.autoencoder import build_autoencoder, train_stages, training_loader
 from dae.training.engine import AcceleratorEngine
 from dae.training.preflight import preflight_autoencoder
 from dae.training.rehearsal import rehearse_chain, require_measurable, sampled_classes
@@ -37,6 +36,8 @@ from dae.training.stages import saved_discriminators
 @writes("autoencoder", makes_folder=True)
 def train(config: Config) -> Path:
     """Train, save, and return the folder of the trained autoencoder."""
+    if config.method == "refit":
+        raise ValueError("method=refit trains a decoder for the latent of init_from: that is what recipes/refit.py does")
     require_guidance(config)
     run = Run(config, "autoencoder")
     accelerator = make_accelerator(config, run.folder / "logs")
@@ -44,7 +45,7 @@ def train(config: Config) -> Path:
     engine = AcceleratorEngine(accelerator)
     with failing_together():
         data = load_data(config.data, config.seed)
-        rows, loaders = data.describe(), functools.partial(make_loader, config, data)
+        rows, loaders = data.describe(), functools.partial(training_loader, config, data)
         for stage in stages:
             loaders(stage, "check")
         rehearse_chain(config, data.num_classes, rows["train"], engine, accelerator.num_processes)
@@ -76,17 +77,6 @@ def train(config: Config) -> Path:
     run_on_first_process(save)
     end_training(accelerator)
     return run.folder
-
-
-def make_loader(config: Config, data: ImageData, stage: Stage, purpose: str) -> TrainLoader:
-    """Loader of training images for a stage, in an order seeded by the purpose."""
-    return TrainLoader(
-        data.train,
-        stage.config.train_batch_size,
-        seed=seed_for(config.seed, stage.name, purpose),
-        num_workers=config.data.num_workers,
-        shuffle_buffer_size=config.data.shuffle_buffer_size,
-    )
 
 
 if __name__ == "__main__":

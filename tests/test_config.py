@@ -32,7 +32,7 @@ from dae.training import build_optimizer, plan_stages
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = sorted((ROOT / "recipes" / "configs").glob("*.yaml"))
 RECIPES = sorted((ROOT / "recipes").glob("*.py"))
-METHODS = ("dae", "joint", "joint_dropout", "joint_finetuned", "weak")
+METHODS = ("dae", "joint", "joint_dropout", "joint_finetuned", "weak", "refit")
 
 
 @pytest.fixture
@@ -358,6 +358,7 @@ def test_mistakes_on_the_command_line_are_one_line(monkeypatch, capsys, tmp_path
 
 TINY = {
     "imagenet256": ("data.resolution=32", "autoencoder.base_channels=4", "autoencoder.attention_resolutions=[2]"),
+    "refit_sd_vae": ("data.resolution=32", "autoencoder.base_channels=4"),
     "photos": ("data.resolution=16", "autoencoder.base_channels=4"),
     "clothing128_kl": ("data.resolution=32", "autoencoder.base_channels=4"),
     "fashion_mnist_vq": ("autoencoder.base_channels=4",),

@@ -12,6 +12,7 @@ from dae.statistics import (
     holm,
     mean_correlation,
     mean_interval,
+    paired_bootstrap,
     paired_interval,
     paired_p_value,
     rank_correlation,
@@ -174,3 +175,31 @@ def test_means_of_correlations_stay_inside():
 def test_bad_correlations(rho, n):
     with pytest.raises(ValueError, match="from -1 to 1 over at least 3"):
         fisher_z(rho, n)
+
+
+def test_paired_bootstrap_of_means():
+    """Beside Student's interval of the same pairs: for 200 of them both are that of a normal distribution, up to a tenth."""
+    random = np.random.default_rng(0)
+    hard = 10 * random.normal(size=200)
+    a, b = hard + random.normal(size=200), hard + 0.5 + random.normal(size=200)
+    first, second, difference = paired_bootstrap(lambda rows: (a[rows].mean(), b[rows].mean()), 200, repeats=2000)
+    expected = paired_interval(b, a)
+    assert difference.mean == pytest.approx(expected.mean) and (first.mean, second.mean) == (a.mean(), b.mean())
+    width = expected.high - expected.low
+    assert [difference.low, difference.high] == pytest.approx([expected.low, expected.high], abs=width / 10)
+    assert first.high - first.low > 5 * (difference.high - difference.low)  # what is hard for both cancels
+    assert difference == paired_bootstrap(lambda rows: (a[rows].mean(), b[rows].mean()), 200, repeats=2000)[2]
+
+
+def test_paired_bootstrap_corrects_a_bias():
+    """The variance of a sample is low by a factor (n - 1) / n, that of a resample by another: the basic interval goes up."""
+    x = np.random.default_rng(1).normal(size=20)
+    interval, *_ = paired_bootstrap(lambda rows: (x[rows].var(), 0.0), 20, repeats=4000)
+    centre = (interval.low + interval.high) / 2
+    assert interval.mean == pytest.approx(x.var()) and centre > x.var()
+
+
+@pytest.mark.parametrize("options", [{"n": 1}, {"n": 5, "repeats": 0}, {"n": 5, "level": 1.0}])
+def test_paired_bootstrap_refuses(options):
+    with pytest.raises(ValueError, match="expected"):
+        paired_bootstrap(lambda rows: (0.0, 0.0), **options)

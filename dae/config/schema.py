@@ -307,13 +307,29 @@ class MeasureConfig:
 
 
 @dataclass
+class RefitConfig:
+    """What recipes/refit.py does beside stage 2."""
+
+    decoder: str = knob(
+        "old", "start from the decoder of init_from, or from a new one of autoencoder.decoder's family", choices=("old", "new")
+    )
+    features: Optional[str] = knob(
+        None,
+        "network in whose features the decoders are compared: a model of timm, or a folder in timm's format; null trains a "
+        "small classifier on the images",
+        path=True,
+        role="judging",
+    )
+
+
+@dataclass
 class Config:
     method: str = knob(
         "dae",
         "dae: weak auxiliary decoder first, then the real decoder on the frozen latent; joint: one stage with the real decoder; "
         "joint_dropout: the same with dropout in it; joint_finetuned: joint, then its decoder alone on the frozen latent; "
-        "weak: one stage with the auxiliary decoder",
-        choices=("dae", "joint", "joint_dropout", "joint_finetuned", "weak"),
+        "weak: one stage with the auxiliary decoder; refit: of recipes/refit.py, the decoder alone on the latent of init_from",
+        choices=("dae", "joint", "joint_dropout", "joint_finetuned", "weak", "refit"),
         role="arm",
         run="autoencoder",
     )
@@ -358,9 +374,9 @@ class Config:
     )
     init_from: Optional[str] = knob(
         None,
-        "start the autoencoder from trained weights: output folder of a run, folder of a saved autoencoder or of diffusers, or "
-        "Hub id; encoder, "
-        "bottleneck, and the decoder of each stage if one of that architecture is there",
+        "start the autoencoder from trained weights: output folder of a run, folder of a saved autoencoder, Hub id, or folder of "
+        "diffusers' AutoencoderKL or VQModel; encoder, bottleneck, and the decoder of each stage if one of that architecture is "
+        "there",
         path=True,
     )
     save_discriminator: bool = knob(
@@ -375,6 +391,7 @@ class Config:
     )
     stage1: StageConfig = section(StageConfig, "encoder, quantizer and auxiliary decoder", run="autoencoder")
     stage2: SecondStageConfig = section(SecondStageConfig, "the real decoder on the frozen latent", run="autoencoder")
+    refit: RefitConfig = section(RefitConfig, "a better decoder for a given latent", run="autoencoder")
     prior: PriorConfig = section(PriorConfig, "prior over the latent", run="prior")
     kernels: KernelsConfig = section(KernelsConfig, "which implementation of an operation runs, where it runs", role="free")
     sampling: SamplingConfig = section(SamplingConfig, "sampling", role="judging")

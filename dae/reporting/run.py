@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from dae.config import Config
 from dae.data.pictures import grid
 from dae.quantizers import bottleneck_class
 from dae.reporting import elements as web
@@ -36,6 +37,10 @@ METHODS = {
         "Weak autoencoder",
         "The method is a baseline: the encoder is trained together with a deliberately weak decoder, and no other follows.",
     ),
+    "refit": (
+        "Autoencoder with a refitted decoder",
+        "The encoder is that of an autoencoder that was there before; it was frozen, and a decoder was trained on its {codes}.",
+    ),
 }
 PRETRAINED = (
     "Representation autoencoder",
@@ -65,7 +70,7 @@ def run_page(run: Record) -> web.Page:
     page.section("Reconstructions", reconstructions(run))
     if run.tables:
         page.section("Data", *data_tables(run))
-    page.section("Training", autoencoder_curves(run), prior_curves(run))
+    page.section("Training", autoencoder_curves(run.autoencoder, run.config), prior_curves(run))
     if run.num_codes:
         page.section("Codebook", codebook(run.metrics.get("codebook")))
     else:
@@ -165,15 +170,16 @@ def data_tables(run: Record) -> list[Html]:
     return [part for words, table in pairs for part in (paragraph(words), web.table(("what", "read"), table, prose=(0, 1)))]
 
 
-def autoencoder_curves(run: Record) -> Html:
+def autoencoder_curves(history: list[dict], config: Config) -> Html:
+    """Loss and PSNR of an autoencoder's stages, of the rows of its log."""
     charts: list[Html] = []
     stages: dict[str, list[dict]] = {}
-    for row in run.autoencoder:
+    for row in history:
         stages.setdefault(row["stage"], []).append(row)
-    decoder_kept = "finetune" in stages or run.config.auxiliary_decoder.keep
+    decoder_kept = "finetune" in stages or config.auxiliary_decoder.keep
     words = "encoder frozen" if decoder_kept else "encoder frozen, new decoder"
     switch = [(rows[-1]["step"], words) for rows in list(stages.values())[:-1]]
-    learning = "only the real decoder learns" if run.config.stage2.codebook == "frozen" else "only decoder and codebook learn"
+    learning = "only the real decoder learns" if config.stage2.codebook == "frozen" else "only decoder and codebook learn"
     rule = f" The rule marks the switch: from there on, {learning}." if switch else ""
     for split, key, axis, caption in (
         ("train", "loss", "reconstruction loss", "Autoencoder, training images: reconstruction loss, on a logarithmic scale."),

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dae.config import Config
 from dae.data.augmentation import augment
-from dae.data.loader import AnyDataset, evaluation_batches
+from dae.data.loader import AnyDataset, TrainLoader, evaluation_batches
 from dae.distributed import failing_together, in_global_order, rank, run_on_first_process, sum_over_processes, world_size
 from dae.losses import PerceptualLoss, reconstruction_loss
 from dae.metrics import CodebookUsage, psnr
@@ -34,7 +34,7 @@ from dae.training.pictures import reconstruction_sheet
 from dae.training.stages import Stage, plan_stages, saved_discriminators
 
 if TYPE_CHECKING:
-    from dae.data import TrainLoader
+    from dae.data import ImageData
     from dae.data.tensors import TensorLoader
     from dae.training.run import Run
 
@@ -49,7 +49,8 @@ def build_autoencoder(config: Config, stage: Stage) -> Autoencoder:
     autoencoder = Autoencoder(architecture, config.data.channels, config.data.resolution)
     if config.init_from:
         load_encoder(autoencoder, config.init_from)
-        load_decoder(autoencoder, config.init_from)
+        if config.method != "refit" or config.refit.decoder == "old":
+            load_decoder(autoencoder, config.init_from)
     return autoencoder
 
 
@@ -255,6 +256,17 @@ class StageTraining(Training):
         with torch.no_grad(), self.engine.autocast():
             encoding = self.autoencoder.encode(images, sample_posterior=True)
         return self.model(encoding.latents), encoding
+
+
+def training_loader(config: Config, data: ImageData, stage: Stage, purpose: str) -> TrainLoader:
+    """Loader of training images for a stage, in an order seeded by the purpose."""
+    return TrainLoader(
+        data.train,
+        stage.config.train_batch_size,
+        seed=seed_for(config.seed, stage.name, purpose),
+        num_workers=config.data.num_workers,
+        shuffle_buffer_size=config.data.shuffle_buffer_size,
+    )
 
 
 @torch.no_grad()

@@ -20,13 +20,13 @@ def load_encoder(autoencoder: Autoencoder, source: str) -> None:
     """Copy encoder and bottleneck, with its codebook, from the autoencoder at `source`.
 
     Args:
-        source: output folder of a run, folder of a saved autoencoder or of diffusers, or repository of the Hub.
+        source: as of `load_autoencoder`.
 
     Raises:
         FileNotFoundError: there is no saved autoencoder.
         ValueError: it has another architecture; the message names the tensors.
     """
-    given = load_autoencoder(source)
+    given = load_autoencoder(source, autoencoder.resolution)
     for part in ("encoder", "bottleneck"):
         load_weights(getattr(autoencoder, part), getattr(given, part).state_dict(), f"the {part} of init_from={source}")
 
@@ -42,7 +42,7 @@ def load_decoder(autoencoder: Autoencoder, source: str) -> bool:
     if not stage1.is_dir():
         stage1 = Path(source) / "stage1"
     for place in (source, str(stage1)) if stage1.is_dir() else (source,):
-        weights = load_autoencoder(place).decoder.state_dict()
+        weights = load_autoencoder(place, autoencoder.resolution).decoder.state_dict()
         if {name: w.shape for name, w in weights.items()} == {name: w.shape for name, w in own.items()}:
             load_weights(autoencoder.decoder, weights, place)
             return True
@@ -50,6 +50,21 @@ def load_decoder(autoencoder: Autoencoder, source: str) -> bool:
         "init_from=%s has no %s decoder of this size: training starts with a new one", source, autoencoder.config.decoder.family
     )
     return False
+
+
+def load_autoencoder(source: str, resolution: int | None = None) -> Autoencoder:
+    """An autoencoder of ours, or of diffusers.
+
+    Args:
+        source: output folder of a run, folder of a saved autoencoder, repository of the Hub with one, or folder of diffusers'
+            AutoencoderKL or VQModel, or of a pipeline that has one.
+        resolution: of the images, for diffusers' models, which take any.
+
+    FileNotFoundError, ValueError: as `Autoencoder.from_pretrained` and `Autoencoder.from_diffusers`.
+    """
+    if is_diffusers_folder(source):
+        return Autoencoder.from_diffusers(source, resolution=resolution)
+    return load_trained(Autoencoder, source)
 
 
 def load_prior(prior: Prior, source: str) -> None:
@@ -86,11 +101,6 @@ def load_discriminator(discriminator: PatchDiscriminator | FeatureDiscriminator,
     place = next((str(folder) for folder in inside if (folder / CONFIG).is_file()), source)
     _, _, weights = discriminator.read_pretrained(place)
     load_weights(discriminator, weights, f"loss.discriminator_init={source}")
-
-
-def load_autoencoder(source: str) -> Autoencoder:
-    """Load an autoencoder as `load_trained`, or from a folder of diffusers."""
-    return Autoencoder.from_diffusers(source) if is_diffusers_folder(source) else load_trained(Autoencoder, source)
 
 
 def load_trained(model: type[Model], source: str, name: str = "autoencoder") -> Model:

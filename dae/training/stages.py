@@ -42,6 +42,7 @@ def plan_stages(config: Config) -> list[Stage]:
     joint: one stage with the real decoder; optimised as stage 1 is, with the losses of stage 2 (an adversarial loss starts
     when it would start in stage 2). joint_dropout: the same with channel dropout in the decoder. joint_finetuned: joint for
     the steps of stage 1, then its decoder goes on alone, on the frozen latent. weak: joint, but with the auxiliary decoder.
+    refit: stage 2 alone, on the latent of another autoencoder.
 
     Raises:
         ValueError: a stage has no reconstruction loss, or a decoder or codebook that it cannot train or keep; a discriminator is
@@ -108,6 +109,8 @@ def _check_projection(config: Config, stage: Stage) -> None:
 def _stages(config: Config) -> list[Stage]:
     one, two = config.stage1, config.stage2
     decoder = config.autoencoder.decoder
+    if config.method == "refit":
+        return [Stage("stage2", decoder, True, two)]
     second = functools.partial(Stage, latent_frozen=True, config=two, learns_codebook=two.codebook == "trainable")
     if config.autoencoder.encoder:
         if config.method != "dae":

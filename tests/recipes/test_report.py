@@ -175,7 +175,7 @@ def test_kinds_of_runs_differ_where_they_should(tmp_path, page_of):
     assert "No codes were counted" in pages["earlier"] and "What fidelity costs" not in pages["earlier"]
 
 
-@pytest.mark.parametrize("method", ["dae", "joint", "joint_dropout", "joint_finetuned", "weak"])
+@pytest.mark.parametrize("method", ["dae", "joint", "joint_dropout", "joint_finetuned", "weak", "refit"])
 def test_every_method_and_stage_has_words(method):
     config = load_config(None, [f"method={method}"])
     assert "{" not in METHODS[method][1].format(codes="tokens")

@@ -222,7 +222,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(loss):
     refuse_non_finite(0.5, "stage1", 7)
 
 
-@pytest.mark.parametrize("method", ["dae", "joint", "joint_dropout", "joint_finetuned", "weak"])
+@pytest.mark.parametrize("method", ["dae", "joint", "joint_dropout", "joint_finetuned", "weak", "refit"])
 def test_stages_that_train_nothing_are_refused(method):
     def config(*overrides):
         return load_config(None, [f"method={method}", *overrides])
