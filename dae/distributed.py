@@ -79,17 +79,22 @@ def summed_with_gradients(x: Tensor) -> Tensor:
     """A new tensor, the sum of `x` over all processes, that is differentiable: with losses L_r of the processes, the gradient at
     each `x` is that of sum_r L_r. `x` itself in a single process. Its backward pass is a collective, too.
     """
-    return x if _processes() == 1 else _Sum.apply(x)
+    return x if _processes() == 1 else _summed(x)
+
+
+@torch.compiler.disable  # a break in the graph: its compiler takes no collective of an autograd.Function
+def _summed(x: Tensor) -> Tensor:
+    return _Sum.apply(x)
 
 
 class _Sum(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        return sum_over_processes(x.clone())
+        return sum_over_processes(x.clone(memory_format=torch.contiguous_format))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
-        return sum_over_processes(gradient.clone())
+        return sum_over_processes(gradient.clone(memory_format=torch.contiguous_format))
 
 
 def from_first_process(x: Tensor) -> Tensor:

@@ -1,9 +1,11 @@
 """Trainings of a few seconds on random data, and watches over what a step does."""
 
+import contextlib
 import sys
 from pathlib import Path
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dae
@@ -68,6 +70,21 @@ class ScalingEngine(LocalEngine):
         prepared = super().prepare(module, optimizer)
         self.scalers[optimizer] = torch.amp.GradScaler("cpu", 2.0**10, growth_interval=self.growth_interval)
         return prepared
+
+
+class Replicated(LocalEngine):
+    """Two processes of torch's DistributedDataParallel, as accelerate makes it."""
+
+    def prepare(self, module, optimizer):
+        return super().prepare(DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True), optimizer)
+
+    @contextlib.contextmanager
+    def synchronize(self, *modules, when):
+        with contextlib.ExitStack() as stack:
+            for module in modules:
+                if not when:
+                    stack.enter_context(module.no_sync())
+            yield
 
 
 class Rerun(Recorder):

@@ -40,15 +40,22 @@ class ProjectionDecoder(nn.Module):
 
     def forward(self, latents: Tensor, images: Tensor | None = None) -> Tensor:
         """Latents [B, D, h, w] to [B, C, H, W] of their dtype; `images` [B, C, H, W] are the targets."""
-        z_BhwD, weight, bias = latents.movedim(1, -1), self.weight, self.bias
         if self.training and images is not None:
-            z_BhwD = z_BhwD.double()  # all of it: autocast leaves float64 alone
-            x_BhwP = F.pixel_unshuffle(images.double(), self.factor).movedim(1, -1)
-            weight, bias = solve_ridge(z_BhwD.flatten(0, 2), x_BhwP.flatten(0, 2), self.ridge)  # type: ignore[assignment]
-            with torch.no_grad():
-                self.weight.copy_(weight)
-                self.bias.copy_(bias)
-        return F.pixel_shuffle((z_BhwD @ weight + bias).movedim(-1, 1), self.factor).to(latents.dtype)
+            return self._solved(latents, images)
+        return self._decoded(latents, self.weight, self.bias)
+
+    @torch.compiler.disable  # a collective in the midst of compiled parts breaks their backward pass
+    def _solved(self, latents: Tensor, images: Tensor) -> Tensor:
+        z_BDhw = latents.double()  # all in float64, which autocast leaves alone
+        x_BPhw = F.pixel_unshuffle(images.double(), self.factor)
+        weight, bias = solve_ridge(z_BDhw.movedim(1, -1).flatten(0, 2), x_BPhw.movedim(1, -1).flatten(0, 2), self.ridge)
+        with torch.no_grad():
+            self.weight.copy_(weight)
+            self.bias.copy_(bias)
+        return self._decoded(z_BDhw, weight, bias).to(latents.dtype)
+
+    def _decoded(self, latents: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.pixel_shuffle((latents.movedim(1, -1) @ weight + bias).movedim(-1, 1), self.factor)
 
 
 def solve_ridge(z_ND: Tensor, x_NP: Tensor, ridge: float) -> tuple[Tensor, Tensor]:

@@ -12,6 +12,13 @@ from dae.training import build_optimizer
 FAMILIES = ("full", "linear", "overlap", "projection", "narrow", "shallow", "dropout")
 
 
+def test_the_knob_offers_what_is_built():
+    (family,) = (f for f in dataclasses.fields(DecoderConfig) if f.name == "family")
+    assert set(FAMILIES) == set(family.metadata["choices"])
+    with pytest.raises(ValueError, match=r"decoder family: expected one of .*'projection'.*, got 'deep'"):
+        make(decoder=DecoderConfig("deep"))
+
+
 def make(channels=1, resolution=8, train=False, **changes) -> Autoencoder:
     settings = {"base_channels": 8, "channel_multipliers": [1, 2], "latent_channels": 4, "vq": VQConfig(codebook_size=16)}
     torch.manual_seed(0)

@@ -3,15 +3,13 @@
 A peer's script never updated its discriminator (diffusers, pull request 10605): here its optimiser's steps are counted.
 """
 
-import contextlib
 import functools
 import sys
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_training import CPU, GAN, autoencoder_training, weights
-from torch.nn.parallel import DistributedDataParallel
+from tiny_training import CPU, GAN, Replicated, autoencoder_training, weights
 
 from dae.losses import adaptive_weight
 from dae.models import PatchDiscriminator
@@ -57,21 +55,6 @@ def test_equal_micro_batches_are_one_batch():
     assert torch.equal(one[0], two[0][::2]) and torch.equal(two[0][::2], two[0][1::2]) and (one[0] > 0).all()
     state = {key for key in one[2] if key.startswith(("model/", "discriminator"))}
     assert len(state) > 20 and all(torch.equal(one[2][key], two[2][key]) for key in state)
-
-
-class Replicated(LocalEngine):
-    """Two processes of torch's DistributedDataParallel, as accelerate makes it."""
-
-    def prepare(self, module, optimizer):
-        return super().prepare(DistributedDataParallel(module, broadcast_buffers=False, gradient_as_bucket_view=True), optimizer)
-
-    @contextlib.contextmanager
-    def synchronize(self, *modules, when):
-        with contextlib.ExitStack() as stack:
-            for module in modules:
-                if not when:
-                    stack.enter_context(module.no_sync())
-            yield
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
