@@ -19,10 +19,13 @@ MOST_IMAGES = 2048
 
 
 def images_to_measure(stage: Stage) -> int:
-    """Images per process: all processes measure `MOST_IMAGES`, or as many as the stage trained on."""
+    """Images per process: together `MOST_IMAGES`, or an eighth of those that the stage trained on, at least a batch.
+
+    A forward pass of the encoder, over so few images, is about a fiftieth of a short training.
+    """
     settings = stage.config
     trained = settings.max_train_steps * settings.train_batch_size * settings.gradient_accumulation_steps
-    return min(-(-MOST_IMAGES // world_size()), trained)
+    return min(-(-MOST_IMAGES // world_size()), max(settings.train_batch_size, trained // 8))
 
 
 @torch.no_grad()

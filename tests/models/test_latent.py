@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import dae.training.latent
 from dae.config import AutoencoderConfig, Config, DataConfig, DecoderConfig, VQConfig, config_differences, describe
 from dae.hub import fingerprint
 from dae.models import Autoencoder
@@ -189,3 +190,18 @@ def test_diffusers_factors_are_the_measured_ones_or_those_of_the_source(tmp_path
     Autoencoder.from_pretrained(tmp_path / "saved").to_diffusers(tmp_path / "again")
     again = json.loads((tmp_path / "again" / "config.json").read_text())
     assert (again["scaling_factor"], again["latents_std"]) == (0.5, [1, 2, 3]) and again.get("shift_factor") is None
+
+
+@pytest.mark.parametrize("bottleneck", ["vq", "kl"])
+def test_processes_measure_the_images_of_all(bottleneck, monkeypatch):
+    """Sums of two processes, given by hand, are those of one that has the images of both."""
+    model, x, parts = make(bottleneck), images(6), []
+    whole = latent_with_moments(Config(), model, [{"image": x[:2]}, {"image": x[2:4]}, {"image": x[4:]}], 6)
+    monkeypatch.setattr(dae.training.latent, "gather_objects", lambda part: parts.append(part) or [part])
+    for share in ([x[:2]], [x[2:4], x[4:]]):
+        latent_with_moments(Config(), model, [{"image": images} for images in share], 6)
+    monkeypatch.setattr(dae.training.latent, "gather_objects", lambda part: parts)
+    both = latent_with_moments(Config(), model, [{"image": x[:1]}], 1)
+    assert (both.images, both.range, both.id) == (6, whole.range, whole.id)
+    for name in ("mean", "std", "scale", "shift"):  # sums of some hundreds of float64 numbers in another order
+        assert getattr(both, name) == pytest.approx(getattr(whole, name), rel=1e-11, abs=1e-13)

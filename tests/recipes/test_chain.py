@@ -45,7 +45,7 @@ def test_models_load_and_describe_themselves(chain):
     assert autoencoder.config.decoder.family == "full" and not autoencoder.training
     assert Autoencoder.from_pretrained(chain / "autoencoder" / "stage1").config.decoder.family == "narrow"
     latent = Autoencoder.from_pretrained(chain / "autoencoder" / "stage1").latent
-    assert autoencoder.latent == latent and latent.images == 160 and latent.transform["center_crop"] is True
+    assert autoencoder.latent == latent and latent.images == 20 and latent.transform["center_crop"] is True
     cached = json.loads((chain / "tokens" / "cache.json").read_text())["fingerprint"]["tokenizer"]
     assert ARPrior.from_pretrained(chain / "prior").tokenizer == latent.id == prior.tokenizer == cached
     for name, text in (("autoencoder", "psnr"), ("prior", "bits_per_token")):

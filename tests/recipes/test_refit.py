@@ -56,7 +56,7 @@ def test_a_model_of_diffusers(kind, decoder, theirs, tmp_path, run, read_page, c
     assert [config.get(name) for name in factors] == [source.get(name) for name in factors]
     ours = Autoencoder.from_pretrained(folder)
     assert ours.latent.id == identities(folder)[0] == Autoencoder.from_diffusers(folder / "diffusers").latent.id
-    assert ours.latent.scale == source.get("scaling_factor") and ours.latent.images == 64
+    assert ours.latent.scale == source.get("scaling_factor") and ours.latent.images == 16
 
     found, shown = json.loads((out / "refit.json").read_text()), capsys.readouterr().out
     assert found["checksums"]["before"] == found["checksums"]["after"] and found["latent"] == ours.latent.id
