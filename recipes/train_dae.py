@@ -18,6 +18,7 @@ from pathlib import Path
 from dae.cli import main
 from dae.config import Config
 from dae.data import load_data, summarize_data
+from dae.diagnostics.doctor import CHANCE, Doctor
 from dae.distributed import failing_together, run_on_first_process
 from dae.files import announce
 from dae.hub import prepare_repository
@@ -39,9 +40,9 @@ def train(config: Config) -> Path:
     if config.method == "refit":
         raise ValueError("method=refit trains a decoder for the latent of init_from: that is what recipes/refit.py does")
     require_guidance(config)
-    run = Run(config, "autoencoder")
-    accelerator = make_accelerator(config, run.folder / "logs")
     stages = plan_stages(config)
+    run = Run(config, "autoencoder", Doctor({stage.name: CHANCE[stage.config.loss.adversarial_loss] for stage in stages}).examine)
+    accelerator = make_accelerator(config, run.folder / "logs")
     engine = AcceleratorEngine(accelerator)
     with failing_together():
         data = load_data(config.data, config.seed)

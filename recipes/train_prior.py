@@ -22,6 +22,7 @@ from dae.cli import main
 from dae.config import Config
 from dae.data import TrainLoader, load_data, summarize_data
 from dae.data.cache import Fingerprint, transform_fingerprint
+from dae.diagnostics.doctor import Doctor
 from dae.distributed import failing_together, run_on_first_process
 from dae.files import announce
 from dae.hub import prepare_repository, require_model
@@ -48,7 +49,7 @@ def train(config: Config) -> Path:
     """Train, save, and return the folder of the trained prior."""
     family = prior_family(config)
     require_guidance(config)
-    run = Run(config, "prior")
+    run = Run(config, "prior", Doctor().examine)
     accelerator = make_accelerator(config, run.folder / "logs")
     settings, output = config.prior, Path(config.output_dir)
     with failing_together():

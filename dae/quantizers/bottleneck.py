@@ -23,6 +23,11 @@ class Encoding:
     indices: Tensor | None = None  # [B, h, w] int64, of discrete bottlenecks only
     log_variance: Tensor | None = None  # [B, D, h, w] of the posterior, of continuous bottlenecks only
 
+    def detached(self) -> Encoding:
+        """The same without gradients."""
+        rest = (None if x is None else x.detach() for x in (self.indices, self.log_variance))
+        return Encoding(self.latents.detach(), self.loss.detach(), self.features.detach(), *rest)
+
 
 class Bottleneck(nn.Module, ABC):
     """Between encoder and decoder: features [B, features_per_latent D, h, w] to an `Encoding`.

@@ -65,6 +65,11 @@ class Adversary:
     ):
         self.loss, self.discriminator, self.discriminate, self.engine = loss, discriminator, discriminate, engine
         self.lecam = LeCam().to(engine.device) if loss.lecam > 0 else None
+        self.latest: dict[str, Tensor] = {}  # of the last micro-step, for `signals`
+
+    def signals(self) -> dict[str, Tensor]:
+        """Means of the last micro-step's logits, the discriminator's loss, and the adaptive weight once it is used."""
+        return {name: value.float().mean() for name, value in self.latest.items()}
 
     def weight(self, number: int) -> float:
         """Of the adversarial loss at a step: 0 before `adversarial_start`, then rising over `adversarial_ramp` steps."""
@@ -86,7 +91,8 @@ class Adversary:
         with self.engine.autocast():
             logits = self.discriminator(differentiable_augmentation(sample, self.loss.augment))
         adversarial = generator_loss(logits.float(), self.loss.adversarial_loss)
-        term = self.weight(number) * adaptive_weight(scaled(reconstruction), scaled(adversarial), sample) * adversarial
+        weight = self.latest["adaptive_weight"] = adaptive_weight(scaled(reconstruction), scaled(adversarial), sample)
+        term = self.weight(number) * weight * adversarial
         self.discriminator.requires_grad_(True)
         return term
 
@@ -95,6 +101,7 @@ class Adversary:
         images, sample = (differentiable_augmentation(x, self.loss.augment) for x in (images, sample.detach()))
         real, fake = self.discriminate(images), self.discriminate(sample)
         term = discriminator_loss(real, fake, self.loss.adversarial_loss)
+        self.latest |= {"discriminator_loss": term.detach(), "real_logit": real.detach(), "fake_logit": fake.detach()}
         if self.lecam is not None:
             term = term + self.loss.lecam * self.lecam(real, fake)
         if self.penalised(number):

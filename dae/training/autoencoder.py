@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Iterator
@@ -31,6 +32,7 @@ from dae.training.latent import images_to_measure, latent_with_moments
 from dae.training.loop import Training, is_due, validation_images
 from dae.training.optimization import build_optimizer
 from dae.training.pictures import reconstruction_sheet
+from dae.training.signals import averaged, latent_signals
 from dae.training.stages import Stage, plan_stages, saved_discriminators
 
 if TYPE_CHECKING:
@@ -180,6 +182,7 @@ class StageTraining(Training):
         new_codebook: bool = True,
     ):
         self.stage, self.autoencoder, self.perceptual = stage, autoencoder, perceptual
+        self.encoding: Encoding | None = None  # of the last micro-step, for `signals`
         self.layout = torch.channels_last if config.channels_last else torch.contiguous_format
         self._place(autoencoder, config, autoencoder.device)
         loader = loaders(stage, "order")
@@ -207,6 +210,14 @@ class StageTraining(Training):
         if perceptual is not None:
             self._place(perceptual, config, engine.device)
 
+    def twin(self, engine: Engine) -> StageTraining:
+        config, loader = dataclasses.replace(self.config, compile=False, cuda_graphs=False), self.state.loader
+        copied = copy.deepcopy(self.autoencoder)
+        made = StageTraining(config, self.stage, copied, lambda *_: loader, engine, self.perceptual, new_codebook=False)  # type: ignore[arg-type,return-value]
+        for name, module in self.state.modules.items():
+            made.state.modules[name].load_state_dict(module.state_dict())
+        return made
+
     def _place(self, module: nn.Module, config: Config, device: torch.device) -> None:
         module.to(device=device, memory_format=self.layout)  # type: ignore[call-overload]
         choose_kernels(module, config.kernels)
@@ -222,6 +233,19 @@ class StageTraining(Training):
     def update_codebook(self) -> None:
         if self.learns_codebook:
             self.autoencoder.bottleneck.update_codebook()
+
+    def signals(self) -> dict[str, float]:
+        found, bottleneck = super().signals(), self.autoencoder.bottleneck
+        if self.encoding is not None and not self.stage.trains_decoder_alone:
+            codes = bottleneck.num_codes(self.autoencoder.config) if bottleneck.discrete else None
+            found |= latent_signals(self.encoding, codes)
+        return found if self.adversary is None else found | averaged(self.adversary.signals())
+
+    def end(self) -> None:
+        self.encoding = None
+        if self.adversary is not None:
+            self.adversary.latest.clear()
+        super().end()
 
     def phase(self, number: int) -> object:
         """The weight of the adversarial loss, and whether the discriminator is penalised."""
@@ -247,6 +271,7 @@ class StageTraining(Training):
             self.backward(self.adversary.discriminator_term(images, sample, number), "discriminator_optimizer")
         if self.learns_codebook:
             self.autoencoder.bottleneck.observe(encoding)
+        self.encoding = encoding.detached()
         return reconstruction.detach()
 
     def reconstruct(self, images: Tensor) -> tuple[Tensor, Encoding]:

@@ -18,8 +18,10 @@ from dae.seeding import set_seed
 from dae.training.ema import EMA
 from dae.training.engine import Engine
 from dae.training.graphs import WARM_UP, StepGraphs, check_cuda_graphs
+from dae.training.non_finite import NON_FINITE, locate_non_finite
 from dae.training.optimization import build_optimizer, build_scheduler
 from dae.training.prefetch import Prefetcher, prefetched
+from dae.training.signals import averaged
 from dae.training.state import TrainingState
 
 if TYPE_CHECKING:
@@ -76,6 +78,8 @@ class Training:
         modules, optimizers = {"model": model}, {"optimizer": prepared}
         self.state = TrainingState(modules, optimizers, scheduler, batches, ema, engine.scalers)  # type: ignore[arg-type]
         self.batches = iter(batches)
+        self.batch: dict[str, Tensor] = {}  # of the last micro-step
+        self.grad_norm: Tensor | None = None  # of the last step, before it was clipped
         self.graphs: StepGraphs | None = None  # once all that a step works on exists
 
     def step(self, number: int) -> None:
@@ -95,13 +99,19 @@ class Training:
         """Free what was recorded and prepared: nothing else can use the memory of graphs, and they refer back to this."""
         if self.graphs is not None and not self.graphs.graphs:
             log.info("%s: no CUDA graph was recorded, as none is before step %d", self.name, WARM_UP)
-        self.graphs = None
+        self.graphs = self.grad_norm = None
+        self.batch = {}
         self.engine.free_memory()
 
     def next_batch(self) -> dict[str, Tensor]:
         """The columns of the next batch that `micro_step` reads, on the device."""
         batch = next(self.batches)
-        return {name: batch[name].to(self.engine.device, non_blocking=True) for name in self.columns or batch}
+        self.batch = {name: batch[name].to(self.engine.device, non_blocking=True) for name in self.columns or batch}
+        return self.batch
+
+    def twin(self, engine: Engine) -> Training:
+        """A training of copies of the modules on another engine, eager: what it does reaches nothing of this one."""
+        raise NotImplementedError
 
     def compute(self, batch: dict[str, Tensor], number: int, micro: int) -> Tensor:
         """Micro-step `micro` of step `number`, and after the last one the updates; returns the micro-step's loss, detached."""
@@ -110,7 +120,7 @@ class Training:
             loss = self.micro_step(batch, number)
         if last:
             if self.settings.max_grad_norm > 0:
-                self.engine.clip(self.parameters, self.settings.max_grad_norm, self.state.optimizers["optimizer"])
+                self.grad_norm = self.engine.clip(self.parameters, self.settings.max_grad_norm, self.state.optimizers["optimizer"])
             self.engine.step(self.state.optimizers.values())
             self.update_codebook()
             if self.state.ema:
@@ -124,6 +134,10 @@ class Training:
     def learned_codebook(self) -> nn.Module | None:
         """The bottleneck whose codes the step moves without gradients, if it does."""
         return None
+
+    def signals(self) -> dict[str, float]:
+        """What the log holds besides loss and rate, of the last micro-step and all processes; read at steps that are logged."""
+        return {} if self.grad_norm is None else averaged({"grad_norm": self.grad_norm})
 
     def is_last(self, micro: int) -> bool:
         return micro == self.settings.gradient_accumulation_steps - 1
@@ -149,12 +163,16 @@ class Training:
 
     def log(self, done: int, bar: Any, run: Run | None, step_of_run: int) -> None:
         """Record the mean loss since the last entry of the log. FloatingPointError: it is not finite."""
-        loss, rate = global_mean(self.state.losses), self.state.scheduler.get_last_lr()[0]
-        self.state.losses.clear()
-        refuse_non_finite(loss, self.name, done)
+        losses, rate = self.state.losses, self.state.scheduler.get_last_lr()[0]
+        loss, self.state.losses = global_mean(losses), []
+        if not math.isfinite(loss):
+            where = locate_non_finite(self, losses, done, run)
+            if run is not None:
+                run.warn(step_of_run, self.name, NON_FINITE, f"{self.name}, step {done}: the loss is {loss}. {where}")
+            refuse_non_finite(loss, self.name, done, where)
         bar.set_postfix(loss=f"{loss:.4f}")
         if run is not None:
-            run.record(step_of_run, {"loss": loss, "lr": rate}, stage=self.name, split="train")
+            run.record(step_of_run, {"loss": loss, "lr": rate} | self.signals(), stage=self.name, split="train")
 
 
 def global_mean(values: list[Tensor]) -> float:
@@ -164,12 +182,16 @@ def global_mean(values: list[Tensor]) -> float:
     return total / processes
 
 
-def refuse_non_finite(loss: float, name: str, step: int) -> None:
-    """FloatingPointError if the loss is not finite; it is the same on all processes, so they stop together."""
+def refuse_non_finite(loss: float, name: str, step: int, where: str = "") -> None:
+    """FloatingPointError if the loss is not finite; it is the same on all processes, so they stop together.
+
+    Args:
+        where: sentences on where that arose.
+    """
     if not math.isfinite(loss):
         raise FloatingPointError(
-            f"{name}: the loss is {loss} at step {step}. The last checkpoint is from before; lower {name}.learning_rate, "
-            f"lengthen {name}.lr_warmup_steps, or use mixed_precision=bf16 or no"
+            f"{name}: the loss is {loss} at step {step}. {where}{' ' if where else ''}The last checkpoint is from before; lower "
+            f"{name}.learning_rate, lengthen {name}.lr_warmup_steps, or use mixed_precision=bf16 or no"
         )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -50,6 +52,10 @@ class PriorTraining(Training):
         self.family, self.prior = family, prior
         prior.gradient_checkpointing = config.prior.gradient_checkpointing
         super().__init__(config, config.prior, "prior", prior, prior, loader, engine)
+
+    def twin(self, engine: Engine) -> PriorTraining:
+        config = dataclasses.replace(self.config, compile=False, cuda_graphs=False)
+        return PriorTraining(config, self.family, copy.deepcopy(self.prior), self.state.loader, engine)  # type: ignore[arg-type]
 
     def micro_step(self, batch: dict[str, Tensor], number: int) -> Tensor:
         loss = self.family.loss(self.model, self.prior, batch)

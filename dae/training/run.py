@@ -9,9 +9,9 @@ import operator
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from dae.config import Config, DataConfig, Difference, config_differences, from_dict, knobs, load_config, save_config
 from dae.data.sources import source_name
@@ -20,6 +20,7 @@ from dae.files import append_line, replaced_folder, write_file
 from dae.hub import CONFIG, LATENT, MODEL_FILES, WEIGHTS, holds_model
 from dae.lock import require_lock
 from dae.training.checkpoint import STATE, Checkpoint, Checkpoints
+from dae.training.non_finite import NON_FINITE
 from dae.training.stages import DISCRIMINATOR, Stage, plan_stages
 
 if TYPE_CHECKING:
@@ -27,8 +28,21 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 log = logging.getLogger(__name__)
+WARNING = "warning"  # split of a row in the history, with `condition` and `message` in place of numbers
 INPUTS = "inputs.json"  # in a run's folder: fingerprints of what it read
 DATA = "data.json"  # likewise: the data set in words and numbers, see `recorded_data`
+
+
+class Warns(Protocol):
+    """A warning of an observer, as of `dae.diagnostics.doctor`."""
+
+    @property
+    def condition(self) -> str: ...
+    @property
+    def message(self) -> str: ...
+
+
+Observer = Callable[[dict[str, Any]], Sequence[Warns]]
 
 
 class Run:
@@ -37,10 +51,12 @@ class Run:
     Args:
         config: of the whole chain.
         name: subfolder, `autoencoder` or `prior`.
+        observer: called with each row of the history, by the first process, and with the earlier ones of a resumed run; its
+            warnings become rows, too, and are logged.
     """
 
-    def __init__(self, config: Config, name: str):
-        self.config, self.name = config, name
+    def __init__(self, config: Config, name: str, observer: Observer | None = None):
+        self.config, self.name, self.observer = config, name, observer
         self.folder = Path(config.output_dir) / name
         self.checkpoints = Checkpoints(self.folder, config.checkpoints_total_limit)
         self.history_file = self.folder / "logs" / "history.jsonl"
@@ -131,8 +147,13 @@ class Run:
             write_file(self.folder / DATA, json.dumps(data, indent=1).encode())
         kept = []
         if checkpoint and self.history_file.exists():  # forget what was logged after the checkpoint
-            kept = [row for row in self.history() if row["step"] <= checkpoint.state["step"]]
+            ends = (
+                row for row in self.history() if row["step"] <= checkpoint.state["step"] or row.get("condition") == NON_FINITE
+            )
+            kept = list(ends)  # what broke the run is remembered
         write_file(self.history_file, "".join(json.dumps(row) + "\n" for row in kept).encode())
+        for row in kept if self.observer else ():
+            self.observer(row)  # type: ignore[misc]
 
     def _refuse_other_configuration(self, checkpoint: Checkpoint) -> None:
         if (kind := checkpoint.state.get("run", self.name)) != self.name:
@@ -205,11 +226,24 @@ class Run:
             self._require_lock()
             row = {"step": step, "seconds": round(time.monotonic() - self.started, 2)} | labels | values
             append_line(self.history_file, json.dumps(row))
-            if self.config.report_to != "none":
+            for warning in self.observer(row) if self.observer else ():
+                log.warning("%s", warning.message)
+                append_line(self.history_file, json.dumps(self._warning(row, warning.condition, warning.message)))
+            if values and self.config.report_to != "none":
                 prefix = "/".join(map(str, labels.values()))
                 self.accelerator.log({f"{prefix}/{k}": v for k, v in values.items()}, step=step)
 
         run_on_first_process(write)
+
+    def warn(self, step: int, stage: str, condition: str, message: str) -> None:
+        """Append a warning to the history, on the first process; all must call it."""
+        row = {"step": step, "seconds": round(time.monotonic() - self.started, 2), "stage": stage}
+        line = json.dumps(self._warning(row, condition, message))
+        run_on_first_process(lambda: append_line(self.history_file, line))
+
+    def _warning(self, row: dict, condition: str, message: str) -> dict:
+        place = {key: row[key] for key in ("step", "seconds", "stage")}
+        return place | {"split": WARNING, "condition": condition, "message": message}
 
     def _require_lock(self) -> None:
         require_lock(self.folder.parent, self.name)
