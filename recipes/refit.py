@@ -19,6 +19,7 @@ from pathlib import Path
 from dae.cli import main
 from dae.config import Config
 from dae.data import load_data, summarize_data
+from dae.diagnostics.doctor import CHANCE, Doctor
 from dae.distributed import failing_together, run_on_first_process
 from dae.evaluation.refit import RefitEvaluation
 from dae.files import announce, write_file
@@ -40,9 +41,10 @@ from dae.training.rehearsal import rehearse_autoencoder
 def refit(config: Config) -> Path:
     """Train, save, measure, and return the folder of the autoencoder."""
     config, source = prepare_refit(config)
-    run, output = Run(config, "autoencoder"), Path(config.output_dir)
+    (stage,), output = plan_stages(config), Path(config.output_dir)
+    run = Run(config, "autoencoder", Doctor({stage.name: CHANCE[stage.config.loss.adversarial_loss]}).examine)
     accelerator = make_accelerator(config, run.folder / "logs")
-    engine, (stage,) = AcceleratorEngine(accelerator), plan_stages(config)
+    engine = AcceleratorEngine(accelerator)
     with failing_together():
         data = load_data(config.data, config.seed)
         rows, loaders = data.describe(), functools.partial(training_loader, config, data)

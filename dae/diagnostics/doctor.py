@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections import deque
@@ -186,14 +187,15 @@ def _learning_rate(doctor: Doctor, row: Mapping[str, Any]) -> str | None:
     if len(losses) < WINDOW or row["lr"] == 0:
         return None
     recent, best, why = _median(losses), doctor.best_loss, None
-    changes = [abs(b - a) for a, b in zip(losses[-2 * WINDOW :], losses[-2 * WINDOW + 1 :], strict=False)]
+    lately = losses[-2 * WINDOW :]
+    rises = statistics.mean(max(0.0, b - a) for a, b in itertools.pairwise(lately))  # near 0 while it falls, however fast
     adversarial = "adaptive_weight" in row
     if recent > 0 and doctor.first is not None and not adversarial and recent > 1.2 * doctor.first:
         why = f"the loss is {recent:.3g} and was {doctor.first:.3g} at the beginning"
     elif 0 < (3 if adversarial else 1.5) * best < recent:
         why = f"the loss rises: {recent:.3g}, after {best:.3g} at its best"
-    elif len(losses) >= 2 * WINDOW and recent > 0 and statistics.mean(changes) > recent and recent > 0.8 * best:
-        why = f"the loss oscillates about {recent:.3g}, by {statistics.mean(changes):.3g} from one entry of the log to the next"
+    elif len(losses) >= 2 * WINDOW and 0 < recent < 2 * rises and recent > 0.8 * best:
+        why = f"the loss oscillates about {recent:.3g}, between {min(lately):.3g} and {max(lately):.3g} lately"
     elif len(norms) >= 2 * WINDOW and _median(norms) > 10 * doctor.best_norm and recent > 1.1 * best > 0:
         why = f"the gradient's norm grows, from {doctor.best_norm:.3g} to {_median(norms):.3g}, and the loss with it"
     if why is None:

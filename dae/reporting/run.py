@@ -12,6 +12,7 @@ from dae.reporting.charts import Line, in_words, line_chart
 from dae.reporting.elements import Html, number, paragraph, percent, strip
 from dae.reporting.measures import DECODERS, headline, measurements, provenance
 from dae.reporting.record import Record, seconds_by_stage
+from dae.training.run import WARNING
 
 METHODS = {
     "dae": (
@@ -71,6 +72,7 @@ def run_page(run: Record) -> web.Page:
     if run.tables:
         page.section("Data", *data_tables(run))
     page.section("Training", autoencoder_curves(run.autoencoder, run.config), prior_curves(run))
+    page.section("Warnings", warnings(run))
     if run.num_codes:
         page.section("Codebook", codebook(run.metrics.get("codebook")))
     else:
@@ -218,6 +220,15 @@ def prior_curves(run: Record) -> Html:
     )
     caption = f"Prior: {prior.loss_name}; lower is better. The rule marks {marked} used."
     return web.side_by_side(web.figure(web.chart(svg, in_words(lines, "step", prior.loss_name)), caption), paragraph(words))
+
+
+def warnings(run: Record) -> Html:
+    """What the doctor said while the models were trained: rows of the history, see `dae.diagnostics.doctor`."""
+    log = [*run.autoencoder, *run.prior]
+    if not (found := [row for row in log if row["split"] == WARNING]):
+        return paragraph("Nothing in the log of training looked wrong." if log else "This run has no log of its training.")
+    rows = [(STAGES.get(row["stage"], row["stage"]), row["message"]) for row in found]
+    return web.table(("while training", "warning"), rows, prose=(0, 1))
 
 
 def latent(found: dict) -> Html:

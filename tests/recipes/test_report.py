@@ -20,7 +20,7 @@ from dae.training import plan_stages
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "report.py"
 SECTIONS = [
-    "In numbers", "Samples", "Reconstructions", "Training", "Codebook", "Copies?", "All measurements", "Time",
+    "In numbers", "Samples", "Reconstructions", "Training", "Warnings", "Codebook", "Copies?", "All measurements", "Time",
     "Configuration and versions",
 ]  # fmt: skip
 
@@ -180,6 +180,17 @@ def test_every_method_and_stage_has_words(method):
     config = load_config(None, [f"method={method}"])
     assert "{" not in METHODS[method][1].format(codes="tokens")
     assert {stage.name for stage in plan_stages(config)} <= STAGES.keys()
+
+
+def test_warnings_stand_on_the_page(tmp_path, page_of):
+    folder = make_run(tmp_path / "run")
+    assert "Nothing in the log of training looked wrong." in page_of(folder).words
+    for name, stage in (("autoencoder", "stage1"), ("prior", "prior")):
+        row = {"step": 3, "seconds": 2.5, "stage": stage, "split": "warning", "condition": "loss_spike"}
+        with open(folder / name / "logs" / "history.jsonl", "a") as file:
+            file.write(json.dumps(row | {"message": f"{stage}, step 3: the loss jumps to <b>; lower it"}) + "\n")
+    section = page_of(folder).html.split('<section id="warnings">')[1].split("</section>")[0]
+    assert section.count("step 3: the loss jumps to &lt;b&gt;; lower it") == 2 and "Nothing" not in section
 
 
 TABLE = [["data", "<b>x</b>"], ["rows", "18 to train on, 2 held out"], ["left out", "1 file: suffix .txt is not read, notes.txt"]]
