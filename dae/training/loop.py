@@ -120,7 +120,9 @@ class Training:
             loss = self.micro_step(batch, number)
         if last:
             if self.settings.max_grad_norm > 0:
-                self.grad_norm = self.engine.clip(self.parameters, self.settings.max_grad_norm, self.state.optimizers["optimizer"])
+                self.grad_norm = self.engine.clip(
+                    self.parameters, self.settings.max_grad_norm, self.state.optimizers["optimizer"]
+                )
             self.engine.step(self.state.optimizers.values())
             self.update_codebook()
             if self.state.ema:
