@@ -77,11 +77,12 @@ def _lead(facts: dict[str, Any], heldout: str) -> list[Html]:
 
 
 def _headline(facts: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """Short numbers, for narrow pages."""
     return [
         (
-            _value(key, {"mean": each["second"]["mean"]}),
-            f"{_name(facts, key)}, {MEASURES[key][3]} is better",
-            f"{_value(key, {'mean': each['first']['mean']})} before: {_difference(key, each['difference'])}",
+            number(each["second"]["mean"], 3 if key in ("ssim", "lpips") else 2),
+            f"{_name(facts, key)}{MEASURES[key][1] and ' in' + MEASURES[key][1]}, {MEASURES[key][3]} is better",
+            f"before {_value(key, {'mean': each['first']['mean']})}: {_difference(key, each['difference'])}",
         )
         for key, each in facts["measures"].items()
     ]
