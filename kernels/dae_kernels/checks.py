@@ -51,6 +51,8 @@ def as_integer(operation: str, name: str, got: Any) -> int:
 
 def as_flag(operation: str, name: str, got: Any) -> bool:
     """`got` as a bool; errors as `as_number`, also for 0 and 1."""
+    if type(got) is bool:
+        return got
     value = unwrapped(operation, name, got)
     if not isinstance(value, bool):
         raise TypeError(f"{operation} needs {name} as a bool, got {described(got)}")
@@ -59,6 +61,8 @@ def as_flag(operation: str, name: str, got: Any) -> bool:
 
 def as_numbers(operation: str, name: str, got: Any) -> tuple[float, ...]:
     """A sequence, 1-D array or 1-D tensor of numbers as a tuple of floats; errors as `as_number`."""
+    if type(got) is tuple and {*map(type, got)} == {float}:
+        return got
     if getattr(got, "ndim", None) == 1:  # of NumPy or torch
         got = list(got)
     if isinstance(got, str | bytes) or not isinstance(got, Sequence):

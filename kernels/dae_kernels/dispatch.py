@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 from dae_kernels.checks import check_choice
@@ -24,6 +23,9 @@ from dae_kernels.tracing import TAKEN_WHOLE, traced
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None
 
 is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor  # looked up once, as it is asked for each argument
+
+# Types of an operator's arguments that its body takes as they are; subclasses of tensors go through the dispatcher.
+PLAIN = frozenset({Tensor, torch.nn.Parameter, type(None), bool, int, float, str, tuple, list, torch.dtype})
 
 KERNEL_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -168,12 +170,18 @@ def apply(function: Any, *arguments: Any) -> Any:
 
 @functools.cache
 def without_setup(function: Any) -> Any:
-    """The autograd.Function with `setup_context` within `forward`: then no version of torch asks for the signature."""
+    """The autograd.Function with `setup_context` within `forward`: then no version of torch asks for the signature.
+
+    Of its results the first `used` are outputs, if it says so: `setup_context` alone saves results that nobody else needs, and
+    each output takes a microsecond.
+    """
+
+    used = getattr(function, "used", None)
 
     def forward(ctx: Any, *arguments: Any) -> Any:
         results = function.forward(*arguments)
         function.setup_context(ctx, arguments, results)
-        return results
+        return results[:used]
 
     parts = {"forward": staticmethod(forward), "backward": staticmethod(function.backward), "__module__": function.__module__}
     return types.new_class(function.__name__, (torch.autograd.Function,), exec_body=lambda body: body.update(parts))
@@ -185,7 +193,8 @@ def register_op(name: str, body: Callable, fake: Callable) -> Callable:
     The operator declares that it writes to none of its operands. With `triton_op` torch decides that by compiling the kernels;
     where this fails, it counts every operand as written, which breaks compiled training (torch 2.11).
 
-    Where nothing traces or transforms and the tensors have values, `body` is called directly, without the dispatcher: an
+    Where nothing traces or transforms and the operands are plain tensors that have values, and not of a subclass (fake tensors,
+    DTensor), `body` is called directly, without the dispatcher: an
     operator's first call imports Dynamo, which takes seconds and needs more than torch, and each call costs more than a small
     kernel. The operator itself is the attribute `op` of what is returned.
 
@@ -200,11 +209,9 @@ def register_op(name: str, body: Callable, fake: Callable) -> Callable:
     op.register_vmap(loop_over_batch(op))
 
     def call(*arguments: Any) -> Any:
-        if traced():
+        # The operands of an operation are on one device, so the first says of all whether they have values.
+        if traced() or arguments[0].is_meta or not PLAIN.issuperset(map(type, arguments)):
             return op(*arguments)
-        for argument in arguments:
-            if isinstance(argument, Tensor) and (argument.is_meta or isinstance(argument, FakeTensor)):
-                return op(*arguments)
         return body(*arguments)
 
     run: Any = call

@@ -12,6 +12,7 @@ from dae_kernels.energy_distance import energy_distance
 from dae_kernels.mmd import mmd
 from dae_kernels.pairwise import fused
 from dae_kernels.pairwise.reference import pair_rows_reference
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter
@@ -81,6 +82,42 @@ def test_without_gradient_the_sums_are_the_same():
     sums, nothing = fused.pair_rows_triton(q, s, v, rate, 1, False, False)
     assert nothing.shape == (0, 3)
     torch.testing.assert_close(sums, fused.pair_rows_triton(q, s, v, rate, 1, False, True)[0], rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("bandwidths", [(), (0.7, 2.0)])
+@pytest.mark.parametrize("need_x, need_y", [(False, False), (True, False), (False, True), (True, True)])
+def test_equal_weights_are_weights(bandwidths, need_x, need_y):
+    """The path without weights, for each side that asks, beside the same weights given; strided clouds of 16 bits, an outlier."""
+    torch.manual_seed(0)
+    x, y = torch.randn(9, 70, device=DEVICE).half().T, torch.randn(45, 18, device=DEVICE).half()[:, ::2]
+    x[3] *= 50
+    found = []
+    for weights in ({}, {"weights_x": torch.ones(70, device=DEVICE), "weights_y": torch.full((45,), 3.0, device=DEVICE)}):
+        leaves = x.clone().requires_grad_(need_x), y.clone().requires_grad_(need_y)
+        options = {"bandwidths": bandwidths, "unbiased": False} if bandwidths else {}
+        value = (mmd if bandwidths else energy_distance)(*leaves, impl="triton", **options, **weights)
+        if need_x or need_y:
+            value.backward(torch.tensor(1.7, device=DEVICE))
+        found.append((value.detach(), *(leaf.grad for leaf in leaves if leaf.requires_grad)))
+    # sums of at most 10^4 terms of the order of 1 (with the outlier, of 1) over their number, in float32; gradients of 16 bits
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-5, atol=1e-5)
+    for one, other in zip(found[0][1:], found[1][1:], strict=True):
+        torch.testing.assert_close(one, other, rtol=2e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("unbiased", [False, True])
+def test_operator_of_a_distance_passes_torch_checks(unbiased):
+    x, y = torch.randn(6, 3, device=DEVICE), torch.randn(5, 3, device=DEVICE)
+    torch.library.opcheck(fused.pair_distance_triton.op, (x, y, (1.0,), unbiased, True, True))
+
+
+def test_rates_of_a_captured_graph_are_its_own(monkeypatch):
+    """What is kept would be released under a graph that lives on, or have no values before its first replay."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    before = fused.known_rates.cache_info().currsize
+    with FakeTensorMode():
+        made = fused.kept_rates((1.0, 3.5), torch.device("cuda"))
+    assert made.shape == (2,) and made.device.type == "cuda" and fused.known_rates.cache_info().currsize == before
 
 
 @pytest.mark.parametrize("gradient", [False, True])

@@ -351,7 +351,7 @@ def test_autocast_does_not_touch_the_products():
 def test_operator(impl):
     x, y = clouds(6, 5, 2, torch.float32)
     a, b = simplex(6, torch.float32), simplex(5, torch.float32)
-    arguments = (x, y, a, b, 2, 1.0, 0.5, None, None, None, None, True, False, impl == "triton")
+    arguments = (x, y, a, b, 2, 1.0, 0.5, None, None, None, None, True, False, False, impl == "triton")
     torch.library.opcheck(operators.sinkhorn_potentials.op, arguments)
 
 

@@ -304,7 +304,7 @@ def test_operators(impl):
     values = torch.randn(5, 3, device=DEVICE)
     options = (2, 1.0, 0.5, 1.0, 1.5)
     triton = impl == "triton"
-    torch.library.opcheck(operators.sinkhorn_potentials.op, (x, y, a, b, *options, 1, None, True, False, triton))
+    torch.library.opcheck(operators.sinkhorn_potentials.op, (x, y, a, b, *options, 1, None, True, False, False, triton))
     for some in (values, None):
         torch.library.opcheck(operators.sinkhorn_means.op, (x, y, a, b, some, *options, 1, None, triton))
     torch.library.opcheck(

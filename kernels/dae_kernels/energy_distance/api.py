@@ -8,7 +8,7 @@ from torch import Tensor
 from dae_kernels.checks import check_clouds, check_weights
 from dae_kernels.clouds import convention, normalised
 from dae_kernels.dispatch import choose, dtype_refusal
-from dae_kernels.pairwise.autograd import pair_sums
+from dae_kernels.pairwise.autograd import pair_distance, pair_sums
 
 
 @convention(
@@ -59,7 +59,11 @@ def energy_distance(
     check_weights("energy_distance", "weights_x", weights_x, x)
     check_weights("energy_distance", "weights_y", weights_y, y)
     chosen = choose(impl, x.device, dtype_refusal(x))
+    if chosen == "triton":
+        a_N = None if weights_x is None else normalised(weights_x, x, torch.float64)
+        b_M = None if weights_y is None else normalised(weights_y, y, torch.float64)
+        return pair_distance(x, y, a_N, b_M, (), False)
     a_N, b_M = normalised(weights_x, x, torch.float64), normalised(weights_y, y, torch.float64)
-    within_x, across, within_y = pair_sums(x, y, a_N, b_M, (), chosen, (weights_x is None, weights_y is None))
+    within_x, across, within_y = pair_sums(x, y, a_N, b_M, (), chosen)
     distance = 2.0 * across - within_x - within_y
     return distance if x.element_size() == 8 else distance.float()

@@ -20,6 +20,7 @@ class GroupNormSiLU(torch.autograd.Function):
     """The kernels with their gradient; `register_autograd` does not support torch.func."""
 
     generate_vmap_rule = True
+    used = 1
 
     @staticmethod
     def forward(x, weight, bias, scale, shift, num_groups, eps, silu):
@@ -36,7 +37,7 @@ class GroupNormSiLU(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias, scale, shift, mean_BG, rstd_BG)
 
     @staticmethod
-    def backward(ctx, dy, _d_mean, _d_rstd):
+    def backward(ctx, dy, *_):
         saved = ctx.saved_tensors  # read once: torch.utils.checkpoint unpacks a tensor only once
         _, weight, bias, scale, shift, _, _ = saved
         dx, d_affine_2C, d_adaptive_2BC = apply(GroupNormSiLUBackward, dy, *saved, ctx.num_groups, ctx.silu)

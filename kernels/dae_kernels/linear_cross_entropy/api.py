@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dae_kernels.checks import as_integer, as_number, check_choice, check_dense, check_floating
-from dae_kernels.dispatch import choose, dtype_refusal, on_cuda
+from dae_kernels.dispatch import choose, dtype_refusal, on_cuda, plain
 from dae_kernels.linear_cross_entropy.autograd import chunked_cross_entropy
 from dae_kernels.linear_cross_entropy.reference import NOT_COUNTED, counted_rows, linear_cross_entropy_reference
 from dae_kernels.tracing import has_autocast, values_readable, without_autocast
 
 IMPLS = ("auto", "reference", "torch", "chunked", "triton")
+LARGEST = torch.finfo(torch.float32).max
 FEW_LOGITS = 1 << 20  # of all rows; up to here a CPU is as fast without chunks
 
 
@@ -150,6 +151,8 @@ def compute_dtype(hidden: Tensor) -> torch.dtype:
 def check_rows_and_classes(
     hidden: Tensor, linear_weight: Tensor, targets: Tensor, bias: Tensor | None, weight: Tensor | None
 ) -> None:
+    if usual(hidden, linear_weight, targets) and bias is None and weight is None:
+        return
     operation = "linear_cross_entropy"
     check_floating(operation, "hidden", hidden)
     check_floating(operation, "linear_weight", linear_weight)
@@ -179,10 +182,22 @@ def check_rows_and_classes(
         raise ValueError(f"{operation} has no derivative by the class weights, got one that requires it: give weight.detach()")
 
 
+def usual(hidden: Tensor, linear_weight: Tensor, targets: Tensor) -> bool:
+    """Whether neither the checks nor `dtype_refusal` object to these; False where that is not seen at once."""
+    if torch.compiler.is_compiling() or not (plain(hidden) and plain(linear_weight)) or not isinstance(targets, Tensor):
+        return False
+    if targets.dtype is not torch.int64 or targets.is_nested or targets.layout is not torch.strided:
+        return False
+    shape, matrix = hidden.shape, linear_weight.shape
+    if len(matrix) != 2 or len(shape) == 0 or shape[-1] != matrix[1] or targets.shape != shape[:-1] or 0 in matrix:
+        return False
+    return hidden.dtype is linear_weight.dtype and hidden.device == linear_weight.device == targets.device
+
+
 def check_loss_options(label_smoothing: float, z_loss: float, softcap: float | None) -> None:
     if not 0 <= label_smoothing <= 1:
         raise ValueError(f"label_smoothing must lie in [0, 1], got {label_smoothing}")
-    if not 0 <= z_loss <= torch.finfo(torch.float32).max:
+    if not 0 <= z_loss <= LARGEST:
         raise ValueError(f"z_loss must be finite in float32 and not negative, got {z_loss}")
     if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
         raise ValueError(f"softcap must be positive and finite, or None for no cap, got {softcap}")
@@ -199,7 +214,9 @@ def counted(targets_N: Tensor, V: int, ignore_index: int) -> tuple[Tensor, Tenso
     if targets_N.device.type == "cpu" and values_readable(targets_N) and wrong:
         found = targets_N[wrong_N][0].item()
         raise ValueError(f"targets must lie in 0..{V - 1} or be ignore_index={ignore_index}, got {found}")
-    return targets_N.where(counts_N & valid_N, NOT_COUNTED), wrong, counts_N.sum()
+    if 0 <= ignore_index < V:  # else a valid target counts
+        valid_N = counts_N & valid_N
+    return targets_N.where(valid_N, NOT_COUNTED), wrong, counts_N.sum()
 
 
 def implementation(

@@ -150,7 +150,7 @@ def chunked_cross_entropy(
     divisor: Tensor, empty: Tensor | None, summed: bool,
 ) -> Tensor:  # fmt: skip
     """The [N] losses, or their sum if `summed`, over `divisor`; the sum is NaN without a gradient if `empty`."""
-    needs = tuple(t is not None and differentiated(t) for t in (hidden_ND, linear_weight_VD, bias_V))
+    needs = differentiated(hidden_ND), differentiated(linear_weight_VD), bias_V is not None and differentiated(bias_V)
     tensors = hidden_ND, linear_weight_VD, bias_V, weight_V, target_N, z_loss
     options = label_smoothing, softcap, dtype, needs, kernel, chunk
     if summed:

@@ -11,7 +11,7 @@ from torch import Tensor
 from dae_kernels.checks import as_flag, as_integer, as_number, as_numbers, check_choice, check_clouds, check_weights, described
 from dae_kernels.clouds import convention, normalised
 from dae_kernels.dispatch import choose, dtype_refusal
-from dae_kernels.pairwise.autograd import POLYNOMIAL, pair_sums
+from dae_kernels.pairwise.autograd import POLYNOMIAL, pair_distance, pair_sums
 from dae_kernels.tracing import values_readable
 
 
@@ -88,10 +88,9 @@ def mmd(
     check_weights("mmd", "weights_y", weights_y, y)
     check_choice("kernel", kernel, ("gaussian", "polynomial"))
     unbiased = as_flag("mmd", "unbiased", unbiased)
-    if unbiased:
+    if unbiased and (weights_x is not None or weights_y is not None or x.shape[0] < 2 or y.shape[0] < 2):
         check_pairs("x", x, weights_x)
         check_pairs("y", y, weights_y)
-    a_N, b_M = normalised(weights_x, x, torch.float64), normalised(weights_y, y, torch.float64)
     parameters: tuple[float, ...] = checked_polynomial(degree, gamma, coef0, x.shape[1])
     if kernel == "polynomial":
         if bandwidths is not None:
@@ -105,7 +104,12 @@ def mmd(
         if min(parameters) < 1e-18 or max(parameters) > 1e18:
             refusal = f"the kernel takes bandwidths from 1e-18 to 1e18, got {parameters}"
         chosen = choose(impl, x.device, refusal)
-    within_x, across, within_y = pair_sums(x, y, a_N, b_M, parameters, chosen, (weights_x is None, weights_y is None))
+        if chosen == "triton":
+            a_N = None if weights_x is None else normalised(weights_x, x, torch.float64)
+            b_M = None if weights_y is None else normalised(weights_y, y, torch.float64)
+            return pair_distance(x, y, a_N, b_M, parameters, unbiased)
+    a_N, b_M = normalised(weights_x, x, torch.float64), normalised(weights_y, y, torch.float64)
+    within_x, across, within_y = pair_sums(x, y, a_N, b_M, parameters, chosen)
     if unbiased:
         pairs_x, pairs_y = 1.0 - a_N.square().sum(), 1.0 - b_M.square().sum()
         squared = within_x / pairs_x + within_y / pairs_y - 2.0 * across
@@ -124,6 +128,8 @@ def own_pairs(x_ND: Tensor, a_N: Tensor, kernel: str, parameters: tuple[float, .
 
 
 def checked_polynomial(degree: int, gamma: float | None, coef0: float, D: int) -> tuple[int, float, float]:
+    if type(degree) is int and degree >= 1 and gamma is None and type(coef0) is float and math.isfinite(coef0):
+        return degree, 1.0 / D, coef0
     degree, coef0 = as_integer("mmd", "degree", degree), as_number("mmd", "coef0", coef0)
     gamma = 1.0 / D if gamma is None else as_number("mmd", "gamma", gamma)
     for name, number in (("gamma", gamma), ("coef0", coef0)):

@@ -16,40 +16,48 @@ Roofline, by counting (the kernel is not measured; H100: 3.0 TB/s, 67 TFLOP/s in
   BLOCK_D = 16, as tf32x3 holds an operand twice. Beyond BLOCK_E = 64 dimensions the gradient is made in slices, each of which
   takes the distances again: D / 64 times their cost, for no limit on D and no spill (profiling/aot/pairwise.py).
 - N / BLOCK_N programs (times slices) fill 132 SMs from N = 8500; below that, a split over M is still to be written.
+- With equal weights nothing but these passes, one sum of their rows and the small kernels of fused_centre.py is launched: the
+  passes multiply by what the weights come to, and the pass across adds its gradients to those of the pass within.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from dae_kernels.clouds import middle, sampled
+from dae_kernels.clouds import SAMPLES, middle, sampled
 from dae_kernels.dispatch import register_op
+from dae_kernels.pairwise.fused_centre import BLOCK, centre_kernel, largest_kernel, middle_kernel
 from dae_kernels.tiles import cdiv, next_power_of_2
 from dae_kernels.tracing import traced
 
 
-@triton.jit(do_not_specialize=["N", "M", "d_end"])
+@triton.jit(do_not_specialize=["N", "M", "d_end", "q_start", "s_start", "sum_start"])
 def pair_rows_kernel(
     q_ptr, s_ptr, q_norm_ptr, s_norm_ptr, v_ptr, rate_ptr, sum_ptr, gradient_ptr,
-    N, M, d_end,
-    D: tl.constexpr, BANDWIDTHS: tl.constexpr, SAME: tl.constexpr, GRADIENT: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    N, M, d_end, q_start, s_start, sum_start, factor, slope_factor,
+    D: tl.constexpr, BANDWIDTHS: tl.constexpr, SAME: tl.constexpr, GRADIENT: tl.constexpr, WEIGHTED: tl.constexpr,
+    ADD: tl.constexpr, INPUT_PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """Sums over pairs: a program has BLOCK_N rows of q and BLOCK_E dimensions of their gradients, and loops over all of s.
 
+    Row i of the sums and gradients is factor sum_j v_j f(|q_i - s_j|) and slope_factor times its derivative; unless WEIGHTED v is
+    1 and v_ptr is not read. With ADD the gradient is added to what is there. The starts are those of the norms and of the sums.
     `d_end` is D once more, at run time: the compiler would unroll a loop over D of known length, and spill.
     """
     row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     row_inside = row < N
     d = tl.arange(0, BLOCK_D)
     e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
-    q_norm = tl.load(q_norm_ptr + row, mask=row_inside, other=0.0)
+    q_norm = tl.load(q_norm_ptr + q_start + row, mask=row_inside, other=0.0)
     sums = tl.zeros([BLOCK_N], tl.float32)
     slopes = tl.zeros([BLOCK_N], tl.float32)
     pulls = tl.zeros([BLOCK_N, BLOCK_E], tl.float32)
@@ -64,8 +72,10 @@ def pair_rows_kernel(
             q = tl.load(q_ptrs, mask=row_inside[:, None] & d_inside, other=0.0)
             s = tl.load(s_ptrs, mask=column_inside[:, None] & d_inside, other=0.0)
             dot = tl.dot(q, tl.trans(s), dot, input_precision=INPUT_PRECISION)
-        s_norm = tl.load(s_norm_ptr + column, mask=column_inside, other=0.0)
-        v = tl.load(v_ptr + column, mask=column_inside, other=0.0)
+        s_norm = tl.load(s_norm_ptr + s_start + column, mask=column_inside, other=0.0)
+        v = tl.where(column_inside, 1.0, 0.0)
+        if WEIGHTED:
+            v = tl.load(v_ptr + column, mask=column_inside, other=0.0)
         scale = q_norm[:, None] + s_norm[None, :]
         square = scale - 2.0 * dot
         if BANDWIDTHS > 0:
@@ -93,11 +103,15 @@ def pair_rows_kernel(
             s = tl.load(s_ptrs, mask=column_inside[:, None] & (e[None, :] < D), other=0.0)
             pulls = tl.dot(slope, s, pulls, input_precision=INPUT_PRECISION)
     if tl.program_id(1) == 0:
-        tl.store(sum_ptr + row, sums, mask=row_inside)
+        tl.store(sum_ptr + sum_start + row, sums * factor, mask=row_inside)
     if GRADIENT:
         inside = row_inside[:, None] & (e[None, :] < D)
         q = tl.load(q_ptr + row[:, None] * D + e[None, :], mask=inside, other=0.0)
-        tl.store(gradient_ptr + row[:, None] * D + e[None, :], q * slopes[:, None] - pulls, mask=inside)
+        gradient = (q * slopes[:, None] - pulls) * slope_factor
+        gradient_ptrs = gradient_ptr + row[:, None] * D + e[None, :]
+        if ADD:
+            gradient += tl.load(gradient_ptrs, mask=inside, other=0.0)
+        tl.store(gradient_ptrs, gradient, mask=inside)
 
 
 def tile(D: int, bandwidths: int, same: bool, gradient: bool, amd: bool) -> dict[str, int]:
@@ -124,15 +138,30 @@ def centred(x_ND: Tensor, y_MD: Tensor, a_N: Tensor | None, b_M: Tensor | None) 
 
 
 def rates(bandwidths: tuple[float, ...], device: torch.device) -> Tensor:
-    """[max(B, 1)] float32 rates: exp(-r^2 / (2 s^2)) = 2^(rate r^2); kept, as a GPU waits for numbers of the host."""
-    return made_rates(bandwidths, device) if traced() else known_rates(bandwidths, device)
+    """[max(B, 1)] float32 rates: exp(-r^2 / (2 s^2)) = 2^(rate r^2); kept, as a GPU waits for numbers of the host.
+
+    While a CUDA graph is captured they are filled in on the device: what is made there has its values from a replay on, and the
+    graph would outlive what is kept.
+    """
+    if traced():
+        return torch.tensor(rate_numbers(bandwidths), dtype=torch.float32, device=device)
+    return kept_rates(bandwidths, device)
 
 
-def made_rates(bandwidths: tuple[float, ...], device: torch.device) -> Tensor:
-    return torch.tensor([-math.log2(math.e) / (2 * s * s) for s in bandwidths] or [0.0], dtype=torch.float32, device=device)
+def kept_rates(bandwidths: tuple[float, ...], device: torch.device) -> Tensor:
+    """`rates` where nothing traces, as in the body of an operator."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return torch.cat([torch.full((1,), rate, device=device) for rate in rate_numbers(bandwidths)])
+    return known_rates(bandwidths, device)
 
 
-known_rates = functools.lru_cache(maxsize=256)(made_rates)
+def rate_numbers(bandwidths: tuple[float, ...]) -> list[float]:
+    return [-math.log2(math.e) / (2 * s * s) for s in bandwidths] or [0.0]
+
+
+@functools.lru_cache(maxsize=256)
+def known_rates(bandwidths: tuple[float, ...], device: torch.device) -> Tensor:
+    return torch.tensor(rate_numbers(bandwidths), dtype=torch.float32, device=device)
 
 
 def launch(
@@ -148,29 +177,24 @@ def launch(
 ) -> None:
     """The kernel into contiguous float32 buffers; gradient_ND is not touched unless `gradient`."""
     N, M, D = q_ND.shape[0], s_MD.shape[0], int(q_ND.shape[1])
-    amd = torch.version.hip is not None
-    options = tile(D, bandwidths, same, gradient, amd)
     square_N = q_ND.square().sum(dim=1)
+    square_M = square_N if s_MD is q_ND else s_MD.square().sum(dim=1)
+    run, options = launcher(N, D, bandwidths, same, gradient)
+    run(
+        q_ND, s_MD, square_N, square_M, v_M, rate_B, sum_N, gradient_ND, N, M, D, 0, 0, 0, 1.0, 1.0,
+        WEIGHTED=True, ADD=False, **options,
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1024)
+def launcher(N: int, D: int, bandwidths: int, same: bool, gradient: bool) -> tuple[Callable, dict[str, Any]]:
+    """The kernel on its grid, and its constants but WEIGHTED and ADD."""
+    amd = torch.version.hip is not None
+    options: dict[str, Any] = {**tile(D, bandwidths, same, gradient, amd)}
     grid = (cdiv(N, options["BLOCK_N"]), cdiv(D, options["BLOCK_E"]) if gradient else 1)
-    pair_rows_kernel[grid](
-        q_ND,
-        s_MD,
-        square_N,
-        square_N if s_MD is q_ND else s_MD.square().sum(dim=1),
-        v_M,
-        rate_B,
-        sum_N,
-        gradient_ND,
-        N,
-        M,
-        D,
-        D=D,
-        BANDWIDTHS=bandwidths,
-        SAME=same,
-        GRADIENT=gradient,
-        INPUT_PRECISION="ieee" if amd else "tf32x3",  # AMD has no tf32x3; its float32 product is a float32 product
-        **options,
-    )
+    options |= {"D": D, "BANDWIDTHS": bandwidths, "SAME": same, "GRADIENT": gradient}
+    # AMD has no tf32x3; its float32 product is a float32 product.
+    return pair_rows_kernel[grid], options | {"INPUT_PRECISION": "ieee" if amd else "tf32x3"}
 
 
 def pair_rows_empty(
@@ -188,3 +212,101 @@ def pair_rows_launcher(
 
 
 pair_rows_triton = register_op("dae_kernels::pair_rows", pair_rows_launcher, pair_rows_empty)
+
+
+def distance_empty(
+    x_ND: Tensor, y_MD: Tensor, bandwidths: Sequence[float], unbiased: bool, need_x: bool, need_y: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    (N, D), M = x_ND.shape, y_MD.shape[0]
+    return (
+        x_ND.new_empty((), dtype=torch.float32),
+        x_ND.new_empty((N if need_x else 0, D), dtype=torch.float32),
+        x_ND.new_empty((M if need_y else 0, D), dtype=torch.float32),
+    )
+
+
+class Pass(NamedTuple):
+    """A launch of the kernel over one kind of pairs; q, s and the gradient are numbers of buffers."""
+
+    run: Callable
+    q: int
+    s: int
+    gradient: int
+    numbers: tuple[float, ...]
+    options: dict[str, Any]
+
+
+class Passes:
+    """The launches of a distance between clouds of equal weights, made once per sizes and kind.
+
+    `medians` has two numbers after the medians, then the norms of x and y about their own medians, then about those of both.
+    """
+
+    def __init__(self, N: int, M: int, D: int, bandwidths: int, unbiased: bool, need_x: bool, need_y: bool) -> None:
+        by_x = need_x or not need_y
+        self.norms = 3 * D + 2
+        x_alone, y_alone, x_common, y_common = (self.norms + start for start in (0, N, N + M, N + M + N))
+        self.scratch, self.sums = self.norms + 2 * (N + M), N + M + (N if by_x else 0) + (M if need_y else 0)
+        self.scale = 3 * D + 1
+        self.dx, self.dy = (N if need_x else 0, D), (M if need_y else 0, D)
+        grid_x, grid_y = (cdiv(N, BLOCK["BLOCK_N"]),), (cdiv(M, BLOCK["BLOCK_N"]),)
+        self.middle = middle_kernel[(D,)]
+        self.largest = None if bandwidths else (largest_kernel[grid_x], largest_kernel[grid_y])
+        self.centre = centre_kernel[grid_x], centre_kernel[grid_y]
+        self.centred = {"SCALED": bandwidths == 0, **BLOCK}
+        self.starts_x, self.starts_y = (0, x_alone, x_common), (2, y_alone, y_common)
+        # What the sums over the pairs within x, within y and across are multiplied by, and the pairs of a point with itself.
+        self.own = bandwidths * (1 / N + 1 / M) if bandwidths and not unbiased else 0.0
+        within_x, within_y = (
+            (1 / (n * n - n) if unbiased else 1 / (n * n) for n in (N, M)) if bandwidths else (-1 / N**2, -1 / M**2)
+        )
+        across = (-2.0 if bandwidths else 2.0) / (N * M)
+        once = across / 2 if need_x and need_y else across  # the sum is made twice
+
+        def one(q, s, gradient, rows, columns, q_norm, s_norm, start, factor, slope, same, needed):  # type: ignore[no-untyped-def]
+            run, options = launcher(rows, D, bandwidths, same, needed)
+            numbers = (rows, columns, D, q_norm, s_norm, start, factor, slope)
+            return Pass(run, q, s, gradient, numbers, options | {"WEIGHTED": False, "ADD": needed and not same})
+
+        self.passes = [
+            one(0, 0, 0, N, N, x_alone, x_alone, 0, within_x, 2 * within_x, True, need_x),
+            one(1, 1, 1, M, M, y_alone, y_alone, N, within_y, 2 * within_y, True, need_y),
+        ]
+        if by_x:
+            self.passes.append(one(2, 3, 0, N, M, x_common, y_common, N + M, once, across, False, need_x))
+        if need_y:
+            self.passes.append(one(3, 2, 1, M, N, y_common, x_common, self.sums - M, once, across, False, True))
+
+
+known_passes = functools.lru_cache(maxsize=1024)(Passes)
+
+
+def distance_launcher(
+    x_ND: Tensor, y_MD: Tensor, bandwidths: Sequence[float], unbiased: bool, need_x: bool, need_y: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`mmd` with bandwidths, `energy_distance` without, of equal weights; and the gradients by x and y, float32."""
+    (N, D), M, B = x_ND.shape, y_MD.shape[0], len(bandwidths)
+    plan = known_passes(N, M, D, B, unbiased, need_x, need_y)
+    x_operands, y_operands = (N, D, *x_ND.stride()), (M, D, *y_MD.stride())
+    medians = torch.empty(plan.scratch, dtype=torch.float32, device=x_ND.device)
+    x_alone, y_alone, sums = medians.new_empty((N, D)), medians.new_empty((M, D)), medians.new_empty(plan.sums)
+    clouds = x_alone, y_alone, torch.empty_like(x_alone), torch.empty_like(y_alone)
+    gradients = medians.new_empty(plan.dx), medians.new_empty(plan.dy)
+    plan.middle(x_ND, y_MD, medians, N, M, D, *x_operands[2:], *y_operands[2:], SAMPLES=SAMPLES, num_warps=4)
+    if plan.largest is not None:  # float32 squared distances overflow above 1e19 and underflow below 1e-19
+        plan.largest[0](x_ND, medians, *x_operands, 0, **BLOCK)
+        plan.largest[1](y_MD, medians, *y_operands, 2, **BLOCK)
+    plan.centre[0](x_ND, medians, x_alone, clouds[2], *x_operands, *plan.starts_x, **plan.centred)
+    plan.centre[1](y_MD, medians, y_alone, clouds[3], *y_operands, *plan.starts_y, **plan.centred)
+    rate_B = kept_rates(tuple(bandwidths), x_ND.device)
+    for run, q, s, gradient, numbers, options in plan.passes:
+        run(clouds[q], clouds[s], medians, medians, medians, rate_B, sums, gradients[gradient], *numbers, **options)
+    value = sums.sum(dtype=torch.float64)
+    if plan.largest is not None:
+        value = value / medians[plan.scale]
+    elif plan.own:
+        value = value + plan.own
+    return value.float(), *gradients
+
+
+pair_distance_triton = register_op("dae_kernels::pair_distance", distance_launcher, distance_empty)

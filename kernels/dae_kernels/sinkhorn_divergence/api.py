@@ -107,7 +107,7 @@ def sinkhorn_divergence(
     debias, potentials = as_flag(operation, "debias", debias), as_flag(operation, "potentials", potentials)
     options = checked_options(operation, p, blur, scaling, diameter, reach, max_iter, tolerance)
     clouds, triton = checked_operands(operation, x, y, weights_x, weights_y, reach, impl)
-    divergence, f_N, g_M = envelope(*clouds, *options, debias, potentials, triton)
+    divergence, f_N, g_M = envelope(*clouds, *options, debias, potentials, weights_x is None and weights_y is None, triton)
     return (f_N, g_M) if potentials else divergence
 
 

@@ -41,19 +41,23 @@ class Envelope(torch.autograd.Function):
         if any(d is not None for d in d_made):
             raise RuntimeError("sinkhorn_divergence has no second derivative: its gradient holds the transport plan constant")
         a_N, b_M, du_N, dv_M, dx_ND, dy_MD = ctx.saved_tensors
-        d_x_ND, d_a_N = envelope_gradients(a_N, du_N, dx_ND, d_value, d_u_N)
-        d_y_MD, d_b_M = envelope_gradients(b_M, dv_M, dy_MD, d_value, d_v_M)
-        return d_x_ND, d_y_MD, d_a_N, d_b_M, *[None] * 10
+        by_x, by_y, by_a, by_b = ctx.needs_input_grad[:4]
+        d_x_ND, d_a_N = envelope_gradients(a_N, du_N, dx_ND, d_value, d_u_N, by_x, by_a)
+        d_y_MD, d_b_M = envelope_gradients(b_M, dv_M, dy_MD, d_value, d_v_M, by_y, by_b)
+        return d_x_ND, d_y_MD, d_a_N, d_b_M, *[None] * 11
 
 
 def envelope_gradients(
-    a_N: Tensor, du_N: Tensor, dx_ND: Tensor, d_value: Tensor | None, d_u_N: Tensor | None
+    a_N: Tensor, du_N: Tensor, dx_ND: Tensor, d_value: Tensor | None, d_u_N: Tensor | None, by_point: bool, by_weight: bool
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients to the points [N, D] and the weights [N] of one side; potentials have none to the weights."""
+    d_a_N = None if d_value is None or not by_weight else d_value * du_N
+    if not by_point:
+        return None, d_a_N
     by_row_N = None if d_value is None else d_value * a_N
     if d_u_N is not None:
         by_row_N = d_u_N if by_row_N is None else by_row_N + d_u_N
-    return None if by_row_N is None else by_row_N[:, None] * dx_ND, None if d_value is None else d_value * du_N
+    return None if by_row_N is None else by_row_N[:, None] * dx_ND, d_a_N
 
 
 @taken_whole

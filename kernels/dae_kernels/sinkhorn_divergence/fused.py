@@ -20,7 +20,9 @@ Roofline of one update (counts, with the floors measured on an H100: 3.0 TB/s; t
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 
 import torch
 import triton
@@ -86,25 +88,21 @@ def scores(
     return tile * (sign * scale) + u[None, :], tile
 
 
-@triton.jit(do_not_specialize=["N", "M", "share", "d_end"])
-def sinkhorn_update_kernel(
-    x_ptr, y_ptr, log_b_ptr, g_ptr, average_ptr, f_ptr,
-    N, M, share, d_end, scale,
-    D: tl.constexpr, P: tl.constexpr, FLAT: tl.constexpr, AVERAGE: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+@triton.jit
+def new_potential(
+    x_ptr, y_ptr, log_b_ptr, g_ptr,
+    row, start, share, N, M, d_end, scale,
+    D: tl.constexpr, P: tl.constexpr, FLAT: tl.constexpr, INPUT_PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """f = -log2(sum_j 2^score_j) / scale for BLOCK_N rows and `share` columns; scale = log2(e) / epsilon.
+    """f = -log2(sum_j 2^score_j) / scale for BLOCK_N rows and `share` columns from `start` on; scale = log2(e) / epsilon.
 
-    If FLAT (see the solver), the sum of b_j (e^score_j - 1) in its place. f is [shares, N]. If AVERAGE, f is averaged with
-    `average`, which is read only then.
-    `d_end` is D once more, at run time: the compiler would unroll a loop over D of known length, and spill.
+    If FLAT (see the solver), the sum of b_j (e^score_j - 1) in its place.
     """
-    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     x = tl.load(x_ptr + row[:, None] * D + d[None, :], mask=(row[:, None] < N) & (d[None, :] < D), other=0.0)
     top = tl.full([BLOCK_N], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_N], tl.float32)
-    start = tl.program_id(1) * share
     for m0 in range(start, tl.minimum(start + share, M), BLOCK_M):
         col = m0 + tl.arange(0, BLOCK_M)
         score, _ = scores(
@@ -120,16 +118,76 @@ def sinkhorn_update_kernel(
             finite_top = tl.where(new_top == float("-inf"), 0.0, new_top)
             total = total * tl.exp2(top - finite_top) + tl.sum(tl.exp2(score - finite_top[:, None]), axis=1)
             top = new_top
-    f = total if FLAT else -(tl.log2(total) + top) / scale
+    return total if FLAT else -(tl.log2(total) + top) / scale
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) to a few roundings of it: the rounding of 1 + x is divided out."""
+    whole = 1.0 + x
+    return tl.where(whole == 1.0, x, tl.log(whole) * x / tl.where(whole == 1.0, 1.0, whole - 1.0))
+
+
+@triton.jit
+def whole_potential(f, old_ptrs, inside, scale, FLAT: tl.constexpr, AVERAGE: tl.constexpr):
+    """The potential from what `new_potential` has of all columns, averaged with the old one if AVERAGE."""
+    if FLAT:
+        f = -log1p(f) / (scale * 0.6931471805599453)
     if AVERAGE:
-        f = (f + tl.load(average_ptr + row, mask=row < N, other=0.0)) / 2
+        f = (f + tl.load(old_ptrs, mask=inside, other=0.0)) / 2
+    return f
+
+
+@triton.jit(do_not_specialize=["shares", "size"])
+def sinkhorn_join_kernel(
+    part_ptr, old_ptr, new_ptr,
+    shares, size, scale,
+    FLAT: tl.constexpr, AVERAGE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The potentials of [shares, size] parts, joined in order. Grid (size)."""
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = place < size
+    top = tl.full([BLOCK], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    for n in range(0, shares):
+        part = tl.load(part_ptr + tl.cast(n, tl.int64) * size + place, mask=inside, other=0.0)
+        if FLAT:
+            total += part
+        else:
+            score = -part * scale  # to base 2
+            new_top = tl.maximum(top, score)
+            finite_top = tl.where(new_top == float("-inf"), 0.0, new_top)
+            total = total * tl.exp2(top - finite_top) + tl.exp2(score - finite_top)
+            top = new_top
+    f = total if FLAT else -(tl.log2(total) + top) / scale
+    tl.store(new_ptr + place, whole_potential(f, old_ptr + place, inside, scale, FLAT, AVERAGE), mask=inside)
+
+
+@triton.jit(do_not_specialize=["N", "M", "share", "d_end"])
+def sinkhorn_update_kernel(
+    x_ptr, y_ptr, log_b_ptr, g_ptr, average_ptr, f_ptr,
+    N, M, share, d_end, scale,
+    D: tl.constexpr, P: tl.constexpr, FLAT: tl.constexpr, AVERAGE: tl.constexpr, WHOLE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """The new potential, averaged with `average` if AVERAGE; unless WHOLE, `new_potential` of each share, [shares, N].
+
+    `d_end` is D once more, at run time: the compiler would unroll a loop over D of known length, and spill.
+    """
+    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    f = new_potential(
+        x_ptr, y_ptr, log_b_ptr, g_ptr, row, tl.program_id(1) * share, share, N, M, d_end, scale,
+        D, P, FLAT, INPUT_PRECISION, BLOCK_N, BLOCK_M, BLOCK_D,
+    )  # fmt: skip
+    if WHOLE:
+        f = whole_potential(f, average_ptr + row, row < N, scale, FLAT, AVERAGE)
     tl.store(f_ptr + tl.program_id(1).to(tl.int64) * N + row, f, mask=row < N)
 
 
-@triton.jit(do_not_specialize=["N", "M", "d_end"])
-def sinkhorn_mean_kernel(
+@triton.jit
+def write_means(
     x_ptr, y_ptr, v_ptr, log_b_ptr, g_ptr, f_ptr, out_ptr,
-    N, M, E, d_end, scale,
+    row, e0, N, M, E, d_end, scale,
     D: tl.constexpr, P: tl.constexpr, GRADIENT: tl.constexpr, INPUT_PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
@@ -137,9 +195,7 @@ def sinkhorn_mean_kernel(
 
     If GRADIENT, in its place sum_j P_ij d|x_i - y_j|^P / P / dx_i: for P = 2 that is x_i less the mean of v = y.
     """
-    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
-    e0 = tl.program_id(1) * BLOCK_E
     e = e0 + tl.arange(0, BLOCK_E)
     x = tl.load(x_ptr + row[:, None] * D + d[None, :], mask=(row[:, None] < N) & (d[None, :] < D), other=0.0)
     f = tl.load(f_ptr + row, mask=row < N, other=0.0)
@@ -172,6 +228,21 @@ def sinkhorn_mean_kernel(
     tl.store(out_ptr + row[:, None] * E + e[None, :], out, mask=inside)
 
 
+@triton.jit(do_not_specialize=["N", "M", "d_end"])
+def sinkhorn_mean_kernel(
+    x_ptr, y_ptr, v_ptr, log_b_ptr, g_ptr, f_ptr, out_ptr,
+    N, M, E, d_end, scale,
+    D: tl.constexpr, P: tl.constexpr, GRADIENT: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
+):  # fmt: skip
+    """`write_means`. Grid (rows, columns of v)."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    write_means(
+        x_ptr, y_ptr, v_ptr, log_b_ptr, g_ptr, f_ptr, out_ptr, row, tl.program_id(1) * BLOCK_E, N, M, E, d_end, scale,
+        D, P, GRADIENT, INPUT_PRECISION, BLOCK_N, BLOCK_M, BLOCK_D, BLOCK_E,
+    )  # fmt: skip
+
+
 # By p: without a product the compiler gives a row to a thread or two, and 64 columns spill on sm_90.
 UPDATE_TILE = {
     1: {"BLOCK_N": 64, "BLOCK_M": 32, "BLOCK_D": 16, "num_warps": 4, "num_stages": 2},
@@ -189,63 +260,63 @@ def mean_tile(p: int, D: int, gradient: bool) -> dict[str, int]:
     return HALF_MEAN_TILE if half else MEAN_TILE
 
 
-def shares_to_fill(device: torch.device, N: int, M: int) -> int:
+JOIN = {"BLOCK": 128, "num_warps": 4}
+
+
+def precision() -> str:
+    """AMD has no tf32x3; its float32 product is a float32 product."""
+    return "ieee" if torch.version.hip else "tf32x3"
+
+
+def shares_to_fill(device: torch.device, programs: int, columns: int) -> int:
     """Number of programs that share the columns of a row, for two programs per SM."""
     if device.type != "cuda":  # the interpreter runs programs sequentially
         return 1
-    return max(1, min(2 * processors(device) // cdiv(N, UPDATE_TILE[2]["BLOCK_N"]), M // MIN_SHARE))
+    return max(1, min(2 * processors(device) // programs, columns // MIN_SHARE))
+
+
+def join(part: Tensor, old: Tensor, new: Tensor, shares: int, size: int, scale: float, flat: bool, average: bool) -> None:
+    sinkhorn_join_kernel[(cdiv(size, JOIN["BLOCK"]),)](part, old, new, shares, size, scale, FLAT=flat, AVERAGE=average, **JOIN)
 
 
 class TritonUpdate(Update):
     """`ReferenceUpdate` by kernels, for contiguous float32 points; all tensors are contiguous.
 
-    What its launches have in common is made once. Up to `shares` programs take the columns of a row; their results are joined in
-    one order, so runs agree bit for bit.
+    Up to `shares` programs take the columns of a row; their results are joined in one order, so runs agree bit for bit.
     """
 
     def __init__(self, x_ND: Tensor, y_MD: Tensor, p: int, shares: int | None = None) -> None:
         super().__init__(x_ND, y_MD, p)
-        (N, D), M = x_ND.shape, y_MD.shape[0]
-        tile = UPDATE_TILE[p]
-        shares = shares_to_fill(x_ND.device, N, M) if shares is None else shares
+        self.given_shares = shares
+        self.constants: dict[str, int | str] = {"D": x_ND.shape[1], "P": p, "INPUT_PRECISION": precision()}
+
+    @functools.cached_property
+    def launch(self) -> tuple[Callable, tuple[int, ...], Tensor | None]:
+        """What all launches have in common: the kernel on its grid, the sizes, and memory for shares if there are several."""
+        (N, D), M, tile = self.x_ND.shape, self.y_MD.shape[0], UPDATE_TILE[self.p]
+        blocks = cdiv(N, tile["BLOCK_N"])
+        shares = shares_to_fill(self.x_ND.device, blocks, M) if self.given_shares is None else self.given_shares
         share = cdiv(cdiv(M, tile["BLOCK_M"]), shares) * tile["BLOCK_M"]
-        self.shares = cdiv(M, share)
-        self.update = sinkhorn_update_kernel[cdiv(N, tile["BLOCK_N"]), self.shares]
-        self.sizes = N, M, share, D
-        # AMD has no tf32x3; its float32 product is a float32 product.
-        self.constants: dict[str, int | str] = {"D": D, "P": p, "INPUT_PRECISION": "ieee" if torch.version.hip else "tf32x3"}
-        self.options = {**self.constants, **tile}
-        self.part_SN = x_ND.new_empty(self.shares, N) if self.shares > 1 else None
+        shares = cdiv(M, share)
+        part_SN = self.x_ND.new_empty(shares, N) if shares > 1 else None
+        return sinkhorn_update_kernel[blocks, shares], (N, M, share, D), part_SN
 
     def write(
         self, f_N: Tensor, made_NE: Tensor, log_b_M: Tensor, g_M: Tensor, epsilon: float, flat: bool,
         gradient: bool, values_ME: Tensor | None, average_N: Tensor | None,
     ) -> None:  # fmt: skip
-        part_SN, scale = self.part_SN, LOG2_E / epsilon
-        average = average_N is not None and part_SN is None and not flat  # by the kernel
-        self.update(
-            self.x_ND, self.y_MD, log_b_M, g_M, average_N if average else f_N, f_N if part_SN is None else part_SN,
-            *self.sizes, scale, FLAT=flat, AVERAGE=average, **self.options,
+        (run, sizes, part_SN), scale, average = self.launch, LOG2_E / epsilon, average_N is not None
+        old_N, out = f_N if average_N is None else average_N, f_N if part_SN is None else part_SN
+        run(
+            self.x_ND, self.y_MD, log_b_M, g_M, old_N, out, *sizes, scale,
+            FLAT=flat, AVERAGE=average, WHOLE=part_SN is None, **self.constants, **UPDATE_TILE[self.p],
         )  # fmt: skip
-        if flat:
-            total_N = f_N if part_SN is None else torch.sum(part_SN, dim=0, out=f_N)
-            total_N.log1p_().mul_(-epsilon)
-        elif part_SN is not None:
-            torch.logsumexp(part_SN.div_(-epsilon), dim=0, out=f_N).mul_(-epsilon)
-        if average_N is not None and not average:
-            f_N.add_(average_N).div_(2)
+        if part_SN is not None:
+            join(part_SN, old_N, f_N, len(part_SN), len(f_N), scale, flat, average)
         if gradient or values_ME is not None:
-            self.write_mean(
-                f_N, made_NE, log_b_M, g_M, scale, self.y_MD if gradient or values_ME is None else values_ME, gradient
-            )
-
-    def write_mean(
-        self, f_N: Tensor, made_NE: Tensor, log_b_M: Tensor, g_M: Tensor, scale: float, values_ME: Tensor, gradient: bool
-    ) -> None:
-        """The derivative, or the mean of values, into made_NE."""
-        N, M, _, D = self.sizes
-        E, tile = made_NE.shape[1], mean_tile(self.p, D, gradient)
-        sinkhorn_mean_kernel[cdiv(N, tile["BLOCK_N"]), cdiv(E, tile["BLOCK_E"])](
-            self.x_ND, self.y_MD, values_ME.contiguous(), log_b_M, g_M, f_N, made_NE, N, M, E, D, scale,
-            GRADIENT=gradient, **self.constants, **tile,
-        )  # fmt: skip
+            values_ME = self.y_MD if gradient or values_ME is None else values_ME
+            (N, M, _, D), E, tile = sizes, made_NE.shape[1], mean_tile(self.p, sizes[3], gradient)
+            sinkhorn_mean_kernel[cdiv(N, tile["BLOCK_N"]), cdiv(E, tile["BLOCK_E"])](
+                self.x_ND, self.y_MD, values_ME.contiguous(), log_b_M, g_M, f_N, made_NE, N, M, E, D, scale,
+                GRADIENT=gradient, **self.constants, **tile,
+            )  # fmt: skip

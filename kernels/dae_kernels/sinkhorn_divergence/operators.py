@@ -11,21 +11,21 @@ import torch
 from torch import Tensor
 
 from dae_kernels.dispatch import register_op
-from dae_kernels.sinkhorn_divergence.reference import ReferenceUpdate, Update
+from dae_kernels.sinkhorn_divergence.reference import ReferenceUpdate
 from dae_kernels.sinkhorn_divergence.solver import Sinkhorn, TransportOptions
 from dae_kernels.tracing import without_autocast
 
 
 def sinkhorn(
-    x_ND: Tensor, y_MD: Tensor, a_N: Tensor, b_M: Tensor, options: TransportOptions, debias: bool, triton: bool
+    x_ND: Tensor, y_MD: Tensor, a_N: Tensor, b_M: Tensor, options: TransportOptions, debias: bool, equal: bool, triton: bool
 ) -> Sinkhorn:
     """The problems to solve, by the reference or the kernels."""
-    kind: type[Update] = ReferenceUpdate
-    if triton:
-        from dae_kernels.sinkhorn_divergence.fused import TritonUpdate
+    if not triton:
+        return Sinkhorn(ReferenceUpdate, x_ND, y_MD, a_N, b_M, options, debias, None, equal)
+    from dae_kernels.sinkhorn_divergence.fused import TritonUpdate
+    from dae_kernels.sinkhorn_divergence.fused_joint import TritonJoint
 
-        kind = TritonUpdate
-    return Sinkhorn(kind, x_ND, y_MD, a_N, b_M, options, debias)
+    return Sinkhorn(TritonUpdate, x_ND, y_MD, a_N, b_M, options, debias, TritonJoint, equal)
 
 
 def solve_divergence(
@@ -42,17 +42,20 @@ def solve_divergence(
     tolerance: float | None,
     debias: bool,
     potentials: bool,
+    equal: bool,
     triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`Sinkhorn.divergence` of the solved problems."""
     options = TransportOptions(p, blur, scaling, diameter, reach, max_iter, tolerance)
     with without_autocast(x_ND.device):
-        return sinkhorn(x_ND, y_MD, a_N, b_M, options, debias, triton).solve().divergence(potentials)
+        return sinkhorn(x_ND, y_MD, a_N, b_M, options, debias, equal, triton).solve().divergence(potentials)
 
 
 def empty_divergence(x_ND: Tensor, y_MD: Tensor, a_N: Tensor, b_M: Tensor, *options: Any) -> tuple[Tensor, ...]:
-    vectors = (torch.empty_like(t) for t in (a_N, b_M, a_N, b_M))
-    return a_N.new_empty(()), *vectors, x_ND.new_empty(x_ND.shape), y_MD.new_empty(y_MD.shape)
+    potentials = options[-3]
+    values = (torch.empty_like(t) if potentials else t.new_empty(0) for t in (a_N, b_M))
+    by_weight = (torch.empty_like(t) for t in (a_N, b_M))
+    return a_N.new_empty(()), *values, *by_weight, x_ND.new_empty(x_ND.shape), y_MD.new_empty(y_MD.shape)
 
 
 def solve_means(
@@ -73,7 +76,7 @@ def solve_means(
     """`Sinkhorn.means` of the solved problem."""
     options = TransportOptions(p, blur, scaling, diameter, reach, max_iter, tolerance)
     with without_autocast(x_ND.device):
-        return sinkhorn(x_ND, y_MD, a_N, b_M, options, False, triton).solve().means(values_ME)
+        return sinkhorn(x_ND, y_MD, a_N, b_M, options, False, False, triton).solve().means(values_ME)
 
 
 def empty_means(
@@ -101,7 +104,7 @@ def transposed_means(
     """The gradient of `solve_means` by its values."""
     options = TransportOptions(p, blur, scaling, diameter, reach, None, None)
     with without_autocast(x_ND.device):
-        return sinkhorn(x_ND, y_MD, a_N, b_M, options, False, triton).sums_over_rows(f_N, g_M, d_means_NE)
+        return sinkhorn(x_ND, y_MD, a_N, b_M, options, False, False, triton).sums_over_rows(f_N, g_M, d_means_NE)
 
 
 def empty_transposed(

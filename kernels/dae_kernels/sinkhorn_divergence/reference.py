@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -32,7 +33,10 @@ class Update:
 
     def __init__(self, x_ND: Tensor, y_MD: Tensor, p: int) -> None:
         self.x_ND, self.y_MD, self.p = x_ND, y_MD, p
-        self.nothing = x_ND.new_empty(0)
+
+    @functools.cached_property
+    def nothing(self) -> Tensor:
+        return self.x_ND.new_empty(0)
 
     def __call__(
         self, log_b_M: Tensor, g_M: Tensor, epsilon: float, flat: bool, gradient: bool = False, values_ME: Tensor | None = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from typing import Any, NamedTuple
@@ -60,12 +61,12 @@ def times_power_of_two(x: Tensor, exponent: int) -> Tensor:
     return x
 
 
-def boxes(*pairs: tuple[Tensor, Tensor]) -> list[tuple[Tensor, float]]:
-    """Centre [D] of the bounding box of each two clouds, and its diagonal, which bounds every distance; a GPU is asked once."""
+def boxes(*groups: tuple[Tensor, ...]) -> list[tuple[Tensor, float]]:
+    """Centre [D] of the box around each group of clouds, and its diagonal, which bounds every distance; a GPU is asked once."""
     centres, sizes = [], []
-    for x_ND, y_MD in pairs:
-        low_D = torch.minimum(x_ND.amin(dim=0), y_MD.amin(dim=0)) / 2
-        high_D = torch.maximum(x_ND.amax(dim=0), y_MD.amax(dim=0)) / 2
+    for clouds in groups:
+        low_D = functools.reduce(torch.minimum, [cloud.amin(dim=0) for cloud in clouds]) / 2
+        high_D = functools.reduce(torch.maximum, [cloud.amax(dim=0) for cloud in clouds]) / 2
         side_D = high_D - low_D
         longest = side_D.amax()
         norm = (side_D / longest.clamp_min(torch.finfo(side_D.dtype).tiny)).norm()  # the square of a side may overflow
@@ -118,15 +119,20 @@ class Sinkhorn:
     """The transport problems between two clouds, and with `debias` of each to itself, in units in which the points span about 1.
 
     `potentials` are those of x and y for the first problem, and of x and y for the others; `epsilon` and `rho` are blur^p and
-    reach^p in these units, in which costs are scaled by 2^-`exponent`p.
+    reach^p in these units, in which costs are scaled by 2^-`exponent`p. `joint`, if not None, takes a step of all problems at
+    once; with reach it is not used. `equal`: the weights are known to be equal in each cloud.
     """
 
     def __init__(
-        self, kind: type[Update], x_ND: Tensor, y_MD: Tensor, a_N: Tensor, b_M: Tensor, options: TransportOptions, debias: bool
-    ) -> None:
+        self, kind: type[Update], x_ND: Tensor, y_MD: Tensor, a_N: Tensor, b_M: Tensor, options: TransportOptions, debias: bool,
+        joint: Any = None, equal: bool = False,
+    ) -> None:  # fmt: skip
         p, dtype = options.p, x_ND.dtype
-        weighted = with_weight(x_ND, a_N), with_weight(y_MD, b_M)
-        (_, span), (centre_D, diagonal) = boxes((x_ND, y_MD), weighted)
+        joint = None if options.reach is not None else joint
+        given = (x_ND, y_MD) if joint is None else (torch.cat([x_ND, y_MD]),)
+        weighted = () if equal else ((with_weight(x_ND, a_N), with_weight(y_MD, b_M)),)
+        found = boxes(given, *weighted)
+        span, (centre_D, diagonal) = found[0][1], found[-1]
         check_span(span, options, dtype)
         scale = diagonal if 0 < diagonal < math.inf else options.blur
         if options.reach is not None:
@@ -142,35 +148,55 @@ class Sinkhorn:
         self.schedule = [(epsilon, epsilon > (span * unit) ** p) for epsilon in schedule]
         self.epsilon = schedule[-1]
         self.rho = None if options.reach is None else (options.reach * unit) ** p
+        self.kind, self.debias, self.centre_D, self.weights = kind, debias, centre_D, (a_N, b_M)
         # Translation changes the rounding of |x|^2 - 2 x.y + |y|^2, but no cost.
-        x_ND, y_MD = (times_power_of_two(c - centre_D, -self.exponent).contiguous() for c in (x_ND, y_MD))
-        self.y_MD, self.centre_D = y_MD, centre_D
+        self.joint: Any = None
+        self.joined = x_ND.new_empty(0)
+        if joint is not None:
+            z_ND = times_power_of_two(given[0] - centre_D, -self.exponent)
+            self.joint = joint(z_ND, torch.cat([a_N, b_M]), len(a_N), p, 4 if debias else 2)
+            self.clouds = self.joint.clouds
+        else:
+            self.clouds = tuple(times_power_of_two(c - centre_D, -self.exponent).contiguous() for c in (x_ND, y_MD))
         self.masses = [1.0, 1.0] if self.rho is None else torch.stack([a_N.sum(), b_M.sum()]).tolist()
+
+    @functools.cached_property
+    def problems(self) -> list[Problem]:
         log_a, log_b = (math.log(mass) for mass in self.masses)
-        a_N, b_M = (t if self.rho is None else t / t.sum() for t in (a_N, b_M))
-        half_N, half_M = (t.square().sum(dim=1) / 2 if p == 2 else t.new_zeros(len(t)) for t in (x_ND, y_MD))
+        a_N, b_M = (t if self.rho is None else t / t.sum() for t in self.weights)
+        half_N, half_M = (t.square().sum(dim=1) / 2 if self.p == 2 else t.new_zeros(len(t)) for t in self.clouds)
         of_x, of_y = (a_N.log(), log_a), (b_M.log(), log_b)
-        self.problems = [
-            Problem(kind(x_ND, y_MD, p), *of_y, half_N, a_N, 1),
-            Problem(kind(y_MD, x_ND, p), *of_x, half_M, b_M, 0),
-        ]
-        if debias:
-            self.problems += [
+        (x_ND, y_MD), kind, p = self.clouds, self.kind, self.p
+        problems = [Problem(kind(x_ND, y_MD, p), *of_y, half_N, a_N, 1), Problem(kind(y_MD, x_ND, p), *of_x, half_M, b_M, 0)]
+        if self.debias:
+            problems += [
                 Problem(kind(x_ND, x_ND, p), *of_x, half_N, a_N, 2),
                 Problem(kind(y_MD, y_MD, p), *of_y, half_M, b_M, 3),
             ]
-        self.potentials = [Potential(-problem.half_N, 0.0) for problem in (*self.problems[:2], *self.problems[:2])]
+        return problems
+
+    @functools.cached_property
+    def potentials(self) -> list[Potential]:
+        if self.joint is None:
+            return [Potential(-problem.half_N, 0.0) for problem in (*self.problems[:2], *self.problems[:2])]
+        return [Potential(vector, 0.0) for vector in self.joint.apart(self.joined)]
 
     def solve(self) -> Sinkhorn:
         """Run the schedule and, if requested, iterate to convergence; returns itself."""
-        several, max_iter = range(len(self.problems)), self.options.max_iter
-        self.potentials = [self.updated(k, *self.schedule[0])[0] for k in several]
-        spare: list[Tensor | None] = [None] * len(self.problems)  # the potentials before last, to be written over
-        for step in self.schedule:
-            new = [self.averaged(k, *step, spare[k]) for k in several]
-            spare, self.potentials = [old.vector for old in self.potentials], new
-        if max_iter is not None or self.options.tolerance is not None:
-            self.converge(DEFAULT_ITERATIONS if max_iter is None else max_iter, self.options.tolerance)
+        if self.joint is not None:
+            self.joined = self.joint.solved(self.schedule)
+        else:
+            several = range(len(self.problems))
+            self.potentials = [self.updated(k, *self.schedule[0])[0] for k in several]
+            spare: list[Tensor | None] = [None] * len(self.problems)  # the potentials before last, to be written over
+            for step in self.schedule:
+                new = [self.averaged(k, *step, spare[k]) for k in several]
+                spare, self.potentials = [old.vector for old in self.potentials], new
+        max_iter, tolerance = self.options.max_iter, self.options.tolerance
+        if max_iter is not None or tolerance is not None:
+            self.converge(DEFAULT_ITERATIONS if max_iter is None else max_iter, tolerance)
+            if self.joint is not None:
+                self.joined = torch.cat([potential.vector for potential in self.potentials]).view_as(self.joined)
         return self
 
     def damping(self, epsilon: float) -> float:
@@ -240,17 +266,34 @@ class Sinkhorn:
         """The divergence [], u_N, v_M, du_N, dv_M, dx_ND, dy_MD, in the units of the points.
 
         The divergence is sum_i a_i u_i + sum_j b_j v_j, its derivatives are du by a, dv by b, a_i dx_i by x_i and b_j dy_j by
-        y_j. With `potentials` u and v are these, and dx and dy their derivatives.
+        y_j. With `potentials` u and v are these, and dx and dy their derivatives; else u and v are empty.
         """
         # Full steps, not averages: their derivative is that of the cost under the plan, as the envelope theorem requires.
+        if self.joint is not None:
+            return self.joint_divergence(potentials)
         last = [self.updated(k, *self.schedule[-1], gradient=True) for k in range(len(self.problems))]
         sides = [self.side(k, last, potentials) for k in range(2)]
         values, by_weight, by_point = zip(*sides, strict=True)
         # Summed before scaling, as two overflowing powers have no difference.
         value = sum(m * (one.a_N * u).sum() for m, one, u in zip(self.masses, self.problems[:2], values, strict=True))
+        values = values if potentials else tuple(one.new_empty(0) for one in values)
         value, u_N, v_M, du_N, dv_M = (times_power_of_two(t, self.p * self.exponent) for t in (value, *values, *by_weight))
         dx_ND, dy_MD = (times_power_of_two(t, (self.p - 1) * self.exponent) for t in by_point)
         return value, u_N, v_M, du_N, dv_M, dx_ND, dy_MD
+
+    def joint_divergence(self, potentials: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """`divergence` by `joint`."""
+        new, slopes = self.joint.slopes(self.joined, *self.schedule[-1])
+        if self.debias:
+            net, net_slopes = torch.sub(*new.unbind()), torch.sub(*slopes.unbind())
+        else:
+            net, net_slopes = new[0] - self.joint.start(), slopes[0]
+        sizes, exponent = [len(weights) for weights in self.weights], self.p * self.exponent
+        value = times_power_of_two((self.joint.w * net).sum(), exponent)
+        u_N, v_M = times_power_of_two(net, exponent).split(sizes)
+        dx_ND, dy_MD = times_power_of_two(net_slopes, exponent - self.exponent).split(sizes)
+        values = (u_N.clone(), v_M.clone()) if potentials else (u_N.new_empty(0), v_M.new_empty(0))
+        return value, *values, u_N.clone(), v_M.clone(), dx_ND.clone(), dy_MD.clone()  # results share no memory
 
     def side(self, k: int, last: list[tuple[Potential, Tensor]], potentials: bool) -> tuple[Tensor, Tensor, Tensor]:
         """u, du and dx of `divergence` for one cloud."""
@@ -277,7 +320,7 @@ class Sinkhorn:
 
         Also the potentials f, which normalise those rows, and g, in the units of this object.
         """
-        values = self.y_MD if values_ME is None else values_ME
+        values = self.clouds[1] if values_ME is None else values_ME
         problem, over = self.problems[0], self.potentials[1]
         f_N, means_NE = problem.update(problem.log_b_M, over.vector, *self.schedule[-1], values_ME=values)
         if values_ME is None:
