@@ -211,9 +211,6 @@ def pair_rows_launcher(
     return sum_N, gradient_ND
 
 
-pair_rows_triton = register_op("dae_kernels::pair_rows", pair_rows_launcher, pair_rows_empty)
-
-
 def distance_empty(
     x_ND: Tensor, y_MD: Tensor, bandwidths: Sequence[float], unbiased: bool, need_x: bool, need_y: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -309,4 +306,5 @@ def distance_launcher(
     return value.float(), *gradients
 
 
+pair_rows_triton = register_op("dae_kernels::pair_rows", pair_rows_launcher, pair_rows_empty)
 pair_distance_triton = register_op("dae_kernels::pair_distance", distance_launcher, distance_empty)
