@@ -175,13 +175,12 @@ def without_setup(function: Any) -> Any:
     Of its results the first `used` are outputs, if it says so: `setup_context` alone saves results that nobody else needs, and
     each output takes a microsecond.
     """
-
     used = getattr(function, "used", None)
 
     def forward(ctx: Any, *arguments: Any) -> Any:
         results = function.forward(*arguments)
         function.setup_context(ctx, arguments, results)
-        return results[:used]
+        return results if used is None else results[:used]
 
     parts = {"forward": staticmethod(forward), "backward": staticmethod(function.backward), "__module__": function.__module__}
     return types.new_class(function.__name__, (torch.autograd.Function,), exec_body=lambda body: body.update(parts))
