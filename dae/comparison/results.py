@@ -143,6 +143,11 @@ def _decoupled(plan: Sequence[Stage]) -> bool:
     return any(stage.latent_frozen and not stage.keeps_decoder for stage in plan)
 
 
+def _finetunes(plan: Sequence[Stage]) -> bool:
+    """Whether the decoder that the encoder was trained with, and no weaker form of it, goes on alone."""
+    return any(stage.latent_frozen and stage.keeps_decoder and stage.decoder == plan[0].decoder for stage in plan)
+
+
 def _encoder_steps(plan: Sequence[Stage]) -> int:
     return sum(stage.config.max_train_steps for stage in plan if not stage.latent_frozen)
 
@@ -211,7 +216,7 @@ def _equal_encoder(own: Trials, others: Sequence[str], plans: Mapping[str, Seque
     for base in others:
         steps = _encoder_steps(plans[base])
         arms = [name for name in others if _decoupled(plans[name]) and _encoder_steps(plans[name]) == steps]
-        if arms and any(stage.latent_frozen and stage.keeps_decoder for stage in plans[base]):
+        if arms and _finetunes(plans[base]):
             found = {key: _differences(BY_KEY[key], own, base, arms) for key in ("frechet", *DETAILS)}
             return {"baseline": base, "steps": steps} | found
     return None

@@ -163,6 +163,16 @@ def test_arms_know_how_they_were_trained():
     assert summarize_comparison(configure(), FACTS, three_arms())["equal_encoder"] is None
 
 
+def test_a_weak_decoder_that_is_kept_is_no_baseline_of_decoupling():
+    kept = "'kept: method=dae auxiliary_decoder.family=dropout auxiliary_decoder.keep=true'"
+    arms = f"compare.arms=[joint,{kept},joint_finetuned,'own: method=dae auxiliary_decoder.family=narrow']"
+    outcomes = [make(a, s, 10 + NOISE[s] * i) for i, a in enumerate(("joint", "kept", "joint_finetuned", "own")) for s in SEEDS]
+    summary = summarize_comparison(configure(arms), FACTS, outcomes)
+    assert summary["equal_encoder"]["baseline"] == "joint_finetuned"
+    kept = next(arm for arm in summary["arms"] if arm["name"] == "kept")
+    assert not kept["decoupled"] and kept["decoder_steps"] == summary["arms"][0]["decoder_steps"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "rate", "labelled"),
     [
