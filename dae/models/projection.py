@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo
 
 from dae.distributed import summed_with_gradients
 
@@ -44,7 +45,7 @@ class ProjectionDecoder(nn.Module):
             return self._solved(latents, images)
         return self._decoded(latents, self.weight, self.bias)
 
-    @torch.compiler.disable  # a collective in the midst of compiled parts breaks their backward pass
+    @_disable_dynamo  # a collective in the midst of compiled parts breaks their backward pass
     def _solved(self, latents: Tensor, images: Tensor) -> Tensor:
         z_BDhw = latents.double()  # all in float64, which autocast leaves alone
         x_BPhw = F.pixel_unshuffle(images.double(), self.factor)
