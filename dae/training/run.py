@@ -106,8 +106,9 @@ class Run:
         return checkpoint
 
     def _refuse_occupied_folder(self) -> None:
-        # An empty history is that of a run which failed in its first step: nothing would be lost.
-        occupied = [p.name for p in (self.history_file, self.folder / "model.safetensors") if p.exists() and p.stat().st_size]
+        # A history without numbers is that of a run which failed in its first steps: nothing would be lost.
+        there = {self.history_file: self._has_numbers(), (model := self.folder / "model.safetensors"): model.exists()}
+        occupied = [file.name for file, found in there.items() if found and file.stat().st_size]
         occupied += [p.name for p in self.checkpoints.all()]
         remedy = "continue it with resume_from_checkpoint=latest, choose another output_dir, or delete it"
         # Killed before its first checkpoint: start over, but never overwrite a finished model.
@@ -116,6 +117,13 @@ class Run:
             remedy = "it has no checkpoint to continue from; choose another output_dir, or delete it"
         if occupied:
             raise FileExistsError(f"{self.folder} holds another run ({', '.join(occupied[:3])}): {remedy}")
+
+    def _has_numbers(self) -> bool:
+        """Whether the history holds more than warnings; a damaged one may."""
+        try:
+            return self.history_file.exists() and {row.get("split") for row in self.history()} != {WARNING}
+        except ValueError:
+            return True
 
     def _keep_earlier_stages(self, checkpoint: Checkpoint, stages: list[str]) -> None:
         """Copy the models of earlier stages, which a checkpoint does not hold, from its run into this one."""

@@ -1,5 +1,7 @@
 """The recipes take preflight's steps before theirs, and theirs are the same with and without."""
 
+import sys
+
 import pytest
 
 SHORT = ("stage1.max_train_steps=2", "stage2.max_train_steps=2", "prior.max_train_steps=2", "data.random_flip=true")
@@ -34,3 +36,26 @@ def test_what_does_not_train_is_refused_before_the_first_step(tmp_path, run, his
             run("train_dae", tmp_path, *SHORT, "preflight=true")
     assert history(tmp_path / "autoencoder") == []
     run("train_dae", tmp_path, *SHORT, "preflight=true")  # the folder is free
+
+
+@pytest.mark.slow
+def test_all_processes_refuse_together(tmp_path, script, tiny):
+    """One of two takes the steps; both end with its line, and neither waits for the other."""
+    from PIL import Image
+
+    folder = tmp_path / "grey" / "train"
+    folder.mkdir(parents=True)
+    for level in range(120):
+        Image.new("L", (8, 8), level).save(folder / f"{level}.png")
+    options = [
+        "preflight=true",
+        f"data.dataset_name={tmp_path / 'grey'}",
+        "data.validation_size=5",
+        f"output_dir={tmp_path / 'run'}",
+    ]
+    options += [f"{section}.train_batch_size=8" for section in ("stage1", "stage2", "prior")]
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    done = script("train_dae", *tiny, *options, launcher=launcher)
+    assert done.returncode != 0
+    for process in (0, 1):
+        assert f"error in process {process} of 2: stage1: each of the 40 images of the first batches is one colour" in done.stderr

@@ -211,3 +211,15 @@ def test_what_the_log_holds(tmp_path):
     warnings(training, tmp_path / "vq", 1)
     row = json.loads((tmp_path / "vq" / "tiny" / "logs" / "history.jsonl").read_text().splitlines()[0])
     assert 0 < row["code_usage"] <= 1 <= row["code_perplexity"] <= 16 and training.encoding is None, "freed at the end"
+
+
+def test_a_run_that_broke_before_its_first_numbers_leaves_the_folder_free(tmp_path):
+    training = autoencoder_training(f"output_dir={tmp_path}")
+    run = Run(training.config, "autoencoder")
+    run.open(None)
+    run.warn(1, "stage1", "non_finite", "stage1: it broke")
+    again = Run(training.config, "autoencoder")
+    assert again.open(None) is None and again.history() == []
+    again.record(1, {"loss": 1.0, "lr": 0.1}, stage="stage1", split="train")
+    with pytest.raises(FileExistsError, match="holds another run"):
+        Run(training.config, "autoencoder").open(None)
