@@ -344,6 +344,14 @@ def test_step_beside_diffusers(tmp_path):
         assert 0 < pair["speed"]["p20"] <= pair["speed"]["median"] <= pair["speed"]["p80"]
 
 
+def test_plans_are_checked(tmp_path):
+    output = tmp_path / "out.jsonl"
+    done = run("check_plan.py", ROOT / "tests" / "recipes" / "tiny.yaml", "--rounds", 1, "--device", "cpu", "--json", output)
+    assert [row["training"] for row in cases(output)] == ["stage1", "stage2", "prior"] and "| tiny stage1" in done.stdout
+    for row in cases(output):
+        assert row["bytes"]["planned"] == pytest.approx(row["bytes"]["measured"], rel=0.1) and row["ms"]["planned"] > 0
+
+
 TOKENIZER = ("autoencoder.base_channels=8", "stage1.train_batch_size=8", "data.num_workers=0", "--device", "cpu", "--images", 40)
 DIGITS = ROOT / "recipes" / "configs" / "digits.yaml"
 

@@ -14,6 +14,7 @@ from typing import Any, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from dae.hub import CONFIG, WEIGHTS
 from dae.optional import optional
@@ -91,13 +92,13 @@ class PretrainedNetwork(WideBuffers, nn.Module):
             if name.startswith("hf-hub:"):
                 _, architecture, model_args = timm.models.load_model_config_from_hf(name.removeprefix("hf-hub:"))
             source, options = f"local-dir:{name}" if folder.is_dir() else name, dict(model_args or {})
-            network = timm.create_model(source, pretrained=_weights, num_classes=0)
+            network = _create(timm, source)
             settings = timm.data.resolve_model_data_config(network)
             if grid is not None and hasattr(network, "feature_info"):
                 side = grid * network.feature_info[-1]["reduction"]
                 if network.pretrained_cfg.get("fixed_input_size") and tuple(settings["input_size"][1:]) != (side, side):
                     options["img_size"] = side
-                    network = timm.create_model(source, pretrained=_weights, num_classes=0, img_size=side)
+                    network = _create(timm, source, img_size=side)
                 settings = settings | {"input_size": (settings["input_size"][0], side, side)}
         except (OSError, RuntimeError) as error:
             raise FileNotFoundError(
@@ -192,6 +193,15 @@ class PretrainedNetwork(WideBuffers, nn.Module):
         if not hasattr(self.network, "forward_intermediates") or not hasattr(self.network, "feature_info"):
             raise ValueError(f"{self.description['model']}: timm gives no feature maps of this network; take another")
         return self.network.forward_intermediates  # type: ignore[return-value]
+
+
+def _create(timm: Any, source: str, **options: Any) -> nn.Module:
+    """timm's network without classifier. `without_weights` it may be called where tensors have no values, which timm reads."""
+    if _weights:
+        return timm.create_model(source, pretrained=True, num_classes=0, **options)
+    with unset_fake_temporarily() as fake:
+        network = timm.create_model(source, pretrained=False, num_classes=0, **options)
+    return network if fake is None else network._apply(fake.from_tensor)
 
 
 def weights_sha256(network: nn.Module) -> str:

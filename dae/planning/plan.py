@@ -69,6 +69,11 @@ class Estimate:
 
 def plan_autoencoder(config: Config, gpu: str) -> list[str]:
     """Lines that say what recipes/train_dae.py will take; `gpu` is a name of `GPUS`, or empty for this machine."""
+    return plan_training(config, planned_stages(config), gpu)
+
+
+def planned_stages(config: Config) -> list[Planned]:
+    """The stages of `config.method`."""
 
     def build(number: int) -> Build:
         def training(config: Config, engine: Engine, data: Any) -> Training:
@@ -77,28 +82,32 @@ def plan_autoencoder(config: Config, gpu: str) -> list[str]:
 
         return training
 
-    stages = plan_stages(config)
-    return plan_training(config, [Planned(stage.name, stage.config, build(i)) for i, stage in enumerate(stages)], gpu)
+    return [Planned(stage.name, stage.config, build(number)) for number, stage in enumerate(plan_stages(config))]
 
 
 def plan_prior(config: Config, gpu: str) -> list[str]:
     """Lines that say what recipes/train_prior.py will take; see `plan_autoencoder`."""
+    family = prior_family(config)
+    if not family.fitted:
+        return plan_training(config, [planned_prior(config)], gpu)
+    if gpu:
+        find_gpu(gpu)
+    known = known_data(config)
+    with without_values(on_gpu=False):
+        cache = random_cache(config, build_autoencoder(config, plan_stages(config)[-1]), known.classes or 1000, 2)
+        numbers = sum(t.numel() for t in family.build(config.prior, cache).state_dict().values())
+    fitted = f"the prior ({family.title}, {numbers:,} numbers) is fitted at once and has no steps: its time is not planned"
+    return [fitted, *encoding_lines(config, known), *known.lines]
+
+
+def planned_prior(config: Config) -> Planned:
+    """The prior, one that is trained in steps; in place of data it takes the number of classes."""
     stage = plan_stages(config)[-1]
 
     def build(config: Config, engine: Engine, data: Any) -> Training:
         return prior_training(config, build_autoencoder(config, stage), data or 1000, engine)
 
-    family = prior_family(config)
-    if not family.fitted:
-        return plan_training(config, [Planned("prior", config.prior, build, ("prior",))], gpu)
-    if gpu:
-        find_gpu(gpu)
-    known = known_data(config)
-    with without_values(on_gpu=False):
-        cache = random_cache(config, build_autoencoder(config, stage), known.classes or 1000, 2)
-        numbers = sum(t.numel() for t in family.build(config.prior, cache).state_dict().values())
-    fitted = f"the prior ({family.title}, {numbers:,} numbers) is fitted at once and has no steps: its time is not planned"
-    return [fitted, *encoding_lines(config, known), *known.lines]
+    return Planned("prior", config.prior, build, ("prior",))
 
 
 def plan_training(config: Config, trainings: Sequence[Planned], gpu: str) -> list[str]:

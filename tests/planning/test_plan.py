@@ -182,3 +182,19 @@ def test_trainings_of_other_recipes_are_planned():
         return stage_training(config, stage, build_autoencoder(config, stage), engine, data)
 
     assert "refit" in plan_training(config, [Planned("refit", stage.config, build)], "H100")[2]
+
+
+def test_networks_that_read_values_while_they_are_built_are_planned(timm, monkeypatch):
+    """timm's Transformers read the rates of their dropped paths from a tensor; and no weights are asked for."""
+    make, before = timm.create_model, len(timm.asked)
+
+    def create_model(*arguments, **options):
+        torch.linspace(0, 1, 3)[1].item()
+        return make(*arguments, **options)
+
+    monkeypatch.setattr(timm, "create_model", create_model)
+    encoder = ("autoencoder.encoder=timm:tokens", "autoencoder.bottleneck=identity", "autoencoder.latent_channels=8")
+    features = (*GAN, "stage2.loss.discriminator=features", "stage2.loss.discriminator_features=stages")
+    config = load_config(None, [*SMALL, *encoder, *features, "stage2.loss.discriminator_heads=2"])
+    assert any("done in about" in line for line in plan_autoencoder(config, "L4"))
+    assert {asked[1] for asked in timm.asked[before:]} == {False}
