@@ -5,8 +5,8 @@
 
 Memory is the peak of a step: planned by a trace on tensors without values, measured by torch's record of allocations. Times are
 taken in turns within one process: `--rounds` times two steps and more as the plan times them, and four as profile_step.py does.
-Printed is the least of each, as other work on the machine only adds, and the ratio, planned / measured. A Diffusion Transformer is
-not profiled, a mixture has no steps.
+Printed is the least of each, as other work on the machine only adds, and the ratio, planned / measured. A Diffusion Transformer
+is not profiled, a mixture has no steps.
 """
 
 import sys

@@ -195,10 +195,11 @@ class PretrainedNetwork(WideBuffers, nn.Module):
         return self.network.forward_intermediates  # type: ignore[return-value]
 
 
-def _create(timm: Any, source: str, **options: Any) -> nn.Module:
+def _create(timm: Any, source: str, **options: Any) -> Any:
     """timm's network without classifier. `without_weights` it may be called where tensors have no values, which timm reads."""
     if _weights:
         return timm.create_model(source, pretrained=True, num_classes=0, **options)
+    fake: Any  # the mode of tensors without values, or None
     with unset_fake_temporarily() as fake:
         network = timm.create_model(source, pretrained=False, num_classes=0, **options)
     return network if fake is None else network._apply(fake.from_tensor)
