@@ -11,7 +11,7 @@ from dae.evaluation.refit import Refitted
 from dae.reporting import elements as web
 from dae.reporting.elements import LARGEST_SIDE, PAPER, Html, number, strip
 from dae.reporting.prose import paragraphs, read_prose
-from dae.reporting.run import autoencoder_curves
+from dae.reporting.run import autoencoder_curves, warnings
 
 PROSE = read_prose(__file__)
 # name, unit, digits, which is better, what it is
@@ -45,6 +45,7 @@ def refit_page(found: Refitted, history: list[dict], config: Config, table: list
     page.section("Under the magnifier", _magnifier(found))
     page.section("All measurements", *_measurements(facts))
     page.section("Training", autoencoder_curves(history, config))
+    page.section("Warnings", warnings(history))
     page.section("Data", web.table(("what", "read"), table, prose=(0, 1)))
     versions = web.table(("software", "version"), list(facts["versions"].items()), prose=(0, 1))
     page.section("Configuration and versions", web.configuration(config), versions)

@@ -72,7 +72,7 @@ def run_page(run: Record) -> web.Page:
     if run.tables:
         page.section("Data", *data_tables(run))
     page.section("Training", autoencoder_curves(run.autoencoder, run.config), prior_curves(run))
-    page.section("Warnings", warnings(run))
+    page.section("Warnings", warnings([*run.autoencoder, *run.prior]))
     if run.num_codes:
         page.section("Codebook", codebook(run.metrics.get("codebook")))
     else:
@@ -222,9 +222,8 @@ def prior_curves(run: Record) -> Html:
     return web.side_by_side(web.figure(web.chart(svg, in_words(lines, "step", prior.loss_name)), caption), paragraph(words))
 
 
-def warnings(run: Record) -> Html:
-    """What the doctor said while the models were trained: rows of the history, see `dae.diagnostics.doctor`."""
-    log = [*run.autoencoder, *run.prior]
+def warnings(log: list[dict]) -> Html:
+    """What the doctor said while the models were trained: rows of their histories, see `dae.diagnostics.doctor`."""
     if not (found := [row for row in log if row["split"] == WARNING]):
         return paragraph("Nothing in the log of training looked wrong." if log else "This run has no log of its training.")
     rows = [(STAGES.get(row["stage"], row["stage"]), row["message"]) for row in found]
