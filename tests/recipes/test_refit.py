@@ -66,7 +66,9 @@ def test_a_model_of_diffusers(kind, decoder, theirs, tmp_path, run, read_page, c
     page = read_page(out / "refit.html")
     gain = found["measures"]["psnr"]["difference"]
     assert f"{gain['mean']:+.2f}\u00a0dB [{gain['low']:+.2f}, {gain['high']:+.2f}]" in page.words
-    assert all(word in page.words for word in ("Under the magnifier", "SHA-256", "LPIPS was not measured", ours.latent.id))
+    assert all(
+        word in page.words for word in ("Under the magnifier", "Warnings", "SHA-256", "LPIPS was not measured", ours.latent.id)
+    )
     assert len([source for source in page.values("img", "src") if source.startswith("data:image/png")]) == 3 + 4
     if decoder == "new":
         assert found["measures"]["psnr"]["first"]["mean"] != found["measures"]["psnr"]["second"]["mean"]
