@@ -58,7 +58,7 @@ class AuxiliaryDecoderConfig(DecoderConfig):
 class VQConfig:
     codebook_size: int = knob(64, "number of codes K", ge=1, le=2**24)
     ema_decay: float = knob(0.99, "decay of the moving average that carries the codebook", ge=0, lt=1)
-    commitment_weight: float = knob(0.25, "weight of |z - sg(code)|^2 that keeps the encoder near its codes", ge=0)
+    commitment_weight: float = knob(0.25, "weight of |z - sg(code)|^2 that keeps the encoder near its codes", ge=0, weight=True)
     kmeans_iterations: int = knob(10, "Lloyd iterations that place the codebook on the first batches; 0: random", ge=0, le=10_000)
     revive_threshold: float = knob(0.1, "codes used below this share of the average are moved onto a latent; 0: none", ge=0, lt=1)
     metric: str = knob("l2", "l2, or cosine: latents and codes of length 1, as in ViT-VQGAN", choices=("l2", "cosine"))
@@ -81,8 +81,10 @@ class FSQConfig:
 
 @dataclass
 class BSQConfig:
-    entropy_weight: float = knob(0.1, "weight of the entropy terms: sure of each latent's code, all codes used", ge=0)
-    diversity: float = knob(1.0, "weight of the batch's entropy within them", ge=0)
+    entropy_weight: float = knob(
+        0.1, "weight of the entropy terms: sure of each latent's code, all codes used", ge=0, weight=True
+    )
+    diversity: float = knob(1.0, "weight of the batch's entropy within them", ge=0, weight=True)
     inverse_temperature: float = knob(100.0, "of the soft assignment that the entropies are of", gt=0)
 
 
@@ -90,7 +92,7 @@ class BSQConfig:
 class LFQConfig(BSQConfig):
     """The entropies of binary codes, and a commitment, which codes on a sphere do not need."""
 
-    commitment_weight: float = knob(0.25, "weight of |z - sg(code)|^2", ge=0)
+    commitment_weight: float = knob(0.25, "weight of |z - sg(code)|^2", ge=0, weight=True)
 
 
 @dataclass
@@ -105,7 +107,9 @@ class GVQConfig:
 
 @dataclass
 class KLConfig:
-    kl_weight: float = knob(1e-6, "weight of KL(q(z|x) || N(0, I)), summed over a latent, averaged over the batch", ge=0)
+    kl_weight: float = knob(
+        1e-6, "weight of KL(q(z|x) || N(0, I)), summed over a latent, averaged over the batch", ge=0, weight=True
+    )
 
 
 @dataclass

@@ -34,6 +34,7 @@ def knob(
     role: str | None = None,
     run: str | None = None,
     encoding: str | None = None,
+    weight: bool = False,
     **bounds: float,
 ) -> Any:
     """A dataclass field with its meaning (shown by `--help`) and its allowed values (checked on loading).
@@ -46,9 +47,11 @@ def knob(
         role: one of `ROLES`, by default the section's; None has no special treatment.
         run: which run depends on it, `autoencoder` or `prior`, by default the section's; None means both.
         encoding: its name in the fingerprint of cached encodings, if their augmentations depend on it.
+        weight: whether it weights a term of a loss, so that preflight sees that the term trains something.
         bounds: those of `BOUNDS`, named as in pydantic: `ge`, `le` inclusive, `gt`, `lt` exclusive; per element for lists.
     """
     metadata = {"help": help, "choices": choices, "path": path, "bounds": bounds, "role": role, "run": run, "encoding": encoding}
+    metadata["weight"] = weight
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)

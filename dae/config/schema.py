@@ -79,16 +79,16 @@ class DataConfig:
 class LossConfig:
     """Weights of the reconstruction losses; the bottleneck adds its own term (commitment or KL)."""
 
-    l1: float = knob(0.0, "weight of the mean absolute error", ge=0)
-    l2: float = knob(1.0, "weight of the mean squared error", ge=0)
-    charbonnier: float = knob(0.0, "weight of the mean of sqrt(error^2 + 1e-6)", ge=0)
-    perceptual: float = knob(0.0, "weight of LPIPS, the distance of VGG16's features; 0 loads no network", ge=0)
+    l1: float = knob(0.0, "weight of the mean absolute error", ge=0, weight=True)
+    l2: float = knob(1.0, "weight of the mean squared error", ge=0, weight=True)
+    charbonnier: float = knob(0.0, "weight of the mean of sqrt(error^2 + 1e-6)", ge=0, weight=True)
+    perceptual: float = knob(0.0, "weight of LPIPS, the distance of VGG16's features; 0 loads no network", ge=0, weight=True)
     perceptual_weights: str = knob(
         "timm/vgg16.tv_in1k",
         "its weights by torchvision's names, and LPIPS's `lin0.weight` ... if there: a .safetensors file, a folder, a Hub id",
         path=True,
     )
-    adversarial: float = knob(0.0, "weight of the loss of a discriminator; 0 trains none", ge=0, role="second stage")
+    adversarial: float = knob(0.0, "weight of the loss of a discriminator; 0 trains none", ge=0, role="second stage", weight=True)
     adversarial_loss: str = knob(
         "hinge",
         "hinge, non_saturating or least_squares",
@@ -97,8 +97,12 @@ class LossConfig:
     )
     adversarial_start: int = knob(0, "step of the stage at which the adversarial loss is switched on", ge=0, role="second stage")
     adversarial_ramp: int = knob(0, "steps over which it rises to its weight", ge=0, role="second stage")
-    lecam: float = knob(0.0, "weight of LeCam regularisation of the discriminator, for few images", ge=0, role="second stage")
-    r1: float = knob(0.0, "weight of the gradient penalty R1 of the discriminator, its gamma", ge=0, role="second stage")
+    lecam: float = knob(
+        0.0, "weight of LeCam regularisation of the discriminator, for few images", ge=0, role="second stage", weight=True
+    )
+    r1: float = knob(
+        0.0, "weight of the gradient penalty R1 of the discriminator, its gamma", ge=0, role="second stage", weight=True
+    )
     r1_every: int = knob(16, "steps between two penalties, each with as many times its weight", ge=1, role="second stage")
     spectral_norm: bool = knob(False, "spectral normalisation of the discriminator's convolutions", role="second stage")
     augment: List[str] = knob(
@@ -196,7 +200,9 @@ class PriorConfig(OptimizationConfig):
     class_dropout: float = knob(0.1, "probability of hiding the class, which classifier-free guidance needs", ge=0, lt=1)
     token_noise: float = knob(0.0, "probability that a token the prior reads in training is replaced by a random one", ge=0, lt=1)
     label_smoothing: float = knob(0.0, "share of each target spread over all tokens in training", ge=0, lt=1)
-    z_loss: float = knob(0.0, "weight of the squared log-normaliser of the logits in training: keeps them from drifting", ge=0)
+    z_loss: float = knob(
+        0.0, "weight of the squared log-normaliser of the logits in training: keeps them from drifting", ge=0, weight=True
+    )
     num_augmentations: int = knob(
         0, "further encodings of each training image in the cache, made by the two knobs below", ge=0, le=1000, encoding="copies"
     )

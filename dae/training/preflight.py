@@ -3,7 +3,7 @@
 `dae.training.rehearsal` finds what cannot run, by two images through each model. Preflight finds what runs and does not train: it
 takes steps of the same classes on real batches, in each stage, with the adversarial loss on, and looks at what moved and why. It
 knows no names of modules or losses: parameters are those of the modules that a checkpoint holds, weights of losses are the knobs
-whose help begins with "weight of".
+that say so (`weight` of `dae.config.knobs.knob`).
 """
 
 from __future__ import annotations
@@ -260,10 +260,10 @@ def _trainable(name: str) -> Iterator[None]:
 
 
 def weights_of_losses(settings: object) -> Iterator[tuple[str, float]]:
-    """Knobs of a section whose help begins with "weight of", and their values, where these are not 0."""
+    """Knobs of a section that weight a loss, and their values, where these are not 0."""
     for field in dataclasses.fields(settings):  # type: ignore[arg-type]
         value = getattr(settings, field.name)
-        if field.metadata.get("help", "").startswith("weight of") and isinstance(value, float) and value != 0:
+        if field.metadata.get("weight") and isinstance(value, float) and value != 0:
             yield field.name, value
 
 
