@@ -69,6 +69,13 @@ def test_unknown_keys_name_the_nearest(yaml, key, nearest):
         load_config(yaml(text))
 
 
+def test_an_unknown_key_lists_its_section_where_the_nearest_is_elsewhere():
+    with pytest.raises(ValueError, match=r"'autoencoder.rvq.depth'; the nearest .*; autoencoder.rvq has num_quantizers$"):
+        load_config(None, ["autoencoder.rvq.depth=4"])
+    with pytest.raises(ValueError, match=r"nearest one is 'autoencoder.rvq.num_quantizers'$"):
+        load_config(None, ["autoencoder.rvq.quantizers=4"])
+
+
 @pytest.mark.parametrize(
     "override, message",
     [

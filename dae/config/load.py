@@ -235,7 +235,9 @@ def _reject_unknown_keys(layer: Any, schema: type, source: str, prefix: str = ""
             near = by_leaf or difflib.get_close_matches(name, here + everywhere, 1, 0.0)
             likeness = [difflib.SequenceMatcher(None, known, name).ratio() for known in near]
             nearest = near[likeness.index(max(likeness))]
-            raise ValueError(f"{source}: unknown key {name!r}; the nearest one is {nearest!r}")
+            elsewhere = prefix and not nearest.startswith(prefix)  # its section was found: then what the section has is said too
+            has = f"; {prefix[:-1]} has {', '.join(names)}" if elsewhere else ""
+            raise ValueError(f"{source}: unknown key {name!r}; the nearest one is {nearest!r}{has}")
         if key in inner:
             if not hasattr(value := layer._get_node(key), "keys"):
                 raise ValueError(f"{source}: {name} is a section, expected `{name}.<key>`")

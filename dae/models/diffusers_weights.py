@@ -208,10 +208,10 @@ def read_folder(path: str | Path, variant: str | None = None) -> tuple[dict[str,
     """Configuration, weights, and the folder they were in: `path`, or the `vae` or `vqvae` of a pipeline.
 
     Args:
-        variant: of the weights, such as fp16, in `diffusion_pytorch_model.<variant>.safetensors`.
+        variant: of the weights, such as fp16, in `diffusion_pytorch_model.<variant>.safetensors`, or in the shards of its index.
 
     Raises:
-        FileNotFoundError: no such folder, or one without configuration or weights.
+        FileNotFoundError: no such folder, or one without configuration or weights, or with a part of them.
         ValueError: weights as a pickle alone, or damaged files.
     """
     folder = Path(path)
@@ -223,8 +223,11 @@ def read_folder(path: str | Path, variant: str | None = None) -> tuple[dict[str,
     if not (folder / CONFIG).is_file():
         raise FileNotFoundError(f"{folder} holds no {CONFIG}: expected a folder that diffusers' save_pretrained wrote")
     weights = folder / (f"diffusion_pytorch_model.{variant}.safetensors" if variant else WEIGHTS)
+    index = folder / (f"{WEIGHTS}.index.{variant}.json" if variant else f"{WEIGHTS}.index.json")
     config = read_json(folder / CONFIG)
     if not weights.is_file():
+        if index.is_file():
+            return config, rename_earlier(read_shards(index)), folder
         others = sorted(each.name for each in folder.glob("diffusion_pytorch_model*.safetensors"))
         pickles = sorted(each.name for each in folder.glob("*.bin")) + sorted(each.name for each in folder.glob("*.ckpt"))
         if others:
@@ -236,6 +239,24 @@ def read_folder(path: str | Path, variant: str | None = None) -> tuple[dict[str,
             )
         raise FileNotFoundError(f"{folder} holds no {weights.name}: expected a folder that diffusers' save_pretrained wrote")
     return config, rename_earlier(read_tensors(weights)), folder
+
+
+def read_shards(index: Path) -> dict[str, Tensor]:
+    """The tensors of all files that diffusers' `index` of large weights names.
+
+    Raises:
+        FileNotFoundError: a file that is not beside the index.
+        ValueError: an index that is damaged, or names files elsewhere; a damaged file.
+    """
+    places = read_json(index).get("weight_map")
+    names = set(places.values()) if isinstance(places, dict) and all(type(name) is str for name in places.values()) else set()
+    if not names or any(Path(name).name != name for name in names):
+        raise ValueError(f"{index} is damaged: expected a weight_map from tensors to the names of files beside it")
+    if lost := sorted(name for name in names if not (index.parent / name).is_file()):
+        raise FileNotFoundError(
+            f"{index.parent} holds no {', '.join(lost)}, which {index.name} names: copy the whole folder again"
+        )
+    return {name: tensor for shard in sorted(names) for name, tensor in read_tensors(index.parent / shard).items()}
 
 
 def write_folder(folder: str | Path, config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import TypeVar
 
-from dae.hub import CONFIG, PretrainedModel, load_weights
+from dae.hub import CONFIG, PretrainedModel, load_weights, misfit
 from dae.models import Autoencoder, FeatureDiscriminator, PatchDiscriminator, Prior
 from dae.models.diffusers_weights import is_diffusers_folder
 from dae.priors import family_of
@@ -100,7 +100,12 @@ def load_discriminator(discriminator: PatchDiscriminator | FeatureDiscriminator,
     inside = [Path(source) / "autoencoder" / DISCRIMINATOR, Path(source) / DISCRIMINATOR]
     place = next((str(folder) for folder in inside if (folder / CONFIG).is_file()), source)
     _, _, weights = discriminator.read_pretrained(place)
-    load_weights(discriminator, weights, f"loss.discriminator_init={source}")
+    if text := misfit(weights, discriminator.state_dict()):
+        raise ValueError(
+            f"loss.discriminator_init={source} is a discriminator of another architecture ({text}): give loss.discriminator, its "
+            "discriminator_* and spectral_norm the values of the run that saved it, or leave discriminator_init out"
+        )
+    discriminator.load_state_dict(weights)
 
 
 def load_trained(model: type[Model], source: str, name: str = "autoencoder") -> Model:

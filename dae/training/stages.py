@@ -72,6 +72,16 @@ def plan_stages(config: Config) -> list[Stage]:
                 f"{stage.name}.loss.discriminator=features needs loss.discriminator_features: a pretrained network by its name "
                 "in timm, or a folder with config.json and model.safetensors"
             )
+        if loss.discriminator == "patch" and loss.discriminator_features:
+            raise ValueError(
+                f"{stage.name}.loss.discriminator_features={loss.discriminator_features} is not read by discriminator=patch: "
+                f"set {stage.name}.loss.discriminator=features, or leave it out"
+            )
+        if loss.adversarial == 0 and loss.discriminator_init:
+            raise ValueError(
+                f"{stage.name}.loss.discriminator_init={loss.discriminator_init}: the stage trains no discriminator; give "
+                f"{stage.name}.loss.adversarial a weight, or leave it out"
+            )
         if loss.adversarial > 0 and loss.discriminator == "patch" and config.data.resolution >> loss.discriminator_layers < 1:
             most = config.data.resolution.bit_length() - 1
             raise ValueError(

@@ -191,6 +191,30 @@ def test_pipelines_variants_resolutions_and_dtypes(tmp_path):
     assert torch.equal(Autoencoder.from_diffusers(tmp_path, variant="fp16").encoder.conv_in.weight, whole.encoder.conv_in.weight)
 
 
+def test_weights_in_shards(tmp_path):
+    model = theirs("AutoencoderKL", "plain", tmp_path)
+    for variant in (None, "fp16"):
+        folder = tmp_path / str(variant)
+        model.save_pretrained(folder, variant=variant, max_shard_size="50KB")
+        assert len(list(folder.glob("*.safetensors"))) > 1
+        found, whole = (
+            Autoencoder.from_diffusers(place, variant=named) for place, named in ((folder, variant), (tmp_path, None))
+        )
+        assert all(map(torch.equal, found.state_dict().values(), whole.state_dict().values()))
+    sorted((tmp_path / "None").glob("*.safetensors"))[0].unlink()
+    with pytest.raises(FileNotFoundError, match=r"holds no .*-00001-of-.*safetensors, which .*index.json names: copy the whole"):
+        Autoencoder.from_diffusers(tmp_path / "None")
+    for damaged in (
+        '{"weight_map": {"conv": "../other.safetensors"}}',
+        '{"weight_map": [1]}',
+        '{"weight_map": {"conv": 1}}',
+        "{}",
+    ):
+        (tmp_path / "None" / f"{WEIGHTS}.index.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"index.json is damaged: expected a weight_map from tensors to the names of files"):
+            Autoencoder.from_diffusers(tmp_path / "None")
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folders = {kind: tmp_path_factory.mktemp(kind) for kind in ("AutoencoderKL", "VQModel")}

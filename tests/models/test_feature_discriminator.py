@@ -87,7 +87,7 @@ def test_start_from_a_saved_one(timm, tmp_path):
     assert torch.equal(training.adversary.discriminator.heads[0].conv_in.weight, given.heads[0].conv_in.weight)
     with pytest.raises(ValueError, match="holds a 'FeatureDiscriminator', expected a 'PatchDiscriminator'"):
         load_discriminator(PatchDiscriminator(3), str(tmp_path / "run"))
-    with pytest.raises(ValueError, match=r"loss.discriminator_init=.* is a checkpoint of another architecture"):
+    with pytest.raises(ValueError, match=r"loss.discriminator_init=.* is a discriminator of another architecture .*: give loss"):
         load_discriminator(FeatureDiscriminator("stages", 4, 2), str(tmp_path / "run"))
 
 
@@ -133,6 +133,12 @@ def test_refused_before_training(timm, tmp_path):
         plan_stages(config)
     with pytest.raises(ValueError, match=r"^save_discriminator=true: no stage trains a discriminator; give"):
         plan_stages(load_config(None, ["save_discriminator=true"]))
+    with pytest.raises(ValueError, match=r"^stage2.loss.discriminator_features=a.b is not read by discriminator=patch: set"):
+        plan_stages(load_config(None, ["stage2.loss.discriminator_features=a.b"]))
+    with pytest.raises(
+        ValueError, match=r"^stage2.loss.discriminator_init=a/b: the stage trains no discriminator; give stage2.l"
+    ):
+        plan_stages(load_config(None, ["stage2.loss.discriminator_init=a/b"]))
     folder = write_folder(tmp_path / "a", "stages")
     (folder / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match=r"^loss.discriminator_features=.* holds no model.safetensors"):
