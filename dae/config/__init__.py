@@ -26,6 +26,7 @@ from dae.config.load import (
     save_config,
     with_overrides,
 )
+from dae.config.losses import LossConfig
 from dae.config.presets import PRESETS
 from dae.config.schema import (
     CompareConfig,
@@ -33,7 +34,6 @@ from dae.config.schema import (
     DataConfig,
     EvaluationConfig,
     KernelsConfig,
-    LossConfig,
     MeasureConfig,
     OptimizationConfig,
     PriorConfig,
