@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import TypeVar
 
+from dae.config import config_differences
 from dae.hub import CONFIG, PretrainedModel, load_weights, misfit
 from dae.models import Autoencoder, FeatureDiscriminator, PatchDiscriminator, Prior
 from dae.models.diffusers_weights import is_diffusers_folder
@@ -24,11 +25,24 @@ def load_encoder(autoencoder: Autoencoder, source: str) -> None:
 
     Raises:
         FileNotFoundError: there is no saved autoencoder.
-        ValueError: it has another architecture; the message names the tensors.
+        ValueError: it has another architecture; the message names the tensors, and the knobs that differ.
     """
     given = load_autoencoder(source, autoencoder.resolution)
     for part in ("encoder", "bottleneck"):
-        load_weights(getattr(autoencoder, part), getattr(given, part).state_dict(), f"the {part} of init_from={source}")
+        weights, own = getattr(given, part).state_dict(), getattr(autoencoder, part)
+        if text := misfit(weights, own.state_dict()):
+            name = f"the {part} of init_from={source}"
+            raise ValueError(f"{name} is a checkpoint of another architecture ({text}){_settings_of(given, autoencoder)}")
+        own.load_state_dict(weights)
+
+
+def _settings_of(given: Autoencoder, wanted: Autoencoder) -> str:
+    """What to set for an autoencoder like the given one, in words; empty if no knob differs."""
+    found = [f"data.channels={given.image_channels}"] if given.image_channels != wanted.image_channels else []
+    for key, value, _ in config_differences(given.config, wanted.config, "autoencoder."):
+        if not key.startswith(("autoencoder.decoder.", "autoencoder.preset")):  # neither makes an encoder
+            found.append(f"{key}={value}")
+    return f"; for its architecture set {', '.join(found)}" if found else ""
 
 
 def load_decoder(autoencoder: Autoencoder, source: str) -> bool:
