@@ -40,7 +40,8 @@ def test_file_and_command_line_go_before_it(tmp_path, caplog):
     other = load_config(path, ["autoencoder.preset=kl_f16"]).autoencoder
     assert (other.preset, other.latent_channels, other.num_blocks) == ("kl_f16", 16, 1)
     assert caplog.messages == [
-        f"override 'autoencoder.preset=kl_f16': {path} has other values and keeps them: autoencoder.num_blocks"
+        f"override 'autoencoder.preset=kl_f16': {path} has other values and keeps them: autoencoder.num_blocks; "
+        "for the whole preset take a file without them"
     ]
 
 

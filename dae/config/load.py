@@ -190,7 +190,10 @@ def _preset(layers: list[tuple[str, Any]]) -> list[tuple[str, Any]]:
     values = {"autoencoder": PRESETS[name].values}
     for below, layer in given[: naming[-1]]:
         if others := [key for key in _keys(values) if _look_up(layer, key) not in (None, _look_up(values, key))]:
-            log.warning("%s: %s has other values and keeps them: %s", given[naming[-1]][0], below, ", ".join(others))
+            log.warning(
+                "%s: %s has other values and keeps them: %s; for the whole preset take a file without them",
+                given[naming[-1]][0], below, ", ".join(others),
+            )  # fmt: skip
     return [(f"autoencoder.preset={name}", OmegaConf.create(values))]
 
 
