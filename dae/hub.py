@@ -117,7 +117,9 @@ class PretrainedModel(nn.Module):
             folder = download(name_or_path, revision)
         for name in (CONFIG, WEIGHTS):
             if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder} holds no {name}: expected a folder written by {cls.__name__}.save_pretrained")
+                inside = " or ".join(sorted(str(found.parent) for found in folder.glob(f"*/{CONFIG}")))
+                expected = f"a folder written by {cls.__name__}.save_pretrained{inside and f', such as {inside}'}"
+                raise FileNotFoundError(f"{folder} holds no {name}: expected {expected}")
         config = read_json(folder / CONFIG)
         if config.get("_class_name") != cls.__name__:
             raise ValueError(f"{folder} holds a {config.get('_class_name')!r}, expected a {cls.__name__!r}")

@@ -14,7 +14,13 @@ from dae.config import AutoencoderConfig, DecoderConfig, from_dict
 from dae.hub import PretrainedModel
 from dae.models.architectures import build_encoder, downsampling_factor, latent_size
 from dae.models.decoders import build_decoder
-from dae.models.diffusers_weights import config_from_diffusers, config_to_diffusers, read_folder, write_folder
+from dae.models.diffusers_weights import (
+    config_from_diffusers,
+    config_to_diffusers,
+    is_diffusers_folder,
+    read_folder,
+    write_folder,
+)
 from dae.models.latent import Latent, brief, identify, refuse_other_weights, weights_digest
 from dae.models.pretrained_encoder import PretrainedEncoder
 from dae.models.projection import ProjectionDecoder
@@ -152,13 +158,16 @@ class Autoencoder(PretrainedModel):
         """This latent with the decoder of another autoencoder, in eval mode, on this one's device and in its dtype.
 
         Args:
-            name_or_path: an autoencoder of the same latent, as for `from_pretrained`.
+            name_or_path: an autoencoder of the same latent, as for `from_pretrained`, or a folder as for `from_diffusers`.
             revision: of a repository of the Hub.
 
         Raises:
-            FileNotFoundError, ValueError: as `from_pretrained`; or its latent is another one.
+            FileNotFoundError, ValueError: as `from_pretrained` or `from_diffusers`; or its latent is another one.
         """
-        other = type(self).from_pretrained(name_or_path, revision=revision)
+        if is_diffusers_folder(name_or_path):
+            other = self.from_diffusers(name_or_path, resolution=self.resolution)
+        else:
+            other = self.from_pretrained(name_or_path, revision=revision)
         own, its = identify(self), identify(other)
         unnamed = self.latent is None or other.latent is None  # earlier versions did not say how images were cropped
         if own.id != its.id and not (unnamed and (own.is_of(its.weights) or its.is_of(own.weights))):
@@ -198,6 +207,14 @@ class Autoencoder(PretrainedModel):
         if self.config.encoder:
             known["pretrained"] = self.encoder.backbone.description
         return known | {"autoencoder": dataclasses.asdict(self.config)}
+
+    @classmethod
+    def read_pretrained(
+        cls, name_or_path: str | Path, revision: str | None = None
+    ) -> tuple[Path, dict[str, Any], dict[str, Tensor]]:
+        if is_diffusers_folder(name_or_path):
+            raise ValueError(f"{name_or_path} is a folder of diffusers: load it by Autoencoder.from_diffusers")
+        return super().read_pretrained(name_or_path, revision)
 
     @classmethod
     @own_arithmetic(gradients=True)

@@ -146,6 +146,24 @@ def test_the_latents_scale_is_kept_and_none_is_made_up(tmp_path):
     assert (scale("kept"), scale("told"), scale("new")) == ((0.3, 0.5), (2.0, 0.5), (1.0, None))
 
 
+def test_decoders_come_from_such_a_folder(tmp_path):
+    """with_decoder of a better decoder, and of another latent; from_pretrained names the way."""
+    for name, seed in (("given", 0), ("foreign", 1)):
+        theirs("AutoencoderKL", "attention in some levels", tmp_path / name, seed)
+    ours, better = (Autoencoder.from_diffusers(tmp_path / "given", resolution=16) for _ in range(2))
+    better.decoder.requires_grad_(False)
+    for parameter in better.decoder.parameters():
+        parameter.add_(0.1)
+    better.to_diffusers(tmp_path / "better")
+    z = torch.randn(1, ours.config.latent_channels, 8, 8)
+    assert torch.equal(ours.with_decoder(tmp_path / "better").decode(z).sample, better.decode(z).sample)
+    assert torch.equal(better.with_decoder(tmp_path / "given").decode(z).sample, ours.decode(z).sample)
+    with pytest.raises(ValueError, match=r"foreign reads the latent .*, this autoencoder's is "):
+        ours.with_decoder(tmp_path / "foreign")
+    with pytest.raises(ValueError, match=r"given is a folder of diffusers: load it by Autoencoder\.from_diffusers"):
+        Autoencoder.from_pretrained(tmp_path / "given")
+
+
 def test_training_starts_from_such_a_folder(tmp_path):
     """init_from= of a configuration that makes the same network, also for images of another size."""
     theirs("AutoencoderKL", "attention in some levels", tmp_path / "vae")
@@ -158,7 +176,7 @@ def test_training_starts_from_such_a_folder(tmp_path):
         assert load_decoder(new, str(source))
         assert all(torch.equal(tensor, given.state_dict()[key]) for key, tensor in new.state_dict().items())
     with pytest.raises(
-        ValueError, match=r"the encoder of .* another architecture .*; for its architecture set .*base_channels=16"
+        ValueError, match=r"the encoder of .* another architecture .*; for its architecture set .*base_channels=32"
     ):
         load_encoder(Autoencoder(dataclasses.replace(config, base_channels=64), 3, 32), str(tmp_path))
 

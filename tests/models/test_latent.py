@@ -97,6 +97,8 @@ def test_with_decoder(tmp_path):
     ids = [identify(each).id[:12] for each in (foreign, model)]
     with pytest.raises(ValueError, match=rf"foreign reads the latent {ids[0]}, this autoencoder's is {ids[1]}: take a decoder"):
         model.with_decoder(tmp_path / "foreign")
+    with pytest.raises(FileNotFoundError, match=rf"holds no config.json: .*, such as {tmp_path}/better or {tmp_path}/foreign$"):
+        model.with_decoder(tmp_path)
 
 
 def test_folders_of_earlier_versions(tmp_path):
