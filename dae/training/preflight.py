@@ -334,7 +334,7 @@ def _check_latent(training: StageTraining, batches: list[dict[str, Tensor]], aft
                 raise ValueError(
                     f"{name}: {latents:,} latents of the first batches use {used:,} of {size:,} codes, where "
                     f"about {expected:,.0f} would be if all were alike: codes are dead; look for an encoder whose output hardly "
-                    f"varies, or set a smaller autoencoder.vq.codebook_size{OFF}"
+                    f"varies, or set a smaller {name}.learning_rate or autoencoder.vq.codebook_size{OFF}"
                 )
     elif encoding.log_variance is not None:
         mean, log_variance = (x.float().transpose(0, 1).flatten(1) for x in (encoding.features, encoding.log_variance))
