@@ -111,12 +111,14 @@ def holm(p_values: Sequence[float]) -> list[float]:
 def paired_bootstrap(
     statistic: Callable[[np.ndarray], tuple[float, float]], n: int, *, level: float = 0.95, repeats: int = 1000, seed: int = 0
 ) -> tuple[Interval, Interval, Interval]:
-    """Basic bootstrap intervals of a statistic of two treatments of the same n units, and of its difference second - first.
+    """Bootstrap intervals of a statistic of two treatments of the same n units, and of its difference second - first.
 
-        [2 t - q_hi, 2 t - q_lo],  t the statistic of all units, q quantiles of it over samples of n units with replacement
+        [t + q_lo - m, t + q_hi - m],  t the statistic of all units, q quantiles and m the mean of it over samples of n units with
+        replacement
 
-    Both treatments are computed on the same samples, so that what makes a unit hard for both cancels in the difference. Unlike
-    percentiles, the ends correct the bias of a statistic such as the Frechet distance, to first order.
+    Both treatments are computed on the same samples, so that what makes a unit hard for both cancels in the difference. The
+    intervals are of what the statistic is expected to be for n other units: how it depends on n, as the Frechet distance does, is
+    neither corrected nor, as by percentiles, counted twice.
 
     Args:
         statistic: numbers of the chosen units, with repetitions, to its values for the first and the second treatment.
@@ -139,7 +141,7 @@ def paired_bootstrap(
     found = []
     for t, values in zip(estimates, (drawn[:, 0], drawn[:, 1], drawn[:, 1] - drawn[:, 0]), strict=True):
         low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
-        found.append(Interval(float(t), float(2 * t - high), float(2 * t - low), n))
+        found.append(Interval(float(t), float(t + low - values.mean()), float(t + high - values.mean()), n))
     return found[0], found[1], found[2]
 
 
