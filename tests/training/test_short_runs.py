@@ -13,7 +13,7 @@ from dae.training.stages import plan_stages
 
 CONFIGS = sorted((Path(__file__).parents[2] / "recipes" / "configs").glob("*.yaml"))
 HELDOUT = {"digits": 360, "photos": 512, "imagenet256": 50_000, "cifar10": 10_000, "fashion_mnist": 10_000}
-HELDOUT |= {"clothing128": 341, "faceshq256": 1000}  # rows of the held-out split
+HELDOUT |= {"clothing128": 341, "faceshq256": 1000, "refit": 1000}  # rows of the held-out split; refit is for any
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
